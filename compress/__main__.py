@@ -1,0 +1,165 @@
+"""`compress VERB ...`: verbs to functions. Heavy imports happen inside the verb that needs them."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compress.errors import (
+    EXIT_CONFIG, EXIT_INPUT, EXIT_OK, EXIT_RESOURCES, EXIT_SIGINT, EXIT_SIGTERM, ConfigError, ResourceError, nearest,
+)  # fmt: skip
+
+HELP = """compress: turn a teacher language model into a student that fits a budget, and prove it on the files that ship.
+
+  compress run RECIPE [KEY=VALUE ...]   run a recipe; repeat the command to resume. --plan shows time, disk and memory first
+                                        Hydra's flags work: --cfg job, -m (sweep), --config-dir DIR (your own recipes), --help
+  compress list                         recipes, stages and every option, with one line each
+  compress score MODEL [--budget NAME] [--teacher T] [KEY=VALUE ...]
+                                        score any checkpoint directory or GGUF file, also one made elsewhere
+  compress compare RUN [RUN ...] [--html FILE]
+                                        stages of one run, or runs side by side; writes one HTML page
+  compress verify BUNDLE                check every byte of a bundle
+  compress accept BUNDLE                measure the bundle's budget again, on this machine
+  compress gc [--store DIR] [--yes]     empty the store of what no run names
+
+exit codes: 0 ok, 2 configuration, 3 input or integrity, 4 budget violated, 5 memory, disk or lock, 130/143 signals
+"""
+
+
+def _run(arguments: list[str]) -> int:
+    from compress.launch import launch
+
+    if not arguments or arguments[0].startswith("-"):
+        if arguments[:1] in (["--help"], ["-h"]):
+            print(HELP + "\n" + _listing())
+            return EXIT_OK
+        raise ConfigError("run needs a recipe: compress run RECIPE; `compress list` names them")
+    plan = "--plan" in arguments
+    rest = [a for a in arguments[1:] if a != "--plan"]
+
+    def task(recipe: Any, run_dir: Path) -> int:
+        from compress import pipeline
+
+        return pipeline.plan(recipe) if plan else pipeline.run(recipe, run_dir)
+
+    return launch(arguments[0], rest, task)
+
+
+def _listing() -> str:
+    from compress.assets import configs_dir, recipes_dir
+
+    def first_line(path: Path) -> str:
+        return path.read_text().partition("\n")[0].removeprefix("#").strip()
+
+    lines = ["recipes"]
+    lines += [f"  {path.stem:<22} {first_line(path)}" for path in sorted(recipes_dir().glob("*.yaml"))]
+    for group in sorted(path for path in configs_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml"))):
+        how = "- /stage/NAME@stages.SLOT in a recipe" if group.name == "stage" else f"{group.name}=NAME"
+        lines += ["", f"{group.name}  ({how})"]
+        lines += [f"  {path.stem:<22} {first_line(path)}" for path in sorted(group.glob("*.yaml"))]
+    return "\n".join(lines)
+
+
+def _list(arguments: list[str]) -> int:
+    if arguments:
+        raise ConfigError(f"list takes no arguments, got {' '.join(arguments)}")
+    print(_listing())
+    return EXIT_OK
+
+
+def _score(arguments: list[str]) -> int:
+    from compress import verbs
+
+    return verbs.score(arguments)
+
+
+def _compare(arguments: list[str]) -> int:
+    from compress import verbs
+
+    return verbs.compare(arguments)
+
+
+def _verify(arguments: list[str]) -> int:
+    from compress import verbs
+
+    return verbs.verify(arguments)
+
+
+def _accept(arguments: list[str]) -> int:
+    from compress import verbs
+
+    return verbs.accept(arguments)
+
+
+def _gc(arguments: list[str]) -> int:
+    from compress import verbs
+
+    return verbs.gc(arguments)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run, "list": _list, "score": _score, "compare": _compare, "verify": _verify, "accept": _accept, "gc": _gc,
+}  # fmt: skip
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise SystemExit(EXIT_SIGTERM)
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"compress: {message}", file=sys.stderr)
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb and turn what went wrong into one sentence and an exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(HELP)
+        return EXIT_OK
+    if arguments[0] == "--version":
+        from compress import __version__
+
+        print(__version__)
+        return EXIT_OK
+    signal.signal(signal.SIGTERM, _terminated)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about their own next versions: noise to our users
+    try:
+        if arguments[0] not in VERBS:
+            raise ConfigError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], VERBS)}")
+        return VERBS[arguments[0]](arguments[1:])
+    except ConfigError as error:
+        return _fail(error, EXIT_CONFIG)
+    except ResourceError as error:
+        return _fail(error, EXIT_RESOURCES)
+    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+        return _fail(error, EXIT_INPUT)
+    except (OSError, MemoryError, RuntimeError) as error:
+        return _resources(error)
+    except KeyboardInterrupt:
+        return _fail("interrupted; repeat the command to go on", EXIT_SIGINT)
+    except BaseException as error:
+        if type(error).__name__ == "Interrupted":  # compress.train.loop; importing it here would import torch
+            return 128 + int(getattr(error, "signum", 2))
+        raise
+
+
+def _resources(error: BaseException) -> int:
+    """Out of memory or disk is exit 5 with a sentence; anything else is a bug and keeps its traceback."""
+    text = str(error)
+    disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM) or "No space left" in text
+    memory = isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower()
+    if disk:
+        return _fail(f"the disk refuses ({text}); free space or set store=DIR, then repeat the command to go on", EXIT_RESOURCES)
+    if memory:
+        return _fail(f"out of memory ({text.splitlines()[0] if text else 'MemoryError'}); lower micro_batch_sequences or eval.batch_size", EXIT_RESOURCES)
+    raise error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Limits against metrics: every limit becomes a verdict, and every verdict is a sentence.
+
+A value with a confidence interval passes only when the whole interval is inside the limit, fails only when all of it is outside, and
+is INCONCLUSIVE in between. Values without one (bytes, parameters, milliseconds of this run) are compared as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
+
+BYTES = ("size_bytes", "peak_rss_bytes")
+
+
+def human(metric: str, value: float) -> str:
+    """A value with its unit, as people say it."""
+    if metric in BYTES:
+        return f"{value / 1e6:,.1f} MB"
+    if metric == "params":
+        return f"{value / 1e6:,.1f}M parameters"
+    if "_ms" in metric:
+        return f"{value:,.1f} ms"
+    if metric == "tok_per_sec":
+        return f"{value:,.0f} tokens/s"
+    if metric.startswith(("kept", "acc/", "flips/")) or metric == "top1_agree":
+        return f"{100 * value:.1f}%"
+    return f"{value:.4g}"
+
+
+def judge(scores: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], limits: Mapping[str, Any], *, enforced: bool) -> list[dict[str, Any]]:
+    """One verdict a limit (objects with max, min, why). A metric that was not measured is INCONCLUSIVE."""
+    return [_verdict(name, scores.get(name), intervals.get(name), limit, enforced) for name, limit in limits.items()]
+
+
+def _verdict(name: str, value: float | None, interval: tuple[float, float] | None, limit: Any, enforced: bool) -> dict[str, Any]:
+    op, bound = ("<=", limit.max) if limit.max is not None else (">=", limit.min)
+    verdict = {"limit": name, "bound": bound, "op": op, "value": value, "enforced": enforced, "why": limit.why}
+    if value is None:
+        return verdict | {"verdict": INCONCLUSIVE, "sentence": f"{name} was not measured, so its limit {op} {human(name, bound)} can't be judged"}
+    low, high = interval or (value, value)
+    inside = [high <= bound, low <= bound] if op == "<=" else [low >= bound, high >= bound]
+    word = PASS if inside[0] else INCONCLUSIVE if inside[1] else FAIL
+    spread = f" (95% interval {human(name, low)} to {human(name, high)})" if interval else ""
+    relation = {PASS: "is within", FAIL: "violates", INCONCLUSIVE: "can't be told from"}[word]
+    side = "at most" if op == "<=" else "at least"
+    return verdict | {"verdict": word, "sentence": f"{name} {human(name, value)}{spread} {relation} the limit of {side} {human(name, bound)}"}
+
+
+def failed(verdicts: list[dict[str, Any]], *, strict: bool) -> bool:
+    """Whether enforced verdicts make the run exit with 4."""
+    bad = (FAIL, INCONCLUSIVE) if strict else (FAIL,)
+    return any(v["enforced"] and v["verdict"] in bad for v in verdicts)

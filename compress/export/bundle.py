@@ -1,0 +1,99 @@
+"""The bundle: what a deployment team receives, and can check without trusting us.
+
+    hf/               the checkpoint as a plain Hugging Face directory
+    model-TYPE.gguf   the same weights for llama.cpp, when the recipe exports them
+    README.md         model card: score table, verdicts, lineage, licences
+    manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
+    teacher_items.jsonl  the teacher's answers, so that accuracy kept can be measured again
+    SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from compress.checkpoint import sha256_file
+from compress.report.records import Run
+from compress.report.table import markdown_table, verdict_lines
+from compress.store import STAGE_JSON, commit, file_table, write_json
+
+SUMS = "SHA256SUMS"
+LINE = re.compile(r"^([0-9a-f]{64}) [ *](.+)$")
+
+
+def write_bundle(final: Path, run: Run, checkpoint: Path, files: list[Any], teacher: Any, *, passed: bool) -> Path:
+    """Write the bundle of a finished run beside `final` and rename it into place. Returns `final`."""
+    part = final.with_name(".bundle.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(checkpoint, part / "hf", ignore=shutil.ignore_patterns(STAGE_JSON))
+    for shipped in files:
+        shutil.copyfile(shipped.model.path, part / shipped.model.path.name)
+    source = json.loads((teacher.path / "source.json").read_text()) if (teacher.path / "source.json").is_file() else {}
+    origin = {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest} | source
+    first = next(r for r in run.records if r["slot"] == "teacher")
+    shutil.copyfile(run.path / f"{first['index']:02d}-teacher" / "items.jsonl", part / "teacher_items.jsonl")
+    judged = files[0].record if files else run.final
+    manifest = {
+        "schema": 1, "run": run.info["name"], "budget": "PASS" if passed else "FAIL", "teacher": origin, "config": run.info["config"],
+        "judged": files[0].model.path.name if files else "hf", "scores": judged["scores"], "verdicts": judged["verdicts"],
+        "machine": run.info["machine"], "versions": run.info["versions"], "git_sha": run.info["git_sha"],
+        "lineage": [{k: r[k] for k in ("slot", "technique", "parent", "digest", "key", "stage_config", "metrics")} for r in run.records],
+        "files": file_table(part),
+    }  # fmt: skip
+    write_json(part / "manifest.json", manifest)
+    (part / "README.md").write_text(model_card(run, manifest, passed=passed))
+    table = file_table(part)
+    (part / SUMS).write_text("".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(table.items())))
+    shutil.rmtree(final, ignore_errors=True)
+    commit(part, final)
+    return final
+
+
+def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
+    """The bundle's README: what it is, what it costs, where it comes from."""
+    origin = manifest["teacher"]
+    lines = [
+        f"# {run.info['recipe']}: a student of {origin['source']}", "",
+        "" if passed else "**This bundle violates its budget; see the verdicts below.**\n",
+        f"Made by `compress run {run.info['recipe']}` ({run.info['name']}). `{manifest['judged']}` is the file that was judged.", "",
+        "## Scores", "", markdown_table(run.records), "", "## Verdicts", "",
+        *[f"- {line}" for line in verdict_lines(run.records)], "", "## Lineage", "",
+        *[f"{i}. `{e['slot']}` ({e['technique']}) from `{e['parent'] or 'nothing'}`, weights sha256 `{e['digest'][:16]}`"
+          for i, e in enumerate(manifest["lineage"], 1)], "",
+        "## Licences", "",
+        f"- Teacher: {origin.get('licence', 'unknown; ask its publisher')}. The student is a derived work and stays under those terms.",
+        *[f"- Training text: {name}" for name in [*run.info['config']['data']['train'], *run.info['config']['data']['chat']]], "",
+        "## Check it", "", "```", f"sha256sum -c {SUMS}", "compress verify .", "compress accept .   # measures the budget again on this machine", "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def verify_bundle(bundle: Path) -> dict[str, Any]:
+    """Compare every byte with SHA256SUMS. Returns the manifest. ValueError naming every file that differs, lacks or does not belong."""
+    sums = bundle / SUMS
+    if not sums.is_file():
+        raise ValueError(f"{bundle} is no bundle: {SUMS} is missing; give the folder bundle/ of a run")
+    expected: dict[str, str] = {}
+    for number, line in enumerate(sums.read_text().splitlines(), 1):
+        match = LINE.match(line)
+        if not match or PurePosixPath(match[2]).is_absolute() or ".." in PurePosixPath(match[2]).parts:
+            raise ValueError(f"{sums}, line {number} is not 'sha256  relative/name': {line!r}; the bundle was damaged or made to mislead")
+        expected[match[2]] = match[1]
+    found = {str(p.relative_to(bundle)): p for p in bundle.rglob("*") if p.is_symlink() or p.is_file()}
+    found.pop(SUMS)
+    bad = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    bad += [f"{name} is not in {SUMS}" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(expected.keys() & found.keys()):
+        if found[name].is_symlink():
+            bad.append(f"{name} is a symbolic link")
+        elif sha256_file(found[name]) != expected[name]:
+            bad.append(f"{name} was changed")
+    if bad:
+        raise ValueError(f"{bundle} does not verify: {'; '.join(bad)}. Copy the bundle again from its source")
+    if "manifest.json" not in expected:
+        raise ValueError(f"{bundle} has no manifest.json; copy the bundle again from its source")
+    return dict(json.loads((bundle / "manifest.json").read_text()))

@@ -1,0 +1,257 @@
+"""A checkpoint as one GGUF file for llama.cpp, and back.
+
+Names: `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`; tied embeddings are in it once, no `output.weight`.
+Rotary layout: HF Llama rotates row j with row j + d/2 of a head (d: head width), llama.cpp's "llama" architecture rows
+2j and 2j + 1; so q and k rows are interleaved on the way out and back on the way in. Codes and scales are rows too:
+they move along and are never computed again. qwen2 keeps HF's layout.
+Blocks of 32 values with one fp16 scale s (ggml's block_q4_0, block_q8_0):
+  Q4_0  w = s (c - 8), byte j of 16 holds c[j] in its low and c[j + 16] in its high half      4.5 bits
+  Q8_0  w = s c, 32 signed bytes                                                              8.5 bits
+All matrices, the embedding too, get the type asked for; 1-D tensors stay F32.
+Left out: K-quants, mixed types, rope scaling, experts, attention biases of Llama: refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.checkpoint import check, load_tokenizer, weight_files
+from compress.export.gguf_tokenizer import write_tokenizer
+
+BLOCK = 32
+TYPES = ("F16", "Q8_0", "Q4_0")
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # HF model_type -> general.architecture
+_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}  # llama_ftype: the file's main type
+_GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]:
+    """Writes `checkpoint` as `out_file` in `type` (F16, Q8_0, Q4_0); returns `size_bytes`, `params`, `bits_per_weight`.
+
+    With `quant.safetensors` in the checkpoint, its codes and scales are written as they are. ValueError: a type that is
+    not their grid, an architecture, tensor or tokenizer without a place in the file, values that the type can't hold.
+    """
+    import gguf
+    from transformers import AutoConfig
+
+    if type not in TYPES:
+        raise ValueError(f"export of {checkpoint}: type {type!r} is unknown; allowed: {', '.join(TYPES)}")
+    check(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    arch = _architecture(config, checkpoint)
+    part = out_file.with_name(out_file.name + ".part")
+    writer = gguf.GGUFWriter(part, arch)
+    _write_config(writer, config, type)
+    write_tokenizer(writer, load_tokenizer(checkpoint), config.vocab_size)
+    for name, raw, kind in _packed(checkpoint, type, config, arch):
+        writer.add_tensor(_to_gguf(name), raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(part, out_file)
+    return file_size(out_file)
+
+
+def _architecture(config: Any, checkpoint: Path) -> str:
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"{checkpoint}: model_type {config.model_type!r} can't be written as GGUF; "
+            f"allowed: {', '.join(ARCHITECTURES)}"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"{checkpoint}: rope_type {rope['rope_type']!r} can't be written as GGUF; allowed: default")
+    if config.model_type == "mistral" and config.sliding_window is not None:
+        raise ValueError(f"{checkpoint}: sliding_window {config.sliding_window} can't be written; allowed: null")
+    return ARCHITECTURES[config.model_type]
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _write_config(writer: Any, config: Any, type: str) -> None:
+    writer.add_name(f"compress {config.model_type}")
+    writer.add_file_type(_FILE_TYPES[type])
+    writer.add_quantization_version(2)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _to_gguf(name: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    if stem in _GLOBAL:
+        return f"{_GLOBAL[stem]}.{suffix}"
+    head, _, rest = stem.removeprefix("model.layers.").partition(".")
+    if (
+        not head.isdigit()
+        or rest not in _LAYER
+        or (suffix == "bias" and rest[-6:] not in ("q_proj", "k_proj", "v_proj"))
+    ):
+        raise ValueError(f"tensor {name} has no place in a GGUF; export this model as Hugging Face")
+    return f"blk.{head}.{_LAYER[rest]}.{suffix}"
+
+
+def _to_hf(name: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    for table, prefix, key in ((_GLOBAL, "", stem), (_LAYER, "model.layers.", stem.split(".", 2)[-1])):
+        for hf, short in table.items():
+            if short == key:
+                return f"{prefix}{stem.split('.')[1] + '.' if prefix else ''}{hf}.{suffix}"
+    raise ValueError(f"GGUF tensor {name} is unknown; allowed: {', '.join([*_GLOBAL.values(), *_LAYER.values()])}")
+
+
+def _interleave(heads: int, rows: int) -> np.ndarray:
+    """Row order p of `heads` stacked heads with gguf[i] = hf[p[i]]: within a head 0, d/2, 1, d/2 + 1, ..."""
+    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _row_order(config: Any, arch: str) -> Callable[[str], Any]:
+    """HF tensor name -> index of its rows in the order in which they are written."""
+    d, q, kv = _head_dim(config), config.num_attention_heads, config.num_key_value_heads
+    orders = {"q_proj": _interleave(q, q * d), "k_proj": _interleave(kv, kv * d)} if arch == "llama" else {}
+    return lambda name: orders.get(name.split(".")[-2], slice(None))
+
+
+def _packed(checkpoint: Path, type: str, config: Any, arch: str) -> Iterator[tuple[str, np.ndarray, str]]:
+    """(HF name, bytes or values as the writer takes them, ggml type) of every tensor of the checkpoint."""
+    codes, row_order = _open_codes(checkpoint, type), _row_order(config, arch)
+    for name, tensor in _weights(checkpoint):
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        w, rows = tensor.float().numpy(), row_order(name)
+        if w.ndim == 1:
+            yield name, w[rows], "F32"
+        else:
+            blocks = _encode(name, w, type) if codes is None else _pack_codes(name, w, codes)
+            yield name, blocks[rows], type
+
+
+def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for file in weight_files(checkpoint):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (the handle is no mapping)
+                yield name, weights.get_tensor(name)
+
+
+def _open_codes(checkpoint: Path, type: str) -> Any | None:
+    from safetensors import safe_open
+
+    path = checkpoint / "quant.safetensors"
+    if not path.exists():
+        return None
+    codes = safe_open(path, framework="np")
+    grid = (codes.metadata() or {}).get("grid", "none")
+    if grid != type.lower():
+        raise ValueError(
+            f"{checkpoint}: its codes are on the grid {grid!r}, the type asked for is {type}; "
+            f"export it as {grid.upper()}, or export the unquantized parent"
+        )
+    return codes
+
+
+def _pack_codes(name: str, w: np.ndarray, codes: Any) -> np.ndarray:
+    """(O, I) codes and (O, I/32) scales -> (O, bytes) blocks. ValueError when absent or not what `w` (O, I) is."""
+    if f"{name}.codes" not in codes.keys():  # noqa: SIM118
+        raise ValueError(f"quant.safetensors has no codes for {name}; quantize all matrices, the embedding too")
+    c, s = codes.get_tensor(f"{name}.codes"), codes.get_tensor(f"{name}.scales").astype(np.float16)
+    blocks = c.reshape(-1, BLOCK)
+    centre = 8 if c.dtype == np.uint8 else 0
+    decoded = (blocks.astype(np.float32) - centre) * s.reshape(-1, 1).astype(np.float32)
+    if not np.array_equal(decoded, w.reshape(-1, BLOCK)):
+        raise ValueError(f"{name}: model.safetensors differs from what quant.safetensors decodes to; quantize it again")
+    body = blocks[:, :16] | (blocks[:, 16:] << 4) if centre else blocks.view(np.uint8)
+    return np.concatenate([s.reshape(-1, 1).view(np.uint8), body], axis=1).reshape(len(w), -1)
+
+
+def _encode(name: str, w: np.ndarray, type: str) -> np.ndarray:
+    import gguf
+
+    if type == "F16":
+        half = w.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise ValueError(f"{name}: values up to {np.abs(w).max():.3g} don't fit F16 (65504); export as Q8_0")
+        return half
+    if w.shape[-1] % BLOCK:
+        raise ValueError(f"{name}: rows of {w.shape[-1]} are no multiple of {BLOCK}, which {type} needs; export as F16")
+    return gguf.quants.quantize(w, gguf.GGMLQuantizationType[type])
+
+
+def read_fields(file: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Metadata of a GGUF as plain Python values, and its tensors as `gguf.ReaderTensor`. ValueError: not a GGUF."""
+    import gguf
+
+    if not file.is_file():
+        raise ValueError(f"{file}: no such GGUF file")
+
+    class Reader(gguf.GGUFReader):
+        """Reads through a plain array: slicing a memmap object 1.5 million times takes 2 s, a view of it 0.5 s."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
+
+    reader = Reader(file)
+    return {key: field.contents() for key, field in reader.fields.items()}, list(reader.tensors)
+
+
+def file_size(file: Path) -> dict[str, float]:
+    """`size_bytes`, `params`, `bits_per_weight` of a GGUF: all of its bytes over all of its tensors' elements."""
+    params = sum(int(tensor.n_elements) for tensor in read_fields(file)[1])
+    size = file.stat().st_size
+    return {"size_bytes": size, "params": params, "bits_per_weight": 8 * size / params}
+
+
+def decode_gguf(file: Path) -> dict[str, Tensor]:
+    """HF state-dict name -> fp32 tensor, of a Llama or Qwen2 GGUF: exactly the file's numbers, in HF's row order."""
+    return decode_tensors(*read_fields(file))
+
+
+def decode_tensors(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]:
+    """`decode_gguf` of what `read_fields` returned. ValueError: an architecture or tensor that is not known."""
+    arch = fields["general.architecture"]
+    if arch not in ARCHITECTURES.values():
+        raise ValueError(f"the GGUF's architecture {arch!r} can't be decoded; allowed: llama, qwen2")
+    return {_to_hf(t.name): _decode(t, fields, arch) for t in tensors}
+
+
+def _decode(tensor: Any, fields: dict[str, Any], arch: str) -> Tensor:
+    import gguf
+
+    w = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=True)
+    kind = tensor.name.split(".")[-2]
+    if arch == "llama" and kind in ("attn_q", "attn_k"):
+        heads = fields["llama.attention.head_count" + ("_kv" if kind == "attn_k" else "")]
+        inverse = np.argsort(_interleave(heads, len(w)))
+        w = w[inverse]
+    return torch.from_numpy(w)

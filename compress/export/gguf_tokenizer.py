@@ -1,0 +1,163 @@
+"""Byte-level BPE tokenizers between Hugging Face and GGUF.
+
+A GGUF stores vocabulary, merges and token types, but the pre-tokenizer (how text is cut before merging) by name only,
+`tokenizer.ggml.pre`; llama.cpp holds the rules behind the name. `PRE_TOKENIZERS` is our copy of those rules, read in
+both directions: a name that is not in it is refused on import, rules that are not in it are refused on export. A guess
+would give other token ids, hence another model. ("\\n\\n1" is [1116, 33] for SmolLM2; without its digit splitter it
+becomes [198, 198, 33].)
+
+Left out: SentencePiece and Unigram tokenizers, and normalizers other than Qwen2's NFC, which llama.cpp does not apply.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# llama.cpp's src/llama-vocab.cpp, llama_token_type
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+
+
+def _split(regex: str) -> dict[str, Any]:
+    cut = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [cut, {**_BYTE_LEVEL, "use_regex": False}]}
+
+
+# tokenizer.ggml.pre -> the pre-tokenizer as `tokenizers` writes it
+PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "gpt-2": _BYTE_LEVEL,
+    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]},
+    "llama-bpe": _split(_WORDS + r"\p{N}{1,3}" + _SYMBOLS + _TAIL),
+    "qwen2": _split(_WORDS + r"\p{N}" + _SYMBOLS + _TAIL),
+}
+
+
+def pre_name(tokenizer: Any) -> str:
+    """The `tokenizer.ggml.pre` name of a fast HF tokenizer. ValueError when llama.cpp would cut text otherwise."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if state["model"]["type"] != "BPE":
+        raise ValueError(f"the tokenizer's model is {state['model']['type']}; allowed in a GGUF: byte-level BPE")
+    found = _rules(state["pre_tokenizer"])
+    names = [name for name, rules in PRE_TOKENIZERS.items() if found == _rules(rules)]
+    if not names:
+        raise ValueError(
+            f"the tokenizer's pre-tokenizer {json.dumps(state['pre_tokenizer'])} is not known to be one of llama.cpp's "
+            f"(known: {', '.join(PRE_TOKENIZERS)}); add it to PRE_TOKENIZERS and compare token ids with llama.cpp"
+        )
+    if state["model"].get("ignore_merges", False) != (names[0] == "llama-bpe"):
+        raise ValueError(
+            f"a {names[0]} tokenizer has ignore_merges = {names[0] != 'llama-bpe'}, which llama.cpp reverses"
+        )
+    if state["normalizer"] is not None and (names[0], state["normalizer"]["type"]) != ("qwen2", "NFC"):
+        raise ValueError(f"the tokenizer's normalizer {state['normalizer']['type']} is not in llama.cpp; allowed: none")
+    return names[0]
+
+
+def _rules(pre_tokenizer: Any) -> Any:
+    """The rules without what does not change ids: `trim_offsets`, and ByteLevel's own default of `use_regex`."""
+    if isinstance(pre_tokenizer, list):
+        return [_rules(entry) for entry in pre_tokenizer]
+    if not isinstance(pre_tokenizer, dict):
+        return pre_tokenizer
+    if pre_tokenizer.get("type") == "ByteLevel":
+        return ("ByteLevel", pre_tokenizer["add_prefix_space"], pre_tokenizer.get("use_regex", True))
+    return {key: _rules(value) for key, value in pre_tokenizer.items()}
+
+
+def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
+    """Adds vocabulary, merges, types, special tokens and chat template of an HF tokenizer to a `gguf.GGUFWriter`."""
+    pre = pre_name(tokenizer)
+    vocab = {index: token for token, index in tokenizer.get_vocab().items()}
+    if max(vocab) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {max(vocab)}, the model embeds {vocab_size} tokens; one is foreign"
+        )
+    added = tokenizer.added_tokens_decoder
+    kinds = [
+        (CONTROL if added[i].special else USER_DEFINED) if i in added else NORMAL if i in vocab else UNUSED
+        for i in range(vocab_size)
+    ]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([vocab.get(i, f"[PAD{i}]") for i in range(vocab_size)])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
+    writer.add_add_space_prefix(False)
+    for add, index in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if index is not None:
+            add(index)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
+    """Writes the HF tokenizer files of a GGUF's metadata into `out`; returns its special ids (`bos_token_id`, ...)."""
+    from tokenizers import AddedToken, Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    pre = _known_pre(fields)
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    state = json.loads(backend.to_str()) | {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": _BYTE_LEVEL}
+    state["post_processor"] = _BYTE_LEVEL | {"trim_offsets": False}
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+        state["post_processor"] = _prepend(tokens, fields["tokenizer.ggml.bos_token_id"])
+    backend = Tokenizer.from_str(json.dumps(state))
+    added = [pair for pair in zip(tokens, kinds, strict=True) if pair[1] in (CONTROL, USER_DEFINED)]
+    backend.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added])
+    length = fields.get(f"{fields['general.architecture']}.context_length")
+    special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=length, **special
+    )
+    tokenizer.chat_template = fields.get("tokenizer.chat_template")
+    tokenizer.save_pretrained(out)
+    _portable(out / "tokenizer_config.json")
+    return {f"{name}_token_id": index for name, index in ids.items() if index is not None and name != "unk"}
+
+
+def _portable(file: Path) -> None:
+    """transformers 5 writes a class name and a key that older readers (vLLM) don't know; all know the old name."""
+    config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.pop("backend", None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _known_pre(fields: dict[str, Any]) -> str:
+    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"the GGUF's tokenizer is model {model!r} with pre-tokenizer {pre!r}; known are model 'gpt2' with "
+            f"{', '.join(PRE_TOKENIZERS)}. A guess would change token ids: use this model's Hugging Face checkpoint"
+        )
+    return str(pre)
+
+
+def _prepend(tokens: list[str], index: int) -> dict[str, Any]:
+    """The post-processor that puts BOS (`index`) before a text."""
+    token = tokens[index]
+    bos = {"SpecialToken": {"id": token, "type_id": 0}}
+    text = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, text[0]],
+        "pair": [bos, *text],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
+    }

@@ -1,0 +1,242 @@
+"""From a command line to a checked `Recipe`: Hydra composes, and nothing that Hydra could execute gets that far.
+
+Hydra runs `_target_` nodes below its own `hydra` key before the program's main (callbacks, launchers, log handlers), and the resolver
+`oc.env` would copy secrets into records. So recipes, their --config-dir and all overrides are first read as plain data and
+refused when they hold `_target_`, `oc.env` or any `hydra` key outside ALLOWED_HYDRA; after composing, the resolver is disabled and the
+composed `hydra` node is compared with the one a trusted recipe gives.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.assets import configs_dir, recipes_dir
+from compress.errors import ConfigError, nearest
+
+ALLOWED_HYDRA = ("run.dir", "sweep.dir", "sweep.subdir", "job.name", "sweeper.params")
+REFUSED_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun", "--shell-completion", "-sc")
+OVERRIDE = re.compile(r"^(~|\+\+|\+)?(?P<key>[^=@]+)(@[^=]*)?(=|$)", re.DOTALL)
+
+
+def recipe_names(folder: Path) -> list[str]:
+    """Recipes of a folder, by name."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every key of nested dicts and lists."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        here = f"{path}.{key}" if path else str(key)
+        yield here, value
+        yield from _walk(value, here)
+
+
+def _refuse(what: str, where: object) -> None:
+    raise ConfigError(
+        f"{where} holds {what}; a recipe is data and can't name code, the environment or Hydra's internals. Allowed below hydra: {', '.join(ALLOWED_HYDRA)}"
+    )
+
+
+def check_text(text: str, where: object) -> None:
+    """Refuse what Hydra or OmegaConf could execute, in one YAML document. ConfigError naming the file and the key."""
+    header = re.search(r"^\s*#\s*@package\s+(\S+)", text, re.MULTILINE)
+    if header and header.group(1).split(".")[0] == "hydra":
+        _refuse("the package hydra", where)
+    if re.search(r"oc\s*\.\s*env", text):
+        _refuse("the resolver oc.env", where)
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from error
+    for path, _ in _walk(tree):
+        parts = path.split(".")
+        if "_target_" in parts:
+            _refuse("_target_", f"{where}, key {path}")
+        if parts[0] == "defaults" and re.search(r"(^|[\s/.@])hydra([/.@]|$)", parts[-1]):
+            _refuse(f"the defaults entry {parts[-1]!r}", where)
+        if parts[0] == "hydra" and not any(rule == ".".join(parts[1:]) or rule.startswith(".".join(parts[1:]) + ".") or
+                                           path.startswith(f"hydra.{rule}.") for rule in ALLOWED_HYDRA) and parts[1:]:  # fmt: skip
+            _refuse(f"the key {path}", where)
+    for entry in (tree or {}).get("defaults", []) if isinstance(tree, dict) else []:
+        if isinstance(entry, str) and re.search(r"(^|[\s/])hydra([/.@]|$)", entry):
+            _refuse(f"the defaults entry {entry!r}", where)
+
+
+def check_override(override: str) -> None:
+    """Refuse an override of the command line that Hydra could execute."""
+    if "_target_" in override:
+        _refuse("_target_", f"override {override!r}")
+    if re.search(r"oc\s*\.\s*env", override):
+        _refuse("the resolver oc.env", f"override {override!r}")
+    match = OVERRIDE.match(override)
+    key = match["key"].strip() if match else override
+    if key.split(".")[0].split("/")[0].split("@")[0] == "hydra" or "@hydra" in override.split("=")[0]:
+        if key.removeprefix("hydra.") not in ALLOWED_HYDRA and not key.startswith("hydra.sweeper.params."):
+            _refuse(f"the key {key}", f"override {override!r}")
+
+
+def _config_dir(arguments: list[str]) -> Path | None:
+    for index, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            value = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
+            if not Path(value).is_dir():
+                raise ConfigError(f"--config-dir {value!r} is not a directory; give the folder that holds your recipes")
+            return Path(value).resolve()
+    return None
+
+
+def check_arguments(recipe: str, arguments: list[str]) -> Path:
+    """Refuse an unknown recipe, executable content and refused flags before Hydra starts. Returns the recipe's folder."""
+    own = _config_dir(arguments)
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag in REFUSED_FLAGS:
+            raise ConfigError(f"{flag} is not available; name the recipe after `run`, and add your own folder with --config-dir DIR")
+        check_override(argument) if not argument.startswith("-") else None
+    if own:
+        for file in sorted(own.rglob("*.y*ml")):
+            if "hydra" in file.relative_to(own).parts[:-1]:
+                _refuse("a folder named hydra", own)
+            check_text(file.read_text(), file)
+    folder = own if own and (own / f"{recipe}.yaml").is_file() else recipes_dir()
+    if not re.fullmatch(r"[\w.-]+", recipe) or not (folder / f"{recipe}.yaml").is_file():
+        names = recipe_names(recipes_dir()) + (recipe_names(own) if own else [])
+        raise ConfigError(f"recipe {recipe!r} does not exist; {nearest(recipe, names)}. Your own: --config-dir DIR")
+    return folder
+
+
+def expand_teacher(arguments: list[str]) -> list[str]:
+    """`teacher=PATH_OR_HUB_ID` becomes `teacher=custom teacher.source=...` unless it is an option of configs/teacher/."""
+    options = recipe_names(configs_dir() / "teacher")
+    expanded: list[str] = []
+    for argument in arguments:
+        value = argument.removeprefix("teacher=")
+        if value == argument or value in options:
+            expanded.append(argument)
+            continue
+        if not (os.sep in value or value.endswith(".gguf") or Path(value).exists()):
+            raise ConfigError(f"teacher={value!r} is neither an option nor a path nor a hub id (owner/name); {nearest(value, options)}")
+        expanded += ["teacher=custom", f"teacher.source='{value}'"]
+    return expanded
+
+
+def trust_hydra() -> None:
+    """Make configs/ findable, and disable the resolver that reads the environment."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+    from omegaconf import OmegaConf
+
+    from compress.config import register
+
+    class Vocabulary(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.append("compress", f"file://{configs_dir()}")
+
+    def no_environment(*_: Any) -> str:
+        raise ConfigError("the resolver oc.env is not available: it would copy the environment into records")
+
+    register()
+    Plugins.instance().register(Vocabulary)
+    OmegaConf.register_new_resolver("oc.env", no_environment, replace=True)
+
+
+def _check_hydra_node(folder: Path, recipe: str, overrides: list[str]) -> None:
+    """Compose once more without running anything and compare what Hydra would instantiate with its own defaults."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    def instantiated(name: str, where: Path, extra: list[str]) -> Any:
+        with initialize_config_dir(str(where), version_base="1.3"):
+            node = OmegaConf.to_container(compose(name, extra, return_hydra_config=True).hydra, resolve=False)
+        assert isinstance(node, dict)
+        node["sweeper"].pop("params", None)
+        return {key: node[key] for key in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging", "hydra_help", "help", "env")}
+
+    if instantiated(recipe, folder, overrides) != instantiated("base", configs_dir(), []):
+        _refuse("settings of Hydra's launcher, sweeper, callbacks or logging", f"recipe {recipe!r}")
+
+
+def explain(error: Exception) -> str:
+    """A composition error of Hydra or OmegaConf as one sentence with the nearest valid name."""
+    from compress.config import SCHEMAS
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for cause in chain:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+    text = " | ".join(dict.fromkeys(str(link) for link in chain))
+    key = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text)
+    if key:
+        schema = next((s for s in SCHEMAS.values() if s.__name__ == key[2]), None)
+        full = re.search(r"full_key: (\S+)", text)
+        fields = list(getattr(schema, "__dataclass_fields__", {})) if schema else []
+        return f"unknown key {full[1] if full else key[1]!r}; {nearest(key[1], fields)}"
+    option = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    if option:
+        folder = configs_dir() / option[1]
+        if folder.is_dir():
+            return f"{option[1]}={option[2]!r} is no option; {nearest(option[2], recipe_names(folder))}"
+        groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
+        return f"group {option[1]!r} does not exist; {nearest(option[1], groups)}"
+    group = re.search(r"Could not override '([^']+)'", text)
+    if group:
+        groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
+        return f"{group[1]!r} is no key or group of this recipe; {nearest(group[1], groups)}"
+    full = re.search(r"full_key: (\S+)", text)
+    first = text.split(" | ")[0].splitlines()[0] if text else type(error).__name__
+    first = next((line for line in re.split(r" \| |\n", text) if "could not be converted" in line or "Invalid value" in line), first)
+    return f"{full[1]}: {first}" if full and full[1] not in first else first
+
+
+def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path], int]) -> int:
+    """Run `task(recipe, run directory)` for the composed recipe; with -m once for every job of the sweep. Returns the worst exit code.
+
+    ConfigError for whatever can't be composed, before any work and with nothing left behind.
+    """
+    folder = check_arguments(recipe, arguments)
+    arguments = expand_teacher(arguments)
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    codes = [0]
+
+    def job(composed: Any) -> None:
+        logging.getLogger().setLevel(logging.WARNING)  # Hydra sets INFO, which makes every library talk
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            program = OmegaConf.to_object(composed)
+            codes.append(task(program, run_dir))
+        finally:
+            if run_dir.is_dir() and not any(run_dir.iterdir()):
+                run_dir.rmdir()
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed
+    named = [] if any(a.startswith("hydra.job.name=") for a in arguments) else [f"hydra.job.name={recipe}"]
+    sys.argv = ["compress run " + recipe, *arguments, *named]
+    plain = [a for a in arguments if not a.startswith("-") and (OVERRIDE.match(a) or "=" in a) and "=" in a]
+    try:
+        trust_hydra()
+        if not {"-m", "--multirun", "--help", "-h", "--hydra-help", "--info", "-i"} & set(arguments):
+            _check_hydra_node(folder, recipe, plain)
+        hydra.main(version_base="1.3", config_path=str(folder), config_name=recipe)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+    return max(codes)

@@ -1,0 +1,75 @@
+"""What may be cut, and what a Hugging Face config says afterwards. No torch at import: a plan needs only numbers.
+
+Supported are decoder-only models built of `model.layers[i].mlp.{gate,up,down}_proj`. Everything stays uniform across
+layers, so that stock transformers, llama.cpp and vLLM load the result. A target width goes to the nearest multiple
+(halves up, never 0): asking for 900 with multiple 64 gives 896.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ARCHITECTURES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM",
+    "Gemma3ForCausalLM",
+)  # fmt: skip
+
+
+def check_architecture(config: dict[str, Any]) -> None:
+    """ValueError naming the architecture and what is allowed."""
+    got = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
+    if got not in ARCHITECTURES:
+        raise ValueError(
+            f"architecture {got} can't be pruned: needed is model.layers[i].mlp with gate_proj, up_proj and down_proj;"
+            f" allowed are {', '.join(ARCHITECTURES)}"
+        )
+
+
+def snap(width: int, multiple: int) -> int:
+    """The multiple nearest to `width`, halves up, at least one multiple."""
+    return max(1, (2 * width + multiple) // (2 * multiple)) * multiple
+
+
+def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:
+    """The config without those blocks: their count, and every list with an entry per block (`layer_types`, ...)."""
+    blocks = config["num_hidden_layers"]
+    per_block = {
+        key: [value[i] for i in range(blocks) if i not in dropped]
+        for key, value in config.items()
+        if "layer" in key and isinstance(value, list) and len(value) == blocks
+    }
+    return {**config, **per_block, "num_hidden_layers": blocks - len(dropped)}
+
+
+def open_parent(stage: Any, parent: Path) -> PreTrainedModel:
+    """The model of `parent` in fp32, after every refusal that needs no weights: ValueError naming the directory."""
+    from compress import checkpoint
+    from compress.quant.fake import FILE, is_quantized
+
+    checkpoint.check(parent)
+    if is_quantized(parent):
+        raise ValueError(f"{parent} is quantized ({FILE} is there): prune an unquantized checkpoint, then quantize")
+    try:
+        stage.check_shape(checkpoint.read_config(parent))
+    except ValueError as error:
+        raise ValueError(f"{parent}: {error}") from error
+    return checkpoint.load_model(parent)
+
+
+def save_checked(model: PreTrainedModel, out: Path, parent: Path) -> None:
+    """Save in bf16 and prove that stock transformers reads back exactly the model in memory, renumbering and all."""
+    import torch
+
+    from compress import checkpoint
+
+    checkpoint.save_model(model, out, tokenizer_from=parent)
+    ids_BL = torch.arange(8).remainder(model.config.vocab_size)[None]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+        here, reloaded = (m(ids_BL).logits for m in (model, checkpoint.load_model(out)))
+    assert torch.equal(here, reloaded), f"{out} does not reload to the model that was saved"

@@ -1,0 +1,1 @@
+"""Quantization: grids that ship (`grids/`) and training on them (`fake`)."""

@@ -1,0 +1,204 @@
+"""The one fake-quant module: a model computes with decode(codes(w, s), s), the optimizer moves the master weights w.
+
+Straight-through estimator: with q = round(w / s) and the grid's range [low, high], forward is s * clamp(q, low, high)
+and
+
+    dL/dw = dL/dw_q where low <= q <= high, else 0        (q before clamping)
+
+that is, rounding counts as the identity and clamping as itself: PACT (arXiv 1805.06085, section 3) for the clamp, LSQ
+(arXiv 1902.08153, section 2) for weights. LSQ's inequality is strict; here the end codes themselves pass gradient,
+because the largest weight of every Q4_0 block sits exactly on one and would never move again. Scales are fixed at
+fp16 values the file can hold.
+
+Cost: the quantized weight and its place in the autograd graph are kept until w or s changes (tensor version counters,
+and a hook on optimizer steps, since fused optimizers don't count), so a step of many micro-batches quantizes once, a
+tied embedding and head share one result, and each backward costs one masked copy. Nothing is saved for backward, so
+the kept node may be walked many times; w must not change between a forward and its backward. Memory: 4 bytes per
+weight. Writing to `weight.data` in place goes unseen; write under `torch.no_grad()`.
+
+Master weights keep their names and identity: the class of each Linear / Embedding is swapped for a subclass whose
+`weight` attribute is the quantized tensor, whatever its forward does, while `state_dict` and `parameters` still hold
+the master. Scales are buffers (`<module>.quant_scales`). The subclass can't be pickled or deep-copied; call `finish`
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from compress.checkpoint import save_model
+from compress.quant.grids import GRIDS, Grid
+
+FILE = "quant.safetensors"
+
+
+class _Snapped:
+    """One master weight on its grid: the values, and the graph node that leads back to the master."""
+
+    def __init__(self, home: nn.Module, grid: Grid, steps: list[int]) -> None:
+        self.home, self.grid, self.steps = home, grid, steps
+        self.key: tuple[int, ...] = ()
+        self.values = torch.empty(0)
+        self.linked: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """fp32 (R, C): the quantized weight, recomputed only when the master or the scales have changed."""
+        w = cast(nn.Parameter, self.home._parameters["weight"])
+        scales = cast(Tensor, self.home._buffers["quant_scales"])
+        key = (id(w), w._version, w.data_ptr(), id(scales), scales._version, self.steps[0])
+        if key != self.key:
+            self._refresh(w, scales)
+            self.key, self.linked = key, None
+        if not (torch.is_grad_enabled() and w.requires_grad):
+            return self.values
+        if self.linked is None:
+            self.linked = cast(Tensor, _StraightThrough.apply(w, self))
+        return self.linked
+
+    def _refresh(self, w: Tensor, scales: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            if self.values.shape != w.shape or self.values.device != w.device:
+                self.values = torch.empty_like(w, memory_format=torch.contiguous_format, requires_grad=False)
+            self.grid.snap(w, scales, self.values)
+
+    def to_master(self, grad: Tensor) -> Tensor:
+        """(R, C) -> (R, C): the straight-through gradient of the master."""
+        w, scales = self.home._parameters["weight"], self.home._buffers["quant_scales"]
+        return self.grid.unclipped(cast(Tensor, w), cast(Tensor, scales), grad)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, snapped: _Snapped) -> Tensor:
+        ctx.snapped = snapped
+        return snapped.values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.snapped.to_master(grad), None
+
+
+def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
+    """(state-dict name, home, all modules sharing it) of each Linear and Embedding weight; a tied one once, first name.
+
+    ValueError when another parameter has two or more dimensions: it could not be packed.
+    """
+    found: dict[int, tuple[str, nn.Module, list[nn.Module]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            weight = cast(Tensor, module._parameters["weight"])
+            found.setdefault(id(weight), (f"{path}.weight" if path else "weight", module, []))[2].append(module)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in found:
+            raise ValueError(
+                f"{name} with shape {tuple(parameter.shape)} belongs to no Linear or Embedding: only those can be "
+                "quantized; use another architecture"
+            )
+    yield from found.values()
+
+
+def attach(model: nn.Module, grid_name: str, scales: str = "round") -> None:
+    """Make each Linear and Embedding compute on the grid; scales by llama.cpp's rule ("round") or "search".
+
+    Master weights must be fp32. ValueError when a weight does not fit the grid (naming it), or when attached already.
+    """
+    grid = GRIDS[grid_name]
+    if hasattr(model, "fake_quant"):
+        raise ValueError("the model is fake-quantized already: call finish before attaching again")
+    chosen = []
+    for name, home, modules in quantizable(model):
+        weight = cast(Tensor, home.weight)
+        if weight.dtype != torch.float32:
+            raise ValueError(f"{name} is {weight.dtype}: masters must be fp32; load the model as torch.float32")
+        found = grid.search(weight, name=name) if scales == "search" else grid.encode(weight, name)[1]
+        chosen.append((name, home, modules, found))
+    steps = [0]
+    for _, home, modules, found in chosen:
+        home.register_buffer("quant_scales", found)
+        snapped = _Snapped(home, grid, steps)
+        for module in modules:
+            _swap(module, snapped)
+    places = [(name, home, modules) for name, home, modules, _ in chosen]
+    model.fake_quant = _Attached(grid, places, _count(steps))  # type: ignore[assignment]
+
+
+class _Attached:
+    def __init__(self, grid: Grid, places: list[tuple[str, nn.Module, list[nn.Module]]], hook: RemovableHandle) -> None:
+        self.grid, self.places, self.hook = grid, places, hook
+
+
+def _count(steps: list[int]) -> RemovableHandle:
+    def hook(*_: Any) -> None:
+        steps[0] += 1
+
+    return register_optimizer_step_post_hook(hook)
+
+
+def _swap(module: nn.Module, snapped: _Snapped) -> None:
+    """Give one instance a subclass of its own class whose `weight` is the quantized tensor."""
+    kind = type(module)
+    members = {"weight": property(lambda _: snapped.tensor()), "unquantized": kind}
+    module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), members)
+
+
+def finish(model: nn.Module) -> dict[str, Tensor]:
+    """Bake decode(codes) into the weights, undo everything `attach` added, return what `quant.safetensors` holds."""
+    attached = cast(_Attached, model.fake_quant)
+    tensors: dict[str, Tensor] = {}
+    for name, home, modules in attached.places:
+        scales = cast(Tensor, home._buffers.pop("quant_scales"))
+        for module in modules:
+            module.__class__ = type(module).unquantized  # type: ignore[attr-defined]
+        weight = cast(Tensor, home.weight)
+        tensors |= bake(weight, name, attached.grid, attached.grid.codes(weight, scales), scales)
+    attached.hook.remove()
+    del model.fake_quant
+    return tensors
+
+
+def bake(weight: Tensor, name: str, grid: Grid, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """Overwrite `weight` (R, C) by its decoded codes; returns its two entries of `quant.safetensors`, on the CPU."""
+    with torch.no_grad():
+        weight.copy_(grid.decode(codes, scales))
+    return {f"{name}.codes": codes.cpu(), f"{name}.scales": scales.cpu()}
+
+
+def save_quantized(
+    model: PreTrainedModel, out: Path, tokenizer_from: Path, tensors: dict[str, Tensor], grid: str
+) -> None:
+    """Write a baked model as a plain fp32 checkpoint, with `quant.safetensors` (codes, scales, the grid) beside it."""
+    save_model(model, out, tokenizer_from, dtype=torch.float32)
+    save_file(tensors, out / FILE, metadata={"grid": grid})
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether a checkpoint directory carries codes and scales."""
+    return (path / FILE).is_file()
+
+
+def load_quantized(path: Path) -> tuple[str, dict[str, tuple[Tensor, Tensor]]]:
+    """The grid's name and {tensor: (codes (R, C), scales (R, C / 32))}. ValueError when missing, damaged, unknown."""
+    if not is_quantized(path):
+        raise ValueError(f"{path} has no {FILE}: it is not quantized; run ptq or qat on it first")
+    try:
+        with safe_open(path / FILE, framework="pt") as file:
+            grid = (file.metadata() or {}).get("grid", "")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path / FILE} can't be read ({error}); make the checkpoint again") from error
+    if grid not in GRIDS:
+        raise ValueError(f"{path / FILE} says grid {grid!r}: known grids are {', '.join(GRIDS)}; make it again")
+    names = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
+    if {f"{name}.{part}" for name in names for part in ("codes", "scales")} != set(tensors):
+        raise ValueError(f"{path / FILE} does not hold codes and scales in pairs; make the checkpoint again")
+    return grid, {name: (tensors[f"{name}.codes"], tensors[f"{name}.scales"]) for name in names}

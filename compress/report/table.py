@@ -1,0 +1,192 @@
+"""Records as tables: the terminal (rich), the README and the model card (Markdown). One list of columns serves all.
+
+A cell is a value and, in a muted second line, its difference from a reference: the teacher's record within a run, the
+first run's record in a comparison. Ratios are shown in percent of the reference; KL, agreement and accuracy kept
+already compare with the teacher, so they carry a difference only between runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compress.report.records import Record, Run, teacher_of, worst
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+NONE = "-"  # ASCII: survives LANG=C and every pipe
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of a record and how it is written. `value * scale` with `digits` decimals; `ratio`: differences in %."""
+
+    key: str
+    head: str
+    digits: int
+    scale: float = 1.0
+    ratio: bool = True
+    against_teacher: bool = False
+    group: str = "scores"
+    suffix: str = ""
+
+    def value(self, record: Record) -> float | None:
+        return (record.get(self.group) or {}).get(self.key)
+
+    def text(self, record: Record) -> str:
+        value = self.value(record)
+        if value is None:
+            return NONE
+        value *= self.scale
+        if 0 < abs(value) < 10**-self.digits:
+            return f"{value:.1e}"
+        return f"{value:.{self.digits}f}{self.suffix}" if math.isfinite(value) else str(value)
+
+    def difference(self, record: Record, reference: Record | None) -> str:
+        """'-28%' or '+0.12', empty when there is nothing to compare."""
+        value, base = self.value(record), self.value(reference) if reference else None
+        if value is None or base is None or record is reference or not math.isfinite(value - base):
+            return ""
+        if not self.ratio:
+            return f"{(value - base) * self.scale:+.{self.digits}f}"
+        return f"{(value / base - 1) * 100:+.0f}%" if base else ""
+
+
+COLUMNS = (
+    Column("params", "params\n(M)", 1, 1e-6, against_teacher=True),
+    Column("size_bytes", "size\n(MB)", 1, 1e-6, against_teacher=True),
+    Column("bits_per_weight", "bits/\nweight", 2),
+    Column("kl_to_teacher", "KL to\nteacher", 4, ratio=False),
+    Column("top1_agree", "top-1\nagree", 1, 100, ratio=False, suffix="%"),
+    Column("bits_per_byte/heldout", "bits/\nbyte", 3, ratio=False, against_teacher=True),
+    Column("kept", "kept", 1, 100, ratio=False, suffix="%"),
+    Column("tok_per_sec", "tok/s", 1, against_teacher=True),
+    Column("ttft_ms_p50", "TTFT\n(ms)", 1, against_teacher=True),
+    Column("latency_ms_p50", "ms/tok\np50", 2, against_teacher=True),
+    Column("peak_rss_bytes", "RSS\n(MB)", 0, 1e-6, against_teacher=True),
+    Column("stage", "stage\n(min)", 1, 1 / 60, group="seconds"),
+)
+# What leaves a narrow terminal first. Everything else always stays.
+EXPENDABLE = ("ttft_ms_p50", "stage", "peak_rss_bytes", "bits_per_weight", "bits_per_byte/heldout", "tok_per_sec")
+
+
+def columns_of(records: Sequence[Record]) -> list[Column]:
+    """The columns that at least one of these records fills."""
+    return [c for c in COLUMNS if any(c.value(r) is not None for r in records)]
+
+
+def standing(record: Record) -> str:
+    """A slot's verdict in a word: the worst enforced one, else how many limits are already met ('2/4 met')."""
+    verdicts = record["verdicts"]
+    met = sum(v["verdict"] == "PASS" for v in verdicts)
+    return worst([record]) or (f"{met}/{len(verdicts)} met" if verdicts else NONE)
+
+
+def verdict_word(verdict: dict) -> str:
+    """PASS / FAIL / INCONCLUSIVE where the limit is enforced; elsewhere it is only a distance to the budget."""
+    distance = {"PASS": "met", "FAIL": "not yet", "INCONCLUSIVE": "open"}
+    return verdict["verdict"] if verdict.get("enforced") else distance[verdict["verdict"]]
+
+
+def verdict_lines(records: Sequence[Record]) -> list[str]:
+    """One line per limit and slot: 'PASS         gguf: size 58.6 MB is within 60.0 MB'."""
+    return [f"{verdict_word(v):<12} {r['slot']}: {v['sentence']}" for r in records for v in r["verdicts"]]
+
+
+def stage_table(records: Sequence[Record], width: int | None = None) -> Table:
+    """One row per slot, differences against the teacher. With `width` (characters), columns leave until it fits."""
+    teacher = teacher_of(list(records))
+    rows = [((r["slot"], r["technique"]), r, teacher) for r in records]
+    return _fit(("slot", "technique"), rows, width, lambda c: c.against_teacher)
+
+
+def compare_table(runs: Sequence[Run], stages: bool = False, width: int | None = None) -> Table:
+    """Several runs: their last slots, or with `stages` every slot side by side; differences against the first run."""
+    rows = [((slot, run.name), r, reference) for slot, run, r, reference in comparison(runs, stages)]
+    return _fit(("slot", "run"), rows, width, lambda c: True)
+
+
+def comparison(runs: Sequence[Run], stages: bool = False) -> list[tuple[str, Run, Record, Record | None]]:
+    """(slot, run, record, the first run's record to compare it with), grouped by slot when `stages`."""
+    if not stages:
+        return [(run.final["slot"], run, run.final, runs[0].final) for run in runs]
+    by_slot = [{r["slot"]: r for r in run.records} for run in runs]
+    slots = dict.fromkeys(slot for one in by_slot for slot in one)
+    return [
+        (slot, run, one[slot], by_slot[0].get(slot))
+        for slot in slots
+        for run, one in zip(runs, by_slot, strict=True)
+        if slot in one
+    ]
+
+
+def markdown_table(records: Sequence[Record]) -> str:
+    """The same numbers for the README and the model card, without differences."""
+    columns = columns_of(records)
+    heads = ["slot", "technique", *(c.head.replace("/\n", "/").replace("\n", " ") for c in columns), "verdict"]
+    lines = [heads, ["---", "---", *(["---:"] * len(columns)), "---"]]
+    for r in records:
+        lines.append([r["slot"], r["technique"], *(c.text(r) for c in columns), standing(r)])
+    return "\n".join("| " + " | ".join(_markdown_escape(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """Print at the table's own width: a pipe gets no colours and no shortened number, whatever $COLUMNS says."""
+    from rich.console import Console
+
+    table.width = _natural_width(table)
+    (console or Console()).print(table, soft_wrap=True)
+
+
+def _markdown_escape(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _natural_width(table: Table) -> int:
+    from rich.console import Console
+
+    return Console(width=10_000).measure(table).maximum
+
+
+def _fit(labels: tuple[str, str], rows: list, width: int | None, shows: Callable[[Column], bool]) -> Table:
+    columns = columns_of([record for _, record, _ in rows])
+    gone: list[str] = []
+    table = _table(labels, rows, columns, shows, gone)
+    for key in EXPENDABLE if width else ():
+        if _natural_width(table) <= (width or 0):
+            break
+        gone += [c.head.replace("\n", " ") for c in columns if c.key == key]
+        columns = [c for c in columns if c.key != key]
+        table = _table(labels, rows, columns, shows, gone)
+    return table
+
+
+def _table(labels: tuple[str, str], rows: list, columns: list[Column], shows, gone: list[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = f"not shown at this width: {', '.join(gone)}" if gone else None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption=caption, caption_justify="left")
+    for label in labels:
+        table.add_column(label, no_wrap=True)
+    for column in columns:
+        table.add_column(column.head, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for names, record, reference in rows:
+        cells = []
+        for column in columns:
+            cell, difference = Text(column.text(record)), column.difference(record, reference) if shows(column) else ""
+            cells.append(cell.append(f"\n{difference}", style="dim") if difference else cell)
+        table.add_row(Text(names[0], style="bold"), Text(names[1]), *cells, _verdict_text(standing(record)))
+    return table
+
+
+def _verdict_text(word: str):
+    from rich.text import Text
+
+    return Text(word, style={"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}.get(word, "dim"))

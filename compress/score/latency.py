@@ -1,0 +1,107 @@
+"""Time and memory of a checkpoint under torch, in a fresh process: `python -m compress.score.latency MODEL_DIR ...`.
+
+The process prints one JSON line. `ttft_ms_p50`: the prompt's forward until the first token is chosen.
+`latency_ms_p50` and `_p95`: one further greedy token with the KV cache, over all tokens of all repeats.
+`tok_per_sec`: further tokens / their total time. `peak_rss_bytes`: the kernel's high-water mark of this process from
+its start, loading included.
+
+Prompt ids are a fixed pattern, the end token is not obeyed, a short unmeasured generation comes first. Left out:
+batches, other runtimes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+def measure(
+    model_dir: Path,
+    prompt_tokens: int = 64,
+    new_tokens: int = 16,
+    repeats: int = 5,
+    threads: int = 2,
+    dtype: str = "bfloat16",
+) -> dict[str, float]:
+    """Run the measurement in a fresh process and return its numbers. ValueError with its last words when it fails."""
+    if dtype not in DTYPES or min(prompt_tokens, new_tokens - 1, repeats, threads) < 1:
+        got = f"{prompt_tokens=} {new_tokens=} {repeats=} {threads=} {dtype=}"
+        allowed = f"counts from 1, new_tokens from 2, dtype {' '.join(DTYPES)}"
+        raise ValueError(f"latency can't be measured with {got}; allowed: {allowed}")
+    numbers = {"prompt-tokens": prompt_tokens, "new-tokens": new_tokens, "repeats": repeats, "threads": threads}
+    options = [f"--{name}={value}" for name, value in numbers.items()]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    command = [sys.executable, "-m", "compress.score.latency", str(model_dir), *options, f"--dtype={dtype}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or ["no message"]
+        raise ValueError(f"measuring {model_dir} failed with exit {done.returncode}: {words[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process. Linux's VmHWM starts at exec; ru_maxrss starts with the parent's peak (a
+    child of a process of 1 GB, itself 9 MB, reported 979 MB)."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def run(
+    model_dir: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int, dtype: str
+) -> dict[str, float]:
+    """The measurement itself, in this process."""
+    import torch
+
+    from compress.checkpoint import load_model
+
+    torch.set_num_threads(threads)
+    model = load_model(model_dir, getattr(torch, dtype))
+    prompt_BL = (torch.arange(prompt_tokens) * 7919 % model.config.vocab_size)[None]
+
+    def generate(count: int) -> list[float]:
+        """Milliseconds of each of `count` tokens; the first one includes the prompt."""
+        ids_BL, cache, times = prompt_BL, None, []
+        for _ in range(count):
+            start = time.perf_counter()
+            out = model(ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids_BL, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+            times.append(1000 * (time.perf_counter() - start))
+        return times
+
+    with torch.inference_mode():
+        generate(min(4, new_tokens))
+        runs_ms = torch.tensor(
+            [generate(new_tokens) for _ in range(repeats)], dtype=torch.float64
+        )  # (repeats, new_tokens)
+    tokens_ms = runs_ms[:, 1:].flatten()
+    p50, p95 = torch.quantile(tokens_ms, torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+    return {
+        "ttft_ms_p50": runs_ms[:, 0].quantile(0.5).item(), "latency_ms_p50": p50, "latency_ms_p95": p95,
+        "tok_per_sec": 1000 / tokens_ms.mean().item(), "peak_rss_bytes": peak_rss_bytes(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Parse the command line of the fresh process and print its one line."""
+    parser = argparse.ArgumentParser(description="Measure latency and memory of a checkpoint; one JSON line.")
+    parser.add_argument("model_dir", type=Path)
+    for name, default in (("prompt-tokens", 64), ("new-tokens", 16), ("repeats", 5), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    print(json.dumps(run(**vars(parser.parse_args()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""The file that ships, run by llama.cpp itself (`xllamacpp`): hidden states, log-likelihoods, text, latency.
+
+llama.cpp's server gives no prompt log-probabilities, but as an embedding server without pooling it returns the hidden
+states of all positions, after the final norm: h (L, H). With the decoded head W (V, H) of that file, logits = h W^T.
+All blocks run with llama.cpp's own kernels (which quantize activations to 8 bits); only the head's product is done here
+in fp32, so its quantized product is skipped. Prompts go in as token ids, never as text: no BOS is added and ids are
+those of the torch side. The server listens on a free port of 127.0.0.1 inside this process.
+
+Cost: the server computes the head for every position (about a fifth of the time for SmolLM2) and writes JSON (2%).
+A causal state depends on nothing to its right, so of prompts that begin alike only the longest is run.
+
+torch and lm_eval are imported where they are needed: `python -m compress.score.llamacpp` measures peak memory.
+Shapes: L length, H hidden, V vocabulary, N answer tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.score.latency import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PARALLEL = 4  # sequences that the server decodes together: short prompts fill a batch
+
+
+class LlamaCpp:
+    """A GGUF held by a llama.cpp server in this process. `ctx_len`: longest prompt in tokens. Close it after use."""
+
+    def __init__(self, gguf: Path, threads: int, ctx_len: int) -> None:
+        self.gguf, self.threads, self.ctx_len = gguf, threads, ctx_len
+        self._server = _start(gguf, threads, ctx_len, _PARALLEL, embedding=True)
+        self._host = _host(self._server)
+
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Hidden states after the final norm, (L, H) fp32 per prompt of L token ids. ValueError: empty or too long.
+
+        A prompt's result does not depend on what else is in the list: the kernels give the same bits in any batch.
+        """
+        import torch
+
+        for ids in prompts:
+            if not 0 < len(ids) <= self.ctx_len:
+                raise ValueError(f"a prompt of {len(ids)} tokens; allowed: 1 to ctx_len = {self.ctx_len}")
+        runs = _maximal([tuple(ids) for ids in prompts])
+        states: dict[tuple[int, ...], Tensor] = {}
+        for batch in _batches(sorted(set(runs.values()), key=len), self.ctx_len * _PARALLEL):
+            answer = self._post("/embedding", {"content": batch})
+            for ids, entry in zip(batch, sorted(answer, key=lambda entry: entry["index"]), strict=True):
+                states[ids] = torch.tensor(entry["embedding"], dtype=torch.float32)
+                assert len(states[ids]) == len(ids), "the server added or dropped tokens"
+        return [states[runs[tuple(ids)]][: len(ids)] for ids in prompts]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids by llama.cpp's own tokenizer, special tokens in the text recognised, none added."""
+        return list(self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"])
+
+    def generate(self, prompt: str | Sequence[int], n: int, stop: Sequence[str] = ()) -> str:
+        """Greedy continuation of at most `n` tokens as text, ended by EOS or a string of `stop` (which is cut off)."""
+        prompt = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        body = {"prompt": prompt, "n_predict": n, "temperature": 0, "stop": list(stop), "cache_prompt": False}
+        return str(self._post("/completion", body)["content"])
+
+    def close(self) -> None:
+        """Stops the server and frees the model."""
+        self._server = None
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        try:
+            return _post(self._host, path, body)
+        except ValueError as error:
+            raise ValueError(f"llama.cpp with {self.gguf}: {error}") from error
+
+
+def _post(host: str, path: str, body: dict[str, Any]) -> Any:
+    """One request, one connection: the server drops idle ones. ValueError: the server refuses."""
+    connection = http.client.HTTPConnection(host)
+    try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise ValueError(f"{path} refused: {answer.get('error', answer)}")
+    return answer
+
+
+def _start(gguf: Path, threads: int, ctx_len: int, parallel: int, embedding: bool) -> Any:
+    """An xllamacpp server. ValueError: the file is missing or llama.cpp can't load it."""
+    import xllamacpp
+
+    if not gguf.is_file():
+        raise ValueError(f"{gguf}: no such GGUF file")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.n_parallel = parallel
+    params.n_ctx = ctx_len * parallel
+    params.n_batch = params.n_ubatch = ctx_len  # without pooling a prompt must fit one micro-batch
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_gpu_layers = 0
+    params.fit_params = params.warmup = params.ui = False
+    params.cache_ram_mib = 0
+    params.verbosity = -1
+    if embedding:
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+        params.embd_normalize = -1
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ValueError(f"{gguf}: llama.cpp can't load it ({error}); export it again") from error
+
+
+def _host(server: Any) -> str:
+    return str(server.listening_address.removeprefix("http://"))
+
+
+def _maximal(prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Prompt -> the longest given prompt that begins with it. In sorted order such a prompt follows directly."""
+    runs: dict[tuple[int, ...], tuple[int, ...]] = {}
+    last: tuple[int, ...] = ()
+    for ids in sorted(set(prompts), reverse=True):
+        last = last if last[: len(ids)] == ids else ids
+        runs[ids] = last
+    return runs
+
+
+def _batches(prompts: list[tuple[int, ...]], tokens: int) -> list[list[tuple[int, ...]]]:
+    """Cuts `prompts` into requests of at most `tokens` tokens, which bounds the size of an answer."""
+    batches: list[list[tuple[int, ...]]] = []
+    room = 0
+    for ids in prompts:
+        if len(ids) > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(ids)
+        room -= len(ids)
+    return batches
+
+
+def head_weight(gguf: Path) -> Tensor:
+    """The output matrix (V, H) in fp32 as decoded from the file: `output.weight`, or the tied embedding."""
+    import torch
+    from gguf.quants import dequantize
+
+    from compress.export.gguf import read_fields
+
+    tensors = {tensor.name: tensor for tensor in read_fields(gguf)[1]}
+    tensor = tensors.get("output.weight", tensors.get("token_embd.weight"))
+    if tensor is None:
+        raise ValueError(f"{gguf}: neither output.weight nor token_embd.weight is in it")
+    return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True))
+
+
+def make_lm(llama: LlamaCpp, head: Tensor, tokenizer: Any, batch_size: int) -> Any:
+    """An lm_eval `LM` that scores with `llama`; logits only where answers are. `head` (V, H), an HF `tokenizer`.
+
+    `batch_size` (requests between two updates of the progress bar) does not change scores.
+    """
+    import torch
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from tqdm import tqdm
+
+    class LlamaCppLM(TemplateLM):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer, self.max_length, self.batch_size = tokenizer, llama.ctx_len, batch_size
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(tokenizer.eos_token_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(tokenizer.name_or_path)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+            if add_special_tokens is None:
+                add_special_tokens = not string.startswith(tokenizer.decode(self.prefix_token_id))
+            return list(tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return str(
+                tokenizer.apply_chat_template(
+                    chat_history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            )
+
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, **kwargs: Any
+        ) -> list[tuple[float, bool]]:
+            order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # equal beginnings meet
+            results: dict[int, tuple[float, bool]] = {}
+            bar = tqdm(total=len(order), desc="llama.cpp log-likelihoods", disable=disable_tqdm)
+            for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+                inputs = [(requests[i][1] + requests[i][2])[-self.max_length - 1 : -1] for i in chunk]
+                for i, states in zip(chunk, llama.hidden_states(inputs), strict=True):
+                    results[i] = answer_loglikelihood(states, head, requests[i][2])
+                bar.update(len(chunk))
+            bar.close()
+            return [results[i] for i in range(len(requests))]
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            windows, owners = [], []
+            for i, request in enumerate(requests):
+                ids = self.tok_encode(request.args[0])
+                cut = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+                pairs = [utils.make_disjoint_window(window) for window in cut]
+                windows += [(("", ""), context, answer) for context, answer in pairs]
+                owners += [i] * len(pairs)
+            totals = [0.0] * len(requests)
+            for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+                totals[i] += logprob
+            return totals
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            texts = []
+            for context, options in tqdm([r.args for r in requests], desc="llama.cpp generation", disable=disable_tqdm):
+                if options.get("do_sample") or options.get("temperature"):
+                    raise ValueError(f"generation options {options}: only greedy decoding is offered")
+                n = int(options.get("max_gen_toks", 256))
+                until = options.get("until") or []
+                ids = self.tok_encode(context)[-(self.max_length - n) :]
+                texts.append(llama.generate(ids, n, [until] if isinstance(until, str) else until))
+            return texts
+
+    def answer_loglikelihood(states: torch.Tensor, head: torch.Tensor, answer: list[int]) -> tuple[float, bool]:
+        logits_NV = states[-len(answer) :] @ head.T
+        ids = torch.tensor(answer)
+        picked = logits_NV.gather(1, ids[:, None])[:, 0] - logits_NV.logsumexp(1)
+        return float(picked.sum()), bool((logits_NV.argmax(1) == ids).all())
+
+    return LlamaCppLM()
+
+
+def measure_llamacpp(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int) -> dict[str, float]:
+    """Latency of greedy decoding with batch 1, after one warm-up round: `ttft_ms_p50` from request to first token,
+    `latency_ms_p50`, `latency_ms_p95` per further token, `tok_per_sec` of these, `peak_rss_bytes` of this process."""
+    server = _start(gguf, threads, prompt_tokens + new_tokens + 8, 1, embedding=False)
+    word = _post(_host(server), "/tokenize", {"content": "a"})["tokens"][-1:]
+    # One word over and over: dense kernels take the same time for any ids, and each token is whole text, sent at once.
+    # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds back.)
+    body = {
+        "prompt": word * prompt_tokens,
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "cache_prompt": False,
+        "logit_bias": [[word[0], 1000.0]],
+    }
+    first, between = [], []
+    for repeat in range(repeats + 1):
+        times = _token_times(server, body)
+        assert len(times) == new_tokens, f"{len(times)} chunks for {new_tokens} tokens"
+        if repeat > 0:
+            first.append(times[0])
+            between += [b - a for a, b in zip(times, times[1:], strict=False)]
+    return {
+        "ttft_ms_p50": 1e3 * statistics.median(first),
+        "latency_ms_p50": 1e3 * statistics.median(between),
+        "latency_ms_p95": 1e3 * statistics.quantiles(between, n=20, method="inclusive")[-1],
+        "tok_per_sec": len(between) / sum(between),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _token_times(server: Any, body: dict[str, Any]) -> list[float]:
+    """Seconds from the request to each token."""
+    times: list[float] = []
+
+    def on_chunk(chunk: Any) -> None:
+        if isinstance(chunk, dict) and any(choice.get("text") for choice in chunk.get("choices", [])):
+            times.append(time.perf_counter() - start)
+
+    start = time.perf_counter()
+    server.handle_completions(body, on_chunk)
+    return times
+
+
+def latency_in_fresh_process(
+    gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int
+) -> dict[str, float]:
+    """`measure_llamacpp` in its own process, so that memory and caches are those of serving this file alone."""
+    arguments = [str(gguf.resolve()), *map(str, (prompt_tokens, new_tokens, repeats, threads))]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "compress.score.llamacpp", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    if done.returncode != 0:
+        raise ValueError(f"measuring {gguf} failed with exit {done.returncode}: {done.stderr.strip()[-300:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Command line of `latency_in_fresh_process`: prints one JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m compress.score.llamacpp")
+    parser.add_argument("gguf", type=Path)
+    for name in ("prompt_tokens", "new_tokens", "repeats", "threads"):
+        parser.add_argument(name, type=int)
+    print(json.dumps(measure_llamacpp(**vars(parser.parse_args()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""LoRA fine-tuning: low-rank updates W + (alpha / r) B A of the linear layers (arXiv 2106.09685, section 4.1), merged at the end.
+
+With `load_in_4bit` the frozen base is held in bitsandbytes' NF4 while the adapters train (QLoRA, arXiv 2305.14314, section 3); the
+adapters are then merged into the unquantized base, so the output is a plain checkpoint either way. The adapter itself is kept
+in `adapter/`, never beside config.json, where transformers would apply it a second time. Embeddings and head are never
+adapted: with tied weights one of the two updates would be lost on reload.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ConfigError
+from compress.stages.context import Context
+from compress.stages.optimization import Optimization
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraData(Enum):
+    """Which data the adapters learn."""
+
+    chat = "chat"
+    text = "text"
+
+
+@dataclass
+class Lora(Optimization):
+    """Fine-tune with low-rank adapters and merge them."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    data: LoraData = LoraData.chat
+    load_in_4bit: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank <= 0 or self.alpha <= 0:
+            raise ConfigError(f"rank={self.rank}, alpha={self.alpha}: both must be above 0")
+        if self.load_in_4bit:
+            import importlib.util
+
+            if importlib.util.find_spec("bitsandbytes") is None:
+                raise ConfigError("load_in_4bit=true needs bitsandbytes, which is not installed: pip install 'compress-lm[qlora]'")
+
+    def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
+        """LoRA keeps the shape."""
+        return config
+
+    def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
+        """Write the merged model and `adapter/`. Metrics: as every training stage, and adapter_params_count."""
+        import torch
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        from compress.checkpoint import load_model, save_model
+        from compress.distill.steps import make_batches, make_loss
+        from compress.quant.fake import is_quantized
+        from compress.train.loop import train
+
+        if is_quantized(parent):
+            raise ValueError(f"{parent} is quantized; merging adapters would leave its grid: put lora before ptq and qat")
+        torch.manual_seed(ctx.seed)
+        base = self._load_4bit(parent) if self.load_in_4bit else load_model(parent)
+        model = get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"))
+        data = ctx.chat() if self.data is LoraData.chat else ctx.text()
+        batches = make_batches(data, None, seed=ctx.seed, sequences=self.sequences(ctx.seq_len), batch=self.batch_sequences, micro=self.micro_batch_sequences)
+        result = train(model, make_loss(kl_weight=0.0, ce_weight=1.0), batches, **self.loop_arguments(ctx))
+        adapter = out / "adapter"
+        model.save_pretrained(adapter, safe_serialization=True)
+        _plain_adapter(adapter)
+        adapter_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if self.load_in_4bit:
+            model = PeftModel.from_pretrained(load_model(parent), adapter)
+        save_model(model.merge_and_unload(), out, tokenizer_from=parent)
+        return self.metrics(result, ctx) | {"adapter_params_count": adapter_params}
+
+    def _load_4bit(self, parent: Path) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(parent, quantization_config=nf4, dtype=torch.float32, local_files_only=True)
+
+
+def _plain_adapter(adapter: Path) -> None:
+    """Keep weights and configuration; drop peft's card and the path of the machine it was made on."""
+    import json
+
+    for path in adapter.iterdir():
+        if path.name not in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
+    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,111 @@
+"""`ptq`: post-training quantization of every matrix of a model, embeddings and head included, onto a grid that ships.
+
+Scales by the format's own plain rounding (`round`: the codes are what llama.cpp's quantizer writes, bit for bit) or
+by a search that minimises each block's squared error (`search`); see `compress/quant/grids/llamacpp.py`. No data is
+needed. The result loads with plain transformers as fp32 weights equal to the decoded codes, which lie in
+`quant.safetensors`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.stages.context import Context
+
+
+class GridName(StrEnum):
+    """The grids of `compress.quant.grids.GRIDS`, named here because reading the configuration must not import torch."""
+
+    q4_0 = "q4_0"
+    q8_0 = "q8_0"
+
+
+class Scales(StrEnum):
+    """How a block's scale is chosen."""
+
+    round = "round"
+    search = "search"
+
+
+BLOCK = 32  # row lengths must be multiples, on every grid above
+
+
+def check_rows(config: dict[str, Any], grid: str) -> None:
+    """ValueError naming key and nearest legal value when an HF config has rows the grid can't cut into blocks."""
+    heads = config.get("num_attention_heads") or 0
+    rows = {key: config[key] for key in ("hidden_size", "intermediate_size") if config.get(key)}
+    if config.get("head_dim"):
+        rows["num_attention_heads * head_dim"] = heads * config["head_dim"]
+    for key, length in rows.items():
+        if length % BLOCK:
+            near = max(BLOCK, round(length / BLOCK) * BLOCK)
+            raise ValueError(
+                f"{key} is {length}: grid {grid} needs rows of a multiple of {BLOCK}; the nearest legal value is {near}"
+            )
+
+
+@dataclass
+class Ptq:
+    """Quantize without training."""
+
+    grid: GridName = GridName.q4_0
+    scales: Scales = Scales.round
+
+    def __post_init__(self) -> None:
+        for key, kind in (("grid", GridName), ("scales", Scales)):
+            value = getattr(self, key)
+            if value not in list(kind):
+                raise ValueError(f"ptq.{key} is {value!r}: choose one of {', '.join(kind)}")
+            setattr(self, key, kind(value))
+
+    def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The config of the result: the parent's, unchanged. ValueError when its rows don't divide into blocks."""
+        check_rows(config, self.grid)
+        return config
+
+    def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
+        """Quantize `parent` into `out`. ValueError when the parent is quantized already or does not fit the grid."""
+        from compress import checkpoint
+        from compress.quant import fake
+
+        checkpoint.check(parent)
+        if fake.is_quantized(parent):
+            raise ValueError(f"{parent} is quantized already (it has {fake.FILE}): give ptq an unquantized checkpoint")
+        self.check_shape(checkpoint.read_config(parent))
+        model = checkpoint.load_model(parent)
+        tensors, metrics = self._quantize(model)
+        fake.save_quantized(model, out, parent, tensors, self.grid)
+        return metrics
+
+    def _quantize(self, model: Any) -> tuple[dict[str, Any], dict[str, float]]:
+        """Bake the grid into the model's weights; the tensors of `quant.safetensors` and the metrics."""
+        from compress.quant.fake import bake, quantizable
+        from compress.quant.grids import GRIDS
+
+        grid = GRIDS[self.grid]
+        tensors: dict[str, Any] = {}
+        error = power = 0.0
+        quantized = count = 0
+        for name, home, _ in quantizable(model):
+            weight: Any = home.weight
+            before = weight.detach().clone()
+            if self.scales is Scales.round:
+                codes, scales = grid.encode(before, name)
+            else:
+                scales = grid.search(before, name=name)
+                codes = grid.codes(before, scales)
+            tensors |= bake(weight, name, grid, codes, scales)
+            power += before.square().sum().item()
+            error += before.sub_(weight.detach()).square_().sum().item()
+            quantized, count = quantized + weight.numel(), count + 1
+        total = sum(parameter.numel() for parameter in model.parameters())
+        bits = (quantized * grid.bits_per_weight + (total - quantized) * 32) / total
+        return tensors, {
+            "bits_per_weight": bits,
+            "weight_mse_relative": error / max(power, 1e-30),
+            "tensors_quantized_count": float(count),
+        }

@@ -1,0 +1,53 @@
+"""Quantization-aware training on the exact grid of the file that ships: the student learns under its own rounding.
+
+Every step computes with decode(encode(W)) and lets gradients pass straight through to the fp32 master weights (`quant/fake.py`). The
+loss is KL(parent || student) from the parent's cached signal: the parent is the model whose loss through rounding is to be won
+back (LLM-QAT, arXiv 2305.17888, section 3.1, with the unquantized model as its own teacher).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.stages.context import Context
+from compress.stages.optimization import Optimization
+from compress.stages.ptq import GridName, Scales, check_rows
+
+
+@dataclass
+class Qat(Optimization):
+    """Train the parent on a llama.cpp grid; ship exactly those codes."""
+
+    lr: float = 1e-4
+    tokens: int = 100_000
+    grid: GridName = GridName.q4_0
+    scales: Scales = Scales.search
+
+    def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Rows must divide into the grid's blocks."""
+        check_rows(config, self.grid)
+        return config
+
+    def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
+        """Write the quantized student (fp32 values on the grid, codes in quant.safetensors). Metrics: as every training stage."""
+        from compress.checkpoint import load_model, read_config
+        from compress.distill.signal import Signals
+        from compress.distill.steps import make_batches, make_loss
+        from compress.quant.fake import attach, finish, is_quantized, save_quantized
+        from compress.train.loop import train
+
+        if is_quantized(parent):
+            raise ValueError(f"{parent} is already quantized; give qat an unquantized parent")
+        self.check_shape(read_config(parent))
+        data, sequences = ctx.text(), self.sequences(ctx.seq_len)
+        signals = Signals(ctx.signals, parent, data, seed=ctx.seed, hidden=False, precision=ctx.precision, log=ctx.log)
+        signals.make(min(sequences, len(data.ids)))
+        model = load_model(parent)
+        attach(model, self.grid.value, self.scales.value)
+        batches = make_batches(data, signals, seed=ctx.seed, sequences=sequences, batch=self.batch_sequences, micro=self.micro_batch_sequences)
+        result = train(model, make_loss(kl_weight=1.0, ce_weight=0.0), batches, **self.loop_arguments(ctx))
+        tensors = finish(model)
+        save_quantized(model, out, parent, tensors, self.grid.value)
+        return self.metrics(result, ctx)

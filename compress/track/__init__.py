@@ -1,0 +1,79 @@
+"""Where records go besides the run directory. One file per sink, imported only when it is asked for.
+
+A sink is a class taking the run directory, with `check()` (raises ValueError before any work), `start(run)`,
+`record(record, steps)` and `finish(exit_code)`. It only ever copies what is already on disk: `Guarded` therefore lets a
+sink die, says so once on stderr, and the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+TRACKERS = {"jsonl": "compress.track.jsonl:Jsonl", "wandb": "compress.track.wandb:Wandb"}
+
+
+class Tracker(Protocol):
+    def start(self, run: dict[str, Any]) -> None:
+        """`run`: run.json. Called once."""
+
+    def record(self, record: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+        """One finished slot, and its training curve: rows {"step": int, "loss": nats, "tokens_per_sec": float}."""
+
+    def finish(self, exit_code: int) -> None:
+        """The run has ended; nothing is called afterwards."""
+
+
+class Guarded:
+    """A tracker that cannot stop a run: the first exception is one line on stderr, and the sink is left alone."""
+
+    def __init__(self, name: str, sink: Tracker) -> None:
+        self.name, self.sink, self.alive = name, sink, True
+
+    def start(self, run: dict[str, Any]) -> None:
+        self._call("start", run)
+
+    def record(self, record: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+        self._call("record", record, steps)
+
+    def finish(self, exit_code: int) -> None:
+        self._call("finish", exit_code)
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        if not self.alive:
+            return
+        try:
+            getattr(self.sink, method)(*arguments)
+        except Exception as error:
+            self.alive = False
+            print(f"warning: tracker {self.name} stopped ({type(error).__name__}: {error}); the run goes on, "
+                  "its records are in the run directory", file=sys.stderr)  # fmt: skip
+
+
+def check(name: str) -> None:
+    """Raise ValueError when the tracker is unknown or its package is missing. Call it before any work starts."""
+    _sink(name).check()
+
+
+def open_tracker(name: str, run_dir: Path, **options: Any) -> Guarded:
+    """The tracker `name` writing below `run_dir`; `options` are that sink's own (see its class)."""
+    return Guarded(name, _sink(name)(run_dir, **options))
+
+
+def slot_dir(run_dir: Path, record: dict[str, Any]) -> Path:
+    """The folder NN-<slot> of a record."""
+    return run_dir / f"{record['index']:02d}-{record['slot']}"
+
+
+def _sink(name: str) -> Any:
+    if name not in TRACKERS:
+        near = difflib.get_close_matches(name, TRACKERS, n=1)
+        raise ValueError(
+            f"unknown tracker {name!r}{f', did you mean {near[0]!r}?' if near else ''}; "
+            f"allowed: {', '.join(TRACKERS)}; set it with track=NAME"
+        )
+    module, cls = TRACKERS[name].split(":")
+    return getattr(importlib.import_module(module), cls)

@@ -1,0 +1,153 @@
+"""Weights & Biases, offline unless there is an account: `wandb sync RUN/wandb/offline-run-*` uploads later.
+
+Group = the run's name, job type = the slot, one W&B run per stage, opened when the stage's record exists and closed at
+once. History: `train/*` over `train/step`, then one row of `score/*` and `stage/*`. Summary: `verdict` and one
+`verdict/<limit>` with its sentence. Weights are reference artifacts: a path and checksums, never a copy.
+
+W&B would by itself collect sys.argv, the list of packages, the git remote (which can hold a token), the source file,
+the machine and the console. Secrets live in those places, so all of it is off; what we send is the record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import netrc
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from compress.report.records import worst
+from compress.track import slot_dir
+
+SECONDS_TO_CONNECT, SECONDS_TO_UPLOAD = 20, 120  # after that the tracker is given up, not the run
+
+
+class Wandb:
+    """`mode`: online | offline | disabled; empty means $WANDB_MODE, else online with an account and offline without."""
+
+    def __init__(self, run_dir: Path, project: str = "compress", entity: str | None = None, mode: str = "") -> None:
+        self.run_dir, self.project, self.entity = Path(run_dir).resolve(), project, entity
+        self.mode: Any = mode or os.environ.get("WANDB_MODE") or ("online" if _has_account() else "offline")
+        self.run: dict[str, Any] = {}
+
+    @staticmethod
+    def check() -> None:
+        """ValueError with the install line when the wandb package is missing; does not import it."""
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                "track=wandb needs the package wandb, which is not installed; "
+                "pip install 'compress-lm[wandb]', or use track=jsonl, which needs nothing"
+            )
+
+    def start(self, run: dict[str, Any]) -> None:
+        self.run = run
+
+    def record(self, record: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+        with _files_below(self.run_dir):
+            run = self._open_or_go_offline(record)
+            try:
+                run.define_metric("train/*", step_metric="train/step")
+                for row in steps:
+                    run.log({f"train/{key}": value for key, value in row.items()})
+                run.log(scalars(record))
+                run.summary.update(verdicts(record))
+                self._log_weights(run, record)
+            finally:
+                run.finish(exit_code=0)
+
+    def finish(self, exit_code: int) -> None:
+        """Wait for W&B's own process: closing a run returns some milliseconds before its file is whole."""
+        import wandb
+
+        wandb.teardown(exit_code)
+
+    def _open_or_go_offline(self, record: dict[str, Any]) -> Any:
+        import wandb
+
+        try:
+            return self._open(record)
+        except (wandb.errors.Error, TimeoutError) as error:
+            if self.mode != "online":
+                raise
+            self.mode = "offline"
+            wandb.teardown(exit_code=1)  # the failed run would hold its id otherwise
+            print(f"warning: W&B cannot be reached ({error}); writing offline, later: "
+                  f"wandb sync {self.run_dir}/wandb/offline-run-*", file=sys.stderr)  # fmt: skip
+            return self._open(record)
+
+    def _open(self, record: dict[str, Any]) -> Any:
+        import wandb
+
+        name = f"{record['run']}/{record['slot']}"
+        settings = wandb.Settings(
+            x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+            disable_git=True, disable_code=True, save_code=False, disable_job_creation=True, console="off",
+            silent=True, host="", program="", init_timeout=SECONDS_TO_CONNECT, finish_timeout=SECONDS_TO_UPLOAD,
+            root_dir=str(self.run_dir),
+        )  # fmt: skip
+        wandb.setup(settings=settings)  # progress lines of artifacts obey only the process-wide settings
+        return wandb.init(
+            project=self.project, entity=self.entity, mode=self.mode, dir=str(self.run_dir), settings=settings,
+            id=hashlib.sha256(name.encode()).hexdigest()[:16],  # replaying a record finds its run again
+            name=name, group=record["run"], job_type=record["slot"], config=config(self.run, record),
+        )  # fmt: skip
+
+    def _log_weights(self, run: Any, record: dict[str, Any]) -> None:
+        import wandb
+
+        weights = (slot_dir(self.run_dir, record) / "weights").resolve()
+        if not weights.exists():
+            return
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{record['recipe']}-{record['slot']}")
+        metadata = {key: record.get(key) for key in ("digest", "parent", "technique")}
+        artifact = wandb.Artifact(name, "model", metadata=metadata)
+        artifact.add_reference(weights.as_uri(), checksum=True)
+        run.log_artifact(artifact)
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """A record's numbers under W&B prefixes: scores as `score/...`, what the stage said and took as `stage/...`."""
+    seconds = {f"stage/{part}_seconds": value for part, value in record.get("seconds", {}).items()}
+    stage = {f"stage/{key}": value for key, value in record.get("metrics", {}).items()}
+    return {**{f"score/{key}": value for key, value in record["scores"].items()}, **stage, **seconds}
+
+
+def verdicts(record: dict[str, Any]) -> dict[str, str]:
+    """Summary entries: each limit's verdict and sentence, and the worst enforced one as `verdict`."""
+    each = {f"verdict/{v['limit']}": f"{v['verdict']}: {v['sentence']}" for v in record["verdicts"]}
+    return {"verdict": worst([record]) or "none enforced", **each}
+
+
+def config(run: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What a person filters runs by: where the stage comes from, its settings, versions and machine."""
+    keys = ("recipe", "slot", "index", "technique", "runtime", "parent", "digest", "key", "reused", "stage_config")
+    return {**{k: record.get(k) for k in keys}, **{k: run.get(k) for k in ("git_sha", "versions", "machine")}}
+
+
+def _has_account() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+@contextmanager
+def _files_below(run_dir: Path) -> Iterator[None]:
+    """wandb's caches and settings below the run directory too, not in the home; the caller's own choice is kept."""
+    names = {"WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"} - set(os.environ)
+    places = dict.fromkeys(names, str(run_dir / "wandb" / "cache"))
+    os.environ.update(places)
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)

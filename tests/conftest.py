@@ -1,0 +1,47 @@
+"""Shared fixtures: a tiny random teacher made by the production code, and a context for running one stage by itself."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; sums must not depend on the machine
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 0.4M-parameter random Llama with a 512-token tokenizer, as `teacher=random` makes it."""
+    from compress.teacher import random_teacher
+
+    out = tmp_path_factory.mktemp("teacher")
+    random_teacher(out, 0)
+    return out
+
+
+@pytest.fixture
+def context(tiny_teacher: Path, tmp_path: Path):
+    """A stage's Context on the tiny teacher, sequences of 32 tokens, fp32."""
+    return make_context(tiny_teacher, tmp_path)
+
+
+def make_context(teacher: Path, folder: Path, **changes):
+    from compress.stages.context import Context
+    from compress.train.data import pack
+
+    data, work = folder / "data", folder / "work"
+    data.mkdir(exist_ok=True)
+    work.mkdir(exist_ok=True)
+    text = pack(["embedded:topics"], teacher, 32, data)
+    context = Context(
+        teacher=teacher, seed=0, seq_len=32, work=work, signals=folder / "signals", calibration=lambda n: text.ids[:n, :-1].long(),
+        text=lambda: text, chat=lambda: pack(["embedded:docstring_chat"], teacher, 32, data), precision="fp32", label="test",
+        log=lambda message: None, curve=lambda rows: None,
+    )  # fmt: skip
+    return dataclasses.replace(context, **changes)

@@ -1,0 +1,95 @@
+"""Sources, packing, masks and the order of training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from compress.checkpoint import load_tokenizer
+from compress.train.data import EMBEDDED, documents, pack
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_text_is_there_on_any_python(name):
+    assert len(documents(f"embedded:{name}")) > 50
+
+
+def test_heldout_topics_share_no_document_with_the_training_docstrings():
+    topics = set(documents("embedded:topics"))
+    assert not topics & set(documents("embedded:docstrings"))
+
+
+def test_packed_rows_hold_whole_text_and_are_cached(tiny_teacher, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(f"Document number {i} says hello." for i in range(40)))
+    packed = pack([str(path)], tiny_teacher, 16, tmp_path)
+    assert packed.ids.shape[1] == 17
+    assert packed.mask.all()
+    text = load_tokenizer(tiny_teacher).decode(packed.ids.flatten())
+    assert text.count("<|im_end|>") >= 35
+    again = pack([str(path)], tiny_teacher, 16, tmp_path)
+    assert again.digest == packed.digest
+    assert torch.equal(again.ids, packed.ids)
+    path.write_text(path.read_text().replace("hello", "hallo"))
+    assert pack([str(path)], tiny_teacher, 16, tmp_path).digest != packed.digest
+
+
+def test_chat_counts_only_answers(tiny_teacher, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"question": "Where is the red fox?", "answer": f"Under tree {i}."}) for i in range(30)))
+    packed = pack([str(path)], tiny_teacher, 32, tmp_path)
+    tokenizer = load_tokenizer(tiny_teacher)
+    learned = tokenizer.decode(packed.ids.flatten()[packed.mask.flatten()])
+    assert "Under tree" in learned
+    assert "red fox" not in learned
+    assert "red fox" in tokenizer.decode(packed.ids.flatten())
+
+
+def test_every_epoch_reads_every_row_once_in_another_order(tiny_teacher, tmp_path):
+    packed = pack(["embedded:topics"], tiny_teacher, 32, tmp_path)
+    first, second = packed.rows(0, 0, 10, 10), packed.rows(0, 10, 10, 10)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert packed.rows(0, 4, 3, 10) == first[4:7]
+    assert packed.rows(1, 0, 10, 10) != first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "does not exist; sources are embedded:NAME"),
+        ("empty.txt", "", "has no usable text"),
+        ("empty.jsonl", "\n", "has no usable text"),
+        ("bad.jsonl", '{"text": "a"}\n{"text": \n', "bad.jsonl, line 2 is not JSON"),
+        ("fields.jsonl", '{"body": "a"}\n', r"line 1 has the fields \['body'\]; needed: text, messages"),
+        ("table.csv", "a,b", "ends in '.csv'; allowed: .txt, .jsonl"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        documents(str(tmp_path / name))
+
+
+def test_unknown_embedded_and_malformed_hub_sources_are_refused():
+    with pytest.raises(ValueError, match="embedded sources are docstring_chat, docstrings, topics"):
+        documents("embedded:novels")
+    with pytest.raises(ValueError, match=r"is not hub:NAME\[@CONFIG\]:SPLIT:FIELD"):
+        documents("hub:name")
+
+
+def test_too_little_text_for_one_sequence_says_how_much_there_is(tiny_teacher, tmp_path):
+    (tmp_path / "short.txt").write_text("Hello.")
+    with pytest.raises(ValueError, match=r"hold \d+ tokens, one sequence needs 65; add text or lower data.seq_len"):
+        pack([str(tmp_path / "short.txt")], tiny_teacher, 64, tmp_path)
+
+
+def test_parquet_rows_are_documents(tmp_path):
+    import datasets
+
+    path = tmp_path / "t.parquet"
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(path)
+    assert documents(str(path)) == ["one", "two"]

@@ -1,0 +1,230 @@
+"""Fake-quant: gradients against a float64 oracle written by hand, ties, names, and what is left when it is finished."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compress.checkpoint import load_model
+from compress.quant import fake
+from compress.quant.grids import GRIDS
+
+EMBED, UP = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+def _model(tied: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def _loss(model) -> torch.Tensor:
+    return model(_ids(), labels=_ids()).loss
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.int32)
+
+
+def _oracle(w: torch.Tensor, scales: torch.Tensor, grad: torch.Tensor, low: int, high: int):
+    """Value and master gradient of the clipped straight-through estimator, one element at a time."""
+    value, back = torch.zeros_like(w, dtype=torch.float64), torch.zeros_like(w, dtype=torch.float64)
+    for row in range(w.shape[0]):
+        for column in range(w.shape[1]):
+            s = scales[row, column // 32].item()
+            q = round(w[row, column].item() / s)
+            value[row, column] = s * min(max(q, low), high)
+            back[row, column] = grad[row, column].item() if low <= q <= high else 0.0
+    return value, back
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_value_and_gradient_equal_the_oracle(name):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 24, bias=False)
+    fake.attach(layer, name)
+    with torch.no_grad():
+        layer._parameters["weight"].mul_(1.3)  # as training would: some codes now saturate
+    x, target = torch.randn(5, 64), torch.randn(5, 24)
+    (layer(x) - target).square().sum().backward()
+    master = layer._parameters["weight"]
+    grid = GRIDS[name]
+    value, _ = _oracle(master.detach(), layer.quant_scales, torch.zeros(24, 64), grid.low, grid.high)
+    out = x.double() @ value.T
+    upstream = (2 * (out - target.double())).T @ x.double()
+    _, expected = _oracle(master.detach(), layer.quant_scales, upstream, grid.low, grid.high)
+    assert torch.allclose(layer.weight.double(), value, rtol=1e-6, atol=0)
+    assert 0 < (expected == 0).sum() < expected.numel() / 3
+    assert torch.equal(master.grad == 0, expected == 0)
+    assert torch.allclose(master.grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_largest_weight_of_a_block_still_learns():
+    layer = nn.Linear(32, 4, bias=False)
+    fake.attach(layer, "q4_0")
+    layer(torch.ones(1, 32)).sum().backward()
+    master = layer._parameters["weight"]
+    assert (master.grad.gather(1, master.abs().argmax(1, keepdim=True)) != 0).all()
+
+
+def test_micro_batches_quantize_once_and_accumulate(monkeypatch):
+    model = _model()
+    calls = []
+    snap = type(GRIDS["q4_0"]).snap
+    monkeypatch.setattr(type(GRIDS["q4_0"]), "snap", lambda *a: (calls.append(1), snap(*a))[1])
+    fake.attach(model, "q4_0")
+    _loss(model).backward()
+    once = {name: p.grad.clone() for name, p in model.named_parameters()}
+    _loss(model).backward()
+    weights = len(list(fake.quantizable(model)))
+    assert len(calls) == weights == 1 + 2 * 7
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, 2 * once[name], rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_every_kind_of_optimizer_step_is_seen(options):
+    model = _model()
+    fake.attach(model, "q4_0")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+    for _ in range(2):
+        _loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for _, home, _ in fake.quantizable(model):
+            grid, master = GRIDS["q4_0"], home._parameters["weight"]
+            expected = grid.decode(grid.codes(master, home.quant_scales), home.quant_scales)
+            assert torch.equal(home.weight, expected)
+
+
+def test_evaluation_between_steps_keeps_gradients_flowing():
+    model = _model()
+    fake.attach(model, "q8_0")
+    with torch.inference_mode():
+        before = _loss(model).item()
+    loss = _loss(model)
+    loss.backward()
+    assert loss.item() == pytest.approx(before)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_tied_weights_stay_tied_and_get_both_gradients():
+    model = _model()
+    fake.attach(model, "q8_0")
+    assert model.lm_head._parameters["weight"] is model.model.embed_tokens._parameters["weight"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    hidden = model.model(_ids()).last_hidden_state.detach()
+    model.lm_head(hidden).sum().backward()
+    head = model.lm_head._parameters["weight"].grad.clone()
+    model.zero_grad()
+    model.model(_ids()).last_hidden_state.square().sum().backward()
+    body = model.lm_head._parameters["weight"].grad.clone()
+    model.zero_grad()
+    states = model.model(_ids()).last_hidden_state
+    (model.lm_head(hidden).sum() + states.square().sum()).backward()
+    assert torch.allclose(model.lm_head._parameters["weight"].grad, head + body, rtol=1e-4, atol=1e-5)
+
+
+def test_names_and_parameters_are_those_of_the_plain_model():
+    model = _model()
+    parameters = dict(model.named_parameters())
+    plain = set(model.state_dict())
+    fake.attach(model, "q4_0")
+    assert all(parameters[name] is p for name, p in model.named_parameters())
+    extra = set(model.state_dict()) - plain
+    assert plain <= set(model.state_dict())
+    assert extra == {name.removesuffix("weight") + "quant_scales" for name, _, _ in fake.quantizable(model)}
+    assert torch.equal(model.state_dict()[UP], parameters[UP])
+
+
+def test_restoring_training_state_restores_the_quantized_weights():
+    model = _model()
+    fake.attach(model, "q4_0")
+    before, state = _loss(model).item(), {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05)
+    assert _loss(model).item() != before
+    model.load_state_dict(state)
+    assert _loss(model).item() == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", GRIDS)
+def test_finished_model_is_plain_and_equals_its_codes(tmp_path, name, tied):
+    model = _model(tied)
+    kinds = [type(m) for m in model.modules()]
+    fake.attach(model, name, "search")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.001 * torch.randn_like(p))
+        trained = model(_ids()).logits
+    tensors = fake.finish(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert set(model.state_dict()) == set(_model(tied).state_dict())
+    assert ("lm_head.weight.codes" in tensors) == (not tied) and f"{EMBED}.codes" in tensors
+    assert torch.equal(model(_ids()).logits, trained)
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    (parent / "tokenizer.json").write_text("{}")
+    out = tmp_path / "out"
+    out.mkdir()
+    fake.save_quantized(model, out, parent, tensors, name)
+    grid_name, loaded = fake.load_quantized(out)
+    again = load_model(out).state_dict()
+    assert grid_name == name and fake.is_quantized(out) and not fake.is_quantized(parent)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    for key, (codes, scales) in loaded.items():
+        decoded = GRIDS[name].decode(codes, scales)
+        assert torch.equal(_bits(decoded), _bits(again[key]))
+        assert torch.equal(_bits(decoded), _bits(model.state_dict()[key]))
+    assert {key for key in again if again[key].dim() == 2} - {"lm_head.weight"} == set(loaded) - {"lm_head.weight"}
+
+
+def test_a_weight_that_does_not_divide_is_refused_by_name_and_the_model_untouched():
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 8))
+    with pytest.raises(ValueError, match=r"1\.weight has shape \(8, 48\)"):
+        fake.attach(model, "q4_0")
+    assert type(model[0]) is nn.Linear and "0.quant_scales" not in model.state_dict()
+
+
+def test_attaching_twice_and_half_precision_masters_are_refused():
+    layer = nn.Linear(32, 8)
+    fake.attach(layer, "q4_0")
+    with pytest.raises(ValueError, match="already"):
+        fake.attach(layer, "q4_0")
+    with pytest.raises(ValueError, match=r"weight is torch\.bfloat16: .* load the model as torch\.float32"):
+        fake.attach(nn.Linear(32, 8).bfloat16(), "q4_0")
+
+
+def test_a_matrix_outside_linear_and_embedding_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Conv1d(32, 32, 1))
+    with pytest.raises(ValueError, match=r"1\.weight with shape .* belongs to no Linear or Embedding"):
+        fake.attach(model, "q4_0")
+
+
+def test_damaged_or_missing_codes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not quantized; run ptq or qat"):
+        fake.load_quantized(tmp_path)
+    (tmp_path / fake.FILE).write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match="can't be read"):
+        fake.load_quantized(tmp_path)
+    from safetensors.torch import save_file
+
+    save_file({"a.codes": torch.zeros(1, 32, dtype=torch.uint8)}, tmp_path / fake.FILE, metadata={"grid": "q4_0"})
+    with pytest.raises(ValueError, match="in pairs"):
+        fake.load_quantized(tmp_path)
+    save_file({"a.codes": torch.zeros(1, 32)}, tmp_path / fake.FILE, metadata={"grid": "q9"})
+    with pytest.raises(ValueError, match="known grids are q4_0, q8_0"):
+        fake.load_quantized(tmp_path)

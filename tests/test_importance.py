@@ -1,0 +1,151 @@
+"""Block influence and second-order channel costs against slow, obvious computations in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.prune.importance import (
+    block_influence,
+    drop_blocks,
+    error_fraction,
+    keep_channels,
+    reconstruct,
+    removal_cost,
+)
+from compress.prune.shape import check_architecture, snap, without_blocks
+
+TINY = 1e-12  # damping that the comparison with undamped least squares can't see
+
+
+def _problem(tokens: int = 60, channels: int = 10, hidden: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correlated inputs X (N, F) and a projection W (H, F)."""
+    generator = torch.Generator().manual_seed(0)
+    mix_FF = torch.randn(channels, channels, dtype=torch.float64, generator=generator)
+    x_NF = torch.randn(tokens, channels, dtype=torch.float64, generator=generator) @ mix_FF
+    return x_NF, torch.randn(hidden, channels, dtype=torch.float64, generator=generator)
+
+
+def _lost(x_NF: torch.Tensor, weight_HF: torch.Tensor, keep: list[int]) -> float:
+    """The squared error that no refit of those columns can get below."""
+    y_NH = x_NF @ weight_HF.T
+    fitted_KH = torch.linalg.lstsq(x_NF[:, keep], y_NH).solution
+    return (x_NF[:, keep] @ fitted_KH - y_NH).square().sum().item()
+
+
+def test_block_influence_by_hand():
+    h_in = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
+    h_out = torch.tensor([[5.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])  # cosines 1, 0, -1
+    assert block_influence(h_in, h_out) == pytest.approx(1.0)
+    assert block_influence(h_in, 2 * h_in) == pytest.approx(0.0, abs=1e-7)
+
+
+def _turn(degrees: float):
+    angle = torch.tensor(degrees).deg2rad()
+    matrix = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
+    return lambda h_BLH: h_BLH @ matrix.T
+
+
+def _entering(blocks, h_BLH):
+    states = [h_BLH]
+    for block in blocks[:-1]:
+        states.append(block(states[-1]))
+    return states
+
+
+def test_the_least_influential_block_goes_first_and_the_ends_are_kept():
+    blocks = [_turn(a) for a in (1.0, 40.0, 10.0, 20.0, 2.0)]
+    dropped = drop_blocks(blocks, _entering(blocks, torch.randn(2, 3, 2)), 2, keep_first=1, keep_last=1)
+    assert [index for index, _ in dropped] == [2, 3]
+    assert dropped[0][1] == pytest.approx(1 - torch.tensor(10.0).deg2rad().cos().item(), abs=1e-5)
+
+
+def test_blocks_are_scored_again_after_a_removal():
+    """What a block receives changes when an earlier one goes, so its first score must not be used."""
+
+    def set_second(value: float):
+        return lambda h: torch.stack([h[..., 0], torch.full_like(h[..., 1], value)], -1)
+
+    h = torch.ones(1, 4, 2)
+    blocks = [_turn(0.0), set_second(1.1), set_second(1.15), set_second(0.8), _turn(0.0)]
+    first = [block_influence(a, b) for a, b in zip(_entering(blocks, h)[1:4], _entering(blocks, h)[2:5], strict=True)]
+    assert sorted(range(3), key=first.__getitem__) == [1, 0, 2]
+    dropped = drop_blocks(blocks, _entering(blocks, h), 2, 1, 1)
+    assert [index for index, _ in dropped] == [2, 1]
+    blocks[3] = set_second(1.0)  # does nothing once blocks 1 and 2 are gone
+    dropped = drop_blocks(blocks, _entering(blocks, h), 3, 1, 1)
+    assert dropped[-1] == (3, pytest.approx(0.0, abs=1e-6))
+
+
+def test_removal_cost_equals_brute_force_least_squares():
+    x_NF, weight_HF = _problem()
+    cost_F = removal_cost(weight_HF, torch.linalg.inv(x_NF.T @ x_NF))
+    brute = [_lost(x_NF, weight_HF, [k for k in range(10) if k != j]) for j in range(10)]
+    torch.testing.assert_close(cost_F, torch.tensor(brute, dtype=torch.float64), rtol=1e-8, atol=0)
+
+
+def test_channels_one_by_one_equal_brute_force_greedy():
+    x_NF, weight_HF = _problem()
+    kept = list(range(10))
+    while len(kept) > 4:
+        kept.remove(min(kept, key=lambda j: _lost(x_NF, weight_HF, [k for k in kept if k != j])))
+    assert keep_channels(weight_HF, x_NF.T @ x_NF, 4, TINY, block=1).tolist() == kept
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_keep_channels_count_order_and_purity(block: int):
+    x_NF, weight_HF = _problem()
+    gram_FF, before = x_NF.T @ x_NF, weight_HF.clone()
+    copy = gram_FF.clone()
+    kept = keep_channels(weight_HF, gram_FF, 7, 0.01, block)
+    assert kept.shape == (7,) and (kept.diff() > 0).all()
+    assert torch.equal(weight_HF, before) and torch.equal(gram_FF, copy)
+
+
+def test_second_order_choice_beats_magnitude():
+    """A loud channel that another one repeats is cheap; magnitude would keep it."""
+    x_NF, weight_HF = _problem()
+    x_NF[:, 3] = 2 * x_NF[:, 5]
+    weight_HF[:, 3] *= 10
+    kept = keep_channels(weight_HF, x_NF.T @ x_NF, 9, 1e-9).tolist()
+    assert len({3, 5} & set(kept)) == 1
+
+
+def test_reconstruction_equals_lstsq():
+    x_NF, weight_HF = _problem()
+    keep_K = torch.tensor([0, 2, 3, 7])
+    fitted_HK = reconstruct(weight_HF, x_NF.T @ x_NF, keep_K, TINY)
+    expected_KH = torch.linalg.lstsq(x_NF[:, keep_K], x_NF @ weight_HF.T).solution
+    torch.testing.assert_close(fitted_HK, expected_KH.T, rtol=1e-7, atol=1e-9)
+
+
+def test_reconstruction_is_pulled_to_the_old_columns_and_survives_dead_channels():
+    x_NF, weight_HF = _problem()
+    keep_K = torch.tensor([0, 2, 3, 7])
+    strong = reconstruct(weight_HF, x_NF.T @ x_NF, keep_K, 1e9)
+    torch.testing.assert_close(strong, weight_HF[:, keep_K], rtol=1e-6, atol=1e-6)
+    dead = reconstruct(weight_HF.float(), torch.zeros(10, 10), keep_K, 0.01)
+    assert dead.dtype == torch.float32 and torch.equal(dead, weight_HF[:, keep_K].float())
+
+
+def test_error_fraction_on_the_tokens_themselves():
+    x_NF, weight_HF = _problem()
+    keep_K = torch.tensor([0, 2, 3, 7])
+    fitted_HK = reconstruct(weight_HF, x_NF.T @ x_NF, keep_K, TINY)
+    expected = _lost(x_NF, weight_HF, keep_K.tolist()) / (x_NF @ weight_HF.T).square().sum().item()
+    assert error_fraction(weight_HF, x_NF.T @ x_NF, keep_K, fitted_HK) == pytest.approx(expected, rel=1e-6)
+
+
+def test_snap_goes_to_the_nearest_multiple_and_never_to_zero():
+    assert [snap(w, 64) for w in (1, 31, 95, 96, 900, 960)] == [64, 64, 64, 128, 896, 960]
+    assert snap(5, 1) == 5
+
+
+def test_config_lists_follow_the_blocks():
+    config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "eos_token_id": [1, 2, 3], "hidden_size": 8}
+    assert without_blocks(config, {1}) == {**config, "num_hidden_layers": 2, "layer_types": ["a", "c"]}
+
+
+def test_an_unsupported_architecture_is_named_with_what_is_allowed():
+    with pytest.raises(ValueError, match="architecture GPT2LMHeadModel can't .*allowed are LlamaForCausalLM"):
+        check_architecture({"architectures": ["GPT2LMHeadModel"]})

@@ -1,0 +1,151 @@
+"""Recipes are data: what Hydra could execute is refused before Hydra runs, and mistakes are one sentence and exit 2."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from compress.__main__ import main
+from compress.assets import configs_dir, recipes_dir
+from compress.errors import ConfigError
+from compress.launch import check_override, check_text
+
+REPO_RECIPES = sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def cli(capfd, *arguments):
+    code = main(list(arguments))
+    return code, *capfd.readouterr()
+
+
+@pytest.mark.parametrize("name", REPO_RECIPES)
+def test_every_recipe_composes_into_dataclasses(name):
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from compress.config import Recipe
+    from compress.launch import trust_hydra
+
+    trust_hydra()
+    overrides = ["teacher=embedded"] if name in ("mini", "nano") else []
+    with initialize_config_dir(str(recipes_dir()), version_base="1.3"):
+        recipe = OmegaConf.to_object(compose(name, overrides))
+    assert isinstance(recipe, Recipe)
+    assert recipe.steps()
+
+
+@pytest.mark.parametrize("file", sorted(configs_dir().glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_option_composes_and_opens_with_a_sentence(file):
+    from hydra import compose, initialize_config_dir
+
+    from compress.launch import trust_hydra
+
+    trust_hydra()
+    assert file.read_text().startswith("# ")
+    where = "@_here_" if file.parent.name == "stage" else ""
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        assert compose(config_name=None, overrides=[f"+{file.parent.name}{where}={file.stem}"] if not where else [f"+stage@x={file.stem}"])
+
+
+def test_the_vocabulary_is_complete():
+    counts = {folder.name: len(list(folder.glob("*.yaml"))) for folder in configs_dir().iterdir() if folder.is_dir() and folder.name != "tasks"}
+    assert counts == {"budget": 4, "data": 2, "eval": 3, "export": 4, "stage": 6, "teacher": 3, "track": 2, "trainer": 2}
+    assert REPO_RECIPES == ["demo", "mini", "nano", "smoke"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "smok"], "recipe 'smok' does not exist; did you mean 'smoke'?"),
+        (["run", "smoke", "stages.heal.lrr=1"], "unknown key 'stages.heal.lrr'; did you mean 'lr'?"),
+        (["run", "smoke", "stages.heal.tokens=many"], "stages.heal.tokens: Value 'many' of type 'str' could not be converted to Integer"),
+        (["run", "smoke", "budget=nan"], "budget='nan' is no option; did you mean 'nano'?"),
+        (["run", "smoke", "buget=nano"], "'buget' is no key or group of this recipe; did you mean 'budget'?"),
+        (["run", "smoke", "+stage@stages.x=distil"], "stage='distil' is no option; did you mean 'distill'?"),
+        (["run", "smoke", "pipeline=[heal,hael]"], "pipeline names the slot 'hael'; did you mean 'heal'?"),
+        (["run", "smoke", "pipeline=[round,heal]"], "impossible order: 'heal' (distill) comes after 'round' (ptq)"),
+        (["run", "smoke", "pipeline=[]"], "pipeline is empty"),
+        (["run", "smoke", "stages.heal.lr=-1"], "lr=-1.0 must be above 0"),
+        (["run", "smoke", "data.heldout=[embedded:docstrings]"], "held-out text must never be trained on"),
+        (["run", "smoke", "export=gguf_q8_0"], "export.gguf=Q8_0 would re-round slot 'qat'"),
+        (["run", "smoke", "budget.limits={size_byte:{max:1}}"], "budget limit 'size_byte' is no metric; did you mean 'size_bytes'?"),
+        (["run", "smoke", "teacher=embeded"], "teacher='embeded' is neither an option nor a path nor a hub id (owner/name); did you mean 'embedded'?"),
+        (["run"], "run needs a recipe"),
+        (["rnu"], "unknown verb 'rnu'; did you mean 'run'?"),
+        (["gc", "--stor"], "compress gc:"),
+    ],
+)
+def test_mistakes_exit_2_in_under_two_seconds_with_the_nearest_name(capfd, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    start = time.monotonic()
+    code, out, err = cli(capfd, *arguments)
+    assert message in err.replace("\n", " ")
+    assert code == 2
+    assert time.monotonic() - start < 2
+    assert list(tmp_path.iterdir()) == []
+
+
+EVIL = {
+    "callback": "hydra:\n  callbacks:\n    x:\n      _target_: os.system\n",
+    "target": "stages:\n  x:\n    _target_: os.system\n",
+    "environment": "seed: ${oc.env:HOME}\n",
+    "launcher": "defaults:\n  - override hydra/launcher: joblib\n",
+    "searchpath": "hydra:\n  searchpath: [file:///tmp]\n",
+    "logging": "hydra:\n  job_logging:\n    handlers:\n      x:\n        (): os.getcwd\n",
+    "package": "# @package hydra.callbacks\nx: 1\n",
+}
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_recipe_that_names_code_is_refused_before_hydra_runs(capfd, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "evil.yaml").write_text(EVIL[name] if "defaults" in EVIL[name] else f"{EVIL[name]}defaults: [/base]\n")
+
+    def never(*_, **__):
+        raise AssertionError("Hydra ran")
+
+    monkeypatch.setattr("hydra.main", never)
+    code, _, err = cli(capfd, "run", "evil", "--config-dir", "own")
+    assert code == 2
+    assert "a recipe is data and can't name code" in err
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["hydra.callbacks.x._target_=os.system", "+hydra.callbacks={}", "hydra/launcher=joblib", "seed=${oc.env:HOME}", "~hydra.sweeper",
+     "++hydra.searchpath=[file:///]", "+stages.x={_target_:os.system}", "hydra.job.env_set.X=1", "seed=${oc . env:HOME}"],
+)  # fmt: skip
+def test_overrides_that_name_code_are_refused(override):
+    with pytest.raises(ConfigError, match="can't name code"):
+        check_override(override)
+
+
+def test_a_resolver_name_put_together_from_parts_reads_no_secret(capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SECRET", "hunter2")
+    code, out, err = cli(capfd, "run", "smoke", "--cfg", "job", "--resolve", "store='${oc.${track.project}:SECRET}'", "track.project=env")
+    assert "hunter2" not in out + err
+    assert code == 2
+
+
+@pytest.mark.parametrize("text", ["hydra:\n  run:\n    dir: here\n", "hydra:\n  job:\n    name: mine\n", "hydra:\n  sweeper:\n    params:\n      seed: 1,2\n"])
+def test_the_allowed_hydra_keys_pass(text):
+    check_text(text, Path("r.yaml"))
+
+
+def test_cfg_job_shows_the_composed_recipe_without_running(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = cli(capfd, "run", "smoke", "--cfg", "job", "seed=7")
+    assert code == 0
+    assert "seed: 7" in out
+    assert "tokens: 2048" in out
+
+
+def test_list_names_recipes_and_options(capfd):
+    code, out, _ = cli(capfd, "list")
+    assert code == 0
+    assert "smoke" in out
+    assert "prune_width" in out

@@ -1,0 +1,278 @@
+"""The smoke recipe from the command line: every verb on a real run, refusals, interrupts and resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from compress.__main__ import main
+from compress.store import file_table
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+FAST = ["eval.tasks=[grammar]", "eval.limit=4", "trainer.threads=1"]
+
+
+def compress(folder, *arguments, **options):
+    return subprocess.run([sys.executable, "-m", "compress", *arguments], cwd=folder, env=ENV, capture_output=True, text=True, **options)
+
+
+def newest(folder, recipe="smoke"):
+    return max(path for path in (folder / "runs" / recipe).iterdir() if (path / "run.json").is_file())
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke")
+    done = compress(folder, "run", "smoke", "track=wandb", *FAST)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def records(run):
+    return [json.loads(path.read_text()) for path in sorted(run.glob("*/record.json"))]
+
+
+def test_every_slot_has_a_record_with_scores_and_weights(smoke):
+    folder, done = smoke
+    run = newest(folder)
+    found = records(run)
+    assert [r["slot"] for r in found] == ["teacher", "depth", "width", "heal", "chat", "round", "qat", "gguf_q4_0"]
+    for record in found:
+        assert {"params", "size_bytes", "bits_per_byte/heldout", "latency_ms_p50", "ttft_ms_p50", "peak_rss_bytes", "acc/grammar"} <= record["scores"].keys()
+        assert record["slot"] == "teacher" or record["scores"]["kl_to_teacher"] > 0
+        assert (run / f"{record['index']:02d}-{record['slot']}" / "weights").exists()
+    assert [r["parent"] for r in found] == [None, "teacher", "depth", "width", "heal", "chat", "chat", "qat"]
+    about = json.loads((run / "run.json").read_text())
+    assert about["exit"] == 0
+    assert about["finished"]
+    assert "qat" in done.stdout
+    assert "heal" in done.stdout
+
+
+def test_the_gguf_holds_the_qat_codes_bit_for_bit(smoke):
+    import torch
+
+    from compress.checkpoint import load_model
+    from compress.export.gguf import decode_gguf
+
+    run = newest(smoke[0])
+    decoded = decode_gguf(run / "bundle" / "model-Q4_0.gguf")
+    state = load_model(run / "bundle" / "hf").state_dict()
+    assert len(decoded) == len(state) - 1  # the tied head is stored once
+    for name, tensor in decoded.items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_depth_and_width_really_shrink(smoke):
+    by = {r["slot"]: r["scores"]["params"] for r in records(newest(smoke[0]))}
+    assert by["teacher"] > by["depth"] > by["width"] == by["heal"] == by["chat"] == by["qat"] == by["gguf_q4_0"]
+
+
+def test_repeating_the_command_reuses_every_stage_and_ends_in_the_same_weights(smoke):
+    folder, _ = smoke
+    first = records(newest(folder))
+    time.sleep(1.1)  # run directories are named by the second
+    done = compress(folder, "run", "smoke", *FAST)
+    assert done.returncode == 0, done.stderr
+    again = records(newest(folder))
+    assert [r["digest"] for r in again] == [r["digest"] for r in first]
+    assert all(r["reused"] for r in again if r["stage_config"])
+    assert [r["scores"] for r in again] == [r["scores"] for r in first]
+
+
+def test_changing_the_evaluation_keeps_the_weights(smoke):
+    folder, _ = smoke
+    time.sleep(1.1)
+    done = compress(folder, "run", "smoke", *FAST, "eval.limit=3", "pipeline=[depth,width]", "export=none")
+    assert done.returncode == 0, done.stderr
+    assert [r["reused"] for r in records(newest(folder))] == [False, True, True]
+
+
+def test_verify_passes_and_names_every_kind_of_damage(smoke, tmp_path, capfd):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(newest_full(smoke[0]) / "bundle", bundle)
+    assert main(["verify", str(bundle)]) == 0
+    assert "files verified" in capfd.readouterr().out
+    weights = bundle / "hf" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    (bundle / "extra.txt").write_text("x")
+    (bundle / "README.md").unlink()
+    assert main(["verify", str(bundle)]) == 3
+    err = capfd.readouterr().err
+    assert "README.md is missing" in err
+    assert "extra.txt is not in SHA256SUMS" in err
+    assert "hf/model.safetensors was changed" in err
+
+
+def newest_full(folder):
+    return max(path.parent for path in (folder / "runs" / "smoke").glob("*/bundle") if (path / "model-Q4_0.gguf").is_file())
+
+
+def test_a_checksum_file_that_leaves_the_bundle_is_refused(smoke, tmp_path, capfd):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(newest_full(smoke[0]) / "bundle", bundle)
+    with (bundle / "SHA256SUMS").open("a") as sums:
+        sums.write("0" * 64 + "  ../../etc/passwd\n")
+    assert main(["verify", str(bundle)]) == 3
+    assert "made to mislead" in capfd.readouterr().err
+
+
+def test_accept_measures_the_budget_again(smoke):
+    folder, _ = smoke
+    done = compress(folder, "accept", str(newest_full(folder) / "bundle"))
+    assert done.returncode == 0, done.stderr
+    assert "no limits" in done.stdout
+
+
+def test_the_model_card_and_the_page_hold_the_measured_numbers(smoke):
+    run = newest_full(smoke[0])
+    card, page = (run / "bundle" / "README.md").read_text(), (run / "report.html").read_text()
+    for slot in ("teacher", "heal", "qat", "gguf_q4_0"):
+        assert slot in card
+        assert slot in page
+    assert "embedded:docstrings" in card
+    assert not re.search(r"https?://[^\"' ]+\.(js|css)", page)
+
+
+def test_compare_prints_runs_side_by_side_and_writes_a_page(smoke, tmp_path):
+    folder, _ = smoke
+    done = compress(folder, "compare", str(newest_full(folder)), "smoke", "--html", str(tmp_path / "c.html"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "c.html").stat().st_size > 5000
+    assert "smoke/" in done.stdout
+
+
+def test_score_judges_a_checkpoint_and_a_gguf_it_did_not_make(smoke, tmp_path):
+    folder, _ = smoke
+    run = newest_full(folder)
+    model = tmp_path / "foreign"
+    shutil.copytree(run / "bundle" / "hf", model)
+    for target in (model, run / "bundle" / "model-Q4_0.gguf"):
+        done = compress(folder, "score", str(target), "--teacher", "random", "eval=smoke", "data.seq_len=64", "budget.limits={size_bytes:{max:1000}}", *FAST)
+        assert done.returncode == 4, done.stderr
+        assert "kl_to_teacher" in done.stdout
+        assert "FAIL" in done.stdout
+
+
+def test_gc_keeps_what_runs_name(smoke, tmp_path):
+    folder, _ = smoke
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "runs", copy / "runs", symlinks=True)
+    entries = set((copy / "runs" / ".store" / "entries").iterdir())
+    done = compress(copy, "gc", "--yes")
+    assert done.returncode == 0, done.stderr
+    left = set((copy / "runs" / ".store" / "entries").iterdir())
+    assert len(left) >= 7
+    shutil.rmtree(copy / "runs" / "smoke")
+    assert compress(copy, "gc", "--yes").returncode == 0
+    assert not list((copy / "runs" / ".store" / "entries").iterdir())
+    assert len(entries) >= len(left)
+
+
+def test_a_violated_budget_exits_4_and_marks_the_bundle(smoke):
+    folder, _ = smoke
+    time.sleep(1.1)
+    done = compress(folder, "run", "smoke", *FAST, "budget.limits={size_bytes:{max:1000}}")
+    assert done.returncode == 4, done.stderr
+    bundle = newest(folder) / "bundle"
+    assert json.loads((bundle / "manifest.json").read_text())["budget"] == "FAIL"
+    assert "violates its budget" in (bundle / "README.md").read_text()
+    assert compress(folder, "verify", str(bundle)).returncode == 0
+    assert compress(folder, "accept", str(bundle)).returncode == 4
+
+
+def test_the_plan_runs_nothing(smoke, tmp_path):
+    done = compress(tmp_path, "run", "smoke", "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "heal" in done.stdout
+    assert "GB free" in done.stdout
+    assert not (tmp_path / "runs" / "smoke").exists()
+
+
+LONG = ["stages.heal.tokens=12800", "pipeline=[depth,heal]", "export=none", *FAST]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_resumes_to_the_same_bytes(smoke, tmp_path, how):
+    folder, _ = smoke
+    process = subprocess.Popen([sys.executable, "-m", "compress", "run", "smoke", *LONG, "store=cut"], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "teacher signal" in line and "2/" in line:  # training begins a moment later
+            break
+    time.sleep(0.5)
+    process.send_signal(how)
+    process.communicate()
+    assert process.returncode in {signal.SIGINT: (130,), signal.SIGTERM: (143,), signal.SIGKILL: (-9,)}[how]
+    if how is not signal.SIGKILL:
+        assert json.loads((newest(tmp_path) / "run.json").read_text())["exit"] == process.returncode
+    time.sleep(1.1)
+    done = compress(tmp_path, "run", "smoke", *LONG, "store=cut")
+    assert done.returncode == 0, done.stderr
+    time.sleep(1.1)
+    whole = compress(tmp_path, "run", "smoke", *LONG, "store=whole")
+    assert whole.returncode == 0, whole.stderr
+    runs = sorted((tmp_path / "runs" / "smoke").iterdir())
+    assert [r["digest"] for r in records(runs[-1])] == [r["digest"] for r in records(runs[-2])]
+    assert file_table((runs[-1] / "02-heal" / "weights").resolve()) == file_table((runs[-2] / "02-heal" / "weights").resolve())
+
+
+REFUSED = {
+    "missing teacher": (["teacher=./nowhere"], 3, "teacher './nowhere' does not exist; give a checkpoint directory"),
+    "no tokenizer": (["teacher=./untokenized"], 3, "has no tokenizer"),
+    "architecture": (["teacher=./strange"], 3, "strange"),
+    "empty data": (["data.train=[empty.txt]"], 3, "empty.txt has no usable text"),
+    "too many blocks": (["stages.depth.blocks=9"], 3, "slot 'depth' after 'teacher'"),
+    "unknown task": (["eval.tasks=[gramar]"], 2, "grammar"),
+    "read-only store": (["store=file/store"], 5, "can't be written"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_any_stage(tmp_path, tiny_teacher, monkeypatch, capfd, case):
+    monkeypatch.chdir(tmp_path)
+    for name in ("untokenized", "strange"):
+        shutil.copytree(tiny_teacher, tmp_path / name)
+    (tmp_path / "untokenized" / "tokenizer.json").unlink()
+    config = json.loads((tmp_path / "strange" / "config.json").read_text())
+    (tmp_path / "strange" / "config.json").write_text(json.dumps(config | {"model_type": "strange", "architectures": ["StrangeForCausalLM"]}))
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "file").write_text("")
+    arguments, code, message = REFUSED[case]
+    assert main(["run", "smoke", *arguments]) == code
+    assert message in capfd.readouterr().err
+    assert not list(tmp_path.glob("runs/smoke/*"))
+
+
+def test_a_full_disk_is_exit_5_and_keeps_what_was_made(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("compress.checkpoint.save_file", full)
+    assert main(["run", "smoke", *FAST]) == 5
+    assert "the disk refuses" in capfd.readouterr().err
+    assert not list(tmp_path.glob("runs/.store/entries/[0-9a-f]*"))
+
+
+def test_too_little_disk_is_refused_before_work(tmp_path, monkeypatch, capfd):
+    import collections
+
+    monkeypatch.chdir(tmp_path)
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 9, 1))
+    assert main(["run", "smoke", *FAST]) == 5
+    assert re.search(r"may need .* GB in .*, 0.0 GB are free", capfd.readouterr().err)
+    assert not list(tmp_path.glob("runs/smoke/*"))

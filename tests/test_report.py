@@ -1,0 +1,241 @@
+"""Reading runs back, the tables and the page: the numbers shown are the records' numbers, and nothing else gets in."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from fake_records import ROWS, write_run
+from rich.console import Console
+
+from compress.report.html import write_html
+from compress.report.picture import Point, mark_front
+from compress.report.records import load_run, resolve, worst
+from compress.report.table import compare_table, markdown_table, print_table, stage_table, standing, verdict_lines
+
+HOSTILE = "<script>alert(1)</script>\"'&|"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return load_run(write_run(tmp_path))
+
+
+@pytest.fixture
+def later(tmp_path):
+    smaller = [(*row[:4], row[4] * 0.5, *row[5:]) for row in ROWS]
+    return load_run(write_run(tmp_path, "2026-11-22T09-00-00", smaller))
+
+
+def printed(table, width: int = 40, terminal: bool = False) -> str:
+    out = io.StringIO()
+    print_table(table, Console(file=out, width=width, force_terminal=terminal, _environ={}))
+    return out.getvalue()
+
+
+# ------------------------------------------------------------------ records
+
+
+def test_records_come_in_slot_order_whatever_the_folders_say(run):
+    assert [r["slot"] for r in run.records] == [row[0] for row in ROWS]
+    assert run.teacher["slot"] == "teacher" and run.final["slot"] == "gguf"
+    assert worst(run.records) == "INCONCLUSIVE"
+
+
+def test_interrupted_run_is_readable_and_a_finished_one_with_a_hole_is_not(run):
+    (run.path / "07-gguf" / "record.json").unlink()
+    with pytest.raises(ValueError, match="incomplete run .*no record.json for gguf; `compress run demo` again"):
+        load_run(run.path)
+    (run.path / "run.json").write_text(json.dumps({**run.info, "exit": None, "finished": None}))
+    assert load_run(run.path).final["slot"] == "qat"
+
+
+def test_missing_run_says_what_a_run_is(tmp_path):
+    with pytest.raises(ValueError, match="no run at .*nowhere: it has no run.json; a run is .*runs/<recipe>/<time>/"):
+        load_run(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": {"params": "many"}}, r"scores\['params'\] is 'many', allowed: a number"),
+        ({"scores": None}, "'scores' is None, allowed: a dict"),
+        ({"schema": 9}, "schema 9, this version reads schema 1"),
+        ({"slot": "stranger"}, "slot 'stranger' is not in run.json's slots"),
+        ({"verdicts": [{"verdict": "MAYBE"}]}, "allowed: a sentence and one of"),
+    ],
+)
+def test_malformed_record_names_file_and_key(run, change, message):
+    file = run.path / "03-heal" / "record.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"03-heal/record.json: .*{message}"):
+        load_run(run.path)
+
+
+def test_broken_json_names_the_file(run):
+    (run.path / "run.json").write_text('{"schema": 1,')
+    with pytest.raises(ValueError, match="cannot read .*run.json: .*run the recipe again"):
+        load_run(run.path)
+
+
+def test_resolve_takes_a_path_a_name_and_the_newest(run, later, tmp_path):
+    assert resolve(run.path, "unused") == run.path
+    assert resolve("demo/2026-11-21T03-30-00", tmp_path) == run.path
+    assert resolve("demo", tmp_path) == later.path
+    assert resolve(tmp_path / "demo") == later.path
+    with pytest.raises(ValueError, match="no run called 'dmeo', did you mean 'demo'.*recipes with runs in .*: demo"):
+        resolve("dmeo", tmp_path)
+
+
+# ------------------------------------------------------------------- tables
+
+
+def test_piped_table_has_every_number_whole_and_no_colours(run):
+    text = printed(stage_table(run.records))
+    assert "\x1b" not in text and "…" not in text
+    for number in ("134.5", "233.6", "4.64", "0.8120", "68.1%", "1.702", "83.9%", "138.6", "7.20", "INCONCLUSIVE"):
+        assert number in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_narrow_terminal_loses_columns_not_digits(run):
+    text = printed(stage_table(run.records, width=100), 100)
+    assert "…" not in text and max(map(len, text.splitlines())) <= 100
+    assert "not shown at this width: TTFT (ms)" in text and "0.5090" in text
+
+
+def test_terminal_table_mutes_differences_against_the_teacher(run):
+    assert re.search(r"\x1b\[2m *-43%", printed(stage_table(run.records), 140, terminal=True))
+
+
+def test_columns_absent_everywhere_are_left_out(run):
+    for record in run.records:
+        del record["scores"]["kept"]
+    assert "kept" not in printed(stage_table(run.records)) and "kept" not in markdown_table(run.records)
+    del run.records[3]["scores"]["kl_to_teacher"]
+    assert re.search(r"heal +distill +97.3 +194.7 +16.00 +- ", printed(stage_table(run.records)))
+
+
+def test_verdicts_are_words_where_enforced_and_distances_elsewhere(run):
+    assert (standing(run.records[1]), standing(run.records[7])) == ("0/3 met", "INCONCLUSIVE")
+    lines = verdict_lines(run.records)
+    assert "PASS         gguf: size 56.4 MB is within 60.0 MB" in lines
+    assert "not yet      heal: size 194.7 MB is 134.7 MB over 60.0 MB" in lines
+
+
+def test_markdown_escapes_and_lines_up(run):
+    run.records[2]["slot"] = HOSTILE
+    lines = markdown_table(run.records).splitlines()
+    assert len(lines) == 10 and {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {16}
+    assert "<script" not in "".join(lines)
+
+
+def test_compare_shows_differences_against_the_first_run(run, later):
+    final = printed(compare_table([run, later]))
+    assert "demo/2026-11-22T09-00-00" in final and "-50%" in final and final.count("gguf") == 2
+    assert printed(compare_table([run, later], stages=True)).count("heal") == 2
+
+
+# --------------------------------------------------------------------- page
+
+
+class Page(HTMLParser):
+    """Every tag, attribute and visible text of a page; fails on a tag that closes what is not open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def page_of(runs, tmp_path) -> Page:
+    write_html(runs, tmp_path / "report.html")
+    return Page((tmp_path / "report.html").read_text())
+
+
+def test_page_asks_nobody_and_needs_no_script(run, later, tmp_path):
+    for runs in ([run], [run, later]):
+        page = page_of(runs, tmp_path)
+        assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+        assert not {"src", "href", "style", "onload", "onclick"} & {name for name, _ in page.attributes}
+        text = (tmp_path / "report.html").read_text()
+        assert not re.search(r"https?:|url\(|@import|//[a-z]", text)
+        assert ("http-equiv", "Content-Security-Policy") in page.attributes
+
+
+def test_page_shows_the_values_of_the_records(run, tmp_path):
+    page = page_of([run], tmp_path)
+    for record in run.records:
+        scores = record["scores"]
+        assert f"{scores['size_bytes'] / 1e6:.1f}" in page.texts and f"{scores['kept'] * 100:.1f}%" in page.texts
+        assert f"{scores['kl_to_teacher']:.4f}" in page.texts
+        assert record["digest"] in page.texts
+        assert all(any(v["sentence"] in text for text in page.texts) for v in record["verdicts"])
+    assert any("gguf: 56.4 MB, kept 83.9%, 7.20 ms per token in llama.cpp" in (v or "") for k, v in page.attributes)
+
+
+def test_bars_are_in_proportion_to_kl(run, tmp_path):
+    widths = [float(v[:-1]) for k, v in page_of([run], tmp_path).attributes if k == "width" and v.endswith("%")]
+    kls = [r["scores"]["kl_to_teacher"] for r in run.records]
+    assert widths == pytest.approx([100 * kl / max(kls) for kl in kls], abs=0.01)
+
+
+def test_hostile_names_stay_text(tmp_path):
+    rows = [(HOSTILE if x == "heal" else x for x in row) for row in ROWS]
+    run = load_run(write_run(tmp_path, rows=[tuple(row) for row in rows]))
+    run.records[7]["verdicts"][0]["sentence"] = run.info["machine"]["cpu"] = run.records[7]["digest"] = HOSTILE
+    run.info["config"][HOSTILE] = run.info["started"] = run.records[7]["runtime"] = HOSTILE
+    page = page_of([run], tmp_path)
+    assert "script" not in page.tags and HOSTILE in page.texts
+    assert not [name for name, _ in page.attributes if name.startswith("on") or "<" in name]
+
+
+def test_page_survives_records_without_scores_and_nan(run, tmp_path):
+    run.records[2]["scores"].update(kl_to_teacher=float("nan"), kept=float("nan"), latency_ms_p50=float("inf"))
+    assert "nan" in page_of([run], tmp_path).texts
+    for record in run.records:
+        record["scores"], record["verdicts"] = {}, []
+    page = page_of([run], tmp_path)
+    assert page.tags.count("section") == 5 and "No limit was enforced." in page.texts  # no picture, no bars
+
+
+def test_picture_falls_back_to_kl_with_up_still_better(run, tmp_path):
+    for record in run.records:
+        del record["scores"]["kept"]
+    text = page_of([run], tmp_path) and (tmp_path / "report.html").read_text()
+    assert "KL to teacher (nats, less is better)" in text
+    heights = {m[1]: float(m[2]) for m in re.finditer(r'aria-label="(\w+): [^>]*><title>.*?cy="([\d.]+)"', text)}
+    assert heights["teacher"] < heights["heal"] < heights["prune_width"]  # y grows downwards in SVG
+
+
+def test_pareto_front_is_what_nothing_beats_in_both():
+    sizes_and_kept = [(100, 1.0), (50, 0.8), (60, 0.8), (50, 0.7), (40, 0.2)]
+    points = [Point(0, str(i), None, "ship", mb, y, None, "") for i, (mb, y) in enumerate(sizes_and_kept)]
+    mark_front(points, 1)
+    assert [p.front for p in points] == [True, True, False, False, True]
+    mark_front(points, -1)  # less is better: the smallest also has the least
+    assert [p.front for p in points] == [False, False, False, False, True]
+
+
+def test_no_runs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one run, got none"):
+        write_html([], tmp_path / "x.html")

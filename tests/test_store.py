@@ -1,0 +1,114 @@
+"""Entries are whole or absent, changed bytes are noticed, a held key is refused, gc leaves what runs name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from compress.errors import ResourceError
+from compress.store import Store, file_table, sha256_json
+
+KEY = sha256_json("a stage")
+
+
+def write(out, work):
+    (out / "weights").write_bytes(b"1234")
+    return {"steps_count": 3}
+
+
+def test_an_entry_holds_inputs_metrics_and_every_file(tmp_path):
+    store = Store(tmp_path / "store")
+    path = store.build(KEY, {"seed": 1}, write)
+    about = store.stage_json(KEY)
+    assert about["inputs"] == {"seed": 1}
+    assert about["metrics"] == {"steps_count": 3}
+    assert about["files"] == {"weights": file_table(path)["weights"]}
+    assert not (store.root / "work" / KEY).exists()
+
+
+def test_an_identical_stage_is_not_made_twice(tmp_path):
+    store = Store(tmp_path)
+    store.build(KEY, {}, write)
+
+    def never(out, work):
+        raise AssertionError("made again")
+
+    store.build(KEY, {}, never)
+
+
+def test_a_failing_stage_leaves_no_entry_but_keeps_its_work(tmp_path):
+    store = Store(tmp_path)
+
+    def fails(out, work):
+        (out / "half").write_text("x")
+        (work / "state").write_text("step 3")
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError):
+        store.build(KEY, {}, fails)
+    assert not store.has(KEY)
+    assert not store.entry(KEY).exists()
+
+    def goes_on(out, work):
+        assert (work / "state").read_text() == "step 3"
+        assert list(out.iterdir()) == []
+        return write(out, work)
+
+    store.build(KEY, {}, goes_on)
+    assert store.has(KEY)
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "unknown"])
+def test_a_damaged_entry_is_refused_by_file_name(tmp_path, damage):
+    store = Store(tmp_path)
+    path = store.build(KEY, {}, write)
+    if damage == "changed":
+        (path / "weights").write_bytes(b"1235")
+    elif damage == "missing":
+        (path / "weights").unlink()
+    else:
+        (path / "extra").write_text("x")
+    with pytest.raises(ValueError, match=f"is {damage} since it was written; delete .* and run again"):
+        store.has(KEY)
+
+
+HOLD = "import sys; from compress.store import Store; from pathlib import Path\nwith Store(Path(sys.argv[1])).lock(sys.argv[2]): print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_second_process_on_the_same_key_is_refused_at_once_and_a_killed_one_frees_it(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), KEY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ResourceError, match=f"process {holder.pid} is building the same stage"):
+            Store(tmp_path).build(KEY, {}, write)
+        with pytest.raises(ResourceError, match="wait for it"):
+            Store(tmp_path).build(KEY, {}, write)
+    finally:
+        holder.kill()
+        holder.wait()
+    Store(tmp_path).build(KEY, {}, write)
+
+
+def test_gc_removes_only_what_no_run_names_and_what_nobody_holds(tmp_path):
+    store = Store(tmp_path)
+    keys = [sha256_json(n) for n in range(3)]
+    for key in keys:
+        store.build(key, {}, write)
+        store.note(key, {"seconds": 1})
+    with store.lock(keys[2]):
+        things, size = store.gc({keys[0]}, dry_run=True)
+        assert things == 2
+        assert size > 4
+        assert all(store.has(key) for key in keys)
+        store.gc({keys[0]}, dry_run=False)
+    assert [store.has(key) for key in keys] == [True, False, True]
+    assert store.note(keys[1]) == {}
+
+
+def test_a_store_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="can't be written .*store=DIR"):
+        Store(tmp_path / "file" / "store")

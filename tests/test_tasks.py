@@ -1,0 +1,211 @@
+"""Embedded tasks and compress/score/tasks.py: data as versioned, choices as a computation by hand chooses them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from compress.assets import configs_dir
+from compress.errors import ConfigError
+from compress.score import tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data" / "eval"
+EMBEDDED = {"arithmetic": (120, 0.25), "facts": (196, 0.25), "grammar": (160, 0.5)}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Llama over bytes, as a checkpoint directory."""
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("tiny")
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(out)
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def lm(tiny):
+    return tasks.make_hf_lm(tiny, batch_size=8)
+
+
+def by_hand(tiny, contexts, options, delimiter):
+    """log p(option | context) one option at a time, without batches, padding or lm-eval."""
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny).eval()
+    scores = []
+    for context, choices in zip(contexts, options, strict=True):
+        row = []
+        for choice in choices:
+            head = tokenizer(context).input_ids or [tokenizer.bos_token_id]
+            tail = tokenizer(delimiter + choice).input_ids
+            with torch.no_grad():
+                logp_LV = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+            row.append(sum(logp_LV[len(head) - 1 + i, token].item() for i, token in enumerate(tail)))
+        scores.append(row)
+    return scores
+
+
+def test_making_the_tasks_again_gives_the_same_bytes(tmp_path):
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_tasks.py", tmp_path], check=True, capture_output=True)
+    for name in EMBEDDED:
+        assert (tmp_path / name / "test.jsonl").read_bytes() == (
+            configs_dir() / "tasks" / name / "test.jsonl"
+        ).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_items_are_well_formed_and_the_right_place_is_no_clue(name):
+    rows = tasks.read_jsonl(configs_dir() / "tasks" / name / "test.jsonl")
+    n, chance = EMBEDDED[name]
+    assert len(rows) == n and tasks.chance(name) == chance
+    assert len({json.dumps([row["query"], sorted(row["choices"])]) for row in rows}) == n, "an item appears twice"
+    for row in rows:
+        assert len(set(row["choices"])) == 1 / chance and 0 <= row["answer"] < len(row["choices"]), row
+    for place in range(int(1 / chance)):
+        assert abs(sum(row["answer"] == place for row in rows) / n - chance) < 0.12
+
+
+def test_arithmetic_answers_are_right():
+    for row in tasks.read_jsonl(configs_dir() / "tasks" / "arithmetic" / "test.jsonl"):
+        answer, query = int(row["choices"][row["answer"]]), row["query"]
+        if query.endswith("="):
+            left, sign, right = query.split()[:3]
+            assert answer == int(left) + int(right) * (1 if sign == "+" else -1), row
+        else:
+            numbers = [int(x) for x in query.split(",")[:-1]]
+            assert answer - numbers[-1] == numbers[-1] - numbers[-2] == numbers[1] - numbers[0], row
+        assert len({len(choice) for choice in row["choices"]}) == 1, row
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "delimiter"),
+    [("grammar", "", ""), ("facts", "", " "), ("arithmetic", "10 + 1 = 11, 10 - 1 = 9, ", " ")],
+)
+def test_choices_equal_a_computation_by_hand(name, prompt, delimiter, lm, tiny):
+    result = tasks.evaluate(lm, [name], limit=6)
+    rows = tasks.read_jsonl(configs_dir() / "tasks" / name / "test.jsonl")[:6]
+    expected = by_hand(tiny, [prompt + row["query"] for row in rows], [row["choices"] for row in rows], delimiter)
+    for item, row, scores in zip(result.items, rows, expected, strict=True):
+        assert item["logliks"] == pytest.approx(scores, abs=2e-3)
+        assert item["choice"] == scores.index(max(scores))
+        assert item["correct"] == (item["choice"] == row["answer"])
+    acc = sum(item["correct"] for item in result.items) / 6
+    assert result.scores == pytest.approx(
+        {f"acc/{name}": acc, f"acc_stderr/{name}": (acc * (1 - acc) / 5) ** 0.5, f"n/{name}": 6}
+    )
+    assert result.chance == {name: EMBEDDED[name][1]}
+
+
+def test_several_tasks_in_one_call_equal_one_at_a_time_and_leave_the_seed_alone(lm):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    both = tasks.evaluate(lm, ["facts", "grammar"], limit=8)
+    assert torch.equal(before, torch.get_rng_state())
+    alone = [tasks.evaluate(lm, [name], limit=8) for name in ("facts", "grammar")]
+    one_by_one = [item for result in alone for item in result.items]
+    for field in ("task", "doc_id", "choice", "correct"):
+        assert [item[field] for item in both.items] == [item[field] for item in one_by_one]
+
+
+def test_unknown_task_is_refused_with_the_nearest_name():
+    with pytest.raises(
+        ConfigError, match=r"unknown task 'gramar'; did you mean .*'grammar'.*embedded: arithmetic, facts, grammar"
+    ):
+        tasks.check_tasks(["facts", "gramar"])
+    with pytest.raises(ConfigError, match="no embedded task 'arc_easy'"):
+        tasks.chance("arc_easy")
+
+
+def test_checking_embedded_and_harness_names_does_not_import_lm_eval():
+    code = "import sys; from compress.score.tasks import check_tasks; check_tasks(['facts', 'arc_easy'])"
+    code += "; print('lm_eval' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False False", done.stderr
+
+
+def test_a_task_file_that_names_code_is_refused(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("task: evil\nprocess_docs: !function os.getcwd\n")
+    with pytest.raises(ValueError, match="names code or a custom tag"):
+        tasks._embedded_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"a": 1}\n{"a": \n', "line 2: not a JSON"), ("[1]\n", "line 1: not a JSON"), ("", "is empty")],
+)
+def test_a_bad_item_file_names_file_and_line(tmp_path, text, message):
+    path = tmp_path / "train.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"train\.jsonl.*{message}"):
+        tasks.read_jsonl(path)
+
+
+def arc_rows(n):
+    choices = {"text": ["a", "bc", "d"], "label": ["A", "B", "C"]}
+    return [{"question": f"What is {i}?", "choices": choices, "answerKey": "ABC"[i % 3]} for i in range(n)]
+
+
+def write(folder, split, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_harness_task_reads_its_items_from_data_dir_with_its_own_prompt(tmp_path, lm, tiny):
+    write(tmp_path / "arc_easy", "train", arc_rows(5))
+    result = tasks.evaluate(lm, ["arc_easy"], data_dir=tmp_path)
+    expected = by_hand(tiny, [f"Question: What is {i}?\nAnswer:" for i in range(5)], [["a", "bc", "d"]] * 5, " ")
+    assert [i["logliks"] for i in result.items] == [pytest.approx(row, abs=2e-3) for row in expected]
+    assert [i["correct"] for i in result.items] == [row.index(max(row)) == i % 3 for i, row in enumerate(expected)]
+    assert result.chance == {"arc_easy": pytest.approx(1 / 3)}
+
+
+def test_a_single_split_serves_test_and_few_shot_without_the_item_itself(tmp_path):
+    write(tmp_path / "arc_easy", "train", arc_rows(4))
+    task = tasks._load("arc_easy", tmp_path)
+    task.set_fewshot_seed(0)
+    for doc in task.eval_docs:
+        assert task.fewshot_context(doc, num_fewshot=3).count(doc["question"]) == 1
+
+
+def test_splits_that_are_present_keep_their_part(tmp_path):
+    write(tmp_path / "arc_easy", "train", arc_rows(4))
+    write(tmp_path / "arc_easy", "validation", arc_rows(2))
+    task = tasks._load("arc_easy", tmp_path)
+    assert len(task.eval_docs) == 2 and len(task.fewshot_docs()) == 4
+
+
+def test_a_missing_item_file_and_a_task_that_is_no_choice_are_refused(tmp_path, lm):
+    with pytest.raises(
+        ValueError, match=r"arc_easy has no <split>.jsonl; .* one of train.jsonl, validation.jsonl, test"
+    ):
+        tasks.evaluate(lm, ["arc_easy"], data_dir=tmp_path)
+    write(tmp_path / "gsm8k", "test", [{"question": "1+1?", "answer": "#### 2"}])
+    with pytest.raises(ConfigError, match="gsm8k' is generate_until; only multiple_choice"):
+        tasks.evaluate(lm, ["gsm8k"], data_dir=tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the local development data is not beside this checkout")
+@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "openbookqa"])
+def test_real_benchmark_files_load_and_score(name, lm):
+    result = tasks.evaluate(lm, [name], limit=3, data_dir=SHARED)
+    assert result.scores[f"n/{name}"] == 3 and 0.2 <= result.chance[name] <= 0.34

@@ -137,9 +137,9 @@ class Store:
 
         `out` is an empty directory renamed into place at the end; `work` survives kills and is removed on success.
         """
+        if self.has(key):  # finished entries are read without the lock: many runs may share them at once
+            return self.entry(key)
         with self.lock(key):
-            if self.has(key):
-                return self.entry(key)
             out, work = self.root / "entries" / f".{key}.part", self.root / "work" / key
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import load_tokenizer
+from compress.checkpoint import best_device, load_tokenizer
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, saved_hidden
 from compress.score.latency import measure as measure_torch
 from compress.score.paired import paired_scores
@@ -134,7 +134,7 @@ class Scorer:
         scores = self._closeness_inputs(checkpoint_hidden(model.path, self.heldout, self.sequences), model, key)
         items, chance = [], {}
         if tasks:
-            result = evaluate(make_hf_lm(model.path, s.batch_size), tasks, s.limit, s.data_dir)
+            result = evaluate(make_hf_lm(model.path, s.batch_size, device=str(best_device())), tasks, s.limit, s.data_dir)
             scores, items, chance = scores | result.scores, result.items, result.chance
         scores |= measure_torch(model.path, s.prompt_tokens, s.new_tokens, s.repeats, s.threads, "bfloat16") | size(model.path)
         return {"scores": scores, "items": items, "chance": chance}

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Optimization:
     """Token budget and optimizer of a stage."""
 
-    tokens: int = 200_000  # training tokens, rounded up to whole steps
+    tokens: int = 200_000  # training tokens over all epochs, rounded up to whole steps
+    epochs: int = 1  # times each sequence is read; a second one costs no teacher
     batch_sequences: int = 4  # sequences of data.seq_len tokens per optimizer step
     micro_batch_sequences: int = 4  # sequences held in memory at once; changes memory and speed, not the result's meaning
     lr: float = 5e-4
@@ -24,7 +25,7 @@ class Optimization:
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_sequences", "micro_batch_sequences", "lr", "grad_clip"):
+        for name in ("tokens", "epochs", "batch_sequences", "micro_batch_sequences", "lr", "grad_clip"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         if not 0 <= self.warmup_fraction < 1:
@@ -35,8 +36,8 @@ class Optimization:
         return -(-self.tokens // (self.batch_sequences * seq_len))
 
     def sequences(self, seq_len: int) -> int:
-        """Sequences that the token budget reads, before any epoch repeats."""
-        return self.steps(seq_len) * self.batch_sequences
+        """Distinct sequences read: those of one epoch."""
+        return -(-self.steps(seq_len) * self.batch_sequences // self.epochs)
 
     def loop_arguments(self, ctx: Context) -> dict[str, Any]:
         """What `compress.train.loop.train` takes besides model, loss and batches."""

@@ -20,10 +20,10 @@ from compress.stages.ptq import GridName, Scales, check_rows
 class Qat(Optimization):
     """Train the parent on a llama.cpp grid; ship exactly those codes."""
 
-    lr: float = 1e-4
+    lr: float = 3e-4
     tokens: int = 100_000
     grid: GridName = GridName.q4_0
-    scales: Scales = Scales.search
+    scales: Scales = Scales.round  # the start: on a distilled 98M parent, round gave KL 0.215 and search 0.322 before training
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""

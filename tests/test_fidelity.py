@@ -1,0 +1,134 @@
+"""Closeness on held-out text against plain torch in float64, and the teacher's opening."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from compress.checkpoint import check, load_model, load_tokenizer, weight_files
+from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
+from compress.store import Store
+from compress.teacher import open_teacher
+from compress.train.data import pack
+from compress.train.forward import check_head
+
+
+@pytest.fixture
+def heldout(tiny_teacher, tmp_path):
+    return pack(["embedded:topics"], tiny_teacher, 48, tmp_path)
+
+
+def noisy(teacher, folder):
+    from compress.checkpoint import save_model
+
+    torch.manual_seed(2)
+    model = load_model(teacher)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    save_model(model, folder, tokenizer_from=teacher, dtype=torch.float32)
+    return folder
+
+
+def states(path, data, rows):
+    return States(checkpoint_hidden(path, data, rows), checkpoint_head(path))
+
+
+def test_kl_and_agreement_equal_float64_logits(tiny_teacher, heldout, tmp_path):
+    student = noisy(tiny_teacher, tmp_path / "student")
+    near = closeness(states(tiny_teacher, heldout, 7), states(student, heldout, 7))
+    ids = heldout.ids[:7, :-1].long()
+    with torch.inference_mode():
+        p, q = (load_model(path).double()(ids).logits.log_softmax(-1).flatten(0, 1) for path in (tiny_teacher, student))
+    assert near["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert near["top1"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-9)
+    assert closeness(states(student, heldout, 7), states(student, heldout, 7)) == {"kl": 0.0, "top1": 1.0}
+
+
+def test_bits_per_byte_is_cross_entropy_over_the_labels_text(tiny_teacher, heldout):
+    tokenizer = load_tokenizer(tiny_teacher)
+    ours = bits_per_byte(states(tiny_teacher, heldout, 5), heldout, 5, tokenizer)
+    ids = heldout.ids[:5].long()
+    with torch.inference_mode():
+        logits = load_model(tiny_teacher)(ids[:, :-1]).logits
+    nats = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="sum"))
+    text = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in ids[:, 1:])
+    assert ours == pytest.approx(nats / math.log(2) / text, rel=1e-5)
+
+
+def test_models_of_other_vocabularies_are_not_compared():
+    with pytest.raises(ValueError, match="can't be compared: vocabularies 5 and 6"):
+        closeness(States(torch.zeros(3, 2), torch.zeros(5, 2)), States(torch.zeros(3, 2), torch.zeros(6, 2)))
+
+
+def test_a_local_folder_is_used_in_place_and_a_gguf_is_imported_once(tiny_teacher, tmp_path):
+    from compress.export.gguf import export_gguf
+
+    store = Store(tmp_path / "store")
+    assert open_teacher(str(tiny_teacher), None, store, print).path == tiny_teacher
+    export_gguf(tiny_teacher, tmp_path / "t.gguf", "F16")
+    first, second = (open_teacher(str(tmp_path / "t.gguf"), None, store, print) for _ in range(2))
+    assert first == second
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(load_model(first.path)(ids).logits, load_model(tiny_teacher)(ids).logits, rtol=0, atol=2e-2)
+
+
+def test_a_hub_id_goes_through_snapshot_download_with_a_mocked_hub(tiny_teacher, tmp_path, monkeypatch):
+    asked = {}
+
+    def local_hub(name, *, revision, allow_patterns):
+        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        return str(tiny_teacher)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", local_hub)
+    assert open_teacher("owner/model", "v1", Store(tmp_path), print).path == tiny_teacher
+    assert asked["name"] == "owner/model"
+    assert asked["revision"] == "v1"
+    assert not any("bin" in pattern or "py" in pattern for pattern in asked["patterns"])
+
+
+def test_an_unreachable_hub_says_what_to_do(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ValueError, match="hub teacher 'owner/model' can't be had .* or give a local directory"):
+        open_teacher("owner/model", None, Store(tmp_path), print)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+        (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
+        (lambda d: (d / "config.json").write_text('{"auto_map": {}}'), "needs remote code, which is never run"),
+        (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "is pickle and is not read"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_by_name(tiny_teacher, tmp_path, damage, message):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher, folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        check(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_shard_index_that_leaves_the_folder_is_refused(tiny_teacher, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../../secret.safetensors"}}))
+    with pytest.raises(ValueError, match="shards must be files of that directory"):
+        weight_files(folder)
+
+
+def test_soft_capped_heads_are_refused_until_they_are_supported():
+    with pytest.raises(ValueError, match="final_logit_softcapping=30.0; supported are heads without"):
+        check_head({"final_logit_softcapping": 30.0}, "model")
+    check_head({"logits_scaling": 1.0, "final_logit_softcapping": None}, "model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 import warnings
@@ -10,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compress.errors import (
-    EXIT_CONFIG, EXIT_INPUT, EXIT_OK, EXIT_RESOURCES, EXIT_SIGINT, EXIT_SIGTERM, ConfigError, ResourceError, nearest,
-)  # fmt: skip
+from compress import __version__
+from compress.errors import EXIT_OK, EXIT_SIGTERM, ConfigError, Interrupted, exit_code, is_disk, is_memory, nearest
 
 HELP = """compress: turn a teacher language model into a student that fits a budget, and prove it on the files that ship.
 
@@ -111,11 +109,6 @@ def _terminated(signum: int, frame: Any) -> None:
     raise SystemExit(EXIT_SIGTERM)
 
 
-def _fail(message: object, code: int) -> int:
-    print(f"compress: {message}", file=sys.stderr)
-    return code
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run a verb and turn what went wrong into one sentence and an exit code."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -123,8 +116,6 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP)
         return EXIT_OK
     if arguments[0] == "--version":
-        from compress import __version__
-
         print(__version__)
         return EXIT_OK
     signal.signal(signal.SIGTERM, _terminated)
@@ -133,32 +124,22 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[0] not in VERBS:
             raise ConfigError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], VERBS)}")
         return VERBS[arguments[0]](arguments[1:])
-    except ConfigError as error:
-        return _fail(error, EXIT_CONFIG)
-    except ResourceError as error:
-        return _fail(error, EXIT_RESOURCES)
-    except (ValueError, FloatingPointError, FileNotFoundError) as error:
-        return _fail(error, EXIT_INPUT)
-    except (OSError, MemoryError, RuntimeError) as error:
-        return _resources(error)
-    except KeyboardInterrupt:
-        return _fail("interrupted; repeat the command to go on", EXIT_SIGINT)
     except BaseException as error:
-        if type(error).__name__ == "Interrupted":  # compress.train.loop; importing it here would import torch
-            return 128 + int(getattr(error, "signum", 2))
-        raise
+        code = exit_code(error)
+        if code == 1 or isinstance(error, SystemExit):
+            raise
+        print(f"compress: {_sentence(error)}", file=sys.stderr)
+        return code
 
 
-def _resources(error: BaseException) -> int:
-    """Out of memory or disk is exit 5 with a sentence; anything else is a bug and keeps its traceback."""
-    text = str(error)
-    disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM) or "No space left" in text
-    memory = isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower()
-    if disk:
-        return _fail(f"the disk refuses ({text}); free space or set store=DIR, then repeat the command to go on", EXIT_RESOURCES)
-    if memory:
-        return _fail(f"out of memory ({text.splitlines()[0] if text else 'MemoryError'}); lower micro_batch_sequences or eval.batch_size", EXIT_RESOURCES)
-    raise error
+def _sentence(error: BaseException) -> str:
+    if is_disk(error):
+        return f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to go on"
+    if is_memory(error):
+        return f"out of memory ({str(error).partition(chr(10))[0] or 'MemoryError'}); lower micro_batch_sequences or eval.batch_size"
+    if isinstance(error, KeyboardInterrupt | Interrupted):
+        return "interrupted; repeat the command to go on"
+    return str(error)
 
 
 if __name__ == "__main__":

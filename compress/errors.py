@@ -7,6 +7,7 @@ wrong or damaged (exit 3). ResourceError: memory, disk or a lock (exit 5). A vio
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_OK, EXIT_CONFIG, EXIT_INPUT, EXIT_BUDGET, EXIT_RESOURCES, EXIT_SIGINT, EXIT_SIGTERM = 0, 2, 3, 4, 5, 130, 143
@@ -18,6 +19,41 @@ class ConfigError(ValueError):
 
 class ResourceError(RuntimeError):
     """The machine lacks something: memory, disk space, write permission, or another process holds the lock."""
+
+
+class Interrupted(BaseException):
+    """Training was stopped by a signal after its state was saved."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+
+def is_disk(error: BaseException) -> bool:
+    """Whether the disk is full, read-only or not ours."""
+    codes = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
+    return getattr(error, "errno", None) in codes or "No space left" in str(error)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on a device."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a run that ends with `error`; 1 is a bug of ours."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, Interrupted):
+        return 128 + error.signum
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_SIGINT
+    if isinstance(error, ConfigError):
+        return EXIT_CONFIG
+    if isinstance(error, ResourceError) or is_disk(error) or is_memory(error):
+        return EXIT_RESOURCES
+    return EXIT_INPUT if isinstance(error, ValueError | FloatingPointError | FileNotFoundError) else 1
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

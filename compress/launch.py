@@ -222,7 +222,10 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path], int]) 
         logging.getLogger().setLevel(logging.WARNING)  # Hydra sets INFO, which makes every library talk
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            program = OmegaConf.to_object(composed)
+            try:
+                program = OmegaConf.to_object(composed)
+            except ValueError as error:
+                raise ConfigError(explain(error)) from error
             codes.append(task(program, run_dir))
         finally:
             if run_dir.is_dir() and not any(run_dir.iterdir()):

@@ -21,8 +21,8 @@ from typing import Any
 from compress import budget, machine, planning
 from compress.assets import PACKAGE, configs_dir
 from compress.checkpoint import best_device, digest
-from compress.config import Data, Eval, Recipe, Teacher, Trainer
-from compress.errors import EXIT_BUDGET, EXIT_OK
+from compress.config import Budget, Data, Eval, Recipe, Teacher, Trainer
+from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
 from compress.score.scorer import Measured, Model, Scorer, Settings
 from compress.stages.context import Context
 from compress.store import Store, file_table, sha256_json, sources_digest, write_json
@@ -228,8 +228,11 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def score(session: Session, slot: str, technique: str, model: Model, limits: dict[str, Any], *, parent: Done | None, tasks: bool = True) -> tuple[Measured, dict[str, Any]]:
-    """Measure a model, put it beside teacher and parent, judge it. Returns the measurement and the record's part about it."""
+def score(session: Session, slot: str, technique: str, model: Model, *, parent: Done | None, tasks: bool = True, shipped: bool = False) -> tuple[Measured, dict[str, Any]]:
+    """Measure a model, put it beside teacher and parent, judge it. Returns the measurement and the record's part about it.
+
+    Limits written for the slot are enforced; the budget's own limits are enforced on what ships and show the distance elsewhere.
+    """
     log(f"{slot}: scoring ({model.runtime})")
     start = time.monotonic()
     measured = session.scorer.measure(model, tasks=tasks)
@@ -241,7 +244,7 @@ def score(session: Session, slot: str, technique: str, model: Model, limits: dic
     record = {
         "slot": slot, "technique": technique, "runtime": model.runtime, "parent": parent.record["slot"] if parent else None,
         "digest": model.digest, "scores": scores, "intervals": intervals, "excluded_tasks": excluded,
-        "verdicts": budget.judge(scores, intervals, limits, enforced=True), "seconds": {"stage": 0.0, "score": time.monotonic() - start},
+        "verdicts": judge(session.recipe.budget, slot, scores, intervals, shipped=shipped), "seconds": {"stage": 0.0, "score": time.monotonic() - start},
         "metrics": {}, "key": "", "reused": False, "stage_config": {},
     }  # fmt: skip
     return measured, record
@@ -256,6 +259,12 @@ def plan(recipe: Recipe) -> int:
     return EXIT_OK
 
 
+def judge(limits: Budget, slot: str, scores: dict[str, float], intervals: dict[str, Any], *, shipped: bool) -> list[dict[str, Any]]:
+    """Verdicts of a slot: its own limits, then the budget's."""
+    own = budget.judge(scores, intervals, limits.slots.get(slot, {}), enforced=True)
+    return own + budget.judge(scores, intervals, limits.limits, enforced=shipped)
+
+
 def run(recipe: Recipe, run_dir: Path) -> int:
     """Execute a recipe. Returns the exit code: 0, or 4 when an enforced limit is violated."""
     session = Session(recipe)
@@ -267,16 +276,18 @@ def run(recipe: Recipe, run_dir: Path) -> int:
         code = _slots(session, folder)
         return code
     except BaseException as error:
-        code = getattr(error, "code", None) or (130 if isinstance(error, KeyboardInterrupt) else 128 + getattr(error, "signum", -127))
+        code = exit_code(error)
         raise
     finally:
         folder.finish(code)
 
 
 def _slots(session: Session, folder: RunDir) -> int:
-    recipe, limits = session.recipe, session.recipe.budget.slots
+    recipe = session.recipe
+    if session.teacher.path.parent == session.store.root / "entries":
+        folder.name_key(session.teacher.path.name)
     teacher = Model(session.teacher.path, session.teacher.digest)
-    measured, record = score(session, "teacher", "teacher", teacher, limits.get("teacher", {}), parent=None)
+    measured, record = score(session, "teacher", "teacher", teacher, parent=None)
     session.done["teacher"] = Done(teacher, "", measured, folder.add(record, measured, []))
     for slot, parent_slot in recipe.steps():
         parent = session.done[parent_slot]
@@ -285,7 +296,7 @@ def _slots(session: Session, folder: RunDir) -> int:
         log(f"{slot}: {recipe.technique(slot)} from {parent_slot}" + (" (reused from the store)" if session.store.has(key) else ""))
         path, key, reused, seconds = build(session, slot, parent)
         model = Model(path, digest(path))
-        measured, record = score(session, slot, recipe.technique(slot), model, limits.get(slot, {}), parent=parent)
+        measured, record = score(session, slot, recipe.technique(slot), model, parent=parent, shipped=slot == recipe.shipped_slot() and not recipe.export.gguf)
         record |= {"key": key, "reused": reused, "stage_config": plain(asdict(recipe.stages[slot])), "metrics": session.store.stage_json(key)["metrics"]}
         record["seconds"]["stage"] = seconds
         session.done[slot] = Done(model, key, measured, folder.add(record, measured, session.store.note(key).get("curve", [])))
@@ -303,12 +314,9 @@ def ship(session: Session, folder: RunDir) -> int:
     source = session.done[recipe.shipped_slot()]
     if session.teacher.gguf and recipe.export.gguf:
         baseline = Model(session.teacher.gguf, file_digest(session.teacher.gguf), "llama.cpp")
-        measured, record = score(session, "teacher_gguf", "teacher", baseline, {}, parent=None, tasks=False)
+        measured, record = score(session, "teacher_gguf", "teacher", baseline, parent=None, tasks=False)
         folder.add(record, measured, [])
     shipped = [_export(session, folder, source, kind, first=number == 0) for number, kind in enumerate(recipe.export.gguf)]
-    if not shipped:  # the directory itself is what ships: judge it
-        source.record["verdicts"] = budget.judge(source.record["scores"], source.record["intervals"], recipe.budget.limits, enforced=True)
-        write_json(folder.path / f"{source.record['index']:02d}-{source.record['slot']}" / "record.json", source.record)
     finished = load_run(folder.path)
     verdicts = [v for record in finished.records for v in record["verdicts"]]
     code = EXIT_BUDGET if budget.failed(verdicts, strict=recipe.budget.strict) else EXIT_OK
@@ -347,8 +355,7 @@ def _export(session: Session, folder: RunDir, source: Done, kind: str, *, first:
     path = session.store.build(key, inputs, make) / name
     seconds = time.monotonic() - start
     model = Model(path, file_digest(path), "llama.cpp")
-    limits = session.recipe.budget.limits if first else {}
-    measured, record = score(session, f"gguf_{kind.lower()}", "export_gguf", model, limits, parent=source)
+    measured, record = score(session, f"gguf_{kind.lower()}", "export_gguf", model, parent=source, shipped=first)
     record |= {"key": key, "metrics": session.store.stage_json(key)["metrics"]}
     record["seconds"]["stage"] = seconds
     return Done(model, key, measured, folder.add(record, measured, []))

@@ -158,14 +158,15 @@ class Store:
             write_json(path, value)
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def gc(self, keep: set[str], *, dry_run: bool) -> tuple[int, int]:
-        """Remove entries, notes and work not in `keep`, and all signals and data. Returns (things, bytes) removed.
+    def gc(self, keep: set[str], digests: set[str], *, dry_run: bool) -> tuple[int, int]:
+        """Remove entries, notes and work whose key is not in `keep`, scores of weights not in `digests`, all signals and data.
 
-        A key whose lock is held is never touched.
+        Returns (things, bytes) removed. A key whose lock is held is never touched.
         """
         things = size = 0
         doomed = [p for room in ("entries", "work", "notes") for p in (self.root / room).iterdir()]
         doomed = [p for p in doomed if p.name.lstrip(".").split(".")[0] not in keep]
+        doomed += [p for p in (self.root / "scores").iterdir() if p.name[:16] not in {digest[:16] for digest in digests}]
         doomed += [p for room in ("signals", "data") for p in (self.root / room).iterdir()]
         for path in doomed:
             if self._held(path.name.lstrip(".").split(".")[0]):

@@ -159,8 +159,10 @@ def gc(arguments: list[str]) -> int:
     if not options.store.is_dir():
         raise ValueError(f"there is no store at {options.store}; name it with --store DIR")
     keep: set[str] = set()
-    for file in options.runs.rglob("run.json"):
+    digests: set[str] = set()
+    for file in options.runs.glob("*/*/run.json"):
         keep |= set(json.loads(file.read_text())["keys"])
-    things, size = Store(options.store).gc(keep, dry_run=not options.yes)
+        digests |= {json.loads(record.read_text())["digest"] for record in file.parent.glob("*/record.json")}
+    things, size = Store(options.store).gc(keep, digests, dry_run=not options.yes)
     print(f"{things} things, {size / 1e6:,.1f} MB {'removed' if options.yes else 'can go; repeat with --yes to remove them'}")
     return EXIT_OK

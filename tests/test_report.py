@@ -121,7 +121,7 @@ def test_columns_absent_everywhere_are_left_out(run):
 
 def test_verdicts_are_words_where_enforced_and_distances_elsewhere(run):
     assert (standing(run.records[1]), standing(run.records[7])) == ("0/3 met", "INCONCLUSIVE")
-    lines = verdict_lines(run.records)
+    lines = verdict_lines(run.records, distances=True)
     assert "PASS         gguf: size 56.4 MB is within 60.0 MB" in lines
     assert "not yet      heal: size 194.7 MB is 134.7 MB over 60.0 MB" in lines
 

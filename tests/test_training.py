@@ -14,9 +14,10 @@ from conftest import make_context
 from compress.checkpoint import digest, load_model
 from compress.distill.signal import Signals
 from compress.distill.steps import make_batches, make_loss
+from compress.errors import Interrupted
 from compress.stages.distill import Distill
 from compress.train import loop
-from compress.train.loop import Interrupted, learning_rate, train
+from compress.train.loop import learning_rate, train
 
 
 def arguments(work, steps=12, **changes):

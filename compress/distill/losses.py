@@ -46,7 +46,9 @@ class _FusedHead(torch.autograd.Function):
                 grad_CV = grad_CV.to(compute)
                 if d_hidden is not None:
                     d_hidden[part] = grad_CV @ head_VH
-                if d_weight is not None:
+                if d_weight is not None and compute == d_weight.dtype:
+                    d_weight.addmm_(grad_CV.T, h_CH)  # adds in place: a product of its own would be V x H each time
+                elif d_weight is not None:
                     d_weight += grad_CV.T @ h_CH
         ctx.save_for_backward(*(t for t in (d_hidden, d_weight) if t is not None))
         return total.to(torch.float32 if compute != torch.float64 else torch.float64)
@@ -62,12 +64,14 @@ class _FusedHead(torch.autograd.Function):
 def _chunk(logits_CV: Tensor, ids_CK: Tensor, probs_CK: Tensor, labels_C: Tensor, kl_C: Tensor, ce_C: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted loss sum of a chunk (without the entropy, which is a constant) and d loss / d logits (C, V)."""
     logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-    lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
-    mass_C = probs_CK.sum(-1)
-    cross_C = mass_C * lse_C1[:, 0] - (probs_CK * logits_CV.gather(1, ids_CK)).sum(-1)
-    nll_C = lse_C1[:, 0] - logits_CV.gather(1, labels_C[:, None])[:, 0]
-    loss = (kl_C * cross_C + ce_C * nll_C).double().sum()
-    grad_CV = logits_CV.sub_(lse_C1).exp_().mul_((kl_C * mass_C + ce_C)[:, None])
+    mass_C, targets_CK, label_C1 = probs_CK.sum(-1), logits_CV.gather(1, ids_CK), logits_CV.gather(1, labels_C[:, None])
+    max_C1 = logits_CV.amax(-1, keepdim=True)
+    exp_CV = logits_CV.sub_(max_C1).exp_()  # in place from here on: one pass of exp serves the loss and the gradient
+    sum_C1 = exp_CV.sum(-1, keepdim=True)
+    lse_C = (max_C1 + sum_C1.log())[:, 0]
+    cross_C = mass_C * lse_C - (probs_CK * targets_CK).sum(-1)
+    loss = (kl_C * cross_C + ce_C * (lse_C - label_C1[:, 0])).double().sum()
+    grad_CV = exp_CV.mul_((kl_C * mass_C + ce_C)[:, None] / sum_C1)
     grad_CV.scatter_add_(1, ids_CK, -kl_C[:, None] * probs_CK)
     grad_CV.scatter_add_(1, labels_C[:, None], -ce_C[:, None])
     return loss, grad_CV

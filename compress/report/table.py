@@ -92,9 +92,10 @@ def verdict_word(verdict: dict) -> str:
     return verdict["verdict"] if verdict.get("enforced") else distance[verdict["verdict"]]
 
 
-def verdict_lines(records: Sequence[Record]) -> list[str]:
-    """One line per limit and slot: 'PASS         gguf: size 58.6 MB is within 60.0 MB'."""
-    return [f"{verdict_word(v):<12} {r['slot']}: {v['sentence']}" for r in records for v in r["verdicts"]]
+def verdict_lines(records: Sequence[Record], distances: bool = False) -> list[str]:
+    """One line per enforced limit: 'PASS         gguf: size 58.6 MB is within 60.0 MB'; with `distances` all others too."""
+    pairs = [(r, v) for r in records for v in r["verdicts"] if v.get("enforced") or distances]
+    return [f"{verdict_word(v):<12} {r['slot']}: {v['sentence']}" for r, v in pairs]
 
 
 def stage_table(records: Sequence[Record], width: int | None = None) -> Table:

@@ -71,11 +71,11 @@ class Scorer:
         self.sequences = min(settings.heldout_sequences, len(heldout.ids))
 
     def key(self, model: Model, tasks: bool) -> str:
-        """Digest of all that the model's scores depend on."""
+        """The weights' digest, by which gc knows whose scores these are, and the digest of all that they depend on."""
         from compress import __version__
 
         own = {k: str(v) for k, v in vars(self.settings).items()}
-        return sha256_json([model.digest, model.runtime, own, tasks, self.heldout.digest, __version__])
+        return f"{model.digest[:16]}-{sha256_json([model.digest, model.runtime, own, tasks, self.heldout.digest, __version__])[:32]}"
 
     def measure(self, model: Model, *, tasks: bool = True) -> Measured:
         """The model's own scores, from the store if they are there. `tasks=False` leaves the tasks out."""
@@ -93,7 +93,7 @@ class Scorer:
 
     def compare(self, student: Measured, reference: Measured) -> dict[str, float]:
         """{"kl", "top1"} on the held-out text, from the store if it is there."""
-        path = self.store.root / "scores" / f"{student.key[:32]}-{reference.key[:32]}.json"
+        path = self.store.root / "scores" / f"{student.key}-{reference.key}.json"
         if not path.is_file():
             write_json(path, closeness(self._states(reference), self._states(student)))
         return json.loads(path.read_text())

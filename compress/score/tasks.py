@@ -16,13 +16,13 @@ keyed by the request without the model. Left out: generation tasks, task groups.
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import functools
+import importlib.util
 import json
 import logging
 import math
-import sys
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +108,8 @@ def evaluate(lm: Any, tasks: Sequence[str], limit: int | None = None, data_dir: 
     check_tasks(tasks)
     _quiet()
     import lm_eval
+    import lm_eval.api.task
+    from tqdm import tqdm
 
     loaded = {name: _load(name, data_dir) for name in tasks}
     for task in loaded.values():
@@ -116,6 +118,7 @@ def evaluate(lm: Any, tasks: Sequence[str], limit: int | None = None, data_dir: 
     # Not simple_evaluate: around this same call it reseeds Python, numpy and torch, and runs git and lscpu every time.
     if not sys.stderr.isatty():  # bars redraw themselves; a log file wants lines
         lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=True)
+        lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
     samples = {name: _spaced(len(task.eval_docs), limit) for name, task in loaded.items()} if limit else None
     output = lm_eval.evaluate(lm, {"tasks": loaded}, samples=samples, bootstrap_iters=0, log_samples=True)
     result = TaskResult({}, [], {})

@@ -183,7 +183,7 @@ def _from_file(path: Path) -> list[Document]:
 def _tokens(tokenizer: Any, document: Document) -> tuple[list[int], list[bool]]:
     """ids and label mask of one document, EOS included."""
     if isinstance(document, str):
-        ids = tokenizer(document, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
         return ids, [True] * len(ids)
     if not tokenizer.chat_template:
         raise ValueError("chat data was given, but the teacher's tokenizer has no chat template; use plain text sources")
@@ -191,7 +191,7 @@ def _tokens(tokenizer: Any, document: Document) -> tuple[list[int], list[bool]]:
     mask: list[bool] = []
     for turn in range(len(document)):  # the ids that a turn adds to the rendered prefix belong to that turn
         rendered = tokenizer.apply_chat_template(document[: turn + 1], tokenize=False)
-        now = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        now = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         mask += [document[turn]["role"] == "assistant"] * (len(now) - len(ids))
         ids = now
     return ids, mask

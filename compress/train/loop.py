@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from compress.errors import Interrupted
 from compress.train.progress import Progress
 from compress.train.state import load_state, save_state
 
@@ -32,14 +33,6 @@ Batch = dict[str, Tensor]
 SAVE_SECONDS = 60.0
 LR_FLOOR = 0.1  # of the peak: the usual end of a cosine schedule in distillation (Minitron, arXiv 2407.14679, table 9)
 BETAS = (0.9, 0.95)
-
-
-class Interrupted(BaseException):
-    """Training was stopped by a signal after its state was saved."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by signal {signum}")
-        self.signum = signum
 
 
 @dataclass(frozen=True)

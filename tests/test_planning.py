@@ -1,0 +1,65 @@
+"""The plan's numbers: parameters from a config alone, and costs that grow with the work."""
+
+from __future__ import annotations
+
+import pytest
+
+from compress.checkpoint import load_model, read_config
+from compress.config import Budget, Data, Eval, Export, Recipe, Teacher, Trainer
+from compress.errors import ConfigError
+from compress.planning import estimate, matmul_flops_per_sec, params_of
+from compress.stages import STAGES
+
+
+def recipe(**changes):
+    stages = {"depth": STAGES["prune_depth"](blocks=1), "heal": STAGES["distill"](tokens=1000), "qat": STAGES["qat"](tokens=1000)}
+    parts = {"teacher": Teacher(), "data": Data(["embedded:docstrings"], [], ["embedded:topics"], 64), "eval": Eval(), "budget": Budget(),
+             "export": Export(["Q4_0"]), "trainer": Trainer(), "stages": stages, "pipeline": ["depth", "heal", "qat"]}  # fmt: skip
+    return Recipe(**(parts | changes))
+
+
+class Opened:
+    def __init__(self, program):
+        self.recipe = program
+
+
+def costs(teacher, program):
+    shapes = {"teacher": read_config(teacher)}
+    for slot, parent in program.steps():
+        shapes[slot] = program.stages[slot].check_shape(dict(shapes[parent]))
+    return {cost.slot: cost for cost in estimate(Opened(program), shapes, rate=1e9)}
+
+
+def test_parameters_are_counted_from_the_config_alone(tiny_teacher):
+    assert params_of(read_config(tiny_teacher)) == load_model(tiny_teacher).num_parameters()
+
+
+def test_more_tokens_cost_more_time_and_smaller_students_less_memory(tiny_teacher):
+    few = costs(tiny_teacher, recipe())
+    assert few.keys() == {"teacher", "depth", "heal", "qat", "gguf_q4_0"}
+    assert few["heal"].params < few["teacher"].params
+    stages = recipe().stages | {"heal": STAGES["distill"](tokens=100_000)}
+    assert costs(tiny_teacher, recipe(stages=stages))["heal"].seconds > 5 * few["heal"].seconds
+    assert matmul_flops_per_sec(n=64, seconds=0.01) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pipeline": ["depth", "heal", "heal"]}, "'heal' twice"),
+        ({"pipeline": ["depth", "heal@qat"]}, "slot 'heal' branches off 'qat', which does not run before it"),
+        ({"pipeline": ["qat", "depth"]}, "impossible order: 'depth' .prune_depth. comes after 'qat'"),
+        ({"ship": "hael"}, "did you mean 'heal'"),
+        ({"export": Export(["Q8_0"])}, "would re-round slot 'qat'"),
+        ({"stages": {"depth": {}, "heal": 3, "qat": None}}, "is no stage; write it as"),
+    ],
+)
+def test_impossible_programs_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(**changes)
+
+
+def test_a_branch_takes_the_named_parent():
+    program = recipe(pipeline=["depth", "heal", "qat@depth"], ship="heal", export=Export())
+    assert program.steps() == [("depth", "teacher"), ("heal", "depth"), ("qat", "depth")]
+    assert program.shipped_slot() == "heal"

@@ -29,7 +29,9 @@ def human(metric: str, value: float) -> str:
     return f"{value:.4g}"
 
 
-def judge(scores: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], limits: Mapping[str, Any], *, enforced: bool) -> list[dict[str, Any]]:
+def judge(
+    scores: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], limits: Mapping[str, Any], *, enforced: bool
+) -> list[dict[str, Any]]:
     """One verdict a limit (objects with max, min, why). A metric that was not measured is INCONCLUSIVE."""
     return [_verdict(name, scores.get(name), intervals.get(name), limit, enforced) for name, limit in limits.items()]
 

@@ -69,7 +69,9 @@ def check(path: Path) -> None:
     read_config(path)
     weight_files(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(f"{path} has no tokenizer (none of tokenizer.json, tokenizer.model, vocab.json); copy the tokenizer's files beside the weights")
+        raise ValueError(
+            f"{path} has no tokenizer (none of tokenizer.json, tokenizer.model, vocab.json); copy the tokenizer's files beside the weights"
+        )
 
 
 def digest(path: Path) -> str:

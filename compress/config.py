@@ -201,7 +201,9 @@ class Recipe:
         grid = getattr(shipped, "grid", None)
         for name in self.export.gguf:
             if grid is not None and name.lower() != grid.value:
-                raise ConfigError(f"export.gguf={name} would re-round slot {self.shipped_slot()!r}, which is on the grid {grid.value}; export {grid.value.upper()}")
+                raise ConfigError(
+                    f"export.gguf={name} would re-round slot {self.shipped_slot()!r}, which is on the grid {grid.value}; export {grid.value.upper()}"
+                )
 
 
 SCHEMAS: dict[str, type] = {

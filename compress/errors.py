@@ -60,4 +60,5 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest allowed name, or the list of what is allowed."""
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " * bool(close) + f"allowed: {', '.join(names) or 'nothing'}"
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return guess + f"allowed: {', '.join(names) or 'nothing'}"

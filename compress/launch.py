@@ -8,7 +8,6 @@ composed `hydra` node is compared with the one a trusted recipe gives.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -42,7 +41,8 @@ def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _refuse(what: str, where: object) -> None:
     raise ConfigError(
-        f"{where} holds {what}; a recipe is data and can't name code, the environment or Hydra's internals. Allowed below hydra: {', '.join(ALLOWED_HYDRA)}"
+        f"{where} holds {what}; a recipe is data and can't name code, the environment or Hydra's internals. "
+        f"Allowed below hydra: {', '.join(ALLOWED_HYDRA)}"
     )
 
 
@@ -79,9 +79,9 @@ def check_override(override: str) -> None:
         _refuse("the resolver oc.env", f"override {override!r}")
     match = OVERRIDE.match(override)
     key = match["key"].strip() if match else override
-    if key.split(".")[0].split("/")[0].split("@")[0] == "hydra" or "@hydra" in override.split("=")[0]:
-        if key.removeprefix("hydra.") not in ALLOWED_HYDRA and not key.startswith("hydra.sweeper.params."):
-            _refuse(f"the key {key}", f"override {override!r}")
+    hydra = re.split(r"[./@]", key)[0] == "hydra" or "@hydra" in override.split("=")[0]
+    if hydra and key.removeprefix("hydra.") not in ALLOWED_HYDRA and not key.startswith("hydra.sweeper.params."):
+        _refuse(f"the key {key}", f"override {override!r}")
 
 
 def _config_dir(arguments: list[str]) -> Path | None:
@@ -151,20 +151,33 @@ def trust_hydra() -> None:
     OmegaConf.register_new_resolver("oc.env", no_environment, replace=True)
 
 
-def _check_hydra_node(folder: Path, recipe: str, overrides: list[str]) -> None:
-    """Compose once more without running anything and compare what Hydra would instantiate with its own defaults."""
+def _check_composed(folder: Path, recipe: str, overrides: list[str]) -> None:
+    """Compose without running anything: what Hydra would instantiate must be its own defaults, and the recipe must make sense."""
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
 
-    def instantiated(name: str, where: Path, extra: list[str]) -> Any:
+    def composed(name: str, where: Path, extra: list[str]) -> Any:
         with initialize_config_dir(str(where), version_base="1.3"):
-            node = OmegaConf.to_container(compose(name, extra, return_hydra_config=True).hydra, resolve=False)
+            return compose(name, extra, return_hydra_config=True)
+
+    def instantiated(config: Any) -> Any:
+        node = OmegaConf.to_container(config.hydra, resolve=False)
         assert isinstance(node, dict)
         node["sweeper"].pop("params", None)
         return {key: node[key] for key in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging", "hydra_help", "help", "env")}
 
-    if instantiated(recipe, folder, overrides) != instantiated("base", configs_dir(), []):
+    program = composed(recipe, folder, overrides)
+    if instantiated(program) != instantiated(composed("base", configs_dir(), [])):
         _refuse("settings of Hydra's launcher, sweeper, callbacks or logging", f"recipe {recipe!r}")
+    with open_dict(program):
+        program.pop("hydra")
+    try:
+        OmegaConf.to_object(program)
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:  # a dataclass's own check; OmegaConf appends where it happened
+        raise ConfigError(str(error).partition("\n    full_key")[0]) from error
 
 
 def explain(error: Exception) -> str:
@@ -178,10 +191,12 @@ def explain(error: Exception) -> str:
         link = link.__cause__ or link.__context__
     for cause in chain:
         if isinstance(cause, ConfigError):
-            return str(cause)
+            return str(cause).partition("\n    full_key")[0]
     text = " | ".join(dict.fromkeys(str(link) for link in chain))
     key = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text)
     if key:
+        if "To append to your config use" in text and "reference_type=Dict" in text:
+            return f"{key[1]!r} is not in this table yet; write +{text.partition('config use +')[2].splitlines()[0]} to add it"
         schema = next((s for s in SCHEMAS.values() if s.__name__ == key[2]), None)
         full = re.search(r"full_key: (\S+)", text)
         fields = list(getattr(schema, "__dataclass_fields__", {})) if schema else []
@@ -219,26 +234,23 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path], int]) 
     codes = [0]
 
     def job(composed: Any) -> None:
-        logging.getLogger().setLevel(logging.WARNING)  # Hydra sets INFO, which makes every library talk
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            try:
-                program = OmegaConf.to_object(composed)
-            except ValueError as error:
-                raise ConfigError(explain(error)) from error
-            codes.append(task(program, run_dir))
+            codes.append(task(OmegaConf.to_object(composed), run_dir))
         finally:
-            if run_dir.is_dir() and not any(run_dir.iterdir()):
-                run_dir.rmdir()
+            for folder in (run_dir, run_dir.parent, run_dir.parent.parent):  # Hydra made them; a refused run leaves nothing
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed
-    named = [] if any(a.startswith("hydra.job.name=") for a in arguments) else [f"hydra.job.name={recipe}"]
-    sys.argv = ["compress run " + recipe, *arguments, *named]
+    ours = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # no log files, and no library is set to talk
+    ours += [] if any(a.startswith("hydra.job.name=") for a in arguments) else [f"hydra.job.name={recipe}"]
+    sys.argv = ["compress run " + recipe, *arguments, *ours]
     plain = [a for a in arguments if not a.startswith("-") and (OVERRIDE.match(a) or "=" in a) and "=" in a]
     try:
         trust_hydra()
         if not {"-m", "--multirun", "--help", "-h", "--hydra-help", "--info", "-i"} & set(arguments):
-            _check_hydra_node(folder, recipe, plain)
+            _check_composed(folder, recipe, plain)
         hydra.main(version_base="1.3", config_path=str(folder), config_name=recipe)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error

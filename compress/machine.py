@@ -34,7 +34,7 @@ def _cpu_name() -> str:
 
 
 def fast_dtype() -> str:
-    """"bf16" where matrix units compute it faster than fp32 (GPU, AMX, AVX512-BF16), else "fp32": elsewhere bf16 is emulated, 5x slower."""
+    """ "bf16" where matrix units compute it faster than fp32 (GPU, AMX, AVX512-BF16), else "fp32": elsewhere bf16 is emulated, 5x slower."""
     import torch
 
     fast = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

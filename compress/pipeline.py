@@ -132,7 +132,8 @@ class Session:
             "technique": self.recipe.technique(slot), "config": plain(asdict(stage)), "parent": parent_digest, "teacher": self.teacher.digest,
             "data": self.text.digest, "chat": self.chat.digest if uses_chat else None, "seq_len": self.recipe.data.seq_len,
             "seed": self.recipe.seed, "precision": self.precision, "threads": self.threads,
-            "device": str(best_device()), "versions": {name: versions[name] for name in ("torch", "transformers")}, "sources": sources_digest(PACKAGE),
+            "device": str(best_device()), "sources": sources_digest(PACKAGE),
+            "versions": {name: versions[name] for name in ("torch", "transformers")},
         }  # fmt: skip
 
     def context(self, slot: str, work: Path, curve: list[dict[str, float]]) -> Context:
@@ -228,7 +229,9 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def score(session: Session, slot: str, technique: str, model: Model, *, parent: Done | None, tasks: bool = True, shipped: bool = False) -> tuple[Measured, dict[str, Any]]:
+def score(
+    session: Session, slot: str, technique: str, model: Model, *, parent: Done | None, tasks: bool = True, shipped: bool = False
+) -> tuple[Measured, dict[str, Any]]:
     """Measure a model, put it beside teacher and parent, judge it. Returns the measurement and the record's part about it.
 
     Limits written for the slot are enforced; the budget's own limits are enforced on what ships and show the distance elsewhere.
@@ -244,7 +247,8 @@ def score(session: Session, slot: str, technique: str, model: Model, *, parent: 
     record = {
         "slot": slot, "technique": technique, "runtime": model.runtime, "parent": parent.record["slot"] if parent else None,
         "digest": model.digest, "scores": scores, "intervals": intervals, "excluded_tasks": excluded,
-        "verdicts": judge(session.recipe.budget, slot, scores, intervals, shipped=shipped), "seconds": {"stage": 0.0, "score": time.monotonic() - start},
+        "verdicts": judge(session.recipe.budget, slot, scores, intervals, shipped=shipped),
+        "seconds": {"stage": 0.0, "score": time.monotonic() - start},
         "metrics": {}, "key": "", "reused": False, "stage_config": {},
     }  # fmt: skip
     return measured, record
@@ -296,8 +300,15 @@ def _slots(session: Session, folder: RunDir) -> int:
         log(f"{slot}: {recipe.technique(slot)} from {parent_slot}" + (" (reused from the store)" if session.store.has(key) else ""))
         path, key, reused, seconds = build(session, slot, parent)
         model = Model(path, digest(path))
-        measured, record = score(session, slot, recipe.technique(slot), model, parent=parent, shipped=slot == recipe.shipped_slot() and not recipe.export.gguf)
-        record |= {"key": key, "reused": reused, "stage_config": plain(asdict(recipe.stages[slot])), "metrics": session.store.stage_json(key)["metrics"]}
+        measured, record = score(
+            session, slot, recipe.technique(slot), model, parent=parent, shipped=slot == recipe.shipped_slot() and not recipe.export.gguf
+        )
+        record |= {
+            "key": key,
+            "reused": reused,
+            "stage_config": plain(asdict(recipe.stages[slot])),
+            "metrics": session.store.stage_json(key)["metrics"],
+        }
         record["seconds"]["stage"] = seconds
         session.done[slot] = Done(model, key, measured, folder.add(record, measured, session.store.note(key).get("curve", [])))
     return ship(session, folder)

@@ -65,7 +65,9 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
     e, seq_len = recipe.eval, recipe.data.seq_len
     sizes = {slot: params_of(config) for slot, config in shapes.items()}
     score_tokens = TASK_TOKENS * bool(e.tasks) + e.heldout_sequences * seq_len
-    costs = [Cost("teacher", "teacher", sizes["teacher"], 2 * sizes["teacher"] * score_tokens * 3 / rate + 10, 4 * sizes["teacher"], 5 * sizes["teacher"])]
+    costs = [
+        Cost("teacher", "teacher", sizes["teacher"], 2 * sizes["teacher"] * score_tokens * 3 / rate + 10, 4 * sizes["teacher"], 5 * sizes["teacher"])
+    ]
     for slot, parent in recipe.steps():
         stage, params = recipe.stages[slot], sizes[slot]
         tokens = getattr(stage, "tokens", 0)
@@ -90,7 +92,8 @@ def check_disk(session: Session, costs: list[Cost]) -> None:
     needed, free = sum(cost.disk_bytes for cost in costs), shutil.disk_usage(session.store.root).free
     if needed > free:
         raise ResourceError(
-            f"the recipe may need {needed / 1e9:.1f} GB in {session.store.root}, {free / 1e9:.1f} GB are free; free some (`compress gc`) or set store=DIR"
+            f"the recipe may need {needed / 1e9:.1f} GB in {session.store.root}, {free / 1e9:.1f} GB are free; "
+            "free some (`compress gc`) or set store=DIR"
         )
 
 
@@ -103,7 +106,9 @@ def print_plan(session: Session, costs: list[Cost], store: Path) -> None:
     for heading in ("params (M)", "minutes", "disk (MB)", "memory (MB)"):
         table.add_column(heading, justify="right")
     for c in costs:
-        table.add_row(c.slot, c.technique, f"{c.params / 1e6:.1f}", f"{c.seconds / 60:.1f}", f"{c.disk_bytes / 1e6:.0f}", f"{c.memory_bytes / 1e6:.0f}")
+        table.add_row(
+            c.slot, c.technique, f"{c.params / 1e6:.1f}", f"{c.seconds / 60:.1f}", f"{c.disk_bytes / 1e6:.0f}", f"{c.memory_bytes / 1e6:.0f}"
+        )
     minutes, disk = sum(c.seconds for c in costs) / 60, sum(c.disk_bytes for c in costs)
     table.add_section()
     table.add_row("all", "", "", f"{minutes:.1f}", f"{disk / 1e6:.0f}", f"{max(c.memory_bytes for c in costs) / 1e6:.0f}")

@@ -1,10 +1,10 @@
 """From what a recipe calls its teacher to a plain checkpoint directory.
 
-    packaged:MODULE   the .gguf inside an installed package, imported into the store once
-    random:SEED       a tiny Llama with random weights and a small tokenizer, for smoke tests
-    FILE.gguf         imported into the store once
-    DIRECTORY         used where it is, never written to
-    OWNER/NAME        a hub id: downloaded by huggingface_hub, identified by its commit
+packaged:MODULE   the .gguf inside an installed package, imported into the store once
+random:SEED       a tiny Llama with random weights and a small tokenizer, for smoke tests
+FILE.gguf         imported into the store once
+DIRECTORY         used where it is, never written to
+OWNER/NAME        a hub id: downloaded by huggingface_hub, identified by its commit
 """
 
 from __future__ import annotations

@@ -199,11 +199,7 @@ def arithmetic() -> list[Item]:
     sums = [("sum", f"{a} + {b} =", a + b) for a in range(1, 10) for b in range(1, 10)]
     differences = [("difference", f"{a} - {b} =", a - b) for a in range(2, 19) for b in range(1, 10) if a > b]
     differences.remove(("difference", "10 - 1 =", 9))  # it is an example in the prompt (arithmetic.yaml)
-    steps = [
-        ("sequence", f"{a}, {a + d}, {a + 2 * d}, {a + 3 * d},", a + 4 * d)
-        for d in (1, 2, 3, 5, 10)
-        for a in range(1, 11)
-    ]
+    steps = [("sequence", f"{a}, {a + d}, {a + 2 * d}, {a + 3 * d},", a + 4 * d) for d in (1, 2, 3, 5, 10) for a in range(1, 11)]
     chosen = rng.sample(sums, 48) + rng.sample(differences, 40) + rng.sample(steps, 32)
     items = []
     for kind, query, right in chosen:

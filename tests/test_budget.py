@@ -27,7 +27,10 @@ def test_a_limit_is_judged_by_the_whole_interval(value, interval, limit, word):
 
 
 def test_sentences_say_value_interval_and_limit():
-    assert verdict(0.9, Limit(min=0.8), (0.75, 0.95))["sentence"] == "kept 90.0% (95% interval 75.0% to 95.0%) can't be told from the limit of at least 80.0%"
+    assert (
+        verdict(0.9, Limit(min=0.8), (0.75, 0.95))["sentence"]
+        == "kept 90.0% (95% interval 75.0% to 95.0%) can't be told from the limit of at least 80.0%"
+    )
     size = judge({"size_bytes": 6.1e7}, {}, {"size_bytes": Limit(max=6e7)}, enforced=True)[0]
     assert size["sentence"] == "size_bytes 61.0 MB violates the limit of at most 60.0 MB"
 

@@ -122,3 +122,15 @@ def test_a_missing_optional_package_is_named_before_work(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a))
     with pytest.raises(ValueError, match=r"needs bitsandbytes, which is not installed: pip install 'compress-lm\[qlora\]'"):
         STAGES["lora"](load_in_4bit=True)
+
+
+def test_frozen_embeddings_stay_the_parents(tiny_teacher, tmp_path):
+    from compress.checkpoint import load_model
+
+    for train in (True, False):
+        out = tmp_path / str(train)
+        out.mkdir()
+        context = make_context(tiny_teacher, tmp_path, work=tmp_path / f"work-{train}")
+        STAGES["distill"](**SMALL["distill"], lr=0.01, train_embeddings=train).run(tiny_teacher, out, context)
+        before, after = (load_model(path).get_input_embeddings().weight for path in (tiny_teacher, out))
+        assert torch.equal(before, after) is not train

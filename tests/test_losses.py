@@ -53,15 +53,29 @@ def test_float32_gradients_are_within_1e_5_of_float64():
     for dtype in (torch.float32, torch.float64):
         h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
         entropy = -(p * p.log()).sum(-1)
-        head_loss(h, w, labels, mask, ids_NK=torch.arange(V).expand(N, V), probs_NK=p, entropy_N=entropy, kl_weight=1.0, ce_weight=0.5, chunk=4).backward()
+        head_loss(
+            h, w, labels, mask, ids_NK=torch.arange(V).expand(N, V), probs_NK=p, entropy_N=entropy, kl_weight=1.0, ce_weight=0.5, chunk=4
+        ).backward()
         grads.append(torch.cat([h.grad.flatten(), w.grad.flatten()]).double())
     assert (grads[0] - grads[1]).norm() / grads[1].norm() < 1e-5
 
 
 def test_repeated_teacher_ids_add_up():
     hidden, weight, labels, mask, _ = example()
-    one = head_loss(hidden, weight, labels, mask, ids_NK=torch.full((N, 1), 4), probs_NK=torch.ones(N, 1), entropy_N=torch.zeros(N), kl_weight=1.0, ce_weight=0.0)
-    two = head_loss(hidden, weight, labels, mask, ids_NK=torch.full((N, 2), 4), probs_NK=torch.full((N, 2), 0.5), entropy_N=torch.zeros(N), kl_weight=1.0, ce_weight=0.0)
+    one = head_loss(
+        hidden, weight, labels, mask, ids_NK=torch.full((N, 1), 4), probs_NK=torch.ones(N, 1), entropy_N=torch.zeros(N), kl_weight=1.0, ce_weight=0.0
+    )
+    two = head_loss(
+        hidden,
+        weight,
+        labels,
+        mask,
+        ids_NK=torch.full((N, 2), 4),
+        probs_NK=torch.full((N, 2), 0.5),
+        entropy_N=torch.zeros(N),
+        kl_weight=1.0,
+        ce_weight=0.0,
+    )
     torch.testing.assert_close(one, two)
 
 

@@ -15,10 +15,7 @@ def pair(n=160, acc_teacher=0.9, agree=0.85):
 
 
 def items(task, correct):
-    return [
-        {"task": task, "doc_id": i, "correct": bool(c), "choice": 0, "logliks": [0.0, -1.0]}
-        for i, c in enumerate(correct)
-    ]
+    return [{"task": task, "doc_id": i, "correct": bool(c), "choice": 0, "logliks": [0.0, -1.0]} for i, c in enumerate(correct)]
 
 
 def test_kept_is_one_at_the_teacher_and_zero_at_chance():
@@ -53,9 +50,7 @@ def test_bootstrap_from_counts_has_the_distribution_of_resampling_items():
     fast = paired.bootstrap_kept(student, teacher, 0.25, seed=1, resamples=20_000)
     index = np.random.default_rng(2).integers(0, len(teacher), (20_000, len(teacher)))
     slow = (student[index].mean(1) - 0.25) / (teacher[index].mean(1) - 0.25)
-    np.testing.assert_allclose(
-        np.quantile(fast, [0.025, 0.5, 0.975]), np.quantile(slow, [0.025, 0.5, 0.975]), atol=0.008
-    )
+    np.testing.assert_allclose(np.quantile(fast, [0.025, 0.5, 0.975]), np.quantile(slow, [0.025, 0.5, 0.975]), atol=0.008)
 
 
 def test_bootstrap_is_seeded_and_pairing_matters():
@@ -82,12 +77,8 @@ def test_paired_scores_names_what_the_teacher_does_not_know_and_averages_the_res
     (s1, t1), (s2, t2) = pair(), pair(acc_teacher=0.8)
     guess = np.arange(100) % 4 == 0
     teacher = items("facts", t1) + items("arithmetic", t2) + items("riddles", guess)
-    student = (
-        items("facts", s1) + items("arithmetic", s2)[::-1] + items("riddles", ~guess)
-    )  # the order of items is free
-    scores, intervals, excluded = paired.paired_scores(
-        student, teacher, {"facts": 0.25, "arithmetic": 0.25, "riddles": 0.25}
-    )
+    student = items("facts", s1) + items("arithmetic", s2)[::-1] + items("riddles", ~guess)  # the order of items is free
+    scores, intervals, excluded = paired.paired_scores(student, teacher, {"facts": 0.25, "arithmetic": 0.25, "riddles": 0.25})
     assert excluded == ["riddles"] and "kept/riddles" not in scores and scores["flips/riddles"] == 1
     assert scores["kept"] == pytest.approx((scores["kept/facts"] + scores["kept/arithmetic"]) / 2)
     assert scores["flips/facts"] == pytest.approx(np.mean(s1 != t1))

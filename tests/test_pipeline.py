@@ -48,7 +48,9 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
     found = records(run)
     assert [r["slot"] for r in found] == ["teacher", "depth", "width", "heal", "chat", "round", "qat", "gguf_q4_0"]
     for record in found:
-        assert {"params", "size_bytes", "bits_per_byte/heldout", "latency_ms_p50", "ttft_ms_p50", "peak_rss_bytes", "acc/grammar"} <= record["scores"].keys()
+        assert {"params", "size_bytes", "bits_per_byte/heldout", "latency_ms_p50", "ttft_ms_p50", "peak_rss_bytes", "acc/grammar"} <= record[
+            "scores"
+        ].keys()
         assert record["slot"] == "teacher" or record["scores"]["kl_to_teacher"] > 0
         assert (run / f"{record['index']:02d}-{record['slot']}" / "weights").exists()
     assert [r["parent"] for r in found] == [None, "teacher", "depth", "width", "heal", "chat", "chat", "qat"]
@@ -160,7 +162,9 @@ def test_score_judges_a_checkpoint_and_a_gguf_it_did_not_make(smoke, tmp_path):
     model = tmp_path / "foreign"
     shutil.copytree(run / "bundle" / "hf", model)
     for target in (model, run / "bundle" / "model-Q4_0.gguf"):
-        done = compress(folder, "score", str(target), "--teacher", "random", "eval=smoke", "data.seq_len=64", "budget.limits={size_bytes:{max:1000}}", *FAST)
+        done = compress(
+            folder, "score", str(target), "--teacher", "random", "eval=smoke", "data.seq_len=64", "+budget.limits={size_bytes:{max:1000}}", *FAST
+        )
         assert done.returncode == 4, done.stderr
         assert "kl_to_teacher" in done.stdout
         assert "FAIL" in done.stdout
@@ -184,7 +188,7 @@ def test_gc_keeps_what_runs_name(smoke, tmp_path):
 def test_a_violated_budget_exits_4_and_marks_the_bundle(smoke):
     folder, _ = smoke
     time.sleep(1.1)
-    done = compress(folder, "run", "smoke", *FAST, "budget.limits={size_bytes:{max:1000}}")
+    done = compress(folder, "run", "smoke", *FAST, "+budget.limits={size_bytes:{max:1000}}")
     assert done.returncode == 4, done.stderr
     bundle = newest(folder) / "bundle"
     assert json.loads((bundle / "manifest.json").read_text())["budget"] == "FAIL"
@@ -207,7 +211,9 @@ LONG = ["stages.heal.tokens=12800", "pipeline=[depth,heal]", "export=none", *FAS
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_resumes_to_the_same_bytes(smoke, tmp_path, how):
     folder, _ = smoke
-    process = subprocess.Popen([sys.executable, "-m", "compress", "run", "smoke", *LONG, "store=cut"], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compress", "run", "smoke", *LONG, "store=cut"], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True
+    )
     for line in process.stderr:
         if "teacher signal" in line and "2/" in line:  # training begins a moment later
             break

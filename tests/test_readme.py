@@ -20,8 +20,14 @@ def test_the_tree_names_every_file_of_the_package():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         stack = [*stack[:depth], name]
         named.add("/".join(part.strip("/") for part in stack))
-    real = {str(path.relative_to(ROOT)) for path in (ROOT / "compress").rglob("*.py") if path.name != "__init__.py" or path.parent.name in ("stages", "track")}
-    real |= {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")} | {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")}
+    real = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "compress").rglob("*.py")
+        if path.name != "__init__.py" or path.parent.name in ("stages", "track")
+    }
+    real |= {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")} | {
+        f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")
+    }
     assert real <= named, f"the README's tree lacks {sorted(real - named)}"
     assert all((ROOT / name).exists() for name in named), [name for name in named if not (ROOT / name).exists()]
 

@@ -75,11 +75,20 @@ def test_a_damaged_entry_is_refused_by_file_name(tmp_path, damage):
         store.has(KEY)
 
 
-HOLD = "import sys; from compress.store import Store; from pathlib import Path\nwith Store(Path(sys.argv[1])).lock(sys.argv[2]): print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import sys
+from pathlib import Path
+from compress.store import Store
+with Store(Path(sys.argv[1])).lock(sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_second_process_on_the_same_key_is_refused_at_once_and_a_killed_one_frees_it(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), KEY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path), KEY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
     try:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(ResourceError, match=f"process {holder.pid} is building the same stage"):

@@ -98,6 +98,7 @@ def head_loss(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, mask_N: Te
 
 def hidden_mse(student_NH: Tensor, teacher_NH: Tensor, mask_N: Tensor) -> Tensor:
     """Sum over masked tokens of the mean squared difference of last hidden states, each scaled to unit RMS (arXiv 1910.01108, section 2)."""
+
     def unit(x: Tensor) -> Tensor:
         return x / x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
 

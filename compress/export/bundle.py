@@ -1,11 +1,11 @@
 """The bundle: what a deployment team receives, and can check without trusting us.
 
-    hf/               the checkpoint as a plain Hugging Face directory
-    model-TYPE.gguf   the same weights for llama.cpp, when the recipe exports them
-    README.md         model card: score table, verdicts, lineage, licences
-    manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
-    teacher_items.jsonl  the teacher's answers, so that accuracy kept can be measured again
-    SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
+hf/               the checkpoint as a plain Hugging Face directory
+model-TYPE.gguf   the same weights for llama.cpp, when the recipe exports them
+README.md         model card: score table, verdicts, lineage, licences
+manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
+teacher_items.jsonl  the teacher's answers, so that accuracy kept can be measured again
+SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         "## Licences", "",
         f"- Teacher: {origin.get('licence', 'unknown; ask its publisher')}. The student is a derived work and stays under those terms.",
         *[f"- Training text: {name}" for name in [*run.info['config']['data']['train'], *run.info['config']['data']['chat']]], "",
-        "## Check it", "", "```", f"sha256sum -c {SUMS}", "compress verify .", "compress accept .   # measures the budget again on this machine", "```", "",
+        "## Check it", "", "```", f"sha256sum -c {SUMS}", "compress verify .",
+        "compress accept .   # measures the budget again on this machine", "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -73,10 +73,7 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
 
 def _architecture(config: Any, checkpoint: Path) -> str:
     if config.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"{checkpoint}: model_type {config.model_type!r} can't be written as GGUF; "
-            f"allowed: {', '.join(ARCHITECTURES)}"
-        )
+        raise ValueError(f"{checkpoint}: model_type {config.model_type!r} can't be written as GGUF; allowed: {', '.join(ARCHITECTURES)}")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"{checkpoint}: rope_type {rope['rope_type']!r} can't be written as GGUF; allowed: default")
@@ -112,11 +109,7 @@ def _to_gguf(name: str) -> str:
     if stem in _GLOBAL:
         return f"{_GLOBAL[stem]}.{suffix}"
     head, _, rest = stem.removeprefix("model.layers.").partition(".")
-    if (
-        not head.isdigit()
-        or rest not in _LAYER
-        or (suffix == "bias" and rest[-6:] not in ("q_proj", "k_proj", "v_proj"))
-    ):
+    if not head.isdigit() or rest not in _LAYER or (suffix == "bias" and rest[-6:] not in ("q_proj", "k_proj", "v_proj")):
         raise ValueError(f"tensor {name} has no place in a GGUF; export this model as Hugging Face")
     return f"blk.{head}.{_LAYER[rest]}.{suffix}"
 

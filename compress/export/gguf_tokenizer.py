@@ -51,9 +51,7 @@ def pre_name(tokenizer: Any) -> str:
             f"(known: {', '.join(PRE_TOKENIZERS)}); add it to PRE_TOKENIZERS and compare token ids with llama.cpp"
         )
     if state["model"].get("ignore_merges", False) != (names[0] == "llama-bpe"):
-        raise ValueError(
-            f"a {names[0]} tokenizer has ignore_merges = {names[0] != 'llama-bpe'}, which llama.cpp reverses"
-        )
+        raise ValueError(f"a {names[0]} tokenizer has ignore_merges = {names[0] != 'llama-bpe'}, which llama.cpp reverses")
     if state["normalizer"] is not None and (names[0], state["normalizer"]["type"]) != ("qwen2", "NFC"):
         raise ValueError(f"the tokenizer's normalizer {state['normalizer']['type']} is not in llama.cpp; allowed: none")
     return names[0]
@@ -75,14 +73,9 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     pre = pre_name(tokenizer)
     vocab = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(vocab) >= vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {max(vocab)}, the model embeds {vocab_size} tokens; one is foreign"
-        )
+        raise ValueError(f"the tokenizer has ids up to {max(vocab)}, the model embeds {vocab_size} tokens; one is foreign")
     added = tokenizer.added_tokens_decoder
-    kinds = [
-        (CONTROL if added[i].special else USER_DEFINED) if i in added else NORMAL if i in vocab else UNUSED
-        for i in range(vocab_size)
-    ]
+    kinds = [(CONTROL if added[i].special else USER_DEFINED) if i in added else NORMAL if i in vocab else UNUSED for i in range(vocab_size)]
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -124,9 +117,7 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
     backend.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added])
     length = fields.get(f"{fields['general.architecture']}.context_length")
     special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=length, **special
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=length, **special)
     tokenizer.chat_template = fields.get("tokenizer.chat_template")
     tokenizer.save_pretrained(out)
     _portable(out / "tokenizer_config.json")

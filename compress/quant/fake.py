@@ -101,8 +101,7 @@ def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Modu
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in found:
             raise ValueError(
-                f"{name} with shape {tuple(parameter.shape)} belongs to no Linear or Embedding: only those can be "
-                "quantized; use another architecture"
+                f"{name} with shape {tuple(parameter.shape)} belongs to no Linear or Embedding: only those can be quantized; use another architecture"
             )
     yield from found.values()
 
@@ -173,9 +172,7 @@ def bake(weight: Tensor, name: str, grid: Grid, codes: Tensor, scales: Tensor) -
     return {f"{name}.codes": codes.cpu(), f"{name}.scales": scales.cpu()}
 
 
-def save_quantized(
-    model: PreTrainedModel, out: Path, tokenizer_from: Path, tensors: dict[str, Tensor], grid: str
-) -> None:
+def save_quantized(model: PreTrainedModel, out: Path, tokenizer_from: Path, tensors: dict[str, Tensor], grid: str) -> None:
     """Write a baked model as a plain fp32 checkpoint, with `quant.safetensors` (codes, scales, the grid) beside it."""
     save_model(model, out, tokenizer_from, dtype=torch.float32)
     save_file(tensors, out / FILE, metadata={"grid": grid})

@@ -148,7 +148,7 @@ def _verdicts(run: Run) -> str:
 
 def _verdict(record: Record, verdict: dict[str, Any]) -> str:
     chip = _chip(verdict_word(verdict), verdict["verdict"])
-    return f'<li>{chip}<span><b>{escape(record["slot"])}</b> {escape(str(verdict["sentence"]))}</span></li>'
+    return f"<li>{chip}<span><b>{escape(record['slot'])}</b> {escape(str(verdict['sentence']))}</span></li>"
 
 
 def _table(rows: Sequence[tuple[str, str, Record, Record | None]], between_runs: bool) -> str:

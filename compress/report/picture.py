@@ -79,9 +79,7 @@ def size_accuracy_latency(runs: Sequence[Run]) -> str:
 def mark_front(points: Sequence[Point], up: int) -> None:
     """Set `front` where no other point is at most as large and at least as good, and better in one of the two."""
     for p in points:
-        p.front = not any(
-            q.mb <= p.mb and up * q.y >= up * p.y and (q.mb < p.mb or up * q.y > up * p.y) for q in points
-        )
+        p.front = not any(q.mb <= p.mb and up * q.y >= up * p.y and (q.mb < p.mb or up * q.y > up * p.y) for q in points)
 
 
 def _points(runs: Sequence[Run], measure: Column) -> list[Point]:

@@ -117,12 +117,7 @@ def comparison(runs: Sequence[Run], stages: bool = False) -> list[tuple[str, Run
         return [(run.final["slot"], run, run.final, runs[0].final) for run in runs]
     by_slot = [{r["slot"]: r for r in run.records} for run in runs]
     slots = dict.fromkeys(slot for one in by_slot for slot in one)
-    return [
-        (slot, run, one[slot], by_slot[0].get(slot))
-        for slot in slots
-        for run, one in zip(runs, by_slot, strict=True)
-        if slot in one
-    ]
+    return [(slot, run, one[slot], by_slot[0].get(slot)) for slot in slots for run, one in zip(runs, by_slot, strict=True) if slot in one]
 
 
 def markdown_table(records: Sequence[Record]) -> str:

@@ -58,9 +58,7 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def run(
-    model_dir: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int, dtype: str
-) -> dict[str, float]:
+def run(model_dir: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int, dtype: str) -> dict[str, float]:
     """The measurement itself, in this process."""
     import torch
 
@@ -82,9 +80,7 @@ def run(
 
     with torch.inference_mode():
         generate(min(4, new_tokens))
-        runs_ms = torch.tensor(
-            [generate(new_tokens) for _ in range(repeats)], dtype=torch.float64
-        )  # (repeats, new_tokens)
+        runs_ms = torch.tensor([generate(new_tokens) for _ in range(repeats)], dtype=torch.float64)  # (repeats, new_tokens)
     tokens_ms = runs_ms[:, 1:].flatten()
     p50, p95 = torch.quantile(tokens_ms, torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
     return {

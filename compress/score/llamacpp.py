@@ -206,9 +206,7 @@ def make_lm(llama: LlamaCpp, head: Tensor, tokenizer: Any, batch_size: int) -> A
                 )
             )
 
-        def _loglikelihood_tokens(
-            self, requests: Any, disable_tqdm: bool = False, **kwargs: Any
-        ) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
             order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # equal beginnings meet
             results: dict[int, tuple[float, bool]] = {}
             bar = tqdm(total=len(order), desc="llama.cpp log-likelihoods", disable=disable_tqdm)
@@ -298,9 +296,7 @@ def _token_times(server: Any, body: dict[str, Any]) -> list[float]:
     return times
 
 
-def latency_in_fresh_process(
-    gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int
-) -> dict[str, float]:
+def latency_in_fresh_process(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int) -> dict[str, float]:
     """`measure_llamacpp` in its own process, so that memory and caches are those of serving this file alone."""
     arguments = [str(gguf.resolve()), *map(str, (prompt_tokens, new_tokens, repeats, threads))]
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))

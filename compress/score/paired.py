@@ -82,9 +82,7 @@ def interval(draws: NDArray[np.float64], level: float = 0.95) -> tuple[float, fl
     return float(low), float(high)
 
 
-def paired_scores(
-    student_items: Items, teacher_items: Items, chance_by_task: Mapping[str, float], seed: int = 0
-) -> Paired:
+def paired_scores(student_items: Items, teacher_items: Items, chance_by_task: Mapping[str, float], seed: int = 0) -> Paired:
     """Compare per-item results (dicts with task, doc_id, correct). ValueError unless both hold exactly the same
     items."""
     student, teacher = _by_task(student_items), _by_task(teacher_items)

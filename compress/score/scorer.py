@@ -98,7 +98,9 @@ class Scorer:
             write_json(path, closeness(self._states(reference), self._states(student)))
         return json.loads(path.read_text())
 
-    def beside(self, student: Measured, teacher: Measured, parent: Measured | None) -> tuple[dict[str, float], dict[str, tuple[float, float]], list[str]]:
+    def beside(
+        self, student: Measured, teacher: Measured, parent: Measured | None
+    ) -> tuple[dict[str, float], dict[str, tuple[float, float]], list[str]]:
         """(scores, intervals, tasks left out of `kept`) of a student beside its teacher and, for the KL, its parent."""
         near = self.compare(student, teacher)
         scores = {"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}

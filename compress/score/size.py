@@ -18,9 +18,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > file.stat().st_size:
-            raise ValueError(
-                f"{file} is damaged: its header says {length} bytes, the file has {file.stat().st_size}; copy it again"
-            )
+            raise ValueError(f"{file} is damaged: its header says {length} bytes, the file has {file.stat().st_size}; copy it again")
         header = json.loads(stream.read(length))
     return {name: tuple(t["shape"]) for name, t in header.items() if name != "__metadata__" and "F" in t["dtype"]}
 

@@ -47,9 +47,7 @@ class TaskResult:
 
 def known_tasks() -> list[str]:
     """The embedded tasks, by name."""
-    return sorted(
-        path.parent.name for path in (configs_dir() / "tasks").glob("*/*.yaml") if path.stem == path.parent.name
-    )
+    return sorted(path.parent.name for path in (configs_dir() / "tasks").glob("*/*.yaml") if path.stem == path.parent.name)
 
 
 def chance(task: str) -> float:
@@ -80,9 +78,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not a JSON object ({error}); write one object per line"
-            ) from error
+            raise ValueError(f"{path}, line {number}: not a JSON object ({error}); write one object per line") from error
     if not rows:
         raise ValueError(f"{path} is empty; a task needs at least one item")
     return rows
@@ -179,9 +175,7 @@ def _embedded_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.constructor.ConstructorError as error:
-        raise ValueError(
-            f"{path} names code or a custom tag ({error.problem}); a task may hold plain data only"
-        ) from error
+        raise ValueError(f"{path} names code or a custom tag ({error.problem}); a task may hold plain data only") from error
     files = config.pop("dataset_kwargs")["data_files"]
     return config | {"custom_dataset": _in_memory({split: path.parent / file for split, file in files.items()})}
 

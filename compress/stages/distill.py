@@ -22,12 +22,15 @@ class Distill(Optimization):
     kl_weight: float = 0.9
     ce_weight: float = 0.1
     hidden_weight: float = 0.0  # needs a student of the teacher's hidden size
+    train_embeddings: bool = True  # false keeps the teacher's: a short run at a high rate spoils the tokens it hardly sees
 
     def __post_init__(self) -> None:
         super().__post_init__()
         weights = (self.kl_weight, self.ce_weight, self.hidden_weight)
         if min(weights) < 0 or self.kl_weight + self.hidden_weight == 0:
-            raise ConfigError(f"kl_weight, ce_weight, hidden_weight = {weights}: none may be negative, and kl_weight or hidden_weight must be above 0")
+            raise ConfigError(
+                f"kl_weight, ce_weight, hidden_weight = {weights}: none may be negative, and kl_weight or hidden_weight must be above 0"
+            )
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Distillation keeps the shape."""
@@ -49,6 +52,9 @@ class Distill(Optimization):
         signals = Signals(ctx.signals, ctx.teacher, data, seed=ctx.seed, hidden=self.hidden_weight > 0, precision=ctx.precision, log=ctx.log)
         signals.make(min(sequences, len(data.ids)))
         model = load_model(parent)
+        if not self.train_embeddings:
+            for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+                embeddings.weight.requires_grad_(False)
         batches = make_batches(data, signals, seed=ctx.seed, sequences=sequences, batch=self.batch_sequences, micro=self.micro_batch_sequences)
         loss = make_loss(kl_weight=self.kl_weight, ce_weight=self.ce_weight, hidden_weight=self.hidden_weight)
         result = train(model, loss, batches, **self.loop_arguments(ctx))

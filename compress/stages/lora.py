@@ -67,7 +67,9 @@ class Lora(Optimization):
         base = self._load_4bit(parent) if self.load_in_4bit else load_model(parent)
         model = get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"))
         data = ctx.chat() if self.data is LoraData.chat else ctx.text()
-        batches = make_batches(data, None, seed=ctx.seed, sequences=self.sequences(ctx.seq_len), batch=self.batch_sequences, micro=self.micro_batch_sequences)
+        batches = make_batches(
+            data, None, seed=ctx.seed, sequences=self.sequences(ctx.seq_len), batch=self.batch_sequences, micro=self.micro_batch_sequences
+        )
         result = train(model, make_loss(kl_weight=0.0, ce_weight=1.0), batches, **self.loop_arguments(ctx))
         adapter = out / "adapter"
         model.save_pretrained(adapter, safe_serialization=True)

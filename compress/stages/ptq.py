@@ -43,9 +43,7 @@ def check_rows(config: dict[str, Any], grid: str) -> None:
     for key, length in rows.items():
         if length % BLOCK:
             near = max(BLOCK, round(length / BLOCK) * BLOCK)
-            raise ValueError(
-                f"{key} is {length}: grid {grid} needs rows of a multiple of {BLOCK}; the nearest legal value is {near}"
-            )
+            raise ValueError(f"{key} is {length}: grid {grid} needs rows of a multiple of {BLOCK}; the nearest legal value is {near}")
 
 
 @dataclass

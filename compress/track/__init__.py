@@ -72,8 +72,7 @@ def _sink(name: str) -> Any:
     if name not in TRACKERS:
         near = difflib.get_close_matches(name, TRACKERS, n=1)
         raise ValueError(
-            f"unknown tracker {name!r}{f', did you mean {near[0]!r}?' if near else ''}; "
-            f"allowed: {', '.join(TRACKERS)}; set it with track=NAME"
+            f"unknown tracker {name!r}{f', did you mean {near[0]!r}?' if near else ''}; allowed: {', '.join(TRACKERS)}; set it with track=NAME"
         )
     module, cls = TRACKERS[name].split(":")
     return getattr(importlib.import_module(module), cls)

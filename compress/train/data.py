@@ -141,7 +141,9 @@ def _from_hub(source: str) -> list[Document]:
     try:
         return list(_from_datasets(match[1], name=match[2], split=match[3], field=match[4]))
     except (OSError, ConnectionError) as error:
-        raise ValueError(f"data source {source} can't be had ({type(error).__name__}); check the name and the network, or use a local file") from error
+        raise ValueError(
+            f"data source {source} can't be had ({type(error).__name__}); check the name and the network, or use a local file"
+        ) from error
 
 
 def _from_datasets(path: str, **how: Any) -> Iterator[Document]:

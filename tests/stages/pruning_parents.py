@@ -33,9 +33,7 @@ KINDS = {
     "gemma": lambda: GemmaConfig(**SIZES),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, **ALTERNATING),
 }
-CONTEXT = SimpleNamespace(
-    calibration=lambda n: torch.randint(256, (n, 32), generator=torch.Generator().manual_seed(0)), seed=0
-)
+CONTEXT = SimpleNamespace(calibration=lambda n: torch.randint(256, (n, 32), generator=torch.Generator().manual_seed(0)), seed=0)
 
 
 def make(folder: Path, kind: str = "llama") -> Path:

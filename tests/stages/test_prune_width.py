@@ -47,10 +47,7 @@ def test_channels_that_do_nothing_are_free(tmp_path):
 
 def test_fitting_beats_the_plain_cut_and_damping_acts(tmp_path):
     parent = parents.make(tmp_path)
-    errors = [
-        parents.run(PruneWidth(ffn=64, damping=d), parent, tmp_path / str(d))["down_error_mean_fraction"]
-        for d in (1e-4, 0.99)
-    ]
+    errors = [parents.run(PruneWidth(ffn=64, damping=d), parent, tmp_path / str(d))["down_error_mean_fraction"] for d in (1e-4, 0.99)]
     assert errors[0] < errors[1] and parents.files(tmp_path / "0.0001") != parents.files(tmp_path / "0.99")
 
 

@@ -61,14 +61,10 @@ class Grid:
             )
         least, most = w.aminmax()
         if not (torch.isfinite(least) and torch.isfinite(most)):
-            raise ValueError(
-                f"{name} holds NaN or infinity: {self.name} takes finite values; repair the checkpoint it came from"
-            )
+            raise ValueError(f"{name} holds NaN or infinity: {self.name} takes finite values; repair the checkpoint it came from")
         limit = 65504.0 * min(-self.low, self.high)
         if max(-least.item(), most.item()) > limit:
-            raise ValueError(
-                f"{name} holds a value beyond {limit:g}: {self.name} stores its scale as fp16; rescale the weights"
-            )
+            raise ValueError(f"{name} holds a value beyond {limit:g}: {self.name} stores its scale as fp16; rescale the weights")
 
     def rule(self, x: Tensor) -> Tensor:
         """(N, 32) -> (N, 1): the fp32 scale of llama.cpp's plain rounding."""

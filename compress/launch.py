@@ -22,6 +22,7 @@ from compress.errors import ConfigError, nearest
 
 ALLOWED_HYDRA = ("run.dir", "sweep.dir", "sweep.subdir", "job.name", "sweeper.params")
 REFUSED_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun", "--shell-completion", "-sc")
+VALUE_FLAGS = {"--config-dir": "--config-dir", "-cd": "--config-dir", "--cfg": "--cfg", "-c": "--cfg", "--package": "--package", "-p": "--package"}
 OVERRIDE = re.compile(r"^(~|\+\+|\+)?(?P<key>[^=@]+)(@[^=]*)?(=|$)", re.DOTALL)
 
 
@@ -113,6 +114,19 @@ def check_arguments(recipe: str, arguments: list[str]) -> Path:
         names = recipe_names(recipes_dir()) + (recipe_names(own) if own else [])
         raise ConfigError(f"recipe {recipe!r} does not exist; {nearest(recipe, names)}. Your own: --config-dir DIR")
     return folder
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """Flags joined with their values, before all overrides: Hydra's argparse accepts overrides only in one piece."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in VALUE_FLAGS:
+            flags.append(f"{VALUE_FLAGS[argument]}={next(rest, '')}")
+        else:
+            (flags if argument.startswith("-") else overrides).append(argument)
+    return flags + overrides
 
 
 def expand_teacher(arguments: list[str]) -> list[str]:
@@ -223,6 +237,7 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path], int]) 
 
     ConfigError for whatever can't be composed, before any work and with nothing left behind.
     """
+    arguments = flags_first(arguments)
     folder = check_arguments(recipe, arguments)
     arguments = expand_teacher(arguments)
     import hydra
@@ -246,7 +261,9 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path], int]) 
     ours = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # no log files, and no library is set to talk
     ours += [] if any(a.startswith("hydra.job.name=") for a in arguments) else [f"hydra.job.name={recipe}"]
     sys.argv = ["compress run " + recipe, *arguments, *ours]
-    plain = [a for a in arguments if not a.startswith("-") and (OVERRIDE.match(a) or "=" in a) and "=" in a]
+    plain = [a for a in arguments if not a.startswith("-") and "=" in a]
+    own = _config_dir(arguments)
+    plain += [f"hydra.searchpath=['file://{own}']"] if own else []  # where --config-dir puts it
     try:
         trust_hydra()
         if not {"-m", "--multirun", "--help", "-h", "--hydra-help", "--info", "-i"} & set(arguments):

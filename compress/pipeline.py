@@ -107,6 +107,12 @@ class Session:
         asked = self.recipe.trainer.precision
         return machine.fast_dtype() if asked == "auto" else asked
 
+    def open_data(self) -> None:
+        """Read all text before work starts: a missing or empty source is refused here."""
+        _ = self.text, self.scorer  # cached properties: asking is reading
+        if any(uses_chat(stage) for stage in self.recipe.stages.values()):
+            _ = self.chat
+
     def _pack(self, sources: list[str]) -> Packed:
         return pack(sources, self.teacher.path, self.recipe.data.seq_len, self.store.root / "data")
 
@@ -127,10 +133,9 @@ class Session:
     def inputs(self, slot: str, parent_digest: str) -> dict[str, Any]:
         """All that determines a stage's weights; its digest is the stage's key."""
         stage, versions = self.recipe.stages[slot], machine.versions()
-        uses_chat = getattr(getattr(stage, "data", None), "value", "") == "chat"
         return {
             "technique": self.recipe.technique(slot), "config": plain(asdict(stage)), "parent": parent_digest, "teacher": self.teacher.digest,
-            "data": self.text.digest, "chat": self.chat.digest if uses_chat else None, "seq_len": self.recipe.data.seq_len,
+            "data": self.text.digest, "chat": self.chat.digest if uses_chat(stage) else None, "seq_len": self.recipe.data.seq_len,
             "seed": self.recipe.seed, "precision": self.precision, "threads": self.threads,
             "device": str(best_device()), "sources": sources_digest(PACKAGE),
             "versions": {name: versions[name] for name in ("torch", "transformers")},
@@ -143,6 +148,11 @@ class Session:
             signals=self.store.root / "signals", calibration=lambda n: self.text.ids[:n, :-1].long(), text=lambda: self.text,
             chat=lambda: self.chat, precision=self.precision, label=slot, log=log, curve=curve.extend,
         )  # fmt: skip
+
+
+def uses_chat(stage: Any) -> bool:
+    """Whether a stage trains on the recipe's chat data."""
+    return getattr(getattr(stage, "data", None), "value", "") == "chat"
 
 
 def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
@@ -273,6 +283,7 @@ def run(recipe: Recipe, run_dir: Path) -> int:
     """Execute a recipe. Returns the exit code: 0, or 4 when an enforced limit is violated."""
     session = Session(recipe)
     planning.check_disk(session, planning.estimate(session, check_shapes(session), rate=1.0))
+    session.open_data()
     folder = RunDir(run_dir, recipe, session)
     log(f"run directory {folder.path}")
     code = 1

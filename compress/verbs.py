@@ -32,7 +32,7 @@ def _compose(overrides: list[str]) -> Any:
     try:
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
             composed = compose("base", [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
-        return {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer", "seed", "store")}
+        return {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")} | {"store": composed.store}
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
 
@@ -51,7 +51,7 @@ def score(arguments: list[str]) -> int:
     parser.add_argument("--budget", default="none")
     parser.add_argument("--teacher", default="embedded")
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     parts = _compose([f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides])
     gguf = options.model.suffix == ".gguf"
     if gguf and not options.model.is_file():

@@ -153,6 +153,20 @@ def test_cfg_job_shows_the_composed_recipe_without_running(capfd, tmp_path, monk
     assert "tokens: 2048" in out
 
 
+def test_a_folder_of_ones_own_adds_recipes_and_options(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    (tmp_path / "own" / "data" / "mine.yaml").write_text("# Mine.\ndefaults: [/schema/data@_here_]\ntrain: [a.txt]\nheldout: [b.txt]\nseq_len: 77\n")
+    (tmp_path / "own" / "mine.yaml").write_text(
+        "# Mine.\ndefaults:\n  - /base\n  - /stage/ptq@stages.four\n  - override /data: mine\n  - _self_\npipeline: [four]\n"
+    )
+    for recipe in (["mine"], ["smoke", "data=mine"]):
+        code, out, err = cli(capfd, "run", *recipe, "--config-dir", "own", "--cfg", "job")
+        assert code == 0, err
+        assert "seq_len: 77" in out or recipe[0] == "smoke"
+        assert "a.txt" in out
+
+
 def test_list_names_recipes_and_options(capfd):
     code, out, _ = cli(capfd, "list")
     assert code == 0

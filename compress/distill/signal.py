@@ -37,7 +37,7 @@ class Signals:
 
     def __init__(self, root: Path, teacher: Path, data: Packed, *, seed: int, hidden: bool, precision: str, log: Callable[[str], None]) -> None:
         self.teacher, self.data, self.hidden, self.log = teacher, data, hidden, log
-        self.meta = {
+        self.meta: dict[str, Any] = {
             "schema": 1, "scheme": "sampled", "top": TOP, "draws": DRAWS, "teacher": digest(teacher), "data": data.digest,
             "seed": seed, "hidden": hidden, "rows_per_shard": ROWS_PER_SHARD, "precision": precision,
             "threads": torch.get_num_threads(), "device": best_device().type, "torch": torch.__version__,
@@ -85,9 +85,10 @@ class Signals:
 
     def _write(self, number: int) -> Path:
         if self._model is None:
-            self._model = load_model(self.teacher, torch.bfloat16 if self.meta["precision"] == "bf16" else torch.float32).to(best_device())
+            self._model = load_model(self.teacher, torch.bfloat16 if self.meta["precision"] == "bf16" else torch.float32)
+            self._model.to(best_device())
         rows = self.data.ids[number * ROWS_PER_SHARD : (number + 1) * ROWS_PER_SHARD, :-1]
-        generator = torch.Generator().manual_seed(int(self.meta["seed"]) * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(self.meta["seed"] * 1_000_003 + number)
         made = [sequence_signal(self._model, row.long(), generator, hidden=self.hidden) for row in rows]
         beside = self.folder / f".{number:05d}.part"
         save_file({name: torch.stack([m[name] for m in made]) for name in made[0]}, beside)

@@ -40,11 +40,9 @@ def make_loss(*, kl_weight: float, ce_weight: float, hidden_weight: float = 0.0)
     def loss_fn(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden_NH, weight_VH = hidden_and_head(model, batch["inputs"])
         mask_N = batch["mask"].flatten()
-        signal = (
-            {"ids_NK": batch["ids"].flatten(0, 1), "probs_NK": batch["probs"].flatten(0, 1), "entropy_N": batch["entropy"].flatten()}
-            if "ids" in batch
-            else {}
-        )
+        signal: dict[str, Any] = {}
+        if "ids" in batch:
+            signal = {"ids_NK": batch["ids"].flatten(0, 1), "probs_NK": batch["probs"].flatten(0, 1), "entropy_N": batch["entropy"].flatten()}
         loss = head_loss(hidden_NH, weight_VH, batch["labels"].flatten(), mask_N, kl_weight=kl_weight, ce_weight=ce_weight, **signal)
         if hidden_weight:
             loss = loss + hidden_weight * hidden_mse(hidden_NH, batch["hidden"].flatten(0, 1), mask_N)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.report.picture import COLUMN, FAMILY, size_accuracy_latency
-from compress.report.records import Record, Run, worst
+from compress.report.records import Record, Run, teacher_of, worst
 from compress.report.table import Column, columns_of, comparison, standing, verdict_word
 
 CARDS = (  # score, title, unit, what stands below when it is not the teacher's own number
@@ -52,7 +52,7 @@ def _run(run: Run, several: bool) -> list[str]:
     if not several:
         parts.append(_picture([run]))
     parts.append(f'<div class="two">{_kl_bars(run)}{_verdicts(run)}</div>')
-    cells = [(r["slot"], _technique(r), r, run.teacher) for r in run.records]
+    cells = [(r["slot"], _technique(r), r, teacher_of(run.records, r.get("runtime", "torch"))) for r in run.records]
     parts.append(_section("Stages", "Small figures: difference from the teacher.", _table(cells, False)))
     parts.append(f'<div class="two">{_machine(run)}{_lineage(run)}</div>')
     config = escape(json.dumps(run.info.get("config", {}), indent=2, ensure_ascii=False))
@@ -97,8 +97,9 @@ def _cards(run: Run) -> str:
         column = COLUMN[key]
         if column.value(run.final) is None:
             continue
-        if change := not below and column.difference(run.final, run.teacher):
-            below = f"teacher {column.text(run.teacher or {})} · {change}"
+        teacher = teacher_of(run.records, run.final.get("runtime", "torch"))
+        if change := not below and column.difference(run.final, teacher):
+            below = f"teacher {column.text(teacher or {})} · {change}"
         cards.append(f"<div><dt>{name}</dt><dd><b>{column.text(run.final)} <small>{unit}</small></b></dd>"
                      f"<dd>{escape(below)}</dd></div>")  # fmt: skip
     return f'<dl class="cards">{"".join(cards)}</dl>' if cards else ""

@@ -41,9 +41,10 @@ class Run:
         return self.records[-1]
 
 
-def teacher_of(records: list[Record]) -> Record | None:
-    """The record every difference is taken against, or None when the teacher was not scored."""
-    return next((r for r in records if r["technique"] == "teacher"), None)
+def teacher_of(records: list[Record], runtime: str = "torch") -> Record | None:
+    """The teacher's record that a difference is taken against: in the same runtime if it was scored there, for times must be comparable."""
+    teachers = [r for r in records if r["technique"] == "teacher"]
+    return next((r for r in teachers if r.get("runtime") == runtime), teachers[0] if teachers else None)
 
 
 def worst(records: list[Record]) -> str | None:

@@ -100,8 +100,7 @@ def verdict_lines(records: Sequence[Record], distances: bool = False) -> list[st
 
 def stage_table(records: Sequence[Record], width: int | None = None) -> Table:
     """One row per slot, differences against the teacher. With `width` (characters), columns leave until it fits."""
-    teacher = teacher_of(list(records))
-    rows = [((r["slot"], r["technique"]), r, teacher) for r in records]
+    rows = [((r["slot"], r["technique"]), r, teacher_of(list(records), r.get("runtime", "torch"))) for r in records]
     return _fit(("slot", "technique"), rows, width, lambda c: c.against_teacher)
 
 

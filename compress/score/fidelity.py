@@ -50,7 +50,8 @@ def saved_hidden(path: Path) -> Tensor | None:
 @torch.inference_mode()
 def checkpoint_hidden(model_dir: Path, data: Packed, sequences: int) -> Tensor:
     """Final hidden states (N, H) in fp32 of the first `sequences` held-out rows, computed one row at a time."""
-    model = load_model(model_dir).to(best_device())
+    model: Any = load_model(model_dir)
+    model.to(best_device())
     return torch.cat([hidden_and_head(model, row[None, :-1].long().to(model.device))[0].cpu() for row in data.ids[:sequences]])
 
 

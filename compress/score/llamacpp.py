@@ -187,24 +187,10 @@ def make_lm(llama: LlamaCpp, head: Tensor, tokenizer: Any, batch_size: int) -> A
         def prefix_token_id(self) -> int:
             return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
-        @property
-        def tokenizer_name(self) -> str:
-            return str(tokenizer.name_or_path)
-
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
             if add_special_tokens is None:
                 add_special_tokens = not string.startswith(tokenizer.decode(self.prefix_token_id))
             return list(tokenizer.encode(string, add_special_tokens=add_special_tokens))
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return str(
-                tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            )
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
             order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # equal beginnings meet

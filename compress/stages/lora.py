@@ -33,7 +33,7 @@ class Lora(Optimization):
     """Fine-tune with low-rank adapters and merge them."""
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     data: LoraData = LoraData.chat
     load_in_4bit: bool = False
 
@@ -65,14 +65,14 @@ class Lora(Optimization):
             raise ValueError(f"{parent} is quantized; merging adapters would leave its grid: put lora before ptq and qat")
         torch.manual_seed(ctx.seed)
         base = self._load_4bit(parent) if self.load_in_4bit else load_model(parent)
-        model = get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"))
+        model: Any = get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"))
         data = ctx.chat() if self.data is LoraData.chat else ctx.text()
         batches = make_batches(
             data, None, seed=ctx.seed, sequences=self.sequences(ctx.seq_len), batch=self.batch_sequences, micro=self.micro_batch_sequences
         )
         result = train(model, make_loss(kl_weight=0.0, ce_weight=1.0), batches, **self.loop_arguments(ctx))
         adapter = out / "adapter"
-        model.save_pretrained(adapter, safe_serialization=True)
+        model.save_pretrained(str(adapter), safe_serialization=True)
         _plain_adapter(adapter)
         adapter_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.load_in_4bit:

@@ -22,7 +22,7 @@ import inspect
 import json
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,7 +105,7 @@ def _docstring_chat() -> list[Document]:
     return chats
 
 
-EMBEDDED = {
+EMBEDDED: dict[str, Callable[[], list[Document]]] = {
     "docstrings": lambda: [text for _, text in _docstrings()],
     "topics": _topics,
     "docstring_chat": _docstring_chat,
@@ -160,7 +160,7 @@ def documents(source: str) -> list[Document]:
         name = source.removeprefix("embedded:")
         if name not in EMBEDDED:
             raise ValueError(f"data source {source!r} is unknown; embedded sources are {', '.join(sorted(EMBEDDED))}")
-        found: list[Document] = list(EMBEDDED[name]())
+        found = EMBEDDED[name]()
     elif source.startswith("hub:"):
         found = _from_hub(source)
     else:
@@ -185,8 +185,8 @@ def _from_file(path: Path) -> list[Document]:
 def _tokens(tokenizer: Any, document: Document) -> tuple[list[int], list[bool]]:
     """ids and label mask of one document, EOS included."""
     if isinstance(document, str):
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
-        return ids, [True] * len(ids)
+        text = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        return text, [True] * len(text)
     if not tokenizer.chat_template:
         raise ValueError("chat data was given, but the teacher's tokenizer has no chat template; use plain text sources")
     ids: list[int] = []

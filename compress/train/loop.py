@@ -64,7 +64,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup_steps: int) -> floa
 def _delayed_signals() -> Iterator[list[int]]:
     """Collect the first SIGINT or SIGTERM instead of dying of it; a second one kills at once."""
     caught: list[int] = []
-    old = {}
+    old: dict[int, Any] = {}
 
     def catch(signum: int, frame: Any) -> None:
         caught.append(signum)
@@ -72,8 +72,8 @@ def _delayed_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, catch)
+        for caught_one in (signal.SIGINT, signal.SIGTERM):
+            old[caught_one] = signal.signal(caught_one, catch)
     except ValueError:  # not the main thread: nothing to catch
         pass
     try:

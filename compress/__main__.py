@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -124,6 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[0] not in VERBS:
             raise ConfigError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], VERBS)}")
         return VERBS[arguments[0]](arguments[1:])
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives until the process ends)
+        return EXIT_OK
     except BaseException as error:
         code = exit_code(error)
         if code == 1 or isinstance(error, SystemExit):

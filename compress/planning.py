@@ -17,7 +17,7 @@ from compress.errors import ResourceError
 if TYPE_CHECKING:
     from compress.pipeline import Session
 
-EFFICIENCY = 0.5  # share of the square matrix product's rate that a whole training step reaches on CPUs; 0.45-0.55 measured
+EFFICIENCY = 0.5  # assumed share of the square matrix product's rate that a whole training step reaches; on the cautious side
 SIGNAL_BYTES_PER_TOKEN = 196
 TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
 SHIPPING_BYTES = {"F16": 2.0, "Q8_0": 8.5 / 8, "Q4_0": 4.5 / 8}

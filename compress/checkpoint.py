@@ -8,6 +8,7 @@ its files and other runtimes then read them differently. Weights are identified 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 TOKENIZER_FILES: tuple[str, ...] = (
@@ -90,18 +91,35 @@ def tokenizer_digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a checkpoint directory on the CPU in eval mode, SDPA attention. ValueError as `check`."""
+def load_model(path: Path, dtype: torch.dtype = torch.float32, load: str = "plain") -> PreTrainedModel:
+    """The model of a checkpoint directory in eval mode, SDPA attention; on the CPU when `load` is plain.
+
+    `load` = "nf4" holds the linear layers in bitsandbytes' 4-bit, "int8" in torchao's 8-bit weights. ValueError as `check`.
+    """
     check(path)
+    packed = {} if load == "plain" else {"quantization_config": _packed_weights(load)}
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa", **packed,
         )  # fmt: skip
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: transformers can't open architecture {read_config(path).get('architectures')}: {error}") from error
     return model.eval()
+
+
+def _packed_weights(load: str) -> Any:
+    """transformers' configuration for weights held in fewer bits. ValueError when its package is missing."""
+    package, install = {"nf4": ("bitsandbytes", "compress-lm[qlora]"), "int8": ("torchao", "torchao")}[load]
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"weights in {load} need {package}, which is not installed: pip install '{install}'")
+    if load == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

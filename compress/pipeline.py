@@ -134,7 +134,7 @@ class Session:
         """All that determines a stage's weights; its digest is the stage's key."""
         stage, versions = self.recipe.stages[slot], machine.versions()
         return {
-            "technique": self.recipe.technique(slot), "config": plain(asdict(stage)), "parent": parent_digest, "teacher": self.teacher.digest,
+            "technique": self.recipe.technique(slot), "config": _what_decides(stage), "parent": parent_digest, "teacher": self.teacher.digest,
             "data": self.text.digest, "chat": self.chat.digest if uses_chat(stage) else None, "seq_len": self.recipe.data.seq_len,
             "seed": self.recipe.seed, "precision": self.precision, "threads": self.threads,
             "device": str(best_device()), "sources": sources_digest(PACKAGE),
@@ -148,6 +148,16 @@ class Session:
             signals=self.store.root / "signals", calibration=lambda n: self.text.ids[:n, :-1].long(), text=lambda: self.text,
             chat=lambda: self.chat, precision=self.precision, label=slot, log=log, curve=curve.extend,
         )  # fmt: skip
+
+
+def _what_decides(stage: Any) -> dict[str, Any]:
+    """A stage's configuration as far as its weights depend on it: of a signal in a folder of its own, who made it, not where it is."""
+    from compress.distill.signal import made_with
+
+    config: dict[str, Any] = plain(asdict(stage))
+    if where := config.get("signal", {}).pop("path", None):
+        config["signal"]["made_with"] = made_with(where)
+    return config
 
 
 def uses_chat(stage: Any) -> bool:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from compress.pipeline import Session
 
 EFFICIENCY = 0.5  # assumed share of the square matrix product's rate that a whole training step reaches; on the cautious side
-SIGNAL_BYTES_PER_TOKEN = 196
 TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
 SHIPPING_BYTES = {"F16": 2.0, "Q8_0": 8.5 / 8, "Q4_0": 4.5 / 8}
 
@@ -79,12 +78,24 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
         work = 6 * params * tokens + 2 * teacher * tokens * distilled + 2 * sizes[parent] * calibration
         scoring = 2 * params * score_tokens * 3 / rate + 10
         memory = (16 if tokens else 8) * params + batch_tokens * shapes[slot]["num_hidden_layers"] * shapes[slot]["hidden_size"] * 34 * bool(tokens)
-        disk = (4 if quantized else 2) * params + 12 * params * bool(tokens) + SIGNAL_BYTES_PER_TOKEN * tokens * distilled
+        disk = (4 if quantized else 2) * params + 12 * params * bool(tokens) + _signal_bytes_per_token(stage, shapes["teacher"]) * tokens
         costs.append(Cost(slot, recipe.technique(slot), params, work / rate + scoring, int(disk), int(memory)))
     shipped = sizes[recipe.shipped_slot()]
     for kind in recipe.export.gguf:
         costs.append(Cost(f"gguf_{kind.lower()}", "export_gguf", shipped, 40.0, int(2 * SHIPPING_BYTES[kind] * shipped), 4 * shipped))
     return costs
+
+
+def _signal_bytes_per_token(stage: Any, teacher: dict[str, Any]) -> float:
+    """What the schemes in `distill/schemes.py` take; `sampled` depends on the text: 32 measured at threshold 0.05. 0 without kept signals."""
+    signal = getattr(stage, "signal", None)
+    if signal is None:
+        return 0.0
+    ids = 3 if teacher["vocab_size"] > 1 << 16 else 2
+    return {
+        "sampled": 4 + (2 + ids) * 0.5 / signal.threshold, "topk": (2 + ids) * signal.top, "hidden": 1.04 * teacher["hidden_size"],
+        "full": 2.0 * teacher["vocab_size"], "online": 0.0,
+    }[signal.scheme.value]  # fmt: skip
 
 
 def check_disk(session: Session, costs: list[Cost]) -> None:

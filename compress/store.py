@@ -49,14 +49,19 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as JSON, atomically."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    beside.write_bytes(data)
     fsync(beside)
     beside.replace(path)
     fsync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON, atomically."""
+    write_whole(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:

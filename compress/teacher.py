@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import check, digest, load_tokenizer, read_config, sha256_file
+from compress.checkpoint import check, digest, load_tokenizer, sha256_file
 from compress.store import Store, sha256_json
-from compress.train.forward import check_head
 
 IMPORT_SCHEMA = 1  # raise when an import writes other bytes than before
 
@@ -55,7 +54,6 @@ def open_teacher(source: str, revision: str | None, store: Store, log: Callable[
     else:
         raise ValueError(f"teacher {source!r} does not exist; give a checkpoint directory, a .gguf file or a hub id (owner/name)")
     check(path)
-    check_head(read_config(path), path)
     if load_tokenizer(path).eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no EOS token, so documents can't be told apart; set eos_token in tokenizer_config.json")
     return OpenTeacher(path, digest(path), gguf)

@@ -89,7 +89,7 @@ def test_a_stage_that_dies_leaves_no_entry(name, tiny_teacher, tmp_path, monkeyp
 
     monkeypatch.setattr("safetensors.torch.save_file", fails)
     monkeypatch.setattr("compress.checkpoint.save_file", fails)
-    monkeypatch.setattr("compress.distill.signal.save_file", fails)
+    monkeypatch.setattr("compress.distill.signal.write_whole", fails)
     context = make_context(tiny_teacher, tmp_path)
     with pytest.raises(OSError, match="No space left"):
         store.build("k" * 64, {}, lambda out, work: stage.run(tiny_teacher, out, dataclasses.replace(context, work=work)))

@@ -14,7 +14,7 @@ from compress.score.fidelity import States, bits_per_byte, checkpoint_head, chec
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.train.data import pack
-from compress.train.forward import check_head
+from compress.train.forward import Head, head_of, hidden_states
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_bits_per_byte_is_cross_entropy_over_the_labels_text(tiny_teacher, heldo
 
 def test_models_of_other_vocabularies_are_not_compared():
     with pytest.raises(ValueError, match="can't be compared: vocabularies 5 and 6"):
-        closeness(States(torch.zeros(3, 2), torch.zeros(5, 2)), States(torch.zeros(3, 2), torch.zeros(6, 2)))
+        closeness(States(torch.zeros(3, 2), Head(torch.zeros(5, 2))), States(torch.zeros(3, 2), Head(torch.zeros(6, 2))))
 
 
 def test_a_local_folder_is_used_in_place_and_a_gguf_is_imported_once(tiny_teacher, tmp_path):
@@ -128,7 +128,36 @@ def test_a_shard_index_that_leaves_the_folder_is_refused(tiny_teacher, tmp_path)
         weight_files(folder)
 
 
-def test_soft_capped_heads_are_refused_until_they_are_supported():
-    with pytest.raises(ValueError, match="final_logit_softcapping=30.0; supported are heads without"):
-        check_head({"final_logit_softcapping": 30.0}, "model")
-    check_head({"logits_scaling": 1.0, "final_logit_softcapping": None}, "model")
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 5.0, "head_dim": 8, "query_pre_attn_scalar": 8}),
+        ("Granite", {"logits_scaling": 3.0}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Phi", {}),
+    ],
+)
+def test_scaled_capped_and_biased_heads_give_the_logits_of_transformers(tmp_path, kind, changes):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        **changes,
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    if kind == "Phi":
+        torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(12).view(2, 6)
+    hidden_NH = hidden_states(model, ids)
+    with torch.no_grad():
+        expected = model(ids).logits.flatten(0, 1)
+        torch.testing.assert_close(head_of(model).logits(hidden_NH), expected)
+        torch.testing.assert_close(checkpoint_head(tmp_path).logits(hidden_NH), expected)

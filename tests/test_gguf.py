@@ -29,7 +29,7 @@ from compress.checkpoint import load_model, load_tokenizer, save_model
 from compress.export.gguf import decode_gguf, export_gguf, file_size, read_fields
 from compress.export.gguf_tokenizer import PRE_TOKENIZERS
 from compress.gguf_teacher import find_packaged, import_gguf
-from compress.score.llamacpp import LlamaCpp, head_weight, latency_in_fresh_process, make_lm
+from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process, make_lm
 
 TEXT = ["The cat sat on the mat in 2024, and 17 dogs didn't!", "  def f(x):\n    return x + 1\n\n1. one\n"] * 20
 SPECIAL = {
@@ -178,7 +178,7 @@ def test_hidden_states_equal_transformers_and_kl_is_nothing(llama, f16, tied):
     assert_close_to_torch(llama, tied, prompts, 5e-3)
     with torch.no_grad():
         expected = load_model(tied)(torch.tensor([prompts[3]])).logits[0].log_softmax(-1)
-    got = (llama.hidden_states([prompts[3]])[0] @ head_weight(f16).T).log_softmax(-1)
+    got = gguf_head(f16).logits(llama.hidden_states([prompts[3]])[0]).log_softmax(-1)
     assert (expected.exp() * (expected - got)).sum(-1).mean() < 1e-5
 
 
@@ -201,7 +201,7 @@ def test_lm_agrees_with_hflm(llama, f16, tied):
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = load_tokenizer(tied)
-    ours = make_lm(llama, head_weight(f16), tokenizer, batch_size=4)
+    ours = make_lm(llama, gguf_head(f16), tokenizer, batch_size=4)
     theirs = HFLM(pretrained=load_model(tied), tokenizer=tokenizer, max_length=128, batch_size=1)
     pairs = [
         ("The cat sat", " on the mat"),

@@ -1,100 +1,178 @@
-"""The fused head against plain torch in float64: odd sizes, ragged masks, every chunk size."""
+"""The fused head against plain torch in float64: every divergence, odd sizes, ragged masks, every chunk size, transformed heads."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from compress.distill.losses import head_loss, hidden_mse
-from compress.distill.signal import sample_targets
+from compress.distill import losses
+from compress.distill.losses import Bucket, Dense, Mix, Sparse, head_loss, hidden_mse
+from compress.train.forward import Head
 
-N, H, V = 13, 5, 37
-
-
-def oracle(hidden, weight, labels, mask, p, kl_weight, ce_weight):
-    """Written independently: full logits, F.kl_div and F.cross_entropy."""
-    log_q = (hidden @ weight.T).log_softmax(-1)
-    kl = torch.nn.functional.kl_div(log_q, p, reduction="none").sum(-1)
-    ce = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
-    return ((kl_weight * kl + ce_weight * ce) * mask).sum()
+N, H, V, H_TEACHER = 13, 5, 37, 7
 
 
 def example(dtype=torch.float64):
-    torch.manual_seed(3)
-    hidden, weight = torch.randn(N, H, dtype=dtype), torch.randn(V, H, dtype=dtype)
-    labels, mask = torch.randint(V, (N,)), torch.rand(N) > 0.4
-    p = (2 * torch.randn(N, V, dtype=dtype)).softmax(-1)
-    return hidden, weight, labels, mask, p
+    generator = torch.Generator().manual_seed(3)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    labels, mask = torch.randint(V, (N,), generator=generator), torch.rand(N, generator=generator) > 0.4
+    return rand(N, H), rand(V, H), rand(V), labels, mask, rand(N, H_TEACHER), rand(V, H_TEACHER)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 12, 13, 100])
-@pytest.mark.parametrize(("kl_weight", "ce_weight"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.4)])
-def test_loss_and_gradients_equal_plain_torch_in_float64(chunk, kl_weight, ce_weight):
-    hidden, weight, labels, mask, p = example()
-    ids = torch.arange(V).expand(N, V)
-    entropy = -(p * p.log()).sum(-1)
+def divergence(z, t, mix):
+    """Written independently of the fused head: autograd through log_softmax."""
+    log_q, log_p = (z / mix.temperature).log_softmax(-1), (t / mix.temperature).log_softmax(-1)
+    if mix.divergence == "forward_kl":
+        d = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    elif mix.divergence == "reverse_kl":
+        d = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    elif mix.divergence == "jsd":
+        log_m = torch.logsumexp(torch.stack([log_p + math.log(mix.jsd_beta), log_q + math.log(1 - mix.jsd_beta)]), 0)
+        d = mix.jsd_beta * F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
+        d = d + (1 - mix.jsd_beta) * F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
+    else:
+        d = F.l1_loss(log_q.exp(), log_p.exp(), reduction="none").sum(-1) / 2
+    return mix.temperature**2 * d
+
+
+def oracle_logits(h, w, b, scale, softcap):
+    z = F.linear(h, w, b) * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def compare(mix, target_of, oracle_kl, chunk, head_options=None, dtype=torch.float64, tolerance=1e-9):
+    """Loss and gradients of hidden, weight and bias, ours and the oracle's."""
+    hidden, weight, bias, labels, mask, teacher_hidden, teacher_weight = example(dtype)
+    options = head_options or {}
     results = []
     for fused in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        b = bias.clone().requires_grad_() if options.get("bias") else None
+        transform = (options.get("scale", 1.0), options.get("softcap"))
+        t = teacher_hidden @ teacher_weight.T
         if fused:
-            signal = {"ids_NK": ids, "probs_NK": p, "entropy_N": entropy}
-            loss = head_loss(h, w, labels, mask, kl_weight=kl_weight, ce_weight=ce_weight, chunk=chunk, **signal)
+            loss = head_loss(h, Head(w, b, *transform), labels, mask, target_of(t, teacher_hidden, teacher_weight), mix, chunk)
         else:
-            loss = oracle(h, w, labels, mask, p, kl_weight, ce_weight)
+            z = oracle_logits(h, w, b, *transform)
+            ce = F.cross_entropy(z, labels, reduction="none")
+            loss = ((mix.kl_weight * oracle_kl(z, t, mix) + mix.ce_weight * ce) * mask).sum()
         (3.0 * loss).backward()
-        results.append((loss.detach(), h.grad, w.grad))
+        results.append([loss.detach(), h.grad, w.grad] + ([b.grad] if b is not None else []))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
 
 
-def test_float32_gradients_are_within_1e_5_of_float64():
-    hidden, weight, labels, mask, p = example()
-    grads = []
+def dense(t, hidden, weight):
+    return Dense(hidden, Head(weight))
+
+
+def everything_sparse(t, hidden, weight):
+    p = t.softmax(-1)
+    return Sparse(torch.arange(V).expand(N, V), p, -(p * p.log()).sum(-1))
+
+
+@pytest.mark.parametrize("chunk", range(1, N + 2))
+@pytest.mark.parametrize("target_of", [dense, everything_sparse])
+def test_every_chunk_size_gives_the_loss_and_gradients_of_plain_torch(chunk, target_of, monkeypatch):
+    monkeypatch.setattr(losses, "CACHED_TOKENS", 1 + chunk // 2)
+    compare(Mix(0.7, 0.4), target_of, divergence, chunk)
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(("kl_weight", "ce_weight"), [(1.0, 0.0), (0.7, 0.4)])
+def test_every_divergence_equals_plain_torch(name, temperature, kl_weight, ce_weight):
+    compare(Mix(kl_weight, ce_weight, name, temperature, 0.3), dense, divergence, 4)
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"scale": 0.5}, {"softcap": 2.0}, {"bias": True, "scale": 1.7, "softcap": 3.0}])
+@pytest.mark.parametrize("target_of", [dense, everything_sparse])
+def test_biased_scaled_and_capped_heads_equal_plain_torch(options, target_of):
+    compare(Mix(0.7, 0.4), target_of, divergence, 5, options)
+
+
+def test_cross_entropy_alone_equals_plain_torch():
+    compare(Mix(0.0, 1.0), lambda *_: None, lambda z, t, mix: 0.0, 4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_bucket_is_the_kl_over_the_ids_and_one_more_outcome(temperature):
+    def bucket(t, hidden, weight):
+        p, ids = (t / temperature).softmax(-1).topk(6)
+        return Bucket(ids, p)
+
+    def oracle(z, t, mix):
+        p, ids = (t / temperature).softmax(-1).topk(6)
+        q = (z / temperature).softmax(-1).gather(1, ids)
+        p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], 1) for x in (p, q))
+        return temperature**2 * (p * (p / q).log()).sum(-1)
+
+    compare(Mix(0.7, 0.4, temperature=temperature), bucket, oracle, 4)
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+def test_fp32_is_within_1e_5_of_float64(name):
+    gradients = []
     for dtype in (torch.float32, torch.float64):
-        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        entropy = -(p * p.log()).sum(-1)
-        head_loss(
-            h, w, labels, mask, ids_NK=torch.arange(V).expand(N, V), probs_NK=p, entropy_N=entropy, kl_weight=1.0, ce_weight=0.5, chunk=4
-        ).backward()
-        grads.append(torch.cat([h.grad.flatten(), w.grad.flatten()]).double())
-    assert (grads[0] - grads[1]).norm() / grads[1].norm() < 1e-5
+        hidden, weight, _, labels, mask, teacher_hidden, teacher_weight = example(dtype)
+        h, w = hidden.requires_grad_(), weight.requires_grad_()
+        head_loss(h, Head(w), labels, mask, dense(None, teacher_hidden, teacher_weight), Mix(1.0, 0.5, name), 4).backward()
+        gradients.append(torch.cat([h.grad.flatten(), w.grad.flatten()]).double())
+    assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-5
 
 
 def test_repeated_teacher_ids_add_up():
-    hidden, weight, labels, mask, _ = example()
-    one = head_loss(
-        hidden, weight, labels, mask, ids_NK=torch.full((N, 1), 4), probs_NK=torch.ones(N, 1), entropy_N=torch.zeros(N), kl_weight=1.0, ce_weight=0.0
-    )
-    two = head_loss(
-        hidden,
-        weight,
-        labels,
-        mask,
-        ids_NK=torch.full((N, 2), 4),
-        probs_NK=torch.full((N, 2), 0.5),
-        entropy_N=torch.zeros(N),
-        kl_weight=1.0,
-        ce_weight=0.0,
-    )
-    torch.testing.assert_close(one, two)
+    hidden, weight, _, labels, mask, _, _ = example()
+    one = Sparse(torch.full((N, 1), 4), torch.ones(N, 1), torch.zeros(N))
+    two = Sparse(torch.full((N, 2), 4), torch.full((N, 2), 0.5), torch.zeros(N))
+    torch.testing.assert_close(*(head_loss(hidden, Head(weight), labels, mask, target, Mix()) for target in (one, two)))
 
 
-def test_sampled_targets_are_unbiased_with_the_predicted_spread():
-    torch.manual_seed(0)
-    logits = 2 * torch.randn(1, 300)
-    p = logits.softmax(-1)[0]
-    generator = torch.Generator().manual_seed(1)
-    draws, top, tail = 4000, 8, 8
-    mean = torch.zeros(300, dtype=torch.float64)
-    for _ in range(draws):
-        ids, weights, entropy = sample_targets(logits, generator, top, tail)
-        mean.index_add_(0, ids[0], weights[0].double() / draws)
-    rest = p.clone()
-    rest[p.topk(top).indices] = 0
-    expected_error = (rest.sum() * rest / tail / draws).sqrt()
-    assert ((mean - p).abs() <= 4.5 * expected_error + 1e-5).all()
-    torch.testing.assert_close(mean[p.topk(top).indices].float(), p.topk(top).values)
-    torch.testing.assert_close(entropy[0], -(p * p.log()).sum())
+def test_a_frozen_head_still_passes_the_hidden_gradient():
+    hidden, weight, _, labels, mask, teacher_hidden, teacher_weight = example()
+    grads = []
+    for frozen in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        head_loss(h, Head(w), labels, mask, dense(None, teacher_hidden, teacher_weight), Mix(), 3).backward()
+        grads.append(h.grad)
+    assert torch.equal(*grads)
+
+
+def test_no_tensor_of_tokens_by_vocabulary_is_made():
+    """The largest tensor made inside has a chunk's tokens, not all of them."""
+    tokens, vocabulary = 64, 1000
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    h, w = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
+    target = Dense(torch.randn(tokens, 4), Head(torch.randn(vocabulary, 4)))
+    with Watch():
+        head_loss(h, Head(w), torch.zeros(tokens, dtype=torch.long), torch.ones(tokens, dtype=torch.bool), target, Mix(1.0, 0.1, "jsd"), 8).backward()
+    assert max(made) == 8 * vocabulary
+
+
+@pytest.mark.parametrize(
+    ("mix", "target", "message"),
+    [
+        (Mix(divergence="kl"), None, "divergence 'kl' is unknown; allowed are forward_kl"),
+        (Mix(), None, "needs the teacher's signal"),
+        (Mix(divergence="jsd"), Bucket(torch.zeros(1, 1).long(), torch.ones(1, 1)), "jsd needs all of the teacher's probabilities"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(mix, target, message):
+    with pytest.raises(ValueError, match=message):
+        mix.check(target)
 
 
 def test_hidden_mse_is_zero_for_scaled_copies_and_counts_only_masked_tokens():

@@ -1,99 +1,276 @@
 """Distillation losses on the output head, without ever holding all logits. Pure functions of tensors.
 
-With student logits z = W h, q = softmax(z), teacher distribution p and label y, the loss of one token is
+With student logits z and teacher logits t, q = softmax(z / T), p = softmax(t / T) and label y, the loss of one token is
 
-    kl_weight * KL(p || q) + ce_weight * (-log q_y)                 (Hinton et al., arXiv 1503.02531, section 2, temperature 1)
+    kl_weight * T^2 * D(p, q) + ce_weight * (-log softmax(z)_y)         (Hinton et al., arXiv 1503.02531, section 2)
 
-The teacher comes as K ids with weights w (a sparse, unbiased picture of p, see `signal.py`) and its exact entropy H(p), so
-KL(p || q) = -sum_k w_k log q_k - H(p), and the gradient with respect to the logits is
+    forward_kl       D = sum_v p (log p - log q)             dD/dz = (q - p) / T
+    reverse_kl       D = sum_v q (log q - log p)             g = log q - log p
+    jsd              D = b KL(p || m) + (1 - b) KL(q || m),  g = (1 - b) log(q / m)      (arXiv 2306.13649, section 3)
+                         m = b p + (1 - b) q
+    total_variation  D = 1/2 sum_v |p - q|                   g = 1/2 sign(q - p)
 
-    kl_weight * (q sum_k w_k - w) + ce_weight * (q - onehot(y)).
+where dD/dz = q (g - sum_v q g) / T. The teacher comes in one of three forms:
+
+    Sparse   K ids with weights w, an unbiased picture of p, and p's entropy H: forward_kl = -sum_k w_k log q_k - H
+    Bucket   the K most probable ids; the rest is one more outcome: forward KL of the K + 1 outcomes
+    Dense    its final hidden states and head: logits are made chunk by chunk, every divergence is exact
 
 As the gradient is known in closed form, the forward pass computes it chunk by chunk of tokens and keeps only d loss / d h
-(N, H) and d loss / d W (V, H); backward multiplies them by the incoming scalar. Peak memory is one chunk of logits, not N x V.
+(N, H) and d loss / d W (V, H); backward multiplies them by the incoming scalar. Memory is one chunk of logits, not N x V. A
+chunk's matrix products want many tokens (each adds a whole V x H product to d W), its softmax wants few, that stay in the
+cache: hence two sizes. Measured on 2 cores, 2048 x 576 x 49152, bf16: softmax passes 0.35 s over 512 tokens at once, 0.06 s over 32.
 
-Legend: N tokens, H hidden, V vocabulary, K teacher ids a token, C tokens a chunk.
+Legend: N tokens, H hidden, V vocabulary, K teacher ids a token, C tokens a chunk, c tokens of it at a time.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 512  # 512 x 49152 fp32 logits are 100 MB; not tuned yet
+from compress.train.forward import Head
+
+CHUNK_TOKENS = 512  # of one matrix product: 100 MB of bf16 logits at V = 49152
+VOCABULARY_ROWS = 8192  # of d W added up at once
+CACHED_TOKENS = 32  # of one softmax on a CPU: 6 MB of fp32 logits
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """K ids a token (N, K) int64 with weights (N, K) whose expectation is p, and p's entropy (N,). Weight 0 is padding."""
+
+    ids_NK: Tensor
+    probs_NK: Tensor
+    entropy_N: Tensor
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The most probable ids (N, K) int64, all different, and their probabilities (N, K)."""
+
+    ids_NK: Tensor
+    probs_NK: Tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The teacher's final hidden states (N, H') and its head; without a head they are its logits (N, V) already (tests)."""
+
+    hidden_NH: Tensor
+    head: Head | None
+
+
+Target = Sparse | Bucket | Dense
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Which divergence, and how it is mixed with cross-entropy."""
+
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    jsd_beta: float = 0.5
+
+    def check(self, target: Target | None) -> None:
+        """ValueError for what can't be computed: an unknown divergence, or one that this form of the teacher can't give."""
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence {self.divergence!r} is unknown; allowed are {', '.join(DIVERGENCES)}")
+        if self.kl_weight and target is None:
+            raise ValueError(f"kl_weight={self.kl_weight} needs the teacher's signal; got none")
+        if not isinstance(target, Dense | None) and self.divergence != "forward_kl":
+            raise ValueError(f"{self.divergence} needs all of the teacher's probabilities: use signal.scheme=hidden, full or online, not sparse ids")
 
 
 class _FusedHead(torch.autograd.Function):
     """loss sum over tokens and its gradients, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, ids_NK: Tensor, probs_NK: Tensor, labels_N: Tensor,
-                kl_N: Tensor, ce_N: Tensor, chunk: int) -> Tensor:  # fmt: skip
-        need_h, need_w = ctx.needs_input_grad[:2]
-        compute = torch.get_autocast_dtype(hidden_NH.device.type) if torch.is_autocast_enabled(hidden_NH.device.type) else weight_VH.dtype
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            head_VH = weight_VH.to(compute)
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, head: Head, labels_N: Tensor, counted_N: Tensor,
+                target: Target | None, mix: Mix, chunk: int) -> Tensor:  # fmt: skip
+        device = hidden_NH.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
+        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        with torch.autocast(device, enabled=False):
+            head = head.detach().to(compute)
+            if isinstance(target, Dense) and target.head is not None:
+                target = Dense(target.hidden_NH.to(compute), target.head.to(compute))
             d_hidden = torch.empty_like(hidden_NH) if need_h else None
             d_weight = torch.zeros_like(weight_VH) if need_w else None
+            d_bias = torch.zeros_like(bias_V) if bias_V is not None and need_b else None
             total = hidden_NH.new_zeros((), dtype=torch.float64)
             for start in range(0, len(hidden_NH), chunk):
                 part = slice(start, start + chunk)
                 h_CH = hidden_NH[part].to(compute)
-                loss, grad_CV = _chunk(h_CH @ head_VH.T, ids_NK[part], probs_NK[part], labels_N[part], kl_N[part], ce_N[part])
-                total += loss
-                grad_CV = grad_CV.to(compute)
+                grad_CV = head.product(h_CH)
+                total += _to_gradient(grad_CV, head, labels_N[part], counted_N[part], _chunk_of(target, part), mix, d_bias)
                 if d_hidden is not None:
-                    d_hidden[part] = grad_CV @ head_VH
-                if d_weight is not None and compute == d_weight.dtype:
-                    d_weight.addmm_(grad_CV.T, h_CH)  # adds in place: a product of its own would be V x H each time
-                elif d_weight is not None:
-                    d_weight += grad_CV.T @ h_CH
-        ctx.save_for_backward(*(t for t in (d_hidden, d_weight) if t is not None))
+                    d_hidden[part] = grad_CV @ head.weight_VH
+                if d_weight is not None:
+                    _add_product(d_weight, grad_CV, h_CH)
+        ctx.save_for_backward(*(t for t in (d_hidden, d_weight, d_bias) if t is not None))
         return total.to(torch.float32 if compute != torch.float64 else torch.float64)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         saved, scale = list(ctx.saved_tensors), grad_outputs[0]
-        d_hidden = saved.pop(0) * scale if ctx.needs_input_grad[0] else None
-        d_weight = saved.pop(0).mul_(scale) if ctx.needs_input_grad[1] else None  # ours alone, so scaled in place
-        return d_hidden, d_weight, None, None, None, None, None, None
+        one = scale.device.type == "cpu" and float(scale) == 1.0  # asking a GPU would wait for it
+        grads = [(saved.pop(0) if one else saved.pop(0).mul_(scale)) if need else None for need in ctx.needs_input_grad[:3]]
+        return (*grads, None, None, None, None, None, None)
 
 
-def _chunk(logits_CV: Tensor, ids_CK: Tensor, probs_CK: Tensor, labels_C: Tensor, kl_C: Tensor, ce_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted loss sum of a chunk (without the entropy, which is a constant) and d loss / d logits (C, V)."""
-    logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-    mass_C, targets_CK, label_C1 = probs_CK.sum(-1), logits_CV.gather(1, ids_CK), logits_CV.gather(1, labels_C[:, None])
+def _add_product(d_weight_VH: Tensor, grad_CV: Tensor, h_CH: Tensor) -> None:
+    """d_weight += grad.T @ h; where the types differ, rows at a time: a low-precision product of its own would be V x H."""
+    if d_weight_VH.dtype == h_CH.dtype:
+        d_weight_VH.addmm_(grad_CV.T, h_CH)
+        return
+    for rows, columns in zip(d_weight_VH.split(VOCABULARY_ROWS), grad_CV.split(VOCABULARY_ROWS, 1), strict=True):
+        rows += columns.T @ h_CH
+
+
+@dataclass(frozen=True)
+class _Products:
+    """A Dense target's products (C, V) of one chunk, before `Head.finish`."""
+
+    products_CV: Tensor
+    head: Head | None
+
+
+def _chunk_of(target: Target | None, part: slice) -> Sparse | Bucket | _Products | None:
+    if isinstance(target, Dense):
+        hidden_CH = target.hidden_NH[part]
+        return _Products(hidden_CH if target.head is None else target.head.product(hidden_CH), target.head)
+    return _tokens_of(target, part)
+
+
+def _tokens_of(target: Any, part: slice) -> Any:
+    """Some tokens of a target; logits (c, V) in the place of products."""
+    if isinstance(target, _Products):
+        rows = target.products_CV[part]
+        return rows if target.head is None else target.head.finish(rows)
+    return None if target is None else type(target)(*(getattr(target, field.name)[part] for field in fields(target)))
+
+
+def _to_gradient(product_CV: Tensor, head: Head, labels_C: Tensor, counted_C: Tensor, target: Any, mix: Mix, d_bias: Tensor | None) -> Tensor:
+    """Overwrite a chunk's products by d loss / d product; the weighted loss sum. `d_bias` (V,) is added to."""
+    total = product_CV.new_zeros((), dtype=torch.float64)
+    step = CACHED_TOKENS if product_CV.device.type == "cpu" else len(product_CV)
+    for start in range(0, len(product_CV), step):
+        part = slice(start, start + step)
+        logits_cV = head.finish(product_CV[part])
+        kept_cV = logits_cV.clone() if head.softcap is not None else logits_cV
+        loss, grad_cV = _gradient(logits_cV, labels_C[part], counted_C[part], _tokens_of(target, part), mix)
+        grad_cV = head.back(grad_cV, kept_cV)
+        if d_bias is not None:
+            d_bias += grad_cV.sum(0)
+        product_CV[part] = grad_cV
+        total += loss
+    return total
+
+
+def _gradient(logits_CV: Tensor, labels_C: Tensor, counted_C: Tensor, target: Any, mix: Mix) -> tuple[Tensor, Tensor]:
+    """Weighted loss sum of some tokens and d loss / d logits (C, V). Overwrites its logits."""
+    ce_C, kl_C = mix.ce_weight * counted_C, mix.kl_weight * counted_C
+    if not mix.kl_weight or (not isinstance(target, Tensor) and mix.temperature == 1.0):
+        return _sparse(logits_CV, labels_C, kl_C, ce_C, target if mix.kl_weight else None)
+    loss, grad_CV = _dense(logits_CV, target, kl_C, mix) if isinstance(target, Tensor) else _sparse_tempered(logits_CV, target, kl_C, mix)
+    if not mix.ce_weight:
+        return loss, grad_CV
+    ce_loss, ce_grad_CV = _sparse(logits_CV, labels_C, kl_C, ce_C, None)
+    return loss + ce_loss, grad_CV.add_(ce_grad_CV)
+
+
+def _sparse_tempered(logits_CV: Tensor, target: Sparse | Bucket, kl_C: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
+    """T^2 times the divergence of logits / T from ids whose weights are softmax(t / T)'s."""
+    temperature = mix.temperature
+    labels_C = target.ids_NK[:, 0]  # takes part with weight 0
+    loss, grad_CV = _sparse(logits_CV / temperature, labels_C, kl_C, 0 * kl_C, target)
+    return loss * temperature**2, grad_CV.mul_(temperature)
+
+
+def _sparse(logits_CV: Tensor, labels_C: Tensor, kl_C: Tensor, ce_C: Tensor, target: Sparse | Bucket | None) -> tuple[Tensor, Tensor]:
+    """kl_C * forward KL + ce_C * cross-entropy, and the gradient; one pass of exp serves both. Overwrites its logits."""
+    label_C1 = logits_CV.gather(1, labels_C[:, None])
+    targets_CK = logits_CV.gather(1, labels_C[:, None] if target is None else target.ids_NK)
     max_C1 = logits_CV.amax(-1, keepdim=True)
-    exp_CV = logits_CV.sub_(max_C1).exp_()  # in place from here on: one pass of exp serves the loss and the gradient
+    exp_CV = logits_CV.sub_(max_C1).exp_()  # in place from here on
     sum_C1 = exp_CV.sum(-1, keepdim=True)
     lse_C = (max_C1 + sum_C1.log())[:, 0]
-    cross_C = mass_C * lse_C - (probs_CK * targets_CK).sum(-1)
-    loss = (kl_C * cross_C + ce_C * (lse_C - label_C1[:, 0])).double().sum()
-    grad_CV = exp_CV.mul_((kl_C * mass_C + ce_C)[:, None] / sum_C1)
-    grad_CV.scatter_add_(1, ids_CK, -kl_C[:, None] * probs_CK)
+    loss_C = ce_C * (lse_C - label_C1[:, 0])
+    everywhere_C, at_ids_CK = ce_C, None
+    if isinstance(target, Sparse):
+        mass_C = target.probs_NK.sum(-1)
+        loss_C = loss_C + kl_C * (mass_C * lse_C - (target.probs_NK * targets_CK).sum(-1) - target.entropy_N)
+        everywhere_C, at_ids_CK = kl_C * mass_C + ce_C, -kl_C[:, None] * target.probs_NK
+    elif isinstance(target, Bucket):
+        log_q_CK = targets_CK - lse_C[:, None]
+        kl_loss_C, tail_C, correction_CK = _bucket(log_q_CK, target.probs_NK)
+        loss_C = loss_C + kl_C * kl_loss_C
+        everywhere_C, at_ids_CK = kl_C * tail_C + ce_C, kl_C[:, None] * correction_CK
+    grad_CV = exp_CV.mul_(everywhere_C[:, None] / sum_C1)
+    if target is not None and at_ids_CK is not None:
+        grad_CV.scatter_add_(1, target.ids_NK, at_ids_CK)
     grad_CV.scatter_add_(1, labels_C[:, None], -ce_C[:, None])
-    return loss, grad_CV
+    return loss_C.double().sum(), grad_CV
 
 
-def head_loss(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, mask_N: Tensor, *, ids_NK: Tensor | None = None,
-              probs_NK: Tensor | None = None, entropy_N: Tensor | None = None, kl_weight: float = 0.0,
-              ce_weight: float = 1.0, chunk: int = CHUNK_TOKENS) -> Tensor:  # fmt: skip
-    """Sum over the masked tokens of kl_weight * KL(teacher || student) + ce_weight * cross-entropy, in nats.
+def _bucket(log_q_CK: Tensor, p_CK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward KL over K ids and one bucket: (loss (C,), factor of q everywhere (C,), what to add at the ids (C, K)).
 
-    hidden (N, H) after the final norm, weight (V, H), labels (N,) int64, mask (N,) bool; ids (N, K) int64, probs (N, K) and
-    entropy (N,) describe the teacher and are needed when kl_weight > 0. Logits are computed in the autocast type when
-    autocast is on, else in the weight's type; softmax and sums are fp32 (fp64 for fp64 input).
+    With r and t the teacher's and the student's mass outside the ids: d/dz = q - p at the ids, q (1 - r / t) elsewhere.
     """
+    q_CK = log_q_CK.exp()
+    tiny = torch.finfo(p_CK.dtype).tiny
+    rest_C = (1 - p_CK.sum(-1)).clamp_min(0)
+    tail_C = (1 - q_CK.sum(-1)).clamp_min(torch.finfo(p_CK.dtype).eps)
+    loss_C = (p_CK * (p_CK.clamp_min(tiny).log() - log_q_CK)).sum(-1) + rest_C * (rest_C.clamp_min(tiny) / tail_C).log()
+    ratio_C = rest_C / tail_C
+    return loss_C, 1 - ratio_C, q_CK * ratio_C[:, None] - p_CK
+
+
+def _dense(logits_CV: Tensor, teacher_CV: Tensor, kl_C: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
+    """Any divergence from both models' logits (C, V), times T^2, and its gradient."""
+    temperature, beta = mix.temperature, mix.jsd_beta
+    log_q_CV = (logits_CV / temperature).log_softmax(-1)
+    log_p_CV = (teacher_CV / temperature if temperature != 1.0 else teacher_CV).log_softmax(-1)
+    q_CV = log_q_CV.exp()
+    if mix.divergence == "forward_kl":
+        p_CV = log_p_CV.exp()
+        loss_C = torch.linalg.vecdot(p_CV, log_p_CV.sub_(log_q_CV))
+        grad_CV = q_CV.sub_(p_CV)
+    else:
+        if mix.divergence == "reverse_kl":
+            g_CV = log_q_CV - log_p_CV
+            loss_C = torch.linalg.vecdot(q_CV, g_CV)
+        elif mix.divergence == "jsd":
+            p_CV = log_p_CV.exp()
+            log_m_CV = (beta * p_CV + (1 - beta) * q_CV).log()
+            g_CV = (1 - beta) * (log_q_CV - log_m_CV)
+            loss_C = beta * torch.linalg.vecdot(p_CV, log_p_CV - log_m_CV) + torch.linalg.vecdot(q_CV, g_CV)
+        else:
+            difference_CV = q_CV - log_p_CV.exp()
+            g_CV = 0.5 * difference_CV.sign()
+            loss_C = 0.5 * difference_CV.abs().sum(-1)
+        grad_CV = q_CV * (g_CV - torch.linalg.vecdot(q_CV, g_CV)[:, None])
+    return (temperature**2 * kl_C * loss_C).double().sum(), grad_CV.mul_(temperature * kl_C[:, None])
+
+
+def head_loss(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tensor, target: Target | None, mix: Mix, chunk: int = CHUNK_TOKENS) -> Tensor:
+    """Sum over the masked tokens of the loss in the module's docstring, in nats.
+
+    hidden (N, H) after the final norm, labels (N,) int64, mask (N,) bool. Logits are computed in the autocast type when autocast
+    is on, else in the weight's type; softmax and sums are fp32 (fp64 for fp64 input). ValueError when the mix can't be had from the target.
+    """
+    mix.check(target)
     real = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-    counted_N = mask_N.to(real)
-    if ids_NK is None or probs_NK is None or entropy_N is None:
-        assert kl_weight == 0.0, "a KL term needs the teacher's signal"
-        ids_NK, probs_NK = labels_N[:, None], counted_N.new_zeros(len(labels_N), 1)
-        entropy_N = counted_N.new_zeros(len(labels_N))
-    loss = _FusedHead.apply(hidden_NH, weight_VH, ids_NK, probs_NK.to(real), labels_N, kl_weight * counted_N, ce_weight * counted_N, chunk)
-    return loss - kl_weight * (entropy_N.to(real) * counted_N).sum()
+    loss: Tensor = _FusedHead.apply(hidden_NH, head.weight_VH, head.bias_V, head, labels_N, mask_N.to(real), target, mix, chunk)
+    return loss
 
 
 def hidden_mse(student_NH: Tensor, teacher_NH: Tensor, mask_N: Tensor) -> Tensor:

@@ -1,123 +1,218 @@
-"""The teacher's signal, made once and kept on disk: a second epoch, a second student or a QAT stage never runs the teacher again.
+"""The teacher's signal, made once and kept: a second epoch, a second student, QAT or a search never runs the teacher again.
 
-Scheme `sampled`: the M most probable ids with their exact probabilities, plus S ids drawn from the rest in proportion to the
-teacher's probability, each weighing (mass of the rest) / S. For any function f: E[sum_k w_k f(id_k)] = sum_v p_v f(v), so losses
-and gradients are unbiased, where plain top-k teaches the student that the tail does not exist (arXiv 2503.16870, sections 3-4).
-The exact entropy of p is kept too, so that the KL itself, not only its gradient, can be reported.
+A folder of shards, local or anything fsspec can open (s3://, gs://, hf://). `meta.json` names schema, teacher, tokenizer, data, scheme,
+seed and precision, and what made it; a folder whose meta differs from what is asked is refused, naming the field. Each shard
+`NNNNN-<sha256[:16]>.safetensors` holds ROWS_PER_SHARD sequences of one scheme (`schemes.py`), is a pure function of (meta, its
+number), appears whole and is checked against its name whenever it is read. Shards are only ever added: making goes on where
+it stopped, and several workers make every world-th shard each.
 
-A directory of shards: `meta.json` names teacher, data, scheme, seed; `NNNNN-<sha256[:16]>.safetensors` holds ROWS_PER_SHARD
-sequences and carries its own checksum in its name. A shard is a pure function of (meta, its number): draws are seeded by it.
-
-Legend: R rows (sequences), L positions, V vocabulary, K = M + S ids a token, H hidden.
+Legend: R rows (sequences), L positions, N = R L tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
-from compress.checkpoint import best_device, digest, load_model, sha256_file
-from compress.store import fsync, sha256_json, write_json
+from compress.checkpoint import best_device, digest, load_model, tokenizer_digest
+from compress.distill.schemes import Scheme, Shard, decode, encode
+from compress.errors import ResourceError
+from compress.store import sha256_json, write_whole
 from compress.train.data import Packed
-from compress.train.forward import hidden_and_head
+from compress.train.forward import Head, head_of, hidden_states
 
 ROWS_PER_SHARD = 16
-TOP, DRAWS = 32, 16  # 48 ids of 4 bytes and 4 bytes of entropy: 196 bytes a token
-CHUNK = 256  # tokens whose full logits are held at once
+SHARDS_IN_MEMORY = 64
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of `world` processes making the same signal; process `rank` makes shards rank, rank + world, ..."""
+
+    rank: int = 0
+    world: int = 1
+
+
+def made_with(folder: str | None = None) -> dict[str, Any]:
+    """What a signal's last bits depend on besides its meta: recorded, part of a stage's key, no reason to refuse a folder.
+
+    Of the signal in `folder` if there is one, else of one made here and now.
+    """
+    import fsspec
+
+    if folder is not None:
+        fs, path = fsspec.core.url_to_fs(folder)
+        if fs.exists(f"{path}/meta.json"):
+            return dict(json.loads(fs.cat_file(f"{path}/meta.json"))["made_with"])
+    return {"threads": torch.get_num_threads(), "device": best_device().type, "torch": torch.__version__}
 
 
 class Signals:
     """Signals of one teacher on one packed text. Reading makes what is missing first."""
 
-    def __init__(self, root: Path, teacher: Path, data: Packed, *, seed: int, hidden: bool, precision: str, log: Callable[[str], None]) -> None:
-        self.teacher, self.data, self.hidden, self.log = teacher, data, hidden, log
+    def __init__(self, root: Path | str, teacher: Path, data: Packed, scheme: Scheme, *, seed: int, precision: str, log: Callable[[str], None],
+                 own_folder: bool = False, worker: Worker | None = None, load: str = "plain") -> None:  # fmt: skip
+        """Below `root`, in a folder named by the meta; with `own_folder` in `root` itself, which must hold nothing else.
+
+        ValueError when `root` holds another teacher's, tokenizer's, data's or scheme's signal.
+        """
+        import fsspec
+
+        self.teacher, self.data, self.scheme, self.log = teacher, data, scheme, log
+        self.worker, self.load = worker or Worker(), load
         self.meta: dict[str, Any] = {
-            "schema": 1, "scheme": "sampled", "top": TOP, "draws": DRAWS, "teacher": digest(teacher), "data": data.digest,
-            "seed": seed, "hidden": hidden, "rows_per_shard": ROWS_PER_SHARD, "precision": precision,
-            "threads": torch.get_num_threads(), "device": best_device().type, "torch": torch.__version__,
+            "schema": 2, **scheme.meta(), "teacher": digest(teacher), "teacher_load": load, "tokenizer": tokenizer_digest(teacher),
+            "data": data.digest, "seed": seed, "rows_per_shard": ROWS_PER_SHARD, "precision": precision,
         }  # fmt: skip
-        self.folder = root / sha256_json(self.meta)[:32]
+        base = str(root) if own_folder else f"{root}/{sha256_json(self.meta | made_with())[:32]}"
+        self.fs, self.folder = fsspec.core.url_to_fs(base)
         self._model: Any = None
-        self._shards: dict[int, dict[str, Tensor]] = {}
-        if not (self.folder / "meta.json").is_file():
-            write_json(self.folder / "meta.json", self.meta)
+        self._head: Head | None = None
+        self._shards: dict[int, list[Shard]] = {}
+        self._paths: dict[int, str] = {}
+        self._fetched: dict[int, Future[bytes]] = {}
+        self._reader = ThreadPoolExecutor(1)
+        self._open_meta()
+
+    def _open_meta(self) -> None:
+        path = f"{self.folder}/meta.json"
+        if not self.fs.exists(path):
+            self._put("meta.json", json.dumps(self.meta | {"made_with": made_with()}, indent=2).encode())
+            return
+        found = json.loads(self.fs.cat_file(path))
+        for key, asked in self.meta.items():
+            if found.get(key) != asked:
+                raise ValueError(
+                    f"the teacher signal in {self.folder} was made with another {key}: it has {found.get(key)!r}, this run needs {asked!r};"
+                    " give signal.path an empty folder, or change what differs"
+                )
+
+    def _put(self, name: str, data: bytes) -> None:
+        """A file that appears whole: object stores do that by themselves."""
+        if "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)):
+            write_whole(Path(self.folder) / name, data)
+        else:
+            self.fs.pipe_file(f"{self.folder}/{name}", data)
+
+    @property
+    def teacher_head(self) -> Head | None:
+        """The head that turns kept hidden states into logits; None for the other schemes."""
+        return self._open_teacher() if self.scheme.name == "hidden" else None
 
     def read(self, rows: list[int]) -> dict[str, Tensor]:
-        """ids (R, L, K) int64, probs (R, L, K) fp32, entropy (R, L) fp32 and, if kept, hidden (R, L, H) bf16 of these rows.
+        """The teacher's tensors of these rows, N = len(rows) * L tokens, as `schemes.decode` gives them.
 
-        ValueError when a shard on disk is damaged.
+        ValueError when a shard is damaged.
         """
-        parts = [{name: t[row % ROWS_PER_SHARD] for name, t in self._shard(row // ROWS_PER_SHARD).items()} for row in rows]
-        batch = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        batch["ids"] = batch["ids"].view(torch.int16).to(torch.int64) & 0xFFFF if batch["ids"].dtype == torch.uint16 else batch["ids"].to(torch.int64)
-        batch["probs"] = batch["probs"].float()
-        batch["probs"] /= batch["probs"].sum(-1, keepdim=True)  # fp16 rounding moves the sum by up to 1e-3
-        return batch
+        return decode([self._shard(row // ROWS_PER_SHARD)[row % ROWS_PER_SHARD] for row in rows], self.scheme)
+
+    def prefetch(self, rows: list[int]) -> None:
+        """Start fetching the shards of these rows; only bytes move, so that the thread leaves the cores to training."""
+        for number in {row // ROWS_PER_SHARD for row in rows} - self._shards.keys() - self._fetched.keys():
+            if path := self._find(number):
+                self._fetched[number] = self._reader.submit(self.fs.cat_file, path)
 
     def make(self, rows: int) -> None:
-        """Make every shard that the first `rows` sequences need; shards on disk are kept."""
-        missing = [n for n in range(-(-rows // ROWS_PER_SHARD)) if self._find(n) is None]
-        for done, number in enumerate(missing):
-            self._write(number)
-            self.log(f"teacher signal {done + 1}/{len(missing)} shards")
-        self._model = None
+        """Make this worker's part of the shards that the first `rows` sequences need; shards that exist are kept.
 
-    def _find(self, number: int) -> Path | None:
-        return next(iter(self.folder.glob(f"{number:05d}-*.safetensors")), None)
+        ResourceError when the disk has less free space than the shards will take.
+        """
+        numbers, present = range(-(-rows // ROWS_PER_SHARD)), self._present()
+        missing = [n for n in numbers if n not in present and n % self.worker.world == self.worker.rank]
+        start = time.monotonic()
+        for done, number in enumerate(missing, 1):
+            size = self._write(number)
+            if done == 1:
+                self._check_space(size * (len(missing) - 1))
+            left = (time.monotonic() - start) / done * (len(missing) - done)
+            self.log(f"teacher signal {done}/{len(missing)} shards, {size / self._tokens(number):.0f} bytes a token, {left:.0f} s left")
+        self._model = self._head = None
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
+    def _check_space(self, needed: int) -> None:
+        if Path(self.folder).is_dir() and needed > (free := shutil.disk_usage(self.folder).free):
+            raise ResourceError(
+                f"the teacher signal needs {needed / 1e9:.1f} GB more in {self.folder}, {free / 1e9:.1f} GB are free; set signal.path"
+            )
+
+    def bytes_per_token(self) -> float:
+        """Bytes of all shards over their tokens."""
+        present = self._present()
+        return sum(self.fs.size(path) for path in present.values()) / max(1, sum(self._tokens(number) for number in present))
+
+    def _rows(self, number: int) -> Tensor:
+        return self.data.ids[number * ROWS_PER_SHARD : (number + 1) * ROWS_PER_SHARD, :-1]
+
+    def _tokens(self, number: int) -> int:
+        return self._rows(number).numel()
+
+    def _present(self) -> dict[int, str]:
+        paths = self.fs.glob(f"{self.folder}/*.safetensors")
+        return {int(path.rsplit("/", 1)[1].split("-")[0]): path for path in sorted(paths)}
+
+    def _find(self, number: int) -> str | None:
+        if number not in self._paths:
+            self._paths = self._present()
+        return self._paths.get(number)
+
+    def _shard(self, number: int) -> list[Shard]:
         if number not in self._shards:
-            path = self._find(number) or self._write(number)
-            data = path.read_bytes()
-            if path != self._name(number, data):
+            if self._find(number) is None:
+                self._write(number)
+            path = self._find(number)
+            assert path is not None
+            data = self._fetched.pop(number).result() if number in self._fetched else self.fs.cat_file(path)
+            if path.rsplit("/", 1)[1] != _name(number, data):
                 raise ValueError(f"teacher signal {path} is damaged (its checksum differs from its name); delete it and run again")
-            self._shards[number] = load(data)
+            while len(self._shards) >= SHARDS_IN_MEMORY:
+                del self._shards[next(iter(self._shards))]
+            self._shards[number] = _take_apart(load(data))
         return self._shards[number]
 
-    def _name(self, number: int, data: bytes) -> Path:
-        return self.folder / f"{number:05d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    def _open_teacher(self) -> Head:
+        if self._head is None:
+            dtype = torch.bfloat16 if self.meta["precision"] == "bf16" else torch.float32
+            self._model = load_model(self.teacher, dtype, self.load)
+            if self.load == "plain":
+                self._model.to(best_device())
+            self._head = head_of(self._model).detach()
+        return self._head
 
-    def _write(self, number: int) -> Path:
-        if self._model is None:
-            self._model = load_model(self.teacher, torch.bfloat16 if self.meta["precision"] == "bf16" else torch.float32)
-            self._model.to(best_device())
-        rows = self.data.ids[number * ROWS_PER_SHARD : (number + 1) * ROWS_PER_SHARD, :-1]
+    def _write(self, number: int) -> int:
+        """Make one shard; its size in bytes."""
+        head = self._open_teacher()
         generator = torch.Generator().manual_seed(self.meta["seed"] * 1_000_003 + number)
-        made = [sequence_signal(self._model, row.long(), generator, hidden=self.hidden) for row in rows]
-        beside = self.folder / f".{number:05d}.part"
-        save_file({name: torch.stack([m[name] for m in made]) for name in made[0]}, beside)
-        fsync(beside)
-        final = self.folder / f"{number:05d}-{sha256_file(beside)[:16]}.safetensors"
-        beside.replace(final)
-        return final
+        with torch.inference_mode():
+            made = [
+                encode(hidden_states(self._model, row[None].long().to(self._model.device)), head, self.scheme, generator)
+                for row in self._rows(number)
+            ]
+        data = save(_put_together(made))
+        self._put(_name(number, data), data)
+        return len(data)
 
 
-@torch.inference_mode()
-def sequence_signal(model: Any, ids_L: Tensor, generator: torch.Generator, *, hidden: bool) -> dict[str, Tensor]:
-    """The sampled signal of one sequence (L,): ids (L, K) uint16 or int32, probs (L, K) fp16, entropy (L,) fp32."""
-    hidden_LH, weight_VH = hidden_and_head(model, ids_L[None].to(model.device))
-    small = weight_VH.shape[0] <= 1 << 16
-    parts = [sample_targets((hidden_LH[i : i + CHUNK] @ weight_VH.T).float(), generator) for i in range(0, len(ids_L), CHUNK)]
-    ids_LK, probs_LK, entropy_L = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    signal = {"ids": ids_LK.to(torch.uint16 if small else torch.int32), "probs": probs_LK.half(), "entropy": entropy_L}
-    return signal | ({"hidden": hidden_LH.bfloat16().cpu()} if hidden else {})
+def _name(number: int, data: bytes) -> str:
+    return f"{number:05d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
 
 
-def sample_targets(logits_NV: Tensor, generator: torch.Generator, top: int = TOP, draws: int = DRAWS) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids (N, K), weights (N, K), entropy (N,)): exact top ids, then `draws` unbiased draws from the rest. fp32 logits in."""
-    log_p = logits_NV.log_softmax(-1)
-    p_NV = log_p.exp()
-    entropy_N = -(p_NV * log_p).sum(-1)
-    top = min(top, p_NV.shape[1] - 1)
-    top_p, top_ids = p_NV.topk(top, sorted=False)
-    cdf_NV = p_NV.scatter_(1, top_ids, 0.0).cumsum(-1)
-    rest_N1 = cdf_NV[:, -1:].contiguous()
-    u = torch.rand(len(p_NV), draws, generator=generator).to(p_NV.device) * rest_N1
-    tail_ids = torch.searchsorted(cdf_NV, u, right=True).clamp_(max=p_NV.shape[1] - 1)
-    return torch.cat([top_ids, tail_ids], 1), torch.cat([top_p, (rest_N1 / draws).expand(-1, draws)], 1), entropy_N
+def _put_together(rows: list[Shard]) -> dict[str, Tensor]:
+    """Tensors of all rows one after the other, with the length of each."""
+    lengths = {f"{name}.lengths": torch.tensor([len(row[name]) for row in rows]) for name in rows[0]}
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | lengths
+
+
+def _take_apart(tensors: dict[str, Tensor]) -> list[Shard]:
+    names = [name for name in tensors if f"{name}.lengths" in tensors]
+    columns = {name: tensors[name].split(tensors[f"{name}.lengths"].tolist()) for name in names}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

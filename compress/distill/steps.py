@@ -1,4 +1,4 @@
-"""What distillation, LoRA and QAT feed to the training loop: batches of packed text, with a teacher's signal when there is one.
+"""What distillation, LoRA and QAT feed to the training loop: batches of packed text, with a teacher when there is one.
 
 Legend: R rows (sequences), L positions, N = R * L tokens, K teacher ids a token.
 """
@@ -6,46 +6,79 @@ Legend: R rows (sequences), L positions, N = R * L tokens, K teacher ids a token
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from compress.distill.losses import head_loss, hidden_mse
-from compress.distill.signal import Signals
+from compress.checkpoint import best_device
+from compress.distill.losses import Mix, head_loss, hidden_mse
+from compress.distill.schemes import as_target
 from compress.train.data import Packed
-from compress.train.forward import hidden_and_head
+from compress.train.forward import Head, head_of, hidden_states
 
 Batch = dict[str, Tensor]
 
 
-def make_batches(data: Packed, signals: Signals | None, *, seed: int, sequences: int, batch: int, micro: int) -> Callable[[int], list[Batch]]:
-    """`batches(step)` -> micro-batches of inputs (R, L), labels (R, L), mask (R, L) and, with signals, the teacher's tensors."""
+class TeacherSource(Protocol):
+    """Where a batch's teacher comes from: kept signals, or the teacher itself."""
+
+    @property
+    def teacher_head(self) -> Head | None:
+        """The head for hidden states; None when the batch needs none."""
+
+    def read(self, rows: list[int]) -> Batch:
+        """Tensors of these rows that `schemes.as_target` understands."""
+
+    def prefetch(self, rows: list[int]) -> None:
+        """Start fetching what `read` will need."""
+
+
+class OnlineTeacher:
+    """The teacher itself, run for every batch: exact, nothing on disk, and as slow as the teacher is large."""
+
+    def __init__(self, model: Any, data: Packed) -> None:
+        self.model, self.data = model.to(best_device()), data
+        self.teacher_head: Head | None = head_of(model).detach()
+
+    @torch.inference_mode()
+    def read(self, rows: list[int]) -> Batch:
+        """{"teacher_hidden": (N, H)}."""
+        return {"teacher_hidden": hidden_states(self.model, self.data.ids[rows, :-1].long().to(self.model.device))}
+
+    def prefetch(self, rows: list[int]) -> None:
+        """Nothing: the next batch's teacher would compete with this batch's student."""
+
+
+def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, sequences: int, batch: int, micro: int) -> Callable[[int], list[Batch]]:
+    """`batches(step)` -> micro-batches of inputs (R, L), labels (R, L), mask (R, L) and, with a source, the teacher's tensors.
+
+    Kept signals of the next step are fetched while this one computes.
+    """
 
     def batches(step: int) -> list[Batch]:
         rows = data.rows(seed, step * batch, batch, sequences)
-        return [_one(rows[i : i + micro]) for i in range(0, batch, micro)]
+        made = [_one(rows[i : i + micro]) for i in range(0, batch, micro)]
+        if source is not None:
+            source.prefetch(data.rows(seed, (step + 1) * batch, batch, sequences))
+        return made
 
     def _one(rows: list[int]) -> Batch:
         ids, mask = data.ids[rows].long(), data.mask[rows]
         plain = {"inputs": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous(), "mask": mask[:, 1:].contiguous()}
-        return plain | (signals.read(rows) if signals else {})
+        return plain | (source.read(rows) if source else {})
 
     return batches
 
 
-def make_loss(*, kl_weight: float, ce_weight: float, hidden_weight: float = 0.0) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
+def make_loss(mix: Mix, teacher_head: Head | None = None, hidden_weight: float = 0.0) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
     """`loss_fn(model, batch)` -> (loss sum in nats, labels counted)."""
 
     def loss_fn(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        hidden_NH, weight_VH = hidden_and_head(model, batch["inputs"])
-        mask_N = batch["mask"].flatten()
-        signal: dict[str, Any] = {}
-        if "ids" in batch:
-            signal = {"ids_NK": batch["ids"].flatten(0, 1), "probs_NK": batch["probs"].flatten(0, 1), "entropy_N": batch["entropy"].flatten()}
-        loss = head_loss(hidden_NH, weight_VH, batch["labels"].flatten(), mask_N, kl_weight=kl_weight, ce_weight=ce_weight, **signal)
+        hidden_NH, mask_N = hidden_states(model, batch["inputs"]), batch["mask"].flatten()
+        loss = head_loss(hidden_NH, head_of(model), batch["labels"].flatten(), mask_N, as_target(batch, teacher_head), mix)
         if hidden_weight:
-            loss = loss + hidden_weight * hidden_mse(hidden_NH, batch["hidden"].flatten(0, 1), mask_N)
+            loss = loss + hidden_weight * hidden_mse(hidden_NH, batch["teacher_hidden"], mask_N)
         return loss, torch.count_nonzero(mask_N)
 
     return loss_fn

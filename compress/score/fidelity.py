@@ -21,19 +21,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.checkpoint import best_device, load_model
+from compress.checkpoint import best_device, load_model, read_config
 from compress.train.data import Packed
-from compress.train.forward import hidden_and_head
+from compress.train.forward import Head, hidden_states, scale_and_softcap
 
 CHUNK = 256
 
 
 @dataclass(frozen=True)
 class States:
-    """Final hidden states (N, H) fp32 over the held-out tokens, and the head weight (V, H) fp32."""
+    """Final hidden states (N, H) fp32 over the held-out tokens, and the fp32 head."""
 
     hidden_NH: Tensor
-    head_VH: Tensor
+    head: Head
 
     def save(self, path: Path) -> None:
         """Write the hidden states; the head is in the model file."""
@@ -52,36 +52,39 @@ def checkpoint_hidden(model_dir: Path, data: Packed, sequences: int) -> Tensor:
     """Final hidden states (N, H) in fp32 of the first `sequences` held-out rows, computed one row at a time."""
     model: Any = load_model(model_dir)
     model.to(best_device())
-    return torch.cat([hidden_and_head(model, row[None, :-1].long().to(model.device))[0].cpu() for row in data.ids[:sequences]])
+    return torch.cat([hidden_states(model, row[None, :-1].long().to(model.device)).cpu() for row in data.ids[:sequences]])
 
 
-def checkpoint_head(model_dir: Path) -> Tensor:
-    """Head weight (V, H) of a checkpoint in fp32, read without building the model."""
+def checkpoint_head(model_dir: Path) -> Head:
+    """The fp32 head of a checkpoint, read without building the model."""
     from safetensors import safe_open
 
     from compress.checkpoint import weight_files
 
-    for wanted in ("lm_head.weight", "model.embed_tokens.weight"):
-        for file in weight_files(model_dir):
-            with safe_open(file, "pt") as tensors:
-                if wanted in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
-                    return tensors.get_tensor(wanted).float()
-    raise ValueError(f"{model_dir} has neither lm_head.weight nor model.embed_tokens.weight; only decoder-only models can be scored")
+    found: dict[str, Tensor] = {}
+    for file in weight_files(model_dir):
+        with safe_open(file, "pt") as tensors:
+            wanted = {"lm_head.weight", "lm_head.bias", "model.embed_tokens.weight"} & set(tensors.keys())
+            found |= {name: tensors.get_tensor(name).float() for name in wanted}
+    weight_VH = found.get("lm_head.weight", found.get("model.embed_tokens.weight"))
+    if weight_VH is None:
+        raise ValueError(f"{model_dir} has neither lm_head.weight nor model.embed_tokens.weight; only decoder-only models can be scored")
+    return Head(weight_VH, found.get("lm_head.bias"), **scale_and_softcap(read_config(model_dir)))
 
 
 @torch.inference_mode()
 def closeness(reference: States, student: States) -> dict[str, float]:
     """{"kl", "top1"} of the student to the reference. ValueError when vocabularies or lengths differ."""
-    if reference.head_VH.shape[0] != student.head_VH.shape[0] or len(reference.hidden_NH) != len(student.hidden_NH):
+    if reference.head.weight_VH.shape[0] != student.head.weight_VH.shape[0] or len(reference.hidden_NH) != len(student.hidden_NH):
         raise ValueError(
-            f"the models can't be compared: vocabularies {reference.head_VH.shape[0]} and {student.head_VH.shape[0]}, "
+            f"the models can't be compared: vocabularies {reference.head.weight_VH.shape[0]} and {student.head.weight_VH.shape[0]}, "
             f"{len(reference.hidden_NH)} and {len(student.hidden_NH)} held-out tokens; both must use the same tokenizer"
         )
     kl = agree = 0.0
     for start in range(0, len(reference.hidden_NH), CHUNK):
         part = slice(start, start + CHUNK)
-        log_p = (reference.hidden_NH[part] @ reference.head_VH.T).log_softmax(-1)
-        log_q = (student.hidden_NH[part] @ student.head_VH.T).log_softmax(-1)
+        log_p = reference.head.logits(reference.hidden_NH[part]).log_softmax(-1)
+        log_q = student.head.logits(student.hidden_NH[part]).log_softmax(-1)
         kl += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
         agree += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
     count = len(reference.hidden_NH)
@@ -96,6 +99,6 @@ def bits_per_byte(states: States, data: Packed, sequences: int, tokenizer: Any) 
     flat, nats = labels.flatten(), 0.0
     for start in range(0, len(flat), CHUNK):
         part = slice(start, start + CHUNK)
-        logits = states.hidden_NH[part] @ states.head_VH.T
+        logits = states.head.logits(states.hidden_NH[part])
         nats += float(torch.nn.functional.cross_entropy(logits, flat[part], reduction="sum"))
     return nats / math.log(2) / max(1, text_bytes)

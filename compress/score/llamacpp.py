@@ -32,6 +32,8 @@ from compress.score.latency import peak_rss_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.train.forward import Head
+
 _PARALLEL = 4  # sequences that the server decodes together: short prompts fill a batch
 
 
@@ -150,22 +152,27 @@ def _batches(prompts: list[tuple[int, ...]], tokens: int) -> list[list[tuple[int
     return batches
 
 
-def head_weight(gguf: Path) -> Tensor:
-    """The output matrix (V, H) in fp32 as decoded from the file: `output.weight`, or the tied embedding."""
+def gguf_head(gguf: Path) -> Head:
+    """The fp32 head as decoded from the file: `output.weight`, or the tied embedding. ValueError for logits that are scaled or capped."""
     import torch
     from gguf.quants import dequantize
 
     from compress.export.gguf import read_fields
+    from compress.train.forward import Head
 
-    tensors = {tensor.name: tensor for tensor in read_fields(gguf)[1]}
+    fields, listed = read_fields(gguf)
+    special = [key for key in fields if key.endswith((".final_logit_softcapping", ".logit_scale"))]
+    if special or any(tensor.name == "output.bias" for tensor in listed):
+        raise ValueError(f"{gguf}: logits with {special or 'a bias'} can't be scored through llama.cpp yet; score the checkpoint it was made of")
+    tensors = {tensor.name: tensor for tensor in listed}
     tensor = tensors.get("output.weight", tensors.get("token_embd.weight"))
     if tensor is None:
         raise ValueError(f"{gguf}: neither output.weight nor token_embd.weight is in it")
-    return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True))
+    return Head(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True)))
 
 
-def make_lm(llama: LlamaCpp, head: Tensor, tokenizer: Any, batch_size: int) -> Any:
-    """An lm_eval `LM` that scores with `llama`; logits only where answers are. `head` (V, H), an HF `tokenizer`.
+def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any:
+    """An lm_eval `LM` that scores with `llama`; logits only where answers are. `head` as decoded, an HF `tokenizer`.
 
     `batch_size` (requests between two updates of the progress bar) does not change scores.
     """
@@ -228,8 +235,8 @@ def make_lm(llama: LlamaCpp, head: Tensor, tokenizer: Any, batch_size: int) -> A
                 texts.append(llama.generate(ids, n, [until] if isinstance(until, str) else until))
             return texts
 
-    def answer_loglikelihood(states: torch.Tensor, head: torch.Tensor, answer: list[int]) -> tuple[float, bool]:
-        logits_NV = states[-len(answer) :] @ head.T
+    def answer_loglikelihood(states: torch.Tensor, head: Head, answer: list[int]) -> tuple[float, bool]:
+        logits_NV = head.logits(states[-len(answer) :])
         ids = torch.tensor(answer)
         picked = logits_NV.gather(1, ids[:, None])[:, 0] - logits_NV.logsumexp(1)
         return float(picked.sum()), bool((logits_NV.argmax(1) == ids).all())

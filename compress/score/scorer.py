@@ -22,6 +22,7 @@ from compress.score.size import gguf_size, size
 from compress.score.tasks import evaluate, make_hf_lm
 from compress.store import Store, sha256_json, write_json
 from compress.train.data import Packed
+from compress.train.forward import Head
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,12 @@ class Scorer:
         assert hidden is not None, "measure() writes the states before the scores"
         return States(hidden, self._head(measured.model))
 
-    def _head(self, model: Model) -> Any:
+    def _head(self, model: Model) -> Head:
         if model.runtime == "torch":
             return checkpoint_head(model.path)
-        from compress.score.llamacpp import head_weight
+        from compress.score.llamacpp import gguf_head
 
-        return head_weight(model.path)
+        return gguf_head(model.path)
 
     def _closeness_inputs(self, hidden: Any, model: Model, key: str) -> dict[str, float]:
         states = States(hidden, self._head(model))

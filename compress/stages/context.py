@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from compress.train.data import Packed
@@ -29,3 +30,10 @@ class Context:
     label: str  # what progress lines call this stage
     log: Callable[[str], None]
     curve: Callable[[list[dict[str, float]]], None]  # receives the training curve
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the teacher runs in: the training precision."""
+        import torch
+
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32

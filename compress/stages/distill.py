@@ -1,18 +1,29 @@
 """Knowledge distillation: the parent learns the teacher's distribution on packed text, from the teacher's cached signal.
 
-loss = kl_weight * KL(teacher || student) + ce_weight * cross-entropy + hidden_weight * (last hidden states' squared distance).
-Forward KL on all positions is what recovers pruned models best (Minitron, arXiv 2407.14679, section 4.3).
+loss = kl_weight * T^2 D(teacher, student) + ce_weight * cross-entropy + hidden_weight * (last hidden states' squared distance),
+with D and T as in `compress/distill/losses.py`. Forward KL on all positions is what recovers pruned models best (Minitron,
+arXiv 2407.14679, section 4.3).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from compress.errors import ConfigError
 from compress.stages.context import Context
-from compress.stages.optimization import Optimization
+from compress.stages.optimization import Optimization, Signal
+
+
+class Divergence(StrEnum):
+    """D of the loss; all but forward_kl need a signal with all of the teacher's probabilities."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+    total_variation = "total_variation"
 
 
 @dataclass
@@ -21,7 +32,11 @@ class Distill(Optimization):
 
     kl_weight: float = 0.9
     ce_weight: float = 0.1
-    hidden_weight: float = 0.0  # needs a student of the teacher's hidden size
+    hidden_weight: float = 0.0  # needs a student of the teacher's hidden size, and signal.scheme hidden or online
+    divergence: Divergence = Divergence.forward_kl
+    jsd_beta: float = 0.5  # 0 is reverse, 1 forward KL in the limit
+    temperature: float = 1.0
+    signal: Signal = field(default_factory=Signal)
     train_embeddings: bool = True  # false keeps the teacher's: a short run at a high rate spoils the tokens it hardly sees
 
     def __post_init__(self) -> None:
@@ -31,6 +46,12 @@ class Distill(Optimization):
             raise ConfigError(
                 f"kl_weight, ce_weight, hidden_weight = {weights}: none may be negative, and kl_weight or hidden_weight must be above 0"
             )
+        if self.temperature <= 0 or not 0 < self.jsd_beta < 1:
+            raise ConfigError(f"temperature={self.temperature} must be above 0 and jsd_beta={self.jsd_beta} between 0 and 1")
+        if self.divergence is not Divergence.forward_kl and not self.signal.dense:
+            raise ConfigError(f"divergence={self.divergence} needs all of the teacher's probabilities; set signal.scheme to hidden or online")
+        if self.hidden_weight and self.signal.scheme not in ("hidden", "online"):
+            raise ConfigError(f"hidden_weight={self.hidden_weight} needs the teacher's hidden states; set signal.scheme to hidden or online")
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Distillation keeps the shape."""
@@ -39,7 +60,7 @@ class Distill(Optimization):
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats, loss_last_nats."""
         from compress.checkpoint import load_model, read_config, save_model
-        from compress.distill.signal import Signals
+        from compress.distill.losses import Mix
         from compress.distill.steps import make_batches, make_loss
         from compress.quant.fake import is_quantized
         from compress.train.loop import train
@@ -49,14 +70,13 @@ class Distill(Optimization):
         if self.hidden_weight and read_config(parent)["hidden_size"] != read_config(ctx.teacher)["hidden_size"]:
             raise ValueError(f"{parent}: hidden_weight={self.hidden_weight} needs a student of the teacher's hidden size; set it to 0")
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
-        signals = Signals(ctx.signals, ctx.teacher, data, seed=ctx.seed, hidden=self.hidden_weight > 0, precision=ctx.precision, log=ctx.log)
-        signals.make(min(sequences, len(data.ids)))
+        source = self.signal.open(ctx, ctx.teacher, data, sequences, self.temperature)
         model = load_model(parent)
         if not self.train_embeddings:
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 embeddings.weight.requires_grad_(False)
-        batches = make_batches(data, signals, seed=ctx.seed, sequences=sequences, batch=self.batch_sequences, micro=self.micro_batch_sequences)
-        loss = make_loss(kl_weight=self.kl_weight, ce_weight=self.ce_weight, hidden_weight=self.hidden_weight)
-        result = train(model, loss, batches, **self.loop_arguments(ctx))
+        batches = make_batches(data, source, seed=ctx.seed, sequences=sequences, batch=self.batch_sequences, micro=self.micro_batch_sequences)
+        mix = Mix(self.kl_weight, self.ce_weight, self.divergence.value, self.temperature, self.jsd_beta)
+        result = train(model, make_loss(mix, source.teacher_head, self.hidden_weight), batches, **self.loop_arguments(ctx))
         save_model(model, out, tokenizer_from=parent)
         return self.metrics(result, ctx)

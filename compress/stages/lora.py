@@ -57,6 +57,7 @@ class Lora(Optimization):
         from peft import LoraConfig, PeftModel, get_peft_model
 
         from compress.checkpoint import load_model, save_model
+        from compress.distill.losses import Mix
         from compress.distill.steps import make_batches, make_loss
         from compress.quant.fake import is_quantized
         from compress.train.loop import train
@@ -64,13 +65,13 @@ class Lora(Optimization):
         if is_quantized(parent):
             raise ValueError(f"{parent} is quantized; merging adapters would leave its grid: put lora before ptq and qat")
         torch.manual_seed(ctx.seed)
-        base = self._load_4bit(parent) if self.load_in_4bit else load_model(parent)
+        base = load_model(parent, load="nf4" if self.load_in_4bit else "plain")
         model: Any = get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"))
         data = ctx.chat() if self.data is LoraData.chat else ctx.text()
         batches = make_batches(
             data, None, seed=ctx.seed, sequences=self.sequences(ctx.seq_len), batch=self.batch_sequences, micro=self.micro_batch_sequences
         )
-        result = train(model, make_loss(kl_weight=0.0, ce_weight=1.0), batches, **self.loop_arguments(ctx))
+        result = train(model, make_loss(Mix(kl_weight=0.0, ce_weight=1.0)), batches, **self.loop_arguments(ctx))
         adapter = out / "adapter"
         model.save_pretrained(str(adapter), safe_serialization=True)
         _plain_adapter(adapter)
@@ -79,13 +80,6 @@ class Lora(Optimization):
             model = PeftModel.from_pretrained(load_model(parent), adapter)
         save_model(model.merge_and_unload(), out, tokenizer_from=parent)
         return self.metrics(result, ctx) | {"adapter_params_count": adapter_params}
-
-    def _load_4bit(self, parent: Path) -> Any:
-        import torch
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-        return AutoModelForCausalLM.from_pretrained(parent, quantization_config=nf4, dtype=torch.float32, local_files_only=True)
 
 
 def _plain_adapter(adapter: Path) -> None:

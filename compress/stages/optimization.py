@@ -3,13 +3,74 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import ConfigError
 from compress.stages.context import Context
 
 if TYPE_CHECKING:
+    from compress.distill.steps import TeacherSource
+    from compress.train.data import Packed
     from compress.train.loop import Result
+
+
+class SchemeName(StrEnum):
+    """How the teacher is seen: kept signals (`compress/distill/schemes.py`), or the teacher run at every step."""
+
+    sampled = "sampled"
+    topk = "topk"
+    hidden = "hidden"
+    full = "full"
+    online = "online"
+
+
+class TeacherLoad(StrEnum):
+    """How the teacher's weights are held while it makes the signal."""
+
+    plain = "plain"
+    nf4 = "nf4"
+    int8 = "int8"
+
+
+@dataclass
+class Signal:
+    """The teacher's signal of a stage."""
+
+    scheme: SchemeName = SchemeName.sampled
+    threshold: float = 0.05  # sampled: probabilities above it are exact, ids a token are bounded by its inverse
+    top: int = 64  # topk: ids a token
+    path: str | None = None  # a folder or URL (s3://...) that keeps the shards; null is the store
+    teacher: TeacherLoad = TeacherLoad.plain  # nf4 needs bitsandbytes, int8 torchao
+
+    def __post_init__(self) -> None:
+        if not 1 / 255 <= self.threshold < 1:
+            raise ConfigError(f"signal.threshold={self.threshold} must be in [1/255, 1)")
+        if self.top < 1:
+            raise ConfigError(f"signal.top={self.top} must be at least 1")
+
+    @property
+    def dense(self) -> bool:
+        """Whether all of the teacher's probabilities can be had from it."""
+        return self.scheme in (SchemeName.hidden, SchemeName.full, SchemeName.online)
+
+    def open(self, ctx: Context, teacher: Path, data: Packed, sequences: int, temperature: float = 1.0) -> TeacherSource:
+        """The teacher for the first `sequences` rows of `data`; kept signals are made now where they are missing."""
+        from compress.checkpoint import load_model
+        from compress.distill.schemes import Scheme
+        from compress.distill.signal import Signals
+        from compress.distill.steps import OnlineTeacher
+
+        if self.scheme is SchemeName.online:
+            return OnlineTeacher(load_model(teacher, ctx.dtype, self.teacher.value), data)
+        scheme = Scheme(self.scheme.value, self.threshold, self.top, temperature)
+        signals = Signals(
+            self.path or ctx.signals, teacher, data, scheme, seed=ctx.seed, precision=ctx.precision, log=ctx.log,
+            own_folder=self.path is not None, load=self.teacher.value,
+        )  # fmt: skip
+        signals.make(min(sequences, len(data.ids)))
+        return signals
 
 
 @dataclass

@@ -7,12 +7,12 @@ back (LLM-QAT, arXiv 2305.17888, section 3.1, with the unquantized model as its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress.stages.context import Context
-from compress.stages.optimization import Optimization
+from compress.stages.optimization import Optimization, Signal
 from compress.stages.ptq import GridName, Scales, check_rows
 
 
@@ -24,6 +24,7 @@ class Qat(Optimization):
     tokens: int = 100_000
     grid: GridName = GridName.q4_0
     scales: Scales = Scales.round  # the start: on a distilled 98M parent, round gave KL 0.215 and search 0.322 before training
+    signal: Signal = field(default_factory=Signal)
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""
@@ -33,7 +34,7 @@ class Qat(Optimization):
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the quantized student (fp32 values on the grid, codes in quant.safetensors). Metrics: as every training stage."""
         from compress.checkpoint import load_model, read_config
-        from compress.distill.signal import Signals
+        from compress.distill.losses import Mix
         from compress.distill.steps import make_batches, make_loss
         from compress.quant.fake import attach, finish, is_quantized, save_quantized
         from compress.train.loop import train
@@ -42,12 +43,11 @@ class Qat(Optimization):
             raise ValueError(f"{parent} is already quantized; give qat an unquantized parent")
         self.check_shape(read_config(parent))
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
-        signals = Signals(ctx.signals, parent, data, seed=ctx.seed, hidden=False, precision=ctx.precision, log=ctx.log)
-        signals.make(min(sequences, len(data.ids)))
+        source = self.signal.open(ctx, parent, data, sequences)
         model = load_model(parent)
         attach(model, self.grid.value, self.scales.value)
-        batches = make_batches(data, signals, seed=ctx.seed, sequences=sequences, batch=self.batch_sequences, micro=self.micro_batch_sequences)
-        result = train(model, make_loss(kl_weight=1.0, ce_weight=0.0), batches, **self.loop_arguments(ctx))
+        batches = make_batches(data, source, seed=ctx.seed, sequences=sequences, batch=self.batch_sequences, micro=self.micro_batch_sequences)
+        result = train(model, make_loss(Mix(), source.teacher_head), batches, **self.loop_arguments(ctx))
         tensors = finish(model)
         save_quantized(model, out, parent, tensors, self.grid.value)
         return self.metrics(result, ctx)

@@ -1,24 +1,73 @@
-"""From token ids to final hidden states and the head's weight: the two things every loss and every closeness score needs.
+"""From token ids to final hidden states and the head: the two things every loss and every closeness score needs.
 
-Legend: R rows (sequences), L positions, N = R * L tokens, H hidden, V vocabulary.
+Legend: R rows (sequences), L positions, N = R * L tokens, C tokens a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-def check_head(config: dict[str, Any], where: object) -> None:
-    """ValueError when logits are not plainly hidden @ head.T: scaled or soft-capped heads are not supported yet."""
-    for key, plain in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
-        if config.get(key, plain) not in (None, plain):
-            raise ValueError(f"{where}: config.json says {key}={config[key]}; supported are heads without scaling or soft-capping")
+@dataclass(frozen=True)
+class Head:
+    """What turns final hidden states into logits: z = (h W^T + bias) * scale, then softcap * tanh(z / softcap) where the model caps them."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def product(self, hidden_CH: Tensor) -> Tensor:
+        """h W^T (C, V) in the weight's type: what `finish` turns into logits."""
+        return hidden_CH @ self.weight_VH.T
+
+    def finish(self, product_CV: Tensor) -> Tensor:
+        """Logits (C, V) in fp32 (fp64 for fp64); a new tensor unless the product has that type and nothing is to be done."""
+        logits_CV = product_CV if product_CV.dtype == torch.float64 else product_CV.float()
+        if self.bias_V is not None:
+            logits_CV = logits_CV + self.bias_V
+        if self.scale != 1.0:
+            logits_CV = logits_CV * self.scale
+        return logits_CV if self.softcap is None else (logits_CV / self.softcap).tanh_().mul_(self.softcap)
+
+    def back(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
+        """d loss / d product from d loss / d logits."""
+        if self.softcap is not None:
+            grad_CV = grad_CV * (1 - (logits_CV / self.softcap) ** 2)
+        return grad_CV if self.scale == 1.0 else grad_CV * self.scale
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        """Logits (C, V) of hidden states in the weight's type."""
+        return self.finish(self.product(hidden_CH))
+
+    def detach(self) -> Head:
+        """The same head outside the autograd graph."""
+        return replace(self, weight_VH=self.weight_VH.detach(), bias_V=None if self.bias_V is None else self.bias_V.detach())
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same head with its weight in `dtype`."""
+        return replace(self, weight_VH=self.weight_VH.to(dtype))
 
 
-def hidden_and_head(model: Any, ids_RL: Tensor) -> tuple[Tensor, Tensor]:
-    """(hidden states after the final norm (N, H), head weight (V, H)) of a causal language model, peft-wrapped or not."""
+def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of the logits besides the weight: Granite divides them, Cohere multiplies them, Gemma 2 caps them."""
+    scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
+    return {"scale": scale, "softcap": config.get("final_logit_softcapping")}
+
+
+def head_of(model: Any) -> Head:
+    """The output head of a causal language model, peft-wrapped or not."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden_RLH = base.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
-    return hidden_RLH.flatten(0, 1), base.get_output_embeddings().weight
+    output = base.get_output_embeddings()
+    return Head(output.weight, getattr(output, "bias", None), **scale_and_softcap(base.config.to_dict()))
+
+
+def hidden_states(model: Any, ids_RL: Tensor) -> Tensor:
+    """Hidden states after the final norm (N, H) of a causal language model, peft-wrapped or not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden_RLH: Tensor = base.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
+    return hidden_RLH.flatten(0, 1)

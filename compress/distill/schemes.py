@@ -1,0 +1,186 @@
+"""How a teacher's distributions are written down: four schemes, each a pair of pure functions between tensors.
+
+With teacher probabilities p = softmax(t / T), for each token:
+
+    sampled  every p >= tau exactly ("heads"); the rest, mass r, is drawn by systematic sampling: S = ceil(r / tau) points
+             (u + i) r / S, i < S, on the cumulative sum of the rest, one uniform u a token; each hit weighs r / S <= tau.
+             E[sum_k w_k f(id_k)] = sum_v p_v f(v) for any f, and the weights add up to 1 exactly, so that losses and gradients are
+             unbiased, where top-k teaches the student that the tail does not exist (arXiv 2503.16870, sections 3-4). A
+             threshold spends bytes where they lower the variance: certain tokens take one id, flat ones up to 1 / tau.
+             (Ordering the ids by similar head rows before drawing was tried: no smaller gradient error.)
+    topk     the K most probable ids and probabilities; the rest becomes one bucket (biased, for comparison)
+    hidden   final hidden states as int8, one fp16 scale per GROUP; times the teacher's head they are all logits
+    full     all logits in fp16 (tests only: 2 V bytes a token)
+
+`entropy` of p is kept in fp16 by `sampled`, so that the KL itself, not only its gradient, can be reported.
+
+Legend: L positions, V vocabulary, H hidden, C tokens a chunk, M hits in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.distill.losses import Bucket, Dense, Sparse, Target
+from compress.train.forward import Head
+
+SCHEMES = ("sampled", "topk", "hidden", "full")
+CHUNK = 32  # tokens whose full logits are held at once
+BLOCK = 64  # ids summed up together; a hit is looked for in the sums first
+GROUP = 64  # int8 hidden states sharing a scale
+Shard = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is kept of each token."""
+
+    name: str = "sampled"
+    threshold: float = 1 / 20  # sampled: tau
+    top: int = 64  # topk: K
+    temperature: float = 1.0  # sampled and topk: T
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEMES:
+            raise ValueError(f"signal scheme {self.name!r} is unknown; allowed are {', '.join(SCHEMES)}")
+        if not 1 / 255 <= self.threshold < 1:
+            raise ValueError(f"signal threshold {self.threshold} must be in [1/255, 1): it bounds the ids a token at 1 / threshold")
+
+    def meta(self) -> dict[str, object]:
+        """What decides this scheme's bytes."""
+        own: dict[str, dict[str, object]] = {
+            "sampled": {"threshold": self.threshold, "temperature": self.temperature},
+            "topk": {"top": self.top, "temperature": self.temperature},
+        }
+        return {"scheme": self.name} | own.get(self.name, {})
+
+
+@torch.inference_mode()
+def encode(hidden_LH: Tensor, head: Head, scheme: Scheme, generator: torch.Generator) -> Shard:
+    """What is kept of one sequence: named tensors, on the CPU."""
+    if scheme.name == "hidden":
+        return _hidden_to_int8(hidden_LH)
+    chunks = hidden_LH.split(CHUNK)
+    if scheme.name == "full":
+        return {"logits": torch.cat([head.logits(chunk).half().cpu() for chunk in chunks])}
+    parts = []
+    for chunk in chunks:
+        logits_CV = head.logits(chunk)
+        if scheme.temperature != 1.0:
+            logits_CV.div_(scheme.temperature)
+        if scheme.name == "topk":
+            parts.append(_top(logits_CV, scheme.top))
+        else:
+            u_C = torch.rand(len(chunk), generator=generator, dtype=torch.float64).to(logits_CV.device)
+            parts.append(sample(logits_CV, scheme.threshold, u_C))
+    whole = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    return _split_ids(whole, len(head.weight_VH))
+
+
+def sample(logits_CV: Tensor, tau: float, u_C: Tensor) -> Shard:
+    """`sampled` of fp32 logits with one uniform u in [0, 1) a token.
+
+    heads, draws (C,) uint8; ids of heads, then of draws, token by token; fp16 probabilities of the heads; entropy (C,) fp16.
+    """
+    tokens, device = len(logits_CV), logits_CV.device
+    max_C1 = logits_CV.amax(-1, keepdim=True)
+    p_CV = (logits_CV - max_C1).exp_()
+    sum_C1 = p_CV.sum(-1, keepdim=True)
+    p_CV.div_(sum_C1)
+    entropy_C = (max_C1 + sum_C1.log())[:, 0] - torch.linalg.vecdot(p_CV, logits_CV)
+    head_token, head_column = (p_CV >= tau).nonzero(as_tuple=True)
+    head_p = p_CV[head_token, head_column].half()
+    p_CV[head_token, head_column] = 0.0
+    kept_C = torch.zeros(tokens, dtype=torch.float64, device=device).index_add_(0, head_token, head_p.double())
+    draws_C = ((1 - kept_C).clamp_min(0) / tau).ceil().long().clamp_max(255)
+    draw_token = torch.repeat_interleave(torch.arange(tokens, device=device), draws_C)
+    first_C = draws_C.cumsum(0) - draws_C
+    number = torch.arange(len(draw_token), device=device) - first_C[draw_token]
+    draw_column = _systematic(p_CV, draw_token, (u_C[draw_token] + number) / draws_C[draw_token])
+    token, column = torch.cat([head_token, draw_token]), torch.cat([head_column, draw_column])
+    by_token = torch.sort(token, stable=True).indices  # a token's heads stay before its draws
+    heads_C = torch.bincount(head_token, minlength=tokens)
+    return {
+        "heads": heads_C.to(torch.uint8), "draws": draws_C.to(torch.uint8), "ids": column[by_token],
+        "probs": head_p, "entropy": entropy_C.clamp_min(0).half(),
+    }  # fmt: skip
+
+
+def _systematic(rest_CV: Tensor, token_M: Tensor, quantile_M: Tensor) -> Tensor:
+    """Columns (M,) where the cumulative sum of the token's row reaches its quantile in [0, 1) of the row's total."""
+    rest_CV = torch.nn.functional.pad(rest_CV, (0, -rest_CV.shape[1] % BLOCK))
+    blocks_CBb = rest_CV.view(len(rest_CV), -1, BLOCK)
+    ends_CB = blocks_CBb.sum(-1).double().cumsum(-1)
+    point_M = quantile_M * ends_CB[token_M, -1]
+    block_M = torch.searchsorted(ends_CB[token_M], point_M[:, None], right=True)[:, 0].clamp_max(ends_CB.shape[1] - 1)
+    before_M = torch.where(block_M > 0, ends_CB[token_M, (block_M - 1).clamp_min(0)], 0.0)
+    inside_Mb = blocks_CBb[token_M, block_M].double().cumsum(-1)
+    column_M = torch.searchsorted(inside_Mb, (point_M - before_M)[:, None], right=True)[:, 0].clamp_max(BLOCK - 1)
+    return block_M * BLOCK + column_M
+
+
+def _top(logits_CV: Tensor, top: int) -> Shard:
+    p_CK, ids_CK = logits_CV.softmax(-1).topk(min(top, logits_CV.shape[1] - 1))
+    return {"ids": ids_CK, "probs": p_CK.half()}
+
+
+def _hidden_to_int8(hidden_LH: Tensor) -> Shard:
+    length, width = hidden_LH.shape
+    groups = torch.nn.functional.pad(hidden_LH.float(), (0, -width % GROUP)).view(length, -1, GROUP)
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(6e-8).half()
+    codes = (groups / scale.float()).round().clamp(-127, 127).to(torch.int8)
+    return {"codes": codes.flatten(1)[:, :width].contiguous().cpu(), "scales": scale[..., 0].cpu()}
+
+
+def _split_ids(tensors: Shard, vocabulary: int) -> Shard:
+    """Ids in two bytes, and a third in a tensor of its own where the vocabulary needs it."""
+    ids = tensors.pop("ids").long()
+    high = {"ids_high": (ids >> 16).to(torch.uint8)} if vocabulary > 1 << 16 else {}
+    return tensors | {"ids_low": (ids & 0xFFFF).to(torch.uint16)} | high
+
+
+def _join_ids(tensors: Shard) -> Tensor:
+    low = tensors["ids_low"].view(torch.int16).long() & 0xFFFF
+    return low + (tensors["ids_high"].long() << 16) if "ids_high" in tensors else low
+
+
+def decode(rows: list[Shard], scheme: Scheme) -> dict[str, Tensor]:
+    """Tensors of a batch out of `encode`'s, for N tokens in all: what `as_target` takes."""
+    joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    if scheme.name == "full":
+        return {"teacher_logits": joined["logits"].float()}
+    if scheme.name == "hidden":
+        codes, scales = joined["codes"], joined["scales"].float()
+        return {"teacher_hidden": codes.float() * scales.repeat_interleave(GROUP, 1)[:, : codes.shape[1]]}
+    ids = _join_ids(joined)
+    if scheme.name == "topk":
+        return {"ids": ids, "probs": joined["probs"].float()}
+    heads_N, draws_N = joined["heads"].long(), joined["draws"].long()
+    count_N, tokens = heads_N + draws_N, torch.arange(len(heads_N))
+    token = torch.repeat_interleave(tokens, count_N)
+    place = torch.arange(len(ids)) - (count_N.cumsum(0) - count_N)[token]
+    is_head = place < heads_N[token]
+    kept_N = torch.zeros(len(heads_N)).index_add_(0, token[is_head], joined["probs"].float())
+    draw_p_N = (1 - kept_N).clamp_min(0) / draws_N.clamp_min(1)
+    p = draw_p_N[token]
+    p[is_head] = joined["probs"].float()
+    shape = (len(heads_N), max(1, int(count_N.max())))
+    return {
+        "ids": torch.zeros(shape, dtype=torch.long).index_put_((token, place), ids),
+        "probs": torch.zeros(shape).index_put_((token, place), p),
+        "entropy": joined["entropy"].float(),
+    }  # fmt: skip
+
+
+def as_target(batch: dict[str, Tensor], head: Head | None) -> Target | None:
+    """The teacher in a batch as `losses.py` wants it; `head` is the teacher's, for hidden states."""
+    if "entropy" in batch:
+        return Sparse(batch["ids"], batch["probs"], batch["entropy"])
+    if "ids" in batch:
+        return Bucket(batch["ids"], batch["probs"])
+    if "teacher_logits" in batch:
+        return Dense(batch["teacher_logits"], None)
+    return Dense(batch["teacher_hidden"], head) if "teacher_hidden" in batch else None

@@ -1,0 +1,191 @@
+"""The teacher signal: unbiased with the predicted spread, exact where it says so, refused by name when it is another one or damaged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from compress.distill.losses import Dense, Mix, head_loss
+from compress.distill.schemes import Scheme, as_target, decode, encode, sample
+from compress.distill.signal import Signals, Worker
+from compress.errors import ResourceError
+from compress.train.forward import Head
+
+L, H, V = 11, 6, 300
+
+
+def teacher(vocabulary=V):
+    torch.manual_seed(0)
+    return torch.randn(L, H), Head(torch.randn(vocabulary, H) * 0.8)
+
+
+def draw(hidden, head, scheme, seed=0):
+    return decode([encode(hidden, head, scheme, torch.Generator().manual_seed(seed))], scheme)
+
+
+def test_samples_are_unbiased_with_no_more_than_the_multinomial_spread():
+    torch.manual_seed(0)
+    logits, tau, trials = 2 * torch.randn(1, V), 1 / 16, 4000
+    p = logits.softmax(-1)[0].double()
+    mean = torch.zeros(V, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(trials):
+        made = sample(logits.clone(), tau, torch.rand(1, generator=generator, dtype=torch.float64))
+        heads, draws = int(made["heads"]), int(made["draws"])
+        rest = 1 - made["probs"].double().sum()
+        weights = torch.cat([made["probs"].double(), (rest / draws).expand(draws)])
+        mean.index_add_(0, made["ids"], weights / trials)
+    tail = torch.where(p >= tau, 0.0, p)
+    spread = (tail.sum() / draws * tail / trials).sqrt()
+    assert ((mean - p).abs() <= 4.5 * spread + 1e-3 * p.clamp_min(1e-4)).all()
+    assert heads == int((p >= tau).sum()) and draws == -(-float(tail.sum()) // tau)
+
+
+@pytest.mark.parametrize("vocabulary", [40, 64, 300, 70_000])
+def test_sampled_weights_add_up_to_one_and_heads_are_exact(vocabulary):
+    hidden, head = teacher(vocabulary)
+    batch = draw(hidden, head, Scheme("sampled", threshold=1 / 20))
+    p = head.logits(hidden).softmax(-1)
+    assert batch["ids"].max() < vocabulary
+    torch.testing.assert_close(batch["probs"].sum(-1), torch.ones(L), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(batch["entropy"], -(p * p.log()).sum(-1), rtol=1e-3, atol=1e-3)
+    for token in range(L):
+        kept = dict(zip(batch["ids"][token].tolist(), batch["probs"][token].tolist(), strict=True))
+        for i in (p[token] >= 1 / 20).nonzero()[:, 0].tolist():
+            assert kept[i] == pytest.approx(float(p[token, i]), rel=1e-3)
+
+
+def test_the_mean_gradient_over_64_draws_differs_from_the_full_one_by_less_than_1_5_predicted_errors():
+    torch.manual_seed(2)
+    hidden, head = teacher()
+    student_h, student_w = torch.randn(L, H), torch.randn(V, H)
+    labels, mask = torch.zeros(L, dtype=torch.long), torch.ones(L, dtype=torch.bool)
+
+    def gradient(target):
+        h = student_h.clone().requires_grad_()
+        head_loss(h, Head(student_w), labels, mask, target, Mix()).backward()
+        return h.grad.flatten().double()
+
+    exact = gradient(Dense(hidden, head))
+    draws = torch.stack([gradient(as_target(draw(hidden, head, Scheme("sampled", threshold=1 / 10), seed), None)) for seed in range(64)])
+    predicted = (draws.var(0).sum() / 64).sqrt()
+    assert (draws.mean(0) - exact).norm() < 1.5 * predicted
+    assert predicted / exact.norm() < 0.1
+
+
+def test_a_scheme_of_all_ids_gives_the_exact_gradient():
+    hidden, head = teacher(40)
+    student = torch.randn(L, H, requires_grad=True)
+    grads = []
+    for target in (Dense(hidden, head), as_target(draw(hidden, head, Scheme("topk", top=39)), None)):
+        head_loss(student, Head(torch.ones(40, H).cumsum(0) * 0.05), torch.zeros(L).long(), torch.ones(L).bool(), target, Mix()).backward()
+        grads.append(student.grad.clone())
+        student.grad = None
+    torch.testing.assert_close(grads[1], grads[0], rtol=5e-3, atol=5e-3)
+
+
+def test_hidden_states_in_int8_keep_the_kl_below_1e_3():
+    hidden, head = teacher()
+    kept = draw(hidden, head, Scheme("hidden"))["teacher_hidden"]
+    log_p, log_q = head.logits(hidden).log_softmax(-1), head.logits(kept).log_softmax(-1)
+    assert (log_p.exp() * (log_p - log_q)).sum(-1).max() < 1e-3
+
+
+def test_full_keeps_the_logits_in_fp16():
+    hidden, head = teacher()
+    torch.testing.assert_close(draw(hidden, head, Scheme("full"))["teacher_logits"], head.logits(hidden), rtol=1e-3, atol=1e-3)
+
+
+def test_a_tempered_sample_is_one_of_the_tempered_teacher():
+    hidden, head = teacher(40)
+    batch = draw(hidden, head, Scheme("topk", top=5, temperature=3.0))
+    torch.testing.assert_close(batch["probs"], (head.logits(hidden) / 3).softmax(-1).topk(5).values, rtol=1e-3, atol=1e-3)
+
+
+def open_signals(context, folder, scheme=None, **changes):
+    options = {"seed": 0, "precision": "fp32", "log": lambda message: None, "own_folder": True} | changes
+    data = options.pop("data", None) or context.text()
+    return Signals(folder, options.pop("teacher", context.teacher), data, scheme or Scheme(), **options)
+
+
+@pytest.mark.parametrize("name", ["sampled", "topk", "hidden", "full"])
+def test_what_is_read_is_what_was_made(context, tmp_path, name):
+    signals = open_signals(context, tmp_path / "s", Scheme(name, top=4))
+    signals.make(20)
+    rows = [17, 3]
+    again = open_signals(context, tmp_path / "s", Scheme(name, top=4))
+    for key, tensor in signals.read(rows).items():
+        assert torch.equal(tensor, again.read(rows)[key]) and len(tensor) == 2 * context.seq_len
+
+
+def test_two_workers_make_the_shards_of_one(context, tmp_path):
+    open_signals(context, tmp_path / "one").make(64)
+    for rank in (0, 1):
+        open_signals(context, tmp_path / "two", worker=Worker(rank, 2)).make(64)
+    names = [sorted(p.name for p in (tmp_path / which).glob("*.safetensors")) for which in ("one", "two")]
+    assert names[0] == names[1] and len(names[0]) == 4
+
+
+def test_making_goes_on_where_it_stopped(context, tmp_path):
+    signals = open_signals(context, tmp_path / "s")
+    signals.make(16)
+    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("0*.safetensors")}
+    signals.make(48)
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("0*.safetensors")}
+    assert len(first) == 1 and len(after) == 3 and first.items() <= after.items()
+
+
+def test_shards_can_lie_on_any_file_system_that_fsspec_opens(context):
+    signals = open_signals(context, "memory://signals-test")
+    signals.make(16)
+    assert open_signals(context, "memory://signals-test").read([3])["probs"].shape[0] == context.seq_len
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_shard_is_refused_by_name(context, tmp_path, damage):
+    open_signals(context, tmp_path / "s").make(16)
+    shard = next((tmp_path / "s").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data if damage == "flip" else data[:-100])
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged.*delete it"):
+        open_signals(context, tmp_path / "s").read([0])
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("scheme", {"scheme": Scheme("topk")}),
+        ("threshold", {"scheme": Scheme(threshold=0.1)}),
+        ("seed", {"seed": 1}),
+        ("precision", {"precision": "bf16"}),
+    ],
+)
+def test_another_signal_is_refused_naming_the_field(context, tmp_path, field, changes):
+    open_signals(context, tmp_path / "s")
+    with pytest.raises(ValueError, match=f"was made with another {field}: .*give signal.path an empty folder"):
+        open_signals(context, tmp_path / "s", **changes)
+
+
+@pytest.mark.parametrize("field", ["teacher", "tokenizer", "data"])
+def test_another_teacher_tokenizer_or_text_is_refused_naming_it(context, tmp_path, field):
+    open_signals(context, tmp_path / "s")
+    meta = json.loads((tmp_path / "s" / "meta.json").read_text())
+    (tmp_path / "s" / "meta.json").write_text(json.dumps(meta | {field: "another"}))
+    with pytest.raises(ValueError, match=f"was made with another {field}"):
+        open_signals(context, tmp_path / "s")
+
+
+def test_a_disk_too_small_for_all_shards_is_refused_after_the_first(context, tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.distill.signal.shutil.disk_usage", lambda path: type("usage", (), {"free": 1000})())
+    with pytest.raises(ResourceError, match="the teacher signal needs .* GB are free; set signal.path"):
+        open_signals(context, tmp_path / "s").make(160)
+
+
+def test_a_4_bit_teacher_makes_a_signal_close_to_the_whole_one(context, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    whole, packed = (open_signals(context, tmp_path / load, Scheme("topk", top=8), load=load).read([0]) for load in ("plain", "nf4"))
+    same = (whole["ids"][:, :1] == packed["ids"]).any(-1).float().mean()
+    assert same > 0.9 and not torch.equal(whole["probs"], packed["probs"])

@@ -8,6 +8,7 @@ what a type can't say. A recipe can't name code: `STAGES` is the only way from a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
@@ -31,11 +32,20 @@ class Teacher:
     revision: str | None = None  # hub only: branch, tag or commit; None is the default branch's head, recorded as a commit
 
 
+class Packing(StrEnum):
+    """What a token of training text sees: its row (stream), or its own document (documents)."""
+
+    stream = "stream"
+    documents = "documents"
+
+
 @dataclass
 class Data:
-    """Which text trains, calibrates and judges; sources as in `compress/train/data.py`."""
+    """Which text trains, calibrates and judges; sources as in `compress/train/sources.py`."""
 
     train: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # each train source's share of the tokens; empty: all documents alike
+    packing: Packing = Packing.stream
     chat: list[str] = field(default_factory=list)
     heldout: list[str] = field(default_factory=list)  # another domain, never trained on: closeness to the teacher is measured here
     seq_len: int = 512
@@ -45,6 +55,8 @@ class Data:
             raise ConfigError(f"data.seq_len={self.seq_len} is too short; at least 8 tokens")
         if not self.train or not self.heldout:
             raise ConfigError("data.train and data.heldout must each name at least one source")
+        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
+            raise ConfigError(f"data.weights={self.weights} must be one number above 0 for each of the {len(self.train)} sources in data.train")
         both = set(self.train + self.chat) & set(self.heldout)
         if both:
             raise ConfigError(f"data.heldout shares {sorted(both)} with the training data; held-out text must never be trained on")

@@ -101,6 +101,7 @@ class Session:
         torch.set_num_threads(self.threads)
         self.store = Store(Path(self.recipe.store))
         self.teacher: OpenTeacher = open_teacher(self.recipe.teacher.source, self.recipe.teacher.revision, self.store, log)
+        check_context(self.teacher.path, self.recipe.data.seq_len)
 
     @property
     def precision(self) -> str:
@@ -113,18 +114,19 @@ class Session:
         if any(uses_chat(stage) for stage in self.recipe.stages.values()):
             _ = self.chat
 
-    def _pack(self, sources: list[str]) -> Packed:
-        return pack(sources, self.teacher.path, self.recipe.data.seq_len, self.store.root / "data")
+    def _pack(self, sources: list[str], **how: Any) -> Packed:
+        return pack(sources, self.teacher.path, self.recipe.data.seq_len, self.store.root / "data", **how)
 
     @cached_property
     def text(self) -> Packed:
-        return self._pack(self.recipe.data.train)
+        d = self.recipe.data
+        return self._pack(d.train, weights=d.weights, packing=d.packing.value)
 
     @cached_property
     def chat(self) -> Packed:
         if not self.recipe.data.chat:
             raise ValueError("the recipe's lora stage wants chat data, but data.chat is empty; name a source or set data=text on the stage")
-        return self._pack(self.recipe.data.chat)
+        return self._pack(self.recipe.data.chat, packing=self.recipe.data.packing.value)
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -148,6 +150,15 @@ class Session:
             signals=self.store.root / "signals", calibration=lambda n: self.text.ids[:n, :-1].long(), text=lambda: self.text,
             chat=lambda: self.chat, precision=self.precision, label=slot, log=log, curve=curve.extend,
         )  # fmt: skip
+
+
+def check_context(teacher: Path, seq_len: int) -> None:
+    """ValueError when sequences are longer than what the teacher was made for."""
+    from compress.checkpoint import read_config
+
+    context = read_config(teacher).get("max_position_embeddings")
+    if context is not None and seq_len > context:
+        raise ValueError(f"data.seq_len={seq_len} is longer than the teacher's context of {context} tokens; set data.seq_len to at most {context}")
 
 
 def _what_decides(stage: Any) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def random_teacher(out: Path, seed: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from compress.checkpoint import save_model
-    from compress.train.data import documents
+    from compress.train.sources import documents
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

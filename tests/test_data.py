@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
-from compress.checkpoint import load_tokenizer
-from compress.train.data import EMBEDDED, documents, pack
+from compress.checkpoint import load_model, load_tokenizer
+from compress.train.data import pack
+from compress.train.forward import hidden_states
+from compress.train.sources import EMBEDDED, documents
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -54,6 +56,46 @@ def test_every_epoch_reads_every_row_once_in_another_order(tiny_teacher, tmp_pat
     assert first != second
     assert packed.rows(0, 4, 3, 10) == first[4:7]
     assert packed.rows(1, 0, 10, 10) != first
+
+
+def source(folder, name, count, words="hello"):
+    path = folder / f"{name}.txt"
+    path.write_text("\n\n".join(f"{name} number {i} says {words}." for i in range(count)))
+    return str(path)
+
+
+def test_weights_are_shares_of_the_tokens_and_nothing_is_repeated(tiny_teacher, tmp_path):
+    sources = [source(tmp_path, "alpha", 400), source(tmp_path, "omega", 60, "hello and good bye to all of you")]
+    packed = pack(sources, tiny_teacher, 16, tmp_path, weights=[3.0, 1.0])
+    text = load_tokenizer(tiny_teacher).decode(packed.ids.flatten())
+    tokens = {name: sum(len(load_tokenizer(tiny_teacher)(d)["input_ids"]) + 1 for d in text.split("<|im_end|>") if name in d) for name in ("alpha", "omega")}
+    assert tokens["alpha"] / tokens["omega"] == pytest.approx(3, rel=0.05)
+    whole = [d for d in text.split("<|im_end|>")[1:-1]]
+    assert len(whole) == len(set(whole))
+    assert 55 <= text.count("omega") <= 60  # the scarcer source ends the mixture
+    assert packed.digest != pack(sources, tiny_teacher, 16, tmp_path).digest
+
+
+def test_a_token_sees_only_its_own_document_and_no_document_announces_the_next(tiny_teacher, tmp_path):
+    model = load_model(tiny_teacher)
+    apart = pack([source(tmp_path, "alpha", 40)], tiny_teacher, 32, tmp_path, packing="documents")
+    batch = apart.batch([0, 1])
+    starts = (batch["positions"] == 0).nonzero().tolist()
+    assert len(starts) > 4
+    packed_RLH = hidden_states(model, batch["inputs"], batch["positions"]).view(2, 32, -1)
+    for (row, start), after in zip(starts, [*starts[1:], [2, 0]], strict=True):
+        end = after[1] if after[0] == row else 32
+        alone = hidden_states(model, batch["inputs"][row : row + 1, start:end])
+        torch.testing.assert_close(packed_RLH[row, start:end], alone, rtol=1e-4, atol=1e-5)
+    announced = batch["positions"][:, 1:] == 0  # labels of these places are the first tokens of documents
+    assert not batch["mask"][:, :-1][announced].any() and batch["mask"].sum() == batch["mask"].numel() - apart.first[:2, 1:].sum()
+
+
+def test_stream_and_documents_hold_the_same_tokens(tiny_teacher, tmp_path):
+    file = source(tmp_path, "alpha", 40)
+    stream, apart = (pack([file], tiny_teacher, 32, tmp_path, packing=packing) for packing in ("stream", "documents"))
+    assert torch.equal(stream.ids, apart.ids) and stream.digest != apart.digest
+    assert "positions" not in stream.batch([0])
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from compress.distill.schemes import Scheme, Shard, decode, encode
 from compress.errors import ResourceError
 from compress.store import sha256_json, write_whole
 from compress.train.data import Packed
-from compress.train.forward import Head, head_of, hidden_states
+from compress.train.forward import Head, head_of, hidden_states, to_device
 
 ROWS_PER_SHARD = 16
 SHARDS_IN_MEMORY = 64
@@ -150,11 +150,9 @@ class Signals:
         present = self._present()
         return sum(self.fs.size(path) for path in present.values()) / max(1, sum(self._tokens(number) for number in present))
 
-    def _rows(self, number: int) -> Tensor:
-        return self.data.ids[number * ROWS_PER_SHARD : (number + 1) * ROWS_PER_SHARD, :-1]
-
     def _tokens(self, number: int) -> int:
-        return self._rows(number).numel()
+        rows = min(ROWS_PER_SHARD, len(self.data.ids) - number * ROWS_PER_SHARD)
+        return rows * (self.data.ids.shape[1] - 1)
 
     def _present(self) -> dict[int, str]:
         paths = self.fs.glob(f"{self.folder}/*.safetensors")
@@ -192,11 +190,11 @@ class Signals:
         """Make one shard; its size in bytes."""
         head = self._open_teacher()
         generator = torch.Generator().manual_seed(self.meta["seed"] * 1_000_003 + number)
+        made = []
         with torch.inference_mode():
-            made = [
-                encode(hidden_states(self._model, row[None].long().to(self._model.device)), head, self.scheme, generator)
-                for row in self._rows(number)
-            ]
+            for row in range(number * ROWS_PER_SHARD, min((number + 1) * ROWS_PER_SHARD, len(self.data.ids))):
+                hidden_LH = hidden_states(self._model, **to_device(self.data.inputs([row]), self._model.device))
+                made.append(encode(hidden_LH, head, self.scheme, generator))
         data = save(_put_together(made))
         self._put(_name(number, data), data)
         return len(data)

@@ -15,7 +15,7 @@ from compress.checkpoint import best_device
 from compress.distill.losses import Mix, head_loss, hidden_mse
 from compress.distill.schemes import as_target
 from compress.train.data import Packed
-from compress.train.forward import Head, head_of, hidden_states
+from compress.train.forward import Head, head_of, hidden_states, to_device
 
 Batch = dict[str, Tensor]
 
@@ -44,14 +44,14 @@ class OnlineTeacher:
     @torch.inference_mode()
     def read(self, rows: list[int]) -> Batch:
         """{"teacher_hidden": (N, H)}."""
-        return {"teacher_hidden": hidden_states(self.model, self.data.ids[rows, :-1].long().to(self.model.device))}
+        return {"teacher_hidden": hidden_states(self.model, **to_device(self.data.inputs(rows), self.model.device))}
 
     def prefetch(self, rows: list[int]) -> None:
         """Nothing: the next batch's teacher would compete with this batch's student."""
 
 
 def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, sequences: int, batch: int, micro: int) -> Callable[[int], list[Batch]]:
-    """`batches(step)` -> micro-batches of inputs (R, L), labels (R, L), mask (R, L) and, with a source, the teacher's tensors.
+    """`batches(step)` -> micro-batches of `Packed.batch` and, with a source, the teacher's tensors.
 
     Kept signals of the next step are fetched while this one computes.
     """
@@ -64,9 +64,7 @@ def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, seque
         return made
 
     def _one(rows: list[int]) -> Batch:
-        ids, mask = data.ids[rows].long(), data.mask[rows]
-        plain = {"inputs": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous(), "mask": mask[:, 1:].contiguous()}
-        return plain | (source.read(rows) if source else {})
+        return data.batch(rows) | (source.read(rows) if source else {})
 
     return batches
 
@@ -75,7 +73,7 @@ def make_loss(mix: Mix, teacher_head: Head | None = None, hidden_weight: float =
     """`loss_fn(model, batch)` -> (loss sum in nats, labels counted)."""
 
     def loss_fn(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        hidden_NH, mask_N = hidden_states(model, batch["inputs"]), batch["mask"].flatten()
+        hidden_NH, mask_N = hidden_states(model, batch["inputs"], batch.get("positions")), batch["mask"].flatten()
         loss = head_loss(hidden_NH, head_of(model), batch["labels"].flatten(), mask_N, as_target(batch, teacher_head), mix)
         if hidden_weight:
             loss = loss + hidden_weight * hidden_mse(hidden_NH, batch["teacher_hidden"], mask_N)

@@ -1,57 +1,65 @@
-"""Text in, packed token sequences out: what every training stage, calibration and the held-out scores read.
-
-A *source* is one string:
-    embedded:docstrings      docstrings of the running Python's standard library (PSF licence), read with `ast`, never imported
-    embedded:topics          `pydoc_data.topics`, the language reference's help texts (PSF licence)
-    embedded:docstring_chat  question and answer pairs made of the docstrings' first paragraphs
-    PATH                     .txt (documents split at blank lines), .jsonl / .json lines or .parquet with `text`, `messages`, or a
-                             `prompt|question` / `answer|response|completion` pair
-    hub:NAME[@CONFIG]:SPLIT:FIELD   a hub dataset (FIELD as above; needs the network)
+"""Documents in, packed token sequences out: what every training stage, calibration and the held-out scores read.
 
 Documents are tokenised, ended with EOS, concatenated and cut to sequences of L + 1 tokens, so that position i predicts i + 1.
-Documents are shuffled once, with a fixed seed, before they are joined: the first n sequences are a sample of the whole, so
-that a stage with a small token budget, the calibration and the signal cache all read the same leading sequences.
-`mask` marks the labels that count: everything in plain text, only the answers in chat. The order of training is a pure
-function of (seed, index): epoch e is a permutation seeded by (seed, e), so that resuming needs no replay.
+They are shuffled once, with a fixed seed, before they are joined: the first n sequences are a sample of the whole, so that a
+stage with a small token budget, the calibration and the signal cache all read the same leading sequences. With weights, the
+source that is furthest behind its share of the tokens comes next, until that one is used up: nothing is repeated.
+
+`mask` marks the labels that count: everything in plain text, only the answers in chat. With packing "documents" a token sees its
+own document only (positions start again at each), and the first token of a document, which nothing announces, is no label; with
+"stream" a row is one text. The order of training is a pure function of (seed, index): epoch e is a permutation seeded by (seed, e), so
+that resuming needs no replay.
+
+Legend: S sequences, L positions, R rows of a batch.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import json
-import re
-import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.checkpoint import load_tokenizer, tokenizer_digest
 from compress.store import sha256_json
+from compress.train.sources import Document, documents
 
-Document = str | list[dict[str, str]]
-SKIPPED_MODULES = ("test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "__pycache__")
-MIN_CHARACTERS = 80  # shorter docstrings are one-line summaries that teach little and cost an EOS each
+Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 and label mask bool of one document
+DOCUMENTS_AT_ONCE = 1000  # tokenised together
 
 
 @dataclass(frozen=True)
 class Packed:
-    """ids (S, L+1) int32, mask (S, L+1) bool, and the digest that names them."""
+    """ids (S, L+1) int32, mask (S, L+1) bool, the digest that names them; first (S, L+1) bool marks documents' first tokens."""
 
     ids: Tensor
     mask: Tensor
     digest: str
+    first: Tensor | None = None  # None: rows are one text each
 
     def rows(self, seed: int, start: int, count: int, first: int) -> list[int]:
         """Sequence numbers of positions start..start+count of the endless shuffled stream over the `first` sequences."""
         size = min(len(self.ids), first)
         return [_permutation(seed, index // size, size)[index % size] for index in range(start, start + count)]
+
+    def inputs(self, rows: list[int]) -> dict[str, Tensor]:
+        """inputs (R, L) int64 and, where documents are apart, positions (R, L) int64: what a model is given."""
+        ids_RL = self.ids[rows, :-1].long()
+        if self.first is None:
+            return {"inputs": ids_RL}
+        index_L = torch.arange(ids_RL.shape[1])
+        start_RL = torch.where(self.first[rows, :-1], index_L, 0).cummax(-1).values
+        return {"inputs": ids_RL, "positions": index_L - start_RL}
+
+    def batch(self, rows: list[int]) -> dict[str, Tensor]:
+        """`inputs`, and labels (R, L) int64 with their mask (R, L) bool."""
+        return self.inputs(rows) | {"labels": self.ids[rows, 1:].long(), "mask": self.mask[rows, 1:].contiguous()}
 
 
 @cache
@@ -60,164 +68,72 @@ def _permutation(seed: int, epoch: int, size: int) -> list[int]:
     return torch.randperm(size, generator=generator).tolist()
 
 
-@cache
-def _docstrings() -> tuple[tuple[str, str], ...]:
-    root = Path(sysconfig.get_path("stdlib"))
-    found: dict[str, str] = {}
-    for file in sorted(root.rglob("*.py")):
-        parts = file.relative_to(root).parts
-        if any(part in SKIPPED_MODULES for part in parts):
-            continue
-        try:
-            tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):
-            continue  # a few files of other Python versions lie in some installations
-        module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
-        for name, text in _docs_below(tree, module):
-            if len(text) >= MIN_CHARACTERS:
-                found.setdefault(text, name)
-    return tuple((name, text) for text, name in found.items())
+def _tokens(tokenizer: Any, some: list[Document]) -> Iterator[Tokens]:
+    """Ids and label mask of each document, EOS included."""
+    plain = [document for document in some if isinstance(document, str)]
+    texts = iter(tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else [])
+    for document in some:
+        if isinstance(document, str):
+            ids = np.array([*next(texts), tokenizer.eos_token_id], dtype=np.int32)
+            yield ids, np.ones(len(ids), dtype=bool)
+        else:
+            yield _chat_tokens(tokenizer, document)
 
 
-def _docs_below(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        text = ast.get_docstring(node)
-        if text:
-            yield name, inspect.cleandoc(text)
-        for child in node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _docs_below(child, f"{name}.{child.name}")
-
-
-def _topics() -> list[Document]:
-    from pydoc_data.topics import topics
-
-    return [topics[name].strip() for name in sorted(topics)]
-
-
-def _docstring_chat() -> list[Document]:
-    chats: list[Document] = []
-    for name, text in _docstrings():
-        answer = " ".join(text.split("\n\n")[0].split())
-        if name.count(".") >= 1 and "._" not in name and MIN_CHARACTERS <= len(answer) <= 600:
-            question = f"What does `{name}` do in Python's standard library?"
-            chats.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-    return chats
-
-
-EMBEDDED: dict[str, Callable[[], list[Document]]] = {
-    "docstrings": lambda: [text for _, text in _docstrings()],
-    "topics": _topics,
-    "docstring_chat": _docstring_chat,
-}
-
-
-def _document(row: dict[str, Any], where: str) -> Document:
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    if isinstance(row.get("messages"), list):
-        return row["messages"]
-    question = row.get("prompt", row.get("question"))
-    answer = row.get("answer", row.get("response", row.get("completion")))
-    if isinstance(question, str) and isinstance(answer, str):
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    raise ValueError(f"{where} has the fields {sorted(row)}; needed: text, messages, or prompt|question with answer|response|completion")
-
-
-def _json_lines(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error.msg}); one JSON object a line is needed") from error
-            yield _document(row, f"{path}, line {number}")
-
-
-def _from_hub(source: str) -> list[Document]:
-    match = re.fullmatch(r"hub:([^:@]+)(?:@([^:]+))?:(.+):(\w+)", source)
-    if not match:
-        raise ValueError(f"data source {source!r} is not hub:NAME[@CONFIG]:SPLIT:FIELD, as in hub:Salesforce/wikitext@wikitext-2-raw-v1:test:text")
-    try:
-        return list(_from_datasets(match[1], name=match[2], split=match[3], field=match[4]))
-    except (OSError, ConnectionError) as error:
-        raise ValueError(
-            f"data source {source} can't be had ({type(error).__name__}); check the name and the network, or use a local file"
-        ) from error
-
-
-def _from_datasets(path: str, **how: Any) -> Iterator[Document]:
-    import datasets
-
-    field = how.pop("field", None)
-    for number, row in enumerate(datasets.load_dataset(path, **how)):
-        yield row[field] if field else _document(row, f"{path}, row {number}")
-
-
-def documents(source: str) -> list[Document]:
-    """All documents of a source. ValueError when it is unknown, missing, malformed or has no text."""
-    if source.startswith("embedded:"):
-        name = source.removeprefix("embedded:")
-        if name not in EMBEDDED:
-            raise ValueError(f"data source {source!r} is unknown; embedded sources are {', '.join(sorted(EMBEDDED))}")
-        found = EMBEDDED[name]()
-    elif source.startswith("hub:"):
-        found = _from_hub(source)
-    else:
-        found = _from_file(Path(source).expanduser())
-    if not any(document.strip() if isinstance(document, str) else document for document in found):
-        raise ValueError(f"data source {source} has no usable text; give a file with at least one document")
-    return found
-
-
-def _from_file(path: Path) -> list[Document]:
-    if not path.is_file():
-        raise ValueError(f"data file {path} does not exist; sources are embedded:NAME, hub:NAME:SPLIT:FIELD or a .txt, .jsonl or .parquet file")
-    if path.suffix == ".txt":
-        return [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
-    if path.suffix in (".jsonl", ".json"):
-        return list(_json_lines(path))
-    if path.suffix == ".parquet":
-        return list(_from_datasets("parquet", data_files=str(path), split="train"))
-    raise ValueError(f"data file {path} ends in {path.suffix!r}; allowed: .txt, .jsonl, .json (one object a line), .parquet")
-
-
-def _tokens(tokenizer: Any, document: Document) -> tuple[list[int], list[bool]]:
-    """ids and label mask of one document, EOS included."""
-    if isinstance(document, str):
-        text = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
-        return text, [True] * len(text)
+def _chat_tokens(tokenizer: Any, turns: list[dict[str, str]]) -> Tokens:
     if not tokenizer.chat_template:
         raise ValueError("chat data was given, but the teacher's tokenizer has no chat template; use plain text sources")
     ids: list[int] = []
     mask: list[bool] = []
-    for turn in range(len(document)):  # the ids that a turn adds to the rendered prefix belong to that turn
-        rendered = tokenizer.apply_chat_template(document[: turn + 1], tokenize=False)
+    for turn in range(len(turns)):  # the ids that a turn adds to the rendered prefix belong to that turn
+        rendered = tokenizer.apply_chat_template(turns[: turn + 1], tokenize=False)
         now = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
-        mask += [document[turn]["role"] == "assistant"] * (len(now) - len(ids))
+        mask += [turns[turn]["role"] == "assistant"] * (len(now) - len(ids))
         ids = now
-    return ids, mask
+    return np.array(ids, dtype=np.int32), np.array(mask, dtype=bool)
 
 
-def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path) -> Packed:
-    """All documents of `sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content.
+def _shuffled(tokenizer: Any, texts: list[Document]) -> Iterator[Tokens]:
+    order = _permutation(0, 0, len(texts))
+    for start in range(0, len(order), DOCUMENTS_AT_ONCE):
+        yield from _tokens(tokenizer, [texts[i] for i in order[start : start + DOCUMENTS_AT_ONCE]])
+
+
+def _mixed(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[Tokens]:
+    """Documents of several streams in proportion to their weights, counted in tokens, until one is used up."""
+    taken = [0] * len(streams)
+    while True:
+        behind = [weight / sum(weights) * (1 + sum(taken)) - count for weight, count in zip(weights, taken, strict=True)]
+        chosen = behind.index(max(behind))
+        document = next(streams[chosen], None)
+        if document is None:
+            return
+        taken[chosen] += len(document[0])
+        yield document
+
+
+def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, weights: list[float] | None = None, packing: str = "stream") -> Packed:
+    """Documents of `sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content.
 
     ValueError when there are fewer tokens than one sequence needs.
     """
-    texts = [document for source in sources for document in documents(source)]
-    key = sha256_json({"tokenizer": tokenizer_digest(teacher), "texts": sha256_json(texts), "seq_len": seq_len, "schema": 1})
-    path = cache_dir / f"{key}.safetensors"
+    texts = [documents(source) for source in sources]
+    named = {"tokenizer": tokenizer_digest(teacher), "texts": sha256_json(texts), "seq_len": seq_len, "weights": weights or [], "schema": 2}
+    path = cache_dir / f"{sha256_json(named)}.safetensors"
     if not path.is_file():
         tokenizer = load_tokenizer(teacher)
-        pairs = [_tokens(tokenizer, texts[i]) for i in _permutation(0, 0, len(texts))]
-        ids = torch.tensor([i for pair in pairs for i in pair[0]], dtype=torch.int32)
-        mask = torch.tensor([m for pair in pairs for m in pair[1]], dtype=torch.bool)
-        count = len(ids) // (seq_len + 1)
+        whole = [[document for source in texts for document in source]]
+        streams = [_shuffled(tokenizer, source) for source in (texts if weights else whole)]
+        pairs = list(_mixed(streams, weights or [1.0]))
+        ids, mask = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        first = np.zeros(len(ids), dtype=bool)
+        first[np.cumsum([0, *(len(pair[0]) for pair in pairs[:-1])])] = True
+        count = len(ids) // (seq_len + 1) * (seq_len + 1)
         if count == 0:
             raise ValueError(f"{sources} hold {len(ids)} tokens, one sequence needs {seq_len + 1}; add text or lower data.seq_len")
-        cut = {"ids": ids[: count * (seq_len + 1)], "mask": mask[: count * (seq_len + 1)]}
         beside = path.with_suffix(".part")
-        save_file(cut, beside)
+        save_file({name: torch.from_numpy(column[:count]) for name, column in (("ids", ids), ("mask", mask), ("first", first))}, beside)
         beside.replace(path)
-    tensors = load_file(path)
-    return Packed(tensors["ids"].view(-1, seq_len + 1), tensors["mask"].view(-1, seq_len + 1), key)
+    ids_SL, mask_SL, first_SL = (load_file(path)[name].view(-1, seq_len + 1) for name in ("ids", "mask", "first"))
+    digest = sha256_json([path.stem, packing])
+    return Packed(ids_SL, mask_SL, digest) if packing == "stream" else Packed(ids_SL, mask_SL & ~first_SL, digest, first_SL)

@@ -66,8 +66,16 @@ def head_of(model: Any) -> Head:
     return Head(output.weight, getattr(output, "bias", None), **scale_and_softcap(base.config.to_dict()))
 
 
-def hidden_states(model: Any, ids_RL: Tensor) -> Tensor:
-    """Hidden states after the final norm (N, H) of a causal language model, peft-wrapped or not."""
+def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Hidden states after the final norm (N, H) of a causal language model, peft-wrapped or not, for ids (R, L).
+
+    Where positions (R, L) start again a new document does: transformers then masks attention across documents.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden_RLH: Tensor = base.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
+    hidden_RLH: Tensor = base.base_model(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
     return hidden_RLH.flatten(0, 1)
+
+
+def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same tensors on `device`."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

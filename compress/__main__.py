@@ -41,10 +41,10 @@ def _run(arguments: list[str]) -> int:
     plan = "--plan" in arguments
     rest = [a for a in arguments[1:] if a != "--plan"]
 
-    def task(recipe: Any, run_dir: Path) -> int:
+    def task(recipe: Any, run_dir: Path, command: list[str]) -> int:
         from compress import pipeline
 
-        return pipeline.plan(recipe) if plan else pipeline.run(recipe, run_dir)
+        return pipeline.plan(recipe) if plan else pipeline.run(recipe, run_dir, command)
 
     return launch(arguments[0], rest, task)
 

@@ -22,6 +22,8 @@ LIMIT_METRICS = (
 )  # fmt: skip
 GGUF_TYPES = ("F16", "Q8_0", "Q4_0")
 TRACKERS = ("jsonl", "wandb")
+PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
+PARALLEL = ("none", "ddp", "fsdp2")
 
 
 @dataclass
@@ -137,14 +139,29 @@ class Track:
 class Trainer:
     """What training runs on."""
 
-    precision: str = "auto"  # over fp32 master weights: bf16 autocast, fp32, or auto: bf16 where this machine computes it faster
+    # Over fp32 master weights bf16 autocast, fp32, or auto: bf16 where this machine computes it faster; bf16_stochastic: bf16 weights.
+    precision: str = "auto"
     threads: int = 0  # CPU threads; 0 takes all this process may use. Part of the store's key: sums depend on it
+    parallel: str = "none"  # or ddp, fsdp2
+    processes: int = 0  # that train together; 0: one a GPU. Under torchrun its WORLD_SIZE counts
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third more time
 
     def __post_init__(self) -> None:
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise ConfigError(f"trainer.precision={self.precision!r}; allowed: auto, bf16, fp32")
+        for key, allowed in (("precision", PRECISIONS), ("parallel", PARALLEL)):
+            if getattr(self, key) not in allowed:
+                raise ConfigError(f"trainer.{key}={getattr(self, key)!r}; {nearest(getattr(self, key), allowed)}")
+        if self.processes < 0 or (self.processes > 1 and self.parallel == "none"):
+            raise ConfigError(f"trainer.processes={self.processes} must be 0 or above, and above 1 only with trainer=ddp or trainer=fsdp2")
         if self.threads < 0:
             raise ConfigError(f"trainer.threads={self.threads} must be 0 (all) or above")
+
+    def count(self) -> int:
+        """Processes to train with."""
+        if self.parallel == "none" or self.processes:
+            return self.processes or 1
+        import torch
+
+        return max(1, torch.cuda.device_count())
 
 
 @dataclass

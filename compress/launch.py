@@ -232,8 +232,10 @@ def explain(error: Exception) -> str:
     return f"{full[1]}: {first}" if full and full[1] not in first else first
 
 
-def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path], int]) -> int:
-    """Run `task(recipe, run directory)` for the composed recipe; with -m once for every job of the sweep. Returns the worst exit code.
+def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[str]], int]) -> int:
+    """Run `task(recipe, run directory, command)` for the composed recipe; with -m once for every job of the sweep.
+
+    `command` is the command line that composes the same recipe again. Returns the worst exit code.
 
     ConfigError for whatever can't be composed, before any work and with nothing left behind.
     """
@@ -246,12 +248,13 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path], int]) 
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    codes = [0]
+    codes, own = [0], _config_dir(arguments)
 
     def job(composed: Any) -> None:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            codes.append(task(OmegaConf.to_object(composed), run_dir))
+            command = ["run", recipe, *([f"--config-dir={own}"] if own else []), *HydraConfig.get().overrides.task]
+            codes.append(task(OmegaConf.to_object(composed), run_dir, command))
         finally:
             for folder in (run_dir, run_dir.parent, run_dir.parent.parent):  # Hydra made them; a refused run leaves nothing
                 if folder.is_dir() and not any(folder.iterdir()):
@@ -262,7 +265,6 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path], int]) 
     ours += [] if any(a.startswith("hydra.job.name=") for a in arguments) else [f"hydra.job.name={recipe}"]
     sys.argv = ["compress run " + recipe, *arguments, *ours]
     plain = [a for a in arguments if not a.startswith("-") and "=" in a]
-    own = _config_dir(arguments)
     plain += [f"hydra.searchpath=['file://{own}']"] if own else []  # where --config-dir puts it
     try:
         trust_hydra()

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
@@ -22,13 +24,15 @@ from compress import budget, machine, planning
 from compress.assets import PACKAGE, configs_dir
 from compress.checkpoint import best_device, digest
 from compress.config import Budget, Data, Eval, Recipe, Teacher, Trainer
-from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
+from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, exit_code
 from compress.score.scorer import Measured, Model, Scorer, Settings
 from compress.stages.context import Context
+from compress.stages.optimization import Optimization
 from compress.store import Store, file_table, sha256_json, sources_digest, write_json
 from compress.teacher import OpenTeacher, open_teacher
 from compress.track import Guarded, open_tracker
 from compress.track import check as check_tracker
+from compress.train import parallel
 from compress.train.data import Packed, pack
 
 
@@ -97,7 +101,8 @@ class Session:
         for name in self.recipe.track.sinks:
             check_tracker(name)
         check_tasks(self.recipe.eval.tasks)
-        self.threads = self.recipe.trainer.threads or machine.available_threads()
+        check_batches(self.recipe)
+        self.threads = self.recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(self.threads)
         self.store = Store(Path(self.recipe.store))
         self.teacher: OpenTeacher = open_teacher(self.recipe.teacher.source, self.recipe.teacher.revision, self.store, log)
@@ -138,7 +143,8 @@ class Session:
         return {
             "technique": self.recipe.technique(slot), "config": _what_decides(stage), "parent": parent_digest, "teacher": self.teacher.digest,
             "data": self.text.digest, "chat": self.chat.digest if uses_chat(stage) else None, "seq_len": self.recipe.data.seq_len,
-            "seed": self.recipe.seed, "precision": self.precision, "threads": self.threads,
+            "seed": self.recipe.seed, "precision": self.precision, "threads": self.threads, "world": parallel.world(),
+            "trainer": [self.recipe.trainer.parallel, self.recipe.trainer.activation_checkpointing],
             "device": str(best_device()), "sources": sources_digest(PACKAGE),
             "versions": {name: versions[name] for name in ("torch", "transformers")},
         }  # fmt: skip
@@ -149,7 +155,18 @@ class Session:
             teacher=self.teacher.path, seed=self.recipe.seed, seq_len=self.recipe.data.seq_len, work=work,
             signals=self.store.root / "signals", calibration=lambda n: self.text.ids[:n, :-1].long(), text=lambda: self.text,
             chat=lambda: self.chat, precision=self.precision, label=slot, log=log, curve=curve.extend,
+            parallel=self.recipe.trainer.parallel if parallel.world() > 1 else "none",
+            activation_checkpointing=self.recipe.trainer.activation_checkpointing,
         )  # fmt: skip
+
+
+def check_batches(recipe: Recipe) -> None:
+    """ConfigError when a stage's batch can't be shared out evenly."""
+    for slot, stage in recipe.stages.items():
+        if isinstance(stage, Optimization) and stage.batch_sequences % parallel.world():
+            raise ConfigError(
+                f"stages.{slot}.batch_sequences={stage.batch_sequences} can't be shared by {parallel.world()} processes; use a multiple of that"
+            )
 
 
 def check_context(teacher: Path, seq_len: int) -> None:
@@ -197,6 +214,8 @@ def build(session: Session, slot: str, parent: Done) -> tuple[Path, str, bool, f
     stage = session.recipe.stages[slot]
 
     def make(out: Path, work: Path) -> dict[str, float]:
+        if isinstance(stage, Optimization):
+            parallel.share((slot, parent.model.path, work))
         return stage.run(parent.model.path, out, session.context(slot, work, curve))
 
     path = session.store.build(key, inputs, make)
@@ -300,8 +319,27 @@ def judge(limits: Budget, slot: str, scores: dict[str, float], intervals: dict[s
     return own + budget.judge(scores, intervals, limits.limits, enforced=shipped)
 
 
-def run(recipe: Recipe, run_dir: Path) -> int:
-    """Execute a recipe. Returns the exit code: 0, or 4 when an enforced limit is violated."""
+def run(recipe: Recipe, run_dir: Path, command: list[str]) -> int:
+    """Execute a recipe. Returns the exit code: 0, or 4 when an enforced limit is violated.
+
+    With several processes, those that `compress COMMAND` starts, or torchrun did, train beside this one.
+    """
+    with parallel.followers(recipe.trainer.count(), command):
+        return _follow(recipe) if parallel.rank() > 0 else _lead(recipe, run_dir)
+
+
+def _follow(recipe: Recipe) -> int:
+    """Train whatever rank 0 trains, until it says that nothing more comes."""
+    session: Session | None = None
+    while (task := parallel.share()) is not None:
+        slot, parent, work = task
+        session = session or Session(recipe)  # opened only now: rank 0 has imported the teacher and packed the text
+        with tempfile.TemporaryDirectory() as nowhere, suppress(parallel.Followed):
+            session.recipe.stages[slot].run(parent, Path(nowhere), session.context(slot, work, []))
+    return EXIT_OK
+
+
+def _lead(recipe: Recipe, run_dir: Path) -> int:
     session = Session(recipe)
     planning.check_disk(session, planning.estimate(session, check_shapes(session), rate=1.0))
     session.open_data()
@@ -310,6 +348,7 @@ def run(recipe: Recipe, run_dir: Path) -> int:
     code = 1
     try:
         code = _slots(session, folder)
+        parallel.share(None)
         return code
     except BaseException as error:
         code = exit_code(error)

@@ -62,7 +62,7 @@ def step_seconds(side: str, work: Path, precision: str) -> list[float]:
     from compress.checkpoint import load_model
     from compress.distill.losses import Mix
     from compress.distill.steps import OnlineTeacher, make_batches, make_loss
-    from compress.train.loop import train
+    from compress.train.loop import Plan, train
 
     if side == "baseline":
         return baseline_seconds(work, precision)
@@ -73,17 +73,9 @@ def step_seconds(side: str, work: Path, precision: str) -> list[float]:
         source = OnlineTeacher(load_model(work / "teacher", torch.bfloat16 if precision == "bf16" else torch.float32), data)
     mix = Mix(0.0, 1.0) if side == "ce" else Mix()
     loss = make_loss(mix, source.teacher_head if source else None)
-    batches = make_batches(data, source, seed=0, sequences=ROWS * STEPS, batch=ROWS, micro=MICRO)
-    arguments: dict[str, Any] = {
-        "lr": 1e-4,
-        "warmup_fraction": 0.0,
-        "grad_clip": 1.0,
-        "seed": 0,
-        "precision": precision,
-        "label": side,
-        "log": lambda message: None,
-    }
-    curve = train(load_model(work / "student"), loss, batches, steps=STEPS, work=work / "state", **arguments).curve
+    batches = make_batches(data, source, seed=0, sequences=ROWS * STEPS, batch=ROWS)
+    plan = Plan(steps=STEPS, lr=1e-4, micro=MICRO, precision=precision)
+    curve = train(load_model(work / "student"), loss, batches, plan, work=work / "state", label=side, log=lambda message: None).curve
     return [ROWS * LENGTH / row["tokens_per_sec"] for row in curve[2:]]
 
 

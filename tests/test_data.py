@@ -68,9 +68,10 @@ def test_weights_are_shares_of_the_tokens_and_nothing_is_repeated(tiny_teacher, 
     sources = [source(tmp_path, "alpha", 400), source(tmp_path, "omega", 60, "hello and good bye to all of you")]
     packed = pack(sources, tiny_teacher, 16, tmp_path, weights=[3.0, 1.0])
     text = load_tokenizer(tiny_teacher).decode(packed.ids.flatten())
-    tokens = {name: sum(len(load_tokenizer(tiny_teacher)(d)["input_ids"]) + 1 for d in text.split("<|im_end|>") if name in d) for name in ("alpha", "omega")}
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokens = {name: sum(len(tokenizer(d)["input_ids"]) + 1 for d in text.split("<|im_end|>") if name in d) for name in ("alpha", "omega")}
     assert tokens["alpha"] / tokens["omega"] == pytest.approx(3, rel=0.05)
-    whole = [d for d in text.split("<|im_end|>")[1:-1]]
+    whole = text.split("<|im_end|>")[1:-1]
     assert len(whole) == len(set(whole))
     assert 55 <= text.count("omega") <= 60  # the scarcer source ends the mixture
     assert packed.digest != pack(sources, tiny_teacher, 16, tmp_path).digest

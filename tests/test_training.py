@@ -15,24 +15,23 @@ from compress.checkpoint import digest, load_model
 from compress.distill.losses import Mix
 from compress.distill.schemes import Scheme
 from compress.distill.signal import Signals
-from compress.distill.steps import make_batches, make_loss
+from compress.distill.steps import make_batches, make_loss, one_batch
 from compress.errors import Interrupted
 from compress.stages.distill import Distill
 from compress.train import loop
-from compress.train.loop import learning_rate, train
+from compress.train.loop import Plan, train
+from compress.train.optimizer import BETAS, StochasticAdamW, learning_rate, stochastic_bf16
 
 
 def arguments(work, steps=12, **changes):
-    return {
-        "steps": steps, "lr": 1e-3, "warmup_fraction": 0.2, "grad_clip": 1.0, "seed": 5, "precision": "fp32", "work": work, "label": "test",
-        "log": lambda message: None,
-    } | changes  # fmt: skip
+    plan = Plan(steps, **{"lr": 1e-3, "warmup_fraction": 0.2, "seed": 5} | changes)
+    return {"plan": plan, "work": work, "label": "test", "log": lambda message: None}
 
 
-def batches_of(context, micro=4):
+def batches_of(context):
     data = context.text()
     signals = Signals(context.signals, context.teacher, data, Scheme(), seed=0, precision="fp32", log=lambda m: None)
-    return make_batches(data, signals, seed=5, sequences=24, batch=4, micro=micro)
+    return make_batches(data, signals, seed=5, sequences=24, batch=4)
 
 
 def student(context):
@@ -57,10 +56,10 @@ def test_twenty_random_splits_end_in_the_same_bits(context, tmp_path, monkeypatc
     for trial in range(20):
         stop, work = rng.randrange(1, steps), tmp_path / str(trial)
 
-        def interrupting(step, stop=stop):
+        def interrupting(step, micro, stop=stop):
             if step == stop - 1:
                 signal.raise_signal(signal.SIGINT)
-            return batches(step)
+            return batches(step, micro)
 
         with pytest.raises(Interrupted):
             train(student(context), loss, interrupting, **arguments(work, steps))
@@ -75,8 +74,8 @@ def test_micro_batches_give_the_same_gradient_as_one_batch_with_ragged_masks(con
     results = []
     for micro in (1, 2, 4):
         model = student(context)
-        batches = make_batches(data, None, seed=5, sequences=24, batch=4, micro=micro)
-        result = train(model, make_loss(Mix(0.0, 1.0)), batches, **arguments(tmp_path / str(micro), 1))
+        batches = make_batches(data, None, seed=5, sequences=24, batch=4)
+        result = train(model, make_loss(Mix(0.0, 1.0)), batches, **arguments(tmp_path / str(micro), 1, micro=micro))
         results.append(result.curve[0])
     for row in results[1:]:
         assert row["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
@@ -84,11 +83,11 @@ def test_micro_batches_give_the_same_gradient_as_one_batch_with_ragged_masks(con
 
 
 def test_gradient_norm_is_that_of_the_mean_cross_entropy(context, tmp_path):
-    batches = make_batches(context.text(), None, seed=5, sequences=8, batch=4, micro=2)
-    row = train(student(context), make_loss(Mix(0.0, 1.0)), batches, **arguments(tmp_path / "w", 1)).curve[0]
+    batches = make_batches(context.text(), None, seed=5, sequences=8, batch=4)
+    row = train(student(context), make_loss(Mix(0.0, 1.0)), batches, **arguments(tmp_path / "w", 1, micro=2)).curve[0]
     model = student(context)
-    inputs = torch.cat([b["inputs"] for b in batches(0)])
-    labels = torch.cat([b["labels"] for b in batches(0)])
+    inputs = torch.cat([b["inputs"] for b in batches(0, 2)])
+    labels = torch.cat([b["labels"] for b in batches(0, 2)])
     loss = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), labels.flatten())
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
@@ -143,3 +142,152 @@ def test_sigterm_from_another_thread_saves_and_stops(context, tmp_path):
     finally:
         signal.signal(signal.SIGTERM, old)
     assert loop.SAVE_SECONDS > 0
+
+
+def test_wsd_stays_at_the_peak_and_falls_at_the_end():
+    rates = [learning_rate(step, 100, 1.0, 10, "wsd", 0.2) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and set(rates[10:81]) == {1.0}
+    assert rates[90] == pytest.approx(0.55) and rates[99] == pytest.approx(0.145)
+
+
+def test_stochastic_rounding_is_bf16_and_right_on_average():
+    torch.manual_seed(0)
+    x = torch.randn(200)
+    rounded = torch.stack([stochastic_bf16(x).float() for _ in range(4000)])
+    step = (rounded.amax(0) - rounded.amin(0)).clamp_min(1e-9)
+    assert ((rounded.mean(0) - x).abs() <= 4.5 * 0.5 * step / 4000**0.5).all()
+    assert ((rounded.amin(0) <= x) & (x <= rounded.amax(0))).all()
+
+
+def test_stochastic_adamw_follows_torchs_adamw_where_nearest_rounding_stands_still():
+    start, gradient, steps = torch.full((4000,), 1.0), torch.full((4000,), 0.3), 40
+    fp32, bf16, nearest = (torch.nn.Parameter(start.clone().to(kind)) for kind in (torch.float32, torch.bfloat16, torch.bfloat16))
+    torch.manual_seed(0)
+    optimizers = [
+        torch.optim.AdamW([fp32], 1e-4, betas=BETAS, weight_decay=0.0), StochasticAdamW([bf16], 1e-4),
+        torch.optim.AdamW([nearest], 1e-4, betas=BETAS, weight_decay=0.0),
+    ]  # fmt: skip
+    for _ in range(steps):
+        for parameter, optimizer in zip((fp32, bf16, nearest), optimizers, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+            optimizer.step()
+    assert float(1 - fp32.mean()) == pytest.approx(steps * 1e-4, rel=1e-3)
+    assert float(1 - bf16.float().mean()) == pytest.approx(steps * 1e-4, rel=0.05)
+    assert torch.equal(nearest.float(), start)
+
+
+def test_bf16_weights_train_and_resume_in_the_same_bits(context, tmp_path):
+    batches, loss, plan = batches_of(context), make_loss(Mix()), {"precision": "bf16_stochastic", "lr": 3e-3}
+    whole = student(context)
+    curve = train(whole, loss, batches, **arguments(tmp_path / "whole", 20, **plan)).curve
+    assert all(p.dtype == torch.bfloat16 for p in whole.parameters())
+    assert sum(r["loss"] for r in curve[-5:]) < 0.8 * sum(r["loss"] for r in curve[:5])
+
+    def interrupting(step, micro):
+        if step == 7:
+            signal.raise_signal(signal.SIGINT)
+        return batches(step, micro)
+
+    with pytest.raises(Interrupted):
+        train(student(context), loss, interrupting, **arguments(tmp_path / "cut", 20, **plan))
+    again = student(context)
+    train(again, loss, batches, **arguments(tmp_path / "cut", 20, **plan))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_activation_checkpointing_changes_no_number(context, tmp_path):
+    rows = [
+        train(student(context), make_loss(Mix()), batches_of(context), **arguments(tmp_path / str(on), 2, activation_checkpointing=on)).curve
+        for on in (False, True)
+    ]
+    for plain, recomputed in zip(*rows, strict=True):
+        assert recomputed["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+        assert recomputed["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+
+
+def test_out_of_memory_halves_the_micro_batch_at_the_same_global_batch(context, tmp_path):
+    loss, said = make_loss(Mix()), []
+
+    def small_memory(model, batch):
+        if len(batch["inputs"]) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return loss(model, batch)
+
+    whole = train(student(context), loss, batches_of(context), **arguments(tmp_path / "a", 3)).curve
+    tight = train(student(context), small_memory, batches_of(context), **arguments(tmp_path / "b", 3) | {"log": said.append}).curve
+    assert [row["loss"] for row in tight] == pytest.approx([row["loss"] for row in whole], rel=1e-5)
+    assert [line for line in said if "out of memory" in line] == [
+        "test, step 0: out of memory; going on with micro-batches of 2 sequences",
+        "test, step 0: out of memory; going on with micro-batches of 1 sequences",
+    ]
+
+
+def test_memory_for_not_even_one_sequence_stops(context, tmp_path):
+    def no_memory(model, batch):
+        raise RuntimeError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(student(context), no_memory, batches_of(context), **arguments(tmp_path / "a", 3))
+
+
+def validation_of(context):
+    data = context.text()
+    signals = Signals(context.signals, context.teacher, data, Scheme(), seed=0, precision="fp32", log=lambda m: None)
+    return make_loss(Mix()), [one_batch(data, signals, [40, 41])]
+
+
+def test_the_best_weights_by_validation_are_returned_and_training_stops_early(context, tmp_path):
+    model, best = student(context), {}
+    held = validation_of(context)
+
+    def destructive(model_, batch):
+        total, count = make_loss(Mix())(model_, batch)
+        return (total if steps_seen[0] < 8 else -30 * total), count  # after step 8 it moves away from the teacher
+
+    steps_seen, plain = [0], batches_of(context)
+
+    def counted(step, micro):
+        steps_seen[0] = step
+        if step == 8:
+            best.update(weights(model))
+        return plain(step, micro)
+
+    result = train(model, destructive, counted, **arguments(tmp_path / "w", 40, validations=10, patience=2, schedule="wsd"), validation=held)
+    measured = {row["step"]: row["validation_kl"] for row in result.curve if "validation_kl" in row}
+    assert result.validation["best_step_index"] == 8 == min(measured, key=measured.get)
+    assert len(result.curve) == 16 and result.validation["paid_flag"] == 1.0
+    assert all(torch.equal(p, best[name]) for name, p in weights(model).items())
+
+
+def test_a_stage_that_only_does_harm_did_not_pay_and_changes_nothing(context, tmp_path):
+    model = student(context)
+    before = weights(model)
+
+    def harm(model_, batch):
+        total, count = make_loss(Mix())(model_, batch)
+        return -total, count
+
+    result = train(model, harm, batches_of(context), **arguments(tmp_path / "w", 12, validations=4), validation=validation_of(context))
+    assert result.validation["paid_flag"] == 0.0 and result.validation["best_step_index"] == 0
+    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+
+
+def test_the_best_weights_survive_an_interruption(context, tmp_path):
+    batches, held, finals = batches_of(context), validation_of(context), []
+    for stop in (None, 5):
+        work = tmp_path / str(stop)
+
+        def maybe(step, micro, stop=stop):
+            if step == stop:
+                signal.raise_signal(signal.SIGTERM)
+            return batches(step, micro)
+
+        plan = {"lr": 0.3, "validations": 4, "schedule": "wsd"}  # so high a rate that the first measurement stays the best
+        if stop:
+            with pytest.raises(Interrupted):
+                train(student(context), make_loss(Mix()), maybe, **arguments(work, 12, **plan), validation=held)
+        model = student(context)
+        result = train(model, make_loss(Mix()), batches, **arguments(work, 12, **plan), validation=held)
+        finals.append((weights(model), result.validation))
+    assert finals[0][1] == finals[1][1]
+    assert all(torch.equal(p, finals[1][0][name]) for name, p in finals[0][0].items())

@@ -26,7 +26,7 @@ Legend: N tokens, H hidden, V vocabulary, K teacher ids a token, C tokens a chun
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,10 @@ class Mix:
     divergence: str = "forward_kl"
     temperature: float = 1.0
     jsd_beta: float = 0.5
+
+    def without_labels(self) -> Mix:
+        """The same divergence alone, or plain cross-entropy where there is none: what validation measures."""
+        return replace(self, kl_weight=1.0, ce_weight=0.0) if self.kl_weight else replace(self, ce_weight=1.0)
 
     def check(self, target: Target | None) -> None:
         """ValueError for what can't be computed: an unknown divergence, or one that this form of the teacher can't give."""

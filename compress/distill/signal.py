@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Signals:
         self.worker, self.load = worker or Worker(), load
         self.meta: dict[str, Any] = {
             "schema": 2, **scheme.meta(), "teacher": digest(teacher), "teacher_load": load, "tokenizer": tokenizer_digest(teacher),
-            "data": data.digest, "seed": seed, "rows_per_shard": ROWS_PER_SHARD, "precision": precision,
+            "data": data.digest, "seed": seed, "rows_per_shard": ROWS_PER_SHARD, "precision": "fp32" if precision == "fp32" else "bf16",
         }  # fmt: skip
         base = str(root) if own_folder else f"{root}/{sha256_json(self.meta | made_with())[:32]}"
         self.fs, self.folder = fsspec.core.url_to_fs(base)
@@ -108,7 +108,10 @@ class Signals:
     @property
     def teacher_head(self) -> Head | None:
         """The head that turns kept hidden states into logits; None for the other schemes."""
-        return self._open_teacher() if self.scheme.name == "hidden" else None
+        if self.scheme.name == "hidden" and self._head is None:
+            self._open_teacher()
+            self._close_teacher()
+        return self._head
 
     def read(self, rows: list[int]) -> dict[str, Tensor]:
         """The teacher's tensors of these rows, N = len(rows) * L tokens, as `schemes.decode` gives them.
@@ -137,7 +140,7 @@ class Signals:
                 self._check_space(size * (len(missing) - 1))
             left = (time.monotonic() - start) / done * (len(missing) - done)
             self.log(f"teacher signal {done}/{len(missing)} shards, {size / self._tokens(number):.0f} bytes a token, {left:.0f} s left")
-        self._model = self._head = None
+        self._close_teacher()
 
     def _check_space(self, needed: int) -> None:
         if Path(self.folder).is_dir() and needed > (free := shutil.disk_usage(self.folder).free):
@@ -167,6 +170,7 @@ class Signals:
         if number not in self._shards:
             if self._find(number) is None:
                 self._write(number)
+                self._close_teacher()
             path = self._find(number)
             assert path is not None
             data = self._fetched.pop(number).result() if number in self._fetched else self.fs.cat_file(path)
@@ -178,13 +182,22 @@ class Signals:
         return self._shards[number]
 
     def _open_teacher(self) -> Head:
-        if self._head is None:
-            dtype = torch.bfloat16 if self.meta["precision"] == "bf16" else torch.float32
+        if self._model is None:
+            dtype = torch.float32 if self.meta["precision"] == "fp32" else torch.bfloat16
             self._model = load_model(self.teacher, dtype, self.load)
             if self.load == "plain":
                 self._model.to(best_device())
             self._head = head_of(self._model).detach()
+        assert self._head is not None
         return self._head
+
+    def _close_teacher(self) -> None:
+        """Free the teacher; of its head only what `teacher_head` gives stays."""
+        self._model = None
+        if self.scheme.name == "hidden" and self._head is not None:
+            self._head = replace(self._head, weight_VH=self._head.weight_VH.clone())
+        else:
+            self._head = None
 
     def _write(self, number: int) -> int:
         """Make one shard; its size in bytes."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.checkpoint import best_device
 from compress.distill.losses import Mix, head_loss, hidden_mse
 from compress.distill.schemes import as_target
+from compress.train import parallel
 from compress.train.data import Packed
 from compress.train.forward import Head, head_of, hidden_states, to_device
 
@@ -50,23 +51,28 @@ class OnlineTeacher:
         """Nothing: the next batch's teacher would compete with this batch's student."""
 
 
-def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, sequences: int, batch: int, micro: int) -> Callable[[int], list[Batch]]:
-    """`batches(step)` -> micro-batches of `Packed.batch` and, with a source, the teacher's tensors.
+def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, sequences: int, batch: int) -> Callable[[int, int], list[Batch]]:
+    """`batches(step, micro)` -> this rank's micro-batches of `Packed.batch` and, with a source, the teacher's tensors.
 
-    Kept signals of the next step are fetched while this one computes.
+    Of the step's `batch` rows every rank takes its own; kept signals of the next step are fetched while this one computes.
     """
 
-    def batches(step: int) -> list[Batch]:
-        rows = data.rows(seed, step * batch, batch, sequences)
-        made = [_one(rows[i : i + micro]) for i in range(0, batch, micro)]
+    def mine(step: int) -> list[int]:
+        return data.rows(seed, step * batch, batch, sequences)[parallel.rank() :: parallel.world()]
+
+    def batches(step: int, micro: int) -> list[Batch]:
+        rows = mine(step)
+        made = [one_batch(data, source, rows[i : i + micro]) for i in range(0, len(rows), micro)]
         if source is not None:
-            source.prefetch(data.rows(seed, (step + 1) * batch, batch, sequences))
+            source.prefetch(mine(step + 1))
         return made
 
-    def _one(rows: list[int]) -> Batch:
-        return data.batch(rows) | (source.read(rows) if source else {})
-
     return batches
+
+
+def one_batch(data: Packed, source: TeacherSource | None, rows: list[int]) -> Batch:
+    """Rows as the loss takes them."""
+    return data.batch(rows) | (source.read(rows) if source else {})
 
 
 def make_loss(mix: Mix, teacher_head: Head | None = None, hidden_weight: float = 0.0) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:

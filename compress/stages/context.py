@@ -26,14 +26,16 @@ class Context:
     calibration: Callable[[int], Tensor]
     text: Callable[[], Packed]  # all training text, packed to seq_len + 1 tokens a sequence
     chat: Callable[[], Packed]  # question-answer training data; the loss mask covers answers
-    precision: str  # of training: "bf16" autocast over fp32 master weights, or "fp32"
+    precision: str  # of training: "bf16" autocast over fp32 master weights, "bf16_stochastic" weights, or "fp32"
     label: str  # what progress lines call this stage
     log: Callable[[str], None]
     curve: Callable[[list[dict[str, float]]], None]  # receives the training curve
+    parallel: str = "none"  # or ddp, fsdp2
+    activation_checkpointing: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         """What the teacher runs in: the training precision."""
         import torch
 
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16

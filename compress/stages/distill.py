@@ -61,9 +61,7 @@ class Distill(Optimization):
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats, loss_last_nats."""
         from compress.checkpoint import load_model, read_config, save_model
         from compress.distill.losses import Mix
-        from compress.distill.steps import make_batches, make_loss
         from compress.quant.fake import is_quantized
-        from compress.train.loop import train
 
         if is_quantized(parent):
             raise ValueError(f"{parent} is quantized; distill before quantizing, or use the qat stage on the unquantized parent")
@@ -75,8 +73,7 @@ class Distill(Optimization):
         if not self.train_embeddings:
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 embeddings.weight.requires_grad_(False)
-        batches = make_batches(data, source, seed=ctx.seed, sequences=sequences, batch=self.batch_sequences, micro=self.micro_batch_sequences)
         mix = Mix(self.kl_weight, self.ce_weight, self.divergence.value, self.temperature, self.jsd_beta)
-        result = train(model, make_loss(mix, source.teacher_head, self.hidden_weight), batches, **self.loop_arguments(ctx))
+        metrics = self.optimize(model, mix, data, source, ctx, self.hidden_weight)
         save_model(model, out, tokenizer_from=parent)
-        return self.metrics(result, ctx)
+        return metrics

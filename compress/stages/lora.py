@@ -58,9 +58,7 @@ class Lora(Optimization):
 
         from compress.checkpoint import load_model, save_model
         from compress.distill.losses import Mix
-        from compress.distill.steps import make_batches, make_loss
         from compress.quant.fake import is_quantized
-        from compress.train.loop import train
 
         if is_quantized(parent):
             raise ValueError(f"{parent} is quantized; merging adapters would leave its grid: put lora before ptq and qat")
@@ -68,10 +66,7 @@ class Lora(Optimization):
         base = load_model(parent, load="nf4" if self.load_in_4bit else "plain")
         model: Any = get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"))
         data = ctx.chat() if self.data is LoraData.chat else ctx.text()
-        batches = make_batches(
-            data, None, seed=ctx.seed, sequences=self.sequences(ctx.seq_len), batch=self.batch_sequences, micro=self.micro_batch_sequences
-        )
-        result = train(model, make_loss(Mix(kl_weight=0.0, ce_weight=1.0)), batches, **self.loop_arguments(ctx))
+        metrics = self.optimize(model, Mix(kl_weight=0.0, ce_weight=1.0), data, None, ctx)
         adapter = out / "adapter"
         model.save_pretrained(str(adapter), safe_serialization=True)
         _plain_adapter(adapter)
@@ -79,7 +74,7 @@ class Lora(Optimization):
         if self.load_in_4bit:
             model = PeftModel.from_pretrained(load_model(parent), adapter)
         save_model(model.merge_and_unload(), out, tokenizer_from=parent)
-        return self.metrics(result, ctx) | {"adapter_params_count": adapter_params}
+        return metrics | {"adapter_params_count": adapter_params}
 
 
 def _plain_adapter(adapter: Path) -> None:

@@ -11,9 +11,9 @@ from compress.errors import ConfigError
 from compress.stages.context import Context
 
 if TYPE_CHECKING:
+    from compress.distill.losses import Mix
     from compress.distill.steps import TeacherSource
     from compress.train.data import Packed
-    from compress.train.loop import Result
 
 
 class SchemeName(StrEnum):
@@ -59,18 +59,27 @@ class Signal:
         """The teacher for the first `sequences` rows of `data`; kept signals are made now where they are missing."""
         from compress.checkpoint import load_model
         from compress.distill.schemes import Scheme
-        from compress.distill.signal import Signals
+        from compress.distill.signal import Signals, Worker
         from compress.distill.steps import OnlineTeacher
+        from compress.train import parallel
 
         if self.scheme is SchemeName.online:
             return OnlineTeacher(load_model(teacher, ctx.dtype, self.teacher.value), data)
         scheme = Scheme(self.scheme.value, self.threshold, self.top, temperature)
         signals = Signals(
             self.path or ctx.signals, teacher, data, scheme, seed=ctx.seed, precision=ctx.precision, log=ctx.log,
-            own_folder=self.path is not None, load=self.teacher.value,
+            own_folder=self.path is not None, load=self.teacher.value, worker=Worker(parallel.rank(), parallel.world()),
         )  # fmt: skip
         signals.make(min(sequences, len(data.ids)))
+        parallel.wait()
         return signals
+
+
+class Schedule(StrEnum):
+    """How the learning rate falls (`compress/train/optimizer.py`)."""
+
+    cosine = "cosine"
+    wsd = "wsd"
 
 
 @dataclass
@@ -79,18 +88,25 @@ class Optimization:
 
     tokens: int = 200_000  # training tokens over all epochs, rounded up to whole steps
     epochs: int = 1  # times each sequence is read; a second one costs no teacher
-    batch_sequences: int = 4  # sequences of data.seq_len tokens per optimizer step
+    batch_sequences: int = 4  # sequences of data.seq_len tokens per optimizer step, over all processes
     micro_batch_sequences: int = 4  # sequences held in memory at once; changes memory and speed, not the result's meaning
     lr: float = 5e-4
+    schedule: Schedule = Schedule.cosine
+    decay_fraction: float = 0.2  # wsd: share of the steps, at the end, in which the rate falls
     warmup_fraction: float = 0.05
     grad_clip: float = 1.0
+    validations: int = 0  # measurements of the loss on the last rows of the text, which are then not trained on; the best weights ship
+    validation_sequences: int = 8
+    patience: int = 0  # measurements without a better one that end the stage; 0: never
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "epochs", "batch_sequences", "micro_batch_sequences", "lr", "grad_clip"):
+        for name in ("tokens", "epochs", "batch_sequences", "micro_batch_sequences", "lr", "grad_clip", "validation_sequences"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ConfigError(f"warmup_fraction={self.warmup_fraction} must be in [0, 1)")
+        if not 0 <= self.warmup_fraction < 1 or not 0 < self.decay_fraction <= 1:
+            raise ConfigError(f"warmup_fraction={self.warmup_fraction} must be in [0, 1) and decay_fraction={self.decay_fraction} in (0, 1]")
+        if self.validations < 0 or self.patience < 0 or (self.patience and not self.validations):
+            raise ConfigError(f"validations={self.validations}, patience={self.patience}: neither below 0, and patience needs validations")
 
     def steps(self, seq_len: int) -> int:
         """Optimizer steps that the token budget pays for."""
@@ -100,19 +116,33 @@ class Optimization:
         """Distinct sequences read: those of one epoch."""
         return -(-self.steps(seq_len) * self.batch_sequences // self.epochs)
 
-    def loop_arguments(self, ctx: Context) -> dict[str, Any]:
-        """What `compress.train.loop.train` takes besides model, loss and batches."""
-        return {
-            "steps": self.steps(ctx.seq_len), "lr": self.lr, "warmup_fraction": self.warmup_fraction, "grad_clip": self.grad_clip,
-            "seed": ctx.seed, "precision": ctx.precision, "work": ctx.work, "label": ctx.label, "log": ctx.log,
-        }  # fmt: skip
+    def optimize(
+        self, model: Any, mix: Mix, data: Packed, source: TeacherSource | None, ctx: Context, hidden_weight: float = 0.0
+    ) -> dict[str, float]:
+        """Train `model` on `data` with a loss mix. Deterministic figures; the whole curve, with its times, goes to the store's note."""
+        from compress.distill.steps import make_batches, make_loss, one_batch
+        from compress.train.loop import Plan, train
 
-    def metrics(self, result: Result, ctx: Context) -> dict[str, float]:
-        """Deterministic figures of a finished training; the whole curve, with its times, goes to the store's note."""
+        rows, validation = self.sequences(ctx.seq_len), None
+        head = source.teacher_head if source else None
+        if self.validations:
+            held = list(range(len(data.ids) - self.validation_sequences, len(data.ids)))
+            if held[0] < 1:
+                raise ValueError(f"{ctx.label}: {len(data.ids)} sequences of text leave none to train on besides {len(held)} for validation")
+            rows = min(rows, held[0])
+            validation = (make_loss(mix.without_labels(), head), [one_batch(data, source, [row]) for row in held])
+        batches = make_batches(data, source, seed=ctx.seed, sequences=rows, batch=self.batch_sequences)
+        plan = Plan(
+            steps=self.steps(ctx.seq_len), micro=self.micro_batch_sequences, lr=self.lr, schedule=self.schedule.value,
+            decay_fraction=self.decay_fraction, warmup_fraction=self.warmup_fraction, grad_clip=self.grad_clip, seed=ctx.seed,
+            precision=ctx.precision, activation_checkpointing=ctx.activation_checkpointing, parallel=ctx.parallel,
+            validations=self.validations, patience=self.patience,
+        )  # fmt: skip
+        result = train(model, make_loss(mix, head, hidden_weight), batches, plan, work=ctx.work, label=ctx.label, log=ctx.log, validation=validation)
+        ctx.curve(result.curve)
         losses = [row["loss"] for row in result.curve]
         tenth = max(1, len(losses) // 10)
-        ctx.curve(result.curve)
         return {
             "steps_count": len(losses), "tokens_count": len(losses) * self.batch_sequences * ctx.seq_len,
             "loss_first_nats": sum(losses[:tenth]) / tenth, "loss_last_nats": sum(losses[-tenth:]) / tenth,
-        }  # fmt: skip
+        } | result.validation  # fmt: skip

@@ -35,19 +35,18 @@ class Qat(Optimization):
         """Write the quantized student (fp32 values on the grid, codes in quant.safetensors). Metrics: as every training stage."""
         from compress.checkpoint import load_model, read_config
         from compress.distill.losses import Mix
-        from compress.distill.steps import make_batches, make_loss
         from compress.quant.fake import attach, finish, is_quantized, save_quantized
-        from compress.train.loop import train
 
         if is_quantized(parent):
             raise ValueError(f"{parent} is already quantized; give qat an unquantized parent")
         self.check_shape(read_config(parent))
+        if ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic":
+            raise ValueError(f"qat needs whole fp32 master weights, got trainer {ctx.parallel}, {ctx.precision}; use trainer=auto or ddp")
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
         source = self.signal.open(ctx, parent, data, sequences)
         model = load_model(parent)
         attach(model, self.grid.value, self.scales.value)
-        batches = make_batches(data, source, seed=ctx.seed, sequences=sequences, batch=self.batch_sequences, micro=self.micro_batch_sequences)
-        result = train(model, make_loss(Mix(), source.teacher_head), batches, **self.loop_arguments(ctx))
+        metrics = self.optimize(model, Mix(), data, source, ctx)
         tensors = finish(model)
         save_quantized(model, out, parent, tensors, self.grid.value)
-        return self.metrics(result, ctx)
+        return metrics

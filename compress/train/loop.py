@@ -1,13 +1,15 @@
 """The one training loop: distillation, LoRA and quantization-aware training all run through `train`.
 
-Each step accumulates the gradient of a loss *sum* over its micro-batches, then divides once by the number of labels, clips to a
-global norm and takes one fused AdamW step (arXiv 1711.05101) under a cosine schedule with linear warm-up (arXiv 1608.03983):
+Each step accumulates the gradient of a loss *sum* over its micro-batches (and, with several processes, over their rows), then
+divides once by the number of labels, clips to a global norm and takes one optimizer step (`optimizer.py`). With bf16 precision,
+forward passes run under bf16 autocast over fp32 masters; with bf16_stochastic the weights themselves are bf16.
 
-    lr(t) = lr * min(1, (t + 1) / warmup) * (floor + (1 - floor) * (1 + cos(pi t / steps)) / 2)
+Ctrl-C and SIGTERM finish the step, save the state and stop; after kill -9 at most SAVE_SECONDS of work is lost. Either way the same
+command goes on from there and ends in the same bytes, because batches and seeds are pure functions of the step. When memory
+runs out, the micro-batch is halved and the step taken again; the global batch stays.
 
-Master weights are fp32; with bf16 precision, accelerate runs forward passes under bf16 autocast. Ctrl-C and SIGTERM finish the
-step, save the state and stop; after kill -9 at most SAVE_SECONDS of work is lost. Either way the same command goes on from
-there and ends in the same bytes, because batches and seeds are pure functions of the step.
+With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; the best
+weights are what training returns, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +27,55 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from compress.errors import Interrupted
+from compress.errors import Interrupted, is_memory
+from compress.train import parallel
+from compress.train.forward import to_device
+from compress.train.optimizer import learning_rate, make_optimizer
 from compress.train.progress import Progress
-from compress.train.state import load_state, save_state
+from compress.train.state import load_state, named_locals, save_state
 
 Batch = dict[str, Tensor]
+LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 SAVE_SECONDS = 60.0
-LR_FLOOR = 0.1  # of the peak: the usual end of a cosine schedule in distillation (Minitron, arXiv 2407.14679, table 9)
-BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How `train` optimizes; fields as in `stages/optimization.py` and `config.Trainer`."""
+
+    steps: int
+    lr: float
+    micro: int = 4
+    warmup_fraction: float = 0.0
+    schedule: str = "cosine"
+    decay_fraction: float = 0.2
+    grad_clip: float = 1.0
+    seed: int = 0
+    precision: str = "fp32"  # or bf16, bf16_stochastic
+    activation_checkpointing: bool = False
+    parallel: str = "none"  # or ddp, fsdp2
+    validations: int = 0  # measurements over the stage, besides the first
+    patience: int = 0  # measurements without a better one that end training; 0: never
 
 
 @dataclass(frozen=True)
 class Result:
-    """What training says of itself: one row {"step", "loss", "lr", "grad_norm", "tokens_per_sec"} a step."""
+    """One row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", maybe "validation_kl"} a step, and the best step if validated."""
 
     curve: list[dict[str, float]]
+    validation: dict[str, float] = field(default_factory=dict)
 
 
 class LossModule(nn.Module):
     """A model and its loss as one module, so that autocast and data parallelism wrap the whole computation."""
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Batch], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.loss_fn(self.model, batch)
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup_steps: int) -> float:
-    """The schedule of the module's docstring."""
-    warm = min(1.0, (step + 1) / max(1, warmup_steps))
-    return peak * warm * (LR_FLOOR + (1 - LR_FLOOR) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    def forward(self, batch: Batch, loss_fn: LossFunction | None = None) -> tuple[Tensor, Tensor]:
+        return (loss_fn or self.loss_fn)(self.model, batch)
 
 
 @contextmanager
@@ -83,62 +101,174 @@ def _delayed_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(model: nn.Module, loss_fn: Callable[[Any, Batch], tuple[Tensor, Tensor]], batches: Callable[[int], list[Batch]], *,
-          steps: int, lr: float, warmup_fraction: float, grad_clip: float, seed: int, precision: str, work: Path,
-          label: str, log: Callable[[str], None]) -> Result:  # fmt: skip
+class Trainer:
+    """The model wrapped for its devices, its optimizer, and the state that a resumed run needs."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, plan: Plan, work: Path) -> None:
+        self.plan, self.work, self.model = plan, work, model
+        if plan.precision == "bf16_stochastic":
+            model.to(torch.bfloat16)
+        if plan.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        mixed = "bf16" if plan.precision == "bf16" and plan.parallel != "fsdp2" else "no"
+        self.accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
+        self.module: nn.Module = LossModule(model, loss_fn)
+        if plan.parallel == "fsdp2":
+            self.module = parallel.shard(self.module.to(self.accelerator.device), model, plan.precision)
+        else:
+            self.module = self.accelerator.prepare(self.module)
+        self.plain = self.accelerator.unwrap_model(self.module)
+        self.parameters = [p for p in self.plain.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, plan.lr)
+        self.best: dict[str, Tensor] = {}
+        self.state: dict[str, Any] = {"step": 0, "curve": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
+        self.replicated = plan.parallel != "fsdp2"  # whether every rank's state is the same
+        found = load_state(work, self.plain, self.optimizer, self.replicated)
+        if found:
+            self.state, self.best = found
+
+    def save(self) -> None:
+        """Make the state durable."""
+        save_state(self.work, self.plain, self.optimizer, self.state, self.best, self.replicated)
+
+    def step(self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]) -> dict[str, float]:
+        """One optimizer step; its row of the curve. With less and less memory, smaller micro-batches."""
+        plan, step, start = self.plan, self.state["step"], time.monotonic()
+        torch.manual_seed(plan.seed * 1_000_003 + step)
+        rate = learning_rate(step, plan.steps, plan.lr, round(plan.warmup_fraction * plan.steps), plan.schedule, plan.decay_fraction)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        while True:
+            try:
+                loss, count, norm = self._gradients(batches(step, self.state["micro"]), where)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_memory(error) or self.state["micro"] == 1 or parallel.world() > 1:
+                    raise
+                self.state["micro"] = max(1, self.state["micro"] // 2)
+            self.optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            log(f"{where}: out of memory; going on with micro-batches of {self.state['micro']} sequences")
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        clip = min(1.0, plan.grad_clip / (norm + 1e-6))
+        torch._foreach_mul_(grads, clip * parallel.world() / count)  # the one division: from sums to means
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"step": step, "loss": loss / count, "lr": rate, "grad_norm": norm, "tokens_per_sec": count / (time.monotonic() - start)}
+
+    def _gradients(self, batches: list[Batch], where: str) -> tuple[float, float, float]:
+        """(loss sum, labels, norm of the mean gradient) over all ranks; leaves gradients of the sum, divided by the ranks."""
+        loss, count = 0.0, 0.0
+        for number, batch in enumerate(batches, 1):
+            with self._synchronized(last=number == len(batches)):
+                loss_sum, labels = self.module(to_device(batch, self.accelerator.device))
+                self.accelerator.backward(loss_sum)
+            loss += float(loss_sum.detach())
+            count += int(labels)
+        loss, count = parallel.total(loss, count)
+        if count == 0:
+            raise ValueError(f"{where}: the batch has no label to learn from; the answers are longer than data.seq_len or the data is empty")
+        norm_tensor = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = float(norm_tensor.full_tensor() if hasattr(norm_tensor, "full_tensor") else norm_tensor) * parallel.world() / count
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            named = ((name, p.grad) for name, p in self.plain.named_parameters() if p.grad is not None)
+            bad = next((name for name, grad in named if not parallel.local(grad).isfinite().all()), "the loss")
+            raise FloatingPointError(f"{where}: {bad} is not finite (loss {loss / count}); lower the learning rate or use trainer.precision=fp32")
+        return loss, count, norm
+
+    @contextmanager
+    def _synchronized(self, last: bool) -> Iterator[None]:
+        """Exchange gradients between ranks in the last micro-batch only."""
+        if self.plan.parallel == "fsdp2":
+            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+        elif not last:
+            with self.accelerator.no_sync(self.module):
+                yield
+            return
+        yield
+
+    @torch.no_grad()
+    def validate(self, loss_fn: LossFunction, batches: list[Batch]) -> bool:
+        """Measure the KL of the weights as they are; whether it is the best so far, whose weights are then kept."""
+        self.module.eval()
+        sums = [self.module(to_device(batch, self.accelerator.device), loss_fn) for batch in batches]
+        self.module.train()
+        if self.plan.parallel == "fsdp2":
+            self.module.reshard()  # type: ignore[operator]  # the outermost group stays gathered after a forward without a backward
+        kl = parallel.share(sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums))
+        self.state["measured"] = [*self.state.get("measured", []), {"step": self.state["step"], "validation_kl": kl}]
+        if kl >= self.state["best_kl"]:
+            return False
+        self.state |= {"best_kl": kl, "best_step": self.state["step"]}
+        self.best = {name: p.clone() for name, p in named_locals(self.plain).items()}
+        return True
+
+    def finish(self) -> None:
+        """Leave the best weights, whole, in the model. Ranks but the first end here."""
+        with torch.no_grad():
+            for name, p in named_locals(self.plain).items():
+                p.copy_(self.best.get(name, p))
+        if self.plan.parallel == "fsdp2":
+            parallel.unshard(self.plain)
+        self.model.eval()
+        if self.plan.activation_checkpointing:
+            self.model.gradient_checkpointing_disable()  # type: ignore[operator]
+        if parallel.rank() > 0:
+            raise parallel.Followed
+
+
+def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int], list[Batch]], plan: Plan, *, work: Path, label: str,
+          log: Callable[[str], None], validation: tuple[LossFunction, list[Batch]] | None = None) -> Result:  # fmt: skip
     """Train the parameters of `model` that require gradients, in place, resuming from `work` if it holds a state.
 
-    `batches(step)` gives the micro-batches of a step; `loss_fn(model, batch)` a loss sum and its label count. `precision` is "bf16" or
-    "fp32". FloatingPointError, naming step and tensor, when the loss or a gradient is not finite. Interrupted after a signal.
+    `batches(step, micro)` gives this rank's micro-batches; `loss_fn(model, batch)` a loss sum and its label count; `validation` the loss
+    and batches that `plan.validations` measure. FloatingPointError, naming step and tensor, when the loss or a gradient is not
+    finite. Interrupted after a signal. parallel.Followed on every rank but the first.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available())
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
-    module, optimizer = accelerator.prepare(LossModule(model, loss_fn), optimizer)
-    plain, inner = accelerator.unwrap_model(module), getattr(optimizer, "optimizer", optimizer)
-    state = load_state(work, plain, inner) or {"step": 0, "curve": []}
+    trainer = Trainer(model, loss_fn, plan, work)
+    state, saved_at = trainer.state, time.monotonic()
     if state["step"]:
-        log(f"{label}: resuming at step {state['step']} of {steps}")
-    module.train()
-    warmup_steps, saved_at = round(warmup_fraction * steps), time.monotonic()
-    with _delayed_signals() as caught, Progress(label, steps, state["step"], log) as progress:
-        while state["step"] < steps:
-            step, start = state["step"], time.monotonic()
-            torch.manual_seed(seed * 1_000_003 + step)
-            for group in inner.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, warmup_steps)
-            loss, count, norm = _one_step(accelerator, module, optimizer, plain, parameters, batches(step), grad_clip, f"{label}, step {step}")
-            rate = count / (time.monotonic() - start)
-            row = {"step": step, "loss": loss, "lr": inner.param_groups[0]["lr"], "grad_norm": norm, "tokens_per_sec": rate}
-            state = {"step": step + 1, "curve": [*state["curve"], row]}
-            progress.update(step + 1, loss, rate)
-            if caught or (time.monotonic() - saved_at > SAVE_SECONDS and step + 1 < steps):
-                save_state(work, plain, inner, state)
+        log(f"{label}: resuming at step {state['step']} of {plan.steps}")
+    trainer.module.train()
+    due = {round(i * plan.steps / plan.validations) for i in range(plan.validations + 1)} if plan.validations and validation else set()
+    with _delayed_signals() as caught, Progress(label, plan.steps, state["step"], log) as progress:
+        while True:
+            step = state["step"]
+            if step in due and validation and step not in [row["step"] for row in state.get("measured", [])]:
+                trainer.validate(*validation)
+                log(f"{label}: step {step}, validation KL {state['measured'][-1]['validation_kl']:.4f}")
+            if step == plan.steps or _hopeless(state, plan):
+                break
+            row = trainer.step(batches, f"{label}, step {step}", log)
+            state |= {"step": step + 1, "curve": [*state["curve"], row]}
+            progress.update(step + 1, row["loss"], row["tokens_per_sec"])
+            stop, late = parallel.total(caught[0] if caught else 0, parallel.rank() == 0 and time.monotonic() - saved_at > SAVE_SECONDS)
+            if stop or (late and step + 1 < plan.steps):
+                trainer.save()
                 saved_at = time.monotonic()
-            if caught:
-                log(f"{label}: state saved after step {step + 1} of {steps}; repeat the command to go on")
-                raise Interrupted(caught[0])
-    model.eval()
-    return Result(state["curve"])
+            if stop:
+                log(f"{label}: state saved after step {step + 1} of {plan.steps}; repeat the command to go on")
+                raise Interrupted(caught[0] if caught else signal.SIGTERM)
+    trainer.finish()
+    return Result(_with_validation(state), _outcome(state))
 
 
-def _one_step(accelerator: Accelerator, module: nn.Module, optimizer: Any, plain: nn.Module, parameters: list[nn.Parameter],
-              batches: list[Batch], grad_clip: float, where: str) -> tuple[float, int, float]:  # fmt: skip
-    """One optimizer step. Returns (mean loss, labels, gradient norm before clipping)."""
-    total, count = 0.0, 0
-    for batch in batches:
-        loss_sum, labels = module({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
-        accelerator.backward(loss_sum)
-        total += float(loss_sum.detach())
-        count += int(labels)
-    if count == 0:
-        raise ValueError(f"{where}: the batch has no label to learn from; the answers are longer than data.seq_len or the data is empty")
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(grads)) / count
-    if not math.isfinite(total) or not math.isfinite(norm):
-        bad = next((n for n, p in plain.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "the loss")
-        raise FloatingPointError(f"{where}: {bad} is not finite (loss {total / count}); lower the learning rate or use trainer.precision=fp32")
-    torch._foreach_mul_(grads, min(1.0, grad_clip / (norm + 1e-6)) / count)  # the one division: from sums to means, and the clip
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total / count, count, norm
+def _hopeless(state: dict[str, Any], plan: Plan) -> bool:
+    """Whether the last `patience` measurements brought nothing better."""
+    since_best = [row for row in state.get("measured", []) if row["step"] > state["best_step"]]
+    return bool(plan.patience) and len(since_best) >= plan.patience
+
+
+def _with_validation(state: dict[str, Any]) -> list[dict[str, float]]:
+    measured = {row["step"]: row["validation_kl"] for row in state.get("measured", [])}
+    return [row | ({"validation_kl": measured[row["step"]]} if row["step"] in measured else {}) for row in state["curve"]]
+
+
+def _outcome(state: dict[str, Any]) -> dict[str, float]:
+    measured = state.get("measured", [])
+    if not measured:
+        return {}
+    first = measured[0]["validation_kl"]
+    return {"validation_kl_first_nats": first, "validation_kl_best_nats": state["best_kl"], "best_step_index": state["best_step"],
+            "paid_flag": float(state["best_step"] > 0)}  # fmt: skip

@@ -1,11 +1,11 @@
 """Where text comes from. A *source* is one string:
 
-    embedded:docstrings      docstrings of the running Python's standard library (PSF licence), read with `ast`, never imported
-    embedded:topics          `pydoc_data.topics`, the language reference's help texts (PSF licence)
-    embedded:docstring_chat  question and answer pairs made of the docstrings' first paragraphs
-    PATH                     .txt (documents split at blank lines), .jsonl / .json lines or .parquet with `text`, `messages`, or a
-                             `prompt|question` / `answer|response|completion` pair
-    hub:NAME[@CONFIG]:SPLIT:FIELD   a hub dataset (FIELD as above; needs the network)
+embedded:docstrings      docstrings of the running Python's standard library (PSF licence), read with `ast`, never imported
+embedded:topics          `pydoc_data.topics`, the language reference's help texts (PSF licence)
+embedded:docstring_chat  question and answer pairs made of the docstrings' first paragraphs
+PATH                     .txt (documents split at blank lines), .jsonl / .json lines or .parquet with `text`, `messages`, or a
+                         `prompt|question` / `answer|response|completion` pair
+hub:NAME[@CONFIG]:SPLIT:FIELD   a hub dataset (FIELD as above; needs the network)
 """
 
 from __future__ import annotations

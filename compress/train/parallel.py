@@ -1,0 +1,144 @@
+"""Many processes, one training. Rank 0 is the pipeline; the others only train beside it.
+
+    ddp     every rank holds the model; gradients are averaged (accelerate wraps the module)
+    fsdp2   every rank holds a shard of each parameter, gradient and moment; a block is gathered while it computes
+            (torch's `fully_shard`; accelerate would ignore its FSDP plugin on a CPU)
+
+`compress run ... trainer=ddp` starts its own followers on this machine; under torchrun, one node or many, RANK and WORLD_SIZE are
+set already and nothing is started (the store must then be on a file system that all nodes see). All ranks execute the same stage
+with the same batches, of which each takes every world-th row; rank 0 alone writes checkpoints, scores and records.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from compress.errors import ResourceError
+
+
+class Followed(BaseException):
+    """Raised by `train` on every rank but 0 when training is over: what comes next is rank 0's business."""
+
+
+def rank() -> int:
+    """This process's number; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_group() -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def share(value: Any = None) -> Any:
+    """Rank 0's value, on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def total(*numbers: float) -> list[float]:
+    """Sums over ranks, in float64."""
+    if world() == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def followers(processes: int, command: list[str]) -> Iterator[None]:
+    """Run the block as rank 0 of `processes`; the others run `compress COMMAND`, are started here and end with the block.
+
+    ResourceError when one of them dies first: the training state is on disk, so the command can be repeated.
+    """
+    if processes == 1 or "RANK" in os.environ:
+        with group() if "RANK" in os.environ else nullcontext():
+            yield
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
+    line = [sys.executable, "-m", "compress", *command]
+    ranks = [{"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(processes)]
+    children = [subprocess.Popen(line, env=os.environ | shared | own, stdout=subprocess.DEVNULL) for own in ranks[1:]]
+    os.environ |= shared | ranks[0]
+    try:
+        with group():
+            yield
+    except RuntimeError as error:
+        if any(child.poll() not in (None, 0) for child in children):
+            raise ResourceError(f"a training process died ({error}); the state is saved, repeat the command to go on") from error
+        raise
+    finally:
+        for name in (*shared, "RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+        for child in children:
+            child.terminate() if sys.exc_info()[0] else None
+            child.wait()
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """A process group for the block."""
+    join_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(module: nn.Module, model: Any, precision: str) -> nn.Module:
+    """`fully_shard` every block of `model`, then the whole `module` that holds it: parameters become DTensors."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = dist.init_device_mesh(device, (world(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for block in base.base_model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh, mp_policy=policy)  # type: ignore[return-value]
+
+
+def unshard(module: nn.Module) -> None:
+    """Put whole, plain parameters back into every submodule; each rank ends up with all of them."""
+    whole: dict[int, nn.Parameter] = {}
+    for submodule in module.modules():
+        for name, p in list(submodule._parameters.items()):
+            if p is not None and hasattr(p, "full_tensor"):
+                if id(p) not in whole:
+                    whole[id(p)] = nn.Parameter(p.full_tensor().detach(), requires_grad=p.requires_grad)
+                submodule._parameters[name] = whole[id(p)]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

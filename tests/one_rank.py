@@ -1,0 +1,65 @@
+"""One process of a distributed training on the tiny teacher, for `test_parallel.py`: `python one_rank.py KIND FOLDER STEPS STOP`.
+
+Rank 0 writes curve.json and final.safetensors into FOLDER. With STOP >= 0, the last rank kills itself there, by SIGKILL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from conftest import make_context
+from safetensors.torch import save_file
+
+from compress.checkpoint import load_model
+from compress.distill.losses import Mix
+from compress.distill.schemes import Scheme
+from compress.distill.signal import Signals, Worker
+from compress.distill.steps import make_batches, make_loss
+from compress.train import loop, parallel
+from compress.train.loop import Plan, train
+
+
+def main(kind: str, folder: Path, steps: int, stop: int) -> None:
+    loop.SAVE_SECONDS = 0.0 if stop >= 0 else 60.0  # with a kill ahead, save after every step
+    if "RANK" in os.environ:
+        parallel.join_group()
+    own = folder / str(parallel.rank())
+    own.mkdir(parents=True, exist_ok=True)
+    context = make_context(folder / "teacher", own)
+    data = context.text()
+    worker = Worker(parallel.rank(), parallel.world())
+    signals = Signals(folder / "signals", context.teacher, data, Scheme(), seed=0, precision="fp32", log=print, worker=worker)
+    signals.make(64)
+    parallel.wait()
+    model = load_model(context.teacher)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    batches = make_batches(data, signals, seed=5, sequences=64, batch=8)
+    sharded = []
+
+    def watched(step, micro):
+        if step == stop and parallel.rank() == parallel.world() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sharded.append(sum(type(p).__name__ == "DTensor" for p in model.parameters()))
+        return batches(step, micro)
+
+    plan = Plan(steps, lr=1e-3, micro=2, parallel=kind, validations=2)
+    held = (make_loss(Mix()), [data.batch([60]) | signals.read([60])])
+    try:
+        result = train(model, make_loss(Mix(1.0, 0.1)), watched, plan, work=folder / "work", label="test", log=print, validation=held)
+    except parallel.Followed:
+        return
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "final.safetensors")
+    about = {"curve": result.curve, "sharded": sharded[0], "parameters": len(list(model.parameters())), "validation": result.validation}
+    (folder / "curve.json").write_text(json.dumps(about))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

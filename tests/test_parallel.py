@@ -1,0 +1,90 @@
+"""Two gloo processes on the CPU give the numbers of one; a killed rank leaves a run that goes on; the command starts its own followers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+
+
+def launch(kind, folder, teacher, steps=4, stop=-1, world=2):
+    folder.mkdir(exist_ok=True)
+    if not (folder / "teacher").exists():
+        shutil.copytree(teacher, folder / "teacher")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "PYTHONPATH": path}
+    line = [sys.executable, str(HERE / "one_rank.py"), kind, str(folder), str(steps), str(stop)]
+    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {} for r in range(world)]
+    processes = [subprocess.Popen(line, env=shared | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for own in ranks]
+    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+def result(folder):
+    return json.loads((folder / "curve.json").read_text()), load_file(folder / "final.safetensors")
+
+
+@pytest.fixture(scope="module")
+def single(tiny_teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    codes, outputs = launch("none", folder, tiny_teacher, world=1)
+    assert codes == [0], outputs
+    return result(folder)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_give_the_losses_of_one_and_resume_after_a_killed_rank(kind, single, tiny_teacher, tmp_path):
+    codes, outputs = launch(kind, tmp_path / "a", tiny_teacher)
+    assert codes == [0, 0], outputs
+    (about, weights), (expected, expected_weights) = result(tmp_path / "a"), single
+    assert about["sharded"] == (about["parameters"] if kind == "fsdp2" else 0)
+    for ours, theirs in zip(about["curve"], expected["curve"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert about["validation"]["validation_kl_best_nats"] == pytest.approx(expected["validation"]["validation_kl_best_nats"], rel=1e-4)
+    for name, tensor in expected_weights.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
+
+    codes, outputs = launch(kind, tmp_path / "b", tiny_teacher, stop=2)
+    assert codes[1] == -9 and codes[0] != 0, outputs
+    assert len(list((tmp_path / "b" / "work").glob("state-*"))) == 1
+    codes, outputs = launch(kind, tmp_path / "b", tiny_teacher)
+    assert codes == [0, 0] and "resuming at step" in outputs[0], outputs
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in result(tmp_path / "b")[1].items())
+
+
+def test_sharded_state_of_another_number_of_processes_is_refused(tiny_teacher, tmp_path):
+    launch("fsdp2", tmp_path / "a", tiny_teacher, stop=2)
+    codes, outputs = launch("none", tmp_path / "a", tiny_teacher, world=1)
+    assert codes != [0] and "was saved by 2 sharded processes, this run has 1; use as many, or delete it" in outputs[0]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_command_starts_its_own_followers(kind, tmp_path):
+    line = [sys.executable, "-m", "compress", "run", "smoke", f"trainer={kind}", "trainer.processes=2", "trainer.threads=1",
+            "pipeline=[depth,heal,chat]", "export=none"]  # fmt: skip
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, timeout=240)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/smoke/*/*/record.json"))]
+    assert [record["slot"] for record in records] == ["teacher", "depth", "heal", "chat"]
+    assert len(list(tmp_path.glob("runs/smoke/*"))) == 1
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path):
+    line = [sys.executable, "-m", "compress", "run", "smoke", "trainer=ddp", "trainer.processes=2", "stages.heal.batch_sequences=3"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "stages.heal.batch_sequences=3 can't be shared by 2 processes; use a multiple of that" in done.stderr

@@ -46,11 +46,11 @@ class Data:
     """Which text trains, calibrates and judges; sources as in `compress/train/sources.py`."""
 
     train: list[str] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # each train source's share of the tokens; empty: all documents alike
-    packing: Packing = Packing.stream
     chat: list[str] = field(default_factory=list)
     heldout: list[str] = field(default_factory=list)  # another domain, never trained on: closeness to the teacher is measured here
     seq_len: int = 512
+    weights: list[float] = field(default_factory=list)  # each train source's share of the tokens; empty: all documents alike
+    packing: Packing = Packing.stream
 
     def __post_init__(self) -> None:
         if self.seq_len < 8:

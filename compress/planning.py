@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import ResourceError
 
 if TYPE_CHECKING:
-    from compress.pipeline import Session
+    from compress.session import Session
 
 EFFICIENCY = 0.5  # assumed share of the square matrix product's rate that a whole training step reaches; on the cautious side
 TASK_TOKENS = 16_000  # about the tokens of the embedded tasks

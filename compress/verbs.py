@@ -42,7 +42,7 @@ def score(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from compress import budget, pipeline
+    from compress import budget, session
     from compress.checkpoint import check, digest, sha256_file
     from compress.score.scorer import Model
 
@@ -59,7 +59,7 @@ def score(arguments: list[str]) -> int:
     if not gguf:
         check(options.model)
     model = Model(options.model.absolute(), sha256_file(options.model) if gguf else digest(options.model), "llama.cpp" if gguf else "torch")
-    scorer, teacher = pipeline.open_scorer(**{k: parts[k] for k in ("teacher", "data", "eval", "trainer", "store")})
+    scorer, teacher = session.open_scorer(**{k: parts[k] for k in ("teacher", "data", "eval", "trainer", "store")})
     reference = scorer.measure(Model(teacher.path, teacher.digest))
     measured = scorer.measure(model)
     relative, intervals, excluded = scorer.beside(measured, reference, None)
@@ -110,7 +110,7 @@ def verify(arguments: list[str]) -> int:
 
 def accept(arguments: list[str]) -> int:
     """Measure a bundle's budget again on this machine. The teacher is used when it can be had, for the KL."""
-    from compress import budget, pipeline
+    from compress import budget, session
     from compress.checkpoint import digest, sha256_file
     from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
     from compress.export.bundle import verify_bundle
@@ -128,12 +128,12 @@ def accept(arguments: list[str]) -> int:
     model = Model(judged, sha256_file(judged) if gguf else digest(judged), "llama.cpp" if gguf else "torch")
     print(f"verified; measuring {manifest['judged']} on this machine", file=sys.stderr)
     try:
-        scorer, teacher = pipeline.open_scorer(Teacher(**config["teacher"]), Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store)
+        scorer, teacher = session.open_scorer(Teacher(**config["teacher"]), Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store)
         reference = scorer.measure(Model(teacher.path, teacher.digest)) if teacher.digest == manifest["teacher"]["digest"] else None
     except ValueError as error:
         print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)
         tokenizer_home = Teacher(str(options.bundle.absolute() / "hf"))
-        scorer, _ = pipeline.open_scorer(tokenizer_home, Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store)
+        scorer, _ = session.open_scorer(tokenizer_home, Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store)
         reference = None
     measured = scorer.measure(model)
     items = [json.loads(line) for line in (options.bundle / "teacher_items.jsonl").read_text().splitlines()]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 SIDES = ("baseline", "cached", "online", "ce")
-ROWS, LENGTH, STEPS, MICRO = 4, 512, 6, 1  # the first two steps of a process warm up
+ROWS, LENGTH, STEPS, MICRO = 4, 512, 6, 2  # the first two steps of a process warm up
 
 
 def prepare(work: Path) -> None:

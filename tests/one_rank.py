@@ -57,7 +57,7 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
     except parallel.Followed:
         return
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "final.safetensors")
-    about = {"curve": result.curve, "sharded": sharded[0], "parameters": len(list(model.parameters())), "validation": result.validation}
+    about = {"curve": result.curve, "sharded": sharded[0], "parameters": len(list(model.parameters())), "validation": result.outcome}
     (folder / "curve.json").write_text(json.dumps(about))
 
 

@@ -183,3 +183,15 @@ def test_hidden_mse_is_zero_for_scaled_copies_and_counts_only_masked_tokens():
     y[2] += 5
     assert hidden_mse(y, x, mask) < 1e-6
     assert hidden_mse(-x, x, mask) == pytest.approx(4 * 4, rel=1e-4)
+
+
+def test_a_gradient_added_in_place_is_the_sum_of_both():
+    hidden, weight, _, labels, mask, teacher_hidden, teacher_weight = example()
+    target, grads = dense(None, teacher_hidden, teacher_weight), []
+    for in_place in (False, True):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        for _ in range(2):
+            head_loss(h, Head(w), labels, mask, target, Mix(0.7, 0.4), 4, into_VH=w.grad if in_place else None).backward()
+        grads.append((h.grad, w.grad))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

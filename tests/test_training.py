@@ -253,9 +253,9 @@ def test_the_best_weights_by_validation_are_returned_and_training_stops_early(co
         return plain(step, micro)
 
     result = train(model, destructive, counted, **arguments(tmp_path / "w", 40, validations=10, patience=2, schedule="wsd"), validation=held)
-    measured = {row["step"]: row["validation_kl"] for row in result.curve if "validation_kl" in row}
-    assert result.validation["best_step_index"] == 8 == min(measured, key=measured.get)
-    assert len(result.curve) == 16 and result.validation["paid_flag"] == 1.0
+    measured = {row["step"]: row["validation_kl"] for row in result.measured}
+    assert result.outcome["best_step_index"] == 8 == min(measured, key=measured.get)
+    assert len(result.curve) == 16 and result.outcome["paid_flag"] == 1.0
     assert all(torch.equal(p, best[name]) for name, p in weights(model).items())
 
 
@@ -268,7 +268,7 @@ def test_a_stage_that_only_does_harm_did_not_pay_and_changes_nothing(context, tm
         return -total, count
 
     result = train(model, harm, batches_of(context), **arguments(tmp_path / "w", 12, validations=4), validation=validation_of(context))
-    assert result.validation["paid_flag"] == 0.0 and result.validation["best_step_index"] == 0
+    assert result.outcome["paid_flag"] == 0.0 and result.outcome["best_step_index"] == 0
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
 
 
@@ -288,6 +288,6 @@ def test_the_best_weights_survive_an_interruption(context, tmp_path):
                 train(student(context), make_loss(Mix()), maybe, **arguments(work, 12, **plan), validation=held)
         model = student(context)
         result = train(model, make_loss(Mix()), batches, **arguments(work, 12, **plan), validation=held)
-        finals.append((weights(model), result.validation))
+        finals.append((weights(model), result.outcome))
     assert finals[0][1] == finals[1][1]
     assert all(torch.equal(p, finals[1][0][name]) for name, p in finals[0][0].items())

@@ -97,7 +97,7 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, head: Head, labels_N: Tensor, counted_N: Tensor,
-                target: Target | None, mix: Mix, chunk: int) -> Tensor:  # fmt: skip
+                target: Target | None, mix: Mix, chunk: int, into_VH: Tensor | None) -> Tensor:  # fmt: skip
         device = hidden_NH.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
@@ -106,7 +106,7 @@ class _FusedHead(torch.autograd.Function):
             if isinstance(target, Dense) and target.head is not None:
                 target = Dense(target.hidden_NH.to(compute), target.head.to(compute))
             d_hidden = torch.empty_like(hidden_NH) if need_h else None
-            d_weight = torch.zeros_like(weight_VH) if need_w else None
+            d_weight = (torch.zeros_like(weight_VH) if into_VH is None else into_VH) if need_w else None
             d_bias = torch.zeros_like(bias_V) if bias_V is not None and need_b else None
             total = hidden_NH.new_zeros((), dtype=torch.float64)
             for start in range(0, len(hidden_NH), chunk):
@@ -118,15 +118,18 @@ class _FusedHead(torch.autograd.Function):
                     d_hidden[part] = grad_CV @ head.weight_VH
                 if d_weight is not None:
                     _add_product(d_weight, grad_CV, h_CH)
-        ctx.save_for_backward(*(t for t in (d_hidden, d_weight, d_bias) if t is not None))
+        ctx.in_place = into_VH is not None
+        ctx.save_for_backward(*(t for t in (d_hidden, None if ctx.in_place else d_weight, d_bias) if t is not None))
         return total.to(torch.float32 if compute != torch.float64 else torch.float64)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         saved, scale = list(ctx.saved_tensors), grad_outputs[0]
         one = scale.device.type == "cpu" and float(scale) == 1.0  # asking a GPU would wait for it
-        grads = [(saved.pop(0) if one else saved.pop(0).mul_(scale)) if need else None for need in ctx.needs_input_grad[:3]]
-        return (*grads, None, None, None, None, None, None)
+        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        needed = (need_h, need_w and not ctx.in_place, need_b)
+        grads = [(saved.pop(0) if one else saved.pop(0).mul_(scale)) if need else None for need in needed]
+        return (*grads, None, None, None, None, None, None, None)
 
 
 def _add_product(d_weight_VH: Tensor, grad_CV: Tensor, h_CH: Tensor) -> None:
@@ -265,15 +268,19 @@ def _dense(logits_CV: Tensor, teacher_CV: Tensor, kl_C: Tensor, mix: Mix) -> tup
     return (temperature**2 * kl_C * loss_C).double().sum(), grad_CV.mul_(temperature * kl_C[:, None])
 
 
-def head_loss(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tensor, target: Target | None, mix: Mix, chunk: int = CHUNK_TOKENS) -> Tensor:
+def head_loss(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tensor, target: Target | None, mix: Mix, chunk: int = CHUNK_TOKENS,
+              into_VH: Tensor | None = None) -> Tensor:  # fmt: skip
     """Sum over the masked tokens of the loss in the module's docstring, in nats.
 
     hidden (N, H) after the final norm, labels (N,) int64, mask (N,) bool. Logits are computed in the autocast type when autocast
     is on, else in the weight's type; softmax and sums are fp32 (fp64 for fp64 input). ValueError when the mix can't be had from the target.
+
+    With `into_VH`, the head weight's own `.grad` of earlier micro-batches, d loss / d W is added there at once, and backward, which must
+    then be called with gradient 1, leaves it alone: a V x H buffer and two passes over it less (as Megatron's gradient accumulation fusion).
     """
     mix.check(target)
     real = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-    loss: Tensor = _FusedHead.apply(hidden_NH, head.weight_VH, head.bias_V, head, labels_N, mask_N.to(real), target, mix, chunk)
+    loss: Tensor = _FusedHead.apply(hidden_NH, head.weight_VH, head.bias_V, head, labels_N, mask_N.to(real), target, mix, chunk, into_VH)
     return loss
 
 

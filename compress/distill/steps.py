@@ -80,7 +80,9 @@ def make_loss(mix: Mix, teacher_head: Head | None = None, hidden_weight: float =
 
     def loss_fn(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden_NH, mask_N = hidden_states(model, batch["inputs"], batch.get("positions")), batch["mask"].flatten()
-        loss = head_loss(hidden_NH, head_of(model), batch["labels"].flatten(), mask_N, as_target(batch, teacher_head), mix)
+        head, target = head_of(model), as_target(batch, teacher_head)
+        whole = torch.is_grad_enabled() and parallel.world() == 1 and head.weight_VH.is_leaf  # elsewhere autograd's hooks must see the gradient
+        loss = head_loss(hidden_NH, head, batch["labels"].flatten(), mask_N, target, mix, into_VH=head.weight_VH.grad if whole else None)
         if hidden_weight:
             loss = loss + hidden_weight * hidden_mse(hidden_NH, batch["teacher_hidden"], mask_N)
         return loss, torch.count_nonzero(mask_N)

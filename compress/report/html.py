@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from compress.report.curves import lines_svg
 from compress.report.picture import COLUMN, FAMILY, size_accuracy_latency
 from compress.report.records import Record, Run, teacher_of, worst
 from compress.report.table import Column, columns_of, comparison, standing, verdict_word
@@ -52,6 +53,7 @@ def _run(run: Run, several: bool) -> list[str]:
     if not several:
         parts.append(_picture([run]))
     parts.append(f'<div class="two">{_kl_bars(run)}{_verdicts(run)}</div>')
+    parts.append(_training(run))
     cells = [(r["slot"], _technique(r), r, teacher_of(run.records, r.get("runtime", "torch"))) for r in run.records]
     parts.append(_section("Stages", "Small figures: difference from the teacher.", _table(cells, False)))
     parts.append(f'<div class="two">{_machine(run)}{_lineage(run)}</div>')
@@ -134,6 +136,17 @@ def _kl_bars(run: Run) -> str:
                    f'<td class="muted">{change}</td></tr>')  # fmt: skip
     note = "Mean KL divergence per token in nats, and the change from the stage's parent. Less is closer."
     return _section("Distance to the teacher", note, f'<table class="bars">{"".join(out)}</table>') if out else ""
+
+
+def _training(run: Run) -> str:
+    """The loss of every stage that trained, and the validation KL where it was measured."""
+    lines = {r["slot"]: [(row["step"], row["loss"]) for row in r["curve"] if "loss" in row] for r in run.records if r.get("curve")}
+    for r in run.records:
+        if measured := [(row["step"], row["validation_kl"]) for row in r.get("curve", []) if "validation_kl" in row]:
+            lines[f"{r['slot']}, validation KL"] = measured
+    note = "Mean loss per token in nats, of the stage's own loss; different stages' losses are different things."
+    svg = lines_svg(lines, "optimizer step", "loss (nats)")
+    return _section("Training", note, svg) if svg else ""
 
 
 def _verdicts(run: Run) -> str:

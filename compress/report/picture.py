@@ -121,11 +121,11 @@ def _svg(points: list[Point], measure: Column, up: int, many: bool, kind: str, w
 def _axes(f: Frame, measure: Column, up: int) -> str:
     foot, end = f.height - f.bottom, f.width - f.right
     out = []
-    for tick in _ticks(min(f.y_range), max(f.y_range), 5):
+    for tick in ticks(min(f.y_range), max(f.y_range), 5):
         y, text = f.y(tick), f"{tick:g}{measure.suffix}"
         out.append(f'<path class="grid" d="M{f.left} {y:.1f}H{end}"/>'
                    f'<text class="tick" x="{f.left - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')  # fmt: skip
-    for tick in _ticks(*f.x_range, 5 if f.width < 500 else 8):
+    for tick in ticks(*f.x_range, 5 if f.width < 500 else 8):
         out.append(f'<text class="tick" x="{f.x(tick):.1f}" y="{foot + 18}" text-anchor="middle">{tick:g}</text>')
     name = "accuracy kept" if up > 0 else "KL to teacher (nats, less is better)"
     out.append(f'<path class="axis" d="M{f.left} {foot}H{end}"/>'
@@ -134,7 +134,7 @@ def _axes(f: Frame, measure: Column, up: int) -> str:
     return "".join(out)
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
+def ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers within [low, high], about `count` of them."""
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))

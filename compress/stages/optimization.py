@@ -139,10 +139,10 @@ class Optimization:
             validations=self.validations, patience=self.patience,
         )  # fmt: skip
         result = train(model, make_loss(mix, head, hidden_weight), batches, plan, work=ctx.work, label=ctx.label, log=ctx.log, validation=validation)
-        ctx.curve(result.curve)
+        ctx.curve(sorted([*result.curve, *result.measured], key=lambda row: row["step"]))
         losses = [row["loss"] for row in result.curve]
         tenth = max(1, len(losses) // 10)
         return {
             "steps_count": len(losses), "tokens_count": len(losses) * self.batch_sequences * ctx.seq_len,
             "loss_first_nats": sum(losses[:tenth]) / tenth, "loss_last_nats": sum(losses[-tenth:]) / tenth,
-        } | result.validation  # fmt: skip
+        } | result.outcome  # fmt: skip

@@ -19,7 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """One row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", maybe "validation_kl"} a step, and the best step if validated."""
+    """What training says of itself.
+
+    curve: one row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "seconds"} a step. measured: one row {"step", "tokens", "seconds",
+    "validation_kl"} a measurement, tokens and seconds being those of the steps before it. outcome: the best step and what it brought.
+    """
 
     curve: list[dict[str, float]]
-    validation: dict[str, float] = field(default_factory=dict)
+    measured: list[dict[str, float]]
+    outcome: dict[str, float]
 
 
 class LossModule(nn.Module):
@@ -121,7 +126,7 @@ class Trainer:
         self.parameters = [p for p in self.plain.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, plan.lr)
         self.best: dict[str, Tensor] = {}
-        self.state: dict[str, Any] = {"step": 0, "curve": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
+        self.state: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
         self.replicated = plan.parallel != "fsdp2"  # whether every rank's state is the same
         found = load_state(work, self.plain, self.optimizer, self.replicated)
         if found:
@@ -155,7 +160,8 @@ class Trainer:
         torch._foreach_mul_(grads, clip * parallel.world() / count)  # the one division: from sums to means
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"step": step, "loss": loss / count, "lr": rate, "grad_norm": norm, "tokens_per_sec": count / (time.monotonic() - start)}
+        seconds = time.monotonic() - start
+        return {"step": step, "loss": loss / count, "lr": rate, "grad_norm": norm, "tokens_per_sec": count / seconds, "seconds": seconds}
 
     def _gradients(self, batches: list[Batch], where: str) -> tuple[float, float, float]:
         """(loss sum, labels, norm of the mean gradient) over all ranks; leaves gradients of the sum, divided by the ranks."""
@@ -197,7 +203,10 @@ class Trainer:
         if self.plan.parallel == "fsdp2":
             self.module.reshard()  # type: ignore[operator]  # the outermost group stays gathered after a forward without a backward
         kl = parallel.share(sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums))
-        self.state["measured"] = [*self.state.get("measured", []), {"step": self.state["step"], "validation_kl": kl}]
+        seconds = sum(row["seconds"] for row in self.state["curve"])
+        tokens = sum(row["seconds"] * row["tokens_per_sec"] for row in self.state["curve"])
+        row = {"step": self.state["step"], "tokens": round(tokens), "seconds": seconds, "validation_kl": kl}
+        self.state["measured"] = [*self.state["measured"], row]
         if kl >= self.state["best_kl"]:
             return False
         self.state |= {"best_kl": kl, "best_step": self.state["step"]}
@@ -235,7 +244,7 @@ def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int],
     with _delayed_signals() as caught, Progress(label, plan.steps, state["step"], log) as progress:
         while True:
             step = state["step"]
-            if step in due and validation and step not in [row["step"] for row in state.get("measured", [])]:
+            if step in due and validation and step not in [row["step"] for row in state["measured"]]:
                 trainer.validate(*validation)
                 log(f"{label}: step {step}, validation KL {state['measured'][-1]['validation_kl']:.4f}")
             if step == plan.steps or _hopeless(state, plan):
@@ -251,24 +260,18 @@ def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int],
                 log(f"{label}: state saved after step {step + 1} of {plan.steps}; repeat the command to go on")
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)
     trainer.finish()
-    return Result(_with_validation(state), _outcome(state))
+    return Result(state["curve"], state["measured"], _outcome(state))
 
 
 def _hopeless(state: dict[str, Any], plan: Plan) -> bool:
     """Whether the last `patience` measurements brought nothing better."""
-    since_best = [row for row in state.get("measured", []) if row["step"] > state["best_step"]]
+    since_best = [row for row in state["measured"] if row["step"] > state["best_step"]]
     return bool(plan.patience) and len(since_best) >= plan.patience
 
 
-def _with_validation(state: dict[str, Any]) -> list[dict[str, float]]:
-    measured = {row["step"]: row["validation_kl"] for row in state.get("measured", [])}
-    return [row | ({"validation_kl": measured[row["step"]]} if row["step"] in measured else {}) for row in state["curve"]]
-
-
 def _outcome(state: dict[str, Any]) -> dict[str, float]:
-    measured = state.get("measured", [])
-    if not measured:
+    if not state["measured"]:
         return {}
-    first = measured[0]["validation_kl"]
+    first = state["measured"][0]["validation_kl"]
     return {"validation_kl_first_nats": first, "validation_kl_best_nats": state["best_kl"], "best_step_index": state["best_step"],
             "paid_flag": float(state["best_step"] > 0)}  # fmt: skip

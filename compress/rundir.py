@@ -1,0 +1,81 @@
+"""A run's readable directory: run.json, one folder a slot with its record, and the trackers fed from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from compress import machine
+from compress.config import Recipe
+from compress.score.scorer import Measured
+from compress.session import Session, plain
+from compress.store import write_json
+from compress.track import Guarded, open_tracker
+
+CURVE_POINTS = 60
+
+
+class RunDir:
+    """The readable run directory: run.json, one folder a slot, records, and the trackers fed from them."""
+
+    def __init__(self, path: Path, recipe: Recipe, session: Session) -> None:
+        self.path, self.index = path.absolute(), 0
+        self.path.mkdir(parents=True, exist_ok=True)
+        name = f"{self.path.parent.name}/{self.path.name}"
+        self.about: dict[str, Any] = {
+            "schema": 1, "recipe": self.path.parent.name, "name": name, "started": now(), "finished": None, "exit": None,
+            "git_sha": machine.git_sha(), "versions": machine.versions(), "machine": machine.describe(session.threads),
+            "config": plain(asdict(recipe)), "slots": [], "keys": [],
+        }  # fmt: skip
+        self.trackers: list[Guarded] = [
+            open_tracker(sink, self.path, **({"project": recipe.track.project} if sink == "wandb" else {})) for sink in recipe.track.sinks
+        ]
+        self.write()
+        for tracker in self.trackers:
+            tracker.start(self.about)
+
+    def write(self) -> None:
+        """Replace run.json."""
+        write_json(self.path / "run.json", self.about)
+
+    def name_key(self, key: str) -> None:
+        """Let run.json name a store key before its work starts, so that gc leaves unfinished work alone."""
+        self.about["keys"].append(key)
+        self.write()
+
+    def add(self, record: dict[str, Any], measured: Measured, curve: list[dict[str, Any]]) -> dict[str, Any]:
+        """Write one slot's folder and hand the record to the trackers."""
+        record = {"schema": 1, "run": self.about["name"], "recipe": self.about["recipe"], "index": self.index, "created": now()} | record
+        folder = self.path / f"{self.index:02d}-{record['slot']}"
+        folder.mkdir()
+        write_json(folder / "record.json", record)
+        (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in measured.items))
+        (folder / "weights").symlink_to(os.path.relpath(measured.model.path, folder))
+        self.index += 1
+        self.about["slots"].append(record["slot"])
+        self.write()
+        for tracker in self.trackers:
+            tracker.record(record, curve)
+        return record
+
+    def finish(self, code: int) -> None:
+        """Record the exit code."""
+        self.about |= {"finished": now(), "exit": code}
+        self.write()
+        for tracker in self.trackers:
+            tracker.finish(code)
+
+
+def thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most CURVE_POINTS rows for the record, evenly spread, and every row with a validation; trackers get them all."""
+    every = -(-len(curve) // CURVE_POINTS)
+    return [row for number, row in enumerate(curve) if number % max(1, every) == 0 or "validation_kl" in row or number == len(curve) - 1]
+
+
+def now() -> str:
+    """The moment, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -121,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_OK
     signal.signal(signal.SIGTERM, _terminated)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about their own next versions: noise to our users
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import which faster kernels it lacks; peft imports it always
     try:
         if arguments[0] not in VERBS:
             raise ConfigError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], VERBS)}")

@@ -91,7 +91,7 @@ class Session:
         for name in self.recipe.track.sinks:
             check_tracker(name)
         check_tasks(self.recipe.eval.tasks)
-        check_batches(self.recipe)
+        check_processes(self.recipe)
         self.threads = self.recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(self.threads)
         self.store = Store(Path(self.recipe.store))
@@ -110,7 +110,7 @@ class Session:
             _ = self.chat
 
     def _pack(self, sources: list[str], **how: Any) -> Packed:
-        return pack(sources, self.teacher.path, self.recipe.data.seq_len, self.store.root / "data", **how)
+        return pack(sources, self.teacher.path, self.recipe.data.seq_len, self.store.root / "data", log=log, **how)
 
     @cached_property
     def text(self) -> Packed:
@@ -150,8 +150,10 @@ class Session:
         )  # fmt: skip
 
 
-def check_batches(recipe: Recipe) -> None:
-    """ConfigError when a stage's batch can't be shared out evenly."""
+def check_processes(recipe: Recipe) -> None:
+    """ConfigError when there are several processes without a way to train together, or a batch that they can't share evenly."""
+    if parallel.world() > 1 and recipe.trainer.parallel == "none":
+        raise ConfigError(f"{parallel.world()} processes were started, but trainer.parallel=none; use trainer=ddp or trainer=fsdp2")
     for slot, stage in recipe.stages.items():
         if isinstance(stage, Optimization) and stage.batch_sequences % parallel.world():
             raise ConfigError(

@@ -53,12 +53,12 @@ def main() -> int:
     parser.add_argument("recipe", nargs="?", default="smoke")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--slots", default="heal,chat,qat")
-    parser.add_argument("--after-seconds", type=float, default=3.0, help="how long after the slot's first line the signal comes")
+    parser.add_argument("--after-seconds", default="3,3,3", help="how long after each slot's first line its signal comes")
     parser.add_argument("--whole", type=Path, help="an uninterrupted run of the same recipe to compare with")
     options = parser.parse_args()
     cut = command(options.recipe, options.overrides, "runs/.store-faults")
-    for slot, how in zip(options.slots.split(","), SIGNALS, strict=True):
-        code, seconds = interrupt(cut, slot, how, options.after_seconds)
+    for slot, how, after in zip(options.slots.split(","), SIGNALS, options.after_seconds.split(","), strict=True):
+        code, seconds = interrupt(cut, slot, how, float(after))
         print(f"{slot:<10} {how.name:<8} exit {code:>4} after {seconds:6.1f} s", flush=True)
     subprocess.run(cut, check=True)
     resumed = digests(newest_run(options.recipe))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import signal
 
 import pytest
 import torch
 from conftest import make_context
 
-from compress.checkpoint import digest, load_model, load_tokenizer
+from compress.checkpoint import digest, load_model, load_tokenizer, save_model
+from compress.errors import Interrupted
 from compress.stages import STAGES
+from compress.stages.distill import Distill, Divergence
+from compress.stages.optimization import SchemeName, Signal
 from compress.store import Store, file_table
 
 SMALL = {
@@ -134,3 +138,93 @@ def test_frozen_embeddings_stay_the_parents(tiny_teacher, tmp_path):
         STAGES["distill"](**SMALL["distill"], lr=0.01, train_embeddings=train).run(tiny_teacher, out, context)
         before, after = (load_model(path).get_input_embeddings().weight for path in (tiny_teacher, out))
         assert torch.equal(before, after) is not train
+
+
+def padded(teacher, out, rows):
+    """The same model with `rows` rows of padding behind its vocabulary."""
+    model = load_model(teacher)
+    model.resize_token_embeddings(model.config.vocab_size + rows, mean_resizing=False)
+    save_model(model, out, teacher)
+    return out
+
+
+@pytest.mark.parametrize("scheme", ["sampled", "topk", "hidden", "full", "online"])
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_heads_padded_differently_are_compared_on_the_ids_they_share(which, scheme, tiny_teacher, tmp_path):
+    other = padded(tiny_teacher, tmp_path / "padded", 24)
+    student, teacher = (other, tiny_teacher) if which == "student" else (tiny_teacher, other)
+    stage = Distill(tokens=64, batch_sequences=2, ce_weight=0.0, kl_weight=1.0, signal=Signal(scheme=SchemeName(scheme), top=480))
+    (tmp_path / "out").mkdir()
+    metrics = stage.run(student, tmp_path / "out", make_context(teacher, tmp_path))
+    assert metrics["loss_first_nats"] < 2e-2  # both are the same model, up to what the scheme and the padding's mass leave out
+
+
+def test_another_tokenizer_is_refused(tiny_teacher, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_teacher, other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|jm_start|>"))
+    assert (other / "tokenizer.json").read_text() != text
+    with pytest.raises(ValueError, match="have different tokenizers; distillation compares probabilities of the same ids"):
+        Distill(tokens=64).run(other, tmp_path / "out", make_context(tiny_teacher, tmp_path))
+
+
+def test_a_head_smaller_than_the_tokenizer_is_refused(tiny_teacher, tmp_path):
+    other = padded(tiny_teacher, tmp_path / "cut", -12)
+    with pytest.raises(ValueError, match="have heads of 500 and 512 rows, their tokenizer has 512 ids"):
+        Distill(tokens=64).run(other, tmp_path / "out", make_context(tiny_teacher, tmp_path))
+
+
+def test_on_policy_steps_learn_on_the_students_own_text_and_resume_in_the_same_bits(tiny_teacher, tmp_path, monkeypatch):
+    from compress.distill.steps import OnlineTeacher
+
+    stage = Distill(
+        tokens=256, batch_sequences=2, ce_weight=0.0, kl_weight=1.0, divergence=Divergence.reverse_kl, signal=Signal(scheme=SchemeName.online),
+        on_policy=0.5, prompt_tokens=8,
+    )  # fmt: skip
+    student, _ = run("prune_depth", tiny_teacher, tmp_path / "student")
+    finals, read, calls = [], OnlineTeacher.read, []
+
+    def interrupting(self, rows):
+        calls.append(rows)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return read(self, rows)
+
+    for cut in (False, True):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        context = make_context(tiny_teacher, folder)
+        (folder / "out").mkdir()
+        if cut:
+            monkeypatch.setattr(OnlineTeacher, "read", interrupting)
+            with pytest.raises(Interrupted):
+                stage.run(student, folder / "out", context)
+            assert len(list(context.work.glob("state-*"))) == 1
+        stage.run(student, folder / "out", context)
+        finals.append(digest(folder / "out"))
+    assert finals[0] == finals[1]
+
+
+def test_the_students_text_is_masked_to_what_it_wrote_until_its_end(tiny_teacher, tmp_path):
+    from compress.distill.rollout import with_rollouts
+    from compress.distill.steps import OnlineTeacher, make_batches
+
+    data, model = make_context(tiny_teacher, tmp_path).text(), load_model(tiny_teacher)
+    teacher, eos = OnlineTeacher(load_model(tiny_teacher), data), load_tokenizer(tiny_teacher).eos_token_id
+    plain = make_batches(data, teacher, seed=0, sequences=8, batch=4)
+    batch = with_rollouts(plain, model, teacher, share=1.0, prompt_tokens=8, eos=eos, seed=0)(0, 4)[0]
+    before = plain(0, 4)[0]
+    assert torch.equal(batch["inputs"][:, :8], before["inputs"][:, :8]) and not torch.equal(batch["inputs"], before["inputs"])
+    assert torch.equal(batch["inputs"][:, 1:], batch["labels"][:, :-1])
+    assert not batch["mask"][:, :7].any() and batch["mask"][:, 7].all()
+    for inputs, mask in zip(batch["inputs"], batch["mask"], strict=True):
+        ends = [i for i in range(8, len(inputs)) if inputs[i] == eos]
+        assert mask[7 : ends[0] if ends else len(inputs)].all() and not mask[ends[0] if ends else len(inputs) :].any()
+    assert batch["teacher_hidden"].shape[0] == batch["inputs"].numel()
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"on_policy": 0.5}, "set signal.scheme=online"), ({"on_policy": 2.0}, "on_policy=2.0 must be in")])
+def test_impossible_rollouts_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Distill(**changes)

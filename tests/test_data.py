@@ -10,6 +10,7 @@ import torch
 from compress.checkpoint import load_model, load_tokenizer
 from compress.train.data import pack
 from compress.train.forward import hidden_states
+from compress.train.generated import generated
 from compress.train.sources import EMBEDDED, documents
 
 
@@ -136,3 +137,44 @@ def test_parquet_rows_are_documents(tmp_path):
     path = tmp_path / "t.parquet"
     datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(path)
     assert documents(str(path)) == ["one", "two"]
+
+
+def chatty(folder):
+    path = folder / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"What is {i}?", "answer": "given"}) for i in range(3)))
+    return path
+
+
+def test_the_teacher_writes_on_prompts_once_and_the_same_again_after_an_interruption(tiny_teacher, tmp_path):
+    prompts = source(tmp_path, "alpha", 40, " ".join(["hello to everyone here"] * 12))
+    name, said = f"generated:20x8:{prompts}", []
+    first = generated(name, tiny_teacher, tmp_path, said.append)
+    assert len(first) == 20 and said == ["teacher writes 16/20 documents", "teacher writes 20/20 documents"]
+    tokenizer = load_tokenizer(tiny_teacher)
+    begun = [tokenizer.decode(tokenizer(text)["input_ids"][:32]) for text in documents(prompts)[:20]]
+    assert all(text.startswith(start) for text, start in zip(first, begun, strict=True))
+    assert len({text[len(start) :] for text, start in zip(first, begun, strict=True)}) > 15
+
+    whole = next(tmp_path.glob("generated-*.jsonl"))
+    lines = whole.read_text().splitlines(keepends=True)
+    whole.with_suffix(".part").write_text("".join(lines[:16]) + lines[16][:10])
+    whole.unlink()
+    said.clear()
+    assert generated(name, tiny_teacher, tmp_path, said.append) == first and said == ["teacher writes 20/20 documents"]
+    said.clear()
+    assert generated(name, tiny_teacher, tmp_path, said.append) == first and said == []
+
+
+def test_the_teacher_answers_chats_anew(tiny_teacher, tmp_path):
+    made = generated(f"generated:3x6:{chatty(tmp_path)}", tiny_teacher, tmp_path, print)
+    assert [chat[0]["content"] for chat in made] == ["What is 0?", "What is 1?", "What is 2?"]
+    assert all(chat[1]["role"] == "assistant" and chat[1]["content"] != "given" for chat in made)
+    assert len(pack([f"generated:3x6:{chatty(tmp_path)}"], tiny_teacher, 16, tmp_path).ids) >= 1
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"), [("many:embedded:topics", "is not generated:COUNTxTOKENS:PROMPTS"), ("9999x8:embedded:topics", "wants 9999 prompts")]
+)
+def test_malformed_generated_sources_are_refused(tiny_teacher, tmp_path, rest, message):
+    with pytest.raises(ValueError, match=message):
+        generated(f"generated:{rest}", tiny_teacher, tmp_path, print)

@@ -184,3 +184,30 @@ def test_help_and_list_import_nothing_heavy(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert "compress run RECIPE" in done.stdout or "recipes" in done.stdout
+
+
+def test_a_signal_path_without_its_package_is_refused_before_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "smoke", "stages.heal.signal.path=abfs2://container/x"]) == 2
+    assert "signal.path=abfs2://container/x can't be opened" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.heal.divergence=jsd", "divergence=jsd needs all of the teacher's probabilities; set signal.scheme to hidden or online"),
+        ("stages.heal.hidden_weight=0.1", "needs the teacher's hidden states; set signal.scheme to hidden or online"),
+        ("stages.heal.signal.threshold=2", "signal.threshold=2.0 must be in"),
+        ("stages.heal.patience=2", "patience needs validations"),
+        ("data.weights=[1,2,3]", "must be one number above 0 for each"),
+        ("trainer.parallel=dp", "trainer.parallel='dp'; did you mean 'ddp'?"),
+        ("trainer.processes=2", "above 1 only with trainer=ddp or trainer=fsdp2"),
+        ("data.seq_len=4096", "data.seq_len=4096 is longer than the teacher's context of 512 tokens; set data.seq_len to at most 512"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_work(tmp_path, monkeypatch, capsys, override, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "smoke", override]) in (2, 3)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/smoke/*"))

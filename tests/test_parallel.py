@@ -88,3 +88,17 @@ def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path):
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "stages.heal.batch_sequences=3 can't be shared by 2 processes; use a multiple of that" in done.stderr
+
+
+def test_processes_without_a_way_to_train_together_are_refused(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(HERE.parent)}
+    line = [sys.executable, "-m", "compress", "run", "smoke"]
+    ranks = [
+        subprocess.Popen(line, cwd=tmp_path, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in (0, 1)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert ranks[0].returncode == 2 and "2 processes were started, but trainer.parallel=none; use trainer=ddp" in said[0]
+    assert ranks[1].returncode != 0

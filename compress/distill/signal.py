@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from compress.checkpoint import best_device, digest, load_model, tokenizer_digest
+from compress.checkpoint import best_device, digest, load_model, load_tokenizer, tokenizer_digest
 from compress.distill.schemes import Scheme, Shard, decode, encode
 from compress.errors import ResourceError
 from compress.store import sha256_json, write_whole
@@ -86,6 +86,7 @@ class Signals:
         self._open_meta()
 
     def _open_meta(self) -> None:
+        self.fs.makedirs(self.folder, exist_ok=True)
         path = f"{self.folder}/meta.json"
         if not self.fs.exists(path):
             self._put("meta.json", json.dumps(self.meta | {"made_with": made_with()}, indent=2).encode())
@@ -187,7 +188,7 @@ class Signals:
             self._model = load_model(self.teacher, dtype, self.load)
             if self.load == "plain":
                 self._model.to(best_device())
-            self._head = head_of(self._model).detach()
+            self._head = head_of(self._model).detach().first(min(self._model.config.vocab_size, len(load_tokenizer(self.teacher))))
         assert self._head is not None
         return self._head
 

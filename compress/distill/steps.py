@@ -6,12 +6,13 @@ Legend: R rows (sequences), L positions, N = R * L tokens, K teacher ids a token
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from compress.checkpoint import best_device
+from compress.checkpoint import best_device, load_tokenizer, read_config, tokenizer_digest
 from compress.distill.losses import Mix, head_loss, hidden_mse
 from compress.distill.schemes import as_target
 from compress.train import parallel
@@ -75,12 +76,33 @@ def one_batch(data: Packed, source: TeacherSource | None, rows: list[int]) -> Ba
     return data.batch(rows) | (source.read(rows) if source else {})
 
 
-def make_loss(mix: Mix, teacher_head: Head | None = None, hidden_weight: float = 0.0) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
-    """`loss_fn(model, batch)` -> (loss sum in nats, labels counted)."""
+def common_vocabulary(student: Path, teacher: Path) -> int:
+    """Ids of the tokenizer that both models share; heads may be padded, and padded differently, behind them.
+
+    ValueError when the tokenizers differ, or when a head has fewer rows than the tokenizer has ids.
+    """
+    sizes = [int(read_config(path)["vocab_size"]) for path in (student, teacher)]
+    ids = len(load_tokenizer(teacher))
+    if tokenizer_digest(student) != tokenizer_digest(teacher) and load_tokenizer(student).get_vocab() != load_tokenizer(teacher).get_vocab():
+        raise ValueError(f"{student} and {teacher} have different tokenizers; distillation compares probabilities of the same ids")
+    if min(sizes) < ids:
+        raise ValueError(f"{student} and {teacher} have heads of {sizes[0]} and {sizes[1]} rows, their tokenizer has {ids} ids; both need as many")
+    return ids
+
+
+def make_loss(
+    mix: Mix, teacher_head: Head | None = None, hidden_weight: float = 0.0, vocabulary: int | None = None
+) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
+    """`loss_fn(model, batch)` -> (loss sum in nats, labels counted).
+
+    `vocabulary`: ids of the tokenizer; rows of either head behind them are padding and take no part.
+    """
 
     def loss_fn(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden_NH, mask_N = hidden_states(model, batch["inputs"], batch.get("positions")), batch["mask"].flatten()
-        head, target = head_of(model), as_target(batch, teacher_head)
+        head = head_of(model)
+        rows = min(len(head.weight_VH), vocabulary or len(head.weight_VH))
+        head, target = head.first(rows), as_target(batch, teacher_head.first(rows) if teacher_head else None)
         whole = torch.is_grad_enabled() and parallel.world() == 1 and head.weight_VH.is_leaf  # elsewhere autograd's hooks must see the gradient
         loss = head_loss(hidden_NH, head, batch["labels"].flatten(), mask_N, target, mix, into_VH=head.weight_VH.grad if whole else None)
         if hidden_weight:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Distill(Optimization):
     jsd_beta: float = 0.5  # 0 is reverse, 1 forward KL in the limit
     temperature: float = 1.0
     signal: Signal = field(default_factory=Signal)
+    on_policy: float = 0.0  # share of the steps whose text the student writes itself; needs signal.scheme=online
+    prompt_tokens: int = 64  # of each row, before the student writes on
     train_embeddings: bool = True  # false keeps the teacher's: a short run at a high rate spoils the tokens it hardly sees
 
     def __post_init__(self) -> None:
@@ -53,20 +56,28 @@ class Distill(Optimization):
         if self.hidden_weight and self.signal.scheme not in ("hidden", "online"):
             raise ConfigError(f"hidden_weight={self.hidden_weight} needs the teacher's hidden states; set signal.scheme to hidden or online")
 
+        if not 0 <= self.on_policy <= 1 or self.prompt_tokens < 1:
+            raise ConfigError(f"on_policy={self.on_policy} must be in [0, 1] and prompt_tokens={self.prompt_tokens} at least 1")
+        if self.on_policy and self.signal.scheme != "online":
+            raise ConfigError(f"on_policy={self.on_policy} needs the teacher at every step; set signal.scheme=online")
+
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Distillation keeps the shape."""
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats, loss_last_nats."""
-        from compress.checkpoint import load_model, read_config, save_model
+        from compress.checkpoint import load_model, load_tokenizer, read_config, save_model
         from compress.distill.losses import Mix
+        from compress.distill.rollout import with_rollouts
+        from compress.distill.steps import OnlineTeacher, common_vocabulary
         from compress.quant.fake import is_quantized
 
         if is_quantized(parent):
             raise ValueError(f"{parent} is quantized; distill before quantizing, or use the qat stage on the unquantized parent")
         if self.hidden_weight and read_config(parent)["hidden_size"] != read_config(ctx.teacher)["hidden_size"]:
             raise ValueError(f"{parent}: hidden_weight={self.hidden_weight} needs a student of the teacher's hidden size; set it to 0")
+        vocabulary = common_vocabulary(parent, ctx.teacher)
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
         source = self.signal.open(ctx, ctx.teacher, data, sequences, self.temperature)
         model = load_model(parent)
@@ -74,6 +85,14 @@ class Distill(Optimization):
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 embeddings.weight.requires_grad_(False)
         mix = Mix(self.kl_weight, self.ce_weight, self.divergence.value, self.temperature, self.jsd_beta)
-        metrics = self.optimize(model, mix, data, source, ctx, self.hidden_weight)
+        wrap = None
+        if isinstance(source, OnlineTeacher) and self.on_policy:
+            if self.prompt_tokens >= ctx.seq_len or ctx.parallel == "fsdp2":
+                raise ValueError(
+                    f"on_policy needs prompt_tokens={self.prompt_tokens} below data.seq_len={ctx.seq_len}, and a whole model: trainer=auto or ddp"
+                )
+            eos = int(load_tokenizer(parent).eos_token_id)
+            wrap = partial(with_rollouts, model=model, teacher=source, share=self.on_policy, prompt_tokens=self.prompt_tokens, eos=eos, seed=ctx.seed)
+        metrics = self.optimize(model, mix, data, source, ctx, hidden_weight=self.hidden_weight, vocabulary=vocabulary, wrap=wrap)
         save_model(model, out, tokenizer_from=parent)
         return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -49,6 +50,13 @@ class Signal:
             raise ConfigError(f"signal.threshold={self.threshold} must be in [1/255, 1)")
         if self.top < 1:
             raise ConfigError(f"signal.top={self.top} must be at least 1")
+        if self.path and "://" in self.path:
+            import fsspec
+
+            try:
+                fsspec.get_filesystem_class(self.path.partition("://")[0])
+            except (ImportError, ValueError) as error:
+                raise ConfigError(f"signal.path={self.path} can't be opened: {error}") from error
 
     @property
     def dense(self) -> bool:
@@ -117,7 +125,16 @@ class Optimization:
         return -(-self.steps(seq_len) * self.batch_sequences // self.epochs)
 
     def optimize(
-        self, model: Any, mix: Mix, data: Packed, source: TeacherSource | None, ctx: Context, hidden_weight: float = 0.0
+        self,
+        model: Any,
+        mix: Mix,
+        data: Packed,
+        source: TeacherSource | None,
+        ctx: Context,
+        *,
+        hidden_weight: float = 0.0,
+        vocabulary: int | None = None,
+        wrap: Callable[[Any], Any] | None = None,
     ) -> dict[str, float]:
         """Train `model` on `data` with a loss mix. Deterministic figures; the whole curve, with its times, goes to the store's note."""
         from compress.distill.steps import make_batches, make_loss, one_batch
@@ -130,15 +147,18 @@ class Optimization:
             if held[0] < 1:
                 raise ValueError(f"{ctx.label}: {len(data.ids)} sequences of text leave none to train on besides {len(held)} for validation")
             rows = min(rows, held[0])
-            validation = (make_loss(mix.without_labels(), head), [one_batch(data, source, [row]) for row in held])
+            validation = (make_loss(mix.without_labels(), head, vocabulary=vocabulary), [one_batch(data, source, [row]) for row in held])
         batches = make_batches(data, source, seed=ctx.seed, sequences=rows, batch=self.batch_sequences)
+        batches = wrap(batches) if wrap else batches
         plan = Plan(
             steps=self.steps(ctx.seq_len), micro=self.micro_batch_sequences, lr=self.lr, schedule=self.schedule.value,
             decay_fraction=self.decay_fraction, warmup_fraction=self.warmup_fraction, grad_clip=self.grad_clip, seed=ctx.seed,
             precision=ctx.precision, activation_checkpointing=ctx.activation_checkpointing, parallel=ctx.parallel,
             validations=self.validations, patience=self.patience,
         )  # fmt: skip
-        result = train(model, make_loss(mix, head, hidden_weight), batches, plan, work=ctx.work, label=ctx.label, log=ctx.log, validation=validation)
+        result = train(
+            model, make_loss(mix, head, hidden_weight, vocabulary), batches, plan, work=ctx.work, label=ctx.label, log=ctx.log, validation=validation
+        )
         ctx.curve(sorted([*result.curve, *result.measured], key=lambda row: row["step"]))
         losses = [row["loss"] for row in result.curve]
         tenth = max(1, len(losses) // 10)

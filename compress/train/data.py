@@ -15,7 +15,7 @@ Legend: S sequences, L positions, R rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from compress.checkpoint import load_tokenizer, tokenizer_digest
 from compress.store import sha256_json
+from compress.train.generated import generated
 from compress.train.sources import Document, documents
 
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 and label mask bool of one document
@@ -112,12 +113,13 @@ def _mixed(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[To
         yield document
 
 
-def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, weights: list[float] | None = None, packing: str = "stream") -> Packed:
+def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, weights: list[float] | None = None, packing: str = "stream",
+         log: Callable[[str], None] = lambda message: None) -> Packed:  # fmt: skip
     """Documents of `sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content.
 
     ValueError when there are fewer tokens than one sequence needs.
     """
-    texts = [documents(source) for source in sources]
+    texts = [generated(s, teacher, cache_dir, log) if s.startswith("generated:") else documents(s) for s in sources]
     named = {"tokenizer": tokenizer_digest(teacher), "texts": sha256_json(texts), "seq_len": seq_len, "weights": weights or [], "schema": 2}
     path = cache_dir / f"{sha256_json(named)}.safetensors"
     if not path.is_file():

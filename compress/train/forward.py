@@ -44,6 +44,12 @@ class Head:
         """Logits (C, V) of hidden states in the weight's type."""
         return self.finish(self.product(hidden_CH))
 
+    def first(self, rows: int) -> Head:
+        """The head of the first `rows` ids: what is behind them is padding that no tokenizer gives."""
+        if rows == len(self.weight_VH):
+            return self
+        return replace(self, weight_VH=self.weight_VH[:rows], bias_V=None if self.bias_V is None else self.bias_V[:rows])
+
     def detach(self) -> Head:
         """The same head outside the autograd graph."""
         return replace(self, weight_VH=self.weight_VH.detach(), bias_V=None if self.bias_V is None else self.bias_V.detach())

@@ -6,6 +6,7 @@ embedded:docstring_chat  question and answer pairs made of the docstrings' first
 PATH                     .txt (documents split at blank lines), .jsonl / .json lines or .parquet with `text`, `messages`, or a
                          `prompt|question` / `answer|response|completion` pair
 hub:NAME[@CONFIG]:SPLIT:FIELD   a hub dataset (FIELD as above; needs the network)
+generated:COUNTxTOKENS:PROMPTS  what the teacher writes on the first COUNT documents of another source (`generated.py`)
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from compress.checkpoint import load_model
 from compress.distill.losses import Mix
 from compress.distill.schemes import Scheme
 from compress.distill.signal import Signals, Worker
-from compress.distill.steps import make_batches, make_loss
+from compress.distill.steps import OnlineTeacher, make_batches, make_loss
 from compress.train import loop, parallel
 from compress.train.loop import Plan, train
 
@@ -32,16 +32,18 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
     own.mkdir(parents=True, exist_ok=True)
     context = make_context(folder / "teacher", own)
     data = context.text()
+    kind, _, online = kind.partition("-")
     worker = Worker(parallel.rank(), parallel.world())
     signals = Signals(folder / "signals", context.teacher, data, Scheme(), seed=0, precision="fp32", log=print, worker=worker)
     signals.make(64)
     parallel.wait()
+    source = OnlineTeacher(load_model(context.teacher), data, sharded=kind == "fsdp2") if online else signals
     model = load_model(context.teacher)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    batches = make_batches(data, signals, seed=5, sequences=64, batch=8)
+    batches = make_batches(data, source, seed=5, sequences=64, batch=8)
     sharded = []
 
     def watched(step, micro):
@@ -53,7 +55,9 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
     plan = Plan(steps, lr=1e-3, micro=2, parallel=kind, validations=2)
     held = (make_loss(Mix()), [data.batch([60]) | signals.read([60])])
     try:
-        result = train(model, make_loss(Mix(1.0, 0.1)), watched, plan, work=folder / "work", label="test", log=print, validation=held)
+        result = train(
+            model, make_loss(Mix(1.0, 0.1), source.teacher_head), watched, plan, work=folder / "work", label="test", log=print, validation=held
+        )
     except parallel.Followed:
         return
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "final.safetensors")

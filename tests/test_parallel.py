@@ -66,6 +66,15 @@ def test_two_processes_give_the_losses_of_one_and_resume_after_a_killed_rank(kin
     assert all(torch.equal(tensor, weights[name]) for name, tensor in result(tmp_path / "b")[1].items())
 
 
+def test_a_sharded_teacher_gives_the_losses_of_a_whole_one(tiny_teacher, tmp_path):
+    curves = []
+    for kind, world in (("none-online", 1), ("fsdp2-online", 2)):
+        codes, outputs = launch(kind, tmp_path / kind, tiny_teacher, steps=2, world=world)
+        assert codes == [0] * world, outputs
+        curves.append([row["loss"] for row in result(tmp_path / kind)[0]["curve"]])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
 def test_sharded_state_of_another_number_of_processes_is_refused(tiny_teacher, tmp_path):
     launch("fsdp2", tmp_path / "a", tiny_teacher, stop=2)
     codes, outputs = launch("none", tmp_path / "a", tiny_teacher, world=1)

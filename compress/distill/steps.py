@@ -6,6 +6,7 @@ Legend: R rows (sequences), L positions, N = R * L tokens, K teacher ids a token
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,13 +38,19 @@ class TeacherSource(Protocol):
 
 
 class OnlineTeacher:
-    """The teacher itself, run for every batch: exact, nothing on disk, and as slow as the teacher is large."""
+    """The teacher itself, run for every batch: exact, nothing on disk, and as slow as the teacher is large.
 
-    def __init__(self, model: Any, data: Packed) -> None:
+    `sharded` spreads its blocks over the processes (fsdp2); each keeps a whole head, which the loss needs chunk by chunk.
+    """
+
+    def __init__(self, model: Any, data: Packed, *, sharded: bool = False) -> None:
         self.model, self.data = model.to(best_device()), data
-        self.teacher_head: Head | None = head_of(model).detach()
+        head = head_of(model).detach()
+        self.teacher_head: Head | None = replace(head, weight_VH=head.weight_VH.clone()) if sharded else head
+        if sharded:
+            parallel.shard(model.base_model, model, "as it is")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, rows: list[int]) -> Batch:
         """{"teacher_hidden": (N, H)}."""
         return {"teacher_hidden": hidden_states(self.model, **to_device(self.data.inputs(rows), self.model.device))}

@@ -72,7 +72,7 @@ class Signal:
         from compress.train import parallel
 
         if self.scheme is SchemeName.online:
-            return OnlineTeacher(load_model(teacher, ctx.dtype, self.teacher.value), data)
+            return OnlineTeacher(load_model(teacher, ctx.dtype, self.teacher.value), data, sharded=ctx.parallel == "fsdp2")
         scheme = Scheme(self.scheme.value, self.threshold, self.top, temperature)
         signals = Signals(
             self.path or ctx.signals, teacher, data, scheme, seed=ctx.seed, precision=ctx.precision, log=ctx.log,

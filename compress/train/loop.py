@@ -206,7 +206,7 @@ class Trainer:
         seconds = sum(row["seconds"] for row in self.state["curve"])
         tokens = sum(row["seconds"] * row["tokens_per_sec"] for row in self.state["curve"])
         row = {"step": self.state["step"], "tokens": round(tokens), "seconds": seconds, "validation_kl": kl}
-        self.state["measured"] = [*self.state["measured"], row]
+        self.state["measured"].append(row)
         if kl >= self.state["best_kl"]:
             return False
         self.state |= {"best_kl": kl, "best_step": self.state["step"]}
@@ -250,7 +250,8 @@ def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int],
             if step == plan.steps or _hopeless(state, plan):
                 break
             row = trainer.step(batches, f"{label}, step {step}", log)
-            state |= {"step": step + 1, "curve": [*state["curve"], row]}
+            state["step"] = step + 1
+            state["curve"].append(row)
             progress.update(step + 1, row["loss"], row["tokens_per_sec"])
             stop, late = parallel.total(caught[0] if caught else 0, parallel.rank() == 0 and time.monotonic() - saved_at > SAVE_SECONDS)
             if stop or (late and step + 1 < plan.steps):

@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--after-seconds", default="3,3,3", help="how long after each slot's first line its signal comes")
     parser.add_argument("--whole", type=Path, help="an uninterrupted run of the same recipe to compare with")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and children inherit that
     cut = command(options.recipe, options.overrides, "runs/.store-faults")
     for slot, how, after in zip(options.slots.split(","), SIGNALS, options.after_seconds.split(","), strict=True):
         code, seconds = interrupt(cut, slot, how, float(after))

@@ -11,6 +11,7 @@ import pytest
 from fake_records import ROWS, write_run
 from rich.console import Console
 
+from compress.report.curves import lines_svg
 from compress.report.html import write_html
 from compress.report.picture import Point, mark_front
 from compress.report.records import load_run, resolve, worst
@@ -239,3 +240,21 @@ def test_pareto_front_is_what_nothing_beats_in_both():
 def test_no_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least one run, got none"):
         write_html([], tmp_path / "x.html")
+
+
+def test_training_curves_are_drawn_from_the_records_and_absent_without_them(run, tmp_path):
+    assert "Training" not in page_of([run], tmp_path).texts
+    steps = [{"step": step, "loss": 2.0 - 0.1 * step} for step in range(5)]
+    run.records[2]["curve"] = [*steps, {"step": 4, "validation_kl": 1.5}, {"step": 5, "validation_kl": 1.4}]
+    page = page_of([run], tmp_path)
+    slot = run.records[2]["slot"]
+    assert "Training" in page.texts and {slot, f"{slot}, validation KL"} <= set(page.texts)
+
+
+def test_lines_go_down_the_page_as_values_fall():
+    svg = lines_svg({"a": [(0, 3.0), (1, 2.0), (2, 1.0)]}, "step", "loss")
+    path = re.search(r'<path d="M([\d. L]+)" fill="none"', svg)[1]
+    x, y = zip(*[map(float, point.split()) for point in path.split("L")], strict=True)
+    assert list(x) == sorted(x) and list(y) == sorted(y)
+    assert y[1] - y[0] == pytest.approx(y[2] - y[1], abs=0.2)
+    assert lines_svg({"a": [(0, 1.0)]}, "step", "loss") == ""

@@ -97,7 +97,7 @@ def _delayed_signals() -> Iterator[list[int]]:
     try:
         for caught_one in (signal.SIGINT, signal.SIGTERM):
             old[caught_one] = signal.signal(caught_one, catch)
-    except ValueError:  # not the main thread: nothing to catch
+    except ValueError:  # not the main thread, which alone may set handlers: signals end the process as usual
         pass
     try:
         yield caught

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import best_device, load_tokenizer, read_config, tokenizer_digest
+from compress.distill.features import tapped
 from compress.distill.losses import Mix, head_loss, hidden_mse
 from compress.distill.schemes import as_target
 from compress.train import parallel
+from compress.train.attention import use_blocks
 from compress.train.data import Packed
 from compress.train.forward import Head, head_of, hidden_states, to_device
 
@@ -45,6 +47,8 @@ class OnlineTeacher:
 
     def __init__(self, model: Any, data: Packed, *, sharded: bool = False) -> None:
         self.model, self.data = model.to(best_device()), data
+        self.taps: tuple[list[int], list[int]] = ([], [])  # blocks whose states, and whose Q, K and V, `read` gives too
+        use_blocks(self.model)
         head = head_of(model).detach()
         self.teacher_head: Head | None = replace(head, weight_VH=head.weight_VH.clone()) if sharded else head
         if sharded:
@@ -52,8 +56,10 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def read(self, rows: list[int]) -> Batch:
-        """{"teacher_hidden": (N, H)}."""
-        return {"teacher_hidden": hidden_states(self.model, **to_device(self.data.inputs(rows), self.model.device))}
+        """{"teacher_hidden": (N, H)} and what `taps` name, as "teacher/layer3" (R, L, H)."""
+        with tapped(self.model, *self.taps) as seen:
+            hidden_NH = hidden_states(self.model, **to_device(self.data.inputs(rows), self.model.device))
+        return {"teacher_hidden": hidden_NH} | {f"teacher/{name}": state for name, state in seen.items()}
 
     def prefetch(self, rows: list[int]) -> None:
         """Nothing: the next batch's teacher would compete with this batch's student."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,7 +151,7 @@ def test_the_teacher_writes_on_prompts_once_and_the_same_again_after_an_interrup
     prompts = source(tmp_path, "alpha", 40, " ".join(["hello to everyone here"] * 12))
     name, said = f"generated:20x8:{prompts}", []
     first = generated(name, tiny_teacher, tmp_path, said.append)
-    assert len(first) == 20 and said == ["teacher writes 16/20 documents", "teacher writes 20/20 documents"]
+    assert len(first) == 20 and [line.partition(",")[0] for line in said] == ["teacher writes 16/20 documents", "teacher writes 20/20 documents"]
     tokenizer = load_tokenizer(tiny_teacher)
     begun = [tokenizer.decode(tokenizer(text)["input_ids"][:32]) for text in documents(prompts)[:20]]
     assert all(text.startswith(start) for text, start in zip(first, begun, strict=True))
@@ -160,7 +162,7 @@ def test_the_teacher_writes_on_prompts_once_and_the_same_again_after_an_interrup
     whole.with_suffix(".part").write_text("".join(lines[:16]) + lines[16][:10])
     whole.unlink()
     said.clear()
-    assert generated(name, tiny_teacher, tmp_path, said.append) == first and said == ["teacher writes 20/20 documents"]
+    assert generated(name, tiny_teacher, tmp_path, said.append) == first and said == ["teacher writes 20/20 documents, 0 s left"]
     said.clear()
     assert generated(name, tiny_teacher, tmp_path, said.append) == first and said == []
 
@@ -170,6 +172,27 @@ def test_the_teacher_answers_chats_anew(tiny_teacher, tmp_path):
     assert [chat[0]["content"] for chat in made] == ["What is 0?", "What is 1?", "What is 2?"]
     assert all(chat[1]["role"] == "assistant" and chat[1]["content"] != "given" for chat in made)
     assert len(pack([f"generated:3x6:{chatty(tmp_path)}"], tiny_teacher, 16, tmp_path).ids) >= 1
+
+
+def test_with_a_mocked_gpu_and_a_mocked_vllm_the_prompts_go_there_seeded_one_by_one(tiny_teacher, tmp_path, monkeypatch):
+    asked = []
+
+    class LLM:
+        def __init__(self, path, dtype):
+            assert path == str(tiny_teacher) and dtype == "bfloat16"
+
+        def generate(self, prompts, each, use_tqdm):
+            asked.extend(zip(prompts, each, strict=True))
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[40, 41])]) for _ in prompts]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("compress.train.generated.find_spec", lambda name: name == "vllm")
+    made = generated("generated:3x6:embedded:docstrings", tiny_teacher, tmp_path, print)
+    tokenizer = load_tokenizer(tiny_teacher)
+    assert [params.seed for _, params in asked] == [0, 1, 2] and {params.max_tokens for _, params in asked} == {6}
+    assert made == [tokenizer.decode(prompt["prompt_token_ids"]) + tokenizer.decode([40, 41]) for prompt, _ in asked]
+    assert all(len(prompt["prompt_token_ids"]) == 32 for prompt, _ in asked)
 
 
 @pytest.mark.parametrize(

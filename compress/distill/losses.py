@@ -78,9 +78,9 @@ class Mix:
     temperature: float = 1.0
     jsd_beta: float = 0.5
 
-    def without_labels(self) -> Mix:
-        """The same divergence alone, or plain cross-entropy where there is none: what validation measures."""
-        return replace(self, kl_weight=1.0, ce_weight=0.0) if self.kl_weight else replace(self, ce_weight=1.0)
+    def without_labels(self, teacher: bool) -> Mix:
+        """The same divergence alone, or plain cross-entropy without a `teacher`: what validation measures."""
+        return replace(self, kl_weight=1.0, ce_weight=0.0) if teacher else replace(self, kl_weight=0.0, ce_weight=1.0)
 
     def check(self, target: Target | None) -> None:
         """ValueError for what can't be computed: an unknown divergence, or one that this form of the teacher can't give."""
@@ -288,6 +288,7 @@ def hidden_mse(student_NH: Tensor, teacher_NH: Tensor, mask_N: Tensor) -> Tensor
     """Sum over masked tokens of the mean squared difference of last hidden states, each scaled to unit RMS (arXiv 1910.01108, section 2)."""
 
     def unit(x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x / x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
 
-    return ((unit(student_NH.float()) - unit(teacher_NH.float())).pow(2).mean(-1) * mask_N).sum()
+    return ((unit(student_NH) - unit(teacher_NH)).pow(2).mean(-1) * mask_N).sum()

@@ -7,15 +7,20 @@ arXiv 2407.14679, section 4.3).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import ConfigError
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization, Signal
+
+if TYPE_CHECKING:
+    from compress.distill.features import FeatureLoss
+    from compress.distill.steps import OnlineTeacher
 
 
 class Divergence(StrEnum):
@@ -28,12 +33,42 @@ class Divergence(StrEnum):
 
 
 @dataclass
+class Features:
+    """Weights of the teacher's inner states (`compress/distill/features.py`); above 0 they need signal.scheme=online."""
+
+    layers: float = 0.0
+    relations: float = 0.0
+    blocks: float = 0.0  # a phase of its own: every other weight must be 0
+    pairs: list[list[int]] = field(default_factory=list)  # [student block, teacher block]; empty: evenly spaced, every block with `blocks`, else 4
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.relations, self.blocks) < 0:
+            raise ConfigError(f"features of weights {self.layers}, {self.relations}, {self.blocks}: none may be negative")
+
+    @property
+    def used(self) -> bool:
+        """Whether any term is asked for."""
+        return bool(self.layers or self.relations or self.blocks)
+
+    def loss(self, loss_fn: Any, student: Any, teacher: OnlineTeacher, seed: int = 0) -> FeatureLoss:
+        """`loss_fn` with these terms, the teacher giving what they need. ValueError when the models allow no such term."""
+        from compress.distill.features import FeatureLoss, check_pairs, layer_pairs
+
+        depths = student.config.num_hidden_layers, teacher.model.config.num_hidden_layers
+        pairs = check_pairs(self.pairs, *depths) if self.pairs else layer_pairs(*depths, depths[0] if self.blocks else 4)
+        made = FeatureLoss(loss_fn, student, teacher.model, pairs, layers=self.layers, relations=self.relations, blocks=self.blocks, seed=seed)
+        teacher.taps = made.taps()
+        return made
+
+
+@dataclass
 class Distill(Optimization):
     """Recover a pruned student from its teacher."""
 
     kl_weight: float = 0.9
     ce_weight: float = 0.1
     hidden_weight: float = 0.0  # needs a student of the teacher's hidden size, and signal.scheme hidden or online
+    features: Features = field(default_factory=Features)
     divergence: Divergence = Divergence.forward_kl
     jsd_beta: float = 0.5  # 0 is reverse, 1 forward KL in the limit
     temperature: float = 1.0
@@ -45,9 +80,9 @@ class Distill(Optimization):
     def __post_init__(self) -> None:
         super().__post_init__()
         weights = (self.kl_weight, self.ce_weight, self.hidden_weight)
-        if min(weights) < 0 or self.kl_weight + self.hidden_weight == 0:
+        if min(weights) < 0 or (self.kl_weight + self.hidden_weight == 0 and not self.features.used):
             raise ConfigError(
-                f"kl_weight, ce_weight, hidden_weight = {weights}: none may be negative, and kl_weight or hidden_weight must be above 0"
+                f"kl_weight, ce_weight, hidden_weight = {weights}: none may be negative, and kl_weight, hidden_weight or a feature must be above 0"
             )
         if self.temperature <= 0 or not 0 < self.jsd_beta < 1:
             raise ConfigError(f"temperature={self.temperature} must be above 0 and jsd_beta={self.jsd_beta} between 0 and 1")
@@ -55,7 +90,10 @@ class Distill(Optimization):
             raise ConfigError(f"divergence={self.divergence} needs all of the teacher's probabilities; set signal.scheme to hidden or online")
         if self.hidden_weight and self.signal.scheme not in ("hidden", "online"):
             raise ConfigError(f"hidden_weight={self.hidden_weight} needs the teacher's hidden states; set signal.scheme to hidden or online")
-
+        if self.features.blocks and (sum(weights) or self.features.layers or self.features.relations):
+            raise ConfigError("features.blocks trains every block by itself; set kl_weight, ce_weight, hidden_weight and the other features to 0")
+        if self.features.used and (self.signal.scheme != "online" or self.on_policy):
+            raise ConfigError("features need the teacher's inner states on given text; set signal.scheme=online and on_policy=0")
         if not 0 <= self.on_policy <= 1 or self.prompt_tokens < 1:
             raise ConfigError(f"on_policy={self.on_policy} must be in [0, 1] and prompt_tokens={self.prompt_tokens} at least 1")
         if self.on_policy and self.signal.scheme != "online":
@@ -93,6 +131,17 @@ class Distill(Optimization):
                 )
             eos = int(load_tokenizer(parent).eos_token_id)
             wrap = partial(with_rollouts, model=model, teacher=source, share=self.on_policy, prompt_tokens=self.prompt_tokens, eos=eos, seed=ctx.seed)
-        metrics = self.optimize(model, mix, data, source, ctx, hidden_weight=self.hidden_weight, vocabulary=vocabulary, wrap=wrap)
+        wrap_loss = self._with_features(model, source, ctx)
+        metrics = self.optimize(
+            model, mix, data, source, ctx, hidden_weight=self.hidden_weight, vocabulary=vocabulary, wrap=wrap, wrap_loss=wrap_loss
+        )
         save_model(model, out, tokenizer_from=parent)
         return metrics
+
+    def _with_features(self, model: Any, source: Any, ctx: Context) -> Callable[[Any], Any] | None:
+        """What adds the features' terms to a loss; None without any. ValueError where the trainer can't compute them."""
+        if not self.features.used:
+            return None
+        if ctx.parallel == "fsdp2" or (self.features.blocks and (ctx.parallel != "none" or ctx.activation_checkpointing)):
+            raise ValueError("features need whole models (trainer=auto or ddp); features.blocks needs trainer=auto without activation_checkpointing")
+        return partial(self.features.loss, student=model, teacher=source, seed=ctx.seed)

@@ -135,6 +135,7 @@ class Optimization:
         hidden_weight: float = 0.0,
         vocabulary: int | None = None,
         wrap: Callable[[Any], Any] | None = None,
+        wrap_loss: Callable[[Any], Any] | None = None,
     ) -> dict[str, float]:
         """Train `model` on `data` with a loss mix. Deterministic figures; the whole curve, with its times, goes to the store's note."""
         from compress.distill.steps import make_batches, make_loss, one_batch
@@ -142,12 +143,15 @@ class Optimization:
 
         rows, validation = self.sequences(ctx.seq_len), None
         head = source.teacher_head if source else None
+        loss: Any = make_loss(mix, head, hidden_weight, vocabulary)
+        loss = wrap_loss(loss) if wrap_loss else loss
         if self.validations:
             held = list(range(len(data.ids) - self.validation_sequences, len(data.ids)))
             if held[0] < 1:
                 raise ValueError(f"{ctx.label}: {len(data.ids)} sequences of text leave none to train on besides {len(held)} for validation")
             rows = min(rows, held[0])
-            validation = (make_loss(mix.without_labels(), head, vocabulary=vocabulary), [one_batch(data, source, [row]) for row in held])
+            measured = make_loss(mix.without_labels(source is not None), head, vocabulary=vocabulary)
+            validation = measured, [one_batch(data, source, [row]) for row in held]
         batches = make_batches(data, source, seed=ctx.seed, sequences=rows, batch=self.batch_sequences)
         batches = wrap(batches) if wrap else batches
         plan = Plan(
@@ -156,9 +160,7 @@ class Optimization:
             precision=ctx.precision, activation_checkpointing=ctx.activation_checkpointing, parallel=ctx.parallel,
             validations=self.validations, patience=self.patience,
         )  # fmt: skip
-        result = train(
-            model, make_loss(mix, head, hidden_weight, vocabulary), batches, plan, work=ctx.work, label=ctx.label, log=ctx.log, validation=validation
-        )
+        result = train(model, loss, batches, plan, work=ctx.work, label=ctx.label, log=ctx.log, validation=validation)
         ctx.curve(sorted([*result.curve, *result.measured], key=lambda row: row["step"]))
         losses = [row["loss"] for row in result.curve]
         tenth = max(1, len(losses) // 10)

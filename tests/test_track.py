@@ -135,7 +135,7 @@ def test_missing_wandb_names_the_extra_before_work(monkeypatch):
 
 
 def test_unknown_tracker_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown tracker 'wanbd', did you mean 'wandb'.*allowed: jsonl, wandb"):
+    with pytest.raises(ValueError, match="unknown tracker 'wanbd'; did you mean 'wandb'. allowed: jsonl, wandb"):
         check("wanbd")
     for name in TRACKERS:
         check(name)

@@ -1,22 +1,33 @@
-"""Where records go besides the run directory. One file per sink, imported only when it is asked for.
+"""Where records go besides the run directory. A sink is imported only when it is asked for.
 
-A sink is a class taking the run directory, with `check()` (raises ValueError before any work), `start(run)`,
-`record(record, steps)` and `finish(exit_code)`. It only ever copies what is already on disk: `Guarded` therefore lets a
-sink die, says so once on stderr, and the run goes on without it.
+It only ever copies what is already on disk: `Guarded` therefore lets a sink die, says so once on stderr, and the run
+goes on without it.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
+import json
+import os
+import pkgutil
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-TRACKERS = {"jsonl": "compress.track.jsonl:Jsonl", "wandb": "compress.track.wandb:Wandb"}
+from compress.errors import nearest
+
+TRACKERS = {"jsonl": "compress.track:Jsonl", "wandb": "compress.track.wandb:Wandb"}
 
 
-class Tracker(Protocol):
+class Tracker:
+    """A sink for the records of one run directory. What it does not override, it does not do."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = Path(run_dir).resolve()
+
+    @staticmethod
+    def check() -> None:
+        """ValueError when something is missing; called before any work."""
+
     def start(self, run: dict[str, Any]) -> None:
         """`run`: run.json. Called once."""
 
@@ -25,6 +36,24 @@ class Tracker(Protocol):
 
     def finish(self, exit_code: int) -> None:
         """The run has ended; nothing is called afterwards."""
+
+
+class Jsonl(Tracker):
+    """Every record of a run, one a line, in `records.jsonl`; a training curve in its slot's `steps.jsonl`."""
+
+    def record(self, record: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+        if steps:
+            self._write(slot_dir(self.run_dir, record) / "steps.jsonl", steps, "w")
+        self._write(self.run_dir / "records.jsonl", [record], "a")
+
+    @staticmethod
+    def _write(file: Path, rows: list[dict[str, Any]], mode: str) -> None:
+        """Whole lines in one write, on disk when it returns."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open(mode, encoding="utf-8") as out:
+            out.write("".join(json.dumps(row) + "\n" for row in rows))
+            out.flush()
+            os.fsync(out.fileno())
 
 
 class Guarded:
@@ -70,9 +99,5 @@ def slot_dir(run_dir: Path, record: dict[str, Any]) -> Path:
 
 def _sink(name: str) -> Any:
     if name not in TRACKERS:
-        near = difflib.get_close_matches(name, TRACKERS, n=1)
-        raise ValueError(
-            f"unknown tracker {name!r}{f', did you mean {near[0]!r}?' if near else ''}; allowed: {', '.join(TRACKERS)}; set it with track=NAME"
-        )
-    module, cls = TRACKERS[name].split(":")
-    return getattr(importlib.import_module(module), cls)
+        raise ValueError(f"unknown tracker {name!r}; {nearest(name, TRACKERS)}; set it with track=NAME")
+    return pkgutil.resolve_name(TRACKERS[name])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import netrc
 import os
 import re
 import sys
@@ -20,19 +19,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from compress.report.records import worst
-from compress.track import slot_dir
+from compress.track import Tracker, slot_dir
 
 SECONDS_TO_CONNECT, SECONDS_TO_UPLOAD = 20, 120  # after that the tracker is given up, not the run
 
 
-class Wandb:
+class Wandb(Tracker):
     """`mode`: online | offline | disabled; empty means $WANDB_MODE, else online with an account and offline without."""
 
     def __init__(self, run_dir: Path, project: str = "compress", entity: str | None = None, mode: str = "") -> None:
-        self.run_dir, self.project, self.entity = Path(run_dir).resolve(), project, entity
+        super().__init__(run_dir)
+        self.project, self.entity = project, entity
         self.mode: Any = mode or os.environ.get("WANDB_MODE") or ("online" if _has_account() else "offline")
         self.run: dict[str, Any] = {}
 
@@ -102,20 +101,17 @@ class Wandb:
         import wandb
 
         weights = (slot_dir(self.run_dir, record) / "weights").resolve()
-        if not weights.exists():
-            return
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{record['recipe']}-{record['slot']}")
-        metadata = {key: record.get(key) for key in ("digest", "parent", "technique")}
-        artifact = wandb.Artifact(name, "model", metadata=metadata)
-        artifact.add_reference(weights.as_uri(), checksum=True)
-        run.log_artifact(artifact)
+        if weights.exists():
+            name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{record['recipe']}-{record['slot']}")
+            artifact = wandb.Artifact(name, "model", metadata={key: record.get(key) for key in ("digest", "parent", "technique")})
+            artifact.add_reference(weights.as_uri(), checksum=True)
+            run.log_artifact(artifact)
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """A record's numbers under W&B prefixes: scores as `score/...`, what the stage said and took as `stage/...`."""
-    seconds = {f"stage/{part}_seconds": value for part, value in record.get("seconds", {}).items()}
-    stage = {f"stage/{key}": value for key, value in record.get("metrics", {}).items()}
-    return {**{f"score/{key}": value for key, value in record["scores"].items()}, **stage, **seconds}
+    named = {"score/{}": record["scores"], "stage/{}": record.get("metrics", {}), "stage/{}_seconds": record.get("seconds", {})}
+    return {form.format(key): value for form, values in named.items() for key, value in values.items()}
 
 
 def verdicts(record: dict[str, Any]) -> dict[str, str]:
@@ -131,21 +127,16 @@ def config(run: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_account() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    from requests.utils import get_netrc_auth
+
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")))
 
 
 @contextmanager
 def _files_below(run_dir: Path) -> Iterator[None]:
     """wandb's caches and settings below the run directory too, not in the home; the caller's own choice is kept."""
     names = {"WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"} - set(os.environ)
-    places = dict.fromkeys(names, str(run_dir / "wandb" / "cache"))
-    os.environ.update(places)
+    os.environ.update(dict.fromkeys(names, str(run_dir / "wandb" / "cache")))
     try:
         yield
     finally:

@@ -87,7 +87,7 @@ def test_resolve_takes_a_path_a_name_and_the_newest(run, later, tmp_path):
     assert resolve("demo/2026-11-21T03-30-00", tmp_path) == run.path
     assert resolve("demo", tmp_path) == later.path
     assert resolve(tmp_path / "demo") == later.path
-    with pytest.raises(ValueError, match="no run called 'dmeo', did you mean 'demo'.*recipes with runs in .*: demo"):
+    with pytest.raises(ValueError, match="no run called 'dmeo' in .*; did you mean 'demo'. allowed: demo; name a run directory"):
         resolve("dmeo", tmp_path)
 
 
@@ -102,12 +102,6 @@ def test_piped_table_has_every_number_whole_and_no_colours(run):
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_narrow_terminal_loses_columns_not_digits(run):
-    text = printed(stage_table(run.records, width=100), 100)
-    assert "…" not in text and max(map(len, text.splitlines())) <= 100
-    assert "not shown at this width: TTFT (ms)" in text and "0.5090" in text
-
-
 def test_terminal_table_mutes_differences_against_the_teacher(run):
     assert re.search(r"\x1b\[2m *-43%", printed(stage_table(run.records), 140, terminal=True))
 
@@ -120,11 +114,13 @@ def test_columns_absent_everywhere_are_left_out(run):
     assert re.search(r"heal +distill +97.3 +194.7 +16.00 +- ", printed(stage_table(run.records)))
 
 
-def test_verdicts_are_words_where_enforced_and_distances_elsewhere(run):
+def test_verdicts_are_words_where_enforced_and_distances_elsewhere(run, tmp_path):
     assert (standing(run.records[1]), standing(run.records[7])) == ("0/3 met", "INCONCLUSIVE")
-    lines = verdict_lines(run.records, distances=True)
-    assert "PASS         gguf: size 56.4 MB is within 60.0 MB" in lines
-    assert "not yet      heal: size 194.7 MB is 134.7 MB over 60.0 MB" in lines
+    assert verdict_lines(run.records)[0] == "PASS         gguf: size 56.4 MB is within 60.0 MB"
+    assert len(verdict_lines(run.records)) == 3
+    texts = page_of([run], tmp_path).texts
+    assert texts[texts.index(" size 194.7 MB is 134.7 MB over 60.0 MB") - 2 :][:2] == ["not yet", "prune_width"]
+    assert texts[texts.index(" size 56.4 MB is within 60.0 MB") - 2 :][:2] == ["PASS", "gguf"]
 
 
 def test_markdown_escapes_and_lines_up(run):

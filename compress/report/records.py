@@ -6,11 +6,13 @@ that is still going, or was interrupted, is readable: the slots that have a reco
 
 from __future__ import annotations
 
-import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from compress.errors import nearest
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -41,7 +43,7 @@ class Run:
         return self.records[-1]
 
 
-def teacher_of(records: list[Record], runtime: str = "torch") -> Record | None:
+def teacher_of(records: Sequence[Record], runtime: str = "torch") -> Record | None:
     """The teacher's record that a difference is taken against: in the same runtime if it was scored there, for times must be comparable."""
     teachers = [r for r in records if r["technique"] == "teacher"]
     return next((r for r in teachers if r.get("runtime") == runtime), teachers[0] if teachers else None)
@@ -57,23 +59,18 @@ def load_run(path: Path | str) -> Run:
     """Load a run directory. ValueError (what, got, allowed, next) when it is missing, malformed or has no record."""
     path = Path(path)
     if not (path / "run.json").is_file():
-        raise ValueError(
-            f"no run at {path}: it has no run.json; a run is a folder runs/<recipe>/<time>/ written by "
-            f"`compress run RECIPE`; name such a folder, or `<recipe>` for its newest run"
-        )
+        raise ValueError(f"no run at {path}: it has no run.json; a run is a folder runs/<recipe>/<time>/ written by "
+                         "`compress run RECIPE`; name such a folder, or `<recipe>` for its newest run")  # fmt: skip
     info = _read(path / "run.json", RUN_KEYS)
     order = {slot: i for i, slot in enumerate(info["slots"])}
-    records = [_record(file, order) for file in path.glob("[0-9]*-*/record.json")]
-    records.sort(key=lambda r: order[r["slot"]])
+    records = sorted((_record(file, order) for file in path.glob("[0-9]*-*/record.json")), key=lambda r: order[r["slot"]])
     found = [r["slot"] for r in records]
     if len(set(found)) < len(found):
         raise ValueError(f"malformed run {path}: two records for one slot in {found}; remove the stale folder")
     missing = [slot for slot in info["slots"] if slot not in found]
     if not records or (missing and info.get("exit") == 0):
-        raise ValueError(
-            f"incomplete run {path}: no record.json for {', '.join(missing) or 'any slot'}; "
-            f"`compress run {info['recipe']}` again picks up what is finished"
-        )
+        raise ValueError(f"incomplete run {path}: no record.json for {', '.join(missing) or 'any slot'}; "
+                         f"`compress run {info['recipe']}` again picks up what is finished")  # fmt: skip
     return Run(path, info, records)
 
 
@@ -83,20 +80,11 @@ def resolve(name: str | Path, runs_dir: Path | str = "runs") -> Path:
     for place in (Path(name), runs_dir / name):
         if (place / "run.json").is_file():
             return place
-        if runs := _runs_in(place):
-            return runs[-1]
-    known = sorted({p.parent.parent.name for p in runs_dir.glob("*/*/run.json")})
-    near = difflib.get_close_matches(str(name), known, n=1)
-    raise ValueError(
-        f"no run called {str(name)!r}{f', did you mean {near[0]!r}?' if near else ''}; "
-        f"recipes with runs in {runs_dir}: {', '.join(known) or 'none'}; "
-        "name a run directory, <recipe>/<time> or <recipe>, or make one with `compress run RECIPE`"
-    )
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    """Run directories directly below, oldest first: their names are times and sort as such."""
-    return sorted((p.parent for p in folder.glob("*/run.json")), key=lambda p: p.name)
+        if runs := list(place.glob("*/run.json")):
+            return max(runs, key=lambda file: file.parent.name).parent  # the names are times and sort as such
+    known = {p.parent.parent.name for p in runs_dir.glob("*/*/run.json")}
+    raise ValueError(f"no run called {str(name)!r} in {runs_dir}; {nearest(str(name), known)}; name a run directory, "
+                     "<recipe>/<time> or <recipe>, or make one with `compress run RECIPE`")  # fmt: skip
 
 
 def _record(file: Path, order: dict[str, int]) -> Record:
@@ -117,8 +105,7 @@ def _read(file: Path, keys: dict[str, type]) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}; restore it, or run the recipe again") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+    if (got := data.get("schema") if isinstance(data, dict) else type(data).__name__) != SCHEMA:
         raise ValueError(f"cannot read {file}: schema {got!r}, this version reads schema {SCHEMA}; "
                          "use the version of compress which wrote it, or run the recipe again")  # fmt: skip
     for key, kind in keys.items():

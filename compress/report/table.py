@@ -8,15 +8,15 @@ already compare with the teacher, so they carry a difference only between runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from compress.report.records import Record, Run, teacher_of, worst
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
 
 NONE = "-"  # ASCII: survives LANG=C and every pipe
 
@@ -70,8 +70,7 @@ COLUMNS = (
     Column("peak_rss_bytes", "RSS\n(MB)", 0, 1e-6, against_teacher=True),
     Column("stage", "stage\n(min)", 1, 1 / 60, group="seconds"),
 )
-# What leaves a narrow terminal first. Everything else always stays.
-EXPENDABLE = ("ttft_ms_p50", "stage", "peak_rss_bytes", "bits_per_weight", "bits_per_byte/heldout", "tok_per_sec")
+COLUMN = {column.key: column for column in COLUMNS}
 
 
 def columns_of(records: Sequence[Record]) -> list[Column]:
@@ -92,22 +91,19 @@ def verdict_word(verdict: dict) -> str:
     return verdict["verdict"] if verdict.get("enforced") else distance[verdict["verdict"]]
 
 
-def verdict_lines(records: Sequence[Record], distances: bool = False) -> list[str]:
-    """One line per enforced limit: 'PASS         gguf: size 58.6 MB is within 60.0 MB'; with `distances` all others too."""
-    pairs = [(r, v) for r in records for v in r["verdicts"] if v.get("enforced") or distances]
-    return [f"{verdict_word(v):<12} {r['slot']}: {v['sentence']}" for r, v in pairs]
+def verdict_lines(records: Sequence[Record]) -> list[str]:
+    """One line per enforced limit: 'PASS         gguf: size 58.6 MB is within 60.0 MB'."""
+    return [f"{v['verdict']:<12} {r['slot']}: {v['sentence']}" for r in records for v in r["verdicts"] if v.get("enforced")]
 
 
-def stage_table(records: Sequence[Record], width: int | None = None) -> Table:
-    """One row per slot, differences against the teacher. With `width` (characters), columns leave until it fits."""
-    rows = [((r["slot"], r["technique"]), r, teacher_of(list(records), r.get("runtime", "torch"))) for r in records]
-    return _fit(("slot", "technique"), rows, width, lambda c: c.against_teacher)
+def stage_table(records: Sequence[Record]) -> Table:
+    """One row per slot, differences against the teacher."""
+    return _table("technique", [(r["slot"], r["technique"], r, teacher_of(records, r.get("runtime", "torch"))) for r in records], False)
 
 
-def compare_table(runs: Sequence[Run], stages: bool = False, width: int | None = None) -> Table:
+def compare_table(runs: Sequence[Run], stages: bool = False) -> Table:
     """Several runs: their last slots, or with `stages` every slot side by side; differences against the first run."""
-    rows = [((slot, run.name), r, reference) for slot, run, r, reference in comparison(runs, stages)]
-    return _fit(("slot", "run"), rows, width, lambda c: True)
+    return _table("run", [(slot, run.name, r, reference) for slot, run, r, reference in comparison(runs, stages)], True)
 
 
 def comparison(runs: Sequence[Run], stages: bool = False) -> list[tuple[str, Run, Record, Record | None]]:
@@ -131,9 +127,7 @@ def markdown_table(records: Sequence[Record]) -> str:
 
 def print_table(table: Table, console: Console | None = None) -> None:
     """Print at the table's own width: a pipe gets no colours and no shortened number, whatever $COLUMNS says."""
-    from rich.console import Console
-
-    table.width = _natural_width(table)
+    table.width = Console(width=10_000).measure(table).maximum
     (console or Console()).print(table, soft_wrap=True)
 
 
@@ -141,47 +135,19 @@ def _markdown_escape(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _natural_width(table: Table) -> int:
-    from rich.console import Console
-
-    return Console(width=10_000).measure(table).maximum
-
-
-def _fit(labels: tuple[str, str], rows: list, width: int | None, shows: Callable[[Column], bool]) -> Table:
-    columns = columns_of([record for _, record, _ in rows])
-    gone: list[str] = []
-    table = _table(labels, rows, columns, shows, gone)
-    for key in EXPENDABLE if width else ():
-        if _natural_width(table) <= (width or 0):
-            break
-        gone += [c.head.replace("\n", " ") for c in columns if c.key == key]
-        columns = [c for c in columns if c.key != key]
-        table = _table(labels, rows, columns, shows, gone)
-    return table
-
-
-def _table(labels: tuple[str, str], rows: list, columns: list[Column], shows, gone: list[str]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    caption = f"not shown at this width: {', '.join(gone)}" if gone else None
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption=caption, caption_justify="left")
-    for label in labels:
-        table.add_column(label, no_wrap=True)
+def _table(second: str, rows: Sequence[tuple[str, str, Record, Record | None]], between_runs: bool) -> Table:
+    """Rows of (slot, what stands in the column `second`, record, reference)."""
+    columns = columns_of([record for _, _, record, _ in rows])
+    table = Table("slot", second, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for column in columns:
-        table.add_column(column.head, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for names, record, reference in rows:
+        table.add_column(column.head, justify="right")
+    table.add_column("verdict")
+    for slot, name, record, reference in rows:
         cells = []
         for column in columns:
-            cell, difference = Text(column.text(record)), column.difference(record, reference) if shows(column) else ""
-            cells.append(cell.append(f"\n{difference}", style="dim") if difference else cell)
-        table.add_row(Text(names[0], style="bold"), Text(names[1]), *cells, _verdict_text(standing(record)))
+            difference = column.difference(record, reference) if between_runs or column.against_teacher else ""
+            cells.append(Text.assemble(column.text(record), (f"\n{difference}" if difference else "", "dim")))
+        word = standing(record)
+        style = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}.get(word, "dim")
+        table.add_row(Text(slot, "bold"), Text(name), *cells, Text(word, style))
     return table
-
-
-def _verdict_text(word: str):
-    from rich.text import Text
-
-    return Text(word, style={"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}.get(word, "dim"))

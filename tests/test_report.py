@@ -170,13 +170,17 @@ def page_of(runs, tmp_path) -> Page:
 
 
 def test_page_asks_nobody_and_needs_no_script(run, later, tmp_path):
+    run.records[2]["curve"] = [{"step": step, "loss": 2.0 - 0.1 * step} for step in range(5)]
     for runs in ([run], [run, later]):
         page = page_of(runs, tmp_path)
         assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
-        assert not {"src", "href", "style", "onload", "onclick"} & {name for name, _ in page.attributes}
+        assert not {"src", "href", "onload", "onclick"} & {name for name, _ in page.attributes}
+        assert all(value.startswith("#") for name, value in page.attributes if name == "xlink:href")
         text = (tmp_path / "report.html").read_text()
-        assert not re.search(r"https?:|url\(|@import|//[a-z]", text)
+        assert not re.search(r"https?:|url\(|@import|//[a-z]", re.sub(r' xmlns(:xlink)?="[^"]*"', "", text))
+        assert ' style="' not in re.sub("<svg.*?</svg>", "", text, flags=re.DOTALL)
         assert ("http-equiv", "Content-Security-Policy") in page.attributes
+        assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
 
 
 def test_page_shows_the_values_of_the_records(run, tmp_path):
@@ -220,7 +224,7 @@ def test_picture_falls_back_to_kl_with_up_still_better(run, tmp_path):
         del record["scores"]["kept"]
     text = page_of([run], tmp_path) and (tmp_path / "report.html").read_text()
     assert "KL to teacher (nats, less is better)" in text
-    heights = {m[1]: float(m[2]) for m in re.finditer(r'aria-label="(\w+): [^>]*><title>.*?cy="([\d.]+)"', text)}
+    heights = {m[1]: float(m[2]) for m in re.finditer(r'aria-label="(\w+): [^>]*><title>.*? y="([\d.]+)"', text)}
     assert heights["teacher"] < heights["heal"] < heights["prune_width"]  # y grows downwards in SVG
 
 
@@ -231,6 +235,29 @@ def test_pareto_front_is_what_nothing_beats_in_both():
     assert [p.front for p in points] == [True, True, False, False, True]
     mark_front(points, -1)  # less is better: the smallest also has the least
     assert [p.front for p in points] == [False, False, False, False, True]
+
+
+def test_names_of_bubbles_in_one_place_stand_apart_and_inside(run, tmp_path):
+    page_of([run], tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    for kind, width in (("wide", 960), ("narrow", 380)):
+        svg = re.search(f'<svg class="{kind}".*?</svg>', text, re.DOTALL)[0]
+        places = {m[3]: (float(m[1]), float(m[2])) for m in re.finditer(r'x="([\d.]+)" y="([\d.]+)">(\w+)', svg)}
+        for one, other in (("heal", "lora"), ("qat", "gguf")):
+            (x, y), (u, v) = places[one], places[other]
+            assert abs(x - u) > 20 or abs(y - v) > 12
+        assert all(0 < places[row[0]][0] < width for row in ROWS)
+
+
+def test_drawings_follow_the_dark_page_and_are_the_same_every_time(run, tmp_path):
+    run.records[2]["curve"] = [{"step": step, "loss": 2.0 - 0.1 * step} for step in range(5)]
+    page_of([run], tmp_path)
+    first = (tmp_path / "report.html").read_bytes()
+    page_of([run], tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == first
+    drawn = "".join(re.findall("<svg.*?</svg>", first.decode(), re.DOTALL))
+    assert "fill: var(--ink, #" in drawn and "stroke: var(--line, #" in drawn and "fill: var(--quant, #" in drawn
+    assert not re.search(": (#1d1c1a|#6d6a64|#e4e1da|#ffffff)", drawn) and "fill: black" not in drawn
 
 
 def test_no_runs_is_refused(tmp_path):
@@ -249,7 +276,7 @@ def test_training_curves_are_drawn_from_the_records_and_absent_without_them(run,
 
 def test_lines_go_down_the_page_as_values_fall():
     svg = lines_svg({"a": [(0, 3.0), (1, 2.0), (2, 1.0)]}, "step", "loss")
-    path = re.search(r'<path d="M([\d. L]+)" fill="none"', svg)[1]
+    path = re.search(r'<title>a</title><path d="M ([\d. L]+)"', svg)[1]
     x, y = zip(*[map(float, point.split()) for point in path.split("L")], strict=True)
     assert list(x) == sorted(x) and list(y) == sorted(y)
     assert y[1] - y[0] == pytest.approx(y[2] - y[1], abs=0.2)

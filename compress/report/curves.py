@@ -1,50 +1,74 @@
-"""Lines over steps, tokens or seconds, as SVG without scripts: what training did, or what several trainings did side by side."""
+"""Drawings as SVG without scripts: the canvas all of them share, and lines over steps, tokens or seconds.
+
+matplotlib draws. Its colours become the page's CSS variables with themselves to fall back on, so that a drawing follows a
+dark page and is still whole in a file of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
+from pathlib import Path
+from typing import Any
 
-from compress.report.picture import Frame, ticks
-
-COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
+CSS = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+PALETTE = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", CSS.partition("@media")[0]))  # the light colours by name
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "compress", "text.parse_math": False, "figure.dpi": 72, "font.size": 12, "axes.titlesize": 12,
+    "font.sans-serif": ["DejaVu Sans"], "axes.facecolor": "none", "figure.facecolor": "none", "legend.frameon": False,
+    "axes.grid": True, "axes.axisbelow": True, "axes.grid.axis": "y", "grid.color": PALETTE["line"], "axes.edgecolor": PALETTE["muted"],
+    "axes.labelcolor": PALETTE["muted"], "axes.titlecolor": PALETTE["muted"], "text.color": PALETTE["ink"],
+    **{f"axes.spines.{side}": False for side in ("left", "top", "right")},
+    **{f"{axis}tick.color": PALETTE["muted"] for axis in "xy"}, "xtick.bottom": False, "ytick.left": False,
+}  # fmt: skip
 Line = Sequence[tuple[float, float]]
 
 
-def lines_svg(series: Mapping[str, Line], x_name: str, y_name: str, width: int = 640, height: int = 320) -> str:
+@contextmanager
+def drawing(width: int, height: int, x_name: str, y_name: str) -> Iterator[tuple[Any, Any]]:
+    """An empty (figure, axes) of that many pixels, whatever style the user's matplotlib has."""
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # letters that matplotlib's own font lacks: the browser has them
+        figure = Figure((width / 72, height / 72), layout="constrained")
+        FigureCanvasAgg(figure)  # measures texts
+        axes = figure.add_subplot()
+        axes.set_xlabel(x_name, loc="right")
+        axes.set_title(y_name, loc="left")
+        axes.locator_params(nbins=6)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        yield figure, axes
+
+
+def to_svg(figure: Any, kind: str, label: str) -> str:
+    """The figure as an <svg> of class `kind`; what has a gid "title:..." shows the rest of it, to the keyboard as well."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    unused = r' clip-path="[^"<]*"|<clipPath.*?</clipPath>| transform="rotate\(-0 [^"<]*"|\s*\n\s*'
+    svg = re.sub(unused, "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' (d|x|y)="[^"<]+"', lambda numbers: re.sub(r"(\.\d)\d+", r"\1", numbers[0]), svg)
+    for name, colour in PALETTE.items():
+        svg = svg.replace(f": {colour}", f": var(--{name}, {colour})")
+    svg = re.sub('<g id="title:([^"]*)">', r'<g tabindex="0" role="img" aria-label="\1"><title>\1</title>', svg)
+    svg = re.sub('<g id="[^"]*">', "<g>", svg)
+    return svg.replace("<svg ", f'<svg class="{kind}" role="group" aria-label="{escape(label)}" ', 1)
+
+
+def lines_svg(series: Mapping[str, Line], x_name: str, y_name: str, kind: str = "curves", width: int = 640) -> str:
     """A drawing of named lines, each at least one point (x, y); a legend below; '' when there is nothing to draw."""
-    points = [point for line in series.values() for point in line]
-    if len(points) < 2:
+    if sum(map(len, series.values())) < 2:
         return ""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    spread = (max(ys) - min(ys)) or 1.0
-    legend_rows = -(-len(series) // 2)
-    frame = Frame(
-        width, height + 20 * legend_rows, 62, (min(xs), max(xs) or 1.0), (min(ys) - 0.08 * spread, max(ys) + 0.08 * spread),
-        bottom=46 + 20 * legend_rows,
-    )  # fmt: skip
-    body = [_axes(frame, x_name, y_name)]
-    for number, (name, line) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        path = "L".join(f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in line)
-        dots = "".join(f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3"/>' for x, y in line) if len(line) < 20 else ""
-        body.append(f'<g fill="{colour}"><title>{escape(name)}</title><path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>{dots}</g>')
-        x, y = 62 + (number % 2) * (width - 80) / 2, height + 4 + 20 * (number // 2)
-        body.append(f'<rect x="{x:.0f}" y="{y - 9}" width="12" height="10" fill="{colour}"/>')
-        body.append(f'<text class="tick" x="{x + 18:.0f}" y="{y}">{escape(name)}</text>')
-    label = escape(f"{y_name} over {x_name}: {', '.join(series)}")
-    style = 'font-family="system-ui, sans-serif" font-size="12" fill="#64748b"'
-    size = f'viewBox="0 0 {width} {height + 20 * legend_rows}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" class="curves" {size} {style} role="img" aria-label="{label}">{"".join(body)}</svg>'
-
-
-def _axes(f: Frame, x_name: str, y_name: str) -> str:
-    foot, end = f.height - f.bottom, f.width - f.right
-    out = [f'<path d="M{f.left} {foot}H{end}" stroke="#94a3b8" fill="none"/>']
-    for tick in ticks(*f.y_range, 5):
-        out.append(f'<path d="M{f.left} {f.y(tick):.1f}H{end}" stroke="#94a3b8" stroke-opacity=".3" fill="none"/>')
-        out.append(f'<text class="tick" x="{f.left - 8}" y="{f.y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    out += [f'<text class="tick" x="{f.x(t):.1f}" y="{foot + 18}" text-anchor="middle">{t:g}</text>' for t in ticks(*f.x_range, 6)]
-    out.append(f'<text class="name" x="{end}" y="{foot + 34}" text-anchor="end">{escape(x_name)}</text>')
-    out.append(f'<text class="name" x="{f.left - 2}" y="{f.top - 5}">{escape(y_name)}</text>')
-    return "".join(out)
+    columns = 2 if width > 500 else 1
+    with drawing(width, 320 + 20 * -(-len(series) // columns), x_name, y_name) as (figure, axes):
+        for name, line in series.items():
+            axes.plot(*zip(*line, strict=True), marker="o" if len(line) < 20 else "", markersize=4, linewidth=2, gid=f"title:{name}")
+        figure.legend(axes.lines, list(series), loc="outside lower left", ncols=columns)
+        return to_svg(figure, kind, f"{y_name} over {x_name}: {', '.join(series)}")

@@ -10,6 +10,7 @@ import json
 import os
 import pkgutil
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,6 @@ class Guarded:
     def __init__(self, name: str, sink: Tracker) -> None:
         self.name, self.sink, self.alive = name, sink, True
 
-    def start(self, run: dict[str, Any]) -> None:
-        self._call("start", run)
-
-    def record(self, record: dict[str, Any], steps: list[dict[str, Any]]) -> None:
-        self._call("record", record, steps)
-
-    def finish(self, exit_code: int) -> None:
-        self._call("finish", exit_code)
-
     def _call(self, method: str, *arguments: Any) -> None:
         if not self.alive:
             return
@@ -80,6 +72,10 @@ class Guarded:
             self.alive = False
             print(f"warning: tracker {self.name} stopped ({type(error).__name__}: {error}); the run goes on, "
                   "its records are in the run directory", file=sys.stderr)  # fmt: skip
+
+    start = partialmethod(_call, "start")
+    record = partialmethod(_call, "record")
+    finish = partialmethod(_call, "finish")
 
 
 def check(name: str) -> None:

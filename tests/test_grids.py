@@ -1,20 +1,27 @@
-"""llama.cpp's grids against the `gguf` package, which equals llama.cpp's own quantizer byte for byte on these two."""
+"""llama.cpp's grids against three others: the quantizer inside xllamacpp's shared library, `gguf`'s, and golden bytes."""
 
 from __future__ import annotations
+
+import ctypes
+import importlib.util
+from pathlib import Path
 
 import gguf
 import pytest
 import torch
 from gguf import quants
+from safetensors import safe_open
 
 from compress.quant.grids import GRIDS
 
-TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in GRIDS}
+SIMPLE = [name for name, grid in GRIDS.items() if grid.block == 32]
+SEARCHED = [name for name, grid in GRIDS.items() if grid.searches]
 
 
-def _weights(kind: str) -> torch.Tensor:
+def _weights(kind: str, name: str = "q4_0") -> torch.Tensor:
     g = torch.Generator().manual_seed(7)
-    w = torch.randn(300, 160, generator=g) * 0.05
+    w = torch.randn(300, 5 * 32 if GRIDS[name].block == 32 else 512, generator=g) * 0.05
     if kind == "heavy":
         w = w / torch.rand(w.shape, generator=g).clamp(min=1e-3)
     elif kind == "zero":
@@ -28,32 +35,75 @@ def _weights(kind: str) -> torch.Tensor:
     elif kind == "halves":  # exact ties of rounding
         w = torch.randint(-254, 255, w.shape, generator=g) / 2.0
         w[:, ::32] = 127.0
+    elif kind == "signed_zero":
+        w[::2] *= 0.0
+    elif kind == "one_sided":
+        w = w.abs() + 0.01
+        w[::2] *= -1
+    elif kind == "nearly_constant":  # the fit's sums cancel: any other order of additions shows
+        w = w * 1e-5 - 0.3
+        w[::2] *= -1
+    elif kind == "constant":
+        w[:] = torch.linspace(-0.5, 0.5, 300)[:, None]
     return w
 
 
-KINDS = ("random", "heavy", "zero", "subnormal", "negative_max", "tied_max", "halves")
+KINDS = ("random", "heavy", "zero", "subnormal", "negative_max", "tied_max", "halves", "signed_zero", "one_sided", "nearly_constant", "constant")
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    """(w, name) -> the bytes of ggml_quantize_chunk, without importance matrix, in the library that xllamacpp installs."""
+    found = importlib.util.find_spec("xllamacpp")
+    library = ctypes.CDLL(str(next(Path(found.submodule_search_locations[0]).glob("*.so"))))
+    if not hasattr(library, "ggml_quantize_chunk"):
+        pytest.skip("xllamacpp's library does not export ggml_quantize_chunk")
+    chunk = library.ggml_quantize_chunk
+    chunk.restype = ctypes.c_size_t
+    chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+
+    def quantize(w: torch.Tensor, name: str) -> torch.Tensor:
+        block, size = gguf.GGML_QUANT_SIZES[TYPES[name]]
+        out = torch.zeros(len(w), w.shape[1] // block * size, dtype=torch.uint8)
+        assert chunk(int(TYPES[name]), w.contiguous().data_ptr(), out.data_ptr(), 0, *w.shape, None) == out.numel()
+        return out
+
+    return quantize
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", GRIDS)
-def test_bytes_equal_llama_cpp(name, kind):
-    grid, w = GRIDS[name], _weights(kind)
-    codes, scales = grid.encode(w)
-    expected = torch.from_numpy(quants.quantize(w.numpy(), TYPES[name]))
-    packed = grid.pack(codes, scales)
+def test_bytes_equal_llama_cpp(name, kind, llama_cpp):
+    grid, w = GRIDS[name], _weights(kind, name)
+    packed = grid.pack(*grid.encode(w))
     assert packed.shape[1] * 8 / w.shape[1] == grid.bits_per_weight
-    assert torch.equal(packed, expected)
+    assert torch.equal(packed, llama_cpp(w, name))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "signed_zero"])  # gguf's own d has the sign of the first zero
+@pytest.mark.parametrize("name", SIMPLE)
+def test_bytes_equal_the_gguf_package(name, kind):
+    grid, w = GRIDS[name], _weights(kind)
+    assert torch.equal(grid.pack(*grid.encode(w)), torch.from_numpy(quants.quantize(w.numpy(), TYPES[name])))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_bytes_equal_the_golden_file(name):
+    with safe_open(Path(__file__).parent / "golden" / "grids.safetensors", framework="pt") as golden:
+        assert golden.metadata()["llama.cpp"] == "b9190"
+        w, expected = golden.get_tensor("weight").float(), golden.get_tensor(name)
+    assert torch.equal(GRIDS[name].pack(*GRIDS[name].encode(w)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["encode", "search"])
 @pytest.mark.parametrize("name", GRIDS)
 def test_decode_equals_the_reader_bit_for_bit(name, how, kind):
-    grid, w = GRIDS[name], _weights(kind)
+    grid, w = GRIDS[name], _weights(kind, name)
     codes, scales = grid.encode(w)
     if how == "search":
-        scales = grid.search(w)
-        codes = grid.codes(w, scales)
+        scales = grid.search(w) if grid.searches else scales
+        codes = grid.codes(w * 1.1, scales)
     ours = grid.decode(codes, scales)
     theirs = quants.dequantize(grid.pack(codes, scales).numpy(), TYPES[name])
     assert torch.equal(ours.view(torch.int32), torch.from_numpy(theirs).view(torch.int32))
@@ -66,7 +116,7 @@ def _error(grid, w, codes, scales, h=1.0):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", SEARCHED)
 def test_search_is_never_worse_than_round(name, weighted, kind):
     grid, w = GRIDS[name], _weights(kind)
     h = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(1)) if weighted else None
@@ -76,7 +126,7 @@ def test_search_is_never_worse_than_round(name, weighted, kind):
     assert (found <= plain * (1 + 1e-5) + 1e-30).all()
 
 
-@pytest.mark.parametrize(("name", "share"), [("q4_0", 0.9), ("q8_0", 0.9)])
+@pytest.mark.parametrize(("name", "share"), [("q4_0", 0.9), ("q5_0", 0.9), ("q8_0", 0.9)])
 def test_search_gains_on_gaussian_weights(name, share):
     grid, w = GRIDS[name], _weights("random")
     scales = grid.search(w)
@@ -91,39 +141,53 @@ def test_importance_by_row_equals_importance_by_column_when_rows_agree():
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_codes_are_the_nearest_for_scales_of_either_sign(name):
-    grid, w = GRIDS[name], _weights("random")[:8]
-    scales = grid.encode(w)[1] * torch.tensor([1, -1]).repeat(20)[: 8 * 5].view(8, 5).half()
-    got = _error(grid, w, grid.codes(w, scales), scales)
-    levels = torch.arange(grid.low, grid.high + 1).view(1, 1, 1, -1) * scales.double()[:, :, None, None]
-    best = (w.double().view(8, 5, 32, 1) - levels).square().amin(-1).sum(-1)
-    assert torch.allclose(got, best, rtol=1e-5)
+    grid, w = GRIDS[name], _weights("random", name)[:8]
+    scales = grid.encode(w)[1].view(-1, grid.stored) * torch.ones(grid.stored).index_fill(0, torch.tensor(0), -1.0).half()
+    scales = torch.cat([scales[::2].neg(), scales[1::2]]).view(8, -1)
+    got = _error(grid, w, grid.codes(w, scales), scales).view(8, -1)
+    step, floor = grid.levels(scales.view(-1, grid.stored))
+    levels = torch.arange(grid.low, grid.high + 1) * step.double()[..., None] + (0 if floor is None else floor.double()[..., None])
+    best = (w.double().view(*step.shape[:2], grid.group, 1) - levels).square().amin(-1)
+    assert torch.allclose(got, best.view(8, -1, 32).sum(-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_codes_of_decoded_weights_are_the_same_codes(name):
-    grid, w = GRIDS[name], _weights("heavy")
+def test_decoded_weights_are_a_fixed_point(name):
+    grid, w = GRIDS[name], _weights("heavy", name)
     codes, scales = grid.encode(w)
-    assert torch.equal(grid.codes(grid.decode(codes, scales), scales), codes)
+    decoded = grid.decode(codes, scales)
+    again = grid.codes(decoded, scales)
+    assert torch.equal(grid.decode(again, scales), decoded)
+    assert torch.equal(again, codes) or grid.block == 256  # where a K-quant's step is 0, every code is the same value
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_snap_is_decode_of_codes(name):
+    grid, w = GRIDS[name], _weights("heavy", name)
+    scales, out = grid.encode(w)[1], torch.empty_like(w)
+    grid.snap(w * 1.2, scales, out)
+    assert torch.equal(out, grid.decode(grid.codes(w * 1.2, scales), scales))  # but for the sign of zeros
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_zero_and_underflowing_blocks_decode_to_zero(name):
     grid = GRIDS[name]
-    w = torch.cat([torch.zeros(1, 32), torch.full((1, 32), 1e-39), torch.full((1, 32), -1e-12)])
+    w = torch.tensor([0.0, 1e-39, -1e-12])[:, None].repeat(1, grid.block)
     codes, scales = grid.encode(w)
-    assert not scales.any() and not grid.decode(codes, scales).any()
-    found = grid.search(w)
+    assert not grid.decode(codes, scales).any() and not scales.view(3, -1)[:, 0].any()
+    found = grid.search(w) if grid.searches else scales
     assert not grid.decode(grid.codes(w, found), found).any()
     assert (grid.codes(w, found) == grid.offset).all()
 
 
-def test_result_does_not_depend_on_threads():
-    grid, w = GRIDS["q4_0"], torch.randn(1500, 96, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", GRIDS)
+def test_result_does_not_depend_on_threads(name):
+    grid, w = GRIDS[name], torch.randn(1500, 96 if name in SIMPLE else 256, generator=torch.Generator().manual_seed(0))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append((*grid.encode(w), grid.search(w)))
+            results.append((*grid.encode(w), *([grid.search(w)] if grid.searches else [])))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -137,6 +201,17 @@ def test_rows_that_do_not_divide_are_refused_with_tensor_rule_and_nearest(method
         getattr(GRIDS["q4_0"], method)(torch.zeros(4, 60), name="up_proj.weight")
 
 
+def test_k_quants_say_256():
+    with pytest.raises(ValueError, match=r"up_proj\.weight has shape \(4, 576\): q6_k .* multiples of 256 .* nearest legal row length is 512"):
+        GRIDS["q6_k"].encode(torch.zeros(4, 576), name="up_proj.weight")
+
+
+@pytest.mark.parametrize("name", [name for name in GRIDS if name not in SEARCHED])
+def test_a_grid_without_search_says_so(name):
+    with pytest.raises(ValueError, match=f"grid {name} has no search of scales; use scales=round"):
+        GRIDS[name].search(torch.zeros(4, 256))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_refused_with_the_tensor(value):
     w = torch.zeros(4, 64)
@@ -145,6 +220,19 @@ def test_values_that_are_not_finite_are_refused_with_the_tensor(value):
         GRIDS["q8_0"].encode(w, name="up_proj.weight")
 
 
-def test_values_whose_scale_overflows_fp16_are_refused():
+@pytest.mark.parametrize("name", GRIDS)
+def test_values_whose_scale_overflows_fp16_are_refused(name):
     with pytest.raises(ValueError, match=r"up_proj\.weight holds a value beyond"):
-        GRIDS["q4_0"].encode(torch.full((1, 32), 1e6), name="up_proj.weight")
+        GRIDS[name].encode(torch.full((1, 256), 1e9), name="up_proj.weight")
+    w = _weights("random", name)
+    assert grid_is_finite(GRIDS[name], w / w.abs().max() * GRIDS[name].largest)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_subnormal_weights_decode_to_zero(name):
+    w = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) * 1e-40
+    assert not GRIDS[name].decode(*GRIDS[name].encode(w)).any()
+
+
+def grid_is_finite(grid, w) -> bool:
+    return bool(grid.decode(*grid.encode(w)).isfinite().all())

@@ -22,10 +22,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="chunks")
 
 
-def each_chunk(rows: int, device: torch.device, work: Callable[[slice], None]) -> None:
-    """Call `work(slice)` without gradient until 0..`rows` is covered. On anything but a CPU in one piece."""
-    threads = min(torch.get_num_threads(), -(-rows // ROWS))
-    piece = ROWS if device.type == "cpu" else max(rows, 1)
+def each_chunk(rows: int, device: torch.device, work: Callable[[slice], None], size: int = ROWS) -> None:
+    """Call `work(slice)` without gradient until 0..`rows` is covered, `size` at a time; on anything but a CPU in one piece."""
+    threads = min(torch.get_num_threads(), -(-rows // size))
+    piece = size if device.type == "cpu" else max(rows, 1)
 
     def span(start: int, stop: int) -> None:
         with torch.inference_mode(False), torch.no_grad():  # both are thread-local

@@ -7,8 +7,8 @@ and
 
 that is, rounding counts as the identity and clamping as itself: PACT (arXiv 1805.06085, section 3) for the clamp, LSQ
 (arXiv 1902.08153, section 2) for weights. LSQ's inequality is strict; here the end codes themselves pass gradient,
-because the largest weight of every Q4_0 block sits exactly on one and would never move again. Scales are fixed at
-fp16 values the file can hold.
+because the largest weight of every Q4_0 block sits exactly on one and would never move again. Grids with a minimum
+round (w - floor) / s instead (grids/grid.py). `scales`, all numbers the file holds besides the codes, stay fixed.
 
 Cost: the quantized weight and its place in the autograd graph are kept until w or s changes (tensor version counters,
 and a hook on optimizer steps, since fused optimizers don't count), so a step of many micro-batches quantizes once, a
@@ -107,7 +107,7 @@ def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Modu
 
 
 def attach(model: nn.Module, grid_name: str, scales: str = "round") -> None:
-    """Make each Linear and Embedding compute on the grid; scales by llama.cpp's rule ("round") or "search".
+    """Make each Linear and Embedding compute on the grid; scales by llama.cpp's rule ("round") or, on grids that have one, "search".
 
     Master weights must be fp32. ValueError when a weight does not fit the grid (naming it), or when attached already.
     """
@@ -184,7 +184,7 @@ def is_quantized(path: Path) -> bool:
 
 
 def load_quantized(path: Path) -> tuple[str, dict[str, tuple[Tensor, Tensor]]]:
-    """The grid's name and {tensor: (codes (R, C), scales (R, C / 32))}. ValueError when missing, damaged, unknown."""
+    """The grid's name and {tensor: (codes (R, C), scales)}. ValueError when missing, damaged, unknown."""
     if not is_quantized(path):
         raise ValueError(f"{path} has no {FILE}: it is not quantized; run ptq or qat on it first")
     try:

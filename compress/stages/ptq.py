@@ -1,8 +1,8 @@
 """`ptq`: post-training quantization of every matrix of a model, embeddings and head included, onto a grid that ships.
 
 Scales by the format's own plain rounding (`round`: the codes are what llama.cpp's quantizer writes, bit for bit) or
-by a search that minimises each block's squared error (`search`); see `compress/quant/grids/llamacpp.py`. No data is
-needed. The result loads with plain transformers as fp32 weights equal to the decoded codes, which lie in
+by a search that minimises each block's squared error (`search`, on the grids of one scale); see `compress/quant/grids/`.
+No data is needed. The result loads with plain transformers as fp32 weights equal to the decoded codes, which lie in
 `quant.safetensors`.
 """
 
@@ -21,7 +21,11 @@ class GridName(StrEnum):
     """The grids of `compress.quant.grids.GRIDS`, named here because reading the configuration must not import torch."""
 
     q4_0 = "q4_0"
+    q4_1 = "q4_1"
+    q5_0 = "q5_0"
     q8_0 = "q8_0"
+    q4_k = "q4_k"
+    q6_k = "q6_k"
 
 
 class Scales(StrEnum):
@@ -31,19 +35,27 @@ class Scales(StrEnum):
     search = "search"
 
 
-BLOCK = 32  # row lengths must be multiples, on every grid above
+BLOCK = {grid: 256 if grid.endswith("_k") else 32 for grid in GridName}  # row lengths must be multiples
+SEARCHED = (GridName.q4_0, GridName.q5_0, GridName.q8_0)  # grids of one scale; Q4_K and Q6_K search in their plain rounding already
 
 
-def check_rows(config: dict[str, Any], grid: str) -> None:
+def check_scales(key: str, grid: GridName, scales: Scales) -> None:
+    """ValueError when the grid has no search of scales."""
+    if scales is Scales.search and grid not in SEARCHED:
+        raise ValueError(f"{key}.scales is search: grid {grid} has none, only {', '.join(SEARCHED)}; use scales=round")
+
+
+def check_rows(config: dict[str, Any], grid: GridName) -> None:
     """ValueError naming key and nearest legal value when an HF config has rows the grid can't cut into blocks."""
+    block = BLOCK[grid]
     heads = config.get("num_attention_heads") or 0
     rows = {key: config[key] for key in ("hidden_size", "intermediate_size") if config.get(key)}
     if config.get("head_dim"):
         rows["num_attention_heads * head_dim"] = heads * config["head_dim"]
     for key, length in rows.items():
-        if length % BLOCK:
-            near = max(BLOCK, round(length / BLOCK) * BLOCK)
-            raise ValueError(f"{key} is {length}: grid {grid} needs rows of a multiple of {BLOCK}; the nearest legal value is {near}")
+        if length % block:
+            near = max(block, round(length / block) * block)
+            raise ValueError(f"{key} is {length}: grid {grid} needs rows of a multiple of {block}; the nearest legal value is {near}")
 
 
 @dataclass
@@ -59,6 +71,7 @@ class Ptq:
             if value not in list(kind):
                 raise ValueError(f"ptq.{key} is {value!r}: choose one of {', '.join(kind)}")
             setattr(self, key, kind(value))
+        check_scales("ptq", self.grid, self.scales)
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result: the parent's, unchanged. ValueError when its rows don't divide into blocks."""

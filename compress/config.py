@@ -20,7 +20,7 @@ LIMIT_METRICS = (
     "size_bytes", "params", "bits_per_weight", "latency_ms_p50", "latency_ms_p95", "ttft_ms_p50", "tok_per_sec", "peak_rss_bytes",
     "kept", "kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout",
 )  # fmt: skip
-GGUF_TYPES = ("F16", "Q8_0", "Q4_0")
+GGUF_TYPES = ("F16", "Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q4_K", "Q6_K")
 TRACKERS = ("jsonl", "wandb")
 PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
 PARALLEL = ("none", "ddp", "fsdp2")

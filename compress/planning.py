@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EFFICIENCY = 0.5  # assumed share of the square matrix product's rate that a whole training step reaches; on the cautious side
 TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
-SHIPPING_BYTES = {"F16": 2.0, "Q8_0": 8.5 / 8, "Q4_0": 4.5 / 8}
+SHIPPING_BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_1": 5, "Q4_0": 4.5, "Q4_K": 4.5}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
         costs.append(Cost(slot, recipe.technique(slot), params, work / rate + scoring, int(disk), int(memory)))
     shipped = sizes[recipe.shipped_slot()]
     for kind in recipe.export.gguf:
-        costs.append(Cost(f"gguf_{kind.lower()}", "export_gguf", shipped, 40.0, int(2 * SHIPPING_BYTES[kind] * shipped), 4 * shipped))
+        costs.append(Cost(f"gguf_{kind.lower()}", "export_gguf", shipped, 40.0, int(SHIPPING_BITS[kind] / 4 * shipped), 4 * shipped))
     return costs
 
 

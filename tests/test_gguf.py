@@ -29,6 +29,7 @@ from compress.checkpoint import load_model, load_tokenizer, save_model
 from compress.export.gguf import decode_gguf, export_gguf, file_size, read_fields
 from compress.export.gguf_tokenizer import PRE_TOKENIZERS
 from compress.gguf_teacher import find_packaged, import_gguf
+from compress.quant.grids import GRIDS
 from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process, make_lm
 
 TEXT = ["The cat sat on the mat in 2024, and 17 dogs didn't!", "  def f(x):\n    return x + 1\n\n1. one\n"] * 20
@@ -192,6 +193,28 @@ def test_quantized_file_runs_close_to_its_own_checkpoint(tied, tmp_path, type):
     server.close()
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("wide"), hidden_size=256, intermediate_size=512, num_hidden_layers=1, initializer_range=0.05)
+
+
+@pytest.mark.parametrize("type", [name.upper() for name in GRIDS])
+def test_every_grid_goes_through_ptq_and_export_into_llama_cpp(wide, tmp_path, type):
+    from compress.stages.ptq import GridName, Ptq
+
+    student = tmp_path / "student"
+    student.mkdir()
+    Ptq(GridName(type.lower())).run(wide, student, None)
+    export_gguf(student, tmp_path / "m.gguf", type)
+    assert_same(decode_gguf(tmp_path / "m.gguf"), load_file(student / "model.safetensors"))
+    assert {t.tensor_type.name for t in read_fields(tmp_path / "m.gguf")[1]} == {type, "F32"}
+    export_gguf(wide, tmp_path / "direct.gguf", type)  # the file says the same without the stage between
+    assert (tmp_path / "direct.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+    server = LlamaCpp(tmp_path / "m.gguf", threads=1, ctx_len=64)
+    assert_close_to_torch(server, student, [list(range(3, 60))], 0.05)  # llama.cpp rounds activations to 8 bits
+    server.close()
+
+
 def test_too_long_a_prompt_is_refused(llama):
     with pytest.raises(ValueError, match="a prompt of 129 tokens; allowed: 1 to ctx_len = 128"):
         llama.hidden_states([[5] * 129])
@@ -238,8 +261,8 @@ def test_other_architectures_are_refused_by_name(tied, tmp_path):
     tiny_tokenizer(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="model_type 'gpt2' can't be written as GGUF; allowed: llama, mistral, qwen2"):
         export_gguf(tmp_path / "gpt2", tmp_path / "m.gguf", "F16")
-    with pytest.raises(ValueError, match="type 'Q4_K' is unknown; allowed: F16, Q8_0, Q4_0"):
-        export_gguf(tied, tmp_path / "m.gguf", "Q4_K")
+    with pytest.raises(ValueError, match="type 'Q4_K_M' is unknown; allowed: F16, Q4_0, Q4_1, Q8_0, Q5_0, Q4_K, Q6_K"):
+        export_gguf(tied, tmp_path / "m.gguf", "Q4_K_M")
     assert not list(tmp_path.glob("m.gguf*"))
 
 

@@ -4,11 +4,9 @@ Names: `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`; tied embedd
 Rotary layout: HF Llama rotates row j with row j + d/2 of a head (d: head width), llama.cpp's "llama" architecture rows
 2j and 2j + 1; so q and k rows are interleaved on the way out and back on the way in. Codes and scales are rows too:
 they move along and are never computed again. qwen2 keeps HF's layout.
-Blocks of 32 values with one fp16 scale s (ggml's block_q4_0, block_q8_0):
-  Q4_0  w = s (c - 8), byte j of 16 holds c[j] in its low and c[j + 16] in its high half      4.5 bits
-  Q8_0  w = s c, 32 signed bytes                                                              8.5 bits
-All matrices, the embedding too, get the type asked for; 1-D tensors stay F32.
-Left out: K-quants, mixed types, rope scaling, experts, attention biases of Llama: refused by name.
+All matrices, the embedding too, get the type asked for: F16, or a grid of `compress/quant/grids/`, whose modules say
+what their blocks hold. 1-D tensors stay F32.
+Left out: mixed types such as Q4_K_M (Q4_K here is Q4_K throughout), rope scaling, experts, attention biases of Llama: refused by name.
 """
 
 from __future__ import annotations
@@ -24,11 +22,10 @@ from torch import Tensor
 
 from compress.checkpoint import check, load_tokenizer, weight_files
 from compress.export.gguf_tokenizer import write_tokenizer
+from compress.quant.grids import GRIDS, Grid
 
-BLOCK = 32
-TYPES = ("F16", "Q8_0", "Q4_0")
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # HF model_type -> general.architecture
-_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}  # llama_ftype: the file's main type
+_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18}  # llama_ftype: the file's main type
 _GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
     "input_layernorm": "attn_norm",
@@ -44,7 +41,7 @@ _LAYER = {
 
 
 def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]:
-    """Writes `checkpoint` as `out_file` in `type` (F16, Q8_0, Q4_0); returns `size_bytes`, `params`, `bits_per_weight`.
+    """Writes `checkpoint` as `out_file` in `type`, one of _FILE_TYPES; returns `size_bytes`, `params`, `bits_per_weight`.
 
     With `quant.safetensors` in the checkpoint, its codes and scales are written as they are. ValueError: a type that is
     not their grid, an architecture, tensor or tokenizer without a place in the file, values that the type can't hold.
@@ -52,8 +49,8 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     import gguf
     from transformers import AutoConfig
 
-    if type not in TYPES:
-        raise ValueError(f"export of {checkpoint}: type {type!r} is unknown; allowed: {', '.join(TYPES)}")
+    if type not in _FILE_TYPES:
+        raise ValueError(f"export of {checkpoint}: type {type!r} is unknown; allowed: {', '.join(_FILE_TYPES)}")
     check(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     arch = _architecture(config, checkpoint)
@@ -141,11 +138,11 @@ def _packed(checkpoint: Path, type: str, config: Any, arch: str) -> Iterator[tup
     for name, tensor in _weights(checkpoint):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        w, rows = tensor.float().numpy(), row_order(name)
+        w, rows = tensor.float(), row_order(name)
         if w.ndim == 1:
-            yield name, w[rows], "F32"
+            yield name, w.numpy()[rows], "F32"
         else:
-            blocks = _encode(name, w, type) if codes is None else _pack_codes(name, w, codes)
+            blocks = _encode(name, w, type) if codes is None else _pack_codes(name, w, codes, GRIDS[type.lower()])
             yield name, blocks[rows], type
 
 
@@ -164,7 +161,7 @@ def _open_codes(checkpoint: Path, type: str) -> Any | None:
     path = checkpoint / "quant.safetensors"
     if not path.exists():
         return None
-    codes = safe_open(path, framework="np")
+    codes = safe_open(path, framework="pt")
     grid = (codes.metadata() or {}).get("grid", "none")
     if grid != type.lower():
         raise ValueError(
@@ -174,31 +171,24 @@ def _open_codes(checkpoint: Path, type: str) -> Any | None:
     return codes
 
 
-def _pack_codes(name: str, w: np.ndarray, codes: Any) -> np.ndarray:
-    """(O, I) codes and (O, I/32) scales -> (O, bytes) blocks. ValueError when absent or not what `w` (O, I) is."""
-    if f"{name}.codes" not in codes.keys():  # noqa: SIM118
+def _pack_codes(name: str, w: Tensor, file: Any, grid: Grid) -> np.ndarray:
+    """The blocks (O, bytes) of the codes in quant.safetensors. ValueError when absent or not what `w` (O, I) is."""
+    if f"{name}.codes" not in file.keys():  # noqa: SIM118
         raise ValueError(f"quant.safetensors has no codes for {name}; quantize all matrices, the embedding too")
-    c, s = codes.get_tensor(f"{name}.codes"), codes.get_tensor(f"{name}.scales").astype(np.float16)
-    blocks = c.reshape(-1, BLOCK)
-    centre = 8 if c.dtype == np.uint8 else 0
-    decoded = (blocks.astype(np.float32) - centre) * s.reshape(-1, 1).astype(np.float32)
-    if not np.array_equal(decoded, w.reshape(-1, BLOCK)):
+    codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
+    if codes.shape != w.shape or not torch.equal(grid.decode(codes, scales), w):
         raise ValueError(f"{name}: model.safetensors differs from what quant.safetensors decodes to; quantize it again")
-    body = blocks[:, :16] | (blocks[:, 16:] << 4) if centre else blocks.view(np.uint8)
-    return np.concatenate([s.reshape(-1, 1).view(np.uint8), body], axis=1).reshape(len(w), -1)
+    return grid.pack(codes, scales).numpy()
 
 
-def _encode(name: str, w: np.ndarray, type: str) -> np.ndarray:
-    import gguf
-
+def _encode(name: str, w: Tensor, type: str) -> np.ndarray:
     if type == "F16":
-        half = w.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise ValueError(f"{name}: values up to {np.abs(w).max():.3g} don't fit F16 (65504); export as Q8_0")
-        return half
-    if w.shape[-1] % BLOCK:
-        raise ValueError(f"{name}: rows of {w.shape[-1]} are no multiple of {BLOCK}, which {type} needs; export as F16")
-    return gguf.quants.quantize(w, gguf.GGMLQuantizationType[type])
+        half = w.half()
+        if not half.isfinite().all():
+            raise ValueError(f"{name}: values up to {w.abs().max():.3g} don't fit F16 (65504); export as Q8_0")
+        return half.numpy()
+    grid = GRIDS[type.lower()]
+    return grid.pack(*grid.encode(w, name)).numpy()
 
 
 def read_fields(file: Path) -> tuple[dict[str, Any], list[Any]]:

@@ -7,7 +7,8 @@ per 4 x 512 tokens, bf16 autocast over fp32 master weights, fused AdamW. Speeds 
     cached    compress.train.loop on the `sampled` signal        online  the same, the teacher run at every step
     ce        the same loop and head on plain cross-entropy
 
-`python scripts/bench_distill.py [--rounds 3] [--precision bf16]` prints a table and ends with one line of JSON.
+`python scripts/bench_distill.py [--rounds 3] [--precision bf16] [--trl PYTHON]` prints a table and ends with one line of JSON. PYTHON is
+the interpreter of an environment that holds trl: its GKD trainer and its chunked loss then run beside ours (`bench_trl.py`), in the first round.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 SIDES = ("baseline", "cached", "online", "ce")
 ROWS, LENGTH, STEPS, MICRO = 4, 512, 6, 2  # the first two steps of a process warm up
@@ -41,7 +43,7 @@ def prepare(work: Path) -> None:
     model: Any = load_model(teacher)
     _cut(model, set(range(1, model.config.num_hidden_layers, 2)))
     save_model(model, work / "student", teacher)
-    open_text(work)
+    save_file({"ids": open_text(work).ids[: ROWS * STEPS].contiguous()}, work / "ids.safetensors")
 
 
 def open_text(work: Path) -> Any:
@@ -204,6 +206,12 @@ def in_fresh_process(what: str, work: Path, options: argparse.Namespace) -> dict
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def trl_in_its_environment(python: Path, side: str, work: Path) -> dict[str, Any]:
+    command = [str(python), str(Path(__file__).with_name("bench_trl.py")), f"--side={side}", f"--work={work}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def main() -> None:
     """All sides in turns, then the gradients."""
     from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
@@ -213,6 +221,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--draws", type=int, default=64)
     parser.add_argument("--precision", default=fast_dtype(), choices=("bf16", "fp32"))
+    parser.add_argument("--trl", type=Path, help="the Python of an environment with trl")
     parser.add_argument("--what", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -226,15 +235,20 @@ def main() -> None:
             for side in runs:
                 runs[side].append(in_fresh_process(side, work, options))
                 print(f"round {number + 1}: {side} {statistics.median(runs[side][-1]['seconds']):.2f} s a step", file=sys.stderr, flush=True)
+        for side in ("gkd", "chunked") if options.trl else ():
+            run = trl_in_its_environment(options.trl, side, work)
+            runs[f"trl {side}"], record["trl"] = [run], run["trl"]
+            print(f"trl {run['trl']} {side}: {statistics.median(run['seconds']):.2f} s a step", file=sys.stderr, flush=True)
         record |= in_fresh_process("gradients", work, options)
     seconds = {side: [s for run in runs[side] for s in run["seconds"]] for side in runs}
     middle = {side: statistics.median(values) for side, values in seconds.items()}
-    rss = {side: max(run["peak_rss_bytes"] for run in runs[side]) for side in SIDES}
-    print(f"{'side':<10}{'tokens/s':>10}{'s/step':>9}{'quartiles':>16}{'peak RSS (GB)':>15}")
-    for side in SIDES:
+    shown = [side for side in runs if side != "matmul"]
+    rss = {side: max(run["peak_rss_bytes"] for run in runs[side]) for side in shown}
+    print(f"{'side':<13}{'tokens/s':>10}{'s/step':>9}{'quartiles':>16}{'peak RSS (GB)':>15}")
+    for side in shown:
         low, _, high = statistics.quantiles(seconds[side], n=4)
-        print(f"{side:<10}{ROWS * LENGTH / middle[side]:>10.0f}{middle[side]:>9.2f}{f'{low:.2f} to {high:.2f}':>16}{rss[side] / 1e9:>15.2f}")
-    record |= {f"tok_per_sec/{side}": ROWS * LENGTH / middle[side] for side in SIDES} | {f"peak_rss_bytes/{side}": rss[side] for side in SIDES}
+        print(f"{side:<13}{ROWS * LENGTH / middle[side]:>10.0f}{middle[side]:>9.2f}{f'{low:.2f} to {high:.2f}':>16}{rss[side] / 1e9:>15.2f}")
+    record |= {f"tok_per_sec/{side}": ROWS * LENGTH / middle[side] for side in shown} | {f"peak_rss_bytes/{side}": rss[side] for side in shown}
     record |= {
         "speedup_cached": middle["baseline"] / middle["cached"], "speedup_online": middle["baseline"] / middle["online"],
         "peak_rss_ratio": rss["cached"] / rss["baseline"], "kd_tax": middle["cached"] / middle["ce"], "mfu": middle["matmul"] / middle["cached"],

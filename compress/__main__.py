@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compress import __version__
+from compress import __version__, verbs
 from compress.errors import EXIT_OK, EXIT_SIGTERM, ConfigError, Interrupted, exit_code, is_disk, is_memory, nearest
 
 HELP = """compress: turn a teacher language model into a student that fits a budget, and prove it on the files that ship.
@@ -72,38 +72,8 @@ def _list(arguments: list[str]) -> int:
     return EXIT_OK
 
 
-def _score(arguments: list[str]) -> int:
-    from compress import verbs
-
-    return verbs.score(arguments)
-
-
-def _compare(arguments: list[str]) -> int:
-    from compress import verbs
-
-    return verbs.compare(arguments)
-
-
-def _verify(arguments: list[str]) -> int:
-    from compress import verbs
-
-    return verbs.verify(arguments)
-
-
-def _accept(arguments: list[str]) -> int:
-    from compress import verbs
-
-    return verbs.accept(arguments)
-
-
-def _gc(arguments: list[str]) -> int:
-    from compress import verbs
-
-    return verbs.gc(arguments)
-
-
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    "run": _run, "list": _list, "score": _score, "compare": _compare, "verify": _verify, "accept": _accept, "gc": _gc,
+    "run": _run, "list": _list, "score": verbs.score, "compare": verbs.compare, "verify": verbs.verify, "accept": verbs.accept, "gc": verbs.gc,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from compress.errors import ConfigError, nearest
 
 ALLOWED_HYDRA = ("run.dir", "sweep.dir", "sweep.subdir", "job.name", "sweeper.params")
 REFUSED_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun", "--shell-completion", "-sc")
-VALUE_FLAGS = {"--config-dir": "--config-dir", "-cd": "--config-dir", "--cfg": "--cfg", "-c": "--cfg", "--package": "--package", "-p": "--package"}
+LONG_FLAGS = {"-cd": "--config-dir", "-c": "--cfg", "-p": "--package"}  # of the flags that take a value
 OVERRIDE = re.compile(r"^(~|\+\+|\+)?(?P<key>[^=@]+)(@[^=]*)?(=|$)", re.DOTALL)
 
 
@@ -58,18 +58,17 @@ def check_text(text: str, where: object) -> None:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {error}") from error
-    for path, _ in _walk(tree):
-        parts = path.split(".")
-        if "_target_" in parts:
+    for path, value in _walk(tree):
+        first, *rest = path.split(".")
+        below = ".".join(rest)
+        if "_target_" in (first, *rest):
             _refuse("_target_", f"{where}, key {path}")
-        if parts[0] == "defaults" and re.search(r"(^|[\s/.@])hydra([/.@]|$)", parts[-1]):
-            _refuse(f"the defaults entry {parts[-1]!r}", where)
-        if parts[0] == "hydra" and not any(rule == ".".join(parts[1:]) or rule.startswith(".".join(parts[1:]) + ".") or
-                                           path.startswith(f"hydra.{rule}.") for rule in ALLOWED_HYDRA) and parts[1:]:  # fmt: skip
+        if first == "defaults" and rest:
+            entry = value if isinstance(value, str) and rest[-1].isdigit() else rest[-1]
+            if re.search(r"(^|[\s/.@])hydra([/.@]|$)", entry):
+                _refuse(f"the defaults entry {entry!r}", where)
+        if first == "hydra" and rest and not any(f"{rule}.".startswith(f"{below}.") or below.startswith(f"{rule}.") for rule in ALLOWED_HYDRA):
             _refuse(f"the key {path}", where)
-    for entry in (tree or {}).get("defaults", []) if isinstance(tree, dict) else []:
-        if isinstance(entry, str) and re.search(r"(^|[\s/])hydra([/.@]|$)", entry):
-            _refuse(f"the defaults entry {entry!r}", where)
 
 
 def check_override(override: str) -> None:
@@ -86,24 +85,24 @@ def check_override(override: str) -> None:
 
 
 def _config_dir(arguments: list[str]) -> Path | None:
-    for index, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            value = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
-            if not Path(value).is_dir():
-                raise ConfigError(f"--config-dir {value!r} is not a directory; give the folder that holds your recipes")
-            return Path(value).resolve()
+    """The user's own folder, from arguments as `flags_first` leaves them."""
+    for argument in arguments:
+        if argument.startswith("--config-dir="):
+            folder = argument.partition("=")[2]
+            if not Path(folder).is_dir():
+                raise ConfigError(f"--config-dir {folder!r} is not a directory; give the folder that holds your recipes")
+            return Path(folder).resolve()
     return None
 
 
-def check_arguments(recipe: str, arguments: list[str]) -> Path:
+def check_arguments(recipe: str, arguments: list[str], own: Path | None) -> Path:
     """Refuse an unknown recipe, executable content and refused flags before Hydra starts. Returns the recipe's folder."""
-    own = _config_dir(arguments)
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag in REFUSED_FLAGS:
             raise ConfigError(f"{flag} is not available; name the recipe after `run`, and add your own folder with --config-dir DIR")
-        check_override(argument) if not argument.startswith("-") else None
+        if not argument.startswith("-"):
+            check_override(argument)
     if own:
         for file in sorted(own.rglob("*.y*ml")):
             if "hydra" in file.relative_to(own).parts[:-1]:
@@ -122,10 +121,12 @@ def flags_first(arguments: list[str]) -> list[str]:
     overrides: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        if argument in VALUE_FLAGS:
-            flags.append(f"{VALUE_FLAGS[argument]}={next(rest, '')}")
+        flag, equals, value = argument.partition("=")
+        flag = LONG_FLAGS.get(flag, flag)
+        if flag in LONG_FLAGS.values():
+            flags.append(f"{flag}={value if equals else next(rest, '')}")
         else:
-            (flags if argument.startswith("-") else overrides).append(argument)
+            (flags if flag.startswith("-") else overrides).append(argument)
     return flags + overrides
 
 
@@ -165,24 +166,26 @@ def trust_hydra() -> None:
     OmegaConf.register_new_resolver("oc.env", no_environment, replace=True)
 
 
+def compose(name: str, folder: Path, overrides: list[str]) -> Any:
+    """The composed config `name` of a folder, with Hydra's own part below `hydra`. Runs nothing."""
+    import hydra
+
+    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+        return hydra.compose(name, overrides, return_hydra_config=True)
+
+
 def _check_composed(folder: Path, recipe: str, overrides: list[str]) -> None:
     """Compose without running anything: what Hydra would instantiate must be its own defaults, and the recipe must make sense."""
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    def composed(name: str, where: Path, extra: list[str]) -> Any:
-        with initialize_config_dir(str(where), version_base="1.3"):
-            return compose(name, extra, return_hydra_config=True)
-
     def instantiated(config: Any) -> Any:
-        node = OmegaConf.to_container(config.hydra, resolve=False)
-        assert isinstance(node, dict)
+        node: Any = OmegaConf.to_container(config.hydra, resolve=False)
         node["sweeper"].pop("params", None)
         return {key: node[key] for key in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging", "hydra_help", "help", "env")}
 
-    program = composed(recipe, folder, overrides)
-    if instantiated(program) != instantiated(composed("base", configs_dir(), [])):
+    program = compose(recipe, folder, overrides)
+    if instantiated(program) != instantiated(compose("base", configs_dir(), [])):
         _refuse("settings of Hydra's launcher, sweeper, callbacks or logging", f"recipe {recipe!r}")
     with open_dict(program):
         program.pop("hydra")
@@ -207,28 +210,22 @@ def explain(error: Exception) -> str:
         if isinstance(cause, ConfigError):
             return str(cause).partition("\n    full_key")[0]
     text = " | ".join(dict.fromkeys(str(link) for link in chain))
-    key = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text)
-    if key:
+    full = re.search(r"full_key: (\S+)", text)
+    groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
+    if key := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text):
         if "To append to your config use" in text and "reference_type=Dict" in text:
             return f"{key[1]!r} is not in this table yet; write +{text.partition('config use +')[2].splitlines()[0]} to add it"
         schema = next((s for s in SCHEMAS.values() if s.__name__ == key[2]), None)
-        full = re.search(r"full_key: (\S+)", text)
-        fields = list(getattr(schema, "__dataclass_fields__", {})) if schema else []
-        return f"unknown key {full[1] if full else key[1]!r}; {nearest(key[1], fields)}"
-    option = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
-    if option:
+        return f"unknown key {full[1] if full else key[1]!r}; {nearest(key[1], getattr(schema, '__dataclass_fields__', {}))}"
+    if option := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         folder = configs_dir() / option[1]
         if folder.is_dir():
             return f"{option[1]}={option[2]!r} is no option; {nearest(option[2], recipe_names(folder))}"
-        groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
         return f"group {option[1]!r} does not exist; {nearest(option[1], groups)}"
-    group = re.search(r"Could not override '([^']+)'", text)
-    if group:
-        groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
+    if group := re.search(r"Could not override '([^']+)'", text):
         return f"{group[1]!r} is no key or group of this recipe; {nearest(group[1], groups)}"
-    full = re.search(r"full_key: (\S+)", text)
-    first = text.split(" | ")[0].splitlines()[0] if text else type(error).__name__
-    first = next((line for line in re.split(r" \| |\n", text) if "could not be converted" in line or "Invalid value" in line), first)
+    lines = [line for line in re.split(r" \| |\n", text) if "could not be converted" in line or "Invalid value" in line]
+    first = (lines or text.splitlines() or [type(error).__name__])[0].split(" | ")[0]
     return f"{full[1]}: {first}" if full and full[1] not in first else first
 
 
@@ -240,7 +237,8 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     ConfigError for whatever can't be composed, before any work and with nothing left behind.
     """
     arguments = flags_first(arguments)
-    folder = check_arguments(recipe, arguments)
+    own = _config_dir(arguments)
+    folder = check_arguments(recipe, arguments, own)
     arguments = expand_teacher(arguments)
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -248,7 +246,7 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    codes, own = [0], _config_dir(arguments)
+    codes = [0]
 
     def job(composed: Any) -> None:
         run_dir = Path(HydraConfig.get().runtime.output_dir)

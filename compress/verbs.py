@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from compress import budget
 from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError
 
 
@@ -18,23 +19,36 @@ class _Parser(argparse.ArgumentParser):
 
 def _compose(overrides: list[str]) -> Any:
     """The smallest recipe around the defaults of configs/base.yaml, as dataclasses; for verbs that have no recipe."""
-    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from compress.assets import configs_dir
-    from compress.launch import check_override, expand_teacher, explain, trust_hydra
+    from compress.launch import check_override, compose, expand_teacher, explain, trust_hydra
 
     for override in overrides:
         check_override(override)
     trust_hydra()
     try:
-        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-            composed = compose("base", [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
+        composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
         return {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")} | {"store": composed.store}
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
+
+
+def _model(path: Path) -> Any:
+    """A GGUF file or a checkpoint directory, ready to be scored."""
+    from compress.checkpoint import digest, sha256_file
+    from compress.score.scorer import Model
+
+    return Model(path.absolute(), sha256_file(path), "llama.cpp") if path.is_file() else Model(path.absolute(), digest(path))
+
+
+def _judge(scores: dict[str, float], intervals: dict[str, Any], limits: Any, unlimited: str = "") -> int:
+    """Print one sentence a limit, or `unlimited` when there is none. Returns the exit code."""
+    verdicts = budget.judge(scores, intervals, limits.limits, enforced=True)
+    print("\n".join(f"{v['verdict']:<12} {v['sentence']}" for v in verdicts) or unlimited)
+    return EXIT_BUDGET if budget.failed(verdicts, strict=limits.strict) else EXIT_OK
 
 
 def score(arguments: list[str]) -> int:
@@ -42,8 +56,8 @@ def score(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from compress import budget, session
-    from compress.checkpoint import check, digest, sha256_file
+    from compress import session
+    from compress.checkpoint import check
     from compress.score.scorer import Model
 
     parser = _Parser(prog="compress score")
@@ -53,12 +67,11 @@ def score(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
     parts = _compose([f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides])
-    gguf = options.model.suffix == ".gguf"
-    if gguf and not options.model.is_file():
-        raise ValueError(f"{options.model} does not exist; give a checkpoint directory or a .gguf file")
-    if not gguf:
+    if options.model.suffix != ".gguf":
         check(options.model)
-    model = Model(options.model.absolute(), sha256_file(options.model) if gguf else digest(options.model), "llama.cpp" if gguf else "torch")
+    elif not options.model.is_file():
+        raise ValueError(f"{options.model} does not exist; give a checkpoint directory or a .gguf file")
+    model = _model(options.model)
     scorer, teacher = session.open_scorer(**{k: parts[k] for k in ("teacher", "data", "eval", "trainer", "store")})
     reference = scorer.measure(Model(teacher.path, teacher.digest))
     measured = scorer.measure(model)
@@ -71,9 +84,7 @@ def score(arguments: list[str]) -> int:
     Console().print(table)
     if excluded:
         print(f"left out of kept, because the teacher is not above chance there: {', '.join(excluded)}")
-    verdicts = budget.judge(scores, intervals, parts["budget"].limits, enforced=True)
-    print("\n".join(f"{v['verdict']:<12} {v['sentence']}" for v in verdicts))
-    return EXIT_BUDGET if budget.failed(verdicts, strict=parts["budget"].strict) else EXIT_OK
+    return _judge(scores, intervals, parts["budget"])
 
 
 def compare(arguments: list[str]) -> int:
@@ -110,8 +121,7 @@ def verify(arguments: list[str]) -> int:
 
 def accept(arguments: list[str]) -> int:
     """Measure a bundle's budget again on this machine. The teacher is used when it can be had, for the KL."""
-    from compress import budget, session
-    from compress.checkpoint import digest, sha256_file
+    from compress import session
     from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
     from compress.export.bundle import verify_bundle
     from compress.score.paired import paired_scores
@@ -122,29 +132,28 @@ def accept(arguments: list[str]) -> int:
     parser.add_argument("--store", default="runs/.store")
     options = parser.parse_args(arguments)
     manifest = verify_bundle(options.bundle)
-    config, judged = manifest["config"], options.bundle.absolute() / manifest["judged"]
+    config = manifest["config"]
     limits = Budget({name: Limit(**limit) for name, limit in config["budget"]["limits"].items()}, {}, config["budget"]["strict"])
-    gguf = judged.is_file()
-    model = Model(judged, sha256_file(judged) if gguf else digest(judged), "llama.cpp" if gguf else "torch")
+    model = _model(options.bundle / manifest["judged"])
     print(f"verified; measuring {manifest['judged']} on this machine", file=sys.stderr)
+    how, reference = (Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store), None
     try:
-        scorer, teacher = session.open_scorer(Teacher(**config["teacher"]), Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store)
-        reference = scorer.measure(Model(teacher.path, teacher.digest)) if teacher.digest == manifest["teacher"]["digest"] else None
+        scorer, teacher = session.open_scorer(Teacher(**config["teacher"]), *how)
+        if teacher.digest == manifest["teacher"]["digest"]:
+            reference = scorer.measure(Model(teacher.path, teacher.digest))
     except ValueError as error:
         print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)
-        tokenizer_home = Teacher(str(options.bundle.absolute() / "hf"))
-        scorer, _ = session.open_scorer(tokenizer_home, Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store)
-        reference = None
+        scorer, _ = session.open_scorer(Teacher(str(options.bundle.absolute() / "hf")), *how)  # for its tokenizer
     measured = scorer.measure(model)
+    scores, intervals = measured.scores, {}
     items = [json.loads(line) for line in (options.bundle / "teacher_items.jsonl").read_text().splitlines()]
-    paired = paired_scores(measured.items, items, measured.chance) if items else None
-    scores = measured.scores | (paired.scores if paired else {})
+    if items:
+        paired = paired_scores(measured.items, items, measured.chance)
+        scores, intervals = scores | paired.scores, paired.intervals
     if reference is not None:
         near = scorer.compare(measured, reference)
-        scores |= {"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}
-    verdicts = budget.judge(scores, paired.intervals if paired else {}, limits.limits, enforced=True)
-    print("\n".join(f"{v['verdict']:<12} {v['sentence']}" for v in verdicts) or "the bundle's recipe set no limits; nothing to accept")
-    return EXIT_BUDGET if budget.failed(verdicts, strict=limits.strict) else EXIT_OK
+        scores = scores | {"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}
+    return _judge(scores, intervals, limits, "the bundle's recipe set no limits; nothing to accept")
 
 
 def gc(arguments: list[str]) -> int:

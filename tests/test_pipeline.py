@@ -65,10 +65,10 @@ def test_the_gguf_holds_the_qat_codes_bit_for_bit(smoke):
     import torch
 
     from compress.checkpoint import load_model
-    from compress.export.gguf import decode_gguf
+    from compress.export.gguf import decode_gguf, read_fields
 
     run = newest(smoke[0])
-    decoded = decode_gguf(run / "bundle" / "model-Q4_0.gguf")
+    decoded = decode_gguf(*read_fields(run / "bundle" / "model-Q4_0.gguf"))
     state = load_model(run / "bundle" / "hf").state_dict()
     assert len(decoded) == len(state) - 1  # the tied head is stored once
     for name, tensor in decoded.items():

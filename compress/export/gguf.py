@@ -12,36 +12,32 @@ Left out: mixed types such as Q4_K_M (Q4_K here is Q4_K throughout), rope scalin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from compress.checkpoint import check, load_tokenizer, weight_files
 from compress.export.gguf_tokenizer import write_tokenizer
 from compress.quant.grids import GRIDS, Grid
 
+# ggml type of the matrices -> llama_ftype, the file's main type
+TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18}
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # HF model_type -> general.architecture
-_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18}  # llama_ftype: the file's main type
 _GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-}
+}  # fmt: skip
 
 
 def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]:
-    """Writes `checkpoint` as `out_file` in `type`, one of _FILE_TYPES; returns `size_bytes`, `params`, `bits_per_weight`.
+    """Writes `checkpoint` as `out_file` in `type`, one of TYPES; returns `size_bytes`, `params`, `bits_per_weight`.
 
     With `quant.safetensors` in the checkpoint, its codes and scales are written as they are. ValueError: a type that is
     not their grid, an architecture, tensor or tokenizer without a place in the file, values that the type can't hold.
@@ -49,8 +45,10 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     import gguf
     from transformers import AutoConfig
 
-    if type not in _FILE_TYPES:
-        raise ValueError(f"export of {checkpoint}: type {type!r} is unknown; allowed: {', '.join(_FILE_TYPES)}")
+    from compress.score.size import gguf_size
+
+    if type not in TYPES:
+        raise ValueError(f"export of {checkpoint}: type {type!r} is unknown; allowed: {', '.join(TYPES)}")
     check(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     arch = _architecture(config, checkpoint)
@@ -65,7 +63,7 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     writer.write_tensors_to_file()
     writer.close()
     os.replace(part, out_file)
-    return file_size(out_file)
+    return gguf_size(out_file)
 
 
 def _architecture(config: Any, checkpoint: Path) -> str:
@@ -85,7 +83,7 @@ def _head_dim(config: Any) -> int:
 
 def _write_config(writer: Any, config: Any, type: str) -> None:
     writer.add_name(f"compress {config.model_type}")
-    writer.add_file_type(_FILE_TYPES[type])
+    writer.add_file_type(TYPES[type])
     writer.add_quantization_version(2)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -125,39 +123,26 @@ def _interleave(heads: int, rows: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _row_order(config: Any, arch: str) -> Callable[[str], Any]:
-    """HF tensor name -> index of its rows in the order in which they are written."""
-    d, q, kv = _head_dim(config), config.num_attention_heads, config.num_key_value_heads
-    orders = {"q_proj": _interleave(q, q * d), "k_proj": _interleave(kv, kv * d)} if arch == "llama" else {}
-    return lambda name: orders.get(name.split(".")[-2], slice(None))
-
-
 def _packed(checkpoint: Path, type: str, config: Any, arch: str) -> Iterator[tuple[str, np.ndarray, str]]:
     """(HF name, bytes or values as the writer takes them, ggml type) of every tensor of the checkpoint."""
-    codes, row_order = _open_codes(checkpoint, type), _row_order(config, arch)
-    for name, tensor in _weights(checkpoint):
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        w, rows = tensor.float(), row_order(name)
-        if w.ndim == 1:
-            yield name, w.numpy()[rows], "F32"
-        else:
-            blocks = _encode(name, w, type) if codes is None else _pack_codes(name, w, codes, GRIDS[type.lower()])
-            yield name, blocks[rows], type
-
-
-def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
+    codes = _open_codes(checkpoint, type)
+    d, q, kv = _head_dim(config), config.num_attention_heads, config.num_key_value_heads
+    orders = {"q_proj": _interleave(q, q * d), "k_proj": _interleave(kv, kv * d)} if arch == "llama" else {}
     for file in weight_files(checkpoint):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (the handle is no mapping)
-                yield name, weights.get_tensor(name)
+                if name == "lm_head.weight" and config.tie_word_embeddings:
+                    continue
+                w = weights.get_tensor(name).float()
+                rows = orders.get(name.split(".")[-2], slice(None))
+                if w.ndim == 1:
+                    yield name, w.numpy()[rows], "F32"
+                else:
+                    blocks = _encode(name, w, type) if codes is None else _pack_codes(name, w, codes, GRIDS[type.lower()])
+                    yield name, blocks[rows], type
 
 
 def _open_codes(checkpoint: Path, type: str) -> Any | None:
-    from safetensors import safe_open
-
     path = checkpoint / "quant.safetensors"
     if not path.exists():
         return None
@@ -208,33 +193,22 @@ def read_fields(file: Path) -> tuple[dict[str, Any], list[Any]]:
     return {key: field.contents() for key, field in reader.fields.items()}, list(reader.tensors)
 
 
-def file_size(file: Path) -> dict[str, float]:
-    """`size_bytes`, `params`, `bits_per_weight` of a GGUF: all of its bytes over all of its tensors' elements."""
-    params = sum(int(tensor.n_elements) for tensor in read_fields(file)[1])
-    size = file.stat().st_size
-    return {"size_bytes": size, "params": params, "bits_per_weight": 8 * size / params}
+def decode_gguf(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]:
+    """HF state-dict name -> fp32 tensor of what `read_fields` returned: exactly the file's numbers, in HF's row order.
 
+    ValueError: an architecture or tensor that is not known.
+    """
+    import gguf
 
-def decode_gguf(file: Path) -> dict[str, Tensor]:
-    """HF state-dict name -> fp32 tensor, of a Llama or Qwen2 GGUF: exactly the file's numbers, in HF's row order."""
-    return decode_tensors(*read_fields(file))
-
-
-def decode_tensors(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]:
-    """`decode_gguf` of what `read_fields` returned. ValueError: an architecture or tensor that is not known."""
     arch = fields["general.architecture"]
     if arch not in ARCHITECTURES.values():
         raise ValueError(f"the GGUF's architecture {arch!r} can't be decoded; allowed: llama, qwen2")
-    return {_to_hf(t.name): _decode(t, fields, arch) for t in tensors}
-
-
-def _decode(tensor: Any, fields: dict[str, Any], arch: str) -> Tensor:
-    import gguf
-
-    w = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=True)
-    kind = tensor.name.split(".")[-2]
-    if arch == "llama" and kind in ("attn_q", "attn_k"):
-        heads = fields["llama.attention.head_count" + ("_kv" if kind == "attn_k" else "")]
-        inverse = np.argsort(_interleave(heads, len(w)))
-        w = w[inverse]
-    return torch.from_numpy(w)
+    decoded = {}
+    for tensor in tensors:
+        w = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=True)
+        kind = tensor.name.split(".")[-2]
+        if arch == "llama" and kind in ("attn_q", "attn_k"):
+            heads = fields["llama.attention.head_count" + ("_kv" if kind == "attn_k" else "")]
+            w = w[np.argsort(_interleave(heads, len(w)))]
+        decoded[_to_hf(tensor.name)] = torch.from_numpy(w)
+    return decoded

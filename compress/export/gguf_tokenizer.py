@@ -59,13 +59,12 @@ def pre_name(tokenizer: Any) -> str:
 
 def _rules(pre_tokenizer: Any) -> Any:
     """The rules without what does not change ids: `trim_offsets`, and ByteLevel's own default of `use_regex`."""
-    if isinstance(pre_tokenizer, list):
-        return [_rules(entry) for entry in pre_tokenizer]
-    if not isinstance(pre_tokenizer, dict):
-        return pre_tokenizer
-    if pre_tokenizer.get("type") == "ByteLevel":
-        return ("ByteLevel", pre_tokenizer["add_prefix_space"], pre_tokenizer.get("use_regex", True))
-    return {key: _rules(value) for key, value in pre_tokenizer.items()}
+
+    def rule(entry: dict[str, Any]) -> dict[str, Any]:
+        entry.pop("trim_offsets", None)
+        return {"use_regex": True} | entry if entry.get("type") == "ByteLevel" else entry
+
+    return json.loads(json.dumps(pre_tokenizer), object_hook=rule)
 
 
 def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
@@ -84,21 +83,16 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
     writer.add_add_space_prefix(False)
-    for add, index in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):
-        if index is not None:
-            add(index)
+    for name in ("bos", "eos", "unk", "pad"):
+        if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
 
 def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
     """Writes the HF tokenizer files of a GGUF's metadata into `out`; returns its special ids (`bos_token_id`, ...)."""
-    from tokenizers import AddedToken, Tokenizer, models
+    from tokenizers import AddedToken, Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast
 
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
@@ -106,13 +100,13 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
-    state = json.loads(backend.to_str()) | {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": _BYTE_LEVEL}
-    state["post_processor"] = _BYTE_LEVEL | {"trim_offsets": False}
+    backend = Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": _BYTE_LEVEL}))
+    backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
     if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-        state["post_processor"] = _prepend(tokens, fields["tokenizer.ggml.bos_token_id"])
-    backend = Tokenizer.from_str(json.dumps(state))
+        bos = tokens[ids["bos"]]
+        backend.post_processor = processors.TemplateProcessing([bos, "$A"], [bos, "$A", "$B:0"], [(bos, ids["bos"])])
     added = [pair for pair in zip(tokens, kinds, strict=True) if pair[1] in (CONTROL, USER_DEFINED)]
     backend.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added])
     length = fields.get(f"{fields['general.architecture']}.context_length")
@@ -120,15 +114,11 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=length, **special)
     tokenizer.chat_template = fields.get("tokenizer.chat_template")
     tokenizer.save_pretrained(out)
-    _portable(out / "tokenizer_config.json")
-    return {f"{name}_token_id": index for name, index in ids.items() if index is not None and name != "unk"}
-
-
-def _portable(file: Path) -> None:
-    """transformers 5 writes a class name and a key that older readers (vLLM) don't know; all know the old name."""
+    file = out / "tokenizer_config.json"
     config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config.pop("backend", None)
+    config.pop("backend", None)  # like the class name of transformers 5, older readers (vLLM) don't know it; all know the old name
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return {f"{name}_token_id": index for name, index in ids.items() if index is not None and name != "unk"}
 
 
 def _known_pre(fields: dict[str, Any]) -> str:
@@ -139,16 +129,3 @@ def _known_pre(fields: dict[str, Any]) -> str:
             f"{', '.join(PRE_TOKENIZERS)}. A guess would change token ids: use this model's Hugging Face checkpoint"
         )
     return str(pre)
-
-
-def _prepend(tokens: list[str], index: int) -> dict[str, Any]:
-    """The post-processor that puts BOS (`index`) before a text."""
-    token = tokens[index]
-    bos = {"SpecialToken": {"id": token, "type_id": 0}}
-    text = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    return {
-        "type": "TemplateProcessing",
-        "single": [bos, text[0]],
-        "pair": [bos, *text],
-        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
-    }

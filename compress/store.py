@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,31 +99,26 @@ class Store:
         return self.root / "entries" / key
 
     def has(self, key: str) -> bool:
-        """Whether `key` is finished. ValueError when a file of it was changed or lost since."""
-        if not (self.entry(key) / STAGE_JSON).is_file():
+        """Whether `key` is finished. Every byte is compared with `stage.json`: ValueError naming the first file that differs."""
+        folder = self.entry(key)
+        if not (folder / STAGE_JSON).is_file():
             return False
-        self.verify(key)
+        expected, found = self.stage_json(key)["files"], file_table(folder)
+        found.pop(STAGE_JSON)
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                state = "missing" if name not in found else "unknown" if name not in expected else "changed"
+                raise ValueError(f"{folder / name} is {state} since it was written; delete {folder} and run again to rebuild it")
         return True
 
     def stage_json(self, key: str) -> dict[str, Any]:
         """The inputs, metrics and files of a finished entry."""
         return json.loads((self.entry(key) / STAGE_JSON).read_text())
 
-    def verify(self, key: str) -> None:
-        """Compare every byte with `stage.json`. ValueError naming the first file that differs."""
-        folder, expected = self.entry(key), self.stage_json(key)["files"]
-        found = file_table(folder)
-        found.pop(STAGE_JSON)
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                state = "missing" if name not in found else "unknown" if name not in expected else "changed"
-                raise ValueError(f"{folder / name} is {state} since it was written; delete {folder} and run again to rebuild it")
-
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold the key; ResourceError at once when another process holds it."""
-        path = self.root / "locks" / key
-        with path.open("a+") as file:
+        with (self.root / "locks" / key).open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -150,8 +145,7 @@ class Store:
             out.mkdir()
             work.mkdir(exist_ok=True)
             metrics = make(out, work)
-            table = file_table(out)
-            write_json(out / STAGE_JSON, {"schema": 1, "key": key, "inputs": inputs, "metrics": metrics, "files": table})
+            write_json(out / STAGE_JSON, {"schema": 1, "key": key, "inputs": inputs, "metrics": metrics, "files": file_table(out)})
             commit(out, self.entry(key))
             shutil.rmtree(work, ignore_errors=True)
             return self.entry(key)
@@ -168,25 +162,24 @@ class Store:
 
         Returns (things, bytes) removed. A key whose lock is held is never touched.
         """
-        things = size = 0
-        doomed = [p for room in ("entries", "work", "notes") for p in (self.root / room).iterdir()]
-        doomed = [p for p in doomed if p.name.lstrip(".").split(".")[0] not in keep]
+
+        def key(path: Path) -> str:
+            return path.name.lstrip(".").split(".")[0]
+
+        doomed = [p for room in ("entries", "work", "notes") for p in (self.root / room).iterdir() if key(p) not in keep]
         doomed += [p for p in (self.root / "scores").iterdir() if p.name[:16] not in {digest[:16] for digest in digests}]
         doomed += [p for room in ("signals", "data") for p in (self.root / room).iterdir()]
+        doomed = [p for p in doomed if not self._held(key(p))]
+        size = 0
         for path in doomed:
-            if self._held(path.name.lstrip(".").split(".")[0]):
-                continue
-            things += 1
             size += sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
             if not dry_run:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return things, size
+        return len(doomed), size
 
     def _held(self, key: str) -> bool:
         if not (self.root / "locks" / key).is_file():
             return False
-        try:
-            with self.lock(key):
-                return False
-        except ResourceError:
-            return True
+        with suppress(ResourceError), self.lock(key):
+            return False
+        return True

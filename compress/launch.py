@@ -67,7 +67,8 @@ def check_text(text: str, where: object) -> None:
             entry = value if isinstance(value, str) and rest[-1].isdigit() else rest[-1]
             if re.search(r"(^|[\s/.@])hydra([/.@]|$)", entry):
                 _refuse(f"the defaults entry {entry!r}", where)
-        if first == "hydra" and rest and not any(f"{rule}.".startswith(f"{below}.") or below.startswith(f"{rule}.") for rule in ALLOWED_HYDRA):
+        allowed = any(f"{rule}.".startswith(f"{below}.") or below.startswith(f"{rule}.") for rule in ALLOWED_HYDRA)
+        if first == "hydra" and rest and not allowed:
             _refuse(f"the key {path}", where)
 
 

@@ -99,6 +99,7 @@ EVIL = {
     "target": "stages:\n  x:\n    _target_: os.system\n",
     "environment": "seed: ${oc.env:HOME}\n",
     "launcher": "defaults:\n  - override hydra/launcher: joblib\n",
+    "placed at hydra": "defaults:\n  - /base\n  - x@hydra.callbacks\n",
     "searchpath": "hydra:\n  searchpath: [file:///tmp]\n",
     "logging": "hydra:\n  job_logging:\n    handlers:\n      x:\n        (): os.getcwd\n",
     "package": "# @package hydra.callbacks\nx: 1\n",

@@ -248,8 +248,8 @@ def measure_llamacpp(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: i
     # One word over and over: dense kernels take the same time for any ids, and each token is whole text, sent at once.
     # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds back.)
     body = {
-        "prompt": word * prompt_tokens, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": True, "cache_prompt": False,
-        "logit_bias": [[word[0], 1000.0]],
+        "prompt": word * prompt_tokens, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+        "cache_prompt": False, "logit_bias": [[word[0], 1000.0]],
     }  # fmt: skip
     first, between = [], []
     for repeat in range(repeats + 1):

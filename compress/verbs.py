@@ -31,7 +31,8 @@ def _compose(overrides: list[str]) -> Any:
     trust_hydra()
     try:
         composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
-        return {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")} | {"store": composed.store}
+        parts = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
+        return parts | {"store": composed.store}
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
 
@@ -71,10 +72,10 @@ def score(arguments: list[str]) -> int:
         check(options.model)
     elif not options.model.is_file():
         raise ValueError(f"{options.model} does not exist; give a checkpoint directory or a .gguf file")
-    model = _model(options.model)
-    scorer, teacher = session.open_scorer(**{k: parts[k] for k in ("teacher", "data", "eval", "trainer", "store")})
+    limits = parts.pop("budget")
+    scorer, teacher = session.open_scorer(**parts)
     reference = scorer.measure(Model(teacher.path, teacher.digest))
-    measured = scorer.measure(model)
+    measured = scorer.measure(_model(options.model))
     relative, intervals, excluded = scorer.beside(measured, reference, None)
     scores = measured.scores | relative
     table = Table("metric", "value", "teacher")
@@ -84,7 +85,7 @@ def score(arguments: list[str]) -> int:
     Console().print(table)
     if excluded:
         print(f"left out of kept, because the teacher is not above chance there: {', '.join(excluded)}")
-    return _judge(scores, intervals, parts["budget"])
+    return _judge(scores, intervals, limits)
 
 
 def compare(arguments: list[str]) -> int:
@@ -167,11 +168,9 @@ def gc(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.store.is_dir():
         raise ValueError(f"there is no store at {options.store}; name it with --store DIR")
-    keep: set[str] = set()
-    digests: set[str] = set()
-    for file in options.runs.glob("*/*/run.json"):
-        keep |= set(json.loads(file.read_text())["keys"])
-        digests |= {json.loads(record.read_text())["digest"] for record in file.parent.glob("*/record.json")}
+    runs = list(options.runs.glob("*/*/run.json"))
+    keep = {key for file in runs for key in json.loads(file.read_text())["keys"]}
+    digests = {json.loads(record.read_text())["digest"] for file in runs for record in file.parent.glob("*/record.json")}
     things, size = Store(options.store).gc(keep, digests, dry_run=not options.yes)
     print(f"{things} things, {size / 1e6:,.1f} MB {'removed' if options.yes else 'can go; repeat with --yes to remove them'}")
     return EXIT_OK

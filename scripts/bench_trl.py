@@ -48,8 +48,8 @@ def gkd(work: Path, teacher: Any, student: Any, ids: torch.Tensor) -> list[float
         }  # fmt: skip
 
     config = GKDConfig(
-        output_dir=str(work / "trl"), lmbda=0.0, beta=0.0, temperature=1.0, max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=1e-4, bf16=True,
-        use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
+        output_dir=str(work / "trl"), lmbda=0.0, beta=0.0, temperature=1.0, max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=1e-4,
+        bf16=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
         optim="adamw_torch_fused",
     )  # fmt: skip
     clock = Clock()

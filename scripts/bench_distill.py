@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 SIDES = ("baseline", "cached", "online", "ce")
-ROWS, LENGTH, STEPS, MICRO = 4, 512, 6, 2  # the first two steps of a process warm up
+ROWS, LENGTH, STEPS, MICRO = 4, 512, 8, 4  # the first two steps of a process warm up
 
 
 def prepare(work: Path) -> None:

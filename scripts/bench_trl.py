@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-ROWS, STEPS = 4, 6  # as in bench_distill.py; the first two steps warm up
+ROWS, STEPS = 4, 8  # as in bench_distill.py; the first two steps warm up
 
 
 class Clock(TrainerCallback):

@@ -106,7 +106,8 @@ class _FusedHead(torch.autograd.Function):
             if isinstance(target, Dense) and target.head is not None:
                 target = Dense(target.hidden_NH.to(compute), target.head.to(compute))
             d_hidden = torch.empty_like(hidden_NH) if need_h else None
-            d_weight = (torch.zeros_like(weight_VH) if into_VH is None else into_VH) if need_w else None
+            empty = torch.empty_like if len(hidden_NH) else torch.zeros_like  # the first chunk overwrites it
+            d_weight = (empty(weight_VH) if into_VH is None else into_VH) if need_w else None
             d_bias = torch.zeros_like(bias_V) if bias_V is not None and need_b else None
             total = hidden_NH.new_zeros((), dtype=torch.float64)
             for start in range(0, len(hidden_NH), chunk):
@@ -117,7 +118,7 @@ class _FusedHead(torch.autograd.Function):
                 if d_hidden is not None:
                     d_hidden[part] = grad_CV @ head.weight_VH
                 if d_weight is not None:
-                    _add_product(d_weight, grad_CV, h_CH)
+                    _add_product(d_weight, grad_CV, h_CH, fresh=into_VH is None and start == 0)
         ctx.in_place = into_VH is not None
         ctx.save_for_backward(*(t for t in (d_hidden, None if ctx.in_place else d_weight, d_bias) if t is not None))
         return total.to(torch.float32 if compute != torch.float64 else torch.float64)
@@ -132,13 +133,13 @@ class _FusedHead(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None, None)
 
 
-def _add_product(d_weight_VH: Tensor, grad_CV: Tensor, h_CH: Tensor) -> None:
-    """d_weight += grad.T @ h; where the types differ, rows at a time: a low-precision product of its own would be V x H."""
+def _add_product(d_weight_VH: Tensor, grad_CV: Tensor, h_CH: Tensor, fresh: bool) -> None:
+    """d_weight += grad.T @ h, or = where `fresh`; where the types differ, rows at a time: a low-precision product of its own would be V x H."""
     if d_weight_VH.dtype == h_CH.dtype:
-        d_weight_VH.addmm_(grad_CV.T, h_CH)
+        torch.mm(grad_CV.T, h_CH, out=d_weight_VH) if fresh else d_weight_VH.addmm_(grad_CV.T, h_CH)
         return
     for rows, columns in zip(d_weight_VH.split(VOCABULARY_ROWS), grad_CV.split(VOCABULARY_ROWS, 1), strict=True):
-        rows += columns.T @ h_CH
+        rows.copy_(columns.T @ h_CH) if fresh else rows.add_(columns.T @ h_CH)
 
 
 @dataclass(frozen=True)

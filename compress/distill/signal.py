@@ -29,7 +29,7 @@ from compress.checkpoint import best_device, digest, load_model, load_tokenizer,
 from compress.distill.schemes import Scheme, Shard, decode, encode
 from compress.errors import ResourceError
 from compress.store import sha256_json, write_whole
-from compress.train.attention import use_blocks
+from compress.train.cpu import use_cpu_kernels
 from compress.train.data import Packed
 from compress.train.forward import Head, head_of, hidden_states, to_device
 
@@ -187,7 +187,7 @@ class Signals:
         if self._model is None:
             dtype = torch.float32 if self.meta["precision"] == "fp32" else torch.bfloat16
             self._model = load_model(self.teacher, dtype, self.load)
-            use_blocks(self._model)
+            use_cpu_kernels(self._model)
             if self.load == "plain":
                 self._model.to(best_device())
             self._head = head_of(self._model).detach().first(min(self._model.config.vocab_size, len(load_tokenizer(self.teacher))))

@@ -18,7 +18,7 @@ from compress.distill.features import tapped
 from compress.distill.losses import Mix, head_loss, hidden_mse
 from compress.distill.schemes import as_target
 from compress.train import parallel
-from compress.train.attention import use_blocks
+from compress.train.cpu import use_cpu_kernels
 from compress.train.data import Packed
 from compress.train.forward import Head, head_of, hidden_states, to_device
 
@@ -48,7 +48,7 @@ class OnlineTeacher:
     def __init__(self, model: Any, data: Packed, *, sharded: bool = False) -> None:
         self.model, self.data = model.to(best_device()), data
         self.taps: tuple[list[int], list[int]] = ([], [])  # blocks whose states, and whose Q, K and V, `read` gives too
-        use_blocks(self.model)
+        use_cpu_kernels(self.model)
         head = head_of(model).detach()
         self.teacher_head: Head | None = replace(head, weight_VH=head.weight_VH.clone()) if sharded else head
         if sharded:

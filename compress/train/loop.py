@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from compress.errors import Interrupted, is_memory
 from compress.train import parallel
-from compress.train.attention import use_blocks
+from compress.train.cpu import use_cpu_kernels
 from compress.train.forward import to_device
 from compress.train.optimizer import learning_rate, make_optimizer
 from compress.train.progress import Progress
@@ -114,7 +114,7 @@ class Trainer:
         self.plan, self.work, self.model = plan, work, model
         if plan.precision == "bf16_stochastic":
             model.to(torch.bfloat16)
-        use_blocks(model)
+        use_cpu_kernels(model)
         if plan.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         mixed = "bf16" if plan.precision == "bf16" and plan.parallel != "fsdp2" else "no"

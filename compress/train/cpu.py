@@ -1,6 +1,7 @@
-"""Causal attention for training on a CPU: exact, in blocks of queries, several times faster than torch's own CPU kernel backwards.
+"""Attention and RMS norms as training on a CPU wants them: exact, in pieces that stay in the cache.
 
-For a block of C queries and the keys up to its end, with s = 1 / sqrt(D) or what the model says,
+Attention, several times faster than torch's own CPU kernel, most of it backwards. For a block of C queries and the keys up to its end,
+with s = 1 / sqrt(D) or what the model says,
 
     P = softmax(s Q K^T + mask)    O = P V    dV = P^T dO    dP = dO V^T    dS = P (dP - rowsum(P dP))    dQ = s dS K    dK = s dS^T Q
 
@@ -8,12 +9,19 @@ so nothing right of the diagonal is computed but inside a block. Only Q, K and V
 (arXiv 2205.14135, section 3.1). Query heads that share a KV head are rows of one product: K and V are never repeated. Products
 are of the autocast type (else of V's), softmax sums in fp32, as transformers' eager attention.
 
-Legend: B sequences, H query heads, K KV heads, G = H / K, L positions, D head dimension, C queries of a block, E keys up to its end.
+RMS norm (arXiv 1910.07467), y = x r w with r = (mean x^2 + eps)^(-1/2), keeps x and r alone. With x' = x r and g = w dL/dy,
+
+    dL/dx = r (g - x' mean(g x'))    dL/dw = sum x' dL/dy
+
+Under autocast y is of its type at once, which every linear layer behind it would round it to.
+
+Legend: B sequences, H query heads, K KV heads, L positions, D head dimension, C queries of a block, E keys up to its end, N tokens, W hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,9 +29,11 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 NAME = "causal_blocks"
-BLOCK = 128
+BLOCK = 128  # queries at once
+ROWS = 256  # tokens of a norm at once: 0.6 MB at width 576
 
 
 class _Blocks(torch.autograd.Function):
@@ -65,7 +75,7 @@ def _probabilities(q_BHLD: Tensor, k_BKLD: Tensor, mask: Tensor | None, scale: f
         scores = torch.bmm(q, k[:, :end].transpose(1, 2))
         by_head = scores.view(batch, heads, end - start, end)
         if mask is None:
-            by_head[..., start:].masked_fill_(torch.ones(end - start, end - start, dtype=torch.bool).triu_(1), -torch.inf)
+            by_head[..., start:].add_(torch.full((end - start, end - start), -torch.inf, dtype=scores.dtype).triu_(1))
         else:
             by_head.masked_fill_(~mask[:, :, part, :end], -torch.inf)
         yield part, end, scores.softmax(-1), q
@@ -84,13 +94,59 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention
     return out.transpose(1, 2).contiguous(), None
 
 
-def use_blocks(model: Any) -> None:
-    """Let a transformers model, peft-wrapped or not, compute attention this way where it can; the choice is not saved with the model.
+class _RMSNorm(torch.autograd.Function):
+    """x (N, W), w (W,) -> (N, W) in `dtype`."""
 
-    Rows of a mask must keep at least one key. What does not use torch's attention keeps its own.
+    @staticmethod
+    def forward(ctx: Any, x_NW: Tensor, w_W: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        out_NW = torch.empty(x_NW.shape, dtype=dtype)
+        r_N1 = torch.empty(len(x_NW), 1, dtype=x_NW.dtype)
+        for x_CW, out_CW, r_C1 in zip(x_NW.split(ROWS), out_NW.split(ROWS), r_N1.split(ROWS), strict=True):
+            torch.linalg.vector_norm(x_CW, dim=-1, keepdim=True, out=r_C1)
+            r_C1.square_().div_(x_CW.shape[1]).add_(eps).rsqrt_()
+            out_CW.copy_((x_CW * r_C1).mul_(w_W))
+        ctx.save_for_backward(x_NW, w_W, r_N1)
+        return out_NW
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        x_NW, w_W, r_N1 = ctx.saved_tensors
+        d_x, d_w = torch.empty_like(x_NW), torch.zeros_like(w_W)
+        for x_CW, r_C1, g_CW, d_x_CW in zip(*(t.split(ROWS) for t in (x_NW, r_N1, grad_outputs[0], d_x)), strict=True):
+            unit_CW, g_CW = x_CW * r_C1, g_CW.to(x_NW.dtype, copy=True)
+            d_w += (g_CW * unit_CW).sum(0)
+            mean_C1 = torch.linalg.vecdot(g_CW.mul_(w_W), unit_CW)[:, None].div_(x_CW.shape[1])
+            torch.mul(g_CW.addcmul_(unit_CW, mean_C1, value=-1), r_C1, out=d_x_CW)
+        return d_x, d_w, None, None
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    """Forward of a Llama-style norm; where x and weight are not fp32 on a CPU it is the module's own."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or module.weight.dtype != torch.float32:
+        own: Tensor = type(module).forward(module, x)
+        return own
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    with torch.autocast("cpu", enabled=False):
+        out: Tensor = _RMSNorm.apply(x.flatten(0, -2), module.weight, module.variance_epsilon, dtype)
+    return out.view(x.shape)
+
+
+def use_cpu_kernels(model: Any) -> None:
+    """Let a transformers model, peft-wrapped or not, compute this way where it can; the choice is not saved with the model.
+
+    Rows of an attention mask must keep at least one key. What does not use torch's attention, or another norm than Llama's, keeps its own.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(getattr(base, "config", None), "_attn_implementation", None) == "sdpa":
         base.set_attn_implementation(NAME)
+    for module in base.modules():
+        if _code(type(module)) == _code(LlamaRMSNorm):
+            module.forward = MethodType(_norm, module)
+
+
+def _code(kind: type) -> Any:
+    """What `forward` does: transformers' modelling files hold copies of the same norm under their own names."""
+    code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]
+    return code and (code.co_code, code.co_names, code.co_consts)

@@ -21,7 +21,10 @@ from compress.assets import configs_dir, recipes_dir
 from compress.errors import ConfigError, nearest
 
 ALLOWED_HYDRA = ("run.dir", "sweep.dir", "sweep.subdir", "job.name", "sweeper.params")
-REFUSED_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun", "--shell-completion", "-sc")
+FLAGS = (  # of Hydra's; its argparse would take any abbreviation of these, and of those that choose another file
+    "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m",
+    "--config-dir", "-cd", "--info", "-i",
+)  # fmt: skip
 LONG_FLAGS = {"-cd": "--config-dir", "-c": "--cfg", "-p": "--package"}  # of the flags that take a value
 OVERRIDE = re.compile(r"^(~|\+\+|\+)?(?P<key>[^=@]+)(@[^=]*)?(=|$)", re.DOTALL)
 
@@ -100,8 +103,10 @@ def check_arguments(recipe: str, arguments: list[str], own: Path | None) -> Path
     """Refuse an unknown recipe, executable content and refused flags before Hydra starts. Returns the recipe's folder."""
     for argument in arguments:
         flag = argument.partition("=")[0]
-        if flag in REFUSED_FLAGS:
-            raise ConfigError(f"{flag} is not available; name the recipe after `run`, and add your own folder with --config-dir DIR")
+        if flag.startswith("-") and flag not in FLAGS:
+            raise ConfigError(
+                f"{flag} is not available; name the recipe after `run`, and add your own folder with --config-dir DIR; {nearest(flag, FLAGS)}"
+            )
         if not argument.startswith("-"):
             check_override(argument)
     if own:

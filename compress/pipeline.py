@@ -189,7 +189,7 @@ def file_digest(path: Path) -> str:
 
 
 def _export(session: Session, folder: RunDir, source: Done, kind: str, *, first: bool) -> Done:
-    """One shipped GGUF: written through the store, scored in llama.cpp, judged by the budget if it is the first."""
+    """One shipped GGUF: written through the store, scored in llama.cpp, proven to be its checkpoint, judged by the budget if it is the first."""
     from compress.export.gguf import export_gguf
 
     inputs = {"export": kind, "weights": source.model.digest, "versions": machine.versions(), "schema": 1}
@@ -204,6 +204,7 @@ def _export(session: Session, folder: RunDir, source: Done, kind: str, *, first:
     seconds = time.monotonic() - start
     model = Model(path, file_digest(path), "llama.cpp")
     measured, record = score(session, f"gguf_{kind.lower()}", "export_gguf", model, parent=source, shipped=first)
-    record |= {"key": key, "metrics": session.store.stage_json(key)["metrics"]}
+    proof = session.scorer.parity(measured, source.measured, kind)
+    record |= {"key": key, "metrics": session.store.stage_json(key)["metrics"] | proof}
     record["seconds"]["stage"] = seconds
     return Done(model, key, measured, folder.add(record, measured, []))

@@ -55,7 +55,7 @@ def test_every_option_composes_and_opens_with_a_sentence(file):
 def test_the_vocabulary_is_complete():
     counts = {folder.name: len(list(folder.glob("*.yaml"))) for folder in configs_dir().iterdir() if folder.is_dir() and folder.name != "tasks"}
     assert counts == {"budget": 4, "data": 2, "eval": 3, "export": 8, "stage": 6, "teacher": 3, "track": 2, "trainer": 5}
-    assert REPO_RECIPES == ["demo", "mini", "nano", "smoke"]
+    assert REPO_RECIPES == ["demo", "mini", "nano", "ptq_only", "qad_w4", "smoke"]
 
 
 @pytest.mark.parametrize(
@@ -214,3 +214,11 @@ def test_what_cannot_train_is_refused_before_work(tmp_path, monkeypatch, capsys,
     assert main(["run", "smoke", override]) in (2, 3)
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/smoke/*"))
+
+
+@pytest.mark.parametrize("flag", ["--config-name=nano", "--config-n=nano", "--config-di=.", "--experimental-rerun=x", "-cn=nano", "--multi"])
+def test_flags_that_choose_another_file_are_refused_abbreviated_or_not(tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "smoke", flag]) == 2
+    assert f"{flag.partition('=')[0]} is not available; name the recipe after `run`" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

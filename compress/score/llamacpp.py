@@ -98,6 +98,11 @@ class LlamaCpp:
         body = {"prompt": prompt, "n_predict": n, "temperature": 0, "stop": list(stop), "cache_prompt": False}
         return str(self._post("/completion", body)["content"])
 
+    def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]:
+        """Greedy continuation of at most `n` token ids, ended by EOS."""
+        body = {"prompt": list(prompt), "n_predict": n, "temperature": 0, "return_tokens": True, "cache_prompt": False}
+        return [int(token) for token in self._post("/completion", body)["tokens"]]
+
     def token_times(self, body: dict[str, Any]) -> list[float]:
         """Seconds from a streamed completion's request to each of its tokens."""
         times: list[float] = []
@@ -227,7 +232,7 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
                     raise ValueError(f"generation options {options}: only greedy decoding is offered")
                 n = int(options.get("max_gen_toks", 256))
                 until = options.get("until") or []
-                ids = self.tok_encode(context)[-(self.max_length - n) :]
+                ids = self.tok_encode(context)[-max(1, self.max_length - n) :]
                 texts.append(llama.generate(ids, n, [until] if isinstance(until, str) else until))
             return texts
 

@@ -99,6 +99,16 @@ class Scorer:
             write_json(path, closeness(self._states(reference), self._states(student)))
         return json.loads(path.read_text())
 
+    def parity(self, shipped: Measured, checkpoint: Measured, kind: str) -> dict[str, float]:
+        """What `export/parity.py` measures of a GGUF and the checkpoint it was made of, from the store if it is there. ValueError as there."""
+        from compress.export.parity import parity
+
+        path = self.store.root / "scores" / f"{shipped.key}-{checkpoint.key}.parity.json"
+        if not path.is_file():
+            rows = self.heldout.ids[: self.sequences]
+            write_json(path, parity(checkpoint.model.path, shipped.model.path, kind, rows, self._states(shipped), self.settings.threads))
+        return json.loads(path.read_text())
+
     def beside(
         self, student: Measured, teacher: Measured, parent: Measured | None
     ) -> tuple[dict[str, float], dict[str, tuple[float, float]], list[str]]:

@@ -1,19 +1,27 @@
 """Quantization-aware training on the exact grid of the file that ships: the student learns under its own rounding.
 
 Every step computes with decode(encode(W)) and lets gradients pass straight through to the fp32 master weights (`quant/fake.py`). The
-loss is KL(parent || student) from the parent's cached signal: the parent is the model whose loss through rounding is to be won
-back (LLM-QAT, arXiv 2305.17888, section 3.1, with the unquantized model as its own teacher).
+loss is KL(p || student) from a cached signal. With `learn_from` parent, p is the model whose loss through rounding is to be won back
+(LLM-QAT, arXiv 2305.17888, section 3.1); with teacher, quantization-aware distillation, it is the recipe's teacher.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization, Signal
 from compress.stages.ptq import GridName, Scales, check_rows, check_scales
+
+
+class LearnFrom(StrEnum):
+    """Whose distribution the quantized model learns."""
+
+    parent = "parent"
+    teacher = "teacher"
 
 
 @dataclass
@@ -24,6 +32,7 @@ class Qat(Optimization):
     tokens: int = 100_000
     grid: GridName = GridName.q4_0
     scales: Scales = Scales.round  # the start: on a distilled 98M parent, round gave KL 0.215 and search 0.322 before training
+    learn_from: LearnFrom = LearnFrom.parent
     signal: Signal = field(default_factory=Signal)
 
     def __post_init__(self) -> None:
@@ -39,6 +48,7 @@ class Qat(Optimization):
         """Write the quantized student (fp32 values on the grid, codes in quant.safetensors). Metrics: as every training stage."""
         from compress.checkpoint import load_model, read_config
         from compress.distill.losses import Mix
+        from compress.distill.steps import common_vocabulary
         from compress.quant.fake import attach, finish, is_quantized, save_quantized
 
         if is_quantized(parent):
@@ -47,10 +57,11 @@ class Qat(Optimization):
         if ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic":
             raise ValueError(f"qat needs whole fp32 master weights, got trainer {ctx.parallel}, {ctx.precision}; use trainer=auto or ddp")
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
-        source = self.signal.open(ctx, parent, data, sequences)
+        vocabulary = common_vocabulary(parent, ctx.teacher) if self.learn_from is LearnFrom.teacher else None
+        source = self.signal.open(ctx, parent if vocabulary is None else ctx.teacher, data, sequences)
         model = load_model(parent)
         attach(model, self.grid.value, self.scales.value)
-        metrics = self.optimize(model, Mix(), data, source, ctx)
+        metrics = self.optimize(model, Mix(), data, source, ctx, vocabulary=vocabulary)
         tensors = finish(model)
         save_quantized(model, out, parent, tensors, self.grid.value)
         return metrics

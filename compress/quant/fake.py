@@ -49,20 +49,22 @@ class _Snapped:
         self.home, self.grid, self.steps = home, grid, steps
         self.key: tuple[int, ...] = ()
         self.values = torch.empty(0)
+        self.scales = torch.empty(0)  # as `values` were made with
         self.linked: Tensor | None = None
 
     def tensor(self) -> Tensor:
         """fp32 (R, C): the quantized weight, recomputed only when the master or the scales have changed."""
         w = cast(nn.Parameter, self.home._parameters["weight"])
-        scales = cast(Tensor, self.home._buffers["quant_scales"])
-        key = (id(w), w._version, w.data_ptr(), id(scales), scales._version, self.steps[0])
+        scales, shift = cast(Tensor, self.home._buffers["quant_scales"]), self.home._parameters.get("quant_shift")
+        key = (id(w), w._version, w.data_ptr(), id(scales), scales._version, self.steps[0], -1 if shift is None else shift._version)
         if key != self.key:
-            self._refresh(w, scales)
+            self.scales = learned(scales, shift)
+            self._refresh(w, self.scales)
             self.key, self.linked = key, None
         if not (torch.is_grad_enabled() and w.requires_grad):
             return self.values
         if self.linked is None:
-            self.linked = cast(Tensor, _StraightThrough.apply(w, self))
+            self.linked = cast(Tensor, _StraightThrough.apply(w, shift, self))
         return self.linked
 
     def _refresh(self, w: Tensor, scales: Tensor) -> None:
@@ -71,21 +73,31 @@ class _Snapped:
                 self.values = torch.empty_like(w, memory_format=torch.contiguous_format, requires_grad=False)
             self.grid.snap(w, scales, self.values)
 
-    def to_master(self, grad: Tensor) -> Tensor:
-        """(R, C) -> (R, C): the straight-through gradient of the master."""
-        w, scales = self.home._parameters["weight"], self.home._buffers["quant_scales"]
-        return self.grid.unclipped(cast(Tensor, w), cast(Tensor, scales), grad)
+    def to_master(self, grad: Tensor, shift: bool) -> tuple[Tensor, Tensor | None]:
+        """(R, C) -> (R, C), (R, C / block): the straight-through gradients of the master and, if it is there, of the scales' shift."""
+        w = cast(Tensor, self.home._parameters["weight"]).detach()
+        inside = self.grid.unclipped(w, self.scales, grad)
+        if not shift:
+            return inside, None
+        blocks = [t.reshape(-1, self.grid.block) for t in (grad, self.values, inside, w)]
+        return inside, (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(self.scales.shape)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, snapped: _Snapped) -> Tensor:
+    def forward(ctx: Any, w: Tensor, shift: Tensor | None, snapped: _Snapped) -> Tensor:
         ctx.snapped = snapped
         return snapped.values.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.snapped.to_master(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return *ctx.snapped.to_master(grad, ctx.needs_input_grad[1]), None
+
+
+@torch.no_grad()
+def learned(scales: Tensor, shift: Tensor | None) -> Tensor:
+    """fp16 (R, C / block): the scales as the shift has moved them."""
+    return scales if shift is None else (scales.float() * shift.exp()).half()
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
@@ -107,11 +119,13 @@ def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Modu
 
 
 def attach(model: nn.Module, grid_name: str, scales: str = "round") -> None:
-    """Make each Linear and Embedding compute on the grid; scales by llama.cpp's rule ("round") or, on grids that have one, "search".
+    """Make each Linear and Embedding compute on the grid; scales by llama.cpp's rule ("round") or, on grids of one scale, by "search" or "learned".
 
-    Master weights must be fp32. ValueError when a weight does not fit the grid (naming it), or when attached already.
+    Learned ones start from the rule and add a parameter `quant_shift` (R, C / block) to each module. Master weights must be fp32. ValueError when a weight does not fit the grid (naming it), or when attached already.
     """
     grid = GRIDS[grid_name]
+    if scales == "learned" and not grid.searches:
+        raise ValueError(f"grid {grid_name} keeps more than one number of a block: its scales can't be learned; use scales=round")
     if hasattr(model, "fake_quant"):
         raise ValueError("the model is fake-quantized already: call finish before attaching again")
     chosen = []
@@ -124,6 +138,8 @@ def attach(model: nn.Module, grid_name: str, scales: str = "round") -> None:
     steps = [0]
     for _, home, modules, found in chosen:
         home.register_buffer("quant_scales", found)
+        if scales == "learned":
+            home.register_parameter("quant_shift", nn.Parameter(torch.zeros_like(found, dtype=torch.float32)))
         snapped = _Snapped(home, grid, steps)
         for module in modules:
             _swap(module, snapped)
@@ -155,7 +171,7 @@ def finish(model: nn.Module) -> dict[str, Tensor]:
     attached = cast(_Attached, model.fake_quant)
     tensors: dict[str, Tensor] = {}
     for name, home, modules in attached.places:
-        scales = cast(Tensor, home._buffers.pop("quant_scales"))
+        scales = learned(cast(Tensor, home._buffers.pop("quant_scales")), home._parameters.pop("quant_shift", None))
         for module in modules:
             module.__class__ = type(module).unquantized  # type: ignore[attr-defined]
         weight = cast(Tensor, home.weight)

@@ -33,6 +33,7 @@ class Scales(StrEnum):
 
     round = "round"
     search = "search"
+    learned = "learned"  # qat only: from the rule on, with the weights
 
 
 BLOCK = {grid: 256 if grid.endswith("_k") else 32 for grid in GridName}  # row lengths must be multiples
@@ -40,9 +41,11 @@ SEARCHED = (GridName.q4_0, GridName.q5_0, GridName.q8_0)  # grids of one scale; 
 
 
 def check_scales(key: str, grid: GridName, scales: Scales) -> None:
-    """ValueError when the grid has no search of scales."""
-    if scales is Scales.search and grid not in SEARCHED:
-        raise ValueError(f"{key}.scales is search: grid {grid} has none, only {', '.join(SEARCHED)}; use scales=round")
+    """ValueError when the grid, or a stage without training, has no such scales."""
+    if scales is not Scales.round and grid not in SEARCHED:
+        raise ValueError(f"{key}.scales is {scales}: grid {grid} has none, only {', '.join(SEARCHED)}; use scales=round")
+    if scales is Scales.learned and key != "qat":
+        raise ValueError(f"{key}.scales is learned: nothing is trained there; use round or search, or the qat stage")
 
 
 def check_rows(config: dict[str, Any], grid: GridName) -> None:

@@ -17,6 +17,7 @@ from compress.checkpoint import save_model
 from compress.quant.fake import is_quantized, load_quantized
 from compress.quant.grids import GRIDS
 from compress.stages.ptq import BLOCK, SEARCHED, GridName, Ptq, Scales
+from compress.stages.qat import Qat
 
 CONTEXT = SimpleNamespace()  # ptq needs nothing of it
 
@@ -134,3 +135,9 @@ def test_names_of_the_configuration_are_the_grids_that_exist():
     assert list(GridName) == list(GRIDS)
     assert {name: grid.block for name, grid in GRIDS.items()} == BLOCK
     assert [name for name, grid in GRIDS.items() if grid.searches] == list(SEARCHED)
+
+
+def test_scales_are_learned_by_qat_alone():
+    with pytest.raises(ValueError, match="ptq.scales is learned: nothing is trained there; use round or search, or the qat stage"):
+        Ptq(GridName.q4_0, Scales.learned)
+    assert Qat(scales=Scales.learned).scales is Scales.learned

@@ -121,7 +121,8 @@ def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Modu
 def attach(model: nn.Module, grid_name: str, scales: str = "round") -> None:
     """Make each Linear and Embedding compute on the grid; scales by llama.cpp's rule ("round") or, on grids of one scale, by "search" or "learned".
 
-    Learned ones start from the rule and add a parameter `quant_shift` (R, C / block) to each module. Master weights must be fp32. ValueError when a weight does not fit the grid (naming it), or when attached already.
+    Learned ones start from the rule and add a parameter `quant_shift` (R, C / block) to each module. Master weights must be fp32.
+    ValueError when a weight does not fit the grid (naming it), or when attached already.
     """
     grid = GRIDS[grid_name]
     if scales == "learned" and not grid.searches:

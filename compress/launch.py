@@ -67,7 +67,7 @@ def check_text(text: str, where: object) -> None:
         if "_target_" in (first, *rest):
             _refuse("_target_", f"{where}, key {path}")
         if first == "defaults" and rest:
-            entry = value if isinstance(value, str) and rest[-1].isdigit() else rest[-1]
+            entry = value if isinstance(value, str) and rest[-1].isdigit() else below
             if re.search(r"(^|[\s/.@])hydra([/.@]|$)", entry):
                 _refuse(f"the defaults entry {entry!r}", where)
         allowed = any(f"{rule}.".startswith(f"{below}.") or below.startswith(f"{rule}.") for rule in ALLOWED_HYDRA)
@@ -90,13 +90,17 @@ def check_override(override: str) -> None:
 
 def _config_dir(arguments: list[str]) -> Path | None:
     """The user's own folder, from arguments as `flags_first` leaves them."""
-    for argument in arguments:
-        if argument.startswith("--config-dir="):
-            folder = argument.partition("=")[2]
-            if not Path(folder).is_dir():
-                raise ConfigError(f"--config-dir {folder!r} is not a directory; give the folder that holds your recipes")
-            return Path(folder).resolve()
-    return None
+    folders = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
+    if not folders:
+        return None
+    if len(folders) > 1 or not folders[0] or not Path(folders[0]).is_dir():
+        raise ConfigError(f"--config-dir {', '.join(map(repr, folders))} is not one directory; give the one folder that holds your recipes")
+    own = Path(folders[0]).resolve()
+    if link := next((path for path in own.rglob("*") if path.is_symlink() and path.is_dir()), None):
+        raise ConfigError(
+            f"--config-dir {own} holds a link to another folder, {link.name}, which would not be checked; put the files there themselves"
+        )
+    return own
 
 
 def check_arguments(recipe: str, arguments: list[str], own: Path | None) -> Path:
@@ -188,7 +192,8 @@ def _check_composed(folder: Path, recipe: str, overrides: list[str]) -> None:
     def instantiated(config: Any) -> Any:
         node: Any = OmegaConf.to_container(config.hydra, resolve=False)
         node["sweeper"].pop("params", None)
-        return {key: node[key] for key in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging", "hydra_help", "help", "env")}
+        job = {key: node["job"][key] for key in ("env_set", "env_copy", "chdir")}
+        return job | {key: node[key] for key in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging", "hydra_help", "help", "env")}
 
     program = compose(recipe, folder, overrides)
     if instantiated(program) != instantiated(compose("base", configs_dir(), [])):

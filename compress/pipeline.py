@@ -190,9 +190,16 @@ def file_digest(path: Path) -> str:
 
 def _export(session: Session, folder: RunDir, source: Done, kind: str, *, first: bool) -> Done:
     """One shipped GGUF: written through the store, scored in llama.cpp, proven to be its checkpoint, judged by the budget if it is the first."""
+    from compress.checkpoint import tokenizer_digest
     from compress.export.gguf import export_gguf
 
-    inputs = {"export": kind, "weights": source.model.digest, "versions": machine.versions(), "schema": 1}
+    inputs = {
+        "export": kind,
+        "weights": source.model.digest,
+        "tokenizer": tokenizer_digest(source.model.path),
+        "versions": machine.versions(),
+        "schema": 2,
+    }
     name, key = f"model-{kind}.gguf", sha256_json(inputs)
 
     def make(out: Path, work: Path) -> dict[str, float]:

@@ -116,7 +116,7 @@ def read_bytes_per_second(size: int) -> float:
 
 def nf4_row(model_dir: Path, full: dict[str, States], held: dict[str, Packed]) -> dict[str, float]:
     """bitsandbytes NF4 of the linear layers, embeddings in 16 bits, computed in torch: no file of that format runs in llama.cpp."""
-    model = load_model(model_dir, torch.float32, "nf4")
+    model = load_model(model_dir, torch.bfloat16, "nf4")
     head, states = head_of(model).detach().to(torch.float32), {}
     for name, data in held.items():
         with torch.inference_mode():

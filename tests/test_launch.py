@@ -222,3 +222,26 @@ def test_flags_that_choose_another_file_are_refused_abbreviated_or_not(tmp_path,
     assert main(["run", "smoke", flag]) == 2
     assert f"{flag.partition('=')[0]} is not available; name the recipe after `run`" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("entry", ["- /budget@hydra.job.env_set: evil", "- /budget@hydra.job: evil", "- override /budget@hydra.callbacks: evil"])
+def test_a_defaults_entry_of_any_form_below_hydra_is_refused(tmp_path, monkeypatch, capsys, entry):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own/budget").mkdir(parents=True)
+    (tmp_path / "own/budget/evil.yaml").write_text("LD_PRELOAD: x.so\n")
+    (tmp_path / "own/mine.yaml").write_text(f"defaults:\n  - /base\n  {entry}\n  - _self_\n")
+    assert main(["run", "mine", "--config-dir", "own"]) == 2
+    assert "holds the defaults entry" in capsys.readouterr().err
+
+
+def test_only_one_whole_folder_of_ones_own_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("good", "evil"):
+        (tmp_path / name).mkdir()
+    assert main(["run", "smoke", "--config-dir=good", "--config-dir=evil"]) == 2
+    assert "is not one directory" in capsys.readouterr().err
+    assert main(["run", "smoke", "--config-dir"]) == 2
+    assert "is not one directory" in capsys.readouterr().err
+    (tmp_path / "good/budget").symlink_to(tmp_path / "evil")
+    assert main(["run", "smoke", "--config-dir=good"]) == 2
+    assert "holds a link to another folder, budget" in capsys.readouterr().err

@@ -87,6 +87,13 @@ def test_another_end_of_sequence_is_refused(quantized, tmp_path):
         measured(tmp_path / "hf", quantized[1], "Q4_0")
 
 
+def test_one_of_several_ends_of_sequence_is_enough(quantized, tmp_path):
+    shutil.copytree(quantized[0], tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | {"eos_token_id": [7, 2]}))
+    assert measured(tmp_path / "hf", quantized[1], "Q4_0")["parity_eos_differing_flag"] == 0
+
+
 def test_another_tokenizer_is_refused(quantized, tmp_path):
     shutil.copytree(quantized[0], tmp_path / "hf")
     tokenizer = json.loads((tmp_path / "hf/tokenizer.json").read_text())

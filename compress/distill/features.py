@@ -100,6 +100,12 @@ def relation_kl(student_RLD: Tensor, teacher_RLD: Tensor, mask_N: Tensor, heads:
         return (torch.linalg.vecdot(log_p.exp(), log_p - log_q).mean(1).flatten() * mask_N).sum()
 
 
+def _kv_width(config: Any) -> int:
+    """Columns of K and V; Q's are a multiple of it."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * getattr(config, "num_key_value_heads", config.num_attention_heads))
+
+
 class FeatureLoss(nn.Module):
     """`loss_fn` plus the weighted terms, or with `blocks` that term alone; its projections train with the student and end with the stage."""
 
@@ -112,6 +118,8 @@ class FeatureLoss(nn.Module):
         if blocks and width != wide:
             raise ValueError(f"features.blocks={blocks} needs a student of the teacher's hidden size {wide}, got {width}; use features.layers")
         self.heads = int(getattr(teacher.config, "num_key_value_heads", 1))
+        if relations and (width_kv := _kv_width(student.config)) % self.heads:
+            raise ValueError(f"features.relations needs K and V of a multiple of {self.heads} columns, the student's have {width_kv}; set it to 0")
         self.projections = nn.ModuleList(nn.Linear(width, wide, bias=False) if width != wide and layers else nn.Identity() for _ in pairs)
         generator = torch.Generator().manual_seed(seed)
         for projection in self.projections:

@@ -71,7 +71,7 @@ def top1_beyond_gap(twin: States, shipped: States) -> float:
         sure_C = top_C2.values[:, 0] - top_C2.values[:, 1] > TOP1_GAP
         same_C = shipped.head.logits(shipped.hidden_NH[part]).argmax(-1) == top_C2.indices[:, 0]
         agree, count = agree + int((same_C & sure_C).sum()), count + int(sure_C.sum())
-    return agree / max(1, count)
+    return agree / count if count else 1.0
 
 
 @torch.inference_mode()
@@ -103,7 +103,8 @@ def parity(checkpoint: Path, file: Path, kind: str, heldout: Tensor, shipped: St
     measured: dict[str, float] = {"parity_values_differing": values_differing(twin, file)}
     twin.to(best_device())
     with torch.inference_mode():
-        states = States(torch.cat([hidden_states(twin, row[None, :-1].long().to(twin.device)).cpu() for row in heldout]), head_of(twin).detach())
+        hidden_NH = torch.cat([hidden_states(twin, row[None, :-1].long().to(twin.device)).cpu() for row in heldout])
+    states = States(hidden_NH, head_of(twin.to("cpu")).detach())
     measured |= {"parity_kl_nats": closeness(states, shipped)["kl"], "parity_top1_beyond_gap": top1_beyond_gap(states, shipped)}
     llama, prompt = LlamaCpp(file, threads, 512, 1, embedding=False), heldout[0, :32].tolist()
     try:
@@ -112,8 +113,10 @@ def parity(checkpoint: Path, file: Path, kind: str, heldout: Tensor, shipped: St
     finally:
         llama.close()
     measured["parity_greedy_tokens_count"], measured["parity_greedy_gap_nats"] = greedy(twin, written, prompt)
-    eos = {read_fields(file)[0].get("tokenizer.ggml.eos_token_id"), tokenizer.eos_token_id, twin.config.eos_token_id}
-    measured |= {"parity_strings_differing": differing, "parity_eos_differing_flag": float(len(eos) > 1)}
+    ends = twin.config.eos_token_id  # one id, or several of which the tokenizer's must be one
+    allowed = {tokenizer.eos_token_id} & set(ends if isinstance(ends, list) else [ends])
+    measured |= {"parity_strings_differing": differing}
+    measured["parity_eos_differing_flag"] = float({read_fields(file)[0].get("tokenizer.ggml.eos_token_id")} != allowed)
     _refuse(measured, kind, file)
     return measured
 

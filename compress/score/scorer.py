@@ -11,10 +11,11 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import best_device, load_tokenizer
+from compress.checkpoint import best_device, load_tokenizer, tokenizer_digest
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, saved_hidden
 from compress.score.latency import measure as measure_torch
 from compress.score.paired import paired_scores
@@ -103,7 +104,8 @@ class Scorer:
         """What `export/parity.py` measures of a GGUF and the checkpoint it was made of, from the store if it is there. ValueError as there."""
         from compress.export.parity import parity
 
-        path = self.store.root / "scores" / f"{shipped.key}-{checkpoint.key}.parity.json"
+        depends = sha256_json([checkpoint.key, tokenizer_digest(checkpoint.model.path), kind, version("xllamacpp")])[:32]
+        path = self.store.root / "scores" / f"{shipped.key}-{depends}.parity.json"
         if not path.is_file():
             rows = self.heldout.ids[: self.sequences]
             write_json(path, parity(checkpoint.model.path, shipped.model.path, kind, rows, self._states(shipped), self.settings.threads))

@@ -142,6 +142,12 @@ class Distill(Optimization):
         """What adds the features' terms to a loss; None without any. ValueError where the trainer can't compute them."""
         if not self.features.used:
             return None
-        if ctx.parallel == "fsdp2" or (self.features.blocks and (ctx.parallel != "none" or ctx.activation_checkpointing)):
-            raise ValueError("features need whole models (trainer=auto or ddp); features.blocks needs trainer=auto without activation_checkpointing")
+        if (
+            ctx.parallel == "fsdp2"
+            or ctx.precision == "bf16_stochastic"
+            or (self.features.blocks and (ctx.parallel != "none" or ctx.activation_checkpointing))
+        ):
+            raise ValueError(
+                "features need whole fp32 models (trainer=auto or ddp); features.blocks needs trainer=auto without activation_checkpointing"
+            )
         return partial(self.features.loss, student=model, teacher=source, seed=ctx.seed)

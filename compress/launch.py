@@ -97,9 +97,7 @@ def _config_dir(arguments: list[str]) -> Path | None:
         raise ConfigError(f"--config-dir {', '.join(map(repr, folders))} is not one directory; give the one folder that holds your recipes")
     own = Path(folders[0]).resolve()
     if link := next((path for path in own.rglob("*") if path.is_symlink() and path.is_dir()), None):
-        raise ConfigError(
-            f"--config-dir {own} holds a link to another folder, {link.name}, which would not be checked; put the files there themselves"
-        )
+        raise ConfigError(f"--config-dir {own} holds a link to another folder, {link.name}, which is not checked; put the files there")
     return own
 
 

@@ -27,7 +27,7 @@ from make_golden import QUANTIZE
 
 from compress.checkpoint import load_model
 from compress.export.gguf import export_gguf
-from compress.export.parity import parity
+from compress.export.parity import figures as parity_figures
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.score.fidelity import CHUNK, States, checkpoint_head, checkpoint_hidden, closeness
 from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process
@@ -100,7 +100,7 @@ def file_row(file: Path, full: dict[str, States], held: dict[str, Packed], check
     row["bandwidth_share"] = row["tok_per_sec"] * row["size_bytes"] / read_bytes_per_second(int(row["size_bytes"]))
     row["k_quant"] = row["kl_nats/topics"] * 4 ** row["bits_per_weight"]
     if checkpoint:
-        row |= parity(checkpoint, file, kind, held["topics"].ids[:HELD_OUT], states["topics"], available_threads())
+        row |= parity_figures(checkpoint, file, kind, held["topics"].ids[:HELD_OUT], states["topics"], available_threads())
     return row
 
 

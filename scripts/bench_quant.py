@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_golden import QUANTIZE
+from gguf.quants import dequantize
+from make_golden import LLAMA_FTYPE, QUANTIZE
 
 from compress.checkpoint import load_model
-from compress.export.gguf import export_gguf
+from compress.export.gguf import export_gguf, read_fields
 from compress.export.parity import figures as parity_figures
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
+from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, checkpoint_head, checkpoint_hidden, closeness
 from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process
 from compress.score.size import gguf_size
@@ -127,6 +129,23 @@ def nf4_row(model_dir: Path, full: dict[str, States], held: dict[str, Packed]) -
     return row | {"k_quant": row["kl_nats/topics"] * 4 ** row["bits_per_weight"]}
 
 
+def encoder_bytes_differing(python: Path, f16: Path, work: Path) -> dict[str, dict[str, int]]:
+    """Of every grid, bytes that our plain rounding and llama.cpp's own quantizer make of the same F16 file's matrices, and how many differ."""
+    source, made = {tensor.name: tensor for tensor in read_fields(f16)[1]}, work / "pure.gguf"
+    counts: dict[str, dict[str, int]] = {}
+    for name, number in LLAMA_FTYPE.items():
+        program = QUANTIZE.replace(", True, 1", ", False, 1") if name.endswith("_k") else QUANTIZE  # rows of 576 would abort a pure K file
+        subprocess.run([str(python), "-c", program, str(f16), str(made), str(number)], check=True, stdout=sys.stderr)
+        counts[name] = {"bytes": 0, "differing": 0}
+        for tensor in read_fields(made)[1]:
+            if tensor.tensor_type.name == name.upper():  # rows that a K grid can't hold fall back to others
+                w = dequantize(source[tensor.name].data, source[tensor.name].tensor_type).astype("float32", copy=True)
+                ours = GRIDS[name].pack(*GRIDS[name].encode(torch.from_numpy(w))).numpy()
+                counts[name]["bytes"] += ours.size
+                counts[name]["differing"] += int((ours != tensor.data).sum())
+    return counts
+
+
 def context(work: Path, teacher: Path, text: Packed) -> Context:
     return Context(
         teacher=teacher, seed=0, seq_len=LENGTH, work=work / "state", signals=work / "signals", calibration=lambda n: text.ids[:n, :-1].long(),
@@ -166,6 +185,7 @@ def main() -> None:
         head = checkpoint_head(model)
         full = {name: States(checkpoint_hidden(model, data, HELD_OUT), head) for name, data in held.items()}
         rows: dict[str, dict[str, float]] = {}
+        encoders: dict[str, dict[str, int]] = {}
 
         def add(name: str, checkpoint: Path | None, kind: str, file: Path | None = None) -> None:
             file = file or work / f"{name}.gguf"
@@ -180,6 +200,7 @@ def main() -> None:
             program = QUANTIZE.replace("p.pure, p.nthread", "p.nthread").replace(", True, 1", ", 2")
             subprocess.run([str(options.cyllama), "-c", program, str(work / "F16.gguf"), str(made), str(Q4_K_M)], check=True, stdout=sys.stderr)
             add("Q4_K_M, llama.cpp", None, "", made)
+            encoders = encoder_bytes_differing(options.cyllama, work / "F16.gguf", work)
         for grid in (GridName.q8_0, GridName.q4_0):
             Ptq(grid=grid).run(model, work / grid.value, context(work, model, text))
             add(f"{grid.value.upper()}, rounding", work / grid.value, grid.value.upper())
@@ -193,6 +214,8 @@ def main() -> None:
         shutil.rmtree(work / "signals")
     show(rows, held)
     record = summary(rows, held) | {"qad_minutes": minutes, "qad": metrics, "tokens": options.tokens, "lr": options.lr, "train": train}
+    if encoders:
+        record |= {"encoder_bytes_differing": sum(count["differing"] for count in encoders.values()), "encoders": encoders}
     record |= {"source": Path(options.source).name, "rows": rows, "precision": fast_dtype(), "machine": describe(available_threads()),
                "versions": versions(), "git_sha": git_sha()}  # fmt: skip
     print(json.dumps(record))

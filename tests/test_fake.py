@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.checkpoint import load_model
-from compress.quant import fake
+from compress.quant import codes, fake
 from compress.quant.grids import GRIDS
 
 EMBED, UP = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
@@ -116,16 +116,11 @@ def test_learned_scales_end_in_the_file_as_fp16_and_leave_nothing_behind():
         optimizer.step()
         optimizer.zero_grad()
     last = _loss(model).item()
-    tensors = fake.finish(model)
+    made = fake.finish(model)
     assert last < first
-    assert tensors[f"{EMBED}.scales"].dtype == torch.float16 and not torch.equal(tensors[f"{EMBED}.scales"], start)
+    assert made[EMBED].scales.dtype == torch.float16 and not torch.equal(made[EMBED].scales, start)
     assert not any("quant" in name for name in [*model.state_dict(), *dict(model.named_parameters())])
     assert _loss(model).item() == last
-
-
-def test_scales_of_several_numbers_cannot_be_learned():
-    with pytest.raises(ValueError, match="grid q4_1 keeps more than one number of a block"):
-        fake.attach(_model(), "q4_1", "learned")
 
 
 def test_the_largest_weight_of_a_block_still_learns():
@@ -145,7 +140,7 @@ def test_micro_batches_quantize_once_and_accumulate(monkeypatch):
     _loss(model).backward()
     once = {name: p.grad.clone() for name, p in model.named_parameters()}
     _loss(model).backward()
-    weights = len(list(fake.quantizable(model)))
+    weights = len(list(codes.quantizable(model)))
     assert len(calls) == weights == 1 + 2 * 7
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad, 2 * once[name], rtol=1e-5, atol=1e-7), name
@@ -160,7 +155,7 @@ def test_every_kind_of_optimizer_step_is_seen(options):
         _loss(model).backward()
         optimizer.step()
         optimizer.zero_grad()
-        for _, home, _ in fake.quantizable(model):
+        for _, home, _ in codes.quantizable(model):
             grid, master = GRIDS["q4_0"], home._parameters["weight"]
             expected = grid.decode(grid.codes(master, home.quant_scales), home.quant_scales)
             assert torch.equal(home.weight, expected)
@@ -202,7 +197,7 @@ def test_names_and_parameters_are_those_of_the_plain_model():
     assert all(parameters[name] is p for name, p in model.named_parameters())
     extra = set(model.state_dict()) - plain
     assert plain <= set(model.state_dict())
-    assert extra == {name.removesuffix("weight") + "quant_scales" for name, _, _ in fake.quantizable(model)}
+    assert extra == {name.removesuffix("weight") + "quant_scales" for name, _, _ in codes.quantizable(model)}
     assert torch.equal(model.state_dict()[UP], parameters[UP])
 
 
@@ -228,23 +223,24 @@ def test_finished_model_is_plain_and_equals_its_codes(tmp_path, name, tied):
         for p in model.parameters():
             p.add_(0.001 * torch.randn_like(p))
         trained = model(_ids()).logits
-    tensors = fake.finish(model)
+    made = fake.finish(model)
     assert [type(m) for m in model.modules()] == kinds
     assert set(model.state_dict()) == set(_model(tied).state_dict())
-    assert ("lm_head.weight.codes" in tensors) == (not tied) and f"{EMBED}.codes" in tensors
+    assert ("lm_head.weight" in made) == (not tied) and EMBED in made
     assert torch.equal(model(_ids()).logits, trained)
     parent = tmp_path / "parent"
     parent.mkdir()
     (parent / "tokenizer.json").write_text("{}")
     out = tmp_path / "out"
     out.mkdir()
-    fake.save_quantized(model, out, parent, tensors, name)
-    grid_name, loaded = fake.load_quantized(out)
+    codes.save_quantized(model, out, parent, made)
+    loaded = codes.load_quantized(out)
     again = load_model(out).state_dict()
-    assert grid_name == name and fake.is_quantized(out) and not fake.is_quantized(parent)
+    assert codes.is_quantized(out) and not codes.is_quantized(parent)
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
-    for key, (codes, scales) in loaded.items():
-        decoded = GRIDS[name].decode(codes, scales)
+    for key, quantized in loaded.items():
+        assert quantized.grid == name
+        decoded = quantized.decode()
         assert torch.equal(_bits(decoded), _bits(again[key]))
         assert torch.equal(_bits(decoded), _bits(model.state_dict()[key]))
     assert {key for key in again if again[key].dim() == 2} - {"lm_head.weight"} == set(loaded) - {"lm_head.weight"}
@@ -274,15 +270,30 @@ def test_a_matrix_outside_linear_and_embedding_is_refused_by_name():
 
 def test_damaged_or_missing_codes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not quantized; run ptq or qat"):
-        fake.load_quantized(tmp_path)
-    (tmp_path / fake.FILE).write_bytes(b"no safetensors")
+        codes.load_quantized(tmp_path)
+    (tmp_path / codes.FILE).write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match="can't be read"):
-        fake.load_quantized(tmp_path)
+        codes.load_quantized(tmp_path)
     from safetensors.torch import save_file
 
-    save_file({"a.codes": torch.zeros(1, 32, dtype=torch.uint8)}, tmp_path / fake.FILE, metadata={"grid": "q4_0"})
-    with pytest.raises(ValueError, match="in pairs"):
-        fake.load_quantized(tmp_path)
-    save_file({"a.codes": torch.zeros(1, 32)}, tmp_path / fake.FILE, metadata={"grid": "q9"})
-    with pytest.raises(ValueError, match="known grids are q4_0, q4_1, q5_0, q8_0, q4_k, q6_k"):
-        fake.load_quantized(tmp_path)
+    one = {"a.codes": torch.zeros(1, 32, dtype=torch.uint8)}
+    for tensors in (one, one | {"b.scales": torch.zeros(1, 1)}):
+        save_file(tensors, tmp_path / codes.FILE, metadata={"grids": '{"a": "q4_0"}'})
+        with pytest.raises(ValueError, match="does not hold a grid, codes and scales of each matrix"):
+            codes.load_quantized(tmp_path)
+    save_file(one | {"a.scales": torch.zeros(1, 1)}, tmp_path / codes.FILE, metadata={"grids": '{"a": "q9"}'})
+    with pytest.raises(ValueError, match="a says grid 'q9': known grids are q4_0, q4_1, q5_0, q8_0, q4_k, q6_k"):
+        codes.load_quantized(tmp_path)
+
+
+def test_each_matrix_may_have_a_grid_of_its_own():
+    model = _model(True, 256)
+    layout = {name: ["q4_0", "q8_0", "q6_k", "q4_1"][i % 4] for i, (name, _, _) in enumerate(codes.quantizable(model))}
+    fake.attach(model, layout, "learned")
+    assert {name for name, _ in model.named_parameters() if "quant_shift" in name} == {
+        name.replace("weight", "quant_shift") for name, grid in layout.items() if GRIDS[grid].searches
+    }
+    with torch.no_grad():
+        trained = model(_ids()).logits
+    made = fake.finish(model)
+    assert {name: q.grid for name, q in made.items()} == layout and torch.equal(model(_ids()).logits, trained)

@@ -108,7 +108,8 @@ def quantized(parent: Path, out: Path, grid: str) -> Path:
                 f"{name}.scales": scales,
             }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    save_file(packed, out / "quant.safetensors", metadata={"grid": grid})
+    grids = {name.removesuffix(".codes"): grid for name in packed if name.endswith(".codes")}
+    save_file(packed, out / "quant.safetensors", metadata={"grids": json.dumps(grids)})
     return out
 
 
@@ -380,3 +381,24 @@ def test_import_equals_transformers_own_reading(packaged, teacher):
     assert a["rms_norm_eps"] == pytest.approx(b["rms_norm_eps"], rel=1e-7)
     ignored = {"rms_norm_eps", "transformers_version", "architectures"}
     assert {key: (a[key], b.get(key)) for key in a if a[key] != b.get(key) and key not in ignored} == {}
+
+
+def test_a_mixed_file_holds_each_matrix_in_the_type_of_its_own_codes(checkpoint, tmp_path):
+    from compress.quant.codes import load_quantized, save_quantized
+    from compress.quant.fake import attach, finish
+
+    model = load_model(checkpoint)
+    names = [name for name, value in model.state_dict().items() if value.ndim == 2]
+    attach(model, {name: ["q4_0", "q8_0", "q4_1"][i % 3] for i, name in enumerate(names)})
+    student = tmp_path / "student"
+    student.mkdir()
+    save_quantized(model, student, checkpoint, finish(model))
+    with pytest.raises(ValueError, match="the type asked for is Q4_0; export it as MIXED"):
+        export_gguf(student, tmp_path / "m.gguf", "Q4_0")
+    export_gguf(student, tmp_path / "m.gguf", "MIXED")
+    fields, tensors = read_fields(tmp_path / "m.gguf")
+    assert_same(decode_gguf(fields, tensors), {k: v for k, v in load_file(student / "model.safetensors").items() if k in names or v.ndim == 1})
+    kinds = {tensor.tensor_type.name for tensor in tensors}
+    assert kinds == {"Q4_0", "Q8_0", "Q4_1", "F32"} and {q.grid for q in load_quantized(student).values()} == {"q4_0", "q8_0", "q4_1"}
+    with pytest.raises(ValueError, match="is not quantized: MIXED writes each matrix"):
+        export_gguf(checkpoint, tmp_path / "n.gguf", "MIXED")

@@ -5,13 +5,14 @@ Rotary layout: HF Llama rotates row j with row j + d/2 of a head (d: head width)
 2j and 2j + 1; so q and k rows are interleaved on the way out and back on the way in. Codes and scales are rows too:
 they move along and are never computed again. qwen2 keeps HF's layout.
 All matrices, the embedding too, get the type asked for: F16, or a grid of `compress/quant/grids/`, whose modules say
-what their blocks hold. 1-D tensors stay F32.
-Left out: mixed types such as Q4_K_M (Q4_K here is Q4_K throughout), rope scaling, experts, attention biases of Llama: refused by name.
+what their blocks hold; MIXED gives each matrix the type of its codes. 1-D tensors stay F32.
+Left out: llama.cpp's own mixtures such as Q4_K_M (Q4_K here is Q4_K throughout), rope scaling, experts, attention biases of Llama: refused by name.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from compress.checkpoint import check, load_tokenizer, weight_files
 from compress.export.gguf_tokenizer import write_tokenizer
-from compress.quant.grids import GRIDS, Grid
+from compress.quant.codes import FILE, Quantized, is_quantized, load_quantized
+from compress.quant.grids import GRIDS
 
 # ggml type of the matrices -> llama_ftype, the file's main type
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18}
+MIXED = "MIXED"  # every matrix in the type of its own codes
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # HF model_type -> general.architecture
 _GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
@@ -37,26 +40,27 @@ _LAYER = {
 
 
 def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]:
-    """Writes `checkpoint` as `out_file` in `type`, one of TYPES; returns `size_bytes`, `params`, `bits_per_weight`.
+    """Writes `checkpoint` as `out_file` in `type`, one of TYPES or MIXED; returns `size_bytes`, `params`, `bits_per_weight`.
 
     With `quant.safetensors` in the checkpoint, its codes and scales are written as they are. ValueError: a type that is
-    not their grid, an architecture, tensor or tokenizer without a place in the file, values that the type can't hold.
+    not their grid, MIXED without codes, an architecture, tensor or tokenizer without a place in the file, values that the type can't hold.
     """
     import gguf
     from transformers import AutoConfig
 
     from compress.score.size import gguf_size
 
-    if type not in TYPES:
-        raise ValueError(f"export of {checkpoint}: type {type!r} is unknown; allowed: {', '.join(TYPES)}")
+    if type not in (*TYPES, MIXED):
+        raise ValueError(f"export of {checkpoint}: type {type!r} is unknown; allowed: {', '.join(TYPES)}, {MIXED}")
     check(checkpoint)
+    made = _codes(checkpoint, type)
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     arch = _architecture(config, checkpoint)
     part = out_file.with_name(out_file.name + ".part")
     writer = gguf.GGUFWriter(part, arch)
-    _write_config(writer, config, type)
+    _write_config(writer, config, _main_type(made) if made else type)
     write_tokenizer(writer, load_tokenizer(checkpoint), config.vocab_size)
-    for name, raw, kind in _packed(checkpoint, type, config, arch):
+    for name, raw, kind in _packed(checkpoint, type, made, config, arch):
         writer.add_tensor(_to_gguf(name), raw, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -123,9 +127,8 @@ def _interleave(heads: int, rows: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _packed(checkpoint: Path, type: str, config: Any, arch: str) -> Iterator[tuple[str, np.ndarray, str]]:
+def _packed(checkpoint: Path, type: str, made: dict[str, Quantized] | None, config: Any, arch: str) -> Iterator[tuple[str, np.ndarray, str]]:
     """(HF name, bytes or values as the writer takes them, ggml type) of every tensor of the checkpoint."""
-    codes = _open_codes(checkpoint, type)
     d, q, kv = _head_dim(config), config.num_attention_heads, config.num_key_value_heads
     orders = {"q_proj": _interleave(q, q * d), "k_proj": _interleave(kv, kv * d)} if arch == "llama" else {}
     for file in weight_files(checkpoint):
@@ -137,33 +140,45 @@ def _packed(checkpoint: Path, type: str, config: Any, arch: str) -> Iterator[tup
                 rows = orders.get(name.split(".")[-2], slice(None))
                 if w.ndim == 1:
                     yield name, w.numpy()[rows], "F32"
+                elif made is None:
+                    yield name, _encode(name, w, type)[rows], type
                 else:
-                    blocks = _encode(name, w, type) if codes is None else _pack_codes(name, w, codes, GRIDS[type.lower()])
-                    yield name, blocks[rows], type
+                    yield name, _pack(name, w, made)[rows], made[name].grid.upper()
 
 
-def _open_codes(checkpoint: Path, type: str) -> Any | None:
-    path = checkpoint / "quant.safetensors"
-    if not path.exists():
+def _codes(checkpoint: Path, type: str) -> dict[str, Quantized] | None:
+    """The checkpoint's codes, None when it has none. ValueError when they are not of the type."""
+    if not is_quantized(checkpoint):
+        if type == MIXED:
+            raise ValueError(f"{checkpoint} is not quantized: {MIXED} writes each matrix in the type of its codes; choose one of {', '.join(TYPES)}")
         return None
-    codes = safe_open(path, framework="pt")
-    grid = (codes.metadata() or {}).get("grid", "none")
-    if grid != type.lower():
+    made = load_quantized(checkpoint)
+    grids = {q.grid for q in made.values()}
+    if type != MIXED and grids != {type.lower()}:
+        fits = grids.pop().upper() if len(grids) == 1 else MIXED
         raise ValueError(
-            f"{checkpoint}: its codes are on the grid {grid!r}, the type asked for is {type}; "
-            f"export it as {grid.upper()}, or export the unquantized parent"
+            f"{checkpoint}: its codes are on the grid {', '.join(sorted({q.grid for q in made.values()}))!r}, the type asked for is {type}; "
+            f"export it as {fits}, or export the unquantized parent"
         )
-    return codes
+    return made
 
 
-def _pack_codes(name: str, w: Tensor, file: Any, grid: Grid) -> np.ndarray:
-    """The blocks (O, bytes) of the codes in quant.safetensors. ValueError when absent or not what `w` (O, I) is."""
-    if f"{name}.codes" not in file.keys():  # noqa: SIM118
-        raise ValueError(f"quant.safetensors has no codes for {name}; quantize all matrices, the embedding too")
-    codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
-    if codes.shape != w.shape or not torch.equal(grid.decode(codes, scales), w):
-        raise ValueError(f"{name}: model.safetensors differs from what quant.safetensors decodes to; quantize it again")
-    return grid.pack(codes, scales).numpy()
+def _main_type(made: dict[str, Quantized]) -> str:
+    """The type of most weights."""
+    count: Counter[str] = Counter()
+    for q in made.values():
+        count[q.grid.upper()] += q.codes.numel()
+    return max(count, key=lambda name: count[name])
+
+
+def _pack(name: str, w: Tensor, made: dict[str, Quantized]) -> np.ndarray:
+    """The blocks (O, bytes) of a matrix's codes. ValueError when absent or not what `w` (O, I) is."""
+    if name not in made:
+        raise ValueError(f"{FILE} has no codes for {name}; quantize all matrices, the embedding too")
+    q = made[name]
+    if q.codes.shape != w.shape or not torch.equal(q.decode(), w):
+        raise ValueError(f"{name}: model.safetensors differs from what {FILE} decodes to; quantize it again")
+    return GRIDS[q.grid].pack(q.codes, q.scales).numpy()
 
 
 def _encode(name: str, w: Tensor, type: str) -> np.ndarray:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from compress.checkpoint import best_device, load_model, load_tokenizer
 from compress.export.gguf import decode_gguf, read_fields
-from compress.quant.fake import is_quantized, quantizable
+from compress.quant.codes import is_quantized, quantizable
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, closeness
 from compress.train.forward import head_of, hidden_states

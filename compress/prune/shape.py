@@ -48,7 +48,7 @@ def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:
 def open_parent(stage: Any, parent: Path) -> PreTrainedModel:
     """The model of `parent` in fp32, after every refusal that needs no weights: ValueError naming the directory."""
     from compress import checkpoint
-    from compress.quant.fake import FILE, is_quantized
+    from compress.quant.codes import FILE, is_quantized
 
     checkpoint.check(parent)
     if is_quantized(parent):

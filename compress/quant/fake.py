@@ -24,22 +24,15 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
-from compress.checkpoint import save_model
+from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.grids import GRIDS, Grid
-
-FILE = "quant.safetensors"
 
 
 class _Snapped:
@@ -100,57 +93,40 @@ def learned(scales: Tensor, shift: Tensor | None) -> Tensor:
     return scales if shift is None else (scales.float() * shift.exp()).half()
 
 
-def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """(state-dict name, home, all modules sharing it) of each Linear and Embedding weight; a tied one once, first name.
+def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round") -> None:
+    """Make each Linear and Embedding compute on a grid, the same for all or one for each matrix by its state-dict name.
 
-    ValueError when another parameter has two or more dimensions: it could not be packed.
+    Scales by llama.cpp's rule ("round") or, on grids of one scale, by "search" or "learned". Learned ones start from the rule and add a
+    parameter `quant_shift` (R, C / block) to each module; grids of more numbers keep theirs. Master weights must be fp32.
+    ValueError when a weight does not fit its grid (naming it), or when attached already.
     """
-    found: dict[int, tuple[str, nn.Module, list[nn.Module]]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            weight = cast(Tensor, module._parameters["weight"])
-            found.setdefault(id(weight), (f"{path}.weight" if path else "weight", module, []))[2].append(module)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and id(parameter) not in found:
-            raise ValueError(
-                f"{name} with shape {tuple(parameter.shape)} belongs to no Linear or Embedding: only those can be quantized; use another architecture"
-            )
-    yield from found.values()
-
-
-def attach(model: nn.Module, grid_name: str, scales: str = "round") -> None:
-    """Make each Linear and Embedding compute on the grid; scales by llama.cpp's rule ("round") or, on grids of one scale, by "search" or "learned".
-
-    Learned ones start from the rule and add a parameter `quant_shift` (R, C / block) to each module. Master weights must be fp32.
-    ValueError when a weight does not fit the grid (naming it), or when attached already.
-    """
-    grid = GRIDS[grid_name]
-    if scales == "learned" and not grid.searches:
-        raise ValueError(f"grid {grid_name} keeps more than one number of a block: its scales can't be learned; use scales=round")
     if hasattr(model, "fake_quant"):
         raise ValueError("the model is fake-quantized already: call finish before attaching again")
-    chosen = []
+    layout: dict[str, str] = {}
+    chosen, places = [], []
     for name, home, modules in quantizable(model):
         weight = cast(Tensor, home.weight)
         if weight.dtype != torch.float32:
             raise ValueError(f"{name} is {weight.dtype}: masters must be fp32; load the model as torch.float32")
-        found = grid.search(weight, name=name) if scales == "search" else grid.encode(weight, name)[1]
-        chosen.append((name, home, modules, found))
+        layout[name] = grids if isinstance(grids, str) else grids[name]
+        grid = GRIDS[layout[name]]
+        found = grid.search(weight, name=name) if scales == "search" and grid.searches else grid.encode(weight, name)[1]
+        chosen.append((grid, home, modules, found))
+        places.append((name, home, modules))
     steps = [0]
-    for _, home, modules, found in chosen:
+    for grid, home, modules, found in chosen:
         home.register_buffer("quant_scales", found)
-        if scales == "learned":
+        if scales == "learned" and grid.searches:
             home.register_parameter("quant_shift", nn.Parameter(torch.zeros_like(found, dtype=torch.float32)))
         snapped = _Snapped(home, grid, steps)
         for module in modules:
             _swap(module, snapped)
-    places = [(name, home, modules) for name, home, modules, _ in chosen]
-    model.fake_quant = _Attached(grid, places, _count(steps))  # type: ignore[assignment]
+    model.fake_quant = _Attached(layout, places, _count(steps))  # type: ignore[assignment]
 
 
 class _Attached:
-    def __init__(self, grid: Grid, places: list[tuple[str, nn.Module, list[nn.Module]]], hook: RemovableHandle) -> None:
-        self.grid, self.places, self.hook = grid, places, hook
+    def __init__(self, layout: dict[str, str], places: list[tuple[str, nn.Module, list[nn.Module]]], hook: RemovableHandle) -> None:
+        self.layout, self.places, self.hook = layout, places, hook
 
 
 def _count(steps: list[int]) -> RemovableHandle:
@@ -167,52 +143,16 @@ def _swap(module: nn.Module, snapped: _Snapped) -> None:
     module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), members)
 
 
-def finish(model: nn.Module) -> dict[str, Tensor]:
-    """Bake decode(codes) into the weights, undo everything `attach` added, return what `quant.safetensors` holds."""
+def finish(model: nn.Module) -> dict[str, Quantized]:
+    """Bake decode(codes) into the weights, undo everything `attach` added, return what `save_quantized` takes."""
     attached = cast(_Attached, model.fake_quant)
-    tensors: dict[str, Tensor] = {}
+    made: dict[str, Quantized] = {}
     for name, home, modules in attached.places:
         scales = learned(cast(Tensor, home._buffers.pop("quant_scales")), home._parameters.pop("quant_shift", None))
         for module in modules:
             module.__class__ = type(module).unquantized  # type: ignore[attr-defined]
-        weight = cast(Tensor, home.weight)
-        tensors |= bake(weight, name, attached.grid, attached.grid.codes(weight, scales), scales)
+        weight, grid = cast(Tensor, home.weight), attached.layout[name]
+        made[name] = bake(weight, Quantized(grid, GRIDS[grid].codes(weight, scales), scales))
     attached.hook.remove()
     del model.fake_quant
-    return tensors
-
-
-def bake(weight: Tensor, name: str, grid: Grid, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-    """Overwrite `weight` (R, C) by its decoded codes; returns its two entries of `quant.safetensors`, on the CPU."""
-    with torch.no_grad():
-        weight.copy_(grid.decode(codes, scales))
-    return {f"{name}.codes": codes.cpu(), f"{name}.scales": scales.cpu()}
-
-
-def save_quantized(model: PreTrainedModel, out: Path, tokenizer_from: Path, tensors: dict[str, Tensor], grid: str) -> None:
-    """Write a baked model as a plain fp32 checkpoint, with `quant.safetensors` (codes, scales, the grid) beside it."""
-    save_model(model, out, tokenizer_from, dtype=torch.float32)
-    save_file(tensors, out / FILE, metadata={"grid": grid})
-
-
-def is_quantized(path: Path) -> bool:
-    """Whether a checkpoint directory carries codes and scales."""
-    return (path / FILE).is_file()
-
-
-def load_quantized(path: Path) -> tuple[str, dict[str, tuple[Tensor, Tensor]]]:
-    """The grid's name and {tensor: (codes (R, C), scales)}. ValueError when missing, damaged, unknown."""
-    if not is_quantized(path):
-        raise ValueError(f"{path} has no {FILE}: it is not quantized; run ptq or qat on it first")
-    try:
-        with safe_open(path / FILE, framework="pt") as file:
-            grid = (file.metadata() or {}).get("grid", "")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path / FILE} can't be read ({error}); make the checkpoint again") from error
-    if grid not in GRIDS:
-        raise ValueError(f"{path / FILE} says grid {grid!r}: known grids are {', '.join(GRIDS)}; make it again")
-    names = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
-    if {f"{name}.{part}" for name in names for part in ("codes", "scales")} != set(tensors):
-        raise ValueError(f"{path / FILE} does not hold codes and scales in pairs; make the checkpoint again")
-    return grid, {name: (tensors[f"{name}.codes"], tensors[f"{name}.scales"]) for name in names}
+    return made

@@ -109,7 +109,7 @@ class Distill(Optimization):
         from compress.distill.losses import Mix
         from compress.distill.rollout import with_rollouts
         from compress.distill.steps import OnlineTeacher, common_vocabulary
-        from compress.quant.fake import is_quantized
+        from compress.quant.codes import is_quantized
 
         if is_quantized(parent):
             raise ValueError(f"{parent} is quantized; distill before quantizing, or use the qat stage on the unquantized parent")

@@ -58,7 +58,7 @@ class Lora(Optimization):
 
         from compress.checkpoint import load_model, save_model
         from compress.distill.losses import Mix
-        from compress.quant.fake import is_quantized
+        from compress.quant.codes import is_quantized
 
         if is_quantized(parent):
             raise ValueError(f"{parent} is quantized; merging adapters would leave its grid: put lora before ptq and qat")

@@ -84,24 +84,23 @@ class Ptq:
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Quantize `parent` into `out`. ValueError when the parent is quantized already or does not fit the grid."""
         from compress import checkpoint
-        from compress.quant import fake
+        from compress.quant.codes import refuse_quantized, save_quantized
 
         checkpoint.check(parent)
-        if fake.is_quantized(parent):
-            raise ValueError(f"{parent} is quantized already (it has {fake.FILE}): give ptq an unquantized checkpoint")
+        refuse_quantized(parent, "ptq")
         self.check_shape(checkpoint.read_config(parent))
         model = checkpoint.load_model(parent)
-        tensors, metrics = self._quantize(model)
-        fake.save_quantized(model, out, parent, tensors, self.grid)
+        made, metrics = self._quantize(model)
+        save_quantized(model, out, parent, made)
         return metrics
 
     def _quantize(self, model: Any) -> tuple[dict[str, Any], dict[str, float]]:
-        """Bake the grid into the model's weights; the tensors of `quant.safetensors` and the metrics."""
-        from compress.quant.fake import bake, quantizable
+        """Bake the grid into the model's weights; what `save_quantized` takes, and the metrics."""
+        from compress.quant.codes import Quantized, bake, quantizable
         from compress.quant.grids import GRIDS
 
         grid = GRIDS[self.grid]
-        tensors: dict[str, Any] = {}
+        made: dict[str, Quantized] = {}
         error = power = 0.0
         quantized = count = 0
         for name, home, _ in quantizable(model):
@@ -112,13 +111,13 @@ class Ptq:
             else:
                 scales = grid.search(before, name=name)
                 codes = grid.codes(before, scales)
-            tensors |= bake(weight, name, grid, codes, scales)
+            made[name] = bake(weight, Quantized(self.grid.value, codes, scales))
             power += before.square().sum().item()
             error += before.sub_(weight.detach()).square_().sum().item()
             quantized, count = quantized + weight.numel(), count + 1
         total = sum(parameter.numel() for parameter in model.parameters())
         bits = (quantized * grid.bits_per_weight + (total - quantized) * 32) / total
-        return tensors, {
+        return made, {
             "bits_per_weight": bits,
             "weight_mse_relative": error / max(power, 1e-30),
             "tensors_quantized_count": float(count),

@@ -49,10 +49,10 @@ class Qat(Optimization):
         from compress.checkpoint import load_model, read_config
         from compress.distill.losses import Mix
         from compress.distill.steps import common_vocabulary
-        from compress.quant.fake import attach, finish, is_quantized, save_quantized
+        from compress.quant.codes import refuse_quantized, save_quantized
+        from compress.quant.fake import attach, finish
 
-        if is_quantized(parent):
-            raise ValueError(f"{parent} is already quantized; give qat an unquantized parent")
+        refuse_quantized(parent, "qat")
         self.check_shape(read_config(parent))
         if ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic":
             raise ValueError(f"qat needs whole fp32 master weights, got trainer {ctx.parallel}, {ctx.precision}; use trainer=auto or ddp")
@@ -62,6 +62,5 @@ class Qat(Optimization):
         model = load_model(parent)
         attach(model, self.grid.value, self.scales.value)
         metrics = self.optimize(model, Mix(), data, source, ctx, vocabulary=vocabulary)
-        tensors = finish(model)
-        save_quantized(model, out, parent, tensors, self.grid.value)
+        save_quantized(model, out, parent, finish(model))
         return metrics

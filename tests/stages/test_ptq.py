@@ -14,7 +14,7 @@ from gguf import quants
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from compress.checkpoint import save_model
-from compress.quant.fake import is_quantized, load_quantized
+from compress.quant.codes import is_quantized, load_quantized
 from compress.quant.grids import GRIDS
 from compress.stages.ptq import BLOCK, SEARCHED, GridName, Ptq, Scales
 from compress.stages.qat import Qat
@@ -53,11 +53,11 @@ def test_result_loads_plainly_and_equals_its_codes(tmp_path, grid, scales):
     metrics = _run(Ptq(grid, scales), parent, tmp_path / "out")
     assert _hashes(parent) == before
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    name, loaded = load_quantized(tmp_path / "out")
-    assert name == grid and is_quantized(tmp_path / "out")
+    loaded = load_quantized(tmp_path / "out")
+    assert is_quantized(tmp_path / "out")
     assert set(loaded) == {key for key, value in state.items() if value.dim() == 2 and key != "lm_head.weight"}
-    for key, pair in loaded.items():
-        assert state[key].dtype == torch.float32 and torch.equal(state[key], GRIDS[name].decode(*pair))
+    for key, made in loaded.items():
+        assert made.grid == grid and state[key].dtype == torch.float32 and torch.equal(state[key], made.decode())
     bits = GRIDS[grid].bits_per_weight
     assert metrics["tensors_quantized_count"] == 15
     assert bits < metrics["bits_per_weight"] < bits + 0.2
@@ -68,9 +68,9 @@ def test_round_writes_llama_cpps_own_bytes(tmp_path):
     parent = _parent(tmp_path)
     original = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).state_dict()
     _run(Ptq(), parent, tmp_path / "out")
-    for key, pair in load_quantized(tmp_path / "out")[1].items():
+    for key, made in load_quantized(tmp_path / "out").items():
         expected = quants.quantize(original[key].numpy(), gguf.GGMLQuantizationType.Q4_0)
-        assert torch.equal(GRIDS["q4_0"].pack(*pair), torch.from_numpy(expected))
+        assert torch.equal(GRIDS["q4_0"].pack(made.codes, made.scales), torch.from_numpy(expected))
 
 
 def test_searched_scales_have_less_error_than_rounding(tmp_path):

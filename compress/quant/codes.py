@@ -1,0 +1,96 @@
+"""`quant.safetensors`: of every matrix its grid, codes and scales. Whatever ships is packed from these and never rounded again.
+
+A quantized checkpoint is a plain fp32 one whose matrices equal what these codes decode to, with this file beside it. Tensors
+`NAME.codes` (R, C) and `NAME.scales`, and the metadata `grids`, a JSON object that names each matrix's grid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.checkpoint import save_model
+from compress.quant.grids import GRIDS
+
+FILE = "quant.safetensors"
+
+
+class Quantized(NamedTuple):
+    """One matrix on its grid: codes (R, C), scales as `compress/quant/grids/grid.py` stores them."""
+
+    grid: str
+    codes: Tensor
+    scales: Tensor
+
+    def decode(self) -> Tensor:
+        """fp32 (R, C): what every reader of a file with these codes computes."""
+        return GRIDS[self.grid].decode(self.codes, self.scales)
+
+
+def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
+    """(state-dict name, home, all modules sharing it) of each Linear and Embedding weight; a tied one once, first name.
+
+    ValueError when another parameter has two or more dimensions: it could not be packed.
+    """
+    found: dict[int, tuple[str, nn.Module, list[nn.Module]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            weight = cast(Tensor, module._parameters["weight"])
+            found.setdefault(id(weight), (f"{path}.weight" if path else "weight", module, []))[2].append(module)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in found:
+            raise ValueError(
+                f"{name} with shape {tuple(parameter.shape)} belongs to no Linear or Embedding: only those can be quantized; use another architecture"
+            )
+    yield from found.values()
+
+
+def bake(weight: Tensor, made: Quantized) -> Quantized:
+    """Overwrite `weight` (R, C) by its decoded codes; returns them on the CPU."""
+    with torch.no_grad():
+        weight.copy_(made.decode())
+    return Quantized(made.grid, made.codes.cpu(), made.scales.cpu())
+
+
+def save_quantized(model: PreTrainedModel, out: Path, tokenizer_from: Path, made: dict[str, Quantized]) -> None:
+    """Write a baked model as a plain fp32 checkpoint, with `quant.safetensors` beside it."""
+    save_model(model, out, tokenizer_from, dtype=torch.float32)
+    tensors = {f"{name}.{part}": getattr(q, part) for name, q in made.items() for part in ("codes", "scales")}
+    save_file(tensors, out / FILE, metadata={"grids": json.dumps({name: q.grid for name, q in made.items()}, sort_keys=True)})
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether a checkpoint directory carries codes and scales."""
+    return (path / FILE).is_file()
+
+
+def refuse_quantized(parent: Path, stage: str) -> None:
+    """ValueError when a parent is on a grid already: training or rounding it again would leave the grid."""
+    if is_quantized(parent):
+        raise ValueError(f"{parent} is quantized already (it has {FILE}): give {stage} an unquantized checkpoint")
+
+
+def load_quantized(path: Path) -> dict[str, Quantized]:
+    """Every matrix's grid, codes and scales. ValueError when the file is missing, damaged or names an unknown grid."""
+    if not is_quantized(path):
+        raise ValueError(f"{path} has no {FILE}: it is not quantized; run ptq or qat on it first")
+    try:
+        with safe_open(path / FILE, framework="pt") as file:
+            grids = json.loads((file.metadata() or {}).get("grids", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path / FILE} can't be read ({error}); make the checkpoint again") from error
+    if {f"{name}.{part}" for name in grids for part in ("codes", "scales")} != set(tensors):
+        raise ValueError(f"{path / FILE} does not hold a grid, codes and scales of each matrix; make the checkpoint again")
+    for name, grid in grids.items():
+        if grid not in GRIDS:
+            raise ValueError(f"{path / FILE}: {name} says grid {grid!r}: known grids are {', '.join(GRIDS)}; make it again")
+    return {name: Quantized(grid, tensors[f"{name}.codes"], tensors[f"{name}.scales"]) for name, grid in grids.items()}

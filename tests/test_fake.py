@@ -297,3 +297,39 @@ def test_each_matrix_may_have_a_grid_of_its_own():
         trained = model(_ids()).logits
     made = fake.finish(model)
     assert {name: q.grid for name, q in made.items()} == layout and torch.equal(model(_ids()).logits, trained)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_get_the_gradient_of_the_merged_weight_on_the_grid(tied):
+    whole, adapted = _model(tied), _model(tied)
+    torch.manual_seed(5)
+    fake.attach(adapted, "q4_0", "learned", rank=3)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if name.endswith("quant_b"):
+                p.normal_(std=0.002)
+    snaps = {name: snapped for (name, _, _), snapped in zip(adapted.fake_quant.places, adapted.fake_quant.snaps, strict=True)}
+    fake.attach(whole, "q4_0", "learned")
+    with torch.no_grad():
+        for name, home, _ in whole.fake_quant.places:  # the same weights, merged by hand, under the unmerged one's scales
+            parts = snaps[name].parts()
+            home._parameters["weight"].addmm_(parts["quant_b"], parts["quant_a"])
+    losses = [_loss(model) for model in (whole, adapted)]
+    assert losses[0].item() == losses[1].item()
+    for loss in losses:
+        loss.backward()
+    for name, home, _ in whole.fake_quant.places:
+        parts, grad = snaps[name].parts(), home._parameters["weight"].grad.double()
+        assert parts["weight"].grad is None and not parts["weight"].requires_grad
+        a, b = parts["quant_a"].double(), parts["quant_b"].double()
+        for got, expected in (
+            (parts["quant_a"].grad, b.T @ grad),
+            (parts["quant_b"].grad, grad @ a.T),
+            (parts["quant_shift"].grad, home.quant_shift.grad),
+        ):
+            assert torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    made = [fake.finish(model) for model in (whole, adapted)]
+    for name, quantized in made[0].items():
+        assert torch.equal(quantized.codes, made[1][name].codes) and torch.equal(quantized.scales, made[1][name].scales)
+    assert not any("quant" in name for name in adapted.state_dict()) and all(p.requires_grad for p in adapted.parameters())
+    assert torch.equal(adapted(_ids()).logits, whole(_ids()).logits)

@@ -16,6 +16,9 @@ tied embedding and head share one result, and each backward costs one masked cop
 the kept node may be walked many times; w must not change between a forward and its backward. Memory: 4 bytes per
 weight. Writing to `weight.data` in place goes unseen; write under `torch.no_grad()`.
 
+With adapters (LoRA, arXiv 2106.09685, section 4.1, under the grid) the master is W + B A with W frozen, and of dL/dw only
+dL/dA = B^T dL/dw and dL/dB = dL/dw A^T are kept: what merges is on the grid already, not rounded afterwards.
+
 Master weights keep their names and identity: the class of each Linear / Embedding is swapped for a subclass whose
 `weight` attribute is the quantized tensor, whatever its forward does, while `state_dict` and `parameters` still hold
 the master. Scales are buffers (`<module>.quant_scales`). The subclass can't be pickled or deep-copied; call `finish`
@@ -45,19 +48,29 @@ class _Snapped:
         self.scales = torch.empty(0)  # as `values` were made with
         self.linked: Tensor | None = None
 
+    def parts(self) -> dict[str, nn.Parameter | None]:
+        """What is trained, by name."""
+        return {name: self.home._parameters.get(name) for name in ("weight", "quant_shift", "quant_a", "quant_b")}
+
+    @torch.no_grad()
+    def master(self) -> Tensor:
+        """fp32 (R, C): W, or W + B A with adapters."""
+        w, _, a, b = (cast(Tensor, part) for part in self.parts().values())
+        return w.detach() if a is None else torch.addmm(w, b, a)
+
     def tensor(self) -> Tensor:
         """fp32 (R, C): the quantized weight, recomputed only when the master or the scales have changed."""
-        w = cast(nn.Parameter, self.home._parameters["weight"])
-        scales, shift = cast(Tensor, self.home._buffers["quant_scales"]), self.home._parameters.get("quant_shift")
-        key = (id(w), w._version, w.data_ptr(), id(scales), scales._version, self.steps[0], -1 if shift is None else shift._version)
+        parts, scales = list(self.parts().values()), cast(Tensor, self.home._buffers["quant_scales"])
+        w = cast(nn.Parameter, parts[0])
+        key = (id(w), w.data_ptr(), id(scales), scales._version, self.steps[0], *(-1 if part is None else part._version for part in parts))
         if key != self.key:
-            self.scales = learned(scales, shift)
-            self._refresh(w, self.scales)
+            self.scales = learned(scales, parts[1])
+            self._refresh(self.master(), self.scales)
             self.key, self.linked = key, None
-        if not (torch.is_grad_enabled() and w.requires_grad):
+        if not (torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)):
             return self.values
         if self.linked is None:
-            self.linked = cast(Tensor, _StraightThrough.apply(w, shift, self))
+            self.linked = cast(Tensor, _StraightThrough.apply(*parts, self))
         return self.linked
 
     def _refresh(self, w: Tensor, scales: Tensor) -> None:
@@ -66,25 +79,27 @@ class _Snapped:
                 self.values = torch.empty_like(w, memory_format=torch.contiguous_format, requires_grad=False)
             self.grid.snap(w, scales, self.values)
 
-    def to_master(self, grad: Tensor, shift: bool) -> tuple[Tensor, Tensor | None]:
-        """(R, C) -> (R, C), (R, C / block): the straight-through gradients of the master and, if it is there, of the scales' shift."""
-        w = cast(Tensor, self.home._parameters["weight"]).detach()
+    def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """From d loss / d values (R, C) to those of `parts` that are needed: (R, C), (R, C / block), (r, C), (R, r)."""
+        w, (_, _, a, b) = self.master(), self.parts().values()
         inside = self.grid.unclipped(w, self.scales, grad)
-        if not shift:
-            return inside, None
-        blocks = [t.reshape(-1, self.grid.block) for t in (grad, self.values, inside, w)]
-        return inside, (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(self.scales.shape)
+        shift = None
+        if needed[1]:
+            blocks = [t.reshape(-1, self.grid.block) for t in (grad, self.values, inside, w)]
+            shift = (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(self.scales.shape)
+        low = (b.T @ inside, inside @ a.T) if a is not None and b is not None else (None, None)
+        return inside if needed[0] else None, shift, *low
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, shift: Tensor | None, snapped: _Snapped) -> Tensor:
+    def forward(ctx: Any, w: Tensor, shift: Tensor | None, a: Tensor | None, b: Tensor | None, snapped: _Snapped) -> Tensor:
         ctx.snapped = snapped
         return snapped.values.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return *ctx.snapped.to_master(grad, ctx.needs_input_grad[1]), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.snapped.gradients(grad, ctx.needs_input_grad), None
 
 
 @torch.no_grad()
@@ -93,11 +108,12 @@ def learned(scales: Tensor, shift: Tensor | None) -> Tensor:
     return scales if shift is None else (scales.float() * shift.exp()).half()
 
 
-def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round") -> None:
+def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round", rank: int = 0) -> None:
     """Make each Linear and Embedding compute on a grid, the same for all or one for each matrix by its state-dict name.
 
     Scales by llama.cpp's rule ("round") or, on grids of one scale, by "search" or "learned". Learned ones start from the rule and add a
-    parameter `quant_shift` (R, C / block) to each module; grids of more numbers keep theirs. Master weights must be fp32.
+    parameter `quant_shift` (R, C / block) to each module; grids of more numbers keep theirs. Master weights must be fp32; with a `rank`
+    above 0 they are frozen, and adapters `quant_a` (rank, C), drawn from torch's generator, and `quant_b` (R, rank), 0, are trained.
     ValueError when a weight does not fit its grid (naming it), or when attached already.
     """
     if hasattr(model, "fake_quant"):
@@ -113,20 +129,26 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round")
         found = grid.search(weight, name=name) if scales == "search" and grid.searches else grid.encode(weight, name)[1]
         chosen.append((grid, home, modules, found))
         places.append((name, home, modules))
-    steps = [0]
+    steps, snaps = [0], []
     for grid, home, modules, found in chosen:
         home.register_buffer("quant_scales", found)
         if scales == "learned" and grid.searches:
             home.register_parameter("quant_shift", nn.Parameter(torch.zeros_like(found, dtype=torch.float32)))
+        if rank:
+            weight = cast(nn.Parameter, home._parameters["weight"]).requires_grad_(False)
+            home.register_parameter("quant_a", nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5)))
+            home.register_parameter("quant_b", nn.Parameter(weight.new_zeros(len(weight), rank)))
         snapped = _Snapped(home, grid, steps)
+        snaps.append(snapped)
         for module in modules:
             _swap(module, snapped)
-    model.fake_quant = _Attached(layout, places, _count(steps))  # type: ignore[assignment]
+    model.fake_quant = _Attached(layout, places, snaps, _count(steps))  # type: ignore[assignment]
 
 
 class _Attached:
-    def __init__(self, layout: dict[str, str], places: list[tuple[str, nn.Module, list[nn.Module]]], hook: RemovableHandle) -> None:
-        self.layout, self.places, self.hook = layout, places, hook
+    def __init__(self, layout: dict[str, str], places: list[tuple[str, nn.Module, list[nn.Module]]], snaps: list[_Snapped],
+                 hook: RemovableHandle) -> None:  # fmt: skip
+        self.layout, self.places, self.snaps, self.hook = layout, places, snaps, hook
 
 
 def _count(steps: list[int]) -> RemovableHandle:
@@ -147,12 +169,15 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
     """Bake decode(codes) into the weights, undo everything `attach` added, return what `save_quantized` takes."""
     attached = cast(_Attached, model.fake_quant)
     made: dict[str, Quantized] = {}
-    for name, home, modules in attached.places:
-        scales = learned(cast(Tensor, home._buffers.pop("quant_scales")), home._parameters.pop("quant_shift", None))
+    for (name, home, modules), snapped in zip(attached.places, attached.snaps, strict=True):
+        master, scales = snapped.master(), learned(cast(Tensor, home._buffers["quant_scales"]), snapped.parts()["quant_shift"])
         for module in modules:
             module.__class__ = type(module).unquantized  # type: ignore[attr-defined]
-        weight, grid = cast(Tensor, home.weight), attached.layout[name]
-        made[name] = bake(weight, Quantized(grid, GRIDS[grid].codes(weight, scales), scales))
+        del home._buffers["quant_scales"]
+        for part in ("quant_shift", "quant_a", "quant_b"):
+            home._parameters.pop(part, None)
+        weight, grid = cast(nn.Parameter, home.weight).requires_grad_(True), attached.layout[name]
+        made[name] = bake(weight, Quantized(grid, GRIDS[grid].codes(master, scales), scales))
     attached.hook.remove()
     del model.fake_quant
     return made

@@ -11,7 +11,7 @@ from conftest import make_context
 from safetensors.torch import load_file
 
 from compress.distill.steps import one_batch
-from compress.errors import Interrupted
+from compress.errors import ConfigError, Interrupted
 from compress.stages.ptq import Scales
 from compress.stages.qat import LearnFrom, Qat
 
@@ -66,3 +66,37 @@ def test_qad_learns_from_the_teacher_and_not_from_its_parent(tiny_teacher, tmp_p
         metrics = Qat(tokens=32 * 4 * 2, learn_from=who).run(tmp_path / "cut", tmp_path / f"{who}-out", make_context(tiny_teacher, tmp_path / who))
         first[who] = metrics["loss_first_nats"]
     assert first[LearnFrom.teacher] > first[LearnFrom.parent]  # the cut is farther from its teacher than rounding takes it from itself
+
+
+def test_adapters_merge_on_the_grid_and_resume_bit_for_bit(tiny_teacher, tmp_path, monkeypatch):
+    from compress.quant.codes import load_quantized
+
+    stage, calls, saved = Qat(tokens=32 * 4 * 4, rank=4, lr=1e-2), [], []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    metrics = stage.run(tiny_teacher, tmp_path / "whole", make_context(tiny_teacher, tmp_path / "a"))
+    assert metrics["loss_last_nats"] < metrics["loss_first_nats"]
+
+    def interrupting(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return one_batch(*arguments)
+
+    context = make_context(tiny_teacher, tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.distill.steps.one_batch", interrupting)
+        with pytest.raises(Interrupted):
+            stage.run(tiny_teacher, tmp_path / "resumed", context)
+    for state in context.work.glob("state-*/tensors-0.safetensors"):
+        saved += load_file(state)
+    assert not [name for name in saved if name.endswith("proj.weight")] and [name for name in saved if name.endswith("quant_a")]
+    stage.run(tiny_teacher, tmp_path / "resumed", context)
+    assert same(tmp_path / "whole", tmp_path / "resumed")
+    state = load_file(tmp_path / "whole" / "model.safetensors")
+    assert all(torch.equal(made.decode(), state[name]) for name, made in load_quantized(tmp_path / "whole").items())
+
+
+def test_a_negative_rank_is_refused():
+    with pytest.raises(ConfigError, match="qat.rank=-1 must be 0"):
+        Qat(rank=-1)

@@ -1,0 +1,90 @@
+"""`quant/allocate.py`: the knapsack against brute force, damage against a plain recomputation, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compress.quant.allocate import PROBE, choose, damages, options
+from compress.quant.codes import quantizable
+from compress.quant.grids import GRIDS
+
+
+def _model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        tie_word_embeddings=True, initializer_range=0.3,
+    ))  # fmt: skip
+
+
+def _kl(model: LlamaForCausalLM, ids: torch.Tensor, full: torch.Tensor) -> float:
+    with torch.no_grad():
+        log_q = model(ids).logits.double().log_softmax(-1)
+    return float((full.exp() * (full - log_q)).sum(-1).mean())
+
+
+def test_damage_is_the_kl_of_one_matrix_on_the_probe_grid_and_the_model_stays_as_it_was(tmp_path):
+    model, ids = _model(), torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = damages(model, ids, tmp_path / "kept.json", "label", lambda line: None)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    with torch.no_grad():
+        full = model(ids).logits.double().log_softmax(-1)
+        for name, home, _ in quantizable(model):
+            home.weight.copy_(GRIDS[PROBE].decode(*GRIDS[PROBE].encode(before[name])))
+            assert found[name] == pytest.approx(_kl(model, ids, full), rel=1e-3)
+            home.weight.copy_(before[name])
+    assert set(found) == {name for name, _, _ in quantizable(model)} and min(found.values()) > 0
+
+
+def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
+    kept = tmp_path / "kept.json"
+    names = [name for name, _, _ in quantizable(_model())]
+    kept.write_text(json.dumps(dict.fromkeys(names[:-1], 7.0)))
+    found = damages(_model(), torch.zeros(1, 8, dtype=torch.long), kept, "label", lambda line: None)
+    assert [found[name] for name in names[:-1]] == [7.0] * (len(names) - 1) and found[names[-1]] != 7.0
+    assert json.loads(kept.read_text()) == found
+
+
+def test_costs_follow_the_power_of_the_rounding_error():
+    model = _model()
+    damage = {name: 0.25 for name, _, _ in quantizable(model)}
+    made = options(model, damage, ["q4_0", "q8_0", "q6_k"])
+    for name, home, _ in quantizable(model):
+        w, columns = home.weight.detach(), home.weight.shape[1]
+        assert set(made[name]) == {"q4_0", "q8_0"} | ({"q6_k"} if columns == 256 else set())
+        power = {grid: float((w - GRIDS[grid].decode(*GRIDS[grid].encode(w))).square().sum()) for grid in made[name]}
+        for grid, (cost, size) in made[name].items():
+            assert cost == pytest.approx(0.25 * power[grid] / power["q4_0"], rel=1e-4)
+            assert size == GRIDS[grid].pack(*GRIDS[grid].encode(w)).numel()
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight has rows of 64: none of q4_k, q6_k takes them; add q8_0"):
+        options(model, damage, ["q4_k", "q6_k"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_choice_is_the_best_of_all(seed):
+    rng = random.Random(seed)
+    table = {f"m{i}": {grid: (rng.random() / (4**bits), rng.randint(5, 9) * bits) for grid, bits in (("a", 4), ("b", 5), ("c", 8))} for i in range(6)}
+    least, most = (sum(pick(size for _, size in grids.values()) for grids in table.values()) for pick in (min, max))
+    budget = (least + most) // 2
+
+    def total(layout: dict[str, str], what: int) -> float:
+        return sum(table[name][grid][what] for name, grid in layout.items())
+
+    best = min((dict(zip(table, grids, strict=True)) for grids in itertools.product("abc", repeat=6)),
+               key=lambda layout: total(layout, 0) if total(layout, 1) <= budget else float("inf"))  # fmt: skip
+    chosen = choose(table, budget)
+    assert total(chosen, 1) <= budget and total(chosen, 0) == pytest.approx(total(best, 0), rel=1e-9)
+
+
+def test_a_budget_below_the_smallest_possible_file_is_refused():
+    table = {"a": {"q4_0": (1.0, 100), "q8_0": (0.1, 190)}, "b": {"q4_0": (1.0, 50)}}
+    assert choose(table, 150) == {"a": "q4_0", "b": "q4_0"}
+    with pytest.raises(ValueError, match="take at least 150 bytes on the grids given, the budget leaves 149"):
+        choose(table, 149)

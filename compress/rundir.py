@@ -1,4 +1,4 @@
-"""A run's readable directory: run.json, one folder a slot with its record, and the trackers fed from them."""
+"""A run's readable directory, and the trackers fed from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compress.config import Recipe
 from compress.score.scorer import Measured
 from compress.session import Session, plain
 from compress.store import write_json
-from compress.track import Guarded, open_tracker
+from compress.track import open_tracker, slot_dir
 
 CURVE_POINTS = 60
 
@@ -23,7 +23,8 @@ class RunDir:
     """The readable run directory: run.json, one folder a slot, records, and the trackers fed from them."""
 
     def __init__(self, path: Path, recipe: Recipe, session: Session) -> None:
-        self.path, self.index = path.absolute(), 0
+        self.path = path.absolute()
+        self.records: list[dict[str, Any]] = []
         self.path.mkdir(parents=True, exist_ok=True)
         name = f"{self.path.parent.name}/{self.path.name}"
         self.about: dict[str, Any] = {
@@ -31,9 +32,7 @@ class RunDir:
             "git_sha": machine.git_sha(), "versions": machine.versions(), "machine": machine.describe(session.threads),
             "config": plain(asdict(recipe)), "slots": [], "keys": [],
         }  # fmt: skip
-        self.trackers: list[Guarded] = [
-            open_tracker(sink, self.path, **({"project": recipe.track.project} if sink == "wandb" else {})) for sink in recipe.track.sinks
-        ]
+        self.trackers = [open_tracker(sink, self.path, project=recipe.track.project) for sink in recipe.track.sinks]
         self.write()
         for tracker in self.trackers:
             tracker.start(self.about)
@@ -49,13 +48,14 @@ class RunDir:
 
     def add(self, record: dict[str, Any], measured: Measured, curve: list[dict[str, Any]]) -> dict[str, Any]:
         """Write one slot's folder and hand the record to the trackers."""
-        record = {"schema": 1, "run": self.about["name"], "recipe": self.about["recipe"], "index": self.index, "created": now()} | record
-        folder = self.path / f"{self.index:02d}-{record['slot']}"
+        index, run, recipe = len(self.records), self.about["name"], self.about["recipe"]
+        record = {"schema": 1, "run": run, "recipe": recipe, "index": index, "created": now()} | record
+        folder = slot_dir(self.path, record)
         folder.mkdir()
         write_json(folder / "record.json", record)
         (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in measured.items))
         (folder / "weights").symlink_to(os.path.relpath(measured.model.path, folder))
-        self.index += 1
+        self.records.append(record)
         self.about["slots"].append(record["slot"])
         self.write()
         for tracker in self.trackers:

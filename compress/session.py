@@ -6,21 +6,25 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress import machine
-from compress.assets import PACKAGE, configs_dir
+from compress.assets import PACKAGE
 from compress.checkpoint import best_device, read_config
 from compress.config import Data, Eval, Recipe, Teacher, Trainer
+from compress.distill.signal import made_with
 from compress.errors import ConfigError
-from compress.score.scorer import Measured, Model, Scorer, Settings
+from compress.score.scorer import Measured, Model, Scorer
+from compress.score.tasks import check_tasks
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization
-from compress.store import Store, file_table, sha256_json, sources_digest
+from compress.store import Store, sources_digest
 from compress.teacher import OpenTeacher, open_teacher
 from compress.track import check as check_tracker
 from compress.train import parallel
@@ -37,61 +41,43 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda v: v.value if isinstance(v, Enum) else str(v)))
 
 
-def make_scorer(e: Eval, store: Store, heldout: Packed, teacher: OpenTeacher, threads: int) -> Scorer:
-    """A scorer whose keys name the evaluation's settings, task files, held-out text and machine."""
-    data_dir = Path(e.data_dir).expanduser() if e.data_dir else None
-    folders = [configs_dir() / "tasks" / name for name in e.tasks] + [data_dir / name for name in e.tasks if data_dir]
-    tasks = {str(folder.name): file_table(folder) for folder in folders if folder.is_dir()}
-    settings = Settings(
-        tuple(e.tasks), data_dir, e.limit, e.batch_size, e.heldout_sequences, e.prompt_tokens, e.new_tokens, e.repeats, threads,
-        sha256_json(tasks), sha256_json(machine.describe(threads))[:16],
-    )  # fmt: skip
-    return Scorer(store, settings, heldout, teacher.path, log)
-
-
 def open_scorer(teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str) -> tuple[Scorer, OpenTeacher]:
     """A scorer outside a run: what `compress score` and `compress accept` use."""
-    import torch
-
     threads = trainer.threads or machine.available_threads()
     torch.set_num_threads(threads)
     home = Store(Path(store))
     opened = open_teacher(teacher.source, teacher.revision, home, log)
-    return make_scorer(eval, home, pack(data.heldout, opened.path, data.seq_len, home.root / "data"), opened, threads), opened
+    return Scorer(home, eval, pack(data.heldout, opened.path, data.seq_len, home.root / "data"), opened.path, threads), opened
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished slot: its checkpoint, store key, scores and record."""
+    """A finished slot: its checkpoint, scores and record."""
 
     model: Model
-    key: str
     measured: Measured
     record: dict[str, Any]
 
 
-@dataclass
 class Session:
     """What all slots of one run share. Opening it refuses whatever can be refused before work starts."""
 
-    recipe: Recipe
-    threads: int = 0
-    done: dict[str, Done] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        import torch
-
-        from compress.score.tasks import check_tasks
-
-        for name in self.recipe.track.sinks:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.done: dict[str, Done] = {}
+        for name in recipe.track.sinks:
             check_tracker(name)
-        check_tasks(self.recipe.eval.tasks)
-        check_processes(self.recipe)
-        self.threads = self.recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        check_tasks(recipe.eval.tasks)
+        check_processes(recipe)
+        self.threads = recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(self.threads)
-        self.store = Store(Path(self.recipe.store))
-        self.teacher: OpenTeacher = open_teacher(self.recipe.teacher.source, self.recipe.teacher.revision, self.store, log)
-        check_context(self.teacher.path, self.recipe.data.seq_len)
+        self.store = Store(Path(recipe.store))
+        self.teacher = open_teacher(recipe.teacher.source, recipe.teacher.revision, self.store, log)
+        context, seq_len = read_config(self.teacher.path).get("max_position_embeddings"), recipe.data.seq_len
+        if context is not None and seq_len > context:
+            raise ValueError(
+                f"data.seq_len={seq_len} is longer than the teacher's context of {context} tokens; set data.seq_len to at most {context}"
+            )
 
     @property
     def precision(self) -> str:
@@ -120,7 +106,7 @@ class Session:
 
     @cached_property
     def scorer(self) -> Scorer:
-        return make_scorer(self.recipe.eval, self.store, self._pack(self.recipe.data.heldout), self.teacher, self.threads)
+        return Scorer(self.store, self.recipe.eval, self._pack(self.recipe.data.heldout), self.teacher.path, self.threads)
 
     def inputs(self, slot: str, parent_digest: str) -> dict[str, Any]:
         """All that determines a stage's weights; its digest is the stage's key."""
@@ -155,17 +141,8 @@ def check_processes(recipe: Recipe) -> None:
             raise ConfigError(f"{shared}; use a multiple of that")
 
 
-def check_context(teacher: Path, seq_len: int) -> None:
-    """ValueError when sequences are longer than what the teacher was made for."""
-    context = read_config(teacher).get("max_position_embeddings")
-    if context is not None and seq_len > context:
-        raise ValueError(f"data.seq_len={seq_len} is longer than the teacher's context of {context} tokens; set data.seq_len to at most {context}")
-
-
 def _what_decides(stage: Any) -> dict[str, Any]:
     """A stage's configuration as far as its weights depend on it: of a signal in a folder of its own, who made it, not where it is."""
-    from compress.distill.signal import made_with
-
     config: dict[str, Any] = plain(asdict(stage))
     if where := config.get("signal", {}).pop("path", None):
         config["signal"]["made_with"] = made_with(where)

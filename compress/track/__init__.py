@@ -22,8 +22,8 @@ TRACKERS = {"jsonl": "compress.track:Jsonl", "wandb": "compress.track.wandb:Wand
 class Tracker:
     """A sink for the records of one run directory. What it does not override, it does not do."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = Path(run_dir).resolve()
+    def __init__(self, run_dir: Path, project: str = "compress") -> None:
+        self.run_dir, self.project = Path(run_dir).resolve(), project
 
     @staticmethod
     def check() -> None:

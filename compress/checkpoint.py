@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -70,25 +69,22 @@ def check(path: Path) -> None:
     read_config(path)
     weight_files(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(
-            f"{path} has no tokenizer (none of tokenizer.json, tokenizer.model, vocab.json); copy the tokenizer's files beside the weights"
-        )
+        names = "none of tokenizer.json, tokenizer.model, vocab.json"
+        raise ValueError(f"{path} has no tokenizer ({names}); copy the tokenizer's files beside the weights")
 
 
 def digest(path: Path) -> str:
     """sha256 over config and weights of a checkpoint: what its numbers depend on."""
-    total = hashlib.sha256()
-    for file in [path / "config.json", *weight_files(path)]:
-        total.update(f"{file.name} {sha256_file(file)}\n".encode())
-    return total.hexdigest()
+    return _digest_of([path / "config.json", *weight_files(path)])
 
 
 def tokenizer_digest(path: Path) -> str:
     """sha256 over the tokenizer's files: what token ids depend on."""
-    total = hashlib.sha256()
-    for file in _tokenizer_files(path):
-        total.update(f"{file.name} {sha256_file(file)}\n".encode())
-    return total.hexdigest()
+    return _digest_of(_tokenizer_files(path))
+
+
+def _digest_of(files: list[Path]) -> str:
+    return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32, load: str = "plain") -> PreTrainedModel:
@@ -132,8 +128,8 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _tokenizer_files(path: Path) -> Iterator[Path]:
-    return (path / name for name in TOKENIZER_FILES if (path / name).is_file())
+def _tokenizer_files(path: Path) -> list[Path]:
+    return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
 
 
 def save_model(model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: torch.dtype = torch.bfloat16) -> None:

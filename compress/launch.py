@@ -90,7 +90,7 @@ def check_override(override: str) -> None:
 
 def _config_dir(arguments: list[str]) -> Path | None:
     """The user's own folder, from arguments as `flags_first` leaves them."""
-    folders = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
+    folders = [argument.removeprefix("--config-dir=") for argument in arguments if argument.startswith("--config-dir=")]
     if not folders:
         return None
     if len(folders) > 1 or not folders[0] or not Path(folders[0]).is_dir():
@@ -125,17 +125,12 @@ def check_arguments(recipe: str, arguments: list[str], own: Path | None) -> Path
 
 def flags_first(arguments: list[str]) -> list[str]:
     """Flags joined with their values, before all overrides: Hydra's argparse accepts overrides only in one piece."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    rest = iter(arguments)
+    joined, rest = [], iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
         flag = LONG_FLAGS.get(flag, flag)
-        if flag in LONG_FLAGS.values():
-            flags.append(f"{flag}={value if equals else next(rest, '')}")
-        else:
-            (flags if flag.startswith("-") else overrides).append(argument)
-    return flags + overrides
+        joined.append(f"{flag}={value if equals else next(rest, '')}" if flag in LONG_FLAGS.values() else argument)
+    return sorted(joined, key=lambda argument: not argument.startswith("-"))  # keeps the order within both kinds
 
 
 def expand_teacher(arguments: list[str]) -> list[str]:
@@ -146,10 +141,10 @@ def expand_teacher(arguments: list[str]) -> list[str]:
         value = argument.removeprefix("teacher=")
         if value == argument or value in options:
             expanded.append(argument)
-            continue
-        if not (os.sep in value or value.endswith(".gguf") or Path(value).exists()):
+        elif os.sep in value or value.endswith(".gguf") or Path(value).exists():
+            expanded += ["teacher=custom", f"teacher.source='{value}'"]
+        else:
             raise ConfigError(f"teacher={value!r} is neither an option nor a path nor a hub id (owner/name); {nearest(value, options)}")
-        expanded += ["teacher=custom", f"teacher.source='{value}'"]
     return expanded
 
 
@@ -210,14 +205,11 @@ def explain(error: Exception) -> str:
     """A composition error of Hydra or OmegaConf as one sentence with the nearest valid name."""
     from compress.config import SCHEMAS
 
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None:
+    chain: list[BaseException] = [error]
+    while link := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(link)
-        link = link.__cause__ or link.__context__
-    for cause in chain:
-        if isinstance(cause, ConfigError):
-            return str(cause).partition("\n    full_key")[0]
+    if ours := [str(cause) for cause in chain if isinstance(cause, ConfigError)]:
+        return ours[0].partition("\n    full_key")[0]
     text = " | ".join(dict.fromkeys(str(link) for link in chain))
     full = re.search(r"full_key: (\S+)", text)
     groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
@@ -241,9 +233,8 @@ def explain(error: Exception) -> str:
 def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[str]], int]) -> int:
     """Run `task(recipe, run directory, command)` for the composed recipe; with -m once for every job of the sweep.
 
-    `command` is the command line that composes the same recipe again. Returns the worst exit code.
-
-    ConfigError for whatever can't be composed, before any work and with nothing left behind.
+    `command` is the command line that composes the same recipe again. Returns the worst exit code. ConfigError for whatever can't be
+    composed, before any work and with nothing left behind.
     """
     arguments = flags_first(arguments)
     own = _config_dir(arguments)

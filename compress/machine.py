@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,11 @@ def describe(threads: int) -> dict[str, Any]:
     import psutil
     import torch
 
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*:\s*(.*?)\s*$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    cpu = name[1] if name else platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {"cpu": _cpu_name(), "cores": available_threads(), "threads": threads, "ram_bytes": psutil.virtual_memory().total, "gpu": gpu}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": available_threads(), "threads": threads, "ram_bytes": psutil.virtual_memory().total, "gpu": gpu}
 
 
 def fast_dtype() -> str:
@@ -55,10 +51,8 @@ def git_sha() -> str:
     """The checkout's commit, marked when it has changes; "unknown" outside a checkout."""
     if not (PACKAGE.parent / ".git").exists():
         return "unknown"
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=-changed"]
     try:
-        run = ["git", "-C", str(PACKAGE.parent)]
-        sha = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return sha + "-changed" * bool(dirty)

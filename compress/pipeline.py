@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ from compress import budget, machine, planning
 from compress.checkpoint import tokenizer_digest
 from compress.config import Recipe
 from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
-from compress.rundir import RunDir, now, thinned
-from compress.score.scorer import Model, model_of
-from compress.session import Done, Session, check_shapes, log, plain
+from compress.score.scorer import Measured, Model, model_of
+from compress.session import RunDir, Session, check_shapes, log, now, plain, thinned
 from compress.stages.optimization import Optimization
 from compress.store import sha256_json
 from compress.train import parallel
 
 
-def build(session: Session, slot: str, parent: Done, key: str, inputs: dict[str, Any]) -> Path:
+def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[str, Any]) -> Path:
     """Run a slot's stage. What varies from run to run, its time and its curve, is noted beside the weights."""
     stage, start = session.recipe.stages[slot], time.monotonic()
     curve: list[dict[str, float]] = []
@@ -42,9 +41,9 @@ def build(session: Session, slot: str, parent: Done, key: str, inputs: dict[str,
 
 
 def conclude(
-    session: Session, folder: RunDir, slot: str, technique: str, model: Model, parent: Done | None = None, *,
+    session: Session, folder: RunDir, slot: str, technique: str, model: Model, parent: Measured | None = None, *,
     tasks: bool = True, shipped: bool = False, proven: str = "", seconds: float = 0.0, curve: list[dict[str, Any]] | None = None, **made: Any,
-) -> Done:  # fmt: skip
+) -> Measured:  # fmt: skip
     """Measure a model, put it beside teacher and parent, judge it, and record it with how it was `made`.
 
     Limits written for the slot are enforced; the budget's own limits are enforced on what ships and show the distance elsewhere.
@@ -55,7 +54,7 @@ def conclude(
     measured = session.scorer.measure(model, tasks=tasks)
     scores, intervals, excluded = dict(measured.scores), {}, []  # type: ignore[var-annotated]
     if teacher := session.done.get("teacher"):
-        relative, intervals, excluded = session.scorer.beside(measured, teacher.measured, parent.measured if parent else None)
+        relative, intervals, excluded = session.scorer.beside(measured, teacher, parent)
         scores |= relative
     verdicts = budget.judge(scores, intervals, limits.slots.get(slot, {}), enforced=True)
     verdicts += budget.judge(scores, intervals, limits.limits, enforced=shipped)
@@ -67,8 +66,8 @@ def conclude(
     if curve is not None:
         record["curve"] = thinned(curve)
     if parent and proven:
-        record["metrics"] |= session.scorer.parity(measured, parent.measured, proven)
-    return Done(model, measured, folder.add(record, measured, curve or []))
+        record["metrics"] |= session.scorer.parity(measured, parent, proven)
+    return replace(measured, record=folder.add(record, measured, curve or []))
 
 
 def plan(recipe: Recipe) -> int:
@@ -104,7 +103,7 @@ def _lead(recipe: Recipe, run_dir: Path) -> int:
     session = Session(recipe)
     planning.check_disk(session, planning.estimate(session, check_shapes(session), rate=1.0))
     session.open_data()
-    folder = RunDir(run_dir, recipe, session)
+    folder = RunDir(run_dir, session)
     log(f"run directory {folder.path}")
     code = 1
     try:
@@ -167,7 +166,7 @@ def ship(session: Session, folder: RunDir) -> int:
     return code
 
 
-def _export(session: Session, folder: RunDir, source: Done, kind: str, *, first: bool) -> Done:
+def _export(session: Session, folder: RunDir, source: Measured, kind: str, *, first: bool) -> Measured:
     """One shipped GGUF: written through the store, scored in llama.cpp, proven to be its checkpoint, judged by the budget if it is the first."""
     from compress.export.gguf import export_gguf
 
@@ -176,7 +175,8 @@ def _export(session: Session, folder: RunDir, source: Done, kind: str, *, first:
     name, key, start = f"model-{kind}.gguf", sha256_json(inputs), time.monotonic()
     folder.name_key(key)
     path = session.store.build(key, inputs, lambda out, work: export_gguf(source.model.path, out / name, kind)) / name
+    seconds = time.monotonic() - start
     return conclude(
         session, folder, f"gguf_{kind.lower()}", "export_gguf", model_of(path), source, shipped=first, proven=kind, key=key,
-        seconds=time.monotonic() - start, metrics=session.store.stage_json(key)["metrics"],
+        seconds=seconds, metrics=session.store.stage_json(key)["metrics"],
     )  # fmt: skip

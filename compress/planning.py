@@ -7,10 +7,8 @@ arXiv 2001.08361, table 1), over the matrix-product rate measured on this machin
 from __future__ import annotations
 
 import shutil
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compress.errors import ResourceError
 
@@ -22,8 +20,7 @@ TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
 SHIPPING_BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_1": 5, "Q4_0": 4.5, "Q4_K": 4.5}
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """One slot's estimate."""
 
     slot: str
@@ -48,14 +45,10 @@ def params_of(config: dict[str, Any]) -> int:
 def matmul_flops_per_sec(n: int = 1024, seconds: float = 0.5) -> float:
     """Measured bf16 rate of an n x n x n product."""
     import torch
+    from torch.utils.benchmark import Timer
 
-    a = torch.randn(n, n).bfloat16()
-    a @ a
-    count, start = 0, time.monotonic()
-    while time.monotonic() - start < seconds:
-        a @ a
-        count += 1
-    return 2 * n**3 * count / (time.monotonic() - start)
+    timer = Timer("a @ a", globals={"a": torch.randn(n, n).bfloat16()}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=seconds).mean
 
 
 def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -> list[Cost]:

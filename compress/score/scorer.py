@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -49,13 +49,14 @@ def model_of(path: Path) -> Model:
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's own scores, its task items, and the chance level of each task."""
+    """A model's own scores, its task items, the chance level of each task, and in a run the record that was written about it."""
 
     model: Model
     key: str
     scores: dict[str, float]
     items: list[dict[str, Any]]
     chance: dict[str, float]
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 class Scorer:

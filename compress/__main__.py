@@ -1,7 +1,5 @@
 """`compress VERB ...`: the verbs, and what went wrong as one sentence and an exit code. Heavy imports happen inside the verb that needs them."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -4,8 +4,6 @@ A value with a confidence interval passes only when the whole interval is inside
 is INCONCLUSIVE in between. Values without one (bytes, parameters, milliseconds of this run) are compared as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

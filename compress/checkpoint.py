@@ -5,8 +5,6 @@ Opening never leaves the machine and never runs code found in the directory: saf
 its files and other runtimes then read them differently. Weights are identified by the sha256 of the file that holds them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json
@@ -19,18 +17,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from compress.store import sha256_file
+
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 transformers_logging.disable_progress_bar()
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -5,8 +5,6 @@ A YAML binds to its schema with `defaults: [/schema/NAME@_here_]`; unknown keys 
 what a type can't say. A recipe can't name code: `STAGES` is the only way from a name to code.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any

@@ -4,8 +4,6 @@ ConfigError: the recipe or the command line is wrong (exit 2). Any other ValueEr
 wrong or damaged (exit 3). ResourceError: memory, disk or a lock (exit 5). A violated budget is exit 4; signals are 130 and 143.
 """
 
-from __future__ import annotations
-
 import difflib
 import errno
 from collections.abc import Iterable

@@ -6,8 +6,6 @@ refused when they hold `_target_`, `oc.env` or any `hydra` key outside ALLOWED_H
 composed `hydra` node is compared with the one a trusted recipe gives.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -88,21 +86,15 @@ def check_override(override: str) -> None:
         _refuse(f"the key {key}", f"override {override!r}")
 
 
-def _config_dir(arguments: list[str]) -> Path | None:
-    """The user's own folder, from arguments as `flags_first` leaves them."""
+def check_arguments(recipe: str, arguments: list[str]) -> tuple[Path, Path | None]:
+    """Refuse an unknown recipe, executable content and refused flags before Hydra starts.
+
+    `arguments` as `flags_first` leaves them. Returns the recipe's folder, and the user's own if there is one.
+    """
     folders = [argument.removeprefix("--config-dir=") for argument in arguments if argument.startswith("--config-dir=")]
-    if not folders:
-        return None
-    if len(folders) > 1 or not folders[0] or not Path(folders[0]).is_dir():
+    if len(folders) > 1 or "" in folders or not all(Path(folder).is_dir() for folder in folders):
         raise ConfigError(f"--config-dir {', '.join(map(repr, folders))} is not one directory; give the one folder that holds your recipes")
-    own = Path(folders[0]).resolve()
-    if link := next((path for path in own.rglob("*") if path.is_symlink() and path.is_dir()), None):
-        raise ConfigError(f"--config-dir {own} holds a link to another folder, {link.name}, which is not checked; put the files there")
-    return own
-
-
-def check_arguments(recipe: str, arguments: list[str], own: Path | None) -> Path:
-    """Refuse an unknown recipe, executable content and refused flags before Hydra starts. Returns the recipe's folder."""
+    own = Path(folders[0]).resolve() if folders else None
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("-") and flag not in FLAGS:
@@ -112,6 +104,8 @@ def check_arguments(recipe: str, arguments: list[str], own: Path | None) -> Path
         if not argument.startswith("-"):
             check_override(argument)
     if own:
+        if link := next((path for path in own.rglob("*") if path.is_symlink() and path.is_dir()), None):
+            raise ConfigError(f"--config-dir {own} holds a link to another folder, {link.name}, which is not checked; put the files there")
         for file in sorted(own.rglob("*.y*ml")):
             if "hydra" in file.relative_to(own).parts[:-1]:
                 _refuse("a folder named hydra", own)
@@ -120,7 +114,7 @@ def check_arguments(recipe: str, arguments: list[str], own: Path | None) -> Path
     if not re.fullmatch(r"[\w.-]+", recipe) or not (folder / f"{recipe}.yaml").is_file():
         names = recipe_names(recipes_dir()) + (recipe_names(own) if own else [])
         raise ConfigError(f"recipe {recipe!r} does not exist; {nearest(recipe, names)}. Your own: --config-dir DIR")
-    return folder
+    return folder, own
 
 
 def flags_first(arguments: list[str]) -> list[str]:
@@ -237,8 +231,7 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     composed, before any work and with nothing left behind.
     """
     arguments = flags_first(arguments)
-    own = _config_dir(arguments)
-    folder = check_arguments(recipe, arguments, own)
+    folder, own = check_arguments(recipe, arguments)
     arguments = expand_teacher(arguments)
     import hydra
     from hydra.core.hydra_config import HydraConfig

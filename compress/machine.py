@@ -1,7 +1,5 @@
 """What machine and software a number was measured with."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -9,6 +7,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+import transformers
+
+from compress import __version__
 from compress.assets import PACKAGE
 
 
@@ -19,9 +22,6 @@ def available_threads() -> int:
 
 def describe(threads: int) -> dict[str, Any]:
     """CPU, cores, threads used, memory and GPU."""
-    import psutil
-    import torch
-
     info = Path("/proc/cpuinfo")
     name = re.search(r"^model name\s*:\s*(.*?)\s*$", info.read_text(), re.MULTILINE) if info.is_file() else None
     cpu = name[1] if name else platform.processor() or platform.machine()
@@ -31,19 +31,12 @@ def describe(threads: int) -> dict[str, Any]:
 
 def fast_dtype() -> str:
     """ "bf16" where matrix units compute it faster than fp32 (GPU, AMX, AVX512-BF16), else "fp32": elsewhere bf16 is emulated, 5x slower."""
-    import torch
-
     fast = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if fast else "fp32"
 
 
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on."""
-    import torch
-    import transformers
-
-    from compress import __version__
-
     return {"compress": __version__, "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 

@@ -5,8 +5,6 @@ where it appears whole or not at all; an identical stage is found there instead 
 scored, so a crash while scoring loses no training, and repeating a command continues where it stopped.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from contextlib import suppress
@@ -18,6 +16,11 @@ from compress import budget, machine, planning
 from compress.checkpoint import tokenizer_digest
 from compress.config import Recipe
 from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
+from compress.export.bundle import write_bundle
+from compress.export.gguf import export_gguf
+from compress.report.html import write_html
+from compress.report.records import load_run
+from compress.report.table import print_table, stage_table, verdict_lines
 from compress.score.scorer import Measured, Model, model_of
 from compress.session import RunDir, Session, check_shapes, log, now, plain, thinned
 from compress.stages.optimization import Optimization
@@ -141,11 +144,6 @@ def _slots(session: Session, folder: RunDir) -> int:
 
 def ship(session: Session, folder: RunDir) -> int:
     """Export the shipped slot, judge the files, bundle them, print the table and write the page."""
-    from compress.export.bundle import write_bundle
-    from compress.report.html import write_html
-    from compress.report.records import load_run
-    from compress.report.table import print_table, stage_table, verdict_lines
-
     recipe = session.recipe
     source = session.done[recipe.shipped_slot()]
     if session.teacher.gguf and recipe.export.gguf:
@@ -168,8 +166,6 @@ def ship(session: Session, folder: RunDir) -> int:
 
 def _export(session: Session, folder: RunDir, source: Measured, kind: str, *, first: bool) -> Measured:
     """One shipped GGUF: written through the store, scored in llama.cpp, proven to be its checkpoint, judged by the budget if it is the first."""
-    from compress.export.gguf import export_gguf
-
     tokenizer, versions = tokenizer_digest(source.model.path), machine.versions()
     inputs = {"export": kind, "weights": source.model.digest, "tokenizer": tokenizer, "versions": versions, "schema": 2}
     name, key, start = f"model-{kind}.gguf", sha256_json(inputs), time.monotonic()

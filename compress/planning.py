@@ -4,16 +4,18 @@ Times come from operation counts, 2 P flops a token forward and 6 P for a traini
 arXiv 2001.08361, table 1), over the matrix-product rate measured on this machine just now. They are estimates: scoring dominates small runs.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.benchmark import Timer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.errors import ResourceError
-
-if TYPE_CHECKING:
-    from compress.session import Session
+from compress.session import Session
 
 EFFICIENCY = 0.5  # assumed share of the square matrix product's rate that a whole training step reaches; on the cautious side
 TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
@@ -33,9 +35,6 @@ class Cost(NamedTuple):
 
 def params_of(config: dict[str, Any]) -> int:
     """Parameters of a HF config, counted on the meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     options = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "dtype", "transformers_version")}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options))
@@ -44,9 +43,6 @@ def params_of(config: dict[str, Any]) -> int:
 
 def matmul_flops_per_sec(n: int = 1024, seconds: float = 0.5) -> float:
     """Measured bf16 rate of an n x n x n product."""
-    import torch
-    from torch.utils.benchmark import Timer
-
     timer = Timer("a @ a", globals={"a": torch.randn(n, n).bfloat16()}, num_threads=torch.get_num_threads())
     return 2 * n**3 / timer.blocked_autorange(min_run_time=seconds).mean
 
@@ -101,9 +97,6 @@ def check_disk(session: Session, costs: list[Cost]) -> None:
 
 def print_plan(session: Session, costs: list[Cost], store: Path) -> None:
     """The plan as a table on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table("slot", "technique", title="estimates; finished stages are reused from the store")
     for heading in ("params (M)", "minutes", "disk (MB)", "memory (MB)"):
         table.add_column(heading, justify="right")

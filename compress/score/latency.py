@@ -7,8 +7,6 @@ The process prints one JSON line. `ttft_ms_p50`: the prompt's forward until the 
 Prompt ids are a fixed pattern, the end token is not obeyed, a short unmeasured generation comes first. Left out: batches.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -11,8 +11,6 @@ Per item, teacher right/wrong x student right/wrong gives four counts; b = only 
 - Wilson score interval (Wilson 1927), lower end: a task on which it is not above chance leaves `kept` and is named.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ beside another (KL, top-1 agreement, accuracy kept, flips). Teacher, every stage
 functions with the same batch size, dtype (fp32), prompts and held-out tokens; latency runs in a process of its own, in the shipping type.
 """
 
-from __future__ import annotations
-
 import json
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -20,15 +18,16 @@ import torch
 
 from compress import __version__, machine
 from compress.assets import configs_dir
-from compress.checkpoint import best_device, digest, load_tokenizer, sha256_file, tokenizer_digest
+from compress.checkpoint import best_device, digest, load_tokenizer, tokenizer_digest
 from compress.config import Eval
+from compress.export.parity import parity
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
 from compress.score.latency import measure as measure_torch
 from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process, make_lm
 from compress.score.paired import paired_scores
 from compress.score.size import gguf_size, size
 from compress.score.tasks import TaskResult, evaluate, make_hf_lm
-from compress.store import Store, file_table, sha256_json, write_json, write_whole
+from compress.store import Store, file_table, sha256_file, sha256_json, write_json, write_whole
 from compress.train.data import Packed
 from compress.train.forward import Head
 
@@ -97,8 +96,6 @@ class Scorer:
 
     def parity(self, shipped: Measured, checkpoint: Measured, kind: str) -> dict[str, float]:
         """What `export/parity.py` measures of a GGUF and the checkpoint it was made of, from the store if it is there. ValueError as there."""
-        from compress.export.parity import parity
-
         depends = sha256_json([checkpoint.key, tokenizer_digest(checkpoint.model.path), kind, version("xllamacpp")])[:32]
         path = self.store.root / "scores" / f"{shipped.key}-{depends}.parity.json"
         if not path.is_file():

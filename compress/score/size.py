@@ -4,8 +4,6 @@ A safetensors file begins with 8 bytes n (little endian) and n bytes of JSON {te
 bits_per_weight = size_bytes x 8 / params, embeddings included, container included.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -11,8 +11,6 @@ Scores depend on batch size and dtype: the caller fixes the one, the other is fp
 by the request without the model. Left out: generation tasks, task groups.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib.util
@@ -21,9 +19,11 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from compress.assets import configs_dir
 from compress.errors import ConfigError
@@ -43,14 +43,6 @@ class TaskResult(NamedTuple):
 def known_tasks() -> list[str]:
     """The embedded tasks, by name."""
     return sorted(path.parent.name for path in (configs_dir() / "tasks").glob("*/*.yaml") if path.stem == path.parent.name)
-
-
-def chance(task: str) -> float:
-    """Expected accuracy of guessing on an embedded task: the mean over its items of 1 / number of options."""
-    if task not in known_tasks():
-        raise ConfigError(f"no embedded task {task!r}; allowed: {', '.join(known_tasks())}")
-    rows = read_jsonl(configs_dir() / "tasks" / task / "test.jsonl")
-    return sum(1 / len(row["choices"]) for row in rows) / len(rows)
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -150,14 +142,12 @@ def _load(name: str, data_dir: Path | None) -> Any:
 
 def _embedded_config(path: Path) -> dict[str, Any]:
     """A task YAML as data, its rows held in memory. ValueError when it names code (`!function` or any other tag)."""
-    import yaml
-
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.constructor.ConstructorError as error:
         raise ValueError(f"{path} names code or a custom tag ({error.problem}); a task may hold plain data only") from error
     files = config.pop("dataset_kwargs")["data_files"]
-    return config | {"custom_dataset": _in_memory({split: path.parent / file for split, file in files.items()})}
+    return config | {"custom_dataset": functools.partial(_in_memory, {split: path.parent / file for split, file in files.items()})}
 
 
 def _local_overrides(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -171,18 +161,14 @@ def _local_overrides(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     test = test or validation or train or next(iter(files))
     shots = next((s for s in (config.get("fewshot_split"), train, validation) if s in files), test)
     others = {"training_split": train if train != test else None, "validation_split": validation if validation != test else None}
-    return {**others, "test_split": test, "fewshot_split": shots, "custom_dataset": _in_memory(files)}
+    return {**others, "test_split": test, "fewshot_split": shots, "custom_dataset": functools.partial(_in_memory, files)}
 
 
-def _in_memory(files: dict[str, Path]) -> Callable[..., dict[str, Any]]:
+def _in_memory(files: dict[str, Path], **_: Any) -> dict[str, Any]:
     """What lm-eval calls to get its splits; rows stay in memory, so no cache is written anywhere."""
+    from datasets import Dataset
 
-    def load(**_: Any) -> dict[str, Any]:
-        from datasets import Dataset
-
-        return {split: Dataset.from_list(read_jsonl(path)) for split, path in files.items()}
-
-    return load
+    return {split: Dataset.from_list(read_jsonl(path)) for split, path in files.items()}
 
 
 def _harness_root() -> Path:

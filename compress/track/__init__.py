@@ -1,7 +1,5 @@
 """Where records go besides the run directory. A sink is imported only when it is asked for, and only copies what is already on disk."""
 
-from __future__ import annotations
-
 import json
 import pkgutil
 import sys

@@ -8,8 +8,6 @@ W&B would by itself collect sys.argv, the list of packages, the git remote (whic
 the machine and the console. Secrets live in those places, so all of it is off; what we send is the record.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os

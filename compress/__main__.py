@@ -34,13 +34,12 @@ exit codes: 0 ok, 2 configuration, 3 input or integrity, 4 budget violated, 5 me
 
 def run(arguments: list[str]) -> int:
     """Run a recipe, or with `--plan` say what it would cost."""
-    from compress.launch import launch
-
     if arguments[:1] in (["--help"], ["-h"]):
         print(HELP + "\n" + listing())
         return EXIT_OK
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError("run needs a recipe: compress run RECIPE; `compress list` names them")
+    from compress.launch import launch
 
     def task(recipe: Any, run_dir: Path, command: list[str]) -> int:
         from compress import pipeline
@@ -254,18 +253,15 @@ def main(argv: list[str] | None = None) -> int:
         code = exit_code(error)
         if code == 1 or isinstance(error, SystemExit):
             raise
-        print(f"compress: {_sentence(error)}", file=sys.stderr)
+        text = str(error)
+        if is_disk(error):
+            text = f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to go on"
+        elif is_memory(error):
+            text = f"out of memory ({text.partition(chr(10))[0] or 'MemoryError'}); lower micro_batch_sequences or eval.batch_size"
+        elif isinstance(error, KeyboardInterrupt | Interrupted):
+            text = "interrupted; repeat the command to go on"
+        print(f"compress: {text}", file=sys.stderr)
         return code
-
-
-def _sentence(error: BaseException) -> str:
-    if is_disk(error):
-        return f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to go on"
-    if is_memory(error):
-        return f"out of memory ({str(error).partition(chr(10))[0] or 'MemoryError'}); lower micro_batch_sequences or eval.batch_size"
-    if isinstance(error, KeyboardInterrupt | Interrupted):
-        return "interrupted; repeat the command to go on"
-    return str(error)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from compress.errors import ConfigError, nearest
@@ -233,7 +234,5 @@ SCHEMAS: dict[str, type] = {
 
 def register() -> None:
     """Make every schema known to Hydra as `/schema/NAME`."""
-    from hydra.core.config_store import ConfigStore
-
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(group="schema", name=name, node=schema)

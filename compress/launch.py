@@ -13,9 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from compress.assets import configs_dir, recipes_dir
+from compress.config import SCHEMAS, register
 from compress.errors import ConfigError, nearest
 
 ALLOWED_HYDRA = ("run.dir", "sweep.dir", "sweep.subdir", "job.name", "sweeper.params")
@@ -144,12 +153,6 @@ def expand_teacher(arguments: list[str]) -> list[str]:
 
 def trust_hydra() -> None:
     """Make configs/ findable, and disable the resolver that reads the environment."""
-    from hydra.core.config_search_path import ConfigSearchPath
-    from hydra.core.plugins import Plugins
-    from hydra.plugins.search_path_plugin import SearchPathPlugin
-    from omegaconf import OmegaConf
-
-    from compress.config import register
 
     class Vocabulary(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -165,16 +168,12 @@ def trust_hydra() -> None:
 
 def compose(name: str, folder: Path, overrides: list[str]) -> Any:
     """The composed config `name` of a folder, with Hydra's own part below `hydra`. Runs nothing."""
-    import hydra
-
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
         return hydra.compose(name, overrides, return_hydra_config=True)
 
 
 def _check_composed(folder: Path, recipe: str, overrides: list[str]) -> None:
     """Compose without running anything: what Hydra would instantiate must be its own defaults, and the recipe must make sense."""
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import OmegaConfBaseException
 
     def instantiated(config: Any) -> Any:
         node: Any = OmegaConf.to_container(config.hydra, resolve=False)
@@ -197,8 +196,6 @@ def _check_composed(folder: Path, recipe: str, overrides: list[str]) -> None:
 
 def explain(error: Exception) -> str:
     """A composition error of Hydra or OmegaConf as one sentence with the nearest valid name."""
-    from compress.config import SCHEMAS
-
     chain: list[BaseException] = [error]
     while link := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(link)
@@ -233,12 +230,6 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     arguments = flags_first(arguments)
     folder, own = check_arguments(recipe, arguments)
     arguments = expand_teacher(arguments)
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     codes = [0]
 
     def job(composed: Any) -> None:

@@ -77,7 +77,7 @@ def plan(recipe: Recipe) -> int:
     """Print what the recipe would cost; nothing but the teacher's import is done."""
     session = Session(recipe)
     costs = planning.estimate(session, check_shapes(session), planning.matmul_flops_per_sec())
-    planning.print_plan(session, costs, session.store.root)
+    planning.print_plan(costs, session.store.root)
     planning.check_disk(session, costs)
     return EXIT_OK
 
@@ -108,16 +108,14 @@ def _lead(recipe: Recipe, run_dir: Path) -> int:
     session.open_data()
     folder = RunDir(run_dir, session)
     log(f"run directory {folder.path}")
-    code = 1
     try:
         code = _slots(session, folder)
         parallel.share(None)
-        return code
     except BaseException as error:
-        code = exit_code(error)
+        folder.finish(exit_code(error))
         raise
-    finally:
-        folder.finish(code)
+    folder.finish(code)
+    return code
 
 
 def _slots(session: Session, folder: RunDir) -> int:

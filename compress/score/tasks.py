@@ -29,7 +29,6 @@ from compress.assets import configs_dir
 from compress.errors import ConfigError
 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")
-FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
 class TaskResult(NamedTuple):
@@ -92,7 +91,7 @@ def evaluate(lm: Any, tasks: Sequence[str], limit: int | None = None, data_dir: 
     loaded = {name: _load(name, data_dir) for name in tasks}
     for task in loaded.values():
         task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
-        task.set_fewshot_seed(FEWSHOT_SEED)
+        task.set_fewshot_seed(1234)  # lm-eval's own default
     # Not simple_evaluate: around this same call it reseeds Python, numpy and torch, and runs git and lscpu every time.
     if not sys.stderr.isatty():  # bars redraw themselves; a log file wants lines
         lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=True)
@@ -129,8 +128,7 @@ def _load(name: str, data_dir: Path | None) -> Any:
         try:
             task = manager.load([name])["tasks"][name]
         except OSError as error:  # what datasets raises without network or without the data set
-            hint = f"give eval.data_dir with {name}/<split>.jsonl"
-            raise ValueError(f"task {name!r}: its data can't be had from the hub ({error}); {hint}") from error
+            raise ValueError(f"task {name!r}: its data can't be had from the hub ({error}); give eval.data_dir with {name}/<split>.jsonl") from error
     else:
         overrides = _local_overrides(manager.task_index[name].cfg, data_dir / name)
         # A group of one is lm-eval's public way to load a registered task with some keys changed.

@@ -1,11 +1,9 @@
 """Weights & Biases, offline unless there is an account: `wandb sync RUN/wandb/offline-run-*` uploads later.
 
-Group = the run's name, job type = the slot, one W&B run per stage, opened when the stage's record exists and closed at
-once. History: `train/*` over `train/step`, then one row of `score/*` and `stage/*`. Summary: `verdict` and one
-`verdict/<limit>` with its sentence. Weights are reference artifacts: a path and checksums, never a copy.
-
-W&B would by itself collect sys.argv, the list of packages, the git remote (which can hold a token), the source file,
-the machine and the console. Secrets live in those places, so all of it is off; what we send is the record.
+Group = the run's name, job type = the slot, one W&B run per stage, opened when the stage's record exists and closed at once. History:
+`train/*` over `train/step`, then one row of `score/*` and `stage/*`. Summary: `verdict` and one `verdict/<limit>` with its sentence.
+Weights are reference artifacts: a path and checksums, never a copy. W&B would by itself collect sys.argv, the list of packages, the git
+remote (which can hold a token), the source file, the machine and the console. Secrets live there, so all of it is off.
 """
 
 import hashlib
@@ -47,6 +45,8 @@ class Wandb(Tracker):
         self.run = run
 
     def record(self, record: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+        import wandb
+
         # wandb's caches and settings go below the run directory too, not into the home; the caller's own choice is kept.
         ours = dict.fromkeys(("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"), str(self.run_dir / "wandb" / "cache"))
         with mock.patch.dict(os.environ, ours | os.environ):
@@ -59,7 +59,12 @@ class Wandb(Tracker):
                 run.log({form.format(key): value for form, values in named.items() for key, value in values.items()})
                 run.summary["verdict"] = worst([record]) or "none enforced"
                 run.summary.update({f"verdict/{v['limit']}": f"{v['verdict']}: {v['sentence']}" for v in record["verdicts"]})
-                self._log_weights(run, record)
+                weights = (slot_dir(self.run_dir, record) / "weights").resolve()
+                if weights.exists():
+                    name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{record['recipe']}-{record['slot']}")
+                    artifact = wandb.Artifact(name, "model", metadata={key: record.get(key) for key in ("digest", "parent", "technique")})
+                    artifact.add_reference(weights.as_uri(), checksum=True)
+                    run.log_artifact(artifact)
             finally:
                 run.finish(exit_code=0)
 
@@ -96,13 +101,3 @@ class Wandb(Tracker):
             print(f"warning: W&B cannot be reached ({error}); writing offline, later: "
                   f"wandb sync {self.run_dir}/wandb/offline-run-*", file=sys.stderr)  # fmt: skip
             return self._open(record)
-
-    def _log_weights(self, run: Any, record: dict[str, Any]) -> None:
-        import wandb
-
-        weights = (slot_dir(self.run_dir, record) / "weights").resolve()
-        if weights.exists():
-            name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{record['recipe']}-{record['slot']}")
-            artifact = wandb.Artifact(name, "model", metadata={key: record.get(key) for key in ("digest", "parent", "technique")})
-            artifact.add_reference(weights.as_uri(), checksum=True)
-            run.log_artifact(artifact)

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from compress.report import picture, records, table
 from compress.report.picture import CSS, lines_svg
 from compress.report.records import Run
@@ -19,8 +21,6 @@ from compress.report.table import COLUMN
 
 def write_html(runs: list[Run], out: Path) -> None:
     """Write the report of `runs` (at least one; several are compared with the first) to the file `out`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     if not runs:
         raise ValueError("a report needs at least one run, got none; make one with `compress run RECIPE`")
     page = Environment(

@@ -138,27 +138,22 @@ def _svg(points: list[Point], measure: Column, up: int, kind: str, width: int, h
     name = "accuracy kept" if up > 0 else "KL to teacher (nats, less is better)"
     with drawing(width, height, "size on disk (MB)", f"↑ {name}") as (figure, axes):
         axes.yaxis.set_major_formatter("{x:g}" + measure.suffix)
-        _place(points, figure, axes, up, 26 if kind == "wide" else 17)
+        values = [p.y for p in points]
+        spread = (max(values) - min(values)) or 1.0
+        axes.set_xlim(0, max(p.mb for p in points) * 1.16 or 1.0)
+        axes.set_ylim(*(min(values) - 0.14 * spread, max(values) + 0.1 * spread)[::up])
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # from here on the axes stay where they are, and points can be told in pixels
+        slowest, largest = max(p.ms or 0 for p in points), 26 if kind == "wide" else 17
+        for p in points:
+            p.at = axes.transData.transform((p.mb, p.y))
+            p.radius = max(4.0, largest * math.sqrt(p.ms / slowest)) if p.ms and slowest else 6.0
         for p in sorted(points, key=lambda p: -p.radius):
             colour, area = PALETTE[p.colour], (2 * p.radius) ** 2
             axes.scatter(p.mb, p.y, area, [(colour, 0.28)], edgecolors=colour, linewidths=1.6, gid=f"title:{p.summary}")
         _labels(points, axes, _lines(points, axes), kind == "wide")
         svg = to_svg(figure, kind, "size, closeness and latency of every slot")
     return re.sub(r"( [\d.e+-]+ ms)(?=</text>)", r'<tspan class="ms">\1</tspan>', svg)
-
-
-def _place(points: list[Point], figure: Any, axes: Any, up: int, largest: float) -> None:
-    """Fix the axes for good, then say where every point is in pixels and how large."""
-    values = [p.y for p in points]
-    spread = (max(values) - min(values)) or 1.0
-    axes.set_xlim(0, max(p.mb for p in points) * 1.16 or 1.0)
-    axes.set_ylim(*(min(values) - 0.14 * spread, max(values) + 0.1 * spread)[::up])
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    slowest = max((p.ms or 0 for p in points), default=0)
-    for p in points:
-        p.at = axes.transData.transform((p.mb, p.y))
-        p.radius = max(4.0, largest * math.sqrt(p.ms / slowest)) if p.ms and slowest else 6.0
 
 
 def _lines(points: list[Point], axes: Any) -> list[Any]:

@@ -75,25 +75,6 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}; `compress --help` shows every verb")
 
 
-def _compose(overrides: list[str]) -> Any:
-    """The smallest recipe around the defaults of configs/base.yaml, as dataclasses; for verbs that have no recipe."""
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from compress.launch import check_override, compose, expand_teacher, explain, trust_hydra
-
-    for override in overrides:
-        check_override(override)
-    trust_hydra()
-    try:
-        composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
-        parts = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
-        return parts | {"store": composed.store}
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from error
-
-
 def _judge(scores: dict[str, float], intervals: dict[str, Any], limits: Any, unlimited: str = "") -> int:
     """Print one sentence a limit, or `unlimited` when there is none. Returns the exit code."""
     verdicts = budget.judge(scores, intervals, limits.limits, enforced=True)
@@ -107,8 +88,8 @@ def score(arguments: list[str]) -> int:
     from rich.table import Table
 
     from compress import session
-    from compress.checkpoint import check
-    from compress.score.scorer import Model, model_of
+    from compress.checkpoint import check, model_of
+    from compress.launch import without_recipe
 
     parser = _Parser(prog="compress score")
     parser.add_argument("model", type=Path)
@@ -116,14 +97,14 @@ def score(arguments: list[str]) -> int:
     parser.add_argument("--teacher", default="embedded")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
-    parts = _compose([f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides])
+    parts = without_recipe([f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides])
     if options.model.suffix != ".gguf":
         check(options.model)
     elif not options.model.is_file():
         raise ValueError(f"{options.model} does not exist; give a checkpoint directory or a .gguf file")
     limits = parts.pop("budget")
     scorer, teacher = session.open_scorer(**parts)
-    reference = scorer.measure(Model(teacher.path, teacher.digest))
+    reference = scorer.measure(teacher)
     measured = scorer.measure(model_of(options.model))
     relative, intervals, excluded = scorer.beside(measured, reference, None)
     scores = measured.scores | relative
@@ -172,10 +153,10 @@ def verify(arguments: list[str]) -> int:
 def accept(arguments: list[str]) -> int:
     """Measure a bundle's budget again on this machine. The teacher is used when it can be had, for the KL."""
     from compress import session
+    from compress.checkpoint import model_of
     from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
     from compress.export.bundle import verify_bundle
     from compress.score.paired import paired_scores
-    from compress.score.scorer import Model, model_of
 
     parser = _Parser(prog="compress accept")
     parser.add_argument("bundle", type=Path)
@@ -190,7 +171,7 @@ def accept(arguments: list[str]) -> int:
     try:
         scorer, teacher = session.open_scorer(Teacher(**config["teacher"]), *how)
         if teacher.digest == manifest["teacher"]["digest"]:
-            reference = scorer.measure(Model(teacher.path, teacher.digest))
+            reference = scorer.measure(teacher)
     except ValueError as error:
         print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)
         scorer, _ = session.open_scorer(Teacher(str(options.bundle.absolute() / "hf")), *how)  # for its tokenizer

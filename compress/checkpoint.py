@@ -1,14 +1,14 @@
 """A checkpoint is a plain Hugging Face directory: `config.json`, `generation_config.json`, `model.safetensors`, tokenizer files.
 
-Opening never leaves the machine and never runs code found in the directory: safetensors and JSON only, no pickle, no
-`auto_map`. Tokenizer files travel byte for byte from the teacher to every student, because re-saving a tokenizer rewrites
-its files and other runtimes then read them differently. Weights are identified by the sha256 of the file that holds them.
+Opening never leaves the machine and never runs code found in the directory: safetensors and JSON only, no pickle, no `auto_map`.
+Tokenizer files travel byte for byte from the teacher to every student: re-saved ones are read differently by other runtimes.
 """
 
 import hashlib
 import importlib.util
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,14 +62,29 @@ def check(path: Path) -> None:
         raise ValueError(f"{path} does not exist or is not a directory; give a checkpoint directory, a GGUF file or a hub id")
     read_config(path)
     weight_files(path)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        names = "none of tokenizer.json, tokenizer.model, vocab.json"
-        raise ValueError(f"{path} has no tokenizer ({names}); copy the tokenizer's files beside the weights")
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((path / name).is_file() for name in names):
+        raise ValueError(f"{path} has no tokenizer (none of {', '.join(names)}); copy the tokenizer's files beside the weights")
 
 
 def digest(path: Path) -> str:
     """sha256 over config and weights of a checkpoint: what its numbers depend on."""
     return _digest_of([path / "config.json", *weight_files(path)])
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint directory or a GGUF file, with the digest of its weights; a checkpoint made of a GGUF names that as well."""
+
+    path: Path
+    digest: str
+    runtime: str = "torch"  # or "llama.cpp"
+    gguf: Path | None = None
+
+
+def model_of(path: Path) -> Model:
+    """A GGUF file, identified by its bytes, or a checkpoint directory, ready to be scored."""
+    return Model(path.absolute(), sha256_file(path), "llama.cpp") if path.is_file() else Model(path.absolute(), digest(path))
 
 
 def tokenizer_digest(path: Path) -> str:
@@ -139,11 +154,8 @@ def save_model(model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: t
         if name not in tied
     }
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-    config = model.config.to_dict()
-    for key in ("_name_or_path", "quantization_config"):
-        config.pop(key, None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config["architectures"] = [type(model).__name__]
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "quantization_config")}
+    config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if tokenizer_from != out:
         for file in [tokenizer_from / "generation_config.json", *_tokenizer_files(tokenizer_from)]:

@@ -1,9 +1,9 @@
 """From a command line to a checked `Recipe`: Hydra composes, and nothing that Hydra could execute gets that far.
 
 Hydra runs `_target_` nodes below its own `hydra` key before the program's main (callbacks, launchers, log handlers), and the resolver
-`oc.env` would copy secrets into records. So recipes, their --config-dir and all overrides are first read as plain data and
-refused when they hold `_target_`, `oc.env` or any `hydra` key outside ALLOWED_HYDRA; after composing, the resolver is disabled and the
-composed `hydra` node is compared with the one a trusted recipe gives.
+`oc.env` would copy secrets into records. So recipes, their --config-dir and all overrides are first read as plain data and refused when
+they hold `_target_`, `oc.env` or any `hydra` key outside ALLOWED_HYDRA; while composing, the resolver is disabled and the composed
+`hydra` node is compared with the one a trusted recipe gives.
 """
 
 import os
@@ -219,6 +219,19 @@ def explain(error: Exception) -> str:
     lines = [line for line in re.split(r" \| |\n", text) if "could not be converted" in line or "Invalid value" in line]
     first = (lines or text.splitlines() or [type(error).__name__])[0].split(" | ")[0]
     return f"{full[1]}: {first}" if full and full[1] not in first else first
+
+
+def without_recipe(overrides: list[str]) -> dict[str, Any]:
+    """The defaults of configs/base.yaml with overrides, as dataclasses by key, and the store: all that a verb without a recipe needs."""
+    for override in overrides:
+        check_override(override)
+    trust_hydra()
+    try:
+        composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
+        parts = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
+        return parts | {"store": composed.store}
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
 
 
 def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[str]], int]) -> int:

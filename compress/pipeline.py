@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import budget, machine, planning
-from compress.checkpoint import tokenizer_digest
+from compress.checkpoint import Model, model_of, tokenizer_digest
 from compress.config import Recipe
 from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
 from compress.export.bundle import write_bundle
@@ -21,7 +21,7 @@ from compress.export.gguf import export_gguf
 from compress.report.html import write_html
 from compress.report.records import load_run
 from compress.report.table import print_table, stage_table, verdict_lines
-from compress.score.scorer import Measured, Model, model_of
+from compress.score.scorer import Measured
 from compress.session import RunDir, Session, check_shapes, log, now, plain, thinned
 from compress.stages.optimization import Optimization
 from compress.store import sha256_json
@@ -122,8 +122,7 @@ def _slots(session: Session, folder: RunDir) -> int:
     recipe = session.recipe
     if session.teacher.path.parent == session.store.root / "entries":
         folder.name_key(session.teacher.path.name)
-    teacher = Model(session.teacher.path, session.teacher.digest)
-    session.done["teacher"] = conclude(session, folder, "teacher", "teacher", teacher)
+    session.done["teacher"] = conclude(session, folder, "teacher", "teacher", session.teacher)
     for slot, parent_slot in recipe.steps():
         parent, technique = session.done[parent_slot], recipe.technique(slot)
         inputs = session.inputs(slot, parent.model.digest)

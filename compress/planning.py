@@ -37,8 +37,7 @@ def params_of(config: dict[str, Any]) -> int:
     """Parameters of a HF config, counted on the meta device."""
     options = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "dtype", "transformers_version")}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options))
-    return sum(p.numel() for p in model.parameters())
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options)).num_parameters()
 
 
 def matmul_flops_per_sec(n: int = 1024, seconds: float = 0.5) -> float:

@@ -15,7 +15,7 @@ import torch
 
 from compress import machine
 from compress.assets import PACKAGE
-from compress.checkpoint import best_device, read_config
+from compress.checkpoint import Model, best_device, read_config
 from compress.config import Data, Eval, Recipe, Teacher, Trainer
 from compress.distill.signal import made_with
 from compress.errors import ConfigError
@@ -24,7 +24,7 @@ from compress.score.tasks import check_tasks
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization
 from compress.store import Store, sources_digest, write_json
-from compress.teacher import OpenTeacher, open_teacher
+from compress.teacher import open_teacher
 from compress.track import check as check_tracker
 from compress.track import open_tracker, slot_dir
 from compress.train import parallel
@@ -41,7 +41,7 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda v: v.value if isinstance(v, Enum) else str(v)))
 
 
-def open_scorer(teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str) -> tuple[Scorer, OpenTeacher]:
+def open_scorer(teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str) -> tuple[Scorer, Model]:
     """A scorer outside a run: what `compress score` and `compress accept` use."""
     threads = trainer.threads or machine.available_threads()
     torch.set_num_threads(threads)
@@ -170,8 +170,8 @@ class RunDir:
 
     def add(self, record: dict[str, Any], measured: Measured, curve: list[dict[str, Any]]) -> dict[str, Any]:
         """Write one slot's folder and hand the record to the trackers."""
-        index, run, recipe = len(self.records), self.about["name"], self.about["recipe"]
-        record = {"schema": 1, "run": run, "recipe": recipe, "index": index, "created": now()} | record
+        ours = {"run": self.about["name"], "recipe": self.about["recipe"], "index": len(self.records)}
+        record = {"schema": 1, "created": now()} | ours | record
         folder = slot_dir(self.path, record)
         folder.mkdir()
         write_json(folder / "record.json", record)

@@ -172,11 +172,9 @@ class Store:
         doomed += [p for p in (self.root / "scores").iterdir() if p.name[:16] not in {digest[:16] for digest in digests}]
         doomed += [p for room in ("signals", "data") for p in (self.root / room).iterdir()]
         doomed = [p for p in doomed if not self._held(key(p))]
-        size = 0
-        for path in doomed:
-            size += sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-            if not dry_run:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        size = sum(file.stat().st_size for path in doomed for file in (path, *path.rglob("*")) if file.is_file())
+        for path in doomed if not dry_run else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         return len(doomed), size
 
     def _held(self, key: str) -> bool:

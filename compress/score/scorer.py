@@ -18,7 +18,7 @@ import torch
 
 from compress import __version__, machine
 from compress.assets import configs_dir
-from compress.checkpoint import best_device, digest, load_tokenizer, tokenizer_digest
+from compress.checkpoint import Model, best_device, load_tokenizer, tokenizer_digest
 from compress.config import Eval
 from compress.export.parity import parity
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
@@ -27,23 +27,9 @@ from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_proces
 from compress.score.paired import paired_scores
 from compress.score.size import gguf_size, size
 from compress.score.tasks import TaskResult, evaluate, make_hf_lm
-from compress.store import Store, file_table, sha256_file, sha256_json, write_json, write_whole
+from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.data import Packed
 from compress.train.forward import Head
-
-
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint directory or a GGUF file, with the digest of its weights."""
-
-    path: Path
-    digest: str
-    runtime: str = "torch"  # or "llama.cpp"
-
-
-def model_of(path: Path) -> Model:
-    """A GGUF file, identified by its bytes, or a checkpoint directory, ready to be scored."""
-    return Model(path.absolute(), sha256_file(path), "llama.cpp") if path.is_file() else Model(path.absolute(), digest(path))
 
 
 @dataclass(frozen=True)
@@ -59,10 +45,7 @@ class Measured:
 
 
 class Scorer:
-    """Scores models by the settings of an `Eval`; finished scores are read back from the store.
-
-    A score's key names those settings, the tasks' files, the held-out text, the threads and the machine.
-    """
+    """Scores models by the settings of an `Eval`; finished ones are read back by settings, tasks' files, text, threads and machine."""
 
     def __init__(self, store: Store, settings: Eval, heldout: Packed, tokenizer_dir: Path, threads: int) -> None:
         self.store, self.settings, self.heldout, self.tokenizer_dir, self.threads = store, settings, heldout, tokenizer_dir, threads

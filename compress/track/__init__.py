@@ -34,10 +34,9 @@ class Tracker:
 
 
 class Jsonl(Tracker):
-    """Every record of a run, one a line, in `records.jsonl`; a training curve in its slot's `steps.jsonl`."""
+    """Every record of a run, one a line, in `records.jsonl`; a training curve in its slot's `steps.jsonl`. On disk when it returns."""
 
     def record(self, record: dict[str, Any], steps: list[dict[str, Any]]) -> None:
-        """Whole lines in one write each, on disk when it returns."""
         for file, rows, mode in ((slot_dir(self.run_dir, record) / "steps.jsonl", steps, "w"), (self.run_dir / "records.jsonl", [record], "a")):
             if rows:
                 with file.open(mode, encoding="utf-8") as out:

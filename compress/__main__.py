@@ -1,7 +1,7 @@
-"""`compress VERB ...`: verbs to functions. Heavy imports happen inside the verb that needs them."""
+"""`compress VERB ...`: the verbs, and what went wrong as one sentence and an exit code. Heavy imports happen inside the verb that needs them."""
 
-from __future__ import annotations
-
+import argparse
+import json
 import logging
 import os
 import signal
@@ -9,10 +9,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from compress import __version__, verbs
-from compress.errors import EXIT_OK, EXIT_SIGTERM, ConfigError, Interrupted, exit_code, is_disk, is_memory, nearest
+from compress import __version__, budget
+from compress.assets import configs_dir, recipes_dir
+from compress.errors import EXIT_BUDGET, EXIT_OK, EXIT_SIGTERM, ConfigError, Interrupted, exit_code, is_disk, is_memory, nearest
 
 HELP = """compress: turn a teacher language model into a student that fits a budget, and prove it on the files that ship.
 
@@ -31,48 +32,182 @@ exit codes: 0 ok, 2 configuration, 3 input or integrity, 4 budget violated, 5 me
 """
 
 
-def _run(arguments: list[str]) -> int:
-    from compress.launch import launch
-
+def run(arguments: list[str]) -> int:
+    """Run a recipe, or with `--plan` say what it would cost."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(HELP + "\n" + listing())
+        return EXIT_OK
     if not arguments or arguments[0].startswith("-"):
-        if arguments[:1] in (["--help"], ["-h"]):
-            print(HELP + "\n" + _listing())
-            return EXIT_OK
         raise ConfigError("run needs a recipe: compress run RECIPE; `compress list` names them")
-    plan = "--plan" in arguments
-    rest = [a for a in arguments[1:] if a != "--plan"]
+    from compress.launch import launch
 
     def task(recipe: Any, run_dir: Path, command: list[str]) -> int:
         from compress import pipeline
 
-        return pipeline.plan(recipe) if plan else pipeline.run(recipe, run_dir, command)
+        return pipeline.plan(recipe) if "--plan" in arguments else pipeline.run(recipe, run_dir, command)
 
-    return launch(arguments[0], rest, task)
+    return launch(arguments[0], [a for a in arguments[1:] if a != "--plan"], task)
 
 
-def _listing() -> str:
-    from compress.assets import configs_dir, recipes_dir
-
-    def line(path: Path) -> str:
-        return f"  {path.stem:<22} {path.read_text().partition(chr(10))[0].removeprefix('#').strip()}"
-
+def listing() -> str:
+    """Recipes, stages and every option, with the line that its file opens with."""
     parts = [("recipes", recipes_dir())]
     for group in sorted(path for path in configs_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml"))):
         how = "- /stage/NAME@stages.SLOT in a recipe" if group.name == "stage" else f"{group.name}=NAME"
         parts.append((f"{group.name}  ({how})", group))
-    return "\n\n".join("\n".join([title, *map(line, sorted(folder.glob("*.yaml")))]) for title, folder in parts)
+    lines = []
+    for title, folder in parts:
+        options = [f"  {path.stem:<22} {path.read_text().splitlines()[0].removeprefix('#').strip()}" for path in sorted(folder.glob("*.yaml"))]
+        lines.append("\n".join([title, *options]))
+    return "\n\n".join(lines)
 
 
-def _list(arguments: list[str]) -> int:
+def list_all(arguments: list[str]) -> int:
+    """Print the listing."""
     if arguments:
         raise ConfigError(f"list takes no arguments, got {' '.join(arguments)}")
-    print(_listing())
+    print(listing())
+    return EXIT_OK
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; `compress --help` shows every verb")
+
+
+def _judge(scores: dict[str, float], intervals: dict[str, Any], limits: Any, unlimited: str = "") -> int:
+    """Print one sentence a limit, or `unlimited` when there is none. Returns the exit code."""
+    verdicts = budget.judge(scores, intervals, limits.limits, enforced=True)
+    print("\n".join(f"{v['verdict']:<12} {v['sentence']}" for v in verdicts) or unlimited)
+    return EXIT_BUDGET if budget.failed(verdicts, strict=limits.strict) else EXIT_OK
+
+
+def score(arguments: list[str]) -> int:
+    """Score any checkpoint directory or GGUF beside a teacher, and judge it against a budget."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from compress import session
+    from compress.checkpoint import check, model_of
+    from compress.launch import without_recipe
+
+    parser = _Parser(prog="compress score")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--budget", default="none")
+    parser.add_argument("--teacher", default="embedded")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args(arguments)
+    parts = without_recipe([f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides])
+    if options.model.suffix != ".gguf":
+        check(options.model)
+    elif not options.model.is_file():
+        raise ValueError(f"{options.model} does not exist; give a checkpoint directory or a .gguf file")
+    limits = parts.pop("budget")
+    scorer, teacher = session.open_scorer(**parts)
+    reference = scorer.measure(teacher)
+    measured = scorer.measure(model_of(options.model))
+    relative, intervals, excluded = scorer.beside(measured, reference, None)
+    scores = measured.scores | relative
+    table = Table("metric", "value", "teacher")
+    for name in sorted(scores):
+        mine, other = scores[name], reference.scores.get(name)
+        table.add_row(name, budget.human(name, mine), "" if other is None else budget.human(name, other))
+    Console().print(table)
+    if excluded:
+        print(f"left out of kept, because the teacher is not above chance there: {', '.join(excluded)}")
+    return _judge(scores, intervals, limits)
+
+
+def compare(arguments: list[str]) -> int:
+    """Print the stages of one run, or several runs side by side, and write one HTML page."""
+    from compress.report.html import write_html
+    from compress.report.records import load_run, resolve
+    from compress.report.table import compare_table, print_table, stage_table, verdict_lines
+
+    parser = _Parser(prog="compress compare")
+    parser.add_argument("runs", nargs="+", help="a run directory, RECIPE/TIME, or RECIPE for its newest run")
+    parser.add_argument("--html", type=Path, default=Path("compare.html"))
+    parser.add_argument("--stages", action="store_true", help="all stages of every run, not only what ships")
+    options = parser.parse_args(arguments)
+    runs = [load_run(resolve(name)) for name in options.runs]
+    print_table(stage_table(runs[0].records) if len(runs) == 1 else compare_table(runs, stages=options.stages))
+    for run in runs:
+        print("\n".join(verdict_lines(run.records)))
+    write_html(runs, options.html)
+    print(f"report  {options.html}")
+    return EXIT_OK
+
+
+def verify(arguments: list[str]) -> int:
+    """Check every byte of a bundle."""
+    from compress.export.bundle import verify_bundle
+
+    parser = _Parser(prog="compress verify")
+    parser.add_argument("bundle", type=Path)
+    options = parser.parse_args(arguments)
+    manifest = verify_bundle(options.bundle)
+    print(f"{options.bundle}: {len(manifest['files']) + 2} files verified; run {manifest['run']}, budget {manifest['budget']}")
+    return EXIT_OK
+
+
+def accept(arguments: list[str]) -> int:
+    """Measure a bundle's budget again on this machine. The teacher is used when it can be had, for the KL."""
+    from compress import session
+    from compress.checkpoint import model_of
+    from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
+    from compress.export.bundle import verify_bundle
+    from compress.score.paired import paired_scores
+
+    parser = _Parser(prog="compress accept")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--store", default="runs/.store")
+    options = parser.parse_args(arguments)
+    manifest = verify_bundle(options.bundle)
+    config = manifest["config"]
+    limits = Budget({name: Limit(**limit) for name, limit in config["budget"]["limits"].items()}, {}, config["budget"]["strict"])
+    model = model_of(options.bundle / manifest["judged"])
+    print(f"verified; measuring {manifest['judged']} on this machine", file=sys.stderr)
+    how, reference = (Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store), None
+    try:
+        scorer, teacher = session.open_scorer(Teacher(**config["teacher"]), *how)
+        if teacher.digest == manifest["teacher"]["digest"]:
+            reference = scorer.measure(teacher)
+    except ValueError as error:
+        print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)
+        scorer, _ = session.open_scorer(Teacher(str(options.bundle.absolute() / "hf")), *how)  # for its tokenizer
+    measured = scorer.measure(model)
+    scores, intervals = measured.scores, {}
+    items = [json.loads(line) for line in (options.bundle / "teacher_items.jsonl").read_text().splitlines()]
+    if items:
+        paired = paired_scores(measured.items, items, measured.chance)
+        scores, intervals = scores | paired.scores, paired.intervals
+    if reference is not None:
+        near = scorer.compare(measured, reference)
+        scores = scores | {"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}
+    return _judge(scores, intervals, limits, "the bundle's recipe set no limits; nothing to accept")
+
+
+def gc(arguments: list[str]) -> int:
+    """Remove from the store what no run directory names."""
+    from compress.store import Store
+
+    parser = _Parser(prog="compress gc")
+    parser.add_argument("--store", type=Path, default=Path("runs/.store"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--yes", action="store_true", help="really remove; without it only the count is printed")
+    options = parser.parse_args(arguments)
+    if not options.store.is_dir():
+        raise ValueError(f"there is no store at {options.store}; name it with --store DIR")
+    runs = list(options.runs.glob("*/*/run.json"))
+    keep = {key for file in runs for key in json.loads(file.read_text())["keys"]}
+    digests = {json.loads(record.read_text())["digest"] for file in runs for record in file.parent.glob("*/record.json")}
+    things, size = Store(options.store).gc(keep, digests, dry_run=not options.yes)
+    print(f"{things} things, {size / 1e6:,.1f} MB {'removed' if options.yes else 'can go; repeat with --yes to remove them'}")
     return EXIT_OK
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    "run": _run, "list": _list, "score": verbs.score, "compare": verbs.compare, "verify": verbs.verify, "accept": verbs.accept,
-    "gc": verbs.gc,
+    "run": run, "list": list_all, "score": score, "compare": compare, "verify": verify, "accept": accept, "gc": gc,
 }  # fmt: skip
 
 
@@ -99,18 +234,15 @@ def main(argv: list[str] | None = None) -> int:
         code = exit_code(error)
         if code == 1 or isinstance(error, SystemExit):
             raise
-        print(f"compress: {_sentence(error)}", file=sys.stderr)
+        text = str(error)
+        if is_disk(error):
+            text = f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to go on"
+        elif is_memory(error):
+            text = f"out of memory ({text.partition(chr(10))[0] or 'MemoryError'}); lower micro_batch_sequences or eval.batch_size"
+        elif isinstance(error, KeyboardInterrupt | Interrupted):
+            text = "interrupted; repeat the command to go on"
+        print(f"compress: {text}", file=sys.stderr)
         return code
-
-
-def _sentence(error: BaseException) -> str:
-    if is_disk(error):
-        return f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to go on"
-    if is_memory(error):
-        return f"out of memory ({str(error).partition(chr(10))[0] or 'MemoryError'}); lower micro_batch_sequences or eval.batch_size"
-    if isinstance(error, KeyboardInterrupt | Interrupted):
-        return "interrupted; repeat the command to go on"
-    return str(error)
 
 
 if __name__ == "__main__":

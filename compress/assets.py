@@ -1,7 +1,5 @@
 """Where `configs/` and `recipes/` are: beside the package in a checkout or an editable install, inside it in a wheel."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent

@@ -4,19 +4,15 @@ A value with a confidence interval passes only when the whole interval is inside
 is INCONCLUSIVE in between. Values without one (bytes, parameters, milliseconds of this run) are compared as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 
-BYTES = ("size_bytes", "peak_rss_bytes")
-
 
 def human(metric: str, value: float) -> str:
     """A value with its unit, as people say it."""
-    if metric in BYTES:
+    if metric in ("size_bytes", "peak_rss_bytes"):
         return f"{value / 1e6:,.1f} MB"
     if metric == "params":
         return f"{value / 1e6:,.1f}M parameters"
@@ -33,21 +29,22 @@ def judge(
     scores: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], limits: Mapping[str, Any], *, enforced: bool
 ) -> list[dict[str, Any]]:
     """One verdict a limit (objects with max, min, why). A metric that was not measured is INCONCLUSIVE."""
-    return [_verdict(name, scores.get(name), intervals.get(name), limit, enforced) for name, limit in limits.items()]
-
-
-def _verdict(name: str, value: float | None, interval: tuple[float, float] | None, limit: Any, enforced: bool) -> dict[str, Any]:
-    op, bound = ("<=", limit.max) if limit.max is not None else (">=", limit.min)
-    verdict = {"limit": name, "bound": bound, "op": op, "value": value, "enforced": enforced, "why": limit.why}
-    if value is None:
-        return verdict | {"verdict": INCONCLUSIVE, "sentence": f"{name} was not measured, so its limit {op} {human(name, bound)} can't be judged"}
-    low, high = interval or (value, value)
-    inside = [high <= bound, low <= bound] if op == "<=" else [low >= bound, high >= bound]
-    word = PASS if inside[0] else INCONCLUSIVE if inside[1] else FAIL
-    spread = f" (95% interval {human(name, low)} to {human(name, high)})" if interval else ""
-    relation = {PASS: "is within", FAIL: "violates", INCONCLUSIVE: "can't be told from"}[word]
-    side = "at most" if op == "<=" else "at least"
-    return verdict | {"verdict": word, "sentence": f"{name} {human(name, value)}{spread} {relation} the limit of {side} {human(name, bound)}"}
+    verdicts = []
+    for name, limit in limits.items():
+        op, side, bound = ("<=", "at most", limit.max) if limit.max is not None else (">=", "at least", limit.min)
+        value = scores.get(name)
+        if value is None:
+            word, sentence = INCONCLUSIVE, f"{name} was not measured, so its limit {op} {human(name, bound)} can't be judged"
+        else:
+            low, high = intervals.get(name) or (value, value)
+            inside = [high <= bound, low <= bound] if op == "<=" else [low >= bound, high >= bound]
+            word = PASS if inside[0] else INCONCLUSIVE if inside[1] else FAIL
+            spread = f" (95% interval {human(name, low)} to {human(name, high)})" if name in intervals else ""
+            relation = {PASS: "is within", FAIL: "violates", INCONCLUSIVE: "can't be told from"}[word]
+            sentence = f"{name} {human(name, value)}{spread} {relation} the limit of {side} {human(name, bound)}"
+        verdict = {"limit": name, "bound": bound, "op": op, "value": value, "enforced": enforced, "why": limit.why}
+        verdicts.append(verdict | {"verdict": word, "sentence": sentence})
+    return verdicts
 
 
 def failed(verdicts: list[dict[str, Any]], *, strict: bool) -> bool:

@@ -1,17 +1,14 @@
 """A checkpoint is a plain Hugging Face directory: `config.json`, `generation_config.json`, `model.safetensors`, tokenizer files.
 
-Opening never leaves the machine and never runs code found in the directory: safetensors and JSON only, no pickle, no
-`auto_map`. Tokenizer files travel byte for byte from the teacher to every student, because re-saving a tokenizer rewrites
-its files and other runtimes then read them differently. Weights are identified by the sha256 of the file that holds them.
+Opening never leaves the machine and never runs code found in the directory: safetensors and JSON only, no pickle, no `auto_map`.
+Tokenizer files travel byte for byte from the teacher to every student: re-saved ones are read differently by other runtimes.
 """
-
-from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,18 +17,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from compress.store import sha256_file
+
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 transformers_logging.disable_progress_bar()
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -69,26 +62,38 @@ def check(path: Path) -> None:
         raise ValueError(f"{path} does not exist or is not a directory; give a checkpoint directory, a GGUF file or a hub id")
     read_config(path)
     weight_files(path)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(
-            f"{path} has no tokenizer (none of tokenizer.json, tokenizer.model, vocab.json); copy the tokenizer's files beside the weights"
-        )
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((path / name).is_file() for name in names):
+        raise ValueError(f"{path} has no tokenizer (none of {', '.join(names)}); copy the tokenizer's files beside the weights")
 
 
 def digest(path: Path) -> str:
     """sha256 over config and weights of a checkpoint: what its numbers depend on."""
-    total = hashlib.sha256()
-    for file in [path / "config.json", *weight_files(path)]:
-        total.update(f"{file.name} {sha256_file(file)}\n".encode())
-    return total.hexdigest()
+    return _digest_of([path / "config.json", *weight_files(path)])
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint directory or a GGUF file, with the digest of its weights; a checkpoint made of a GGUF names that as well."""
+
+    path: Path
+    digest: str
+    runtime: str = "torch"  # or "llama.cpp"
+    gguf: Path | None = None
+
+
+def model_of(path: Path) -> Model:
+    """A GGUF file, identified by its bytes, or a checkpoint directory, ready to be scored."""
+    return Model(path.absolute(), sha256_file(path), "llama.cpp") if path.is_file() else Model(path.absolute(), digest(path))
 
 
 def tokenizer_digest(path: Path) -> str:
     """sha256 over the tokenizer's files: what token ids depend on."""
-    total = hashlib.sha256()
-    for file in _tokenizer_files(path):
-        total.update(f"{file.name} {sha256_file(file)}\n".encode())
-    return total.hexdigest()
+    return _digest_of(_tokenizer_files(path))
+
+
+def _digest_of(files: list[Path]) -> str:
+    return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32, load: str = "plain") -> PreTrainedModel:
@@ -132,8 +137,8 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _tokenizer_files(path: Path) -> Iterator[Path]:
-    return (path / name for name in TOKENIZER_FILES if (path / name).is_file())
+def _tokenizer_files(path: Path) -> list[Path]:
+    return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
 
 
 def save_model(model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -149,11 +154,8 @@ def save_model(model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: t
         if name not in tied
     }
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-    config = model.config.to_dict()
-    for key in ("_name_or_path", "quantization_config"):
-        config.pop(key, None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config["architectures"] = [type(model).__name__]
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "quantization_config")}
+    config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if tokenizer_from != out:
         for file in [tokenizer_from / "generation_config.json", *_tokenizer_files(tokenizer_from)]:

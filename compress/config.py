@@ -5,23 +5,22 @@ A YAML binds to its schema with `defaults: [/schema/NAME@_here_]`; unknown keys 
 what a type can't say. A recipe can't name code: `STAGES` is the only way from a name to code.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from compress.errors import ConfigError, nearest
 from compress.stages import STAGES
+from compress.track import TRACKERS
 
 LIMIT_METRICS = (
     "size_bytes", "params", "bits_per_weight", "latency_ms_p50", "latency_ms_p95", "ttft_ms_p50", "tok_per_sec", "peak_rss_bytes",
     "kept", "kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout",
 )  # fmt: skip
 GGUF_TYPES = ("F16", "Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q4_K", "Q6_K")
-TRACKERS = ("jsonl", "wandb")
 PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
 PARALLEL = ("none", "ddp", "fsdp2")
 
@@ -188,15 +187,26 @@ class Recipe:
         for slot, parent in self.steps():
             if slot not in self.stages:
                 raise ConfigError(f"pipeline names the slot {slot!r}; {nearest(slot, self.stages)}")
+            if type(self.stages[slot]) not in STAGES.values():
+                raise ConfigError(f"stages.{slot} is no stage; write it as '- /stage/NAME@stages.{slot}' with NAME one of {', '.join(STAGES)}")
             if slot in seen:
                 raise ConfigError(f"pipeline names the slot {slot!r} twice, or takes the teacher's name; each slot runs once")
             if parent not in seen:
                 raise ConfigError(f"slot {slot!r} branches off {parent!r}, which does not run before it; {nearest(parent, seen)}")
+            if parent != "teacher" and self.technique(parent) in ("ptq", "qat"):
+                raise ConfigError(
+                    f"impossible order: {slot!r} ({self.technique(slot)}) comes after {parent!r} ({self.technique(parent)}), which puts the weights "
+                    f"on a grid that any later change would leave; put {parent!r} last, or branch with '{slot}@SLOT'"
+                )
             seen.add(slot)
         for slot in [*self.budget.slots, *([self.ship] if self.ship else [])]:
             if slot not in seen:
                 raise ConfigError(f"budget.slots or ship names {slot!r}; {nearest(slot, seen)}")
-        self._check_order()
+        slot = self.shipped_slot()
+        grid = getattr(self.stages.get(slot), "grid", None)
+        for name in self.export.gguf:
+            if grid is not None and name.lower() != grid.value:
+                raise ConfigError(f"export.gguf={name} would re-round slot {slot!r}, which is on the grid {grid.value}; export {grid.value.upper()}")
 
     def steps(self) -> list[tuple[str, str]]:
         """(slot, parent slot) in order. The parent is the slot before, or the one named after '@'."""
@@ -215,25 +225,6 @@ class Recipe:
         """The slot whose weights ship."""
         return self.ship or self.steps()[-1][0]
 
-    def _check_order(self) -> None:
-        """Quantization ends a branch: what changes weights afterwards would leave the grid."""
-        parents = dict(self.steps())
-        for slot, parent in parents.items():
-            if type(self.stages[slot]) not in STAGES.values():
-                raise ConfigError(f"stages.{slot} is no stage; write it as '- /stage/NAME@stages.{slot}' with NAME one of {', '.join(STAGES)}")
-            if parent != "teacher" and self.technique(parent) in ("ptq", "qat"):
-                raise ConfigError(
-                    f"impossible order: {slot!r} ({self.technique(slot)}) comes after {parent!r} ({self.technique(parent)}), which puts the weights "
-                    f"on a grid that any later change would leave; put {parent!r} last, or branch with '{slot}@SLOT'"
-                )
-        shipped = self.stages[self.shipped_slot()]
-        grid = getattr(shipped, "grid", None)
-        for name in self.export.gguf:
-            if grid is not None and name.lower() != grid.value:
-                raise ConfigError(
-                    f"export.gguf={name} would re-round slot {self.shipped_slot()!r}, which is on the grid {grid.value}; export {grid.value.upper()}"
-                )
-
 
 SCHEMAS: dict[str, type] = {
     "teacher": Teacher, "data": Data, "eval": Eval, "budget": Budget, "export": Export, "track": Track, "trainer": Trainer,
@@ -243,7 +234,5 @@ SCHEMAS: dict[str, type] = {
 
 def register() -> None:
     """Make every schema known to Hydra as `/schema/NAME`."""
-    from hydra.core.config_store import ConfigStore
-
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(group="schema", name=name, node=schema)

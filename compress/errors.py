@@ -1,10 +1,7 @@
 """Three kinds of refusal, one exit code each; every message says what, got, allowed and what to do next.
 
-ConfigError: the recipe or the command line is wrong (exit 2). Any other ValueError: a file or checkpoint that was given is
-wrong or damaged (exit 3). ResourceError: memory, disk or a lock (exit 5). A violated budget is exit 4; signals are 130 and 143.
+Besides the two below: any other ValueError is a file or checkpoint that was given and is wrong or damaged (exit 3). 4 is a violated budget.
 """
-
-from __future__ import annotations
 
 import difflib
 import errno
@@ -14,11 +11,11 @@ EXIT_OK, EXIT_CONFIG, EXIT_INPUT, EXIT_BUDGET, EXIT_RESOURCES, EXIT_SIGINT, EXIT
 
 
 class ConfigError(ValueError):
-    """The recipe, an override or the command line can't be meant like this."""
+    """The recipe, an override or the command line can't be meant like this (exit 2)."""
 
 
 class ResourceError(RuntimeError):
-    """The machine lacks something: memory, disk space, write permission, or another process holds the lock."""
+    """The machine lacks something: memory, disk space, write permission, or another process holds the lock (exit 5)."""
 
 
 class Interrupted(BaseException):

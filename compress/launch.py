@@ -1,12 +1,10 @@
 """From a command line to a checked `Recipe`: Hydra composes, and nothing that Hydra could execute gets that far.
 
 Hydra runs `_target_` nodes below its own `hydra` key before the program's main (callbacks, launchers, log handlers), and the resolver
-`oc.env` would copy secrets into records. So recipes, their --config-dir and all overrides are first read as plain data and
-refused when they hold `_target_`, `oc.env` or any `hydra` key outside ALLOWED_HYDRA; after composing, the resolver is disabled and the
-composed `hydra` node is compared with the one a trusted recipe gives.
+`oc.env` would copy secrets into records. So recipes, their --config-dir and all overrides are first read as plain data and refused when
+they hold `_target_`, `oc.env` or any `hydra` key outside ALLOWED_HYDRA; while composing, the resolver is disabled and the composed
+`hydra` node is compared with the one a trusted recipe gives.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -15,9 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from compress.assets import configs_dir, recipes_dir
+from compress.config import SCHEMAS, register
 from compress.errors import ConfigError, nearest
 
 ALLOWED_HYDRA = ("run.dir", "sweep.dir", "sweep.subdir", "job.name", "sweeper.params")
@@ -88,21 +95,15 @@ def check_override(override: str) -> None:
         _refuse(f"the key {key}", f"override {override!r}")
 
 
-def _config_dir(arguments: list[str]) -> Path | None:
-    """The user's own folder, from arguments as `flags_first` leaves them."""
-    folders = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
-    if not folders:
-        return None
-    if len(folders) > 1 or not folders[0] or not Path(folders[0]).is_dir():
+def check_arguments(recipe: str, arguments: list[str]) -> tuple[Path, Path | None]:
+    """Refuse an unknown recipe, executable content and refused flags before Hydra starts.
+
+    `arguments` as `flags_first` leaves them. Returns the recipe's folder, and the user's own if there is one.
+    """
+    folders = [argument.removeprefix("--config-dir=") for argument in arguments if argument.startswith("--config-dir=")]
+    if len(folders) > 1 or "" in folders or not all(Path(folder).is_dir() for folder in folders):
         raise ConfigError(f"--config-dir {', '.join(map(repr, folders))} is not one directory; give the one folder that holds your recipes")
-    own = Path(folders[0]).resolve()
-    if link := next((path for path in own.rglob("*") if path.is_symlink() and path.is_dir()), None):
-        raise ConfigError(f"--config-dir {own} holds a link to another folder, {link.name}, which is not checked; put the files there")
-    return own
-
-
-def check_arguments(recipe: str, arguments: list[str], own: Path | None) -> Path:
-    """Refuse an unknown recipe, executable content and refused flags before Hydra starts. Returns the recipe's folder."""
+    own = Path(folders[0]).resolve() if folders else None
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("-") and flag not in FLAGS:
@@ -112,6 +113,8 @@ def check_arguments(recipe: str, arguments: list[str], own: Path | None) -> Path
         if not argument.startswith("-"):
             check_override(argument)
     if own:
+        if link := next((path for path in own.rglob("*") if path.is_symlink() and path.is_dir()), None):
+            raise ConfigError(f"--config-dir {own} holds a link to another folder, {link.name}, which is not checked; put the files there")
         for file in sorted(own.rglob("*.y*ml")):
             if "hydra" in file.relative_to(own).parts[:-1]:
                 _refuse("a folder named hydra", own)
@@ -120,22 +123,17 @@ def check_arguments(recipe: str, arguments: list[str], own: Path | None) -> Path
     if not re.fullmatch(r"[\w.-]+", recipe) or not (folder / f"{recipe}.yaml").is_file():
         names = recipe_names(recipes_dir()) + (recipe_names(own) if own else [])
         raise ConfigError(f"recipe {recipe!r} does not exist; {nearest(recipe, names)}. Your own: --config-dir DIR")
-    return folder
+    return folder, own
 
 
 def flags_first(arguments: list[str]) -> list[str]:
     """Flags joined with their values, before all overrides: Hydra's argparse accepts overrides only in one piece."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    rest = iter(arguments)
+    joined, rest = [], iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
         flag = LONG_FLAGS.get(flag, flag)
-        if flag in LONG_FLAGS.values():
-            flags.append(f"{flag}={value if equals else next(rest, '')}")
-        else:
-            (flags if flag.startswith("-") else overrides).append(argument)
-    return flags + overrides
+        joined.append(f"{flag}={value if equals else next(rest, '')}" if flag in LONG_FLAGS.values() else argument)
+    return sorted(joined, key=lambda argument: not argument.startswith("-"))  # keeps the order within both kinds
 
 
 def expand_teacher(arguments: list[str]) -> list[str]:
@@ -146,21 +144,15 @@ def expand_teacher(arguments: list[str]) -> list[str]:
         value = argument.removeprefix("teacher=")
         if value == argument or value in options:
             expanded.append(argument)
-            continue
-        if not (os.sep in value or value.endswith(".gguf") or Path(value).exists()):
+        elif os.sep in value or value.endswith(".gguf") or Path(value).exists():
+            expanded += ["teacher=custom", f"teacher.source='{value}'"]
+        else:
             raise ConfigError(f"teacher={value!r} is neither an option nor a path nor a hub id (owner/name); {nearest(value, options)}")
-        expanded += ["teacher=custom", f"teacher.source='{value}'"]
     return expanded
 
 
 def trust_hydra() -> None:
     """Make configs/ findable, and disable the resolver that reads the environment."""
-    from hydra.core.config_search_path import ConfigSearchPath
-    from hydra.core.plugins import Plugins
-    from hydra.plugins.search_path_plugin import SearchPathPlugin
-    from omegaconf import OmegaConf
-
-    from compress.config import register
 
     class Vocabulary(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -176,16 +168,12 @@ def trust_hydra() -> None:
 
 def compose(name: str, folder: Path, overrides: list[str]) -> Any:
     """The composed config `name` of a folder, with Hydra's own part below `hydra`. Runs nothing."""
-    import hydra
-
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
         return hydra.compose(name, overrides, return_hydra_config=True)
 
 
 def _check_composed(folder: Path, recipe: str, overrides: list[str]) -> None:
     """Compose without running anything: what Hydra would instantiate must be its own defaults, and the recipe must make sense."""
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import OmegaConfBaseException
 
     def instantiated(config: Any) -> Any:
         node: Any = OmegaConf.to_container(config.hydra, resolve=False)
@@ -208,16 +196,11 @@ def _check_composed(folder: Path, recipe: str, overrides: list[str]) -> None:
 
 def explain(error: Exception) -> str:
     """A composition error of Hydra or OmegaConf as one sentence with the nearest valid name."""
-    from compress.config import SCHEMAS
-
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None:
+    chain: list[BaseException] = [error]
+    while link := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(link)
-        link = link.__cause__ or link.__context__
-    for cause in chain:
-        if isinstance(cause, ConfigError):
-            return str(cause).partition("\n    full_key")[0]
+    if ours := [str(cause) for cause in chain if isinstance(cause, ConfigError)]:
+        return ours[0].partition("\n    full_key")[0]
     text = " | ".join(dict.fromkeys(str(link) for link in chain))
     full = re.search(r"full_key: (\S+)", text)
     groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
@@ -238,23 +221,28 @@ def explain(error: Exception) -> str:
     return f"{full[1]}: {first}" if full and full[1] not in first else first
 
 
+def without_recipe(overrides: list[str]) -> dict[str, Any]:
+    """The defaults of configs/base.yaml with overrides, as dataclasses by key, and the store: all that a verb without a recipe needs."""
+    for override in overrides:
+        check_override(override)
+    trust_hydra()
+    try:
+        composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
+        parts = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
+        return parts | {"store": composed.store}
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+
+
 def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[str]], int]) -> int:
     """Run `task(recipe, run directory, command)` for the composed recipe; with -m once for every job of the sweep.
 
-    `command` is the command line that composes the same recipe again. Returns the worst exit code.
-
-    ConfigError for whatever can't be composed, before any work and with nothing left behind.
+    `command` is the command line that composes the same recipe again. Returns the worst exit code. ConfigError for whatever can't be
+    composed, before any work and with nothing left behind.
     """
     arguments = flags_first(arguments)
-    own = _config_dir(arguments)
-    folder = check_arguments(recipe, arguments, own)
+    folder, own = check_arguments(recipe, arguments)
     arguments = expand_teacher(arguments)
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     codes = [0]
 
     def job(composed: Any) -> None:

@@ -5,33 +5,33 @@ where it appears whole or not at all; an identical stage is found there instead 
 scored, so a crash while scoring loses no training, and repeating a command continues where it stopped.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from compress import budget, machine, planning
-from compress.checkpoint import digest
-from compress.config import Budget, Recipe
+from compress.checkpoint import Model, model_of, tokenizer_digest
+from compress.config import Recipe
 from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
-from compress.rundir import RunDir, now, thinned
-from compress.score.scorer import Measured, Model
-from compress.session import Done, Session, check_shapes, log, plain
+from compress.export.bundle import write_bundle
+from compress.export.gguf import export_gguf
+from compress.report.html import write_html
+from compress.report.records import load_run
+from compress.report.table import print_table, stage_table, verdict_lines
+from compress.score.scorer import Measured
+from compress.session import RunDir, Session, check_shapes, log, now, plain, thinned
 from compress.stages.optimization import Optimization
 from compress.store import sha256_json
 from compress.train import parallel
 
 
-def build(session: Session, slot: str, parent: Done) -> tuple[Path, str, bool, float]:
-    """Run a slot's stage unless the store has its result. Returns (directory, key, reused, seconds)."""
-    inputs = session.inputs(slot, parent.model.digest)
-    key = sha256_json(inputs)
-    reused, start, curve = session.store.has(key), time.monotonic(), []  # type: ignore[var-annotated]
-    stage = session.recipe.stages[slot]
+def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[str, Any]) -> Path:
+    """Run a slot's stage. What varies from run to run, its time and its curve, is noted beside the weights."""
+    stage, start = session.recipe.stages[slot], time.monotonic()
+    curve: list[dict[str, float]] = []
 
     def make(out: Path, work: Path) -> dict[str, float]:
         if isinstance(stage, Optimization):
@@ -39,49 +39,47 @@ def build(session: Session, slot: str, parent: Done) -> tuple[Path, str, bool, f
         return stage.run(parent.model.path, out, session.context(slot, work, curve))
 
     path = session.store.build(key, inputs, make)
-    if not reused:
-        session.store.note(key, {"seconds": time.monotonic() - start, "curve": curve})
-    return path, key, reused, session.store.note(key).get("seconds", 0.0)
+    session.store.note(key, {"seconds": time.monotonic() - start, "curve": curve})
+    return path
 
 
-def score(
-    session: Session, slot: str, technique: str, model: Model, *, parent: Done | None, tasks: bool = True, shipped: bool = False
-) -> tuple[Measured, dict[str, Any]]:
-    """Measure a model, put it beside teacher and parent, judge it. Returns the measurement and the record's part about it.
+def conclude(
+    session: Session, folder: RunDir, slot: str, technique: str, model: Model, parent: Measured | None = None, *,
+    tasks: bool = True, shipped: bool = False, proven: str = "", seconds: float = 0.0, curve: list[dict[str, Any]] | None = None, **made: Any,
+) -> Measured:  # fmt: skip
+    """Measure a model, put it beside teacher and parent, judge it, and record it with how it was `made`.
 
     Limits written for the slot are enforced; the budget's own limits are enforced on what ships and show the distance elsewhere.
+    `proven`: the type of a GGUF that must be its parent's weights. The trackers get the whole `curve`, the record a thinned one.
     """
     log(f"{slot}: scoring ({model.runtime})")
-    start = time.monotonic()
+    start, limits = time.monotonic(), session.recipe.budget
     measured = session.scorer.measure(model, tasks=tasks)
     scores, intervals, excluded = dict(measured.scores), {}, []  # type: ignore[var-annotated]
-    teacher = session.done.get("teacher")
-    if teacher is not None:
-        relative, intervals, excluded = session.scorer.beside(measured, teacher.measured, parent.measured if parent else None)
+    if teacher := session.done.get("teacher"):
+        relative, intervals, excluded = session.scorer.beside(measured, teacher, parent)
         scores |= relative
-    record = {
+    verdicts = budget.judge(scores, intervals, limits.slots.get(slot, {}), enforced=True)
+    verdicts += budget.judge(scores, intervals, limits.limits, enforced=shipped)
+    record: dict[str, Any] = {
         "slot": slot, "technique": technique, "runtime": model.runtime, "parent": parent.record["slot"] if parent else None,
-        "digest": model.digest, "scores": scores, "intervals": intervals, "excluded_tasks": excluded,
-        "verdicts": judge(session.recipe.budget, slot, scores, intervals, shipped=shipped),
-        "seconds": {"stage": 0.0, "score": time.monotonic() - start},
-        "metrics": {}, "key": "", "reused": False, "stage_config": {},
-    }  # fmt: skip
-    return measured, record
+        "digest": model.digest, "scores": scores, "intervals": intervals, "excluded_tasks": excluded, "verdicts": verdicts,
+        "seconds": {"stage": seconds, "score": time.monotonic() - start}, "metrics": {}, "key": "", "reused": False, "stage_config": {},
+    } | made  # fmt: skip
+    if curve is not None:
+        record["curve"] = thinned(curve)
+    if parent and proven:
+        record["metrics"] |= session.scorer.parity(measured, parent, proven)
+    return replace(measured, record=folder.add(record, measured, curve or []))
 
 
 def plan(recipe: Recipe) -> int:
     """Print what the recipe would cost; nothing but the teacher's import is done."""
     session = Session(recipe)
     costs = planning.estimate(session, check_shapes(session), planning.matmul_flops_per_sec())
-    planning.print_plan(session, costs, session.store.root)
+    planning.print_plan(costs, session.store.root)
     planning.check_disk(session, costs)
     return EXIT_OK
-
-
-def judge(limits: Budget, slot: str, scores: dict[str, float], intervals: dict[str, Any], *, shipped: bool) -> list[dict[str, Any]]:
-    """Verdicts of a slot: its own limits, then the budget's."""
-    own = budget.judge(scores, intervals, limits.slots.get(slot, {}), enforced=True)
-    return own + budget.judge(scores, intervals, limits.limits, enforced=shipped)
 
 
 def run(recipe: Recipe, run_dir: Path, command: list[str]) -> int:
@@ -108,65 +106,47 @@ def _lead(recipe: Recipe, run_dir: Path) -> int:
     session = Session(recipe)
     planning.check_disk(session, planning.estimate(session, check_shapes(session), rate=1.0))
     session.open_data()
-    folder = RunDir(run_dir, recipe, session)
+    folder = RunDir(run_dir, session)
     log(f"run directory {folder.path}")
-    code = 1
     try:
         code = _slots(session, folder)
         parallel.share(None)
-        return code
     except BaseException as error:
-        code = exit_code(error)
+        folder.finish(exit_code(error))
         raise
-    finally:
-        folder.finish(code)
+    folder.finish(code)
+    return code
 
 
 def _slots(session: Session, folder: RunDir) -> int:
     recipe = session.recipe
     if session.teacher.path.parent == session.store.root / "entries":
         folder.name_key(session.teacher.path.name)
-    teacher = Model(session.teacher.path, session.teacher.digest)
-    measured, record = score(session, "teacher", "teacher", teacher, parent=None)
-    session.done["teacher"] = Done(teacher, "", measured, folder.add(record, measured, []))
+    session.done["teacher"] = conclude(session, folder, "teacher", "teacher", session.teacher)
     for slot, parent_slot in recipe.steps():
-        parent = session.done[parent_slot]
-        key = sha256_json(session.inputs(slot, parent.model.digest))
+        parent, technique = session.done[parent_slot], recipe.technique(slot)
+        inputs = session.inputs(slot, parent.model.digest)
+        key = sha256_json(inputs)
         folder.name_key(key)
-        log(f"{slot}: {recipe.technique(slot)} from {parent_slot}" + (" (reused from the store)" if session.store.has(key) else ""))
-        path, key, reused, seconds = build(session, slot, parent)
-        model = Model(path, digest(path))
-        measured, record = score(
-            session, slot, recipe.technique(slot), model, parent=parent, shipped=slot == recipe.shipped_slot() and not recipe.export.gguf
-        )
-        record |= {
-            "key": key,
-            "reused": reused,
-            "stage_config": plain(asdict(recipe.stages[slot])),
-            "metrics": session.store.stage_json(key)["metrics"],
-        }
-        record["seconds"]["stage"] = seconds
-        record["curve"] = thinned(session.store.note(key).get("curve", []))
-        session.done[slot] = Done(model, key, measured, folder.add(record, measured, session.store.note(key).get("curve", [])))
+        reused = session.store.has(key)
+        log(f"{slot}: {technique} from {parent_slot}" + (" (reused from the store)" if reused else ""))
+        path = session.store.entry(key) if reused else build(session, slot, parent, key, inputs)
+        note: dict[str, Any] = {"seconds": 0.0, "curve": []} | session.store.note(key)
+        session.done[slot] = conclude(
+            session, folder, slot, technique, model_of(path), parent, shipped=slot == recipe.shipped_slot() and not recipe.export.gguf, key=key,
+            reused=reused, stage_config=plain(asdict(recipe.stages[slot])), metrics=session.store.stage_json(key)["metrics"], **note,
+        )  # fmt: skip
     return ship(session, folder)
 
 
 def ship(session: Session, folder: RunDir) -> int:
     """Export the shipped slot, judge the files, bundle them, print the table and write the page."""
-    from compress.export.bundle import write_bundle
-    from compress.report.html import write_html
-    from compress.report.records import load_run
-    from compress.report.table import print_table, stage_table, verdict_lines
-
     recipe = session.recipe
     source = session.done[recipe.shipped_slot()]
     if session.teacher.gguf and recipe.export.gguf:
-        baseline = Model(session.teacher.gguf, file_digest(session.teacher.gguf), "llama.cpp")
-        measured, record = score(session, "teacher_gguf", "teacher", baseline, parent=None, tasks=False)
-        folder.add(record, measured, [])
+        conclude(session, folder, "teacher_gguf", "teacher", model_of(session.teacher.gguf), tasks=False)
     shipped = [_export(session, folder, source, kind, first=number == 0) for number, kind in enumerate(recipe.export.gguf)]
-    finished = load_run(folder.path)
-    verdicts = [v for record in finished.records for v in record["verdicts"]]
+    verdicts = [verdict for record in folder.records for verdict in record["verdicts"]]
     code = EXIT_BUDGET if budget.failed(verdicts, strict=recipe.budget.strict) else EXIT_OK
     folder.about |= {"exit": code, "finished": now()}
     folder.write()
@@ -181,37 +161,15 @@ def ship(session: Session, folder: RunDir) -> int:
     return code
 
 
-def file_digest(path: Path) -> str:
-    """What identifies a single-file model: sha256 of its bytes."""
-    from compress.checkpoint import sha256_file
-
-    return sha256_file(path)
-
-
-def _export(session: Session, folder: RunDir, source: Done, kind: str, *, first: bool) -> Done:
+def _export(session: Session, folder: RunDir, source: Measured, kind: str, *, first: bool) -> Measured:
     """One shipped GGUF: written through the store, scored in llama.cpp, proven to be its checkpoint, judged by the budget if it is the first."""
-    from compress.checkpoint import tokenizer_digest
-    from compress.export.gguf import export_gguf
-
-    inputs = {
-        "export": kind,
-        "weights": source.model.digest,
-        "tokenizer": tokenizer_digest(source.model.path),
-        "versions": machine.versions(),
-        "schema": 2,
-    }
-    name, key = f"model-{kind}.gguf", sha256_json(inputs)
-
-    def make(out: Path, work: Path) -> dict[str, float]:
-        return export_gguf(source.model.path, out / name, kind)
-
-    start = time.monotonic()
+    tokenizer, versions = tokenizer_digest(source.model.path), machine.versions()
+    inputs = {"export": kind, "weights": source.model.digest, "tokenizer": tokenizer, "versions": versions, "schema": 2}
+    name, key, start = f"model-{kind}.gguf", sha256_json(inputs), time.monotonic()
     folder.name_key(key)
-    path = session.store.build(key, inputs, make) / name
+    path = session.store.build(key, inputs, lambda out, work: export_gguf(source.model.path, out / name, kind)) / name
     seconds = time.monotonic() - start
-    model = Model(path, file_digest(path), "llama.cpp")
-    measured, record = score(session, f"gguf_{kind.lower()}", "export_gguf", model, parent=source, shipped=first)
-    proof = session.scorer.parity(measured, source.measured, kind)
-    record |= {"key": key, "metrics": session.store.stage_json(key)["metrics"] | proof}
-    record["seconds"]["stage"] = seconds
-    return Done(model, key, measured, folder.add(record, measured, []))
+    return conclude(
+        session, folder, f"gguf_{kind.lower()}", "export_gguf", model_of(path), source, shipped=first, proven=kind, key=key,
+        seconds=seconds, metrics=session.store.stage_json(key)["metrics"],
+    )  # fmt: skip

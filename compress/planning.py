@@ -4,26 +4,25 @@ Times come from operation counts, 2 P flops a token forward and 6 P for a traini
 arXiv 2001.08361, table 1), over the matrix-product rate measured on this machine just now. They are estimates: scoring dominates small runs.
 """
 
-from __future__ import annotations
-
 import shutil
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from torch.utils.benchmark import Timer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.errors import ResourceError
-
-if TYPE_CHECKING:
-    from compress.session import Session
+from compress.session import Session
 
 EFFICIENCY = 0.5  # assumed share of the square matrix product's rate that a whole training step reaches; on the cautious side
 TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
 SHIPPING_BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_1": 5, "Q4_0": 4.5, "Q4_K": 4.5}
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """One slot's estimate."""
 
     slot: str
@@ -36,26 +35,15 @@ class Cost:
 
 def params_of(config: dict[str, Any]) -> int:
     """Parameters of a HF config, counted on the meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     options = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "dtype", "transformers_version")}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options))
-    return sum(p.numel() for p in model.parameters())
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options)).num_parameters()
 
 
 def matmul_flops_per_sec(n: int = 1024, seconds: float = 0.5) -> float:
     """Measured bf16 rate of an n x n x n product."""
-    import torch
-
-    a = torch.randn(n, n).bfloat16()
-    a @ a
-    count, start = 0, time.monotonic()
-    while time.monotonic() - start < seconds:
-        a @ a
-        count += 1
-    return 2 * n**3 * count / (time.monotonic() - start)
+    timer = Timer("a @ a", globals={"a": torch.randn(n, n).bfloat16()}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=seconds).mean
 
 
 def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -> list[Cost]:
@@ -71,12 +59,15 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
         tokens = getattr(stage, "tokens", 0)
         batch_tokens = getattr(stage, "micro_batch_sequences", 1) * seq_len
         teacher = {"distill": whole, "qat": sizes[parent]}.get(recipe.technique(slot), 0)
-        quantized = recipe.technique(slot) in ("ptq", "qat")
         calibration = getattr(stage, "calibration_sequences", 0) * seq_len * max(1, getattr(stage, "blocks", 1))
         work = 6 * params * tokens + 2 * teacher * tokens + 2 * sizes[parent] * calibration
         scoring = 2 * params * score_tokens * 3 / rate + 10
         memory = (16 if tokens else 8) * params + batch_tokens * shapes[slot]["num_hidden_layers"] * shapes[slot]["hidden_size"] * 34 * bool(tokens)
-        disk = (4 if quantized else 2) * params + 12 * params * bool(tokens) + _signal_bytes_per_token(stage, shapes["teacher"]) * tokens
+        disk = (
+            (4 if recipe.technique(slot) in ("ptq", "qat") else 2) * params
+            + 12 * params * bool(tokens)
+            + _signal_bytes_per_token(stage, shapes["teacher"]) * tokens
+        )
         costs.append(Cost(slot, recipe.technique(slot), params, work / rate + scoring, int(disk), int(memory)))
     shipped = sizes[recipe.shipped_slot()]
     for kind in recipe.export.gguf:
@@ -106,14 +97,10 @@ def check_disk(session: Session, costs: list[Cost]) -> None:
         )
 
 
-def print_plan(session: Session, costs: list[Cost], store: Path) -> None:
+def print_plan(costs: list[Cost], store: Path) -> None:
     """The plan as a table on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("slot", "technique", title="estimates; finished stages are reused from the store")
-    for heading in ("params (M)", "minutes", "disk (MB)", "memory (MB)"):
-        table.add_column(heading, justify="right")
+    numbers = (Column(heading, justify="right") for heading in ("params (M)", "minutes", "disk (MB)", "memory (MB)"))
+    table = Table("slot", "technique", *numbers, title="estimates; finished stages are reused from the store")
     total = Cost("all", "", 0, sum(c.seconds for c in costs), sum(c.disk_bytes for c in costs), max(c.memory_bytes for c in costs))
     for c in [*costs, total]:
         params = f"{c.params / 1e6:.1f}" if c.params else ""

@@ -1,28 +1,32 @@
-"""What all slots of one run share: the teacher, the store, the text, the scorer; and what is refused before work starts."""
-
-from __future__ import annotations
+"""What all slots of one run share: teacher, store, text, scorer and run directory; and what is refused before work starts."""
 
 import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from datetime import UTC, datetime
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress import machine
-from compress.assets import PACKAGE, configs_dir
-from compress.checkpoint import best_device, read_config
+from compress.assets import PACKAGE
+from compress.checkpoint import Model, best_device, read_config
 from compress.config import Data, Eval, Recipe, Teacher, Trainer
+from compress.distill.signal import made_with
 from compress.errors import ConfigError
-from compress.score.scorer import Measured, Model, Scorer, Settings
+from compress.score.scorer import Measured, Scorer
+from compress.score.tasks import check_tasks
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization
-from compress.store import Store, file_table, sha256_json, sources_digest
-from compress.teacher import OpenTeacher, open_teacher
+from compress.store import Store, sources_digest, write_json
+from compress.teacher import open_teacher
 from compress.track import check as check_tracker
+from compress.track import open_tracker, slot_dir
 from compress.train import parallel
 from compress.train.data import Packed, pack
 
@@ -37,66 +41,39 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda v: v.value if isinstance(v, Enum) else str(v)))
 
 
-def make_scorer(e: Eval, store: Store, heldout: Packed, teacher: OpenTeacher, threads: int) -> Scorer:
-    """A scorer whose keys name the evaluation's settings, task files, held-out text and machine."""
-    data_dir = Path(e.data_dir).expanduser() if e.data_dir else None
-    folders = [configs_dir() / "tasks" / name for name in e.tasks] + [data_dir / name for name in e.tasks if data_dir]
-    tasks = {str(folder.name): file_table(folder) for folder in folders if folder.is_dir()}
-    settings = Settings(
-        tuple(e.tasks), data_dir, e.limit, e.batch_size, e.heldout_sequences, e.prompt_tokens, e.new_tokens, e.repeats, threads,
-        sha256_json(tasks), sha256_json(machine.describe(threads))[:16],
-    )  # fmt: skip
-    return Scorer(store, settings, heldout, teacher.path, log)
-
-
-def open_scorer(teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str) -> tuple[Scorer, OpenTeacher]:
+def open_scorer(teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str) -> tuple[Scorer, Model]:
     """A scorer outside a run: what `compress score` and `compress accept` use."""
-    import torch
-
     threads = trainer.threads or machine.available_threads()
     torch.set_num_threads(threads)
     home = Store(Path(store))
     opened = open_teacher(teacher.source, teacher.revision, home, log)
-    return make_scorer(eval, home, pack(data.heldout, opened.path, data.seq_len, home.root / "data"), opened, threads), opened
+    return Scorer(home, eval, pack(data.heldout, opened.path, data.seq_len, home.root / "data"), opened.path, threads), opened
 
 
-@dataclass(frozen=True)
-class Done:
-    """A finished slot: its checkpoint, store key, scores and record."""
-
-    model: Model
-    key: str
-    measured: Measured
-    record: dict[str, Any]
-
-
-@dataclass
 class Session:
     """What all slots of one run share. Opening it refuses whatever can be refused before work starts."""
 
-    recipe: Recipe
-    threads: int = 0
-    done: dict[str, Done] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        import torch
-
-        from compress.score.tasks import check_tasks
-
-        for name in self.recipe.track.sinks:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.done: dict[str, Measured] = {}
+        for name in recipe.track.sinks:
             check_tracker(name)
-        check_tasks(self.recipe.eval.tasks)
-        check_processes(self.recipe)
-        self.threads = self.recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        check_tasks(recipe.eval.tasks)
+        world = parallel.world()
+        if world > 1 and recipe.trainer.parallel == "none":
+            raise ConfigError(f"{world} processes were started, but trainer.parallel=none; use trainer=ddp or trainer=fsdp2")
+        for slot, stage in recipe.stages.items():
+            if isinstance(stage, Optimization) and stage.batch_sequences % world:
+                shared = f"stages.{slot}.batch_sequences={stage.batch_sequences} can't be shared by {world} processes"
+                raise ConfigError(f"{shared}; use a multiple of that")
+        self.threads = recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(self.threads)
-        self.store = Store(Path(self.recipe.store))
-        self.teacher: OpenTeacher = open_teacher(self.recipe.teacher.source, self.recipe.teacher.revision, self.store, log)
-        check_context(self.teacher.path, self.recipe.data.seq_len)
-
-    @property
-    def precision(self) -> str:
-        asked = self.recipe.trainer.precision
-        return machine.fast_dtype() if asked == "auto" else asked
+        self.precision = machine.fast_dtype() if recipe.trainer.precision == "auto" else recipe.trainer.precision
+        self.store = Store(Path(recipe.store))
+        self.teacher = open_teacher(recipe.teacher.source, recipe.teacher.revision, self.store, log)
+        most, seq_len = read_config(self.teacher.path).get("max_position_embeddings"), recipe.data.seq_len
+        if most is not None and seq_len > most:
+            raise ValueError(f"data.seq_len={seq_len} is longer than the teacher's context of {most} tokens; set data.seq_len to at most {most}")
 
     def open_data(self) -> None:
         """Read all text before work starts: a missing or empty source is refused here."""
@@ -120,13 +97,16 @@ class Session:
 
     @cached_property
     def scorer(self) -> Scorer:
-        return make_scorer(self.recipe.eval, self.store, self._pack(self.recipe.data.heldout), self.teacher, self.threads)
+        return Scorer(self.store, self.recipe.eval, self._pack(self.recipe.data.heldout), self.teacher.path, self.threads)
 
     def inputs(self, slot: str, parent_digest: str) -> dict[str, Any]:
         """All that determines a stage's weights; its digest is the stage's key."""
         stage, versions = self.recipe.stages[slot], machine.versions()
+        config = plain(asdict(stage))
+        if where := config.get("signal", {}).pop("path", None):  # who made a signal in a folder of its own counts, not where it is
+            config["signal"]["made_with"] = made_with(where)
         return {
-            "technique": self.recipe.technique(slot), "config": _what_decides(stage), "parent": parent_digest, "teacher": self.teacher.digest,
+            "technique": self.recipe.technique(slot), "config": config, "parent": parent_digest, "teacher": self.teacher.digest,
             "data": self.text.digest, "chat": self.chat.digest if uses_chat(stage) else None, "seq_len": self.recipe.data.seq_len,
             "seed": self.recipe.seed, "precision": self.precision, "threads": self.threads, "world": parallel.world(),
             "trainer": [self.recipe.trainer.parallel, self.recipe.trainer.activation_checkpointing],
@@ -145,33 +125,6 @@ class Session:
         )  # fmt: skip
 
 
-def check_processes(recipe: Recipe) -> None:
-    """ConfigError when there are several processes without a way to train together, or a batch that they can't share evenly."""
-    if parallel.world() > 1 and recipe.trainer.parallel == "none":
-        raise ConfigError(f"{parallel.world()} processes were started, but trainer.parallel=none; use trainer=ddp or trainer=fsdp2")
-    for slot, stage in recipe.stages.items():
-        if isinstance(stage, Optimization) and stage.batch_sequences % parallel.world():
-            shared = f"stages.{slot}.batch_sequences={stage.batch_sequences} can't be shared by {parallel.world()} processes"
-            raise ConfigError(f"{shared}; use a multiple of that")
-
-
-def check_context(teacher: Path, seq_len: int) -> None:
-    """ValueError when sequences are longer than what the teacher was made for."""
-    context = read_config(teacher).get("max_position_embeddings")
-    if context is not None and seq_len > context:
-        raise ValueError(f"data.seq_len={seq_len} is longer than the teacher's context of {context} tokens; set data.seq_len to at most {context}")
-
-
-def _what_decides(stage: Any) -> dict[str, Any]:
-    """A stage's configuration as far as its weights depend on it: of a signal in a folder of its own, who made it, not where it is."""
-    from compress.distill.signal import made_with
-
-    config: dict[str, Any] = plain(asdict(stage))
-    if where := config.get("signal", {}).pop("path", None):
-        config["signal"]["made_with"] = made_with(where)
-    return config
-
-
 def uses_chat(stage: Any) -> bool:
     """Whether a stage trains on the recipe's chat data."""
     return getattr(getattr(stage, "data", None), "value", "") == "chat"
@@ -186,3 +139,65 @@ def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"slot {slot!r} after {parent!r}: {error}") from error
     return shapes
+
+
+class RunDir:
+    """The readable run directory: run.json, one folder a slot with its record, and the trackers fed from them."""
+
+    def __init__(self, path: Path, session: Session) -> None:
+        self.path, track = path.absolute(), session.recipe.track
+        self.records: list[dict[str, Any]] = []
+        self.path.mkdir(parents=True, exist_ok=True)
+        name = f"{self.path.parent.name}/{self.path.name}"
+        self.about: dict[str, Any] = {
+            "schema": 1, "recipe": self.path.parent.name, "name": name, "started": now(), "finished": None, "exit": None,
+            "git_sha": machine.git_sha(), "versions": machine.versions(), "machine": machine.describe(session.threads),
+            "config": plain(asdict(session.recipe)), "slots": [], "keys": [],
+        }  # fmt: skip
+        self.trackers = [open_tracker(sink, self.path, project=track.project) for sink in track.sinks]
+        self.write()
+        for tracker in self.trackers:
+            tracker.start(self.about)
+
+    def write(self) -> None:
+        """Replace run.json."""
+        write_json(self.path / "run.json", self.about)
+
+    def name_key(self, key: str) -> None:
+        """Let run.json name a store key before its work starts, so that gc leaves unfinished work alone."""
+        self.about["keys"].append(key)
+        self.write()
+
+    def add(self, record: dict[str, Any], measured: Measured, curve: list[dict[str, Any]]) -> dict[str, Any]:
+        """Write one slot's folder and hand the record to the trackers."""
+        ours = {"run": self.about["name"], "recipe": self.about["recipe"], "index": len(self.records)}
+        record = {"schema": 1, "created": now()} | ours | record
+        folder = slot_dir(self.path, record)
+        folder.mkdir()
+        write_json(folder / "record.json", record)
+        (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in measured.items))
+        (folder / "weights").symlink_to(os.path.relpath(measured.model.path, folder))
+        self.records.append(record)
+        self.about["slots"].append(record["slot"])
+        self.write()
+        for tracker in self.trackers:
+            tracker.record(record, curve)
+        return record
+
+    def finish(self, code: int) -> None:
+        """Record the exit code."""
+        self.about |= {"finished": now(), "exit": code}
+        self.write()
+        for tracker in self.trackers:
+            tracker.finish(code)
+
+
+def thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most 60 rows for the record, evenly spread, and every row with a validation; trackers get them all."""
+    every = max(1, -(-len(curve) // 60))
+    return [row for number, row in enumerate(curve) if number % every == 0 or "validation_kl" in row or number == len(curve) - 1]
+
+
+def now() -> str:
+    """The moment, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

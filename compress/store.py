@@ -11,8 +11,6 @@ Writing: build beside, fsync every file, write `stage.json`, fsync, rename, fsyn
 power cut on a journalling file system; Pillai et al., OSDI 2014, section 3.3). A reader therefore never sees half an entry.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json
@@ -28,6 +26,12 @@ from compress.errors import ResourceError
 STAGE_JSON = "stage.json"
 
 
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256_json(value: Any) -> str:
     """sha256 of a value's canonical JSON, in hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -37,7 +41,7 @@ def sources_digest(package: Path) -> str:
     """sha256 over the package's sources that decide weights: a changed formula never reuses old weights."""
     rooms = ("stages", "train", "distill", "prune", "quant")
     files = sorted(file for room in rooms for file in (package / room).rglob("*.py")) + [package / "checkpoint.py"]
-    return sha256_json([[str(file.relative_to(package)), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files])
+    return sha256_json([[str(file.relative_to(package)), sha256_file(file)] for file in files])
 
 
 def fsync(path: Path) -> None:
@@ -66,8 +70,6 @@ def write_json(path: Path, value: Any) -> None:
 
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:
     """{relative name: {"sha256", "bytes"}} of every file below `folder`, in name order."""
-    from compress.checkpoint import sha256_file
-
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
     return {str(p.relative_to(folder)): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
 
@@ -170,11 +172,9 @@ class Store:
         doomed += [p for p in (self.root / "scores").iterdir() if p.name[:16] not in {digest[:16] for digest in digests}]
         doomed += [p for room in ("signals", "data") for p in (self.root / room).iterdir()]
         doomed = [p for p in doomed if not self._held(key(p))]
-        size = 0
-        for path in doomed:
-            size += sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-            if not dry_run:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        size = sum(file.stat().st_size for path in doomed for file in (path, *path.rglob("*")) if file.is_file())
+        for path in doomed if not dry_run else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         return len(doomed), size
 
     def _held(self, key: str) -> bool:

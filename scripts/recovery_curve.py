@@ -26,7 +26,7 @@ from compress.distill.schemes import Scheme
 from compress.distill.signal import Signals
 from compress.distill.steps import make_batches, make_loss, one_batch
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
-from compress.report.curves import lines_svg
+from compress.report.picture import lines_svg
 from compress.stages.context import Context
 from compress.stages.prune_depth import PruneDepth
 from compress.store import Store

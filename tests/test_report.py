@@ -11,9 +11,8 @@ import pytest
 from fake_records import ROWS, write_run
 from rich.console import Console
 
-from compress.report.curves import lines_svg
 from compress.report.html import write_html
-from compress.report.picture import Point, mark_front
+from compress.report.picture import Point, lines_svg, mark_front
 from compress.report.records import load_run, resolve, worst
 from compress.report.table import compare_table, markdown_table, print_table, stage_table, standing, verdict_lines
 

@@ -4,26 +4,23 @@ A pure view of records. `report.html.j2` is the page; it escapes every string ou
 makes the browser refuse whatever would still ask for the network.
 """
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from compress.report import picture, records, table
-from compress.report.curves import CSS, lines_svg
+from compress.report.picture import CSS, lines_svg
 from compress.report.records import Run
 from compress.report.table import COLUMN
 
 
 def write_html(runs: list[Run], out: Path) -> None:
     """Write the report of `runs` (at least one; several are compared with the first) to the file `out`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     if not runs:
         raise ValueError("a report needs at least one run, got none; make one with `compress run RECIPE`")
     page = Environment(
@@ -35,29 +32,28 @@ def write_html(runs: list[Run], out: Path) -> None:
     Path(out).write_text(page.get_template("report.html.j2").render(runs=runs), encoding="utf-8")
 
 
-def _times(info: dict[str, Any]) -> Iterator[str]:
+def _times(info: dict[str, Any]) -> list[str]:
     """When the run began, how long it took, and whether it is over, as far as its own words can be read."""
-    started = info.get("started") or ""
-    began = None
+    started, finished = info.get("started") or "", info.get("finished") or ""
+    words = [started, "", "" if finished else "still running or interrupted"]
     with suppress(TypeError, ValueError):
         began = datetime.fromisoformat(started)
-    yield f"{began:%Y-%m-%d %H:%M}" if began else started
-    with suppress(KeyError, TypeError, ValueError):
-        yield f"{(datetime.fromisoformat(info['finished']) - datetime.fromisoformat(started)).total_seconds() / 60:.1f} minutes"
-    yield "" if info.get("finished") else "still running or interrupted"
+        words[0] = f"{began:%Y-%m-%d %H:%M}"
+        words[1] = f"{(datetime.fromisoformat(finished) - began).total_seconds() / 60:.1f} minutes"
+    return words
 
 
 def _summary(run: Run) -> str:
     """The run in one sentence, from the teacher's and the last record's numbers."""
-    if run.teacher is None or run.final is run.teacher:
-        return f"{len(run.records)} slot(s) on record, last: {run.final['slot']}."
-    said = []
+    teacher, final, said = run.teacher, run.final, []
+    if teacher is None or final is teacher:
+        return f"{len(run.records)} slot(s) on record, last: {final['slot']}."
     for key, form in (("params", "{} M parameters became {} M"), ("size_bytes", "{} MB became {} MB")):
-        if COLUMN[key].value(run.teacher) is not None and COLUMN[key].value(run.final) is not None:
-            said.append(form.format(COLUMN[key].text(run.teacher), COLUMN[key].text(run.final)))
-    if COLUMN["kept"].value(run.final) is not None:
-        said.append(f"{COLUMN['kept'].text(run.final)} of the accuracy above chance is kept")
-    return f"{'; '.join(said)} ({run.final['slot']})." if said else f"Last slot: {run.final['slot']}."
+        if COLUMN[key].value(teacher) is not None and COLUMN[key].value(final) is not None:
+            said.append(form.format(COLUMN[key].text(teacher), COLUMN[key].text(final)))
+    if COLUMN["kept"].value(final) is not None:
+        said.append(f"{COLUMN['kept'].text(final)} of the accuracy above chance is kept")
+    return f"{'; '.join(said)} ({final['slot']})." if said else f"Last slot: {final['slot']}."
 
 
 def _training(run: Run) -> str:

@@ -1,24 +1,85 @@
-"""The size-accuracy-latency picture.
+"""Drawings as SVG without scripts: the size-accuracy-latency picture, and lines over steps, tokens or seconds.
 
-x = bytes on disk, y = accuracy kept above chance (KL to the teacher when no task was scored; axis turned so that up
-is always better), bubble area = milliseconds per token, arrows from parent to child. Ringed and joined: the Pareto
-front of the two axes (nothing else is both smaller and better). Drawn for a wide and a narrow screen; CSS shows one.
+The picture: x = bytes on disk, y = accuracy kept above chance (KL to the teacher when no task was scored; axis turned so that up is
+always better), bubble area = milliseconds per token, arrows from parent to child. Ringed and joined: the Pareto front of the two axes
+(nothing else is both smaller and better). Drawn for a wide and a narrow screen; CSS shows one.
+
+matplotlib draws. Its colours become the page's CSS variables with themselves to fall back on, so that a drawing follows a dark page and
+is still whole in a file of its own.
 """
 
-from __future__ import annotations
-
+import io
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import Any
 
-from compress.report.curves import PALETTE, drawing, to_svg
 from compress.report.records import Run
 from compress.report.table import COLUMN, Column
 
+CSS = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+PALETTE = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", CSS.partition("@media")[0]))  # the light colours by name
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "compress", "text.parse_math": False, "figure.dpi": 72, "font.size": 12, "axes.titlesize": 12,
+    "font.sans-serif": ["DejaVu Sans"], "axes.facecolor": "none", "figure.facecolor": "none", "legend.frameon": False,
+    "axes.grid": True, "axes.axisbelow": True, "axes.grid.axis": "y", "grid.color": PALETTE["line"], "axes.edgecolor": PALETTE["muted"],
+    "axes.labelcolor": PALETTE["muted"], "axes.titlecolor": PALETTE["muted"], "text.color": PALETTE["ink"],
+    **{f"axes.spines.{side}": False for side in ("left", "top", "right")},
+    **{f"{axis}tick.color": PALETTE["muted"] for axis in "xy"}, "xtick.bottom": False, "ytick.left": False,
+}  # fmt: skip
 FAMILY = {"teacher": "teacher", "distill": "recover", "lora": "recover", "ptq": "quant", "qat": "quant"}
 RUN_COLOURS = ("ship", "prune", "recover", "quant", "teacher", "bad")
+
+
+@contextmanager
+def drawing(width: int, height: int, x_name: str, y_name: str) -> Iterator[tuple[Any, Any]]:
+    """An empty (figure, axes) of that many pixels, whatever style the user's matplotlib has."""
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # letters that matplotlib's own font lacks: the browser has them
+        figure = Figure((width / 72, height / 72), layout="constrained")
+        FigureCanvasAgg(figure)  # measures texts
+        axes = figure.add_subplot()
+        axes.set_xlabel(x_name, loc="right")
+        axes.set_title(y_name, loc="left")
+        axes.locator_params(nbins=6)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        yield figure, axes
+
+
+def to_svg(figure: Any, kind: str, label: str) -> str:
+    """The figure as an <svg> of class `kind`; what has a gid "title:..." shows the rest of it, to the keyboard as well."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    unused = r' clip-path="[^"<]*"|<clipPath.*?</clipPath>| transform="rotate\(-0 [^"<]*"|\s*\n\s*'
+    svg = re.sub(unused, "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' (d|x|y)="[^"<]+"', lambda numbers: re.sub(r"(\.\d)\d+", r"\1", numbers[0]), svg)
+    for name, colour in PALETTE.items():
+        svg = svg.replace(f": {colour}", f": var(--{name}, {colour})")
+    svg = re.sub('<g id="title:([^"]*)">', r'<g tabindex="0" role="img" aria-label="\1"><title>\1</title>', svg)
+    svg = re.sub('<g id="[^"]*">', "<g>", svg)
+    return svg.replace("<svg ", f'<svg class="{kind}" role="group" aria-label="{escape(label)}" ', 1)
+
+
+def lines_svg(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str, kind: str = "curves", width: int = 640) -> str:
+    """A drawing of named lines, each at least one point (x, y); a legend below; '' when there is nothing to draw."""
+    if sum(map(len, series.values())) < 2:
+        return ""
+    columns = 2 if width > 500 else 1
+    with drawing(width, 320 + 20 * -(-len(series) // columns), x_name, y_name) as (figure, axes):
+        for name, line in series.items():
+            axes.plot(*zip(*line, strict=True), marker="o" if len(line) < 20 else "", markersize=4, linewidth=2, gid=f"title:{name}")
+        figure.legend(axes.lines, list(series), loc="outside lower left", ncols=columns)
+        return to_svg(figure, kind, f"{y_name} over {x_name}: {', '.join(series)}")
 
 
 @dataclass
@@ -77,27 +138,22 @@ def _svg(points: list[Point], measure: Column, up: int, kind: str, width: int, h
     name = "accuracy kept" if up > 0 else "KL to teacher (nats, less is better)"
     with drawing(width, height, "size on disk (MB)", f"↑ {name}") as (figure, axes):
         axes.yaxis.set_major_formatter("{x:g}" + measure.suffix)
-        _place(points, figure, axes, up, 26 if kind == "wide" else 17)
+        values = [p.y for p in points]
+        spread = (max(values) - min(values)) or 1.0
+        axes.set_xlim(0, max(p.mb for p in points) * 1.16 or 1.0)
+        axes.set_ylim(*(min(values) - 0.14 * spread, max(values) + 0.1 * spread)[::up])
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # from here on the axes stay where they are, and points can be told in pixels
+        slowest, largest = max(p.ms or 0 for p in points), 26 if kind == "wide" else 17
+        for p in points:
+            p.at = axes.transData.transform((p.mb, p.y))
+            p.radius = max(4.0, largest * math.sqrt(p.ms / slowest)) if p.ms and slowest else 6.0
         for p in sorted(points, key=lambda p: -p.radius):
             colour, area = PALETTE[p.colour], (2 * p.radius) ** 2
             axes.scatter(p.mb, p.y, area, [(colour, 0.28)], edgecolors=colour, linewidths=1.6, gid=f"title:{p.summary}")
         _labels(points, axes, _lines(points, axes), kind == "wide")
         svg = to_svg(figure, kind, "size, closeness and latency of every slot")
     return re.sub(r"( [\d.e+-]+ ms)(?=</text>)", r'<tspan class="ms">\1</tspan>', svg)
-
-
-def _place(points: list[Point], figure: Any, axes: Any, up: int, largest: float) -> None:
-    """Fix the axes for good, then say where every point is in pixels and how large."""
-    values = [p.y for p in points]
-    spread = (max(values) - min(values)) or 1.0
-    axes.set_xlim(0, max(p.mb for p in points) * 1.16 or 1.0)
-    axes.set_ylim(*(min(values) - 0.14 * spread, max(values) + 0.1 * spread)[::up])
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    slowest = max((p.ms or 0 for p in points), default=0)
-    for p in points:
-        p.at = axes.transData.transform((p.mb, p.y))
-        p.radius = max(4.0, largest * math.sqrt(p.ms / slowest)) if p.ms and slowest else 6.0
 
 
 def _lines(points: list[Point], axes: Any) -> list[Any]:

@@ -1,10 +1,8 @@
 """Read run directories back: `run.json` plus one `record.json` per slot, checked at the door.
 
-Everything below `report/` is a pure view: records go in, tables and pages come out, nothing is measured here. A run
-that is still going, or was interrupted, is readable: the slots that have a record are shown.
+Everything below `report/` is a pure view: records go in, tables and pages come out. A run that is still going, or was interrupted, is
+readable: the slots that have a record are shown.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Sequence
@@ -62,12 +60,23 @@ def load_run(path: Path | str) -> Run:
         raise ValueError(f"no run at {path}: it has no run.json; a run is a folder runs/<recipe>/<time>/ written by "
                          "`compress run RECIPE`; name such a folder, or `<recipe>` for its newest run")  # fmt: skip
     info = _read(path / "run.json", RUN_KEYS)
-    order = {slot: i for i, slot in enumerate(info["slots"])}
-    records = sorted((_record(file, order) for file in path.glob("[0-9]*-*/record.json")), key=lambda r: order[r["slot"]])
+    slots, records = info["slots"], []
+    for file in path.glob("[0-9]*-*/record.json"):
+        record = _read(file, RECORD_KEYS)
+        if record["slot"] not in slots:
+            raise ValueError(f"malformed {file}: slot {record['slot']!r} is not in run.json's slots {slots}")
+        for key, value in record["scores"].items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise ValueError(f"malformed {file}: scores[{key!r}] is {value!r}, allowed: a number")
+        for verdict in record["verdicts"]:
+            if not isinstance(verdict, dict) or verdict.get("verdict") not in VERDICTS or "sentence" not in verdict:
+                raise ValueError(f"malformed {file}: verdict {verdict!r}, allowed: a sentence and one of {VERDICTS}")
+        records.append(record)
+    records.sort(key=lambda record: slots.index(record["slot"]))
     found = [r["slot"] for r in records]
     if len(set(found)) < len(found):
         raise ValueError(f"malformed run {path}: two records for one slot in {found}; remove the stale folder")
-    missing = [slot for slot in info["slots"] if slot not in found]
+    missing = [slot for slot in slots if slot not in found]
     if not records or (missing and info.get("exit") == 0):
         raise ValueError(f"incomplete run {path}: no record.json for {', '.join(missing) or 'any slot'}; "
                          f"`compress run {info['recipe']}` again picks up what is finished")  # fmt: skip
@@ -85,19 +94,6 @@ def resolve(name: str | Path, runs_dir: Path | str = "runs") -> Path:
     known = {p.parent.parent.name for p in runs_dir.glob("*/*/run.json")}
     raise ValueError(f"no run called {str(name)!r} in {runs_dir}; {nearest(str(name), known)}; name a run directory, "
                      "<recipe>/<time> or <recipe>, or make one with `compress run RECIPE`")  # fmt: skip
-
-
-def _record(file: Path, order: dict[str, int]) -> Record:
-    record = _read(file, RECORD_KEYS)
-    if record["slot"] not in order:
-        raise ValueError(f"malformed {file}: slot {record['slot']!r} is not in run.json's slots {list(order)}")
-    for key, value in record["scores"].items():
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise ValueError(f"malformed {file}: scores[{key!r}] is {value!r}, allowed: a number")
-    for verdict in record["verdicts"]:
-        if not isinstance(verdict, dict) or verdict.get("verdict") not in VERDICTS or "sentence" not in verdict:
-            raise ValueError(f"malformed {file}: verdict {verdict!r}, allowed: a sentence and one of {VERDICTS}")
-    return record
 
 
 def _read(file: Path, keys: dict[str, type]) -> dict[str, Any]:

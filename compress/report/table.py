@@ -1,11 +1,8 @@
 """Records as tables: the terminal (rich), the README and the model card (Markdown). One list of columns serves all.
 
-A cell is a value and, in a muted second line, its difference from a reference: the teacher's record within a run, the
-first run's record in a comparison. Ratios are shown in percent of the reference; KL, agreement and accuracy kept
-already compare with the teacher, so they carry a difference only between runs.
+A cell is a value and, in a muted second line, its difference from a reference: the teacher's record within a run, the first run's in a
+comparison. KL, agreement and accuracy kept already compare with the teacher, so they carry a difference only between runs.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -119,20 +116,16 @@ def markdown_table(records: Sequence[Record]) -> str:
     """The same numbers for the README and the model card, without differences."""
     columns = columns_of(records)
     heads = ["slot", "technique", *(c.head.replace("/\n", "/").replace("\n", " ") for c in columns), "verdict"]
-    lines = [heads, ["---", "---", *(["---:"] * len(columns)), "---"]]
-    for r in records:
-        lines.append([r["slot"], r["technique"], *(c.text(r) for c in columns), standing(r)])
-    return "\n".join("| " + " | ".join(_markdown_escape(cell) for cell in line) + " |" for line in lines) + "\n"
+    rows = [[r["slot"], r["technique"], *(c.text(r) for c in columns), standing(r)] for r in records]
+    escaped = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "})
+    lines = [heads, ["---", "---", *(["---:"] * len(columns)), "---"], *rows]
+    return "".join("| " + " | ".join(cell.translate(escaped) for cell in line) + " |\n" for line in lines)
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
     """Print at the table's own width: a pipe gets no colours and no shortened number, whatever $COLUMNS says."""
     table.width = Console(width=10_000).measure(table).maximum
     (console or Console()).print(table, soft_wrap=True)
-
-
-def _markdown_escape(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def _table(second: str, rows: Sequence[tuple[str, str, Record, Record | None]], between_runs: bool) -> Table:
@@ -143,10 +136,8 @@ def _table(second: str, rows: Sequence[tuple[str, str, Record, Record | None]], 
         table.add_column(column.head, justify="right")
     table.add_column("verdict")
     for slot, name, record, reference in rows:
-        cells = []
-        for column in columns:
-            difference = column.difference(record, reference) if between_runs or column.against_teacher else ""
-            cells.append(Text.assemble(column.text(record), (f"\n{difference}" if difference else "", "dim")))
+        differences = (c.difference(record, reference) if between_runs or c.against_teacher else "" for c in columns)
+        cells = [Text.assemble(c.text(record), (f"\n{d}" if d else "", "dim")) for c, d in zip(columns, differences, strict=True)]
         word = standing(record)
         style = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}.get(word, "dim")
         table.add_row(Text(slot, "bold"), Text(name), *cells, Text(word, style))

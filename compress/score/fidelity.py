@@ -10,18 +10,16 @@ A model is kept as its final hidden states and its head weight, from which all l
 Legend: N tokens, H hidden, V vocabulary, C tokens a chunk.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from compress.checkpoint import best_device, load_model, read_config
+from compress.checkpoint import best_device, load_model, read_config, weight_files
 from compress.train.data import Packed
 from compress.train.forward import Head, hidden_states, scale_and_softcap
 
@@ -35,17 +33,6 @@ class States:
     hidden_NH: Tensor
     head: Head
 
-    def save(self, path: Path) -> None:
-        """Write the hidden states; the head is in the model file."""
-        beside = path.with_suffix(f".{id(self)}.part")
-        save_file({"hidden": self.hidden_NH.contiguous()}, beside)
-        beside.replace(path)
-
-
-def saved_hidden(path: Path) -> Tensor | None:
-    """Hidden states written by `States.save`, or None."""
-    return load_file(path)["hidden"] if path.is_file() else None
-
 
 @torch.inference_mode()
 def checkpoint_hidden(model_dir: Path, data: Packed, sequences: int) -> Tensor:
@@ -57,10 +44,6 @@ def checkpoint_hidden(model_dir: Path, data: Packed, sequences: int) -> Tensor:
 
 def checkpoint_head(model_dir: Path) -> Head:
     """The fp32 head of a checkpoint, read without building the model."""
-    from safetensors import safe_open
-
-    from compress.checkpoint import weight_files
-
     found: dict[str, Tensor] = {}
     for file in weight_files(model_dir):
         with safe_open(file, "pt") as tensors:
@@ -75,20 +58,18 @@ def checkpoint_head(model_dir: Path) -> Head:
 @torch.inference_mode()
 def closeness(reference: States, student: States) -> dict[str, float]:
     """{"kl", "top1"} of the student to the reference. ValueError when vocabularies or lengths differ."""
-    if reference.head.weight_VH.shape[0] != student.head.weight_VH.shape[0] or len(reference.hidden_NH) != len(student.hidden_NH):
+    vocabularies, tokens = zip(*((len(s.head.weight_VH), len(s.hidden_NH)) for s in (reference, student)), strict=True)
+    if len(set(vocabularies)) > 1 or len(set(tokens)) > 1:
         raise ValueError(
-            f"the models can't be compared: vocabularies {reference.head.weight_VH.shape[0]} and {student.head.weight_VH.shape[0]}, "
-            f"{len(reference.hidden_NH)} and {len(student.hidden_NH)} held-out tokens; both must use the same tokenizer"
+            f"the models can't be compared: vocabularies {vocabularies[0]} and {vocabularies[1]}, "
+            f"{tokens[0]} and {tokens[1]} held-out tokens; both must use the same tokenizer"
         )
     kl = agree = 0.0
-    for start in range(0, len(reference.hidden_NH), CHUNK):
-        part = slice(start, start + CHUNK)
-        log_p = reference.head.logits(reference.hidden_NH[part]).log_softmax(-1)
-        log_q = student.head.logits(student.hidden_NH[part]).log_softmax(-1)
+    for reference_CH, student_CH in zip(reference.hidden_NH.split(CHUNK), student.hidden_NH.split(CHUNK), strict=True):
+        log_p, log_q = reference.head.logits(reference_CH).log_softmax(-1), student.head.logits(student_CH).log_softmax(-1)
         kl += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
         agree += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-    count = len(reference.hidden_NH)
-    return {"kl": kl / count, "top1": agree / count}
+    return {"kl": kl / tokens[0], "top1": agree / tokens[0]}
 
 
 @torch.inference_mode()
@@ -96,9 +77,7 @@ def bits_per_byte(states: States, data: Packed, sequences: int, tokenizer: Any) 
     """Cross-entropy of the held-out labels in bits over the bytes of their text."""
     labels = data.ids[:sequences, 1:].long()
     text_bytes = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in labels)
-    flat, nats = labels.flatten(), 0.0
-    for start in range(0, len(flat), CHUNK):
-        part = slice(start, start + CHUNK)
-        logits = states.head.logits(states.hidden_NH[part])
-        nats += float(torch.nn.functional.cross_entropy(logits, flat[part], reduction="sum"))
+    nats = 0.0
+    for hidden_CH, labels_C in zip(states.hidden_NH.split(CHUNK), labels.flatten().split(CHUNK), strict=True):
+        nats += float(torch.nn.functional.cross_entropy(states.head.logits(hidden_CH), labels_C, reduction="sum"))
     return nats / math.log(2) / max(1, text_bytes)

@@ -2,14 +2,10 @@
 
 The process prints one JSON line. `ttft_ms_p50`: the prompt's forward until the first token is chosen.
 `latency_ms_p50` and `_p95`: one further greedy token with the KV cache, over all tokens of all repeats.
-`tok_per_sec`: further tokens / their total time. `peak_rss_bytes`: the kernel's high-water mark of this process from
-its start, loading included.
+`tok_per_sec`: further tokens / their total time. `peak_rss_bytes`: the kernel's high-water mark of this process, loading included.
 
-Prompt ids are a fixed pattern, the end token is not obeyed, a short unmeasured generation comes first. Left out:
-batches, other runtimes.
+Prompt ids are a fixed pattern, the end token is not obeyed, a short unmeasured generation comes first. Left out: batches.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -24,20 +20,13 @@ DTYPES = ("bfloat16", "float32", "float16")
 
 
 def measure(
-    model_dir: Path,
-    prompt_tokens: int = 64,
-    new_tokens: int = 16,
-    repeats: int = 5,
-    threads: int = 2,
-    dtype: str = "bfloat16",
+    model_dir: Path, prompt_tokens: int = 64, new_tokens: int = 16, repeats: int = 5, threads: int = 2, dtype: str = "bfloat16"
 ) -> dict[str, float]:
     """Run the measurement in a fresh process and return its numbers. ValueError with its last words when it fails."""
     if dtype not in DTYPES or min(prompt_tokens, new_tokens - 1, repeats, threads) < 1:
         got = f"{prompt_tokens=} {new_tokens=} {repeats=} {threads=} {dtype=}"
-        allowed = f"counts from 1, new_tokens from 2, dtype {' '.join(DTYPES)}"
-        raise ValueError(f"latency can't be measured with {got}; allowed: {allowed}")
-    numbers = {"prompt-tokens": prompt_tokens, "new-tokens": new_tokens, "repeats": repeats, "threads": threads}
-    options = [f"--{name}={value}" for name, value in numbers.items()]
+        raise ValueError(f"latency can't be measured with {got}; allowed: counts from 1, new_tokens from 2, dtype {' '.join(DTYPES)}")
+    options = [f"--prompt-tokens={prompt_tokens}", f"--new-tokens={new_tokens}", f"--repeats={repeats}", f"--threads={threads}"]
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     command = [sys.executable, "-m", "compress.score.latency", str(model_dir), *options, f"--dtype={dtype}"]
@@ -49,8 +38,8 @@ def measure(
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process. Linux's VmHWM starts at exec; ru_maxrss starts with the parent's peak (a
-    child of a process of 1 GB, itself 9 MB, reported 979 MB)."""
+    """Peak resident memory of this process. Linux's VmHWM starts at exec; ru_maxrss starts with the parent's peak (a child of a
+    process of 1 GB, itself 9 MB, reported 979 MB)."""
     status = Path("/proc/self/status")
     if status.is_file():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -89,15 +78,10 @@ def run(model_dir: Path, prompt_tokens: int, new_tokens: int, repeats: int, thre
     }  # fmt: skip
 
 
-def main() -> None:
-    """Parse the command line of the fresh process and print its one line."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure latency and memory of a checkpoint; one JSON line.")
     parser.add_argument("model_dir", type=Path)
     for name, default in (("prompt-tokens", 64), ("new-tokens", 16), ("repeats", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     print(json.dumps(run(**vars(parser.parse_args()))))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,17 +3,13 @@ r"""Student against teacher on the same items: every comparison is paired.
 Per item, teacher right/wrong x student right/wrong gives four counts; b = only the teacher right, c = only the student.
 
 - kept = (acc - chance) / (acc_teacher - chance): accuracy kept above chance.
-- flips = (b + c) / n: share of items whose correctness changed, also when accuracy did not (Dutta et al. 2024,
-  "Accuracy is Not All You Need", arXiv 2407.09141).
-- Exact McNemar test (McNemar 1947): under equal accuracy b ~ Binomial(b + c, 1/2); two-sided
-  p = min(1, 2 P(X <= min(b, c))).
-- Paired bootstrap (Efron & Tibshirani 1993, ch. 13, percentile interval): items are drawn with replacement, teacher and
-  student together. kept depends on the four counts only, so a resample is one multinomial draw of the counts: the same
-  distribution, without touching items. Draws in which the teacher is not above chance have no kept and are left out.
+- flips = (b + c) / n: share of items whose correctness changed, also when accuracy did not (Dutta et al. 2024, arXiv 2407.09141).
+- Exact McNemar test (McNemar 1947): under equal accuracy b ~ Binomial(b + c, 1/2); two-sided p = min(1, 2 P(X <= min(b, c))).
+- Paired bootstrap (Efron & Tibshirani 1993, ch. 13, percentile interval): items are drawn with replacement, teacher and student together.
+  kept depends on the four counts only, so a resample is one multinomial draw of the counts: the same distribution, without touching
+  items. Draws in which the teacher is not above chance have no kept and are left out.
 - Wilson score interval (Wilson 1927), lower end: a task on which it is not above chance leaves `kept` and is named.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,11 +20,12 @@ from numpy.typing import NDArray
 
 Z95 = 1.959963984540054  # two-sided 95%
 Items = Sequence[Mapping[str, Any]]
+Right = NDArray[np.bool_]  # (N,): whether each item was answered rightly
 
 
 class Paired(NamedTuple):
-    """`scores`: kept/<task>, flips/<task>, mcnemar_p/<task>, kept (mean over tasks). `intervals`: 95%, for kept/<task>
-    and kept. `excluded`: tasks on which the teacher is not surely above chance."""
+    """`scores`: kept/<task>, flips/<task>, mcnemar_p/<task>, kept (mean over tasks). `intervals`: 95%, for kept/<task> and kept.
+    `excluded`: tasks on which the teacher is not surely above chance."""
 
     scores: dict[str, float]
     intervals: dict[str, tuple[float, float]]
@@ -36,37 +33,27 @@ class Paired(NamedTuple):
 
 
 def kept(acc: float, acc_teacher: float, chance: float) -> float:
-    """Accuracy kept above chance; 1 = the teacher's, 0 = guessing. ValueError when the teacher itself is not above
-    chance."""
+    """Accuracy kept above chance; 1 = the teacher's, 0 = guessing. ValueError when the teacher itself is not above chance."""
     if acc_teacher <= chance:
         got = f"the teacher's accuracy {acc_teacher:.3f} is not above chance {chance:.3f}"
         raise ValueError(f"{got}: there is nothing to keep; leave the task out")
     return (acc - chance) / (acc_teacher - chance)
 
 
-def flips(student: NDArray[np.bool_], teacher: NDArray[np.bool_]) -> float:
-    """Share of items (N,) whose correctness changed."""
-    return float(np.mean(student != teacher))
-
-
-def mcnemar_p(student: NDArray[np.bool_], teacher: NDArray[np.bool_]) -> float:
+def mcnemar_p(student: Right, teacher: Right) -> float:
     """Exact two-sided McNemar p-value of equal accuracy on the same items (N,)."""
     b, c = int(np.sum(teacher & ~student)), int(np.sum(student & ~teacher))
     tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
     return min(1.0, 2 * tail / 2 ** (b + c))  # integers until the division: exact for any n
 
 
-def wilson_lower(right: int, n: int, z: float = Z95) -> float:
-    """Lower end of the Wilson interval of a share: `right` of `n`."""
-    if n < 1:
-        raise ValueError(f"a share needs at least one item, got n={n}")
-    p, zz = right / n, z * z / n
-    return max(0.0, (p + zz / 2 - z * math.sqrt(p * (1 - p) / n + zz / (4 * n))) / (1 + zz))
+def wilson_lower(right: int, n: int) -> float:
+    """Lower end of the 95% Wilson interval of a share: `right` of `n`, at least 1."""
+    p, zz = right / n, Z95 * Z95 / n
+    return max(0.0, (p + zz / 2 - Z95 * math.sqrt(p * (1 - p) / n + zz / (4 * n))) / (1 + zz))
 
 
-def bootstrap_kept(
-    student: NDArray[np.bool_], teacher: NDArray[np.bool_], chance: float, seed: int = 0, resamples: int = 2000
-) -> NDArray[np.float64]:
+def bootstrap_kept(student: Right, teacher: Right, chance: float, seed: int = 0, resamples: int = 2000) -> NDArray[np.float64]:
     """`kept` in each paired resample of the items (N,) -> (resamples,); NaN where the teacher is not above chance."""
     n = len(teacher)
     cells = np.bincount(2 * teacher.astype(int) + student.astype(int), minlength=4)  # neither, student, teacher, both
@@ -76,27 +63,29 @@ def bootstrap_kept(
     return (acc - chance) / above
 
 
-def interval(draws: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap draws, NaN left out."""
-    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+def interval(draws: NDArray[np.float64]) -> tuple[float, float]:
+    """95% percentile interval of bootstrap draws, NaN left out."""
+    low, high = np.nanquantile(draws, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float(low), float(high)
 
 
-def paired_scores(student_items: Items, teacher_items: Items, chance_by_task: Mapping[str, float], seed: int = 0) -> Paired:
-    """Compare per-item results (dicts with task, doc_id, correct). ValueError unless both hold exactly the same
-    items."""
+def paired_scores(student_items: Items, teacher_items: Items, chance_by_task: Mapping[str, float]) -> Paired:
+    """Compare per-item results (dicts with task, doc_id, correct). ValueError unless both hold exactly the same items."""
     student, teacher = _by_task(student_items), _by_task(teacher_items)
-    _same_items(student, teacher)
+    if student.keys() != teacher.keys():
+        raise ValueError(f"student was scored on {sorted(student)}, teacher on {sorted(teacher)}; score both with the same eval settings")
     result, draws, values = Paired({}, {}, []), [], []
-    for index, task in enumerate(teacher):
-        t = np.array(list(teacher[task].values()), dtype=bool)
-        s = np.array([student[task][doc] for doc in teacher[task]], dtype=bool)
-        result.scores[f"flips/{task}"], result.scores[f"mcnemar_p/{task}"] = flips(s, t), mcnemar_p(s, t)
+    for index, (task, docs) in enumerate(teacher.items()):
+        if odd := sorted(docs.keys() ^ student[task].keys()):
+            got = f"{len(odd)} items were scored for one model only (first: doc_id {odd[0]})"
+            raise ValueError(f"task {task}: {got}; use the same eval settings and limit")
+        t, s = np.array(list(docs.values())), np.array([student[task][doc] for doc in docs])
+        result.scores[f"flips/{task}"], result.scores[f"mcnemar_p/{task}"] = float(np.mean(s != t)), mcnemar_p(s, t)
         if wilson_lower(int(t.sum()), len(t)) <= chance_by_task[task]:
             result.excluded.append(task)
             continue
         values.append(kept(float(s.mean()), float(t.mean()), chance_by_task[task]))
-        draws.append(bootstrap_kept(s, t, chance_by_task[task], seed + index))
+        draws.append(bootstrap_kept(s, t, chance_by_task[task], seed=index))
         result.scores[f"kept/{task}"], result.intervals[f"kept/{task}"] = values[-1], interval(draws[-1])
     if values:  # tasks are independent samples: draw i of the mean is the mean of the tasks' draws i
         result.scores["kept"], result.intervals["kept"] = float(np.mean(values)), interval(np.mean(draws, axis=0))
@@ -111,13 +100,3 @@ def _by_task(items: Items) -> dict[str, dict[int, bool]]:
             raise ValueError(f"task {item['task']}: item {item['doc_id']} appears twice; score the model again")
         docs[item["doc_id"]] = bool(item["correct"])
     return table
-
-
-def _same_items(student: dict[str, dict[int, bool]], teacher: dict[str, dict[int, bool]]) -> None:
-    if student.keys() != teacher.keys():
-        got = f"student was scored on {sorted(student)}, teacher on {sorted(teacher)}"
-        raise ValueError(f"{got}; score both with the same eval settings")
-    for task, docs in teacher.items():
-        if odd := sorted(docs.keys() ^ student[task].keys()):
-            got = f"{len(odd)} items were scored for one model only (first: doc_id {odd[0]})"
-            raise ValueError(f"task {task}: {got}; use the same eval settings and limit")

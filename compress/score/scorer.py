@@ -5,93 +5,70 @@ beside another (KL, top-1 agreement, accuracy kept, flips). Teacher, every stage
 functions with the same batch size, dtype (fp32), prompts and held-out tokens; latency runs in a process of its own, in the shipping type.
 """
 
-from __future__ import annotations
-
 import json
-import time
-from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import best_device, load_tokenizer, tokenizer_digest
-from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, saved_hidden
+import safetensors.torch
+import torch
+
+from compress import __version__, machine
+from compress.assets import configs_dir
+from compress.checkpoint import Model, best_device, load_tokenizer, tokenizer_digest
+from compress.config import Eval
+from compress.export.parity import parity
+from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
 from compress.score.latency import measure as measure_torch
+from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process, make_lm
 from compress.score.paired import paired_scores
 from compress.score.size import gguf_size, size
-from compress.score.tasks import evaluate, make_hf_lm
-from compress.store import Store, sha256_json, write_json
+from compress.score.tasks import TaskResult, evaluate, make_hf_lm
+from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.data import Packed
 from compress.train.forward import Head
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is measured, in numbers and names; its digest is part of every score's key."""
-
-    tasks: tuple[str, ...]
-    data_dir: Path | None
-    limit: int | None
-    batch_size: int
-    heldout_sequences: int
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-    threads: int
-    tasks_digest: str
-    machine: str
-
-
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint directory or a GGUF file, with the digest of its weights."""
-
-    path: Path
-    digest: str
-    runtime: str = "torch"  # or "llama.cpp"
-
-
-@dataclass(frozen=True)
 class Measured:
-    """A model's own scores, its task items, and the chance level of each task."""
+    """A model's own scores, its task items, the chance level of each task, and in a run the record that was written about it."""
 
     model: Model
     key: str
     scores: dict[str, float]
-    items: list[dict[str, Any]] = field(default_factory=list)
-    chance: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
+    items: list[dict[str, Any]]
+    chance: dict[str, float]
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 class Scorer:
-    """Scores models against one evaluation; finished scores are read back from the store."""
+    """Scores models by the settings of an `Eval`; finished ones are read back by settings, tasks' files, text, threads and machine."""
 
-    def __init__(self, store: Store, settings: Settings, heldout: Packed, tokenizer_dir: Path, log: Callable[[str], None]) -> None:
-        self.store, self.settings, self.heldout, self.log = store, settings, heldout, log
-        self.tokenizer_dir = tokenizer_dir
+    def __init__(self, store: Store, settings: Eval, heldout: Packed, tokenizer_dir: Path, threads: int) -> None:
+        self.store, self.settings, self.heldout, self.tokenizer_dir, self.threads = store, settings, heldout, tokenizer_dir, threads
         self.sequences = min(settings.heldout_sequences, len(heldout.ids))
-
-    def key(self, model: Model, tasks: bool) -> str:
-        """The weights' digest, by which gc knows whose scores these are, and the digest of all that they depend on."""
-        from compress import __version__
-
-        own = {k: str(v) for k, v in vars(self.settings).items()}
-        return f"{model.digest[:16]}-{sha256_json([model.digest, model.runtime, own, tasks, self.heldout.digest, __version__])[:32]}"
+        self.data_dir = Path(settings.data_dir).expanduser() if settings.data_dir else None
+        folders = [place / name for place in (configs_dir() / "tasks", self.data_dir) if place for name in settings.tasks]
+        own = vars(settings) | {
+            "tasks": tuple(settings.tasks), "data_dir": self.data_dir, "threads": threads,
+            "tasks_digest": sha256_json({folder.name: file_table(folder) for folder in folders if folder.is_dir()}),
+            "machine": sha256_json(machine.describe(threads))[:16],
+        }  # fmt: skip
+        self.depends = {name: str(value) for name, value in own.items()}, heldout.digest, __version__
 
     def measure(self, model: Model, *, tasks: bool = True) -> Measured:
         """The model's own scores, from the store if they are there. `tasks=False` leaves the tasks out."""
-        key = self.key(model, tasks)
+        own, text, ours = self.depends
+        # The weights' digest comes first: by it gc knows whose scores these are.
+        key = f"{model.digest[:16]}-{sha256_json([model.digest, model.runtime, own, tasks, text, ours])[:32]}"
         path = self.store.root / "scores" / f"{key}.json"
-        if path.is_file() and self._states_path(key).is_file():
-            kept = json.loads(path.read_text())
-            return Measured(model, key, kept["scores"], kept["items"], kept["chance"], kept["seconds"])
-        start = time.monotonic()
-        names = self.settings.tasks if tasks else ()
-        raw = self._torch(model, key, names) if model.runtime == "torch" else self._llamacpp(model, key, names)
-        raw["seconds"] = time.monotonic() - start
-        write_json(path, raw)
-        return Measured(model, key, **raw)
+        if not (path.is_file() and self._states_path(key).is_file()):
+            write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else []))
+        found = json.loads(path.read_text())
+        return Measured(model, key, found["scores"], found["items"], found["chance"])
 
     def compare(self, student: Measured, reference: Measured) -> dict[str, float]:
         """{"kl", "top1"} on the held-out text, from the store if it is there."""
@@ -102,13 +79,11 @@ class Scorer:
 
     def parity(self, shipped: Measured, checkpoint: Measured, kind: str) -> dict[str, float]:
         """What `export/parity.py` measures of a GGUF and the checkpoint it was made of, from the store if it is there. ValueError as there."""
-        from compress.export.parity import parity
-
         depends = sha256_json([checkpoint.key, tokenizer_digest(checkpoint.model.path), kind, version("xllamacpp")])[:32]
         path = self.store.root / "scores" / f"{shipped.key}-{depends}.parity.json"
         if not path.is_file():
             rows = self.heldout.ids[: self.sequences]
-            write_json(path, parity(checkpoint.model.path, shipped.model.path, kind, rows, self._states(shipped), self.settings.threads))
+            write_json(path, parity(checkpoint.model.path, shipped.model.path, kind, rows, self._states(shipped), self.threads))
         return json.loads(path.read_text())
 
     def beside(
@@ -128,48 +103,25 @@ class Scorer:
         return self.store.root / "scores" / f"{key}.states.safetensors"
 
     def _states(self, measured: Measured) -> States:
-        hidden = saved_hidden(self._states_path(measured.key))
-        assert hidden is not None, "measure() writes the states before the scores"
-        return States(hidden, self._head(measured.model))
+        return States(safetensors.torch.load_file(self._states_path(measured.key))["hidden"], self._head(measured.model))
 
     def _head(self, model: Model) -> Head:
-        if model.runtime == "torch":
-            return checkpoint_head(model.path)
-        from compress.score.llamacpp import gguf_head
+        return checkpoint_head(model.path) if model.runtime == "torch" else gguf_head(model.path)
 
-        return gguf_head(model.path)
-
-    def _closeness_inputs(self, hidden: Any, model: Model, key: str) -> dict[str, float]:
-        states = States(hidden, self._head(model))
-        states.save(self._states_path(key))
-        return {"bits_per_byte/heldout": bits_per_byte(states, self.heldout, self.sequences, load_tokenizer(self.tokenizer_dir))}
-
-    def _torch(self, model: Model, key: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-        s = self.settings
-        scores = self._closeness_inputs(checkpoint_hidden(model.path, self.heldout, self.sequences), model, key)
-        items, chance = [], {}
-        if tasks:
-            result = evaluate(make_hf_lm(model.path, s.batch_size, device=str(best_device())), tasks, s.limit, s.data_dir)
-            scores, items, chance = scores | result.scores, result.items, result.chance
-        scores |= measure_torch(model.path, s.prompt_tokens, s.new_tokens, s.repeats, s.threads, "bfloat16") | size(model.path)
-        return {"scores": scores, "items": items, "chance": chance}
-
-    def _llamacpp(self, model: Model, key: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-        import torch
-
-        from compress.score.llamacpp import LlamaCpp, latency_in_fresh_process, make_lm
-
-        s = self.settings
-        rows = self.heldout.ids[: self.sequences, :-1].tolist()
-        llama = LlamaCpp(model.path, s.threads, self.heldout.ids.shape[1] + 8)
-        try:
-            scores = self._closeness_inputs(torch.cat(llama.hidden_states(rows)), model, key)
-            items, chance = [], {}
-            if tasks:
-                lm = make_lm(llama, self._head(model), load_tokenizer(self.tokenizer_dir), s.batch_size)
-                result = evaluate(lm, tasks, s.limit, s.data_dir)
-                scores, items, chance = scores | result.scores, result.items, result.chance
-        finally:
-            llama.close()
-        scores |= latency_in_fresh_process(model.path, s.prompt_tokens, s.new_tokens, s.repeats, s.threads) | gguf_size(model.path)
-        return {"scores": scores, "items": items, "chance": chance}
+    def _own_scores(self, model: Model, key: str, tasks: list[str]) -> dict[str, Any]:
+        s, head, tokenizer = self.settings, self._head(model), load_tokenizer(self.tokenizer_dir)
+        with ExitStack() as stack:
+            if model.runtime == "torch":
+                hidden_NH = checkpoint_hidden(model.path, self.heldout, self.sequences)
+                lm = partial(make_hf_lm, model.path, s.batch_size, str(best_device()))
+            else:
+                llama = stack.enter_context(closing(LlamaCpp(model.path, self.threads, self.heldout.ids.shape[1] + 8)))
+                hidden_NH = torch.cat(llama.hidden_states(self.heldout.ids[: self.sequences, :-1].tolist()))
+                lm = partial(make_lm, llama, head, tokenizer, s.batch_size)
+            write_whole(self._states_path(key), safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
+            bits = bits_per_byte(States(hidden_NH, head), self.heldout, self.sequences, tokenizer)
+            result = evaluate(lm(), tasks, s.limit, self.data_dir) if tasks else TaskResult({}, [], {})
+        latency, size_of = (measure_torch, size) if model.runtime == "torch" else (latency_in_fresh_process, gguf_size)
+        scores = {"bits_per_byte/heldout": bits} | result.scores | size_of(model.path)
+        scores |= latency(model.path, s.prompt_tokens, s.new_tokens, s.repeats, self.threads)
+        return {"scores": scores, "items": result.items, "chance": result.chance}

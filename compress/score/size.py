@@ -4,8 +4,6 @@ A safetensors file begins with 8 bytes n (little endian) and n bytes of JSON {te
 bits_per_weight = size_bytes x 8 / params, embeddings included, container included.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -26,8 +24,8 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def size(checkpoint_dir: Path) -> dict[str, float]:
     """`params` (a tied head counted once), `size_bytes`, `bits_per_weight` of a checkpoint directory.
 
-    `size_bytes` is the weight files' size, or `source_bytes` of `source.json` when the checkpoint was imported from a
-    packed file (a GGUF teacher): that file is what its user has on disk.
+    `size_bytes` is the weight files' size, or `source_bytes` of `source.json` when the checkpoint was imported from a packed file (a
+    GGUF teacher): that file is what its user has on disk.
     """
     files = weight_files(checkpoint_dir)
     shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items()}

@@ -1,13 +1,6 @@
-"""Where records go besides the run directory. A sink is imported only when it is asked for.
-
-It only ever copies what is already on disk: `Guarded` therefore lets a sink die, says so once on stderr, and the run
-goes on without it.
-"""
-
-from __future__ import annotations
+"""Where records go besides the run directory. A sink is imported only when it is asked for, and only copies what is already on disk."""
 
 import json
-import os
 import pkgutil
 import sys
 from functools import partialmethod
@@ -15,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import nearest
+from compress.store import fsync
 
 TRACKERS = {"jsonl": "compress.track:Jsonl", "wandb": "compress.track.wandb:Wandb"}
 
@@ -22,8 +16,8 @@ TRACKERS = {"jsonl": "compress.track:Jsonl", "wandb": "compress.track.wandb:Wand
 class Tracker:
     """A sink for the records of one run directory. What it does not override, it does not do."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = Path(run_dir).resolve()
+    def __init__(self, run_dir: Path, project: str = "compress") -> None:
+        self.run_dir, self.project = Path(run_dir).resolve(), project
 
     @staticmethod
     def check() -> None:
@@ -40,21 +34,14 @@ class Tracker:
 
 
 class Jsonl(Tracker):
-    """Every record of a run, one a line, in `records.jsonl`; a training curve in its slot's `steps.jsonl`."""
+    """Every record of a run, one a line, in `records.jsonl`; a training curve in its slot's `steps.jsonl`. On disk when it returns."""
 
     def record(self, record: dict[str, Any], steps: list[dict[str, Any]]) -> None:
-        if steps:
-            self._write(slot_dir(self.run_dir, record) / "steps.jsonl", steps, "w")
-        self._write(self.run_dir / "records.jsonl", [record], "a")
-
-    @staticmethod
-    def _write(file: Path, rows: list[dict[str, Any]], mode: str) -> None:
-        """Whole lines in one write, on disk when it returns."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open(mode, encoding="utf-8") as out:
-            out.write("".join(json.dumps(row) + "\n" for row in rows))
-            out.flush()
-            os.fsync(out.fileno())
+        for file, rows, mode in ((slot_dir(self.run_dir, record) / "steps.jsonl", steps, "w"), (self.run_dir / "records.jsonl", [record], "a")):
+            if rows:
+                with file.open(mode, encoding="utf-8") as out:
+                    out.write("".join(json.dumps(row) + "\n" for row in rows))
+                fsync(file)
 
 
 class Guarded:
@@ -64,10 +51,9 @@ class Guarded:
         self.name, self.sink, self.alive = name, sink, True
 
     def _call(self, method: str, *arguments: Any) -> None:
-        if not self.alive:
-            return
         try:
-            getattr(self.sink, method)(*arguments)
+            if self.alive:
+                getattr(self.sink, method)(*arguments)
         except Exception as error:
             self.alive = False
             print(f"warning: tracker {self.name} stopped ({type(error).__name__}: {error}); the run goes on, "
@@ -80,20 +66,16 @@ class Guarded:
 
 def check(name: str) -> None:
     """Raise ValueError when the tracker is unknown or its package is missing. Call it before any work starts."""
-    _sink(name).check()
+    if name not in TRACKERS:
+        raise ValueError(f"unknown tracker {name!r}; {nearest(name, TRACKERS)}; set it with track=NAME")
+    pkgutil.resolve_name(TRACKERS[name]).check()
 
 
 def open_tracker(name: str, run_dir: Path, **options: Any) -> Guarded:
-    """The tracker `name` writing below `run_dir`; `options` are that sink's own (see its class)."""
-    return Guarded(name, _sink(name)(run_dir, **options))
+    """The checked tracker `name` writing below `run_dir`; `options` are that sink's own (see its class)."""
+    return Guarded(name, pkgutil.resolve_name(TRACKERS[name])(run_dir, **options))
 
 
 def slot_dir(run_dir: Path, record: dict[str, Any]) -> Path:
     """The folder NN-<slot> of a record."""
     return run_dir / f"{record['index']:02d}-{record['slot']}"
-
-
-def _sink(name: str) -> Any:
-    if name not in TRACKERS:
-        raise ValueError(f"unknown tracker {name!r}; {nearest(name, TRACKERS)}; set it with track=NAME")
-    return pkgutil.resolve_name(TRACKERS[name])

@@ -78,8 +78,7 @@ class Signals:
         }  # fmt: skip
         base = str(root) if own_folder else f"{root}/{sha256_json(self.meta | made_with())[:32]}"
         self.fs, self.folder = fsspec.core.url_to_fs(base)
-        self._model: Any = None
-        self._head: Head | None = None
+        self._head: Head | None = None  # of the scheme "hidden", once the teacher was open
         self._shards: dict[int, list[Shard]] = {}
         self._paths: dict[int, str] = {}
         self._fetched: dict[int, Future[bytes]] = {}
@@ -91,7 +90,6 @@ class Signals:
         path = f"{self.folder}/meta.json"
         if not self.fs.exists(path):
             self._put("meta.json", json.dumps(self.meta | {"made_with": made_with()}, indent=2).encode())
-            return
         found = json.loads(self.fs.cat_file(path))
         for key, asked in self.meta.items():
             if found.get(key) != asked:
@@ -112,7 +110,6 @@ class Signals:
         """The head that turns kept hidden states into logits; None for the other schemes."""
         if self.scheme.name == "hidden" and self._head is None:
             self._open_teacher()
-            self._close_teacher()
         return self._head
 
     def read(self, rows: list[int]) -> dict[str, Tensor]:
@@ -135,20 +132,16 @@ class Signals:
         """
         numbers, present = range(-(-rows // ROWS_PER_SHARD)), self._present()
         missing = [n for n in numbers if n not in present and n % self.worker.world == self.worker.rank]
-        start = time.monotonic()
+        start, teacher = time.monotonic(), self._open_teacher() if missing else ()
         for done, number in enumerate(missing, 1):
-            size = self._write(number)
-            if done == 1:
-                self._check_space(size * (len(missing) - 1))
+            size = self._write(number, *teacher)[1]
+            more = size * (len(missing) - 1)
+            if done == 1 and Path(self.folder).is_dir() and more > (free := shutil.disk_usage(self.folder).free):
+                raise ResourceError(
+                    f"the teacher signal needs {more / 1e9:.1f} GB more in {self.folder}, {free / 1e9:.1f} GB are free; set signal.path"
+                )
             left = (time.monotonic() - start) / done * (len(missing) - done)
             self.log(f"teacher signal {done}/{len(missing)} shards, {size / self._tokens(number):.0f} bytes a token, {left:.0f} s left")
-        self._close_teacher()
-
-    def _check_space(self, needed: int) -> None:
-        if Path(self.folder).is_dir() and needed > (free := shutil.disk_usage(self.folder).free):
-            raise ResourceError(
-                f"the teacher signal needs {needed / 1e9:.1f} GB more in {self.folder}, {free / 1e9:.1f} GB are free; set signal.path"
-            )
 
     def bytes_per_token(self) -> float:
         """Bytes of all shards over their tokens."""
@@ -170,11 +163,7 @@ class Signals:
 
     def _shard(self, number: int) -> list[Shard]:
         if number not in self._shards:
-            if self._find(number) is None:
-                self._write(number)
-                self._close_teacher()
-            path = self._find(number)
-            assert path is not None
+            path = self._find(number) or self._write(number, *self._open_teacher())[0]
             data = self._fetched.pop(number).result() if number in self._fetched else self.fs.cat_file(path)
             if path.rsplit("/", 1)[1] != _name(number, data):
                 raise ValueError(f"teacher signal {path} is damaged (its checksum differs from its name); delete it and run again")
@@ -183,37 +172,28 @@ class Signals:
             self._shards[number] = _take_apart(load(data))
         return self._shards[number]
 
-    def _open_teacher(self) -> Head:
-        if self._model is None:
-            dtype = torch.float32 if self.meta["precision"] == "fp32" else torch.bfloat16
-            self._model = load_model(self.teacher, dtype, self.load)
-            use_cpu_kernels(self._model)
-            if self.load == "plain":
-                self._model.to(best_device())
-            self._head = head_of(self._model).detach().first(min(self._model.config.vocab_size, len(load_tokenizer(self.teacher))))
-        assert self._head is not None
-        return self._head
+    def _open_teacher(self) -> tuple[Any, Head]:
+        """The teacher and its head, of which a copy stays where `teacher_head` gives it."""
+        model: Any = load_model(self.teacher, torch.float32 if self.meta["precision"] == "fp32" else torch.bfloat16, self.load)
+        use_cpu_kernels(model)
+        if self.load == "plain":
+            model.to(best_device())
+        head = head_of(model).detach().first(min(model.config.vocab_size, len(load_tokenizer(self.teacher))))
+        if self.scheme.name == "hidden":
+            self._head = replace(head, weight_VH=head.weight_VH.clone())
+        return model, head
 
-    def _close_teacher(self) -> None:
-        """Free the teacher; of its head only what `teacher_head` gives stays."""
-        self._model = None
-        if self.scheme.name == "hidden" and self._head is not None:
-            self._head = replace(self._head, weight_VH=self._head.weight_VH.clone())
-        else:
-            self._head = None
-
-    def _write(self, number: int) -> int:
-        """Make one shard; its size in bytes."""
-        head = self._open_teacher()
+    def _write(self, number: int, model: Any, head: Head) -> tuple[str, int]:
+        """Make one shard; its path and size in bytes."""
         generator = torch.Generator().manual_seed(self.meta["seed"] * 1_000_003 + number)
         made = []
         with torch.inference_mode():
             for row in range(number * ROWS_PER_SHARD, min((number + 1) * ROWS_PER_SHARD, len(self.data.ids))):
-                hidden_LH = hidden_states(self._model, **to_device(self.data.inputs([row]), self._model.device))
+                hidden_LH = hidden_states(model, **to_device(self.data.inputs([row]), model.device))
                 made.append(encode(hidden_LH, head, self.scheme, generator))
         data = save(_put_together(made))
         self._put(_name(number, data), data)
-        return len(data)
+        return f"{self.folder}/{_name(number, data)}", len(data)
 
 
 def _name(number: int, data: bytes) -> str:
@@ -227,6 +207,5 @@ def _put_together(rows: list[Shard]) -> dict[str, Tensor]:
 
 
 def _take_apart(tensors: dict[str, Tensor]) -> list[Shard]:
-    names = [name for name in tensors if f"{name}.lengths" in tensors]
-    columns = {name: tensors[name].split(tensors[f"{name}.lengths"].tolist()) for name in names}
+    columns = {name: tensors[name].split(tensors[f"{name}.lengths"].tolist()) for name in tensors if f"{name}.lengths" in tensors}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -107,8 +107,7 @@ class Distill(Optimization):
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats, loss_last_nats."""
         from compress.checkpoint import load_model, load_tokenizer, read_config, save_model
         from compress.distill.losses import Mix
-        from compress.distill.rollout import with_rollouts
-        from compress.distill.steps import OnlineTeacher, common_vocabulary
+        from compress.distill.steps import OnlineTeacher, common_vocabulary, with_rollouts
         from compress.quant.fake import is_quantized
 
         if is_quantized(parent):

@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from compress.errors import Interrupted, is_memory
@@ -32,12 +35,11 @@ from compress.train import parallel
 from compress.train.cpu import use_cpu_kernels
 from compress.train.forward import to_device
 from compress.train.optimizer import learning_rate, make_optimizer
-from compress.train.progress import Progress
 from compress.train.state import load_state, named_locals, save_state
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
-SAVE_SECONDS = 60.0
+SAVE_SECONDS, LINE_SECONDS = 60.0, 20.0  # between two states, and two progress lines
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,9 @@ def _delayed_signals() -> Iterator[list[int]]:
         for number, handler in old.items():
             signal.signal(number, handler)
 
-    try:
+    with suppress(ValueError):  # not the main thread, which alone may set handlers: signals end the process as usual
         for caught_one in (signal.SIGINT, signal.SIGTERM):
             old[caught_one] = signal.signal(caught_one, catch)
-    except ValueError:  # not the main thread, which alone may set handlers: signals end the process as usual
-        pass
     try:
         yield caught
     finally:
@@ -107,11 +107,32 @@ def _delayed_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _progress(label: str, total: int, first: int, log: Callable[[str], None]) -> Iterator[Callable[[int, float, float], None]]:
+    """`update(done, loss, tokens_per_sec)` after each step: a live bar on a terminal, a line now and then elsewhere."""
+    started = printed = time.monotonic()
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=total, completed=first, info="")
+
+        def update(done: int, loss: float, tokens_per_sec: float) -> None:
+            nonlocal printed
+            info = f"loss {loss:.4f}  {tokens_per_sec:,.0f} tokens/s"
+            bar.update(task, completed=done, info=info)
+            if bar.disable and (time.monotonic() - printed > LINE_SECONDS or done == total):
+                printed = time.monotonic()
+                left = (printed - started) / max(1, done - first) * (total - done)
+                log(f"{label}: step {done}/{total}  {info}  {left:,.0f} s left")
+
+        yield update
+
+
 class Trainer:
     """The model wrapped for its devices, its optimizer, and the state that a resumed run needs."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, plan: Plan, work: Path) -> None:
-        self.plan, self.work, self.model = plan, work, model
+        self.plan, self.model = plan, model
         if plan.precision == "bf16_stochastic":
             model.to(torch.bfloat16)
         use_cpu_kernels(model)
@@ -130,13 +151,8 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self.state: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
         self.replicated = plan.parallel != "fsdp2"  # whether every rank's state is the same
-        found = load_state(work, self.plain, self.optimizer, self.replicated)
-        if found:
+        if found := load_state(work, self.plain, self.optimizer, self.replicated):
             self.state, self.best = found
-
-    def save(self) -> None:
-        """Make the state durable."""
-        save_state(self.work, self.plain, self.optimizer, self.state, self.best, self.replicated)
 
     def step(self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]) -> dict[str, float]:
         """One optimizer step; its row of the curve. With less and less memory, smaller micro-batches."""
@@ -169,7 +185,10 @@ class Trainer:
         """(loss sum, labels, norm of the mean gradient) over all ranks; leaves gradients of the sum, divided by the ranks."""
         loss, count = 0.0, 0.0
         for number, batch in enumerate(batches, 1):
-            with self._synchronized(last=number == len(batches)):
+            last, sharded = number == len(batches), self.plan.parallel == "fsdp2"
+            if sharded:
+                self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            with nullcontext() if last or sharded else self.accelerator.no_sync(self.module):  # ranks exchange gradients in the last one only
                 loss_sum, labels = self.module(to_device(batch, self.accelerator.device))
                 self.accelerator.backward(loss_sum)
             loss += float(loss_sum.detach())
@@ -185,20 +204,9 @@ class Trainer:
             raise FloatingPointError(f"{where}: {bad} is not finite (loss {loss / count}); lower the learning rate or use trainer.precision=fp32")
         return loss, count, norm
 
-    @contextmanager
-    def _synchronized(self, last: bool) -> Iterator[None]:
-        """Exchange gradients between ranks in the last micro-batch only."""
-        if self.plan.parallel == "fsdp2":
-            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
-        elif not last:
-            with self.accelerator.no_sync(self.module):
-                yield
-            return
-        yield
-
     @torch.no_grad()
-    def validate(self, loss_fn: LossFunction, batches: list[Batch]) -> bool:
-        """Measure the KL of the weights as they are; whether it is the best so far, whose weights are then kept."""
+    def validate(self, loss_fn: LossFunction, batches: list[Batch]) -> float:
+        """Measure the KL of the weights as they are; the best weights so far are kept."""
         self.module.eval()
         sums = [self.module(to_device(batch, self.accelerator.device), loss_fn) for batch in batches]
         self.module.train()
@@ -207,13 +215,11 @@ class Trainer:
         kl = parallel.share(sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums))
         seconds = sum(row["seconds"] for row in self.state["curve"])
         tokens = sum(row["seconds"] * row["tokens_per_sec"] for row in self.state["curve"])
-        row = {"step": self.state["step"], "tokens": round(tokens), "seconds": seconds, "validation_kl": kl}
-        self.state["measured"].append(row)
-        if kl >= self.state["best_kl"]:
-            return False
-        self.state |= {"best_kl": kl, "best_step": self.state["step"]}
-        self.best = {name: p.clone() for name, p in named_locals(self.plain).items()}
-        return True
+        self.state["measured"].append({"step": self.state["step"], "tokens": round(tokens), "seconds": seconds, "validation_kl": kl})
+        if kl < self.state["best_kl"]:
+            self.state |= {"best_kl": kl, "best_step": self.state["step"]}
+            self.best = {name: p.clone() for name, p in named_locals(self.plain).items()}
+        return kl
 
     def finish(self) -> None:
         """Leave the best weights, whole, in the model. Ranks but the first end here."""
@@ -243,38 +249,28 @@ def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int],
         log(f"{label}: resuming at step {state['step']} of {plan.steps}")
     trainer.module.train()
     due = {round(i * plan.steps / plan.validations) for i in range(plan.validations + 1)} if plan.validations and validation else set()
-    with _delayed_signals() as caught, Progress(label, plan.steps, state["step"], log) as progress:
+    with _delayed_signals() as caught, _progress(label, plan.steps, state["step"], log) as progress:
         while True:
             step = state["step"]
             if step in due and validation and step not in [row["step"] for row in state["measured"]]:
-                trainer.validate(*validation)
-                log(f"{label}: step {step}, validation KL {state['measured'][-1]['validation_kl']:.4f}")
-            if step == plan.steps or _hopeless(state, plan):
+                log(f"{label}: step {step}, validation KL {trainer.validate(*validation):.4f}")
+            since_best = sum(row["step"] > state["best_step"] for row in state["measured"])
+            if step == plan.steps or 0 < plan.patience <= since_best:
                 break
             row = trainer.step(batches, f"{label}, step {step}", log)
             state["step"] = step + 1
             state["curve"].append(row)
-            progress.update(step + 1, row["loss"], row["tokens_per_sec"])
+            progress(step + 1, row["loss"], row["tokens_per_sec"])
             stop, late = parallel.total(caught[0] if caught else 0, parallel.rank() == 0 and time.monotonic() - saved_at > SAVE_SECONDS)
             if stop or (late and step + 1 < plan.steps):
-                trainer.save()
+                save_state(work, trainer.plain, trainer.optimizer, state, trainer.best, trainer.replicated)
                 saved_at = time.monotonic()
             if stop:
                 log(f"{label}: state saved after step {step + 1} of {plan.steps}; repeat the command to go on")
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)
     trainer.finish()
-    return Result(state["curve"], state["measured"], _outcome(state))
-
-
-def _hopeless(state: dict[str, Any], plan: Plan) -> bool:
-    """Whether the last `patience` measurements brought nothing better."""
-    since_best = [row for row in state["measured"] if row["step"] > state["best_step"]]
-    return bool(plan.patience) and len(since_best) >= plan.patience
-
-
-def _outcome(state: dict[str, Any]) -> dict[str, float]:
-    if not state["measured"]:
-        return {}
-    first = state["measured"][0]["validation_kl"]
-    return {"validation_kl_first_nats": first, "validation_kl_best_nats": state["best_kl"], "best_step_index": state["best_step"],
-            "paid_flag": float(state["best_step"] > 0)}  # fmt: skip
+    outcome = {
+        "validation_kl_first_nats": state["measured"][0]["validation_kl"], "validation_kl_best_nats": state["best_kl"],
+        "best_step_index": state["best_step"], "paid_flag": float(state["best_step"] > 0),
+    } if state["measured"] else {}  # fmt: skip
+    return Result(state["curve"], state["measured"], outcome)

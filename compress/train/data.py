@@ -28,8 +28,7 @@ from torch import Tensor
 
 from compress.checkpoint import load_tokenizer, tokenizer_digest
 from compress.store import sha256_json
-from compress.train.generated import generated
-from compress.train.sources import Document, documents
+from compress.train.sources import Document, documents, generated
 
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 and label mask bool of one document
 DOCUMENTS_AT_ONCE = 1000  # tokenised together

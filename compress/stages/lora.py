@@ -8,9 +8,11 @@ adapted: with tied weights one of the two updates would be lost on reload.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,7 @@ from compress.stages.optimization import Optimization
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class LoraData(Enum):
-    """Which data the adapters learn."""
-
-    chat = "chat"
-    text = "text"
+LoraData = StrEnum("LoraData", ["chat", "text"])  # what the adapters learn
 
 
 @dataclass
@@ -41,15 +39,8 @@ class Lora(Optimization):
         super().__post_init__()
         if self.rank <= 0 or self.alpha <= 0:
             raise ConfigError(f"rank={self.rank}, alpha={self.alpha}: both must be above 0")
-        if self.load_in_4bit:
-            import importlib.util
-
-            if importlib.util.find_spec("bitsandbytes") is None:
-                raise ConfigError("load_in_4bit=true needs bitsandbytes, which is not installed: pip install 'compress-lm[qlora]'")
-
-    def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
-        """LoRA keeps the shape."""
-        return config
+        if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError("load_in_4bit=true needs bitsandbytes, which is not installed: pip install 'compress-lm[qlora]'")
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the merged model and `adapter/`. Metrics: as every training stage, and adapter_params_count."""
@@ -79,8 +70,6 @@ class Lora(Optimization):
 
 def _plain_adapter(adapter: Path) -> None:
     """Keep weights and configuration; drop peft's card and the path of the machine it was made on."""
-    import json
-
     for path in adapter.iterdir():
         if path.name not in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -17,22 +17,10 @@ if TYPE_CHECKING:
     from compress.train.data import Packed
 
 
-class SchemeName(StrEnum):
-    """How the teacher is seen: kept signals (`compress/distill/schemes.py`), or the teacher run at every step."""
-
-    sampled = "sampled"
-    topk = "topk"
-    hidden = "hidden"
-    full = "full"
-    online = "online"
-
-
-class TeacherLoad(StrEnum):
-    """How the teacher's weights are held while it makes the signal."""
-
-    plain = "plain"
-    nf4 = "nf4"
-    int8 = "int8"
+# how the teacher is seen: kept signals (`compress/distill/schemes.py`), or the teacher run at every step
+SchemeName = StrEnum("SchemeName", ["sampled", "topk", "hidden", "full", "online"])
+TeacherLoad = StrEnum("TeacherLoad", ["plain", "nf4", "int8"])  # how its weights are held meanwhile
+Schedule = StrEnum("Schedule", ["cosine", "wsd"])  # how the learning rate falls (`compress/train/optimizer.py`)
 
 
 @dataclass
@@ -83,13 +71,6 @@ class Signal:
         return signals
 
 
-class Schedule(StrEnum):
-    """How the learning rate falls (`compress/train/optimizer.py`)."""
-
-    cosine = "cosine"
-    wsd = "wsd"
-
-
 @dataclass
 class Optimization:
     """Token budget and optimizer of a stage."""
@@ -116,6 +97,10 @@ class Optimization:
         if self.validations < 0 or self.patience < 0 or (self.patience and not self.validations):
             raise ConfigError(f"validations={self.validations}, patience={self.patience}: neither below 0, and patience needs validations")
 
+    def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Training keeps the shape."""
+        return config
+
     def steps(self, seq_len: int) -> int:
         """Optimizer steps that the token budget pays for."""
         return -(-self.tokens // (self.batch_sequences * seq_len))
@@ -124,19 +109,9 @@ class Optimization:
         """Distinct sequences read: those of one epoch."""
         return -(-self.steps(seq_len) * self.batch_sequences // self.epochs)
 
-    def optimize(
-        self,
-        model: Any,
-        mix: Mix,
-        data: Packed,
-        source: TeacherSource | None,
-        ctx: Context,
-        *,
-        hidden_weight: float = 0.0,
-        vocabulary: int | None = None,
-        wrap: Callable[[Any], Any] | None = None,
-        wrap_loss: Callable[[Any], Any] | None = None,
-    ) -> dict[str, float]:
+    def optimize(self, model: Any, mix: Mix, data: Packed, source: TeacherSource | None, ctx: Context, *, hidden_weight: float = 0.0,
+                 vocabulary: int | None = None, wrap: Callable[[Any], Any] | None = None,
+                 wrap_loss: Callable[[Any], Any] | None = None) -> dict[str, float]:  # fmt: skip
         """Train `model` on `data` with a loss mix. Deterministic figures; the whole curve, with its times, goes to the store's note."""
         from compress.distill.steps import make_batches, make_loss, one_batch
         from compress.train.loop import Plan, train

@@ -30,11 +30,7 @@ def block_influence(h_in_NH: Tensor, h_out_NH: Tensor) -> float:
 
 
 def drop_blocks(
-    blocks: Sequence[Callable[[Tensor], Tensor]],
-    entering: Sequence[Tensor],
-    count: int,
-    keep_first: int,
-    keep_last: int,
+    blocks: Sequence[Callable[[Tensor], Tensor]], entering: Sequence[Tensor], count: int, keep_first: int, keep_last: int
 ) -> list[tuple[int, float]]:
     """The `count` blocks to drop as (index in `blocks`, influence when it went), in the order they go.
 
@@ -45,8 +41,7 @@ def drop_blocks(
     for _ in range(count):
         for index in kept[len(states) - 1 :]:
             states.append(blocks[index](states[-1]))
-        candidates = range(keep_first, len(kept) - keep_last)
-        influence = {at: block_influence(states[at], states[at + 1]) for at in candidates}
+        influence = {at: block_influence(states[at], states[at + 1]) for at in range(keep_first, len(kept) - keep_last)}
         at = min(influence, key=influence.__getitem__)
         dropped.append((kept.pop(at), influence[at]))
         del states[at + 1 :]

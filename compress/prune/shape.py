@@ -8,10 +8,7 @@ layers, so that stock transformers, llama.cpp and vLLM load the result. A target
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from typing import Any
 
 ARCHITECTURES = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM",
@@ -45,7 +42,7 @@ def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:
     return {**config, **per_block, "num_hidden_layers": blocks - len(dropped)}
 
 
-def open_parent(stage: Any, parent: Path) -> PreTrainedModel:
+def open_parent(stage: Any, parent: Path) -> Any:
     """The model of `parent` in fp32, after every refusal that needs no weights: ValueError naming the directory."""
     from compress import checkpoint
     from compress.quant.fake import FILE, is_quantized
@@ -60,7 +57,7 @@ def open_parent(stage: Any, parent: Path) -> PreTrainedModel:
     return checkpoint.load_model(parent)
 
 
-def save_checked(model: PreTrainedModel, out: Path, parent: Path) -> None:
+def save_checked(model: Any, out: Path, parent: Path) -> None:
     """Save in bf16 and prove that stock transformers reads back exactly the model in memory, renumbering and all."""
     import torch
 

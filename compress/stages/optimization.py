@@ -53,6 +53,8 @@ class Signal:
 
     def open(self, ctx: Context, teacher: Path, data: Packed, sequences: int, temperature: float = 1.0) -> TeacherSource:
         """The teacher for the first `sequences` rows of `data`; kept signals are made now where they are missing."""
+        import torch
+
         from compress.checkpoint import load_model
         from compress.distill.schemes import Scheme
         from compress.distill.signal import Signals, Worker
@@ -60,7 +62,8 @@ class Signal:
         from compress.train import parallel
 
         if self.scheme is SchemeName.online:
-            return OnlineTeacher(load_model(teacher, ctx.dtype, self.teacher.value), data, sharded=ctx.parallel == "fsdp2")
+            dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
+            return OnlineTeacher(load_model(teacher, dtype, self.teacher.value), data, sharded=ctx.parallel == "fsdp2")
         scheme = Scheme(self.scheme.value, self.threshold, self.top, temperature)
         signals = Signals(
             self.path or ctx.signals, teacher, data, scheme, seed=ctx.seed, precision=ctx.precision, log=ctx.log,

@@ -70,9 +70,8 @@ class PruneDepth:
         keywords: list[dict[str, Any]] = []
 
         def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            entering.append(args[0] if args else kwargs.pop("hidden_states"))
-            keywords.append(kwargs)
+            keywords.append(dict(kwargs))
+            entering.append(args[0] if args else keywords[-1].pop("hidden_states"))
 
         layers = model.model.layers
         hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]

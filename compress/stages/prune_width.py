@@ -68,13 +68,17 @@ class PruneWidth:
 
     def _cut(self, model: Any, ids_BL: Tensor, target: int) -> list[float]:
         """Cut every block in place as the calibration text reaches it; what each projection's output lost."""
-        from torch.nn import Linear
+        import torch
+        from torch_pruning import DependencyGraph
 
         from compress.prune.importance import error_fraction, keep_channels, reconstruct
 
-        graph, errors = _dependency_graph(model), []
+        with torch.enable_grad():  # the trace follows grad_fn
+            graph, errors = DependencyGraph(), []
+            two_BL = torch.zeros(1, 2, dtype=torch.long)
+            graph.build_dependency(model, two_BL, lambda traced, ids_BL: traced(ids_BL, use_cache=False).logits, verbose=False)
 
-        def cut_here(down: Linear, args: tuple[Tensor]) -> tuple[Tensor]:
+        def cut_here(down: torch.nn.Linear, args: tuple[Tensor]) -> tuple[Tensor]:
             x_NF, whole_HF = args[0].flatten(0, -2), down.weight.detach()
             gram_FF = x_NF.T @ x_NF
             keep_K = keep_channels(whole_HF, gram_FF, target, self.damping)
@@ -92,30 +96,14 @@ class PruneWidth:
         return errors
 
 
-def _dependency_graph(model: Any) -> Any:
-    """torch-pruning's graph of the whole model, traced with two tokens."""
-    import torch
-    import torch_pruning
-
-    with torch.enable_grad():  # the trace follows grad_fn
-        return torch_pruning.DependencyGraph().build_dependency(
-            model,
-            example_inputs=torch.zeros(1, 2, dtype=torch.long),
-            forward_fn=lambda traced, ids_BL: traced(ids_BL, use_cache=False).logits,
-            verbose=False,
-        )
-
-
 def _prune(graph: Any, mlp: Any, keep_K: Tensor) -> None:
     """Cut all other channels out of one FFN: the group of up_proj must be this FFN's three projections, no more."""
     import torch_pruning
     from torch.nn import Linear
 
-    kept = set(keep_K.tolist())
-    gone = [channel for channel in range(mlp.up_proj.out_features) if channel not in kept]
+    gone = sorted(set(range(mlp.up_proj.out_features)) - set(keep_K.tolist()))
     group = graph.get_pruning_group(mlp.up_proj, torch_pruning.prune_linear_out_channels, gone)
     linears = {item.dep.target.module for item in group if isinstance(item.dep.target.module, Linear)}
     assert linears == {mlp.gate_proj, mlp.up_proj, mlp.down_proj}, f"the dependency graph found {group}"
     group.prune()
-    widths = (mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.down_proj.in_features)
-    assert widths == (len(kept),) * 3, widths
+    assert mlp.gate_proj.out_features == mlp.up_proj.out_features == mlp.down_proj.in_features == len(keep_K), mlp

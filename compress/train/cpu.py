@@ -96,7 +96,7 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     q, k, v = (t.to(compute).contiguous() for t in (query, key, value))
-    out: Tensor = _Blocks.apply(q, k, v, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    out = _Blocks.apply(q, k, v, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -129,11 +129,10 @@ class _RMSNorm(torch.autograd.Function):
 def _norm(module: Any, x: Tensor) -> Tensor:
     """Forward of a Llama-style norm; where x and weight are not fp32 on a CPU it is the module's own."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or module.weight.dtype != torch.float32:
-        own: Tensor = type(module).forward(module, x)
-        return own
+        return type(module).forward(module, x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     with torch.autocast("cpu", enabled=False):
-        out: Tensor = _RMSNorm.apply(x.flatten(0, -2), module.weight, module.variance_epsilon, dtype)
+        out = _RMSNorm.apply(x.flatten(0, -2), module.weight, module.variance_epsilon, dtype)
     return out.view(x.shape)
 
 

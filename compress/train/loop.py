@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,7 @@ class LossModule(nn.Module):
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
+        self.model, self.loss_fn = model, loss_fn
 
     def forward(self, batch: Batch, loss_fn: LossFunction | None = None) -> tuple[Tensor, Tensor]:
         return (loss_fn or self.loss_fn)(self.model, batch)
@@ -90,21 +90,16 @@ class LossModule(nn.Module):
 def _delayed_signals() -> Iterator[list[int]]:
     """Collect the first SIGINT or SIGTERM instead of dying of it; a second one kills at once."""
     caught: list[int] = []
-    old: dict[int, Any] = {}
+    with ExitStack() as old_handlers:
 
-    def catch(signum: int, frame: Any) -> None:
-        caught.append(signum)
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        def catch(signum: int, frame: Any) -> None:
+            caught.append(signum)
+            old_handlers.close()
 
-    with suppress(ValueError):  # not the main thread, which alone may set handlers: signals end the process as usual
-        for caught_one in (signal.SIGINT, signal.SIGTERM):
-            old[caught_one] = signal.signal(caught_one, catch)
-    try:
+        if threading.current_thread() is threading.main_thread():  # it alone may set handlers; elsewhere signals end the process as usual
+            for number in (signal.SIGINT, signal.SIGTERM):
+                old_handlers.callback(signal.signal, number, signal.signal(number, catch))
         yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

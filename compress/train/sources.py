@@ -103,14 +103,11 @@ def _document(row: dict[str, Any], where: str) -> Document:
     raise ValueError(f"{where} has the fields {sorted(row)}; needed: text, messages, or prompt|question with answer|response|completion")
 
 
-def _json_lines(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error.msg}); one JSON object a line is needed") from error
-            yield _document(row, f"{path}, line {number}")
+def _json_line(line: str, where: str) -> Document:
+    try:
+        return _document(json.loads(line), where)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error.msg}); one JSON object a line is needed") from error
 
 
 def _from_hub(source: str) -> list[Document]:
@@ -153,7 +150,8 @@ def _from_file(path: Path) -> list[Document]:
     if path.suffix == ".txt":
         return [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
     if path.suffix in (".jsonl", ".json"):
-        return list(_json_lines(path))
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        return [_json_line(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if path.suffix == ".parquet":
         return list(_from_datasets("parquet", data_files=str(path), split="train"))
     raise ValueError(f"data file {path} ends in {path.suffix!r}; allowed: .txt, .jsonl, .json (one object a line), .parquet")

@@ -27,7 +27,7 @@ Legend: N tokens, H hidden, V vocabulary, K teacher ids a token, C tokens a chun
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -75,10 +75,6 @@ class Mix:
     divergence: str = "forward_kl"
     temperature: float = 1.0
     jsd_beta: float = 0.5
-
-    def without_labels(self, teacher: bool) -> Mix:
-        """The same divergence alone, or plain cross-entropy without a `teacher`: what validation measures."""
-        return replace(self, kl_weight=1.0, ce_weight=0.0) if teacher else replace(self, kl_weight=0.0, ce_weight=1.0)
 
     def check(self, target: Target | None) -> None:
         """ValueError for what can't be computed: an unknown divergence, or one that this form of the teacher can't give."""

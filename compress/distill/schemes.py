@@ -38,18 +38,12 @@ Shard = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is kept of each token."""
+    """What is kept of each token; `stages/optimization.py` checks the values."""
 
     name: str = "sampled"
     threshold: float = 1 / 20  # sampled: tau
     top: int = 64  # topk: K
     temperature: float = 1.0  # sampled and topk: T
-
-    def __post_init__(self) -> None:
-        if self.name not in SCHEMES:
-            raise ValueError(f"signal scheme {self.name!r} is unknown; allowed are {', '.join(SCHEMES)}")
-        if not 1 / 255 <= self.threshold < 1:
-            raise ValueError(f"signal threshold {self.threshold} must be in [1/255, 1): it bounds the ids a token at 1 / threshold")
 
     def meta(self) -> dict[str, object]:
         """What decides this scheme's bytes."""

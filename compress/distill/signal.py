@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from compress.errors import ResourceError
 from compress.store import sha256_json, write_whole
 from compress.train.cpu import use_cpu_kernels
 from compress.train.data import Packed
-from compress.train.forward import Head, head_of, hidden_states, to_device
+from compress.train.forward import Head, head_of, hidden_states
 
 ROWS_PER_SHARD = 16
 SHARDS_IN_MEMORY = 64
@@ -189,7 +190,7 @@ class Signals:
         made = []
         with torch.inference_mode():
             for row in range(number * ROWS_PER_SHARD, min((number + 1) * ROWS_PER_SHARD, len(self.data.ids))):
-                hidden_LH = hidden_states(model, **to_device(self.data.inputs([row]), model.device))
+                hidden_LH = hidden_states(model, **send_to_device(self.data.inputs([row]), model.device))
                 made.append(encode(hidden_LH, head, self.scheme, generator))
         data = save(_put_together(made))
         self._put(_name(number, data), data)

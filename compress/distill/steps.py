@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from compress.checkpoint import best_device, load_tokenizer, read_config, tokenizer_digest
@@ -28,7 +29,7 @@ from compress.distill.signal import Signals
 from compress.train import parallel
 from compress.train.cpu import use_cpu_kernels
 from compress.train.data import Packed
-from compress.train.forward import Head, head_of, hidden_states, to_device
+from compress.train.forward import Head, head_of, hidden_states
 from compress.train.loop import Batch, LossFunction
 
 Batches = Callable[[int, int], list[Batch]]  # (step, micro) -> this rank's micro-batches
@@ -53,7 +54,7 @@ class OnlineTeacher:
     def read(self, rows: list[int]) -> Batch:
         """{"teacher_hidden": (N, H)} and what `taps` name, as "teacher/layer3" (R, L, H)."""
         with tapped(self.model, *self.taps) as seen:
-            hidden_NH = hidden_states(self.model, **to_device(self.data.inputs(rows), self.model.device))
+            hidden_NH = hidden_states(self.model, **send_to_device(self.data.inputs(rows), self.model.device))
         return {"teacher_hidden": hidden_NH} | {f"teacher/{name}": state for name, state in seen.items()}
 
 

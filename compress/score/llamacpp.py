@@ -200,7 +200,7 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
             order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # equal beginnings meet
-            results: dict[int, tuple[float, bool]] = {}
+            results = [(0.0, False)] * len(requests)
             bar = tqdm(total=len(order), desc="llama.cpp log-likelihoods", disable=disable_tqdm)
             for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
                 inputs = [(requests[i][1] + requests[i][2])[-self.max_length - 1 : -1] for i in chunk]
@@ -211,7 +211,7 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
                     results[i] = float(picked_N.sum()), bool((logits_NV.argmax(1) == answer_N).all())
                 bar.update(len(chunk))
             bar.close()
-            return [results[i] for i in range(len(requests))]
+            return results
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             windows, owners = [], []

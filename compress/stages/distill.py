@@ -80,7 +80,7 @@ class Distill(Optimization):
             )
         if self.temperature <= 0 or not 0 < self.jsd_beta < 1:
             raise ConfigError(f"temperature={self.temperature} must be above 0 and jsd_beta={self.jsd_beta} between 0 and 1")
-        if self.divergence is not Divergence.forward_kl and not self.signal.dense:
+        if self.divergence is not Divergence.forward_kl and self.signal.scheme in ("sampled", "topk"):
             raise ConfigError(f"divergence={self.divergence} needs all of the teacher's probabilities; set signal.scheme to hidden or online")
         if self.hidden_weight and self.signal.scheme not in ("hidden", "online"):
             raise ConfigError(f"hidden_weight={self.hidden_weight} needs the teacher's hidden states; set signal.scheme to hidden or online")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ class Signal:
 
     def __post_init__(self) -> None:
         if not 1 / 255 <= self.threshold < 1:
-            raise ConfigError(f"signal.threshold={self.threshold} must be in [1/255, 1)")
+            raise ConfigError(f"signal.threshold={self.threshold} must be in [1/255, 1): it bounds the ids a token at 1 / threshold")
         if self.top < 1:
             raise ConfigError(f"signal.top={self.top} must be at least 1")
         if self.path and "://" in self.path:
@@ -45,11 +45,6 @@ class Signal:
                 fsspec.get_filesystem_class(self.path.partition("://")[0])
             except (ImportError, ValueError) as error:
                 raise ConfigError(f"signal.path={self.path} can't be opened: {error}") from error
-
-    @property
-    def dense(self) -> bool:
-        """Whether all of the teacher's probabilities can be had from it."""
-        return self.scheme in (SchemeName.hidden, SchemeName.full, SchemeName.online)
 
     def open(self, ctx: Context, teacher: Path, data: Packed, sequences: int, temperature: float = 1.0) -> TeacherSource:
         """The teacher for the first `sequences` rows of `data`; kept signals are made now where they are missing."""
@@ -128,7 +123,8 @@ class Optimization:
             if held[0] < 1:
                 raise ValueError(f"{ctx.label}: {len(data.ids)} sequences of text leave none to train on besides {len(held)} for validation")
             rows = min(rows, held[0])
-            measured = make_loss(mix.without_labels(source is not None), head, vocabulary=vocabulary)
+            alone = replace(mix, kl_weight=float(source is not None), ce_weight=float(source is None))  # the divergence, else plain cross-entropy
+            measured = make_loss(alone, head, vocabulary=vocabulary)
             validation = measured, [one_batch(data, source, [row]) for row in held]
         batches = make_batches(data, source, seed=ctx.seed, sequences=rows, batch=self.batch_sequences)
         batches = wrap(batches) if wrap else batches

@@ -80,8 +80,3 @@ def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden_RLH: Tensor = base.base_model(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
     return hidden_RLH.flatten(0, 1)
-
-
-def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The same tensors on `device`."""
-    return {name: tensor.to(device) for name, tensor in tensors.items()}

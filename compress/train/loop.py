@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -34,7 +35,6 @@ from torch import Tensor, nn
 from compress.errors import Interrupted, is_memory
 from compress.train import parallel
 from compress.train.cpu import use_cpu_kernels
-from compress.train.forward import to_device
 from compress.train.optimizer import learning_rate, make_optimizer
 from compress.train.state import load_state, named_locals, save_state
 
@@ -62,17 +62,12 @@ class Plan:
     patience: int = 0  # measurements without a better one that end training; 0: never
 
 
-@dataclass(frozen=True)
-class Result:
-    """What training says of itself.
+class Result(NamedTuple):
+    """What training says of itself."""
 
-    curve: one row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "seconds"} a step. measured: one row {"step", "tokens", "seconds",
-    "validation_kl"} a measurement, tokens and seconds being those of the steps before it. outcome: the best step and what it brought.
-    """
-
-    curve: list[dict[str, float]]
-    measured: list[dict[str, float]]
-    outcome: dict[str, float]
+    curve: list[dict[str, float]]  # a row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "seconds"} a step
+    measured: list[dict[str, float]]  # a row {"step", "tokens", "seconds", "validation_kl"} a measurement; all of the steps before it
+    outcome: dict[str, float]  # the best step and what it brought
 
 
 class LossModule(nn.Module):
@@ -184,7 +179,7 @@ class Trainer:
             if sharded:
                 self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
             with nullcontext() if last or sharded else self.accelerator.no_sync(self.module):  # ranks exchange gradients in the last one only
-                loss_sum, labels = self.module(to_device(batch, self.accelerator.device))
+                loss_sum, labels = self.module(send_to_device(batch, self.accelerator.device))
                 self.accelerator.backward(loss_sum)
             loss += float(loss_sum.detach())
             count += int(labels)
@@ -203,7 +198,7 @@ class Trainer:
     def validate(self, loss_fn: LossFunction, batches: list[Batch]) -> float:
         """Measure the KL of the weights as they are; the best weights so far are kept."""
         self.module.eval()
-        sums = [self.module(to_device(batch, self.accelerator.device), loss_fn) for batch in batches]
+        sums = [self.module(send_to_device(batch, self.accelerator.device), loss_fn) for batch in batches]
         self.module.train()
         if self.plan.parallel == "fsdp2":
             self.module.reshard()  # type: ignore[operator]  # the outermost group stays gathered after a forward without a backward

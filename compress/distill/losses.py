@@ -107,7 +107,7 @@ class _FusedHead(torch.autograd.Function):
             for start in range(0, len(hidden_NH), chunk):
                 part = slice(start, start + chunk)
                 h_CH = hidden_NH[part].to(compute)
-                grad_CV = head.product(h_CH)
+                grad_CV = h_CH @ head.weight_VH.T
                 total += _to_gradient(grad_CV, head, labels_N[part], counted_N[part], _reader(target, part), mix, d_bias)
                 if d_hidden is not None:
                     d_hidden[part] = grad_CV @ head.weight_VH
@@ -145,7 +145,7 @@ def _reader(target: Any, part: slice) -> Callable[[slice], Any]:
     head, hidden_CH = target.head, target.hidden_NH[part]
     if head is None:
         return lambda at: hidden_CH[at]
-    products_CV = head.product(hidden_CH)
+    products_CV = hidden_CH @ head.weight_VH.T
     return lambda at: head.finish(products_CV[at])
 
 

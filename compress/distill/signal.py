@@ -170,7 +170,9 @@ class Signals:
                 raise ValueError(f"teacher signal {path} is damaged (its checksum differs from its name); delete it and run again")
             while len(self._shards) >= SHARDS_IN_MEMORY:
                 del self._shards[next(iter(self._shards))]
-            self._shards[number] = _take_apart(load(data))
+            tensors = load(data)
+            columns = {name: tensors[name].split(tensors[f"{name}.lengths"].tolist()) for name in tensors if f"{name}.lengths" in tensors}
+            self._shards[number] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return self._shards[number]
 
     def _open_teacher(self) -> tuple[Any, Head]:
@@ -192,21 +194,11 @@ class Signals:
             for row in range(number * ROWS_PER_SHARD, min((number + 1) * ROWS_PER_SHARD, len(self.data.ids))):
                 hidden_LH = hidden_states(model, **send_to_device(self.data.inputs([row]), model.device))
                 made.append(encode(hidden_LH, head, self.scheme, generator))
-        data = save(_put_together(made))
+        lengths = {f"{name}.lengths": torch.tensor([len(row[name]) for row in made]) for name in made[0]}  # of the rows, one after the other
+        data = save({name: torch.cat([row[name] for row in made]) for name in made[0]} | lengths)
         self._put(_name(number, data), data)
         return f"{self.folder}/{_name(number, data)}", len(data)
 
 
 def _name(number: int, data: bytes) -> str:
     return f"{number:05d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-
-
-def _put_together(rows: list[Shard]) -> dict[str, Tensor]:
-    """Tensors of all rows one after the other, with the length of each."""
-    lengths = {f"{name}.lengths": torch.tensor([len(row[name]) for row in rows]) for name in rows[0]}
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | lengths
-
-
-def _take_apart(tensors: dict[str, Tensor]) -> list[Shard]:
-    columns = {name: tensors[name].split(tensors[f"{name}.lengths"].tolist()) for name in tensors if f"{name}.lengths" in tensors}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

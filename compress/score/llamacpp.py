@@ -1,15 +1,14 @@
 """The file that ships, run by llama.cpp itself (`xllamacpp`): hidden states, log-likelihoods, text, latency.
 
-llama.cpp's server gives no prompt log-probabilities, but as an embedding server without pooling it returns the hidden
-states of all positions, after the final norm: h (L, H). With the decoded head W (V, H) of that file, logits = h W^T.
-All blocks run with llama.cpp's own kernels (which quantize activations to 8 bits); only the head's product is done here
-in fp32, so its quantized product is skipped. Prompts go in as token ids, never as text: no BOS is added and ids are
-those of the torch side. The server listens on a free port of 127.0.0.1 inside this process.
+llama.cpp's server gives no prompt log-probabilities, but as an embedding server without pooling it returns the hidden states of all
+positions, after the final norm: h (L, H). With the decoded head W (V, H) of that file, logits = h W^T. All blocks run with llama.cpp's own
+kernels (which quantize activations to 8 bits); only the head's product is done here in fp32, so its quantized product is skipped. Prompts
+go in as token ids: no BOS is added and ids are those of the torch side. The server listens on a free port of 127.0.0.1 inside this process.
 
-Cost: the server computes the head for every position (about a fifth of the time for SmolLM2) and writes JSON (2%).
-A causal state depends on nothing to its right, so of prompts that begin alike only the longest is run.
+Cost: the server computes the head for every position (about a fifth of the time for SmolLM2) and writes JSON (2%). A causal state depends
+on nothing to its right, so of prompts that begin alike only the longest is run. torch and lm_eval are imported where they are needed:
+`python -m compress.score.llamacpp` measures peak memory.
 
-torch and lm_eval are imported where they are needed: `python -m compress.score.llamacpp` measures peak memory.
 Shapes: L length, H hidden, V vocabulary, N answer tokens.
 """
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -60,20 +59,13 @@ class Lora(Optimization):
         metrics = self.optimize(model, Mix(kl_weight=0.0, ce_weight=1.0), data, None, ctx)
         adapter = out / "adapter"
         model.save_pretrained(str(adapter), safe_serialization=True)
-        _plain_adapter(adapter)
+        (adapter / "README.md").unlink(missing_ok=True)  # peft's card
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = None  # a path of this machine
+        config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
+        (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         adapter_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.load_in_4bit:
             model = PeftModel.from_pretrained(load_model(parent), adapter)
         save_model(model.merge_and_unload(), out, tokenizer_from=parent)
         return metrics | {"adapter_params_count": adapter_params}
-
-
-def _plain_adapter(adapter: Path) -> None:
-    """Keep weights and configuration; drop peft's card and the path of the machine it was made on."""
-    for path in adapter.iterdir():
-        if path.name not in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = None
-    config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
-    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

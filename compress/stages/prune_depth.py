@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.prune import shape
+from compress.stages.context import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from compress.stages.context import Context
 
 
 @dataclass

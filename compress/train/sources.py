@@ -43,7 +43,6 @@ MIN_CHARACTERS = 80  # shorter docstrings are one-line summaries that teach litt
 PROMPT_TOKENS, TOP_P = 32, 0.95
 AT_ONCE = {"transformers": 16, "vllm": 512}  # documents of a piece
 Sample = Callable[[list[list[int]], int, int], list[str]]  # prompts' ids, tokens at most, seed -> texts
-SYNTAX = re.compile(r"generated:(\d+)x(\d+):(.+)")
 
 
 @cache
@@ -116,16 +115,14 @@ def _from_hub(source: str) -> list[Document]:
         raise ValueError(f"data source {source!r} is not hub:NAME[@CONFIG]:SPLIT:FIELD, as in hub:Salesforce/wikitext@wikitext-2-raw-v1:test:text")
     try:
         return list(_from_datasets(match[1], name=match[2], split=match[3], field=match[4]))
-    except (OSError, ConnectionError) as error:
-        raise ValueError(
-            f"data source {source} can't be had ({type(error).__name__}); check the name and the network, or use a local file"
-        ) from error
+    except OSError as error:
+        why = type(error).__name__
+        raise ValueError(f"data source {source} can't be had ({why}); check the name and the network, or use a local file") from error
 
 
-def _from_datasets(path: str, **how: Any) -> Iterator[Document]:
+def _from_datasets(path: str, field: str | None = None, **how: Any) -> Iterator[Document]:
     import datasets
 
-    field = how.pop("field", None)
     for number, row in enumerate(datasets.load_dataset(path, **how)):
         yield row[field] if field else _document(row, f"{path}, row {number}")
 
@@ -159,20 +156,19 @@ def _from_file(path: Path) -> list[Document]:
 
 def generated(source: str, teacher: Path, folder: Path, log: Callable[[str], None]) -> list[Document]:
     """The documents of a `generated:` source. ValueError when it is malformed or its prompts are too few."""
-    match = SYNTAX.fullmatch(source)
+    match = re.fullmatch(r"generated:(\d+)x(\d+):(.+)", source)
     if not match:
         raise ValueError(f"data source {source!r} is not generated:COUNTxTOKENS:PROMPTS, as in generated:200x128:embedded:docstrings")
     count, tokens, prompts = int(match[1]), int(match[2]), documents(match[3])[: int(match[1])]
     if len(prompts) < count or not tokens:
-        raise ValueError(
-            f"data source {source!r} wants {count} prompts and {tokens} tokens; {match[3]} has {len(prompts)} documents, tokens start at 1"
-        )
+        wanted = f"data source {source!r} wants {count} prompts and {tokens} tokens"
+        raise ValueError(f"{wanted}; {match[3]} has {len(prompts)} documents, tokens start at 1")
     engine = "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
     key = sha256_json([digest(teacher), prompts, tokens, PROMPT_TOKENS, TOP_P, engine, AT_ONCE[engine]])[:32]
-    part, whole = folder / f"generated-{key}.part", folder / f"generated-{key}.jsonl"
+    whole = folder / f"generated-{key}.jsonl"
     if not whole.is_file():
-        _write(part, prompts, tokens, teacher, engine, log)
-        part.replace(whole)
+        _write(whole.with_suffix(".part"), prompts, tokens, teacher, engine, log)
+        whole.with_suffix(".part").replace(whole)
     return [json.loads(line) for line in whole.read_text(encoding="utf-8").splitlines()]
 
 

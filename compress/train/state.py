@@ -50,12 +50,9 @@ def save_state(work: Path, module: torch.nn.Module, optimizer: torch.optim.Optim
         return
     ranks = 1 if replicated else parallel.world()
     (beside / "state.json").write_text(json.dumps(state | {"ranks": ranks}))
-    older = list(work.glob("state-*"))
-    if final not in older:
-        commit(beside, final)
-    for path in older:
-        if path != final:
-            shutil.rmtree(path)
+    commit(beside, final)
+    for older in set(work.glob("state-*")) - {final}:
+        shutil.rmtree(older)
 
 
 def load_state(work: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def layer_pairs(student: int, teacher: int, wanted: int) -> Pairs:
 def check_pairs(pairs: Sequence[Sequence[int]], student: int, teacher: int) -> Pairs:
     """The pairs as tuples. ValueError unless both numbers rise and exist."""
     made = [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2]
-    rising = all(a[0] < b[0] and a[1] < b[1] for a, b in zip(made, made[1:], strict=False))
+    rising = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(made))
     if len(made) != len(pairs) or not rising or not all(0 <= s < student and 0 <= t < teacher for s, t in made):
         raise ValueError(
             f"features.pairs={list(pairs)}: each is [student block, teacher block], both rising, below {student} and {teacher};"

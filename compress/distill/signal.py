@@ -1,10 +1,9 @@
 """The teacher's signal, made once and kept: a second epoch, a second student, QAT or a search never runs the teacher again.
 
 A folder of shards, local or anything fsspec can open (s3://, gs://, hf://). `meta.json` names schema, teacher, tokenizer, data, scheme,
-seed and precision, and what made it; a folder whose meta differs from what is asked is refused, naming the field. Each shard
-`NNNNN-<sha256[:16]>.safetensors` holds ROWS_PER_SHARD sequences of one scheme (`schemes.py`), is a pure function of (meta, its
-number), appears whole and is checked against its name whenever it is read. Shards are only ever added: making goes on where
-it stopped, and several workers make every world-th shard each.
+seed and precision, and what made it; a folder whose meta differs from what is asked is refused. Each shard `NNNNN-<sha256[:16]>.safetensors`
+holds ROWS_PER_SHARD sequences (`schemes.py`), is a pure function of (meta, its number), appears whole and is checked against its name
+whenever it is read. Shards are only ever added: making goes on where it stopped, and several workers make every world-th shard each.
 
 Legend: R rows (sequences), L positions, N = R L tokens.
 """
@@ -21,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import load, save
@@ -51,8 +51,6 @@ def made_with(folder: str | None = None) -> dict[str, Any]:
 
     Of the signal in `folder` if there is one, else of one made here and now.
     """
-    import fsspec
-
     if folder is not None:
         fs, path = fsspec.core.url_to_fs(folder)
         if fs.exists(f"{path}/meta.json"):
@@ -69,8 +67,6 @@ class Signals:
 
         ValueError when `root` holds another teacher's, tokenizer's, data's or scheme's signal.
         """
-        import fsspec
-
         self.teacher, self.data, self.scheme, self.log = teacher, data, scheme, log
         self.worker, self.load = worker or Worker(), load
         self.meta: dict[str, Any] = {
@@ -84,14 +80,10 @@ class Signals:
         self._paths: dict[int, str] = {}
         self._fetched: dict[int, Future[bytes]] = {}
         self._reader = ThreadPoolExecutor(1)
-        self._open_meta()
-
-    def _open_meta(self) -> None:
         self.fs.makedirs(self.folder, exist_ok=True)
-        path = f"{self.folder}/meta.json"
-        if not self.fs.exists(path):
+        if not self.fs.exists(f"{self.folder}/meta.json"):
             self._put("meta.json", json.dumps(self.meta | {"made_with": made_with()}, indent=2).encode())
-        found = json.loads(self.fs.cat_file(path))
+        found = json.loads(self.fs.cat_file(f"{self.folder}/meta.json"))
         for key, asked in self.meta.items():
             if found.get(key) != asked:
                 raise ValueError(

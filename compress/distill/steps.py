@@ -1,10 +1,9 @@
 """What distillation, LoRA and QAT feed to the training loop: batches of packed text, with a teacher when there is one.
 
 On-policy distillation (`with_rollouts`): in a share of the steps the student learns on what it writes itself (GKD, arXiv 2306.13649,
-algorithm 1). A row's first `prompt_tokens` are the prompt; the student samples the rest at temperature 1 up to its EOS, and the teacher
-is asked what it would have said at each of those places. Only they are labels. Which steps are on-policy, and the samples, are functions
-of (seed, step, weights), so that a resumed run writes the same. Divergences for it: reverse_kl or jsd, which the paper finds better than
-forward KL on text the student chose.
+algorithm 1). A row's first `prompt_tokens` are the prompt; the student samples the rest at temperature 1 up to its EOS, and the teacher is
+asked what it would have said there. Only those places are labels. Which steps are on-policy, and the samples, are functions of (seed, step,
+weights), so that a resumed run writes the same. Divergences for it: reverse_kl or jsd, which the paper finds better than forward KL there.
 
 Legend: R rows (sequences), L positions, P prompt tokens, N = R * L tokens, K teacher ids a token.
 """

@@ -1,8 +1,7 @@
 """What may be cut, and what a Hugging Face config says afterwards. No torch at import: a plan needs only numbers.
 
-Supported are decoder-only models built of `model.layers[i].mlp.{gate,up,down}_proj`. Everything stays uniform across
-layers, so that stock transformers, llama.cpp and vLLM load the result. A target width goes to the nearest multiple
-(halves up, never 0): asking for 900 with multiple 64 gives 896.
+Supported are decoder-only models built of `model.layers[i].mlp.{gate,up,down}_proj`. Everything stays uniform across layers, so that
+stock transformers, llama.cpp and vLLM load the result.
 """
 
 from __future__ import annotations
@@ -10,10 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = (
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM",
-    "Gemma3ForCausalLM",
-)  # fmt: skip
+ARCHITECTURES = [f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3")]
 
 
 def check_architecture(config: dict[str, Any]) -> None:
@@ -27,7 +23,7 @@ def check_architecture(config: dict[str, Any]) -> None:
 
 
 def snap(width: int, multiple: int) -> int:
-    """The multiple nearest to `width`, halves up, at least one multiple."""
+    """The multiple nearest to `width`, halves up, at least one multiple: 900 with multiple 64 gives 896."""
     return max(1, (2 * width + multiple) // (2 * multiple)) * multiple
 
 

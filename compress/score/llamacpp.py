@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,10 +181,6 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
     from tqdm import tqdm
 
     class LlamaCppLM(TemplateLM):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokenizer, self.max_length, self.batch_size = tokenizer, llama.ctx_len, batch_size
-
         @property
         def eot_token_id(self) -> int:
             return int(tokenizer.eos_token_id)
@@ -202,7 +199,7 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
             results = [(0.0, False)] * len(requests)
             bar = tqdm(total=len(order), desc="llama.cpp log-likelihoods", disable=disable_tqdm)
             for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-                inputs = [(requests[i][1] + requests[i][2])[-self.max_length - 1 : -1] for i in chunk]
+                inputs = [(requests[i][1] + requests[i][2])[-llama.ctx_len - 1 : -1] for i in chunk]
                 for i, states in zip(chunk, llama.hidden_states(inputs), strict=True):
                     answer_N = torch.tensor(requests[i][2])
                     logits_NV = head.logits(states[-len(answer_N) :])
@@ -216,7 +213,7 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
             windows, owners = [], []
             for i, request in enumerate(requests):
                 ids = self.tok_encode(request.args[0])
-                for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, llama.ctx_len, 1):
                     windows.append((("", ""), *utils.make_disjoint_window(window)))
                     owners.append(i)
             totals = [0.0] * len(requests)
@@ -231,11 +228,13 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
                     raise ValueError(f"generation options {options}: only greedy decoding is offered")
                 n = int(options.get("max_gen_toks", 256))
                 until = options.get("until") or []
-                ids = self.tok_encode(context)[-max(1, self.max_length - n) :]
+                ids = self.tok_encode(context)[-max(1, llama.ctx_len - n) :]
                 texts.append(llama.generate(ids, n, [until] if isinstance(until, str) else until))
             return texts
 
-    return LlamaCppLM()
+    lm: Any = LlamaCppLM()
+    lm.tokenizer, lm.max_length, lm.batch_size = tokenizer, llama.ctx_len, batch_size
+    return lm
 
 
 def measure_llamacpp(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int) -> dict[str, float]:
@@ -247,15 +246,11 @@ def measure_llamacpp(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: i
     # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds back.)
     bias = [[word[0], 1000.0]]
     body = GREEDY | {"prompt": word * prompt_tokens, "max_tokens": new_tokens, "ignore_eos": True, "stream": True, "logit_bias": bias}
-    first, between = [], []
-    for repeat in range(repeats + 1):
-        times = llama.token_times(body)
-        assert len(times) == new_tokens, f"{len(times)} chunks for {new_tokens} tokens"
-        if repeat > 0:
-            first.append(times[0])
-            between += [b - a for a, b in zip(times, times[1:], strict=False)]
+    runs = [llama.token_times(body) for _ in range(repeats + 1)]
+    assert all(len(times) == new_tokens for times in runs), f"{[len(times) for times in runs]} chunks for {new_tokens} tokens"
+    between = [b - a for times in runs[1:] for a, b in pairwise(times)]
     return {
-        "ttft_ms_p50": 1e3 * statistics.median(first),
+        "ttft_ms_p50": 1e3 * statistics.median(times[0] for times in runs[1:]),
         "latency_ms_p50": 1e3 * statistics.median(between),
         "latency_ms_p95": 1e3 * statistics.quantiles(between, n=20, method="inclusive")[-1],
         "tok_per_sec": len(between) / sum(between),

@@ -1,9 +1,8 @@
 """LoRA fine-tuning: low-rank updates W + (alpha / r) B A of the linear layers (arXiv 2106.09685, section 4.1), merged at the end.
 
-With `load_in_4bit` the frozen base is held in bitsandbytes' NF4 while the adapters train (QLoRA, arXiv 2305.14314, section 3); the
-adapters are then merged into the unquantized base, so the output is a plain checkpoint either way. The adapter itself is kept
-in `adapter/`, never beside config.json, where transformers would apply it a second time. Embeddings and head are never
-adapted: with tied weights one of the two updates would be lost on reload.
+With `load_in_4bit` the frozen base is held in bitsandbytes' NF4 while the adapters train (QLoRA, arXiv 2305.14314, section 3) and are then
+merged into the unquantized base. The adapter itself is kept in `adapter/`, never beside config.json, where transformers would apply it a
+second time. Embeddings and head are never adapted: with tied weights one of the two updates would be lost on reload.
 """
 
 from __future__ import annotations

@@ -84,15 +84,9 @@ def _probabilities(q_BHLD: Tensor, k_BKLD: Tensor, mask: Tensor | None, scale: f
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
                scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
     """As transformers calls it, (B, L, H, D); whatever is not plain causal attention of whole sequences on a CPU goes to torch's own."""
-    plain = (
-        query.device.type == "cpu"
-        and query.shape[2] == key.shape[2] > 1
-        and query.shape[3] == value.shape[3]
-        and not dropout
-        and is_causal is not False
-    )
-    plain = plain and getattr(module, "is_causal", True) and (attention_mask is None or attention_mask.dtype == torch.bool)
-    if not plain or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux")):
+    whole = query.device.type == "cpu" and query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3] and not dropout
+    causal = is_causal is not False and getattr(module, "is_causal", True) and (attention_mask is None or attention_mask.dtype == torch.bool)
+    if not (whole and causal) or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     q, k, v = (t.to(compute).contiguous() for t in (query, key, value))

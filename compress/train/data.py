@@ -1,14 +1,13 @@
 """Documents in, packed token sequences out: what every training stage, calibration and the held-out scores read.
 
-Documents are tokenised, ended with EOS, concatenated and cut to sequences of L + 1 tokens, so that position i predicts i + 1.
-They are shuffled once, with a fixed seed, before they are joined: the first n sequences are a sample of the whole, so that a
-stage with a small token budget, the calibration and the signal cache all read the same leading sequences. With weights, the
-source that is furthest behind its share of the tokens comes next, until that one is used up: nothing is repeated.
+Documents are tokenised, ended with EOS, concatenated and cut to sequences of L + 1 tokens, so that position i predicts i + 1. They are
+shuffled once, with a fixed seed, before they are joined: the first n sequences are a sample of the whole, which a small token budget, the
+calibration and the teacher's signal all read. With weights, the source that is furthest behind its share of the tokens comes next, until
+that one is used up: nothing is repeated.
 
-`mask` marks the labels that count: everything in plain text, only the answers in chat. With packing "documents" a token sees its
-own document only (positions start again at each), and the first token of a document, which nothing announces, is no label; with
-"stream" a row is one text. The order of training is a pure function of (seed, index): epoch e is a permutation seeded by (seed, e), so
-that resuming needs no replay.
+`mask` marks the labels that count: everything in plain text, only the answers in chat. With packing "documents" a token sees its own document
+only (positions start again at each), and its first token, which nothing announces, is no label; with "stream" a row is one text. Epoch e of
+training is a permutation seeded by (seed, e), so that resuming needs no replay.
 
 Legend: S sequences, L positions, R rows of a batch.
 """
@@ -98,7 +97,7 @@ def _chat_tokens(tokenizer: Any, turns: list[dict[str, str]]) -> Tokens:
 
 
 def _mixed(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[Tokens]:
-    """Documents of several streams in proportion to their weights, counted in tokens, until one is used up."""
+    """Documents of several streams in proportion to their weights."""
     taken = [0] * len(streams)
     while True:
         behind = [weight / sum(weights) * (1 + sum(taken)) - count for weight, count in zip(weights, taken, strict=True)]

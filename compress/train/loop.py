@@ -5,11 +5,10 @@ divides once by the number of labels, clips to a global norm and takes one optim
 forward passes run under bf16 autocast over fp32 masters; with bf16_stochastic the weights themselves are bf16.
 
 Ctrl-C and SIGTERM finish the step, save the state and stop; after kill -9 at most SAVE_SECONDS of work is lost. Either way the same
-command goes on from there and ends in the same bytes, because batches and seeds are pure functions of the step. When memory
-runs out, the micro-batch is halved and the step taken again; the global batch stays.
+command goes on from there and ends in the same bytes (`state.py`). When memory runs out, the micro-batch is halved and the step taken again.
 
-With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; the best
-weights are what training returns, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
+With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; training returns the best
+weights, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
 """
 
 from __future__ import annotations
@@ -138,11 +137,9 @@ class Trainer:
         self.plain = self.accelerator.unwrap_model(self.module)
         self.parameters = [p for p in self.plain.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, plan.lr)
-        self.best: dict[str, Tensor] = {}
-        self.state: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
         self.replicated = plan.parallel != "fsdp2"  # whether every rank's state is the same
-        if found := load_state(work, self.plain, self.optimizer, self.replicated):
-            self.state, self.best = found
+        new: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
+        self.state, self.best = load_state(work, self.plain, self.optimizer, self.replicated) or (new, {})
 
     def step(self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]) -> dict[str, float]:
         """One optimizer step; its row of the curve. With less and less memory, smaller micro-batches."""

@@ -9,10 +9,9 @@ hub:NAME[@CONFIG]:SPLIT:FIELD   a hub dataset (FIELD as above; needs the network
 generated:COUNTxTOKENS:PROMPTS  what the teacher writes itself on the first COUNT documents of another source
 
 The last is sequence-level distillation (arXiv 1606.07947, section 3.2), data-free where no text is at hand. Of plain text the teacher
-continues the first PROMPT_TOKENS tokens by up to TOKENS; in a chat it answers the questions anew, turn by turn in place of the answers
-given. It samples at temperature 1 from the TOP_P nucleus (arXiv 1904.09751): greedy text repeats itself. What is written is kept in the
-store, piece by piece, each seeded by its number, so that an interrupted run goes on where it stopped. On a GPU vLLM writes, where it is
-installed.
+continues the first PROMPT_TOKENS tokens by up to TOKENS; in a chat it answers the questions anew, turn by turn. It samples at temperature 1
+from the TOP_P nucleus (arXiv 1904.09751): greedy text repeats itself. What is written is kept in the store, piece by piece, each seeded by
+its number, so that an interrupted run goes on where it stopped. On a GPU vLLM writes, where it is installed.
 """
 
 from __future__ import annotations

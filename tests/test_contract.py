@@ -207,8 +207,7 @@ def test_on_policy_steps_learn_on_the_students_own_text_and_resume_in_the_same_b
 
 
 def test_the_students_text_is_masked_to_what_it_wrote_until_its_end(tiny_teacher, tmp_path):
-    from compress.distill.rollout import with_rollouts
-    from compress.distill.steps import OnlineTeacher, make_batches
+    from compress.distill.steps import OnlineTeacher, make_batches, with_rollouts
 
     data, model = make_context(tiny_teacher, tmp_path).text(), load_model(tiny_teacher)
     teacher, eos = OnlineTeacher(load_model(tiny_teacher), data), load_tokenizer(tiny_teacher).eos_token_id

@@ -14,7 +14,8 @@ Legend: R sequences, L positions, H hidden, D width of Q, K or V, A relation hea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def layer_pairs(student: int, teacher: int, wanted: int) -> Pairs:
 def check_pairs(pairs: Sequence[Sequence[int]], student: int, teacher: int) -> Pairs:
     """The pairs as tuples. ValueError unless both numbers rise and exist."""
     made = [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2]
-    rising = all(a[0] < b[0] and a[1] < b[1] for a, b in zip(made, made[1:], strict=False))
+    rising = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(made))
     if len(made) != len(pairs) or not rising or not all(0 <= s < student and 0 <= t < teacher for s, t in made):
         raise ValueError(
             f"features.pairs={list(pairs)}: each is [student block, teacher block], both rising, below {student} and {teacher};"
@@ -61,29 +62,26 @@ def tapped(model: Any, layers: Sequence[int], projections: Sequence[int] = (),
     `inputs`: what blocks get instead of their predecessor's output. ValueError when a block has no q_proj, k_proj, v_proj.
     """
     seen: dict[str, Tensor] = {}
-    blocks, handles = blocks_of(model), []
+    blocks = blocks_of(model)
 
     def keep(name: str) -> Any:
         return lambda module, arguments, out: seen.update({name: out[0] if isinstance(out, tuple) else out})
 
-    for i in layers:
-        if i < 0:
-            handles.append(blocks[0].register_forward_pre_hook(lambda module, arguments: seen.update({"layer-1": arguments[0]})))
-        else:
-            handles.append(blocks[i].register_forward_hook(keep(f"layer{i}")))
-    for i in projections:
-        for name in "qkv":
-            projection = getattr(getattr(blocks[i], "self_attn", None), f"{name}_proj", None)
-            if projection is None:
-                raise ValueError(f"{type(blocks[i]).__name__} has no self_attn.{name}_proj: set features.relations=0")
-            handles.append(projection.register_forward_hook(keep(f"{name}{i}")))
-    for i, given in (inputs or {}).items():
-        handles.append(blocks[i].register_forward_pre_hook(lambda module, arguments, given=given: (given, *arguments[1:])))
-    try:
+    with ExitStack() as hooks:
+        for i in layers:
+            if i < 0:
+                hooks.enter_context(blocks[0].register_forward_pre_hook(lambda module, arguments: seen.update({"layer-1": arguments[0]})))
+            else:
+                hooks.enter_context(blocks[i].register_forward_hook(keep(f"layer{i}")))
+        for i in projections:
+            for name in "qkv":
+                projection = getattr(getattr(blocks[i], "self_attn", None), f"{name}_proj", None)
+                if projection is None:
+                    raise ValueError(f"{type(blocks[i]).__name__} has no self_attn.{name}_proj: set features.relations=0")
+                hooks.enter_context(projection.register_forward_hook(keep(f"{name}{i}")))
+        for i, given in (inputs or {}).items():
+            hooks.enter_context(blocks[i].register_forward_pre_hook(lambda module, arguments, given=given: (given, *arguments[1:])))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def relation_kl(student_RLD: Tensor, teacher_RLD: Tensor, mask_N: Tensor, heads: int) -> Tensor:
@@ -100,12 +98,6 @@ def relation_kl(student_RLD: Tensor, teacher_RLD: Tensor, mask_N: Tensor, heads:
         return (torch.linalg.vecdot(log_p.exp(), log_p - log_q).mean(1).flatten() * mask_N).sum()
 
 
-def _kv_width(config: Any) -> int:
-    """Columns of K and V; Q's are a multiple of it."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(head_dim * getattr(config, "num_key_value_heads", config.num_attention_heads))
-
-
 class FeatureLoss(nn.Module):
     """`loss_fn` plus the weighted terms, or with `blocks` that term alone; its projections train with the student and end with the stage."""
 
@@ -114,12 +106,15 @@ class FeatureLoss(nn.Module):
         """`seed` is that of the projections. ValueError when the widths allow no such term."""
         super().__init__()
         self.loss_fn, self.pairs, self.weights = loss_fn, pairs, (layers, relations, blocks)
-        width, wide = student.config.hidden_size, teacher.config.hidden_size
+        config, width, wide = student.config, student.config.hidden_size, teacher.config.hidden_size
         if blocks and width != wide:
             raise ValueError(f"features.blocks={blocks} needs a student of the teacher's hidden size {wide}, got {width}; use features.layers")
         self.heads = int(getattr(teacher.config, "num_key_value_heads", 1))
-        if relations and (width_kv := _kv_width(student.config)) % self.heads:
-            raise ValueError(f"features.relations needs K and V of a multiple of {self.heads} columns, the student's have {width_kv}; set it to 0")
+        if relations:
+            head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+            columns = head_dim * getattr(config, "num_key_value_heads", config.num_attention_heads)  # Q's is a multiple of it
+            if columns % self.heads:
+                raise ValueError(f"features.relations needs K and V of a multiple of {self.heads} columns, the student's have {columns}; set it to 0")
         self.projections = nn.ModuleList(nn.Linear(width, wide, bias=False) if width != wide and layers else nn.Identity() for _ in pairs)
         generator = torch.Generator().manual_seed(seed)
         for projection in self.projections:

@@ -26,8 +26,9 @@ Legend: N tokens, H hidden, V vocabulary, K teacher ids a token, C tokens a chun
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +41,7 @@ CACHED_TOKENS = 32  # of one softmax on a CPU: 6 MB of fp32 logits
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
 
 
-@dataclass(frozen=True)
-class Sparse:
+class Sparse(NamedTuple):
     """K ids a token (N, K) int64 with weights (N, K) whose expectation is p, and p's entropy (N,). Weight 0 is padding."""
 
     ids_NK: Tensor
@@ -49,16 +49,14 @@ class Sparse:
     entropy_N: Tensor
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):
     """The most probable ids (N, K) int64, all different, and their probabilities (N, K)."""
 
     ids_NK: Tensor
     probs_NK: Tensor
 
 
-@dataclass(frozen=True)
-class Dense:
+class Dense(NamedTuple):
     """The teacher's final hidden states (N, H') and its head; without a head they are its logits (N, V) already (tests)."""
 
     hidden_NH: Tensor
@@ -77,10 +75,6 @@ class Mix:
     divergence: str = "forward_kl"
     temperature: float = 1.0
     jsd_beta: float = 0.5
-
-    def without_labels(self, teacher: bool) -> Mix:
-        """The same divergence alone, or plain cross-entropy without a `teacher`: what validation measures."""
-        return replace(self, kl_weight=1.0, ce_weight=0.0) if teacher else replace(self, kl_weight=0.0, ce_weight=1.0)
 
     def check(self, target: Target | None) -> None:
         """ValueError for what can't be computed: an unknown divergence, or one that this form of the teacher can't give."""
@@ -102,7 +96,7 @@ class _FusedHead(torch.autograd.Function):
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         with torch.autocast(device, enabled=False):
-            head = head.detach().to(compute)
+            head = head.to(compute)
             if isinstance(target, Dense) and target.head is not None:
                 target = Dense(target.hidden_NH.to(compute), target.head.to(compute))
             d_hidden = torch.empty_like(hidden_NH) if need_h else None
@@ -113,8 +107,8 @@ class _FusedHead(torch.autograd.Function):
             for start in range(0, len(hidden_NH), chunk):
                 part = slice(start, start + chunk)
                 h_CH = hidden_NH[part].to(compute)
-                grad_CV = head.product(h_CH)
-                total += _to_gradient(grad_CV, head, labels_N[part], counted_N[part], _chunk_of(target, part), mix, d_bias)
+                grad_CV = h_CH @ head.weight_VH.T
+                total += _to_gradient(grad_CV, head, labels_N[part], counted_N[part], _reader(target, part), mix, d_bias)
                 if d_hidden is not None:
                     d_hidden[part] = grad_CV @ head.weight_VH
                 if d_weight is not None:
@@ -142,30 +136,21 @@ def _add_product(d_weight_VH: Tensor, grad_CV: Tensor, h_CH: Tensor, fresh: bool
         rows.copy_(columns.T @ h_CH) if fresh else rows.add_(columns.T @ h_CH)
 
 
-@dataclass(frozen=True)
-class _Products:
-    """A Dense target's products (C, V) of one chunk, before `Head.finish`."""
-
-    products_CV: Tensor
-    head: Head | None
-
-
-def _chunk_of(target: Target | None, part: slice) -> Sparse | Bucket | _Products | None:
-    if isinstance(target, Dense):
-        hidden_CH = target.hidden_NH[part]
-        return _Products(hidden_CH if target.head is None else target.head.product(hidden_CH), target.head)
-    return _tokens_of(target, part)
+def _reader(target: Any, part: slice) -> Callable[[slice], Any]:
+    """For a chunk of a target: places in the chunk -> the target there, a Dense one's as logits (c, V) of one product for the whole chunk."""
+    if target is None:
+        return lambda at: None
+    if not isinstance(target, Dense):
+        return lambda at: target._make(tensor[part][at] for tensor in target)
+    head, hidden_CH = target.head, target.hidden_NH[part]
+    if head is None:
+        return lambda at: hidden_CH[at]
+    products_CV = hidden_CH @ head.weight_VH.T
+    return lambda at: head.finish(products_CV[at])
 
 
-def _tokens_of(target: Any, part: slice) -> Any:
-    """Some tokens of a target; logits (c, V) in the place of products."""
-    if isinstance(target, _Products):
-        rows = target.products_CV[part]
-        return rows if target.head is None else target.head.finish(rows)
-    return None if target is None else type(target)(*(getattr(target, field.name)[part] for field in fields(target)))
-
-
-def _to_gradient(product_CV: Tensor, head: Head, labels_C: Tensor, counted_C: Tensor, target: Any, mix: Mix, d_bias: Tensor | None) -> Tensor:
+def _to_gradient(product_CV: Tensor, head: Head, labels_C: Tensor, counted_C: Tensor, target_at: Callable[[slice], Any], mix: Mix,
+                 d_bias: Tensor | None) -> Tensor:  # fmt: skip
     """Overwrite a chunk's products by d loss / d product; the weighted loss sum. `d_bias` (V,) is added to."""
     total = product_CV.new_zeros((), dtype=torch.float64)
     step = CACHED_TOKENS if product_CV.device.type == "cpu" else len(product_CV)
@@ -173,7 +158,7 @@ def _to_gradient(product_CV: Tensor, head: Head, labels_C: Tensor, counted_C: Te
         part = slice(start, start + step)
         logits_cV = head.finish(product_CV[part])
         kept_cV = logits_cV.clone() if head.softcap is not None else logits_cV
-        loss, grad_cV = _gradient(logits_cV, labels_C[part], counted_C[part], _tokens_of(target, part), mix)
+        loss, grad_cV = _gradient(logits_cV, labels_C[part], counted_C[part], target_at(part), mix)
         grad_cV = head.back(grad_cV, kept_cV)
         if d_bias is not None:
             d_bias += grad_cV.sum(0)
@@ -187,19 +172,15 @@ def _gradient(logits_CV: Tensor, labels_C: Tensor, counted_C: Tensor, target: An
     ce_C, kl_C = mix.ce_weight * counted_C, mix.kl_weight * counted_C
     if not mix.kl_weight or (not isinstance(target, Tensor) and mix.temperature == 1.0):
         return _sparse(logits_CV, labels_C, kl_C, ce_C, target if mix.kl_weight else None)
-    loss, grad_CV = _dense(logits_CV, target, kl_C, mix) if isinstance(target, Tensor) else _sparse_tempered(logits_CV, target, kl_C, mix)
+    if isinstance(target, Tensor):
+        loss, grad_CV = _dense(logits_CV, target, kl_C, mix)
+    else:  # ids whose weights are softmax(t / T)'s; the first of them stands for the label, of weight 0
+        loss, grad_CV = _sparse(logits_CV / mix.temperature, target.ids_NK[:, 0], kl_C, 0 * kl_C, target)
+        loss, grad_CV = loss * mix.temperature**2, grad_CV.mul_(mix.temperature)
     if not mix.ce_weight:
         return loss, grad_CV
     ce_loss, ce_grad_CV = _sparse(logits_CV, labels_C, kl_C, ce_C, None)
     return loss + ce_loss, grad_CV.add_(ce_grad_CV)
-
-
-def _sparse_tempered(logits_CV: Tensor, target: Sparse | Bucket, kl_C: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
-    """T^2 times the divergence of logits / T from ids whose weights are softmax(t / T)'s."""
-    temperature = mix.temperature
-    labels_C = target.ids_NK[:, 0]  # takes part with weight 0
-    loss, grad_CV = _sparse(logits_CV / temperature, labels_C, kl_C, 0 * kl_C, target)
-    return loss * temperature**2, grad_CV.mul_(temperature)
 
 
 def _sparse(logits_CV: Tensor, labels_C: Tensor, kl_C: Tensor, ce_C: Tensor, target: Sparse | Bucket | None) -> tuple[Tensor, Tensor]:
@@ -281,8 +262,7 @@ def head_loss(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tensor, t
     """
     mix.check(target)
     real = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-    loss: Tensor = _FusedHead.apply(hidden_NH, head.weight_VH, head.bias_V, head, labels_N, mask_N.to(real), target, mix, chunk, into_VH)
-    return loss
+    return _FusedHead.apply(hidden_NH, head.weight_VH, head.bias_V, head, labels_N, mask_N.to(real), target, mix, chunk, into_VH)
 
 
 def hidden_mse(student_NH: Tensor, teacher_NH: Tensor, mask_N: Tensor) -> Tensor:

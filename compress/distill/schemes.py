@@ -27,7 +27,9 @@ from torch import Tensor
 from compress.distill.losses import Bucket, Dense, Sparse, Target
 from compress.train.forward import Head
 
-SCHEMES = ("sampled", "topk", "hidden", "full")
+SCHEMES: dict[str, tuple[str, ...]] = {  # with the fields that decide a scheme's bytes
+    "sampled": ("threshold", "temperature"), "topk": ("top", "temperature"), "hidden": (), "full": (),
+}  # fmt: skip
 CHUNK = 32  # tokens whose full logits are held at once
 BLOCK = 64  # ids summed up together; a hit is looked for in the sums first
 GROUP = 64  # int8 hidden states sharing a scale
@@ -36,26 +38,16 @@ Shard = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is kept of each token."""
+    """What is kept of each token; `stages/optimization.py` checks the values."""
 
     name: str = "sampled"
     threshold: float = 1 / 20  # sampled: tau
     top: int = 64  # topk: K
     temperature: float = 1.0  # sampled and topk: T
 
-    def __post_init__(self) -> None:
-        if self.name not in SCHEMES:
-            raise ValueError(f"signal scheme {self.name!r} is unknown; allowed are {', '.join(SCHEMES)}")
-        if not 1 / 255 <= self.threshold < 1:
-            raise ValueError(f"signal threshold {self.threshold} must be in [1/255, 1): it bounds the ids a token at 1 / threshold")
-
     def meta(self) -> dict[str, object]:
         """What decides this scheme's bytes."""
-        own: dict[str, dict[str, object]] = {
-            "sampled": {"threshold": self.threshold, "temperature": self.temperature},
-            "topk": {"top": self.top, "temperature": self.temperature},
-        }
-        return {"scheme": self.name} | own.get(self.name, {})
+        return {"scheme": self.name} | {field: getattr(self, field) for field in SCHEMES[self.name]}
 
 
 @torch.inference_mode()
@@ -63,21 +55,26 @@ def encode(hidden_LH: Tensor, head: Head, scheme: Scheme, generator: torch.Gener
     """What is kept of one sequence: named tensors, on the CPU."""
     if scheme.name == "hidden":
         return _hidden_to_int8(hidden_LH)
-    chunks = hidden_LH.split(CHUNK)
-    if scheme.name == "full":
-        return {"logits": torch.cat([head.logits(chunk).half().cpu() for chunk in chunks])}
-    parts = []
-    for chunk in chunks:
+    parts: list[Shard] = []
+    for chunk in hidden_LH.split(CHUNK):
         logits_CV = head.logits(chunk)
-        if scheme.temperature != 1.0:
+        if scheme.name != "full" and scheme.temperature != 1.0:
             logits_CV.div_(scheme.temperature)
-        if scheme.name == "topk":
-            parts.append(_top(logits_CV, scheme.top))
+        if scheme.name == "full":
+            parts.append({"logits": logits_CV.half()})
+        elif scheme.name == "topk":
+            p_CK, ids_CK = logits_CV.softmax(-1).topk(min(scheme.top, logits_CV.shape[1] - 1))
+            parts.append({"ids": ids_CK, "probs": p_CK.half()})
         else:
             u_C = torch.rand(len(chunk), generator=generator, dtype=torch.float64).to(logits_CV.device)
             parts.append(sample(logits_CV, scheme.threshold, u_C))
     whole = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-    return _split_ids(whole, len(head.weight_VH))
+    if "ids" in whole:  # in two bytes, and a third in a tensor of its own where the vocabulary needs it
+        ids = whole.pop("ids")
+        whole["ids_low"] = (ids & 0xFFFF).to(torch.uint16)
+        if len(head.weight_VH) > 1 << 16:
+            whole["ids_high"] = (ids >> 16).to(torch.uint8)
+    return whole
 
 
 def sample(logits_CV: Tensor, tau: float, u_C: Tensor) -> Shard:
@@ -122,29 +119,12 @@ def _systematic(rest_CV: Tensor, token_M: Tensor, quantile_M: Tensor) -> Tensor:
     return block_M * BLOCK + column_M
 
 
-def _top(logits_CV: Tensor, top: int) -> Shard:
-    p_CK, ids_CK = logits_CV.softmax(-1).topk(min(top, logits_CV.shape[1] - 1))
-    return {"ids": ids_CK, "probs": p_CK.half()}
-
-
 def _hidden_to_int8(hidden_LH: Tensor) -> Shard:
     length, width = hidden_LH.shape
     groups = torch.nn.functional.pad(hidden_LH.float(), (0, -width % GROUP)).view(length, -1, GROUP)
     scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(6e-8).half()
     codes = (groups / scale.float()).round().clamp(-127, 127).to(torch.int8)
     return {"codes": codes.flatten(1)[:, :width].contiguous().cpu(), "scales": scale[..., 0].cpu()}
-
-
-def _split_ids(tensors: Shard, vocabulary: int) -> Shard:
-    """Ids in two bytes, and a third in a tensor of its own where the vocabulary needs it."""
-    ids = tensors.pop("ids").long()
-    high = {"ids_high": (ids >> 16).to(torch.uint8)} if vocabulary > 1 << 16 else {}
-    return tensors | {"ids_low": (ids & 0xFFFF).to(torch.uint16)} | high
-
-
-def _join_ids(tensors: Shard) -> Tensor:
-    low = tensors["ids_low"].view(torch.int16).long() & 0xFFFF
-    return low + (tensors["ids_high"].long() << 16) if "ids_high" in tensors else low
 
 
 def decode(rows: list[Shard], scheme: Scheme) -> dict[str, Tensor]:
@@ -155,18 +135,19 @@ def decode(rows: list[Shard], scheme: Scheme) -> dict[str, Tensor]:
     if scheme.name == "hidden":
         codes, scales = joined["codes"], joined["scales"].float()
         return {"teacher_hidden": codes.float() * scales.repeat_interleave(GROUP, 1)[:, : codes.shape[1]]}
-    ids = _join_ids(joined)
+    ids, probs = joined["ids_low"].view(torch.int16).long() & 0xFFFF, joined["probs"].float()
+    if "ids_high" in joined:
+        ids += joined["ids_high"].long() << 16
     if scheme.name == "topk":
-        return {"ids": ids, "probs": joined["probs"].float()}
+        return {"ids": ids, "probs": probs}
     heads_N, draws_N = joined["heads"].long(), joined["draws"].long()
     count_N, tokens = heads_N + draws_N, torch.arange(len(heads_N))
     token = torch.repeat_interleave(tokens, count_N)
     place = torch.arange(len(ids)) - (count_N.cumsum(0) - count_N)[token]
     is_head = place < heads_N[token]
-    kept_N = torch.zeros(len(heads_N)).index_add_(0, token[is_head], joined["probs"].float())
-    draw_p_N = (1 - kept_N).clamp_min(0) / draws_N.clamp_min(1)
-    p = draw_p_N[token]
-    p[is_head] = joined["probs"].float()
+    kept_N = torch.zeros(len(heads_N)).index_add_(0, token[is_head], probs)
+    p = ((1 - kept_N).clamp_min(0) / draws_N.clamp_min(1))[token]
+    p[is_head] = probs
     shape = (len(heads_N), max(1, int(count_N.max())))
     return {
         "ids": torch.zeros(shape, dtype=torch.long).index_put_((token, place), ids),

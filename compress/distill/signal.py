@@ -1,10 +1,9 @@
 """The teacher's signal, made once and kept: a second epoch, a second student, QAT or a search never runs the teacher again.
 
 A folder of shards, local or anything fsspec can open (s3://, gs://, hf://). `meta.json` names schema, teacher, tokenizer, data, scheme,
-seed and precision, and what made it; a folder whose meta differs from what is asked is refused, naming the field. Each shard
-`NNNNN-<sha256[:16]>.safetensors` holds ROWS_PER_SHARD sequences of one scheme (`schemes.py`), is a pure function of (meta, its
-number), appears whole and is checked against its name whenever it is read. Shards are only ever added: making goes on where
-it stopped, and several workers make every world-th shard each.
+seed and precision, and what made it; a folder whose meta differs from what is asked is refused. Each shard `NNNNN-<sha256[:16]>.safetensors`
+holds ROWS_PER_SHARD sequences (`schemes.py`), is a pure function of (meta, its number), appears whole and is checked against its name
+whenever it is read. Shards are only ever added: making goes on where it stopped, and several workers make every world-th shard each.
 
 Legend: R rows (sequences), L positions, N = R L tokens.
 """
@@ -21,7 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from compress.errors import ResourceError
 from compress.store import sha256_json, write_whole
 from compress.train.cpu import use_cpu_kernels
 from compress.train.data import Packed
-from compress.train.forward import Head, head_of, hidden_states, to_device
+from compress.train.forward import Head, head_of, hidden_states
 
 ROWS_PER_SHARD = 16
 SHARDS_IN_MEMORY = 64
@@ -50,8 +51,6 @@ def made_with(folder: str | None = None) -> dict[str, Any]:
 
     Of the signal in `folder` if there is one, else of one made here and now.
     """
-    import fsspec
-
     if folder is not None:
         fs, path = fsspec.core.url_to_fs(folder)
         if fs.exists(f"{path}/meta.json"):
@@ -68,8 +67,6 @@ class Signals:
 
         ValueError when `root` holds another teacher's, tokenizer's, data's or scheme's signal.
         """
-        import fsspec
-
         self.teacher, self.data, self.scheme, self.log = teacher, data, scheme, log
         self.worker, self.load = worker or Worker(), load
         self.meta: dict[str, Any] = {
@@ -78,21 +75,15 @@ class Signals:
         }  # fmt: skip
         base = str(root) if own_folder else f"{root}/{sha256_json(self.meta | made_with())[:32]}"
         self.fs, self.folder = fsspec.core.url_to_fs(base)
-        self._model: Any = None
-        self._head: Head | None = None
+        self._head: Head | None = None  # of the scheme "hidden", once the teacher was open
         self._shards: dict[int, list[Shard]] = {}
         self._paths: dict[int, str] = {}
         self._fetched: dict[int, Future[bytes]] = {}
         self._reader = ThreadPoolExecutor(1)
-        self._open_meta()
-
-    def _open_meta(self) -> None:
         self.fs.makedirs(self.folder, exist_ok=True)
-        path = f"{self.folder}/meta.json"
-        if not self.fs.exists(path):
+        if not self.fs.exists(f"{self.folder}/meta.json"):
             self._put("meta.json", json.dumps(self.meta | {"made_with": made_with()}, indent=2).encode())
-            return
-        found = json.loads(self.fs.cat_file(path))
+        found = json.loads(self.fs.cat_file(f"{self.folder}/meta.json"))
         for key, asked in self.meta.items():
             if found.get(key) != asked:
                 raise ValueError(
@@ -112,7 +103,6 @@ class Signals:
         """The head that turns kept hidden states into logits; None for the other schemes."""
         if self.scheme.name == "hidden" and self._head is None:
             self._open_teacher()
-            self._close_teacher()
         return self._head
 
     def read(self, rows: list[int]) -> dict[str, Tensor]:
@@ -135,20 +125,16 @@ class Signals:
         """
         numbers, present = range(-(-rows // ROWS_PER_SHARD)), self._present()
         missing = [n for n in numbers if n not in present and n % self.worker.world == self.worker.rank]
-        start = time.monotonic()
+        start, teacher = time.monotonic(), self._open_teacher() if missing else ()
         for done, number in enumerate(missing, 1):
-            size = self._write(number)
-            if done == 1:
-                self._check_space(size * (len(missing) - 1))
+            size = self._write(number, *teacher)[1]
+            more = size * (len(missing) - 1)
+            if done == 1 and Path(self.folder).is_dir() and more > (free := shutil.disk_usage(self.folder).free):
+                raise ResourceError(
+                    f"the teacher signal needs {more / 1e9:.1f} GB more in {self.folder}, {free / 1e9:.1f} GB are free; set signal.path"
+                )
             left = (time.monotonic() - start) / done * (len(missing) - done)
             self.log(f"teacher signal {done}/{len(missing)} shards, {size / self._tokens(number):.0f} bytes a token, {left:.0f} s left")
-        self._close_teacher()
-
-    def _check_space(self, needed: int) -> None:
-        if Path(self.folder).is_dir() and needed > (free := shutil.disk_usage(self.folder).free):
-            raise ResourceError(
-                f"the teacher signal needs {needed / 1e9:.1f} GB more in {self.folder}, {free / 1e9:.1f} GB are free; set signal.path"
-            )
 
     def bytes_per_token(self) -> float:
         """Bytes of all shards over their tokens."""
@@ -170,63 +156,41 @@ class Signals:
 
     def _shard(self, number: int) -> list[Shard]:
         if number not in self._shards:
-            if self._find(number) is None:
-                self._write(number)
-                self._close_teacher()
-            path = self._find(number)
-            assert path is not None
+            path = self._find(number) or self._write(number, *self._open_teacher())[0]
             data = self._fetched.pop(number).result() if number in self._fetched else self.fs.cat_file(path)
             if path.rsplit("/", 1)[1] != _name(number, data):
                 raise ValueError(f"teacher signal {path} is damaged (its checksum differs from its name); delete it and run again")
             while len(self._shards) >= SHARDS_IN_MEMORY:
                 del self._shards[next(iter(self._shards))]
-            self._shards[number] = _take_apart(load(data))
+            tensors = load(data)
+            columns = {name: tensors[name].split(tensors[f"{name}.lengths"].tolist()) for name in tensors if f"{name}.lengths" in tensors}
+            self._shards[number] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return self._shards[number]
 
-    def _open_teacher(self) -> Head:
-        if self._model is None:
-            dtype = torch.float32 if self.meta["precision"] == "fp32" else torch.bfloat16
-            self._model = load_model(self.teacher, dtype, self.load)
-            use_cpu_kernels(self._model)
-            if self.load == "plain":
-                self._model.to(best_device())
-            self._head = head_of(self._model).detach().first(min(self._model.config.vocab_size, len(load_tokenizer(self.teacher))))
-        assert self._head is not None
-        return self._head
+    def _open_teacher(self) -> tuple[Any, Head]:
+        """The teacher and its head, of which a copy stays where `teacher_head` gives it."""
+        model: Any = load_model(self.teacher, torch.float32 if self.meta["precision"] == "fp32" else torch.bfloat16, self.load)
+        use_cpu_kernels(model)
+        if self.load == "plain":
+            model.to(best_device())
+        head = head_of(model).detach().first(min(model.config.vocab_size, len(load_tokenizer(self.teacher))))
+        if self.scheme.name == "hidden":
+            self._head = replace(head, weight_VH=head.weight_VH.clone())
+        return model, head
 
-    def _close_teacher(self) -> None:
-        """Free the teacher; of its head only what `teacher_head` gives stays."""
-        self._model = None
-        if self.scheme.name == "hidden" and self._head is not None:
-            self._head = replace(self._head, weight_VH=self._head.weight_VH.clone())
-        else:
-            self._head = None
-
-    def _write(self, number: int) -> int:
-        """Make one shard; its size in bytes."""
-        head = self._open_teacher()
+    def _write(self, number: int, model: Any, head: Head) -> tuple[str, int]:
+        """Make one shard; its path and size in bytes."""
         generator = torch.Generator().manual_seed(self.meta["seed"] * 1_000_003 + number)
         made = []
         with torch.inference_mode():
             for row in range(number * ROWS_PER_SHARD, min((number + 1) * ROWS_PER_SHARD, len(self.data.ids))):
-                hidden_LH = hidden_states(self._model, **to_device(self.data.inputs([row]), self._model.device))
+                hidden_LH = hidden_states(model, **send_to_device(self.data.inputs([row]), model.device))
                 made.append(encode(hidden_LH, head, self.scheme, generator))
-        data = save(_put_together(made))
+        lengths = {f"{name}.lengths": torch.tensor([len(row[name]) for row in made]) for name in made[0]}  # of the rows, one after the other
+        data = save({name: torch.cat([row[name] for row in made]) for name in made[0]} | lengths)
         self._put(_name(number, data), data)
-        return len(data)
+        return f"{self.folder}/{_name(number, data)}", len(data)
 
 
 def _name(number: int, data: bytes) -> str:
     return f"{number:05d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-
-
-def _put_together(rows: list[Shard]) -> dict[str, Tensor]:
-    """Tensors of all rows one after the other, with the length of each."""
-    lengths = {f"{name}.lengths": torch.tensor([len(row[name]) for row in rows]) for name in rows[0]}
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | lengths
-
-
-def _take_apart(tensors: dict[str, Tensor]) -> list[Shard]:
-    names = [name for name in tensors if f"{name}.lengths" in tensors]
-    columns = {name: tensors[name].split(tensors[f"{name}.lengths"].tolist()) for name in names}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

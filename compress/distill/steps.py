@@ -1,42 +1,37 @@
 """What distillation, LoRA and QAT feed to the training loop: batches of packed text, with a teacher when there is one.
 
-Legend: R rows (sequences), L positions, N = R * L tokens, K teacher ids a token.
+On-policy distillation (`with_rollouts`): in a share of the steps the student learns on what it writes itself (GKD, arXiv 2306.13649,
+algorithm 1). A row's first `prompt_tokens` are the prompt; the student samples the rest at temperature 1 up to its EOS, and the teacher is
+asked what it would have said there. Only those places are labels. Which steps are on-policy, and the samples, are functions of (seed, step,
+weights), so that a resumed run writes the same. Divergences for it: reverse_kl or jsd, which the paper finds better than forward KL there.
+
+Legend: R rows (sequences), L positions, P prompt tokens, N = R * L tokens, K teacher ids a token.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from compress.checkpoint import best_device, load_tokenizer, read_config, tokenizer_digest
 from compress.distill.features import tapped
 from compress.distill.losses import Mix, head_loss, hidden_mse
 from compress.distill.schemes import as_target
+from compress.distill.signal import Signals
 from compress.train import parallel
 from compress.train.cpu import use_cpu_kernels
 from compress.train.data import Packed
-from compress.train.forward import Head, head_of, hidden_states, to_device
+from compress.train.forward import Head, head_of, hidden_states
+from compress.train.loop import Batch, LossFunction
 
-Batch = dict[str, Tensor]
-
-
-class TeacherSource(Protocol):
-    """Where a batch's teacher comes from: kept signals, or the teacher itself."""
-
-    @property
-    def teacher_head(self) -> Head | None:
-        """The head for hidden states; None when the batch needs none."""
-
-    def read(self, rows: list[int]) -> Batch:
-        """Tensors of these rows that `schemes.as_target` understands."""
-
-    def prefetch(self, rows: list[int]) -> None:
-        """Start fetching what `read` will need."""
+Batches = Callable[[int, int], list[Batch]]  # (step, micro) -> this rank's micro-batches
 
 
 class OnlineTeacher:
@@ -58,15 +53,15 @@ class OnlineTeacher:
     def read(self, rows: list[int]) -> Batch:
         """{"teacher_hidden": (N, H)} and what `taps` name, as "teacher/layer3" (R, L, H)."""
         with tapped(self.model, *self.taps) as seen:
-            hidden_NH = hidden_states(self.model, **to_device(self.data.inputs(rows), self.model.device))
+            hidden_NH = hidden_states(self.model, **send_to_device(self.data.inputs(rows), self.model.device))
         return {"teacher_hidden": hidden_NH} | {f"teacher/{name}": state for name, state in seen.items()}
 
-    def prefetch(self, rows: list[int]) -> None:
-        """Nothing: the next batch's teacher would compete with this batch's student."""
+
+TeacherSource = Signals | OnlineTeacher  # `read(rows)` gives tensors that `schemes.as_target` understands, `teacher_head` goes with hidden states
 
 
-def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, sequences: int, batch: int) -> Callable[[int, int], list[Batch]]:
-    """`batches(step, micro)` -> this rank's micro-batches of `Packed.batch` and, with a source, the teacher's tensors.
+def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, sequences: int, batch: int) -> Batches:
+    """Micro-batches of `Packed.batch` and, with a source, the teacher's tensors.
 
     Of the step's `batch` rows every rank takes its own; kept signals of the next step are fetched while this one computes.
     """
@@ -77,7 +72,7 @@ def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, seque
     def batches(step: int, micro: int) -> list[Batch]:
         rows = mine(step)
         made = [one_batch(data, source, rows[i : i + micro]) for i in range(0, len(rows), micro)]
-        if source is not None:
+        if isinstance(source, Signals):  # the next batch's online teacher would compete with this batch's student
             source.prefetch(mine(step + 1))
         return made
 
@@ -87,6 +82,38 @@ def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, seque
 def one_batch(data: Packed, source: TeacherSource | None, rows: list[int]) -> Batch:
     """Rows as the loss takes them."""
     return data.batch(rows) | (source.read(rows) if source else {})
+
+
+def with_rollouts(batches: Batches, model: Any, teacher: OnlineTeacher, *, share: float, prompt_tokens: int, eos: int, seed: int) -> Batches:
+    """`batches`, in a `share` of the steps with the student's own text behind each row's prompt."""
+
+    def mixed(step: int, micro: int) -> list[Batch]:
+        made = batches(step, micro)
+        if random.Random(f"{seed} {step}").random() >= share:
+            return made
+        torch.manual_seed((seed * 1_000_003 + step) * 1009 + parallel.rank())
+        return [_own_text(model, teacher, batch["inputs"], prompt_tokens, eos) for batch in made]
+
+    return mixed
+
+
+@torch.no_grad()
+def _own_text(model: Any, teacher: OnlineTeacher, inputs_RL: Tensor, prompt_tokens: int, eos: int) -> Batch:
+    length, device = inputs_RL.shape[1], next(model.parameters()).device
+    prompt_RP = inputs_RL[:, :prompt_tokens].to(device)
+    training, cached = model.training, model.config.use_cache
+    model.eval()
+    ids = model.generate(
+        input_ids=prompt_RP, attention_mask=torch.ones_like(prompt_RP), max_new_tokens=length + 1 - prompt_tokens, do_sample=True, top_k=0,
+        top_p=1.0, temperature=1.0, eos_token_id=eos, pad_token_id=eos, use_cache=True,
+    )  # fmt: skip
+    model.train(training)
+    model.config.use_cache = cached
+    ids = torch.nn.functional.pad(ids, (0, length + 1 - ids.shape[1]), value=eos)  # all rows may have ended early
+    inputs_RL, place_L = ids[:, :-1], torch.arange(length, device=device)
+    ended_RL = ((inputs_RL == eos) & (place_L >= prompt_tokens)).cumsum(-1) > 0
+    mask_RL = (place_L >= prompt_tokens - 1) & ~ended_RL
+    return {"inputs": inputs_RL, "labels": ids[:, 1:], "mask": mask_RL, "teacher_hidden": hidden_states(teacher.model, inputs_RL)}
 
 
 def common_vocabulary(student: Path, teacher: Path) -> int:
@@ -103,9 +130,7 @@ def common_vocabulary(student: Path, teacher: Path) -> int:
     return ids
 
 
-def make_loss(
-    mix: Mix, teacher_head: Head | None = None, hidden_weight: float = 0.0, vocabulary: int | None = None
-) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
+def make_loss(mix: Mix, teacher_head: Head | None = None, hidden_weight: float = 0.0, vocabulary: int | None = None) -> LossFunction:
     """`loss_fn(model, batch)` -> (loss sum in nats, labels counted).
 
     `vocabulary`: ids of the tokenizer; rows of either head behind them are padding and take no part.

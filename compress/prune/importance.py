@@ -4,13 +4,11 @@ Blocks (ShortGPT, arXiv 2403.03853, section 3). A block that hardly turns its in
     BI = 1 - E_tokens[cos(h_in, h_out)].
 The least influential block goes, every later block is scored again on what it now receives, and so on.
 
-Channels (Optimal Brain Surgeon; structured as in ZipLM, arXiv 2302.04089, section 3). With X (N, F) the inputs of the
-down projection W (H, F) on calibration tokens and G = X^T X, damped by damping * mean(diag G), removing channel j and
-letting the others make up for it costs, in squared error of the output,
+Channels (Optimal Brain Surgeon; structured as in ZipLM, arXiv 2302.04089, section 3). With X (N, F) the inputs of the down projection
+W (H, F) and G = X^T X, damped by damping * mean(diag G), removing channel j costs, in squared error of the output that the others can't make up,
     cost_j = ||W[:, j]||^2 / [G^-1]_jj,      then W <- W - W[:, j] [G^-1]_j: / [G^-1]_jj, and G^-1 likewise.
-The cheapest `block` channels go together, W and G^-1 are brought up to date, and so on. Whatever the order, what
-remains is the least-squares answer W G[:, keep] G[keep, keep]^-1; it is solved once at the end, free of drift.
-Left out: interactions inside one block of removals, and what a cut does beyond its own projection.
+The cheapest `block` channels go together, W and G^-1 are brought up to date, and so on. What remains is the least-squares answer
+W G[:, keep] G[keep, keep]^-1, solved once at the end, free of drift. Left out: interactions inside one block of removals.
 
 Letters: B sequences, L tokens of one, N tokens, H hidden, F channels, K kept channels, D channels going together.
 """
@@ -30,11 +28,7 @@ def block_influence(h_in_NH: Tensor, h_out_NH: Tensor) -> float:
 
 
 def drop_blocks(
-    blocks: Sequence[Callable[[Tensor], Tensor]],
-    entering: Sequence[Tensor],
-    count: int,
-    keep_first: int,
-    keep_last: int,
+    blocks: Sequence[Callable[[Tensor], Tensor]], entering: Sequence[Tensor], count: int, keep_first: int, keep_last: int
 ) -> list[tuple[int, float]]:
     """The `count` blocks to drop as (index in `blocks`, influence when it went), in the order they go.
 
@@ -45,8 +39,7 @@ def drop_blocks(
     for _ in range(count):
         for index in kept[len(states) - 1 :]:
             states.append(blocks[index](states[-1]))
-        candidates = range(keep_first, len(kept) - keep_last)
-        influence = {at: block_influence(states[at], states[at + 1]) for at in candidates}
+        influence = {at: block_influence(states[at], states[at + 1]) for at in range(keep_first, len(kept) - keep_last)}
         at = min(influence, key=influence.__getitem__)
         dropped.append((kept.pop(at), influence[at]))
         del states[at + 1 :]

@@ -1,22 +1,15 @@
 """What may be cut, and what a Hugging Face config says afterwards. No torch at import: a plan needs only numbers.
 
-Supported are decoder-only models built of `model.layers[i].mlp.{gate,up,down}_proj`. Everything stays uniform across
-layers, so that stock transformers, llama.cpp and vLLM load the result. A target width goes to the nearest multiple
-(halves up, never 0): asking for 900 with multiple 64 gives 896.
+Supported are decoder-only models built of `model.layers[i].mlp.{gate,up,down}_proj`. Everything stays uniform across layers, so that
+stock transformers, llama.cpp and vLLM load the result.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-ARCHITECTURES = (
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM",
-    "Gemma3ForCausalLM",
-)  # fmt: skip
+ARCHITECTURES = [f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3")]
 
 
 def check_architecture(config: dict[str, Any]) -> None:
@@ -30,7 +23,7 @@ def check_architecture(config: dict[str, Any]) -> None:
 
 
 def snap(width: int, multiple: int) -> int:
-    """The multiple nearest to `width`, halves up, at least one multiple."""
+    """The multiple nearest to `width`, halves up, at least one multiple: 900 with multiple 64 gives 896."""
     return max(1, (2 * width + multiple) // (2 * multiple)) * multiple
 
 
@@ -45,7 +38,7 @@ def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:
     return {**config, **per_block, "num_hidden_layers": blocks - len(dropped)}
 
 
-def open_parent(stage: Any, parent: Path) -> PreTrainedModel:
+def open_parent(stage: Any, parent: Path) -> Any:
     """The model of `parent` in fp32, after every refusal that needs no weights: ValueError naming the directory."""
     from compress import checkpoint
     from compress.quant.codes import FILE, is_quantized
@@ -60,7 +53,7 @@ def open_parent(stage: Any, parent: Path) -> PreTrainedModel:
     return checkpoint.load_model(parent)
 
 
-def save_checked(model: PreTrainedModel, out: Path, parent: Path) -> None:
+def save_checked(model: Any, out: Path, parent: Path) -> None:
     """Save in bf16 and prove that stock transformers reads back exactly the model in memory, renumbering and all."""
     import torch
 

@@ -1,21 +1,19 @@
 """The file that ships, run by llama.cpp itself (`xllamacpp`): hidden states, log-likelihoods, text, latency.
 
-llama.cpp's server gives no prompt log-probabilities, but as an embedding server without pooling it returns the hidden
-states of all positions, after the final norm: h (L, H). With the decoded head W (V, H) of that file, logits = h W^T.
-All blocks run with llama.cpp's own kernels (which quantize activations to 8 bits); only the head's product is done here
-in fp32, so its quantized product is skipped. Prompts go in as token ids, never as text: no BOS is added and ids are
-those of the torch side. The server listens on a free port of 127.0.0.1 inside this process.
+llama.cpp's server gives no prompt log-probabilities, but as an embedding server without pooling it returns the hidden states of all
+positions, after the final norm: h (L, H). With the decoded head W (V, H) of that file, logits = h W^T. All blocks run with llama.cpp's own
+kernels (which quantize activations to 8 bits); only the head's product is done here in fp32, so its quantized product is skipped. Prompts
+go in as token ids: no BOS is added and ids are those of the torch side. The server listens on a free port of 127.0.0.1 inside this process.
 
-Cost: the server computes the head for every position (about a fifth of the time for SmolLM2) and writes JSON (2%).
-A causal state depends on nothing to its right, so of prompts that begin alike only the longest is run.
+Cost: the server computes the head for every position (about a fifth of the time for SmolLM2) and writes JSON (2%). A causal state depends
+on nothing to its right, so of prompts that begin alike only the longest is run. torch and lm_eval are imported where they are needed:
+`python -m compress.score.llamacpp` measures peak memory.
 
-torch and lm_eval are imported where they are needed: `python -m compress.score.llamacpp` measures peak memory.
 Shapes: L length, H hidden, V vocabulary, N answer tokens.
 """
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import os
@@ -25,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from compress.train.forward import Head
 
+GREEDY = {"temperature": 0, "cache_prompt": False}
 _PARALLEL = 4  # sequences that the server decodes together: short prompts fill a batch
 
 
@@ -79,7 +79,7 @@ class LlamaCpp:
         for ids in prompts:
             if not 0 < len(ids) <= self.ctx_len:
                 raise ValueError(f"a prompt of {len(ids)} tokens; allowed: 1 to ctx_len = {self.ctx_len}")
-        runs = _maximal([tuple(ids) for ids in prompts])
+        runs = _maximal({tuple(ids) for ids in prompts})
         states: dict[tuple[int, ...], Tensor] = {}
         for batch in _batches(sorted(set(runs.values()), key=len), self.ctx_len * _PARALLEL):
             answer = self._post("/embedding", {"content": batch})
@@ -90,18 +90,16 @@ class LlamaCpp:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids by llama.cpp's own tokenizer, special tokens in the text recognised, none added."""
-        return list(self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"])
+        return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
 
     def generate(self, prompt: str | Sequence[int], n: int, stop: Sequence[str] = ()) -> str:
         """Greedy continuation of at most `n` tokens as text, ended by EOS or a string of `stop` (which is cut off)."""
         prompt = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-        body = {"prompt": prompt, "n_predict": n, "temperature": 0, "stop": list(stop), "cache_prompt": False}
-        return str(self._post("/completion", body)["content"])
+        return self._post("/completion", GREEDY | {"prompt": prompt, "n_predict": n, "stop": list(stop)})["content"]
 
     def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]:
         """Greedy continuation of at most `n` token ids, ended by EOS."""
-        body = {"prompt": list(prompt), "n_predict": n, "temperature": 0, "return_tokens": True, "cache_prompt": False}
-        return [int(token) for token in self._post("/completion", body)["tokens"]]
+        return self._post("/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "return_tokens": True})["tokens"]
 
     def token_times(self, body: dict[str, Any]) -> list[float]:
         """Seconds from a streamed completion's request to each of its tokens."""
@@ -130,11 +128,11 @@ class LlamaCpp:
         return answer
 
 
-def _maximal(prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+def _maximal(prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Prompt -> the longest given prompt that begins with it. In sorted order such a prompt follows directly."""
     runs: dict[tuple[int, ...], tuple[int, ...]] = {}
     last: tuple[int, ...] = ()
-    for ids in sorted(set(prompts), reverse=True):
+    for ids in sorted(prompts, reverse=True):
         last = last if last[: len(ids)] == ids else ids
         runs[ids] = last
     return runs
@@ -183,10 +181,6 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
     from tqdm import tqdm
 
     class LlamaCppLM(TemplateLM):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokenizer, self.max_length, self.batch_size = tokenizer, llama.ctx_len, batch_size
-
         @property
         def eot_token_id(self) -> int:
             return int(tokenizer.eos_token_id)
@@ -202,24 +196,26 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
             order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # equal beginnings meet
-            results: dict[int, tuple[float, bool]] = {}
+            results = [(0.0, False)] * len(requests)
             bar = tqdm(total=len(order), desc="llama.cpp log-likelihoods", disable=disable_tqdm)
             for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-                inputs = [(requests[i][1] + requests[i][2])[-self.max_length - 1 : -1] for i in chunk]
+                inputs = [(requests[i][1] + requests[i][2])[-llama.ctx_len - 1 : -1] for i in chunk]
                 for i, states in zip(chunk, llama.hidden_states(inputs), strict=True):
-                    results[i] = answer_loglikelihood(states, head, requests[i][2])
+                    answer_N = torch.tensor(requests[i][2])
+                    logits_NV = head.logits(states[-len(answer_N) :])
+                    picked_N = logits_NV.gather(1, answer_N[:, None])[:, 0] - logits_NV.logsumexp(1)
+                    results[i] = float(picked_N.sum()), bool((logits_NV.argmax(1) == answer_N).all())
                 bar.update(len(chunk))
             bar.close()
-            return [results[i] for i in range(len(requests))]
+            return results
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             windows, owners = [], []
             for i, request in enumerate(requests):
                 ids = self.tok_encode(request.args[0])
-                cut = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-                pairs = [utils.make_disjoint_window(window) for window in cut]
-                windows += [(("", ""), context, answer) for context, answer in pairs]
-                owners += [i] * len(pairs)
+                for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, llama.ctx_len, 1):
+                    windows.append((("", ""), *utils.make_disjoint_window(window)))
+                    owners.append(i)
             totals = [0.0] * len(requests)
             for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
                 totals[i] += logprob
@@ -232,17 +228,13 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
                     raise ValueError(f"generation options {options}: only greedy decoding is offered")
                 n = int(options.get("max_gen_toks", 256))
                 until = options.get("until") or []
-                ids = self.tok_encode(context)[-max(1, self.max_length - n) :]
+                ids = self.tok_encode(context)[-max(1, llama.ctx_len - n) :]
                 texts.append(llama.generate(ids, n, [until] if isinstance(until, str) else until))
             return texts
 
-    def answer_loglikelihood(states: torch.Tensor, head: Head, answer: list[int]) -> tuple[float, bool]:
-        logits_NV = head.logits(states[-len(answer) :])
-        ids = torch.tensor(answer)
-        picked = logits_NV.gather(1, ids[:, None])[:, 0] - logits_NV.logsumexp(1)
-        return float(picked.sum()), bool((logits_NV.argmax(1) == ids).all())
-
-    return LlamaCppLM()
+    lm: Any = LlamaCppLM()
+    lm.tokenizer, lm.max_length, lm.batch_size = tokenizer, llama.ctx_len, batch_size
+    return lm
 
 
 def measure_llamacpp(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int) -> dict[str, float]:
@@ -252,19 +244,13 @@ def measure_llamacpp(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: i
     word = llama.tokenize("a")[-1:]
     # One word over and over: dense kernels take the same time for any ids, and each token is whole text, sent at once.
     # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds back.)
-    body = {
-        "prompt": word * prompt_tokens, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
-        "cache_prompt": False, "logit_bias": [[word[0], 1000.0]],
-    }  # fmt: skip
-    first, between = [], []
-    for repeat in range(repeats + 1):
-        times = llama.token_times(body)
-        assert len(times) == new_tokens, f"{len(times)} chunks for {new_tokens} tokens"
-        if repeat > 0:
-            first.append(times[0])
-            between += [b - a for a, b in zip(times, times[1:], strict=False)]
+    bias = [[word[0], 1000.0]]
+    body = GREEDY | {"prompt": word * prompt_tokens, "max_tokens": new_tokens, "ignore_eos": True, "stream": True, "logit_bias": bias}
+    runs = [llama.token_times(body) for _ in range(repeats + 1)]
+    assert all(len(times) == new_tokens for times in runs), f"{[len(times) for times in runs]} chunks for {new_tokens} tokens"
+    between = [b - a for times in runs[1:] for a, b in pairwise(times)]
     return {
-        "ttft_ms_p50": 1e3 * statistics.median(first),
+        "ttft_ms_p50": 1e3 * statistics.median(times[0] for times in runs[1:]),
         "latency_ms_p50": 1e3 * statistics.median(between),
         "latency_ms_p95": 1e3 * statistics.quantiles(between, n=20, method="inclusive")[-1],
         "tok_per_sec": len(between) / sum(between),
@@ -274,23 +260,13 @@ def measure_llamacpp(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: i
 
 def latency_in_fresh_process(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int) -> dict[str, float]:
     """`measure_llamacpp` in its own process, so that memory and caches are those of serving this file alone."""
-    arguments = [str(gguf.resolve()), *map(str, (prompt_tokens, new_tokens, repeats, threads))]
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "compress.score.llamacpp", *arguments]
+    command = [sys.executable, "-m", "compress.score.llamacpp", str(gguf.resolve()), *map(str, (prompt_tokens, new_tokens, repeats, threads))]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     if done.returncode != 0:
         raise ValueError(f"measuring {gguf} failed with exit {done.returncode}: {done.stderr.strip()[-300:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    """Command line of `latency_in_fresh_process`: prints one JSON line."""
-    parser = argparse.ArgumentParser(prog="python -m compress.score.llamacpp")
-    parser.add_argument("gguf", type=Path)
-    for name in ("prompt_tokens", "new_tokens", "repeats", "threads"):
-        parser.add_argument(name, type=int)
-    print(json.dumps(measure_llamacpp(**vars(parser.parse_args()))))
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the process of `latency_in_fresh_process`: prints one JSON line
+    print(json.dumps(measure_llamacpp(Path(sys.argv[1]), *map(int, sys.argv[2:]))))

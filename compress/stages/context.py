@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from compress.train.data import Packed
@@ -32,10 +31,3 @@ class Context:
     curve: Callable[[list[dict[str, float]]], None]  # receives the training curve
     parallel: str = "none"  # or ddp, fsdp2
     activation_checkpointing: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the teacher runs in: the training precision."""
-        import torch
-
-        return torch.float32 if self.precision == "fp32" else torch.bfloat16

@@ -7,7 +7,6 @@ arXiv 2407.14679, section 4.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -23,13 +22,8 @@ if TYPE_CHECKING:
     from compress.distill.steps import OnlineTeacher
 
 
-class Divergence(StrEnum):
-    """D of the loss; all but forward_kl need a signal with all of the teacher's probabilities."""
-
-    forward_kl = "forward_kl"
-    reverse_kl = "reverse_kl"
-    jsd = "jsd"
-    total_variation = "total_variation"
+# D of the loss; all but forward_kl need a signal with all of the teacher's probabilities
+Divergence = StrEnum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
 
 
 @dataclass
@@ -86,7 +80,7 @@ class Distill(Optimization):
             )
         if self.temperature <= 0 or not 0 < self.jsd_beta < 1:
             raise ConfigError(f"temperature={self.temperature} must be above 0 and jsd_beta={self.jsd_beta} between 0 and 1")
-        if self.divergence is not Divergence.forward_kl and not self.signal.dense:
+        if self.divergence is not Divergence.forward_kl and self.signal.scheme in ("sampled", "topk"):
             raise ConfigError(f"divergence={self.divergence} needs all of the teacher's probabilities; set signal.scheme to hidden or online")
         if self.hidden_weight and self.signal.scheme not in ("hidden", "online"):
             raise ConfigError(f"hidden_weight={self.hidden_weight} needs the teacher's hidden states; set signal.scheme to hidden or online")
@@ -99,16 +93,11 @@ class Distill(Optimization):
         if self.on_policy and self.signal.scheme != "online":
             raise ConfigError(f"on_policy={self.on_policy} needs the teacher at every step; set signal.scheme=online")
 
-    def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Distillation keeps the shape."""
-        return config
-
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats, loss_last_nats."""
         from compress.checkpoint import load_model, load_tokenizer, read_config, save_model
         from compress.distill.losses import Mix
-        from compress.distill.rollout import with_rollouts
-        from compress.distill.steps import OnlineTeacher, common_vocabulary
+        from compress.distill.steps import OnlineTeacher, common_vocabulary, with_rollouts
         from compress.quant.codes import is_quantized
 
         if is_quantized(parent):
@@ -123,7 +112,7 @@ class Distill(Optimization):
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 embeddings.weight.requires_grad_(False)
         mix = Mix(self.kl_weight, self.ce_weight, self.divergence.value, self.temperature, self.jsd_beta)
-        wrap = None
+        wrap = wrap_loss = None
         if isinstance(source, OnlineTeacher) and self.on_policy:
             if self.prompt_tokens >= ctx.seq_len or ctx.parallel == "fsdp2":
                 raise ValueError(
@@ -131,23 +120,15 @@ class Distill(Optimization):
                 )
             eos = int(load_tokenizer(parent).eos_token_id)
             wrap = partial(with_rollouts, model=model, teacher=source, share=self.on_policy, prompt_tokens=self.prompt_tokens, eos=eos, seed=ctx.seed)
-        wrap_loss = self._with_features(model, source, ctx)
+        if isinstance(source, OnlineTeacher) and self.features.used:
+            alone = self.features.blocks and (ctx.parallel != "none" or ctx.activation_checkpointing)
+            if ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic" or alone:
+                raise ValueError(
+                    "features need whole fp32 models (trainer=auto or ddp); features.blocks needs trainer=auto without activation_checkpointing"
+                )
+            wrap_loss = partial(self.features.loss, student=model, teacher=source, seed=ctx.seed)
         metrics = self.optimize(
             model, mix, data, source, ctx, hidden_weight=self.hidden_weight, vocabulary=vocabulary, wrap=wrap, wrap_loss=wrap_loss
         )
         save_model(model, out, tokenizer_from=parent)
         return metrics
-
-    def _with_features(self, model: Any, source: Any, ctx: Context) -> Callable[[Any], Any] | None:
-        """What adds the features' terms to a loss; None without any. ValueError where the trainer can't compute them."""
-        if not self.features.used:
-            return None
-        if (
-            ctx.parallel == "fsdp2"
-            or ctx.precision == "bf16_stochastic"
-            or (self.features.blocks and (ctx.parallel != "none" or ctx.activation_checkpointing))
-        ):
-            raise ValueError(
-                "features need whole fp32 models (trainer=auto or ddp); features.blocks needs trainer=auto without activation_checkpointing"
-            )
-        return partial(self.features.loss, student=model, teacher=source, seed=ctx.seed)

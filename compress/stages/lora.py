@@ -1,16 +1,16 @@
 """LoRA fine-tuning: low-rank updates W + (alpha / r) B A of the linear layers (arXiv 2106.09685, section 4.1), merged at the end.
 
-With `load_in_4bit` the frozen base is held in bitsandbytes' NF4 while the adapters train (QLoRA, arXiv 2305.14314, section 3); the
-adapters are then merged into the unquantized base, so the output is a plain checkpoint either way. The adapter itself is kept
-in `adapter/`, never beside config.json, where transformers would apply it a second time. Embeddings and head are never
-adapted: with tied weights one of the two updates would be lost on reload.
+With `load_in_4bit` the frozen base is held in bitsandbytes' NF4 while the adapters train (QLoRA, arXiv 2305.14314, section 3) and are then
+merged into the unquantized base. The adapter itself is kept in `adapter/`, never beside config.json, where transformers would apply it a
+second time. Embeddings and head are never adapted: with tied weights one of the two updates would be lost on reload.
 """
 
 from __future__ import annotations
 
-import shutil
+import importlib.util
+import json
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,7 @@ from compress.stages.optimization import Optimization
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class LoraData(Enum):
-    """Which data the adapters learn."""
-
-    chat = "chat"
-    text = "text"
+LoraData = StrEnum("LoraData", ["chat", "text"])  # what the adapters learn
 
 
 @dataclass
@@ -41,15 +37,8 @@ class Lora(Optimization):
         super().__post_init__()
         if self.rank <= 0 or self.alpha <= 0:
             raise ConfigError(f"rank={self.rank}, alpha={self.alpha}: both must be above 0")
-        if self.load_in_4bit:
-            import importlib.util
-
-            if importlib.util.find_spec("bitsandbytes") is None:
-                raise ConfigError("load_in_4bit=true needs bitsandbytes, which is not installed: pip install 'compress-lm[qlora]'")
-
-    def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
-        """LoRA keeps the shape."""
-        return config
+        if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError("load_in_4bit=true needs bitsandbytes, which is not installed: pip install 'compress-lm[qlora]'")
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the merged model and `adapter/`. Metrics: as every training stage, and adapter_params_count."""
@@ -69,22 +58,13 @@ class Lora(Optimization):
         metrics = self.optimize(model, Mix(kl_weight=0.0, ce_weight=1.0), data, None, ctx)
         adapter = out / "adapter"
         model.save_pretrained(str(adapter), safe_serialization=True)
-        _plain_adapter(adapter)
+        (adapter / "README.md").unlink(missing_ok=True)  # peft's card
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = None  # a path of this machine
+        config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
+        (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         adapter_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.load_in_4bit:
             model = PeftModel.from_pretrained(load_model(parent), adapter)
         save_model(model.merge_and_unload(), out, tokenizer_from=parent)
         return metrics | {"adapter_params_count": adapter_params}
-
-
-def _plain_adapter(adapter: Path) -> None:
-    """Keep weights and configuration; drop peft's card and the path of the machine it was made on."""
-    import json
-
-    for path in adapter.iterdir():
-        if path.name not in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = None
-    config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
-    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

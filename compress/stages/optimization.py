@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,22 +17,10 @@ if TYPE_CHECKING:
     from compress.train.data import Packed
 
 
-class SchemeName(StrEnum):
-    """How the teacher is seen: kept signals (`compress/distill/schemes.py`), or the teacher run at every step."""
-
-    sampled = "sampled"
-    topk = "topk"
-    hidden = "hidden"
-    full = "full"
-    online = "online"
-
-
-class TeacherLoad(StrEnum):
-    """How the teacher's weights are held while it makes the signal."""
-
-    plain = "plain"
-    nf4 = "nf4"
-    int8 = "int8"
+# how the teacher is seen: kept signals (`compress/distill/schemes.py`), or the teacher run at every step
+SchemeName = StrEnum("SchemeName", ["sampled", "topk", "hidden", "full", "online"])
+TeacherLoad = StrEnum("TeacherLoad", ["plain", "nf4", "int8"])  # how its weights are held meanwhile
+Schedule = StrEnum("Schedule", ["cosine", "wsd"])  # how the learning rate falls (`compress/train/optimizer.py`)
 
 
 @dataclass
@@ -47,7 +35,7 @@ class Signal:
 
     def __post_init__(self) -> None:
         if not 1 / 255 <= self.threshold < 1:
-            raise ConfigError(f"signal.threshold={self.threshold} must be in [1/255, 1)")
+            raise ConfigError(f"signal.threshold={self.threshold} must be in [1/255, 1): it bounds the ids a token at 1 / threshold")
         if self.top < 1:
             raise ConfigError(f"signal.top={self.top} must be at least 1")
         if self.path and "://" in self.path:
@@ -58,13 +46,10 @@ class Signal:
             except (ImportError, ValueError) as error:
                 raise ConfigError(f"signal.path={self.path} can't be opened: {error}") from error
 
-    @property
-    def dense(self) -> bool:
-        """Whether all of the teacher's probabilities can be had from it."""
-        return self.scheme in (SchemeName.hidden, SchemeName.full, SchemeName.online)
-
     def open(self, ctx: Context, teacher: Path, data: Packed, sequences: int, temperature: float = 1.0) -> TeacherSource:
         """The teacher for the first `sequences` rows of `data`; kept signals are made now where they are missing."""
+        import torch
+
         from compress.checkpoint import load_model
         from compress.distill.schemes import Scheme
         from compress.distill.signal import Signals, Worker
@@ -72,7 +57,8 @@ class Signal:
         from compress.train import parallel
 
         if self.scheme is SchemeName.online:
-            return OnlineTeacher(load_model(teacher, ctx.dtype, self.teacher.value), data, sharded=ctx.parallel == "fsdp2")
+            dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
+            return OnlineTeacher(load_model(teacher, dtype, self.teacher.value), data, sharded=ctx.parallel == "fsdp2")
         scheme = Scheme(self.scheme.value, self.threshold, self.top, temperature)
         signals = Signals(
             self.path or ctx.signals, teacher, data, scheme, seed=ctx.seed, precision=ctx.precision, log=ctx.log,
@@ -81,13 +67,6 @@ class Signal:
         signals.make(min(sequences, len(data.ids)))
         parallel.wait()
         return signals
-
-
-class Schedule(StrEnum):
-    """How the learning rate falls (`compress/train/optimizer.py`)."""
-
-    cosine = "cosine"
-    wsd = "wsd"
 
 
 @dataclass
@@ -116,6 +95,10 @@ class Optimization:
         if self.validations < 0 or self.patience < 0 or (self.patience and not self.validations):
             raise ConfigError(f"validations={self.validations}, patience={self.patience}: neither below 0, and patience needs validations")
 
+    def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Training keeps the shape."""
+        return config
+
     def steps(self, seq_len: int) -> int:
         """Optimizer steps that the token budget pays for."""
         return -(-self.tokens // (self.batch_sequences * seq_len))
@@ -124,19 +107,9 @@ class Optimization:
         """Distinct sequences read: those of one epoch."""
         return -(-self.steps(seq_len) * self.batch_sequences // self.epochs)
 
-    def optimize(
-        self,
-        model: Any,
-        mix: Mix,
-        data: Packed,
-        source: TeacherSource | None,
-        ctx: Context,
-        *,
-        hidden_weight: float = 0.0,
-        vocabulary: int | None = None,
-        wrap: Callable[[Any], Any] | None = None,
-        wrap_loss: Callable[[Any], Any] | None = None,
-    ) -> dict[str, float]:
+    def optimize(self, model: Any, mix: Mix, data: Packed, source: TeacherSource | None, ctx: Context, *, hidden_weight: float = 0.0,
+                 vocabulary: int | None = None, wrap: Callable[[Any], Any] | None = None,
+                 wrap_loss: Callable[[Any], Any] | None = None) -> dict[str, float]:  # fmt: skip
         """Train `model` on `data` with a loss mix. Deterministic figures; the whole curve, with its times, goes to the store's note."""
         from compress.distill.steps import make_batches, make_loss, one_batch
         from compress.train.loop import Plan, train
@@ -150,7 +123,8 @@ class Optimization:
             if held[0] < 1:
                 raise ValueError(f"{ctx.label}: {len(data.ids)} sequences of text leave none to train on besides {len(held)} for validation")
             rows = min(rows, held[0])
-            measured = make_loss(mix.without_labels(source is not None), head, vocabulary=vocabulary)
+            alone = replace(mix, kl_weight=float(source is not None), ce_weight=float(source is None))  # the divergence, else plain cross-entropy
+            measured = make_loss(alone, head, vocabulary=vocabulary)
             validation = measured, [one_batch(data, source, [row]) for row in held]
         batches = make_batches(data, source, seed=ctx.seed, sequences=rows, batch=self.batch_sequences)
         batches = wrap(batches) if wrap else batches

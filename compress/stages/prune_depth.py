@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.prune import shape
+from compress.stages.context import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from compress.stages.context import Context
 
 
 @dataclass
@@ -70,9 +69,8 @@ class PruneDepth:
         keywords: list[dict[str, Any]] = []
 
         def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            entering.append(args[0] if args else kwargs.pop("hidden_states"))
-            keywords.append(kwargs)
+            keywords.append(dict(kwargs))
+            entering.append(args[0] if args else keywords[-1].pop("hidden_states"))
 
         layers = model.model.layers
         hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]

@@ -1,10 +1,9 @@
-"""Narrow every FFN to the same width: channels by second-order cost (OBS, `compress.prune.importance`), the cut made
-through torch-pruning's dependency graph, and the down projection then fitted again by least squares.
+"""Narrow every FFN to the same width: channels by second-order cost (OBS, `compress.prune.importance`), the cut made through torch-pruning's
+dependency graph, and the down projection then fitted again by least squares.
 
-One forward of the calibration text does it all, block by block: when the text reaches a down projection, its FFN is cut
-and fitted there and then, so every later block is fitted to what the blocks already cut send it. Measured on the
-embedded teacher this beats fitting all blocks to the dense model's activations (KL on WikiText 1.44 against 1.48, FFN
-1536 -> 896), and asking each block to undo the errors of the earlier ones overfits (1.82).
+One forward of the calibration text does it all: when it reaches a down projection, that FFN is cut and fitted, so every later block is
+fitted to what the blocks already cut send it. On the embedded teacher this beats fitting all blocks to the dense model's activations
+(KL on WikiText 1.44 against 1.48, FFN 1536 -> 896); asking each block to undo the errors of the earlier ones overfits (1.82).
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.prune import shape
+from compress.stages.context import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from compress.stages.context import Context
 
 
 @dataclass
@@ -68,19 +66,28 @@ class PruneWidth:
 
     def _cut(self, model: Any, ids_BL: Tensor, target: int) -> list[float]:
         """Cut every block in place as the calibration text reaches it; what each projection's output lost."""
-        from torch.nn import Linear
+        import torch
+        import torch_pruning
 
         from compress.prune.importance import error_fraction, keep_channels, reconstruct
 
-        graph, errors = _dependency_graph(model), []
+        with torch.enable_grad():  # the trace follows grad_fn
+            graph, errors = torch_pruning.DependencyGraph(), []
+            two_BL = torch.zeros(1, 2, dtype=torch.long)
+            graph.build_dependency(model, two_BL, lambda traced, ids_BL: traced(ids_BL, use_cache=False).logits, verbose=False)
 
-        def cut_here(down: Linear, args: tuple[Tensor]) -> tuple[Tensor]:
+        def cut_here(down: torch.nn.Linear, args: tuple[Tensor]) -> tuple[Tensor]:
             x_NF, whole_HF = args[0].flatten(0, -2), down.weight.detach()
             gram_FF = x_NF.T @ x_NF
             keep_K = keep_channels(whole_HF, gram_FF, target, self.damping)
             fitted_HK = reconstruct(whole_HF, gram_FF, keep_K, self.damping)
             errors.append(error_fraction(whole_HF, gram_FF, keep_K, fitted_HK))
-            _prune(graph, mlps[down], keep_K)
+            mlp, gone = mlps[down], sorted(set(range(len(gram_FF))) - set(keep_K.tolist()))
+            group: Any = graph.get_pruning_group(mlp.up_proj, torch_pruning.prune_linear_out_channels, gone)
+            linears = {item.dep.target.module for item in group if isinstance(item.dep.target.module, torch.nn.Linear)}
+            assert linears == {mlp.gate_proj, mlp.up_proj, down}, f"the dependency graph found {group}"  # this FFN's three, no more
+            group.prune()
+            assert mlp.gate_proj.out_features == mlp.up_proj.out_features == down.in_features == target, mlp
             down.weight.copy_(fitted_HK)
             return (args[0][..., keep_K],)
 
@@ -90,32 +97,3 @@ class PruneWidth:
         for hook in hooks:
             hook.remove()
         return errors
-
-
-def _dependency_graph(model: Any) -> Any:
-    """torch-pruning's graph of the whole model, traced with two tokens."""
-    import torch
-    import torch_pruning
-
-    with torch.enable_grad():  # the trace follows grad_fn
-        return torch_pruning.DependencyGraph().build_dependency(
-            model,
-            example_inputs=torch.zeros(1, 2, dtype=torch.long),
-            forward_fn=lambda traced, ids_BL: traced(ids_BL, use_cache=False).logits,
-            verbose=False,
-        )
-
-
-def _prune(graph: Any, mlp: Any, keep_K: Tensor) -> None:
-    """Cut all other channels out of one FFN: the group of up_proj must be this FFN's three projections, no more."""
-    import torch_pruning
-    from torch.nn import Linear
-
-    kept = set(keep_K.tolist())
-    gone = [channel for channel in range(mlp.up_proj.out_features) if channel not in kept]
-    group = graph.get_pruning_group(mlp.up_proj, torch_pruning.prune_linear_out_channels, gone)
-    linears = {item.dep.target.module for item in group if isinstance(item.dep.target.module, Linear)}
-    assert linears == {mlp.gate_proj, mlp.up_proj, mlp.down_proj}, f"the dependency graph found {group}"
-    group.prune()
-    widths = (mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.down_proj.in_features)
-    assert widths == (len(kept),) * 3, widths

@@ -84,19 +84,13 @@ def _probabilities(q_BHLD: Tensor, k_BKLD: Tensor, mask: Tensor | None, scale: f
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
                scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
     """As transformers calls it, (B, L, H, D); whatever is not plain causal attention of whole sequences on a CPU goes to torch's own."""
-    plain = (
-        query.device.type == "cpu"
-        and query.shape[2] == key.shape[2] > 1
-        and query.shape[3] == value.shape[3]
-        and not dropout
-        and is_causal is not False
-    )
-    plain = plain and getattr(module, "is_causal", True) and (attention_mask is None or attention_mask.dtype == torch.bool)
-    if not plain or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux")):
+    whole = query.device.type == "cpu" and query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3] and not dropout
+    causal = is_causal is not False and getattr(module, "is_causal", True) and (attention_mask is None or attention_mask.dtype == torch.bool)
+    if not (whole and causal) or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     q, k, v = (t.to(compute).contiguous() for t in (query, key, value))
-    out: Tensor = _Blocks.apply(q, k, v, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    out = _Blocks.apply(q, k, v, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -129,11 +123,10 @@ class _RMSNorm(torch.autograd.Function):
 def _norm(module: Any, x: Tensor) -> Tensor:
     """Forward of a Llama-style norm; where x and weight are not fp32 on a CPU it is the module's own."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or module.weight.dtype != torch.float32:
-        own: Tensor = type(module).forward(module, x)
-        return own
+        return type(module).forward(module, x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     with torch.autocast("cpu", enabled=False):
-        out: Tensor = _RMSNorm.apply(x.flatten(0, -2), module.weight, module.variance_epsilon, dtype)
+        out = _RMSNorm.apply(x.flatten(0, -2), module.weight, module.variance_epsilon, dtype)
     return out.view(x.shape)
 
 

@@ -1,14 +1,13 @@
 """Documents in, packed token sequences out: what every training stage, calibration and the held-out scores read.
 
-Documents are tokenised, ended with EOS, concatenated and cut to sequences of L + 1 tokens, so that position i predicts i + 1.
-They are shuffled once, with a fixed seed, before they are joined: the first n sequences are a sample of the whole, so that a
-stage with a small token budget, the calibration and the signal cache all read the same leading sequences. With weights, the
-source that is furthest behind its share of the tokens comes next, until that one is used up: nothing is repeated.
+Documents are tokenised, ended with EOS, concatenated and cut to sequences of L + 1 tokens, so that position i predicts i + 1. They are
+shuffled once, with a fixed seed, before they are joined: the first n sequences are a sample of the whole, which a small token budget, the
+calibration and the teacher's signal all read. With weights, the source that is furthest behind its share of the tokens comes next, until
+that one is used up: nothing is repeated.
 
-`mask` marks the labels that count: everything in plain text, only the answers in chat. With packing "documents" a token sees its
-own document only (positions start again at each), and the first token of a document, which nothing announces, is no label; with
-"stream" a row is one text. The order of training is a pure function of (seed, index): epoch e is a permutation seeded by (seed, e), so
-that resuming needs no replay.
+`mask` marks the labels that count: everything in plain text, only the answers in chat. With packing "documents" a token sees its own document
+only (positions start again at each), and its first token, which nothing announces, is no label; with "stream" a row is one text. Epoch e of
+training is a permutation seeded by (seed, e), so that resuming needs no replay.
 
 Legend: S sequences, L positions, R rows of a batch.
 """
@@ -18,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,7 @@ from torch import Tensor
 
 from compress.checkpoint import load_tokenizer, tokenizer_digest
 from compress.store import sha256_json
-from compress.train.generated import generated
-from compress.train.sources import Document, documents
+from compress.train.sources import Document, documents, generated
 
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 and label mask bool of one document
 DOCUMENTS_AT_ONCE = 1000  # tokenised together
@@ -69,16 +68,19 @@ def _permutation(seed: int, epoch: int, size: int) -> list[int]:
     return torch.randperm(size, generator=generator).tolist()
 
 
-def _tokens(tokenizer: Any, some: list[Document]) -> Iterator[Tokens]:
-    """Ids and label mask of each document, EOS included."""
-    plain = [document for document in some if isinstance(document, str)]
-    texts = iter(tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else [])
-    for document in some:
-        if isinstance(document, str):
-            ids = np.array([*next(texts), tokenizer.eos_token_id], dtype=np.int32)
-            yield ids, np.ones(len(ids), dtype=bool)
-        else:
-            yield _chat_tokens(tokenizer, document)
+def _shuffled(tokenizer: Any, texts: list[Document]) -> Iterator[Tokens]:
+    """Ids and label mask of each document, EOS included, in an order that is always the same."""
+    order = _permutation(0, 0, len(texts))
+    for start in range(0, len(order), DOCUMENTS_AT_ONCE):
+        some = [texts[i] for i in order[start : start + DOCUMENTS_AT_ONCE]]
+        plain = [document for document in some if isinstance(document, str)]
+        encoded = iter(tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else [])
+        for document in some:
+            if isinstance(document, str):
+                ids = np.array([*next(encoded), tokenizer.eos_token_id], dtype=np.int32)
+                yield ids, np.ones(len(ids), dtype=bool)
+            else:
+                yield _chat_tokens(tokenizer, document)
 
 
 def _chat_tokens(tokenizer: Any, turns: list[dict[str, str]]) -> Tokens:
@@ -94,20 +96,13 @@ def _chat_tokens(tokenizer: Any, turns: list[dict[str, str]]) -> Tokens:
     return np.array(ids, dtype=np.int32), np.array(mask, dtype=bool)
 
 
-def _shuffled(tokenizer: Any, texts: list[Document]) -> Iterator[Tokens]:
-    order = _permutation(0, 0, len(texts))
-    for start in range(0, len(order), DOCUMENTS_AT_ONCE):
-        yield from _tokens(tokenizer, [texts[i] for i in order[start : start + DOCUMENTS_AT_ONCE]])
-
-
 def _mixed(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[Tokens]:
-    """Documents of several streams in proportion to their weights, counted in tokens, until one is used up."""
+    """Documents of several streams in proportion to their weights."""
     taken = [0] * len(streams)
     while True:
         behind = [weight / sum(weights) * (1 + sum(taken)) - count for weight, count in zip(weights, taken, strict=True)]
         chosen = behind.index(max(behind))
-        document = next(streams[chosen], None)
-        if document is None:
+        if (document := next(streams[chosen], None)) is None:
             return
         taken[chosen] += len(document[0])
         yield document
@@ -124,8 +119,7 @@ def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, we
     path = cache_dir / f"{sha256_json(named)}.safetensors"
     if not path.is_file():
         tokenizer = load_tokenizer(teacher)
-        whole = [[document for source in texts for document in source]]
-        streams = [_shuffled(tokenizer, source) for source in (texts if weights else whole)]
+        streams = [_shuffled(tokenizer, source) for source in (texts if weights else [list(chain(*texts))])]
         pairs = list(_mixed(streams, weights or [1.0]))
         ids, mask = (np.concatenate(column) for column in zip(*pairs, strict=True))
         first = np.zeros(len(ids), dtype=bool)

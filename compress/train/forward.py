@@ -21,12 +21,8 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def product(self, hidden_CH: Tensor) -> Tensor:
-        """h W^T (C, V) in the weight's type: what `finish` turns into logits."""
-        return hidden_CH @ self.weight_VH.T
-
     def finish(self, product_CV: Tensor) -> Tensor:
-        """Logits (C, V) in fp32 (fp64 for fp64); a new tensor unless the product has that type and nothing is to be done."""
+        """Logits (C, V) in fp32 (fp64 for fp64) of h W^T; a new tensor unless the product has that type and nothing is to be done."""
         logits_CV = product_CV if product_CV.dtype == torch.float64 else product_CV.float()
         if self.bias_V is not None:
             logits_CV = logits_CV + self.bias_V
@@ -42,7 +38,7 @@ class Head:
 
     def logits(self, hidden_CH: Tensor) -> Tensor:
         """Logits (C, V) of hidden states in the weight's type."""
-        return self.finish(self.product(hidden_CH))
+        return self.finish(hidden_CH @ self.weight_VH.T)
 
     def first(self, rows: int) -> Head:
         """The head of the first `rows` ids: what is behind them is padding that no tokenizer gives."""
@@ -80,8 +76,3 @@ def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden_RLH: Tensor = base.base_model(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
     return hidden_RLH.flatten(0, 1)
-
-
-def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The same tensors on `device`."""
-    return {name: tensor.to(device) for name, tensor in tensors.items()}

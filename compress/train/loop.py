@@ -5,39 +5,41 @@ divides once by the number of labels, clips to a global norm and takes one optim
 forward passes run under bf16 autocast over fp32 masters; with bf16_stochastic the weights themselves are bf16.
 
 Ctrl-C and SIGTERM finish the step, save the state and stop; after kill -9 at most SAVE_SECONDS of work is lost. Either way the same
-command goes on from there and ends in the same bytes, because batches and seeds are pure functions of the step. When memory
-runs out, the micro-batch is halved and the step taken again; the global batch stays.
+command goes on from there and ends in the same bytes (`state.py`). When memory runs out, the micro-batch is halved and the step taken again.
 
-With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; the best
-weights are what training returns, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
+With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; training returns the best
+weights, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
 """
 
 from __future__ import annotations
 
 import math
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from compress.errors import Interrupted, is_memory
 from compress.train import parallel
 from compress.train.cpu import use_cpu_kernels
-from compress.train.forward import to_device
 from compress.train.optimizer import learning_rate, make_optimizer
-from compress.train.progress import Progress
 from compress.train.state import load_state, named_locals, save_state
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
-SAVE_SECONDS = 60.0
+SAVE_SECONDS, LINE_SECONDS = 60.0, 20.0  # between two states, and two progress lines
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,12 @@ class Plan:
     patience: int = 0  # measurements without a better one that end training; 0: never
 
 
-@dataclass(frozen=True)
-class Result:
-    """What training says of itself.
+class Result(NamedTuple):
+    """What training says of itself."""
 
-    curve: one row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "seconds"} a step. measured: one row {"step", "tokens", "seconds",
-    "validation_kl"} a measurement, tokens and seconds being those of the steps before it. outcome: the best step and what it brought.
-    """
-
-    curve: list[dict[str, float]]
-    measured: list[dict[str, float]]
-    outcome: dict[str, float]
+    curve: list[dict[str, float]]  # a row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "seconds"} a step
+    measured: list[dict[str, float]]  # a row {"step", "tokens", "seconds", "validation_kl"} a measurement; all of the steps before it
+    outcome: dict[str, float]  # the best step and what it brought
 
 
 class LossModule(nn.Module):
@@ -77,8 +74,7 @@ class LossModule(nn.Module):
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
+        self.model, self.loss_fn = model, loss_fn
 
     def forward(self, batch: Batch, loss_fn: LossFunction | None = None) -> tuple[Tensor, Tensor]:
         return (loss_fn or self.loss_fn)(self.model, batch)
@@ -88,30 +84,44 @@ class LossModule(nn.Module):
 def _delayed_signals() -> Iterator[list[int]]:
     """Collect the first SIGINT or SIGTERM instead of dying of it; a second one kills at once."""
     caught: list[int] = []
-    old: dict[int, Any] = {}
+    with ExitStack() as old_handlers:
 
-    def catch(signum: int, frame: Any) -> None:
-        caught.append(signum)
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        def catch(signum: int, frame: Any) -> None:
+            caught.append(signum)
+            old_handlers.close()
 
-    try:
-        for caught_one in (signal.SIGINT, signal.SIGTERM):
-            old[caught_one] = signal.signal(caught_one, catch)
-    except ValueError:  # not the main thread, which alone may set handlers: signals end the process as usual
-        pass
-    try:
+        if threading.current_thread() is threading.main_thread():  # it alone may set handlers; elsewhere signals end the process as usual
+            for number in (signal.SIGINT, signal.SIGTERM):
+                old_handlers.callback(signal.signal, number, signal.signal(number, catch))
         yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(label: str, total: int, first: int, log: Callable[[str], None]) -> Iterator[Callable[[int, float, float], None]]:
+    """`update(done, loss, tokens_per_sec)` after each step: a live bar on a terminal, a line now and then elsewhere."""
+    started = printed = time.monotonic()
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=total, completed=first, info="")
+
+        def update(done: int, loss: float, tokens_per_sec: float) -> None:
+            nonlocal printed
+            info = f"loss {loss:.4f}  {tokens_per_sec:,.0f} tokens/s"
+            bar.update(task, completed=done, info=info)
+            if bar.disable and (time.monotonic() - printed > LINE_SECONDS or done == total):
+                printed = time.monotonic()
+                left = (printed - started) / max(1, done - first) * (total - done)
+                log(f"{label}: step {done}/{total}  {info}  {left:,.0f} s left")
+
+        yield update
 
 
 class Trainer:
     """The model wrapped for its devices, its optimizer, and the state that a resumed run needs."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, plan: Plan, work: Path) -> None:
-        self.plan, self.work, self.model = plan, work, model
+        self.plan, self.model = plan, model
         if plan.precision == "bf16_stochastic":
             model.to(torch.bfloat16)
         use_cpu_kernels(model)
@@ -127,16 +137,9 @@ class Trainer:
         self.plain = self.accelerator.unwrap_model(self.module)
         self.parameters = [p for p in self.plain.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, plan.lr)
-        self.best: dict[str, Tensor] = {}
-        self.state: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
         self.replicated = plan.parallel != "fsdp2"  # whether every rank's state is the same
-        found = load_state(work, self.plain, self.optimizer, self.replicated)
-        if found:
-            self.state, self.best = found
-
-    def save(self) -> None:
-        """Make the state durable."""
-        save_state(self.work, self.plain, self.optimizer, self.state, self.best, self.replicated)
+        new: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
+        self.state, self.best = load_state(work, self.plain, self.optimizer, self.replicated) or (new, {})
 
     def step(self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]) -> dict[str, float]:
         """One optimizer step; its row of the curve. With less and less memory, smaller micro-batches."""
@@ -169,8 +172,11 @@ class Trainer:
         """(loss sum, labels, norm of the mean gradient) over all ranks; leaves gradients of the sum, divided by the ranks."""
         loss, count = 0.0, 0.0
         for number, batch in enumerate(batches, 1):
-            with self._synchronized(last=number == len(batches)):
-                loss_sum, labels = self.module(to_device(batch, self.accelerator.device))
+            last, sharded = number == len(batches), self.plan.parallel == "fsdp2"
+            if sharded:
+                self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            with nullcontext() if last or sharded else self.accelerator.no_sync(self.module):  # ranks exchange gradients in the last one only
+                loss_sum, labels = self.module(send_to_device(batch, self.accelerator.device))
                 self.accelerator.backward(loss_sum)
             loss += float(loss_sum.detach())
             count += int(labels)
@@ -185,35 +191,22 @@ class Trainer:
             raise FloatingPointError(f"{where}: {bad} is not finite (loss {loss / count}); lower the learning rate or use trainer.precision=fp32")
         return loss, count, norm
 
-    @contextmanager
-    def _synchronized(self, last: bool) -> Iterator[None]:
-        """Exchange gradients between ranks in the last micro-batch only."""
-        if self.plan.parallel == "fsdp2":
-            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
-        elif not last:
-            with self.accelerator.no_sync(self.module):
-                yield
-            return
-        yield
-
     @torch.no_grad()
-    def validate(self, loss_fn: LossFunction, batches: list[Batch]) -> bool:
-        """Measure the KL of the weights as they are; whether it is the best so far, whose weights are then kept."""
+    def validate(self, loss_fn: LossFunction, batches: list[Batch]) -> float:
+        """Measure the KL of the weights as they are; the best weights so far are kept."""
         self.module.eval()
-        sums = [self.module(to_device(batch, self.accelerator.device), loss_fn) for batch in batches]
+        sums = [self.module(send_to_device(batch, self.accelerator.device), loss_fn) for batch in batches]
         self.module.train()
         if self.plan.parallel == "fsdp2":
             self.module.reshard()  # type: ignore[operator]  # the outermost group stays gathered after a forward without a backward
         kl = parallel.share(sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums))
         seconds = sum(row["seconds"] for row in self.state["curve"])
         tokens = sum(row["seconds"] * row["tokens_per_sec"] for row in self.state["curve"])
-        row = {"step": self.state["step"], "tokens": round(tokens), "seconds": seconds, "validation_kl": kl}
-        self.state["measured"].append(row)
-        if kl >= self.state["best_kl"]:
-            return False
-        self.state |= {"best_kl": kl, "best_step": self.state["step"]}
-        self.best = {name: p.clone() for name, p in named_locals(self.plain).items()}
-        return True
+        self.state["measured"].append({"step": self.state["step"], "tokens": round(tokens), "seconds": seconds, "validation_kl": kl})
+        if kl < self.state["best_kl"]:
+            self.state |= {"best_kl": kl, "best_step": self.state["step"]}
+            self.best = {name: p.clone() for name, p in named_locals(self.plain).items()}
+        return kl
 
     def finish(self) -> None:
         """Leave the best weights, whole, in the model. Ranks but the first end here."""
@@ -243,38 +236,28 @@ def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int],
         log(f"{label}: resuming at step {state['step']} of {plan.steps}")
     trainer.module.train()
     due = {round(i * plan.steps / plan.validations) for i in range(plan.validations + 1)} if plan.validations and validation else set()
-    with _delayed_signals() as caught, Progress(label, plan.steps, state["step"], log) as progress:
+    with _delayed_signals() as caught, _progress(label, plan.steps, state["step"], log) as progress:
         while True:
             step = state["step"]
             if step in due and validation and step not in [row["step"] for row in state["measured"]]:
-                trainer.validate(*validation)
-                log(f"{label}: step {step}, validation KL {state['measured'][-1]['validation_kl']:.4f}")
-            if step == plan.steps or _hopeless(state, plan):
+                log(f"{label}: step {step}, validation KL {trainer.validate(*validation):.4f}")
+            since_best = sum(row["step"] > state["best_step"] for row in state["measured"])
+            if step == plan.steps or 0 < plan.patience <= since_best:
                 break
             row = trainer.step(batches, f"{label}, step {step}", log)
             state["step"] = step + 1
             state["curve"].append(row)
-            progress.update(step + 1, row["loss"], row["tokens_per_sec"])
+            progress(step + 1, row["loss"], row["tokens_per_sec"])
             stop, late = parallel.total(caught[0] if caught else 0, parallel.rank() == 0 and time.monotonic() - saved_at > SAVE_SECONDS)
             if stop or (late and step + 1 < plan.steps):
-                trainer.save()
+                save_state(work, trainer.plain, trainer.optimizer, state, trainer.best, trainer.replicated)
                 saved_at = time.monotonic()
             if stop:
                 log(f"{label}: state saved after step {step + 1} of {plan.steps}; repeat the command to go on")
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)
     trainer.finish()
-    return Result(state["curve"], state["measured"], _outcome(state))
-
-
-def _hopeless(state: dict[str, Any], plan: Plan) -> bool:
-    """Whether the last `patience` measurements brought nothing better."""
-    since_best = [row for row in state["measured"] if row["step"] > state["best_step"]]
-    return bool(plan.patience) and len(since_best) >= plan.patience
-
-
-def _outcome(state: dict[str, Any]) -> dict[str, float]:
-    if not state["measured"]:
-        return {}
-    first = state["measured"][0]["validation_kl"]
-    return {"validation_kl_first_nats": first, "validation_kl_best_nats": state["best_kl"], "best_step_index": state["best_step"],
-            "paid_flag": float(state["best_step"] > 0)}  # fmt: skip
+    outcome = {
+        "validation_kl_first_nats": state["measured"][0]["validation_kl"], "validation_kl_best_nats": state["best_kl"],
+        "best_step_index": state["best_step"], "paid_flag": float(state["best_step"] > 0),
+    } if state["measured"] else {}  # fmt: skip
+    return Result(state["curve"], state["measured"], outcome)

@@ -12,7 +12,6 @@ with the same batches, of which each takes every world-th row; rank 0 alone writ
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils.other import get_free_port
 from torch import nn
 
 from compress.errors import ResourceError
@@ -38,14 +38,6 @@ def rank() -> int:
 def world() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join_group() -> None:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
-    if not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def share(value: Any = None) -> Any:
@@ -82,14 +74,14 @@ def followers(processes: int, command: list[str]) -> Iterator[None]:
         with group() if "RANK" in os.environ else nullcontext():
             yield
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
+    count, port = str(processes), str(get_free_port())
+    ranks = [
+        {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(i), "LOCAL_RANK": str(i)}
+        for i in range(processes)
+    ]
     line = [sys.executable, "-m", "compress", *command]
-    ranks = [{"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(processes)]
-    children = [subprocess.Popen(line, env=os.environ | shared | own, stdout=subprocess.DEVNULL) for own in ranks[1:]]
-    os.environ |= shared | ranks[0]
+    children = [subprocess.Popen(line, env=os.environ | own, stdout=subprocess.DEVNULL) for own in ranks[1:]]
+    os.environ |= ranks[0]
     try:
         with group():
             yield
@@ -98,7 +90,7 @@ def followers(processes: int, command: list[str]) -> Iterator[None]:
             raise ResourceError(f"a training process died ({error}); the state is saved, repeat the command to go on") from error
         raise
     finally:
-        for name in (*shared, "RANK", "LOCAL_RANK"):
+        for name in ranks[0]:
             os.environ.pop(name, None)
         for child in children:
             child.terminate() if sys.exc_info()[0] else None
@@ -107,8 +99,10 @@ def followers(processes: int, command: list[str]) -> Iterator[None]:
 
 @contextmanager
 def group() -> Iterator[None]:
-    """A process group for the block."""
-    join_group()
+    """For the block, the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
@@ -119,13 +113,11 @@ def shard(module: nn.Module, model: Any, precision: str) -> nn.Module:
     """`fully_shard` every block of `model`, then the whole `module` that holds it: parameters become DTensors."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = dist.init_device_mesh(device, (world(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for block in base.base_model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(module, mesh=mesh, mp_policy=policy)  # type: ignore[return-value]
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(module, mp_policy=policy)  # type: ignore[return-value]
 
 
 def unshard(module: nn.Module) -> None:

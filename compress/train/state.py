@@ -50,12 +50,9 @@ def save_state(work: Path, module: torch.nn.Module, optimizer: torch.optim.Optim
         return
     ranks = 1 if replicated else parallel.world()
     (beside / "state.json").write_text(json.dumps(state | {"ranks": ranks}))
-    older = list(work.glob("state-*"))
-    if final not in older:
-        commit(beside, final)
-    for path in older:
-        if path != final:
-            shutil.rmtree(path)
+    commit(beside, final)
+    for older in set(work.glob("state-*")) - {final}:
+        shutil.rmtree(older)
 
 
 def load_state(work: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer,
@@ -77,16 +74,9 @@ def load_state(work: Path, module: torch.nn.Module, optimizer: torch.optim.Optim
         part.copy_(tensors[f"param/{name}"])
     for name, p in _named(module).items():
         if f"{MOMENTS[0]}/{name}" in tensors:
-            optimizer.state[p] = {m: _like(tensors[f"{m}/{name}"], p) for m in MOMENTS}
+            optimizer.state[p] = {m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}  # placed, and sharded, like the parameter
+            for m in MOMENTS:
+                parallel.local(optimizer.state[p][m]).copy_(tensors[f"{m}/{name}"])
             optimizer.state[p]["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
     best = {name.removeprefix("best/"): t.to(next(module.parameters()).device) for name, t in tensors.items() if name.startswith("best/")}
     return state, best
-
-
-def _like(part: Tensor, p: torch.nn.Parameter) -> Tensor:
-    """A moment placed, and sharded, like its parameter."""
-    if not hasattr(p, "to_local"):
-        return part.to(p.device)
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(part.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())  # type: ignore[attr-defined]

@@ -72,7 +72,7 @@ class _Snapped:
         inside = self.grid.unclipped(w, self.scales, grad)
         if not shift:
             return inside, None
-        blocks = [t.reshape(-1, self.grid.block) for t in (grad, self.values, inside, w)]
+        blocks = [t.reshape(-1, self.grid.length(t.shape[1])) for t in (grad, self.values, inside, w)]
         return inside, (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(self.scales.shape)
 
 

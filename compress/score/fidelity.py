@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compress.checkpoint import best_device, load_model, read_config
 from compress.train.data import Packed
-from compress.train.forward import Head, hidden_states, scale_and_softcap
+from compress.train.forward import Head, head_of, hidden_states, scale_and_softcap
 
 CHUNK = 256
 
@@ -56,11 +56,13 @@ def checkpoint_hidden(model_dir: Path, data: Packed, sequences: int) -> Tensor:
 
 
 def checkpoint_head(model_dir: Path) -> Head:
-    """The fp32 head of a checkpoint, read without building the model."""
+    """The fp32 head of a checkpoint, read without building the model unless its weights are packed."""
     from safetensors import safe_open
 
     from compress.checkpoint import weight_files
 
+    if "quantization_config" in read_config(model_dir):
+        return head_of(load_model(model_dir)).detach()
     found: dict[str, Tensor] = {}
     for file in weight_files(model_dir):
         with safe_open(file, "pt") as tensors:

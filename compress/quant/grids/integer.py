@@ -13,7 +13,7 @@ the weight of largest magnitude takes the code -8 (llama.cpp's rule, so int4_g32
 
     int4_gN       s = m / -8, m the first element of largest magnitude with its sign                 4 + 32 / N bits
     int4_asym_gN  s = (max(x, 0) - min(x, 0)) / 15, z = round(-8 - min(x, 0) / s)                     4 + 36 / N bits
-    int8_gN       s = max |x| / 127                                                                  8 + 32 / N bits
+    int8_gN       s = max |x| / 127, as Q8_0: -128 stays unused                                                               8 + 32 / N bits
     int8          the same with a scale for a whole row of any length                                8 + 32 / row length bits
 """
 
@@ -23,41 +23,24 @@ import torch
 from torch import Tensor
 
 from compress.quant.grids.grid import Grid
-from compress.quant.grids.llamacpp import Q4_0, Q8_0, OneScale
+from compress.quant.grids.llamacpp import OneScale
 
 
-class _Int(OneScale):
-    """One scale a group of `group` weights, or a row where that is 0; codes are the nearest to the scale as stored."""
+class Int(OneScale):
+    """Symmetric, with the rule, range and search of `like`: a scale a group, or a row where `group` is 0; codes nearest to it as stored."""
 
-    def __init__(self, group: int, kind: str, bits: int) -> None:
-        self.block = self.group = group
-        self.name = f"{kind}_g{group}" if group else kind
+    def __init__(self, like: OneScale, bits: int, group: int) -> None:
+        self.like, self.low, self.high, self.offset, self.dtype = like, like.low, like.high, like.offset, like.dtype
+        self.largest, self.targets, self.block, self.group = like.largest, like.targets, group, group
+        self.name = f"int{bits}_g{group}" if group else f"int{bits}"
         self.bits_per_weight = bits + (32 / group if group else 0)
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        s = self.rule(x).half().float()
+        s = self.like.rule(x).half().float()
         return _over(x, s).clamp_(self.low, self.high).round_().add_(self.offset), s
 
-
-class Int4(_Int):
-    """4 bits, symmetric."""
-
-    low, high, offset, largest, targets = Q4_0.low, Q4_0.high, Q4_0.offset, Q4_0.largest, Q4_0.targets
-
-    def __init__(self, group: int) -> None:
-        super().__init__(group, "int4", 4)
-
-
-class Int8(_Int):
-    """8 bits, symmetric; the code -128 is never written."""
-
-    low, high, dtype, largest, targets = Q8_0.low, Q8_0.high, Q8_0.dtype, Q8_0.largest, Q8_0.targets
-
-    def __init__(self, group: int) -> None:
-        super().__init__(group, "int8", 8)
-
     def rule(self, x: Tensor) -> Tensor:
-        return x.abs().amax(1, keepdim=True) / 127
+        return self.like.rule(x)
 
 
 class Int4Asym(Grid):
@@ -71,7 +54,7 @@ class Int4Asym(Grid):
         self.name, self.bits_per_weight = f"int4_asym_g{group}", 4 + 36 / group
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        least, most = (part.clamp(*bounds) for part, bounds in zip(x.aminmax(dim=1, keepdim=True), ((None, 0.0), (0.0, None)), strict=True))
+        least, most = x.amin(1, keepdim=True).clamp(max=0.0), x.amax(1, keepdim=True).clamp(min=0.0)
         s = ((most - least) / 15).half().float()
         z = torch.where(s > 0, (-8 - _over(least, s)).round_().clamp_(-8, 7), 0.0)
         return _over(x, s).add_(z).clamp_(-8, 7).round_().add_(8), torch.cat([s, z], dim=1)

@@ -14,13 +14,13 @@ from typing import Any
 from omegaconf import MISSING
 
 from compress.errors import ConfigError, nearest
+from compress.export import formats
 from compress.stages import STAGES
 
 LIMIT_METRICS = (
     "size_bytes", "params", "bits_per_weight", "latency_ms_p50", "latency_ms_p95", "ttft_ms_p50", "tok_per_sec", "peak_rss_bytes",
     "kept", "kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout",
 )  # fmt: skip
-GGUF_TYPES = ("F16", "Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q4_K", "Q6_K")
 TRACKERS = ("jsonl", "wandb")
 PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
 PARALLEL = ("none", "ddp", "fsdp2")
@@ -112,14 +112,15 @@ class Budget:
 
 @dataclass
 class Export:
-    """Which files ship besides the Hugging Face directory; the first one is what the budget judges."""
+    """Which files ship besides the Hugging Face directory, as `export/formats.py` names them; the first one is what the budget judges."""
 
-    gguf: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in self.gguf:
-            if name not in GGUF_TYPES:
-                raise ConfigError(f"export.gguf={name!r} is no type; {nearest(name, GGUF_TYPES)}")
+        for name in self.files:
+            formats.parse(name)
+        if len(set(self.files)) < len(self.files):
+            raise ConfigError(f"export.files={self.files} names a file twice; name each once")
 
 
 @dataclass
@@ -228,11 +229,8 @@ class Recipe:
                 )
         shipped = self.stages[self.shipped_slot()]
         grid = getattr(shipped, "grid", None)
-        for name in self.export.gguf:
-            if grid is not None and name.lower() != grid.value:
-                raise ConfigError(
-                    f"export.gguf={name} would re-round slot {self.shipped_slot()!r}, which is on the grid {grid.value}; export {grid.value.upper()}"
-                )
+        for name in self.export.files:
+            formats.check_grid(name, self.shipped_slot(), grid and grid.value)
 
 
 SCHEMAS: dict[str, type] = {

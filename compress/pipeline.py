@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from compress import budget, machine, planning
-from compress.checkpoint import digest
+from compress.checkpoint import digest, sha256_file, tokenizer_digest
 from compress.config import Budget, Recipe
 from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
+from compress.export import formats
 from compress.rundir import RunDir, now, thinned
 from compress.score.scorer import Measured, Model
 from compress.session import Done, Session, check_shapes, log, plain
@@ -137,7 +138,7 @@ def _slots(session: Session, folder: RunDir) -> int:
         path, key, reused, seconds = build(session, slot, parent)
         model = Model(path, digest(path))
         measured, record = score(
-            session, slot, recipe.technique(slot), model, parent=parent, shipped=slot == recipe.shipped_slot() and not recipe.export.gguf
+            session, slot, recipe.technique(slot), model, parent=parent, shipped=slot == recipe.shipped_slot() and not recipe.export.files
         )
         record |= {
             "key": key,
@@ -160,11 +161,11 @@ def ship(session: Session, folder: RunDir) -> int:
 
     recipe = session.recipe
     source = session.done[recipe.shipped_slot()]
-    if session.teacher.gguf and recipe.export.gguf:
+    if session.teacher.gguf and any(formats.parse(name)[0].runtime == "llama.cpp" for name in recipe.export.files):
         baseline = Model(session.teacher.gguf, file_digest(session.teacher.gguf), "llama.cpp")
         measured, record = score(session, "teacher_gguf", "teacher", baseline, parent=None, tasks=False)
         folder.add(record, measured, [])
-    shipped = [_export(session, folder, source, kind, first=number == 0) for number, kind in enumerate(recipe.export.gguf)]
+    shipped = [_export(session, folder, source, name, first=number == 0) for number, name in enumerate(recipe.export.files)]
     finished = load_run(folder.path)
     verdicts = [v for record in finished.records for v in record["verdicts"]]
     code = EXIT_BUDGET if budget.failed(verdicts, strict=recipe.budget.strict) else EXIT_OK
@@ -182,36 +183,36 @@ def ship(session: Session, folder: RunDir) -> int:
 
 
 def file_digest(path: Path) -> str:
-    """What identifies a single-file model: sha256 of its bytes."""
-    from compress.checkpoint import sha256_file
-
-    return sha256_file(path)
+    """What identifies a shipped model: sha256 of its bytes; of a directory's config and weights."""
+    return digest(path) if path.is_dir() else sha256_file(path)
 
 
-def _export(session: Session, folder: RunDir, source: Done, kind: str, *, first: bool) -> Done:
-    """One shipped GGUF: written through the store, scored in llama.cpp, proven to be its checkpoint, judged by the budget if it is the first."""
-    from compress.checkpoint import tokenizer_digest
-    from compress.export.gguf import export_gguf
+def _export(session: Session, folder: RunDir, source: Done, name: str, *, first: bool) -> Done:
+    """One shipped file: written through the store, scored in its runtime, proven to be its checkpoint, judged by the budget if it is the first.
 
+    All are scored in full, also when their tensors are those of the checkpoint: only files of the same bytes share scores.
+    """
+    format, type = formats.parse(name)
+    file = format.file.format(type=type)
     inputs = {
-        "export": kind,
+        "export": name,
         "weights": source.model.digest,
         "tokenizer": tokenizer_digest(source.model.path),
         "versions": machine.versions(),
-        "schema": 2,
+        "schema": 3,
     }
-    name, key = f"model-{kind}.gguf", sha256_json(inputs)
+    key = sha256_json(inputs)
 
     def make(out: Path, work: Path) -> dict[str, float]:
-        return export_gguf(source.model.path, out / name, kind)
+        return format.module.write(source.model.path, out / file, type)
 
     start = time.monotonic()
     folder.name_key(key)
-    path = session.store.build(key, inputs, make) / name
+    path = session.store.build(key, inputs, make) / file
     seconds = time.monotonic() - start
-    model = Model(path, file_digest(path), "llama.cpp")
-    measured, record = score(session, f"gguf_{kind.lower()}", "export_gguf", model, parent=source, shipped=first)
-    proof = session.scorer.parity(measured, source.measured, kind)
+    model = Model(path, file_digest(path), format.runtime)
+    measured, record = score(session, *formats.slot_of(name), model, parent=source, shipped=first)
+    proof = session.scorer.parity(measured, source.measured, name)
     record |= {"key": key, "metrics": session.store.stage_json(key)["metrics"] | proof}
     record["seconds"]["stage"] = seconds
     return Done(model, key, measured, folder.add(record, measured, []))

@@ -14,9 +14,10 @@ from typing import Any
 
 from compress import machine
 from compress.assets import PACKAGE, configs_dir
-from compress.checkpoint import best_device, read_config
+from compress.checkpoint import best_device, config_object, read_config
 from compress.config import Data, Eval, Recipe, Teacher, Trainer
 from compress.errors import ConfigError
+from compress.export import formats
 from compress.score.scorer import Measured, Model, Scorer, Settings
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization
@@ -85,6 +86,8 @@ class Session:
 
         for name in self.recipe.track.sinks:
             check_tracker(name)
+        for name in self.recipe.export.files:
+            formats.check_installed(name)
         check_tasks(self.recipe.eval.tasks)
         check_processes(self.recipe)
         self.threads = self.recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -178,11 +181,13 @@ def uses_chat(stage: Any) -> bool:
 
 
 def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
-    """The HF config after every slot; ValueError naming the slot that can't work on its parent's shape."""
+    """The HF config after every slot; ValueError naming the slot that can't work on its parent's shape, or the file without a place for it."""
     shapes = {"teacher": read_config(session.teacher.path)}
     for slot, parent in session.recipe.steps():
         try:
             shapes[slot] = session.recipe.stages[slot].check_shape(dict(shapes[parent]))
         except ValueError as error:
             raise ValueError(f"slot {slot!r} after {parent!r}: {error}") from error
+    for name in session.recipe.export.files:
+        formats.parse(name)[0].module.check_architecture(config_object(shapes[session.recipe.shipped_slot()]))
     return shapes

@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint directory or a GGUF file, with the digest of its weights."""
+    """A checkpoint directory, packed or not, or a GGUF file, with the digest of its weights."""
 
     path: Path
     digest: str
@@ -100,15 +100,20 @@ class Scorer:
             write_json(path, closeness(self._states(reference), self._states(student)))
         return json.loads(path.read_text())
 
-    def parity(self, shipped: Measured, checkpoint: Measured, kind: str) -> dict[str, float]:
-        """What `export/parity.py` measures of a GGUF and the checkpoint it was made of, from the store if it is there. ValueError as there."""
+    def parity(self, shipped: Measured, checkpoint: Measured, name: str) -> dict[str, float]:
+        """What `export/parity.py` measures of a file and the checkpoint it was made of, from the store if it is there. ValueError as there.
+
+        `name`: the file's in `export.files`.
+        """
+        from compress.export import formats
         from compress.export.parity import parity
 
-        depends = sha256_json([checkpoint.key, tokenizer_digest(checkpoint.model.path), kind, version("xllamacpp")])[:32]
+        packages = [version(package.replace("_", "-")) for package in formats.parse(name)[0].packages]
+        depends = sha256_json([checkpoint.key, tokenizer_digest(checkpoint.model.path), name, packages])[:32]
         path = self.store.root / "scores" / f"{shipped.key}-{depends}.parity.json"
         if not path.is_file():
             rows = self.heldout.ids[: self.sequences]
-            write_json(path, parity(checkpoint.model.path, shipped.model.path, kind, rows, self._states(shipped), self.settings.threads))
+            write_json(path, parity(checkpoint.model.path, shipped.model.path, name, rows, self._states(shipped), self.settings.threads))
         return json.loads(path.read_text())
 
     def beside(

@@ -118,9 +118,7 @@ def test_k_quants_need_rows_of_256():
 
 
 def test_search_is_refused_where_there_is_none():
-    with pytest.raises(
-        ValueError, match="scales is search: grid q4_k has none, only q4_0, q5_0, q8_0, int4_g32, .*; use scales=round"
-    ):
+    with pytest.raises(ValueError, match="scales is search: grid q4_k has none, only q4_0, q5_0, q8_0, int4_g32, .*; use scales=round"):
         Ptq(GridName.q4_k, Scales.search)
 
 

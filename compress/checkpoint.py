@@ -81,7 +81,9 @@ def check(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """sha256 over config and weights of a checkpoint: what its numbers depend on."""
+    """sha256 over config and weights of a checkpoint, or of a single file: what its numbers depend on."""
+    if path.is_file():
+        return sha256_file(path)
     total = hashlib.sha256()
     for file in [path / "config.json", *weight_files(path)]:
         total.update(f"{file.name} {sha256_file(file)}\n".encode())

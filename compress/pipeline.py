@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import budget, machine, planning
-from compress.checkpoint import digest, sha256_file, tokenizer_digest
+from compress.checkpoint import digest, tokenizer_digest
 from compress.config import Budget, Recipe
 from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
 from compress.export import formats
@@ -162,7 +162,7 @@ def ship(session: Session, folder: RunDir) -> int:
     recipe = session.recipe
     source = session.done[recipe.shipped_slot()]
     if session.teacher.gguf and any(formats.parse(name)[0].runtime == "llama.cpp" for name in recipe.export.files):
-        baseline = Model(session.teacher.gguf, file_digest(session.teacher.gguf), "llama.cpp")
+        baseline = Model(session.teacher.gguf, digest(session.teacher.gguf), "llama.cpp")
         measured, record = score(session, "teacher_gguf", "teacher", baseline, parent=None, tasks=False)
         folder.add(record, measured, [])
     shipped = [_export(session, folder, source, name, first=number == 0) for number, name in enumerate(recipe.export.files)]
@@ -182,25 +182,15 @@ def ship(session: Session, folder: RunDir) -> int:
     return code
 
 
-def file_digest(path: Path) -> str:
-    """What identifies a shipped model: sha256 of its bytes; of a directory's config and weights."""
-    return digest(path) if path.is_dir() else sha256_file(path)
-
-
 def _export(session: Session, folder: RunDir, source: Done, name: str, *, first: bool) -> Done:
     """One shipped file: written through the store, scored in its runtime, proven to be its checkpoint, judged by the budget if it is the first.
 
     All are scored in full, also when their tensors are those of the checkpoint: only files of the same bytes share scores.
     """
-    format, type = formats.parse(name)
+    format, type, _ = formats.parse(name)
     file = format.file.format(type=type)
-    inputs = {
-        "export": name,
-        "weights": source.model.digest,
-        "tokenizer": tokenizer_digest(source.model.path),
-        "versions": machine.versions(),
-        "schema": 3,
-    }
+    tokenizer, weights = tokenizer_digest(source.model.path), source.model.digest
+    inputs = {"export": name, "weights": weights, "tokenizer": tokenizer, "versions": machine.versions(), "schema": 3}
     key = sha256_json(inputs)
 
     def make(out: Path, work: Path) -> dict[str, float]:
@@ -210,7 +200,7 @@ def _export(session: Session, folder: RunDir, source: Done, name: str, *, first:
     folder.name_key(key)
     path = session.store.build(key, inputs, make) / file
     seconds = time.monotonic() - start
-    model = Model(path, file_digest(path), format.runtime)
+    model = Model(path, digest(path), format.runtime)
     measured, record = score(session, *formats.slot_of(name), model, parent=source, shipped=first)
     proof = session.scorer.parity(measured, source.measured, name)
     record |= {"key": key, "metrics": session.store.stage_json(key)["metrics"] | proof}

@@ -81,7 +81,7 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
         costs.append(Cost(slot, recipe.technique(slot), params, work / rate + scoring, int(disk), int(memory)))
     shipped = sizes[recipe.shipped_slot()]
     for name in recipe.export.files:
-        disk = int(formats.type_of(name).bits_per_weight / 4 * shipped)  # in the store and in the bundle
+        disk = int(formats.parse(name)[2].bits_per_weight / 4 * shipped)  # in the store and in the bundle
         costs.append(Cost(*formats.slot_of(name), shipped, 40.0, disk, 4 * shipped))
     return costs
 

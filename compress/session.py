@@ -86,8 +86,6 @@ class Session:
 
         for name in self.recipe.track.sinks:
             check_tracker(name)
-        for name in self.recipe.export.files:
-            formats.check_installed(name)
         check_tasks(self.recipe.eval.tasks)
         check_processes(self.recipe)
         self.threads = self.recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

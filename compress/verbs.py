@@ -37,14 +37,6 @@ def _compose(overrides: list[str]) -> Any:
         raise ConfigError(explain(error)) from error
 
 
-def _model(path: Path) -> Any:
-    """A GGUF file or a checkpoint directory, ready to be scored."""
-    from compress.checkpoint import digest, sha256_file
-    from compress.score.scorer import Model
-
-    return Model(path.absolute(), sha256_file(path), "llama.cpp") if path.is_file() else Model(path.absolute(), digest(path))
-
-
 def _judge(scores: dict[str, float], intervals: dict[str, Any], limits: Any, unlimited: str = "") -> int:
     """Print one sentence a limit, or `unlimited` when there is none. Returns the exit code."""
     verdicts = budget.judge(scores, intervals, limits.limits, enforced=True)
@@ -75,7 +67,7 @@ def score(arguments: list[str]) -> int:
     limits = parts.pop("budget")
     scorer, teacher = session.open_scorer(**parts)
     reference = scorer.measure(Model(teacher.path, teacher.digest))
-    measured = scorer.measure(_model(options.model))
+    measured = scorer.measure(Model.open(options.model))
     relative, intervals, excluded = scorer.beside(measured, reference, None)
     scores = measured.scores | relative
     table = Table("metric", "value", "teacher")
@@ -135,7 +127,7 @@ def accept(arguments: list[str]) -> int:
     manifest = verify_bundle(options.bundle)
     config = manifest["config"]
     limits = Budget({name: Limit(**limit) for name, limit in config["budget"]["limits"].items()}, {}, config["budget"]["strict"])
-    model = _model(options.bundle / manifest["judged"])
+    model = Model.open(options.bundle / manifest["judged"])
     print(f"verified; measuring {manifest['judged']} on this machine", file=sys.stderr)
     how, reference = (Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store), None
     try:

@@ -63,7 +63,7 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         f"Made by `compress run {run.info['recipe']}` ({run.info['name']}). `{manifest['judged']}` is the file that was judged.", "",
         "## Files", "", "- `hf/`: the checkpoint for transformers and further training, unpacked",
         *[f"- `{(file := format.file.format(type=type))}`: {format.about.format(file=file)}"
-          for format, type in map(formats.parse, run.info["config"]["export"]["files"])], "",
+          for format, type, _ in map(formats.parse, run.info["config"]["export"]["files"])], "",
         "## Scores", "", markdown_table(run.records), "", "## Verdicts", "",
         *[f"- {line}" for line in verdict_lines(run.records)], "", "## Lineage", "",
         *[f"{i}. `{e['slot']}` ({e['technique']}) from `{e['parent'] or 'nothing'}`, weights sha256 `{e['digest'][:16]}`"

@@ -11,14 +11,14 @@ model.safetensors holds, as the package's own `pack_to_int32` lays it out (docs.
 Codes and scales are those of quant.safetensors, never computed again: Q4_0's (code - 8) * d is int4 of group 32, Q8_0's code * d int8 of
 group 32, negative d included. 1-D tensors stay as they are. Embeddings are packed too, with a tied head once: unpacked they would need fp32
 and be two thirds of a small model. So the config says `dequantize: true`, and transformers unpacks while it loads; its other way, at the first
-forward pass, can't initialize packed embeddings (5.23). vLLM has no such key; it serves packed embeddings where a model's code hands them the
-quantization config, tied ones not yet (pull request 45535). Left out: several grids in one directory (the loader takes one scheme for all).
+forward pass, can't initialize packed embeddings (5.23). vLLM ignores that key and takes scales into the type it runs in: fp16 is exact. By its
+sources it reads packed embeddings of symmetric grids where a model hands them the quantization config, tied ones not yet (pull request 45535).
+Left out: several grids in one directory (transformers' loader takes one scheme for all), activations as integers.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from compress.quant.grids import GRIDS
 
 
 def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]:
-    """Write the directory `out`, of the one type there is; returns `size_bytes` of all its files, `params`, `bits_per_weight`.
+    """Write the new directory `out`, of the one type there is; returns `size_bytes` of all its files, `params`, `bits_per_weight`.
 
     ValueError: no codes in the checkpoint, codes on several grids or on one that the format can't hold, codes that are not the weights.
     """
@@ -47,9 +47,7 @@ def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> di
     made, allowed = load_quantized(checkpoint), FORMATS["compressed_tensors"].types[type].grids
     found = sorted({q.grid for q in made.values()})
     if len(found) != 1 or found[0] not in allowed:
-        raise ValueError(
-            f"{checkpoint}: compressed-tensors holds all codes on one grid of {', '.join(allowed)}; got {', '.join(found)}; export a GGUF"
-        )
+        raise ValueError(f"{checkpoint}: compressed-tensors holds codes on one grid of {', '.join(allowed)}; got {', '.join(found)}; export a GGUF")
     grid = GRIDS[found[0]]
     bits = 8 if grid.dtype == torch.int8 else 4
     tensors: dict[str, Tensor] = {}
@@ -63,13 +61,10 @@ def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> di
     scheme = {"targets": ["Linear", "Embedding"], "weights": weights}
     layout = QuantizationConfig(config_groups={"group_0": scheme}, format="pack-quantized", quantization_status="compressed", ignore=[])
     config = read_config(checkpoint) | {"quantization_config": layout.model_dump() | {"dequantize": True, "version": __version__}}
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-    (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    copy_beside(checkpoint, part)
-    part.rename(out)
+    out.mkdir(parents=True)
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    copy_beside(checkpoint, out)
     return size(out)
 
 
@@ -114,8 +109,5 @@ class ReloadedDirectory:
         self.model = None
 
 
-write, reload = export_compressed_tensors, ReloadedDirectory  # for export/formats.py
-
-
-def check_architecture(config: Any) -> None:
-    """Any architecture has its place: what can be quantized is in Linear and Embedding modules."""
+# For export/formats.py. Any architecture has its place: what can be quantized is in Linear and Embedding modules.
+write, reload, check_architecture = export_compressed_tensors, ReloadedDirectory, lambda config: None

@@ -39,7 +39,10 @@ class Format:
 
     @property
     def module(self) -> Any:
-        """With `write`, `reload` and `check_architecture`."""
+        """`source`, imported. ConfigError naming the pip line when a package that writes or reads the format is missing."""
+        for package, requirement in self.packages.items():
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(f"a file of export.files needs {package}, which is not installed: pip install '{requirement}'")
         return importlib.import_module(self.source)
 
 
@@ -64,18 +67,12 @@ FORMATS: dict[str, Format] = {
 NAMES = [f"{kind}:{type}" if type else kind for kind, format in FORMATS.items() for type in format.types]  # all that export.files may hold
 
 
-def parse(name: str) -> tuple[Format, str]:
-    """What an entry of `export.files` means. ConfigError naming the nearest that exists."""
+def parse(name: str) -> tuple[Format, str, Type]:
+    """What an entry of `export.files` means: format, name of the type, type. ConfigError naming the nearest that exists."""
     if name not in NAMES:
         raise ConfigError(f"export.files={name!r} is no format; {nearest(name, NAMES)}")
     kind, _, type = name.partition(":")
-    return FORMATS[kind], type
-
-
-def type_of(name: str) -> Type:
-    """What an entry of `export.files` holds."""
-    format, type = parse(name)
-    return format.types[type]
+    return FORMATS[kind], type, FORMATS[kind].types[type]
 
 
 def slot_of(name: str) -> tuple[str, str]:
@@ -85,18 +82,11 @@ def slot_of(name: str) -> tuple[str, str]:
 
 def check_grid(name: str, slot: str, grid: str | None) -> None:
     """ConfigError when weights on `grid` (None: on no grid) can't be written as they are."""
-    held = type_of(name).grids
-    if grid is None and not type_of(name).rounds:
-        raise ConfigError(f"export.files={name} writes codes, and slot {slot!r} has none; ship a ptq or qat slot on {', '.join(held)}")
-    if grid is not None and grid not in held:
+    type = parse(name)[2]
+    if grid is None and not type.rounds:
+        raise ConfigError(f"export.files={name} writes codes, and slot {slot!r} has none; ship a ptq or qat slot on {', '.join(type.grids)}")
+    if grid is not None and grid not in type.grids:
         raise ConfigError(
-            f"export.files={name} would re-round slot {slot!r}, which is on the grid {grid}, and holds only {', '.join(held) or 'no grid'}; "
-            f"export it as {', '.join(other for other in NAMES if grid in type_of(other).grids)}"
+            f"export.files={name} would re-round slot {slot!r}, which is on the grid {grid}, and holds only {', '.join(type.grids) or 'no grid'}; "
+            f"export it as {', '.join(other for other in NAMES if grid in parse(other)[2].grids)}"
         )
-
-
-def check_installed(name: str) -> None:
-    """ConfigError naming the pip line when a package that writes or reads the format is missing."""
-    for module, requirement in parse(name)[0].packages.items():
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"export.files={name} needs {module}, which is not installed: pip install '{requirement}'")

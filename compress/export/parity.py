@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import best_device, load_model, load_tokenizer
-from compress.export.formats import parse, type_of
+from compress.export.formats import parse
 from compress.quant.codes import is_quantized, quantizable
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, closeness
@@ -137,7 +137,7 @@ def figures(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: S
 
 
 def _refuse(measured: dict[str, float], name: str, file: Path) -> None:
-    exact = type_of(name).exact
+    exact = parse(name)[2].exact
     limits = {name: 0.0 for name in measured if name.endswith(("_differing", "_flag"))} | (EXACT_LIMITS if exact else INTEGER_LIMITS)
     bad = [f"{name} is {measured[name]:.6g}, at most {limit:g} is allowed" for name, limit in limits.items() if not measured[name] <= limit]
     least = 1.0 if exact else TOP1_LEAST

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import best_device, load_tokenizer, tokenizer_digest
+from compress.checkpoint import best_device, digest, load_tokenizer, tokenizer_digest
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, saved_hidden
 from compress.score.latency import measure as measure_torch
 from compress.score.paired import paired_scores
@@ -50,6 +50,11 @@ class Model:
     path: Path
     digest: str
     runtime: str = "torch"  # or "llama.cpp"
+
+    @classmethod
+    def open(cls, path: Path) -> Model:
+        """What lies at `path`, a file being a GGUF."""
+        return cls(path.absolute(), digest(path), "llama.cpp" if path.is_file() else "torch")
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,7 @@ class Scorer:
         return json.loads(path.read_text())
 
     def parity(self, shipped: Measured, checkpoint: Measured, name: str) -> dict[str, float]:
-        """What `export/parity.py` measures of a file and the checkpoint it was made of, from the store if it is there. ValueError as there.
-
-        `name`: the file's in `export.files`.
-        """
+        """What `export/parity.py` measures of a file, `name` in `export.files`, and its checkpoint, from the store if it is there."""
         from compress.export import formats
         from compress.export.parity import parity
 

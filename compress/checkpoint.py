@@ -41,6 +41,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def config_object(config: dict[str, Any]) -> Any:
+    """A config.json's content as the transformers config of its architecture."""
+    return AutoConfig.for_model(config["model_type"], **{k: v for k, v in config.items() if k not in ("model_type", "transformers_version")})
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in name order. ValueError when missing or when an index leaves the directory."""
     if (path / WEIGHTS).is_file():
@@ -158,6 +163,11 @@ def save_model(model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: t
     config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if tokenizer_from != out:
-        for file in [tokenizer_from / "generation_config.json", *_tokenizer_files(tokenizer_from)]:
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
+        copy_beside(tokenizer_from, out)
+
+
+def copy_beside(checkpoint: Path, out: Path) -> None:
+    """Copy what lies beside weights and config, byte for byte: the tokenizer's files and generation_config.json."""
+    for file in [checkpoint / "generation_config.json", *_tokenizer_files(checkpoint)]:
+        if file.is_file():
+            shutil.copyfile(file, out / file.name)

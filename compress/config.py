@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from compress.errors import ConfigError, nearest
+from compress.export import formats
 from compress.stages import STAGES
 from compress.track import TRACKERS
 
@@ -20,7 +21,6 @@ LIMIT_METRICS = (
     "size_bytes", "params", "bits_per_weight", "latency_ms_p50", "latency_ms_p95", "ttft_ms_p50", "tok_per_sec", "peak_rss_bytes",
     "kept", "kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout",
 )  # fmt: skip
-GGUF_TYPES = ("F16", "Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q4_K", "Q6_K")
 PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
 PARALLEL = ("none", "ddp", "fsdp2")
 
@@ -111,14 +111,15 @@ class Budget:
 
 @dataclass
 class Export:
-    """Which files ship besides the Hugging Face directory; the first one is what the budget judges."""
+    """Which files ship besides the Hugging Face directory, as `export/formats.py` names them; the first one is what the budget judges."""
 
-    gguf: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in self.gguf:
-            if name not in GGUF_TYPES:
-                raise ConfigError(f"export.gguf={name!r} is no type; {nearest(name, GGUF_TYPES)}")
+        for name in self.files:
+            formats.parse(name)
+        if len(set(self.files)) < len(self.files):
+            raise ConfigError(f"export.files={self.files} names a file twice; name each once")
 
 
 @dataclass
@@ -204,9 +205,8 @@ class Recipe:
                 raise ConfigError(f"budget.slots or ship names {slot!r}; {nearest(slot, seen)}")
         slot = self.shipped_slot()
         grid = getattr(self.stages.get(slot), "grid", None)
-        for name in self.export.gguf:
-            if grid is not None and name.lower() != grid.value:
-                raise ConfigError(f"export.gguf={name} would re-round slot {slot!r}, which is on the grid {grid.value}; export {grid.value.upper()}")
+        for name in self.export.files:
+            formats.check_grid(name, slot, grid and grid.value)
 
     def steps(self) -> list[tuple[str, str]]:
         """(slot, parent slot) in order. The parent is the slot before, or the one named after '@'."""

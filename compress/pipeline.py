@@ -16,8 +16,8 @@ from compress import budget, machine, planning
 from compress.checkpoint import Model, model_of, tokenizer_digest
 from compress.config import Recipe
 from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
+from compress.export import formats
 from compress.export.bundle import write_bundle
-from compress.export.gguf import export_gguf
 from compress.report.html import write_html
 from compress.report.records import load_run
 from compress.report.table import print_table, stage_table, verdict_lines
@@ -50,7 +50,7 @@ def conclude(
     """Measure a model, put it beside teacher and parent, judge it, and record it with how it was `made`.
 
     Limits written for the slot are enforced; the budget's own limits are enforced on what ships and show the distance elsewhere.
-    `proven`: the type of a GGUF that must be its parent's weights. The trackers get the whole `curve`, the record a thinned one.
+    `proven`: the name of a file in `export.files` that must be its parent's weights. The trackers get the whole `curve`, the record a thinned one.
     """
     log(f"{slot}: scoring ({model.runtime})")
     start, limits = time.monotonic(), session.recipe.budget
@@ -133,7 +133,7 @@ def _slots(session: Session, folder: RunDir) -> int:
         path = session.store.entry(key) if reused else build(session, slot, parent, key, inputs)
         note: dict[str, Any] = {"seconds": 0.0, "curve": []} | session.store.note(key)
         session.done[slot] = conclude(
-            session, folder, slot, technique, model_of(path), parent, shipped=slot == recipe.shipped_slot() and not recipe.export.gguf, key=key,
+            session, folder, slot, technique, model_of(path), parent, shipped=slot == recipe.shipped_slot() and not recipe.export.files, key=key,
             reused=reused, stage_config=plain(asdict(recipe.stages[slot])), metrics=session.store.stage_json(key)["metrics"], **note,
         )  # fmt: skip
     return ship(session, folder)
@@ -143,9 +143,9 @@ def ship(session: Session, folder: RunDir) -> int:
     """Export the shipped slot, judge the files, bundle them, print the table and write the page."""
     recipe = session.recipe
     source = session.done[recipe.shipped_slot()]
-    if session.teacher.gguf and recipe.export.gguf:
+    if session.teacher.gguf and any(formats.parse(name)[0].runtime == "llama.cpp" for name in recipe.export.files):
         conclude(session, folder, "teacher_gguf", "teacher", model_of(session.teacher.gguf), tasks=False)
-    shipped = [_export(session, folder, source, kind, first=number == 0) for number, kind in enumerate(recipe.export.gguf)]
+    shipped = [_export(session, folder, source, name, first=number == 0) for number, name in enumerate(recipe.export.files)]
     verdicts = [verdict for record in folder.records for verdict in record["verdicts"]]
     code = EXIT_BUDGET if budget.failed(verdicts, strict=recipe.budget.strict) else EXIT_OK
     folder.about |= {"exit": code, "finished": now()}
@@ -161,15 +161,19 @@ def ship(session: Session, folder: RunDir) -> int:
     return code
 
 
-def _export(session: Session, folder: RunDir, source: Measured, kind: str, *, first: bool) -> Measured:
-    """One shipped GGUF: written through the store, scored in llama.cpp, proven to be its checkpoint, judged by the budget if it is the first."""
+def _export(session: Session, folder: RunDir, source: Measured, name: str, *, first: bool) -> Measured:
+    """One shipped file: written through the store, scored in its runtime, proven to be its checkpoint, judged by the budget if it is the first.
+
+    All are scored in full, also when their tensors are those of the checkpoint: only files of the same bytes share scores.
+    """
+    format, type, _ = formats.parse(name)
     tokenizer, versions = tokenizer_digest(source.model.path), machine.versions()
-    inputs = {"export": kind, "weights": source.model.digest, "tokenizer": tokenizer, "versions": versions, "schema": 2}
-    name, key, start = f"model-{kind}.gguf", sha256_json(inputs), time.monotonic()
+    inputs = {"export": name, "weights": source.model.digest, "tokenizer": tokenizer, "versions": versions, "schema": 3}
+    file, key, start = format.file.format(type=type), sha256_json(inputs), time.monotonic()
     folder.name_key(key)
-    path = session.store.build(key, inputs, lambda out, work: export_gguf(source.model.path, out / name, kind)) / name
+    path = session.store.build(key, inputs, lambda out, work: format.module.write(source.model.path, out / file, type)) / file
     seconds = time.monotonic() - start
     return conclude(
-        session, folder, f"gguf_{kind.lower()}", "export_gguf", model_of(path), source, shipped=first, proven=kind, key=key,
-        seconds=seconds, metrics=session.store.stage_json(key)["metrics"],
+        session, folder, *formats.slot_of(name), model_of(path), source, shipped=first, proven=name, key=key, seconds=seconds,
+        metrics=session.store.stage_json(key)["metrics"],
     )  # fmt: skip

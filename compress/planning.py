@@ -12,14 +12,15 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 from torch.utils.benchmark import Timer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from compress.checkpoint import config_object
 from compress.errors import ResourceError
+from compress.export import formats
 from compress.session import Session
 
 EFFICIENCY = 0.5  # assumed share of the square matrix product's rate that a whole training step reaches; on the cautious side
 TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
-SHIPPING_BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_0": 5.5, "Q4_1": 5, "Q4_0": 4.5, "Q4_K": 4.5}
 
 
 class Cost(NamedTuple):
@@ -35,9 +36,8 @@ class Cost(NamedTuple):
 
 def params_of(config: dict[str, Any]) -> int:
     """Parameters of a HF config, counted on the meta device."""
-    options = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "dtype", "transformers_version")}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options)).num_parameters()
+        return AutoModelForCausalLM.from_config(config_object(config)).num_parameters()
 
 
 def matmul_flops_per_sec(n: int = 1024, seconds: float = 0.5) -> float:
@@ -70,8 +70,9 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
         )
         costs.append(Cost(slot, recipe.technique(slot), params, work / rate + scoring, int(disk), int(memory)))
     shipped = sizes[recipe.shipped_slot()]
-    for kind in recipe.export.gguf:
-        costs.append(Cost(f"gguf_{kind.lower()}", "export_gguf", shipped, 40.0, int(SHIPPING_BITS[kind] / 4 * shipped), 4 * shipped))
+    for name in recipe.export.files:
+        disk = int(formats.parse(name)[2].bits_per_weight / 4 * shipped)  # in the store and in the bundle
+        costs.append(Cost(*formats.slot_of(name), shipped, 40.0, disk, 4 * shipped))
     return costs
 
 

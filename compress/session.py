@@ -15,10 +15,11 @@ import torch
 
 from compress import machine
 from compress.assets import PACKAGE
-from compress.checkpoint import Model, best_device, read_config
+from compress.checkpoint import Model, best_device, config_object, read_config
 from compress.config import Data, Eval, Recipe, Teacher, Trainer
 from compress.distill.signal import made_with
 from compress.errors import ConfigError
+from compress.export import formats
 from compress.score.scorer import Measured, Scorer
 from compress.score.tasks import check_tasks
 from compress.stages.context import Context
@@ -131,13 +132,15 @@ def uses_chat(stage: Any) -> bool:
 
 
 def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
-    """The HF config after every slot; ValueError naming the slot that can't work on its parent's shape."""
+    """The HF config after every slot; ValueError naming the slot that can't work on its parent's shape, or the file without a place for it."""
     shapes = {"teacher": read_config(session.teacher.path)}
     for slot, parent in session.recipe.steps():
         try:
             shapes[slot] = session.recipe.stages[slot].check_shape(dict(shapes[parent]))
         except ValueError as error:
             raise ValueError(f"slot {slot!r} after {parent!r}: {error}") from error
+    for name in session.recipe.export.files:
+        formats.parse(name)[0].module.check_architecture(config_object(shapes[session.recipe.shipped_slot()]))
     return shapes
 
 

@@ -102,7 +102,7 @@ def file_row(file: Path, full: dict[str, States], held: dict[str, Packed], check
     row["bandwidth_share"] = row["tok_per_sec"] * row["size_bytes"] / read_bytes_per_second(int(row["size_bytes"]))
     row["k_quant"] = row["kl_nats/topics"] * 4 ** row["bits_per_weight"]
     if checkpoint:
-        row |= parity_figures(checkpoint, file, kind, held["topics"].ids[:HELD_OUT], states["topics"], available_threads())
+        row |= parity_figures(checkpoint, file, f"gguf:{kind}", held["topics"].ids[:HELD_OUT], states["topics"], available_threads())
     return row
 
 

@@ -39,7 +39,9 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 def _levels(name: str, scales: torch.Tensor, row: int, column: int) -> tuple[float, float]:
     """Step and floor of one weight, read off the formulas of the formats."""
-    stored = scales.view(len(scales), -1, GRIDS[name].stored)[row, column // GRIDS[name].block].double().tolist()
+    stored = scales.view(len(scales), -1, GRIDS[name].stored)[row, column // (GRIDS[name].block or 1 << 30)].double().tolist()
+    if "asym" in name:
+        return stored[0], -stored[1] * stored[0]
     if name == "q4_1":
         return stored[0], stored[1]
     if name == "q4_k":
@@ -75,7 +77,7 @@ def test_value_and_gradient_equal_the_oracle(name):
     out = x.double() @ value.T
     upstream = (2 * (out - target.double())).T @ x.double()
     _, expected = _oracle(master.detach(), layer.quant_scales, upstream, name)
-    assert torch.allclose(layer.weight.double(), value, rtol=1e-6, atol=0 if GRIDS[name].offset or name == "q8_0" else 1e-8)
+    assert torch.allclose(layer.weight.double(), value, rtol=1e-6, atol=1e-8 if name in ("q4_1", "q4_k") or "asym" in name else 0)
     assert 0 < (expected == 0).sum() < expected.numel() / 3
     assert torch.equal(master.grad == 0, expected == 0)
     assert torch.allclose(master.grad.double(), expected, rtol=1e-4, atol=1e-5)
@@ -84,24 +86,25 @@ def test_value_and_gradient_equal_the_oracle(name):
 @pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if grid.searches])
 def test_learned_scales_get_the_gradient_of_lsq_written_with_autograd_in_float64(name):
     torch.manual_seed(0)
-    layer, grid = nn.Linear(64, 24, bias=False), GRIDS[name]
+    grid = GRIDS[name]
+    layer = nn.Linear(2 * (grid.block or 32), 24, bias=False)
     fake.attach(layer, name, "learned")
     with torch.no_grad():
         layer._parameters["weight"].mul_(1.3)  # some codes saturate
         layer.quant_shift.copy_(0.1 * torch.randn_like(layer.quant_shift))
-    upstream = torch.randn(24, 64)
+    upstream = torch.randn_like(layer.weight)
     (layer.weight * upstream).sum().backward()
     master, shift = layer._parameters["weight"], layer.quant_shift
 
-    w = master.detach().double().view(-1, 32).requires_grad_()
+    w = master.detach().double().view(-1, grid.length(master.shape[1])).requires_grad_()
     moved = (layer.quant_scales.float() * shift.detach().exp()).half().double().view(-1, 1)
     t = torch.zeros_like(moved).requires_grad_()
     scale = moved * t.exp()
     ratio = w / scale
     value = scale * (ratio + (ratio.round() - ratio).detach()).clamp(grid.low, grid.high)
-    (value * upstream.double().view(-1, 32)).sum().backward()
-    assert torch.allclose(layer.weight.double(), value.detach().view(24, 64), rtol=1e-6, atol=0)
-    assert torch.allclose(master.grad.double(), w.grad.view(24, 64), rtol=1e-5, atol=1e-7)
+    (value * upstream.double().view(w.shape)).sum().backward()
+    assert torch.allclose(layer.weight.double(), value.detach().view_as(master), rtol=1e-6, atol=0)
+    assert torch.allclose(master.grad.double(), w.grad.view_as(master), rtol=1e-5, atol=1e-7)
     assert torch.allclose(shift.grad.double(), t.grad.view(shift.shape), rtol=1e-4, atol=1e-5)
 
 
@@ -282,7 +285,7 @@ def test_damaged_or_missing_codes_are_refused(tmp_path):
         with pytest.raises(ValueError, match="does not hold a grid, codes and scales of each matrix"):
             codes.load_quantized(tmp_path)
     save_file(one | {"a.scales": torch.zeros(1, 1)}, tmp_path / codes.FILE, metadata={"grids": '{"a": "q9"}'})
-    with pytest.raises(ValueError, match="a says grid 'q9': known grids are q4_0, q4_1, q5_0, q8_0, q4_k, q6_k"):
+    with pytest.raises(ValueError, match="a says grid 'q9': known grids are q4_0, q4_1, q5_0, q8_0, q4_k, q6_k, int4_g32"):
         codes.load_quantized(tmp_path)
 
 

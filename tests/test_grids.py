@@ -1,4 +1,5 @@
-"""llama.cpp's grids against three others: the quantizer inside xllamacpp's shared library, `gguf`'s, and golden bytes."""
+"""llama.cpp's grids against three others: the quantizer inside xllamacpp's shared library, `gguf`'s, and golden bytes; the integer grids
+against compressed-tensors' own `quantize` and `dequantize`."""
 
 from __future__ import annotations
 
@@ -9,13 +10,16 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from gguf import quants
 from safetensors import safe_open
 
 from compress.quant.grids import GRIDS
 
-TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in GRIDS}
-SIMPLE = [name for name, grid in GRIDS.items() if grid.block == 32]
+TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in GRIDS if not name.startswith("int")}
+INTEGER = [name for name in GRIDS if name not in TYPES]
+SIMPLE = [name for name in TYPES if GRIDS[name].block == 32]
 SEARCHED = [name for name, grid in GRIDS.items() if grid.searches]
 
 
@@ -72,7 +76,7 @@ def llama_cpp():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", TYPES)
 def test_bytes_equal_llama_cpp(name, kind, llama_cpp):
     grid, w = GRIDS[name], _weights(kind, name)
     packed = grid.pack(*grid.encode(w))
@@ -87,7 +91,7 @@ def test_bytes_equal_the_gguf_package(name, kind):
     assert torch.equal(grid.pack(*grid.encode(w)), torch.from_numpy(quants.quantize(w.numpy(), TYPES[name])))
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", TYPES)
 def test_bytes_equal_the_golden_file(name):
     with safe_open(Path(__file__).parent / "golden" / "grids.safetensors", framework="pt") as golden:
         assert golden.metadata()["llama.cpp"] == "b9190"
@@ -97,28 +101,77 @@ def test_bytes_equal_the_golden_file(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["encode", "search"])
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", TYPES)
 def test_decode_equals_the_reader_bit_for_bit(name, how, kind):
-    grid, w = GRIDS[name], _weights(kind, name)
-    codes, scales = grid.encode(w)
-    if how == "search":
-        scales = grid.search(w) if grid.searches else scales
-        codes = grid.codes(w * 1.1, scales)
+    grid = GRIDS[name]
+    codes, scales = _coded(name, how, _weights(kind, name))
     ours = grid.decode(codes, scales)
     theirs = quants.dequantize(grid.pack(codes, scales).numpy(), TYPES[name])
     assert torch.equal(ours.view(torch.int32), torch.from_numpy(theirs).view(torch.int32))
 
 
+def _coded(name, how, w):
+    """Codes and scales of plain rounding, or of searched scales with weights that have moved since."""
+    grid = GRIDS[name]
+    codes, scales = grid.encode(w)
+    if how == "search":
+        scales = grid.search(w) if grid.searches else scales
+        codes = grid.codes(w * 1.1, scales)
+    return codes, scales
+
+
+def _reader(name, codes, scales):
+    """What compressed-tensors takes: int8 codes, fp32 scales, int8 zero points or None, its description of the grid."""
+    grid = GRIDS[name]
+    scale, *zero = scales.float().view(len(codes), -1, grid.stored).unbind(-1)
+    args = QuantizationArgs(
+        num_bits=8 if name.startswith("int8") else 4, symmetric="asym" not in name, strategy="group" if grid.block else "channel",
+        group_size=grid.block or None,
+    )  # fmt: skip
+    return (codes.short() - grid.offset).to(torch.int8), scale, zero[0].to(torch.int8) if zero else None, args
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["encode", "search"])
+@pytest.mark.parametrize("name", INTEGER)
+def test_integers_decode_as_compressed_tensors_does_bit_for_bit(name, how, kind):
+    codes, scales = _coded(name, how, _weights(kind, name))
+    theirs = dequantize(*(reader := _reader(name, codes, scales))[:3], reader[3])
+    assert torch.equal(GRIDS[name].decode(codes, scales), theirs)
+    assert reader[2] is None or torch.equal(reader[2].float(), scales.view(len(codes), -1, 2)[..., 1].float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", INTEGER)
+def test_integers_round_as_compressed_tensors_does(name, kind):
+    w = _weights(kind, name)
+    codes, scale, zero, args = _reader(name, *GRIDS[name].encode(w))
+    theirs = quantize(w, scale, zero, args).nan_to_num_(0.0).clamp_(min=GRIDS[name].low)  # our int8 leaves -128 out
+    groups = w.view(len(w), scale.shape[1], -1)
+    alive = (scale != 0)[..., None].expand_as(groups).reshape(w.shape)  # a scale of 0 divides by 0 there
+    assert torch.equal(codes[alive].float(), theirs[alive])
+
+
+@pytest.mark.parametrize(("name", "twin"), [("int4_g32", "q4_0"), ("int8_g32", "q8_0")])
+def test_llama_cpps_codes_of_one_scale_are_integers_of_group_32(name, twin):
+    w = _weights("random", name)
+    codes, scales = GRIDS[twin].encode(w)
+    assert (scales < 0).any() or twin == "q8_0"
+    assert torch.equal(GRIDS[name].decode(codes, scales), GRIDS[twin].decode(codes, scales))
+    reader = _reader(name, codes, scales)
+    assert torch.equal(dequantize(*reader[:3], reader[3]), GRIDS[twin].decode(codes, scales))
+
+
 def _error(grid, w, codes, scales, h=1.0):
     gap = (grid.decode(codes, scales).double() - w.double()).square() * h
-    return gap.view(w.shape[0], -1, 32).sum(-1)
+    return gap.view(w.shape[0], -1, grid.length(w.shape[1]) if grid.searches else 32).sum(-1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", SEARCHED)
 def test_search_is_never_worse_than_round(name, weighted, kind):
-    grid, w = GRIDS[name], _weights(kind)
+    grid, w = GRIDS[name], _weights(kind, name)
     h = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(1)) if weighted else None
     scales = grid.search(w, h)
     found = _error(grid, w, grid.codes(w, scales), scales, 1.0 if h is None else h)
@@ -147,8 +200,8 @@ def test_codes_are_the_nearest_for_scales_of_either_sign(name):
     got = _error(grid, w, grid.codes(w, scales), scales).view(8, -1)
     step, floor = grid.levels(scales.view(-1, grid.stored))
     levels = torch.arange(grid.low, grid.high + 1) * step.double()[..., None] + (0 if floor is None else floor.double()[..., None])
-    best = (w.double().view(*step.shape[:2], grid.group, 1) - levels).square().amin(-1)
-    assert torch.allclose(got, best.view(8, -1, 32).sum(-1), rtol=1e-5)
+    best = (w.double().view(*step.shape[:2], -1, 1) - levels).square().amin(-1)
+    assert torch.allclose(got, best.view(8, got.shape[1], -1).sum(-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -172,7 +225,7 @@ def test_snap_is_decode_of_codes(name):
 @pytest.mark.parametrize("name", GRIDS)
 def test_zero_and_underflowing_blocks_decode_to_zero(name):
     grid = GRIDS[name]
-    w = torch.tensor([0.0, 1e-39, -1e-12])[:, None].repeat(1, grid.block)
+    w = torch.tensor([0.0, 1e-39, -1e-12])[:, None].repeat(1, grid.length(96))
     codes, scales = grid.encode(w)
     assert not grid.decode(codes, scales).any() and not scales.view(3, -1)[:, 0].any()
     found = grid.search(w) if grid.searches else scales
@@ -182,7 +235,8 @@ def test_zero_and_underflowing_blocks_decode_to_zero(name):
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_result_does_not_depend_on_threads(name):
-    grid, w = GRIDS[name], torch.randn(1500, 96 if name in SIMPLE else 256, generator=torch.Generator().manual_seed(0))
+    grid = GRIDS[name]
+    w = torch.randn(1500, 96 if grid.block in (0, 32) else 256, generator=torch.Generator().manual_seed(0))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):

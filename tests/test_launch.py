@@ -54,7 +54,7 @@ def test_every_option_composes_and_opens_with_a_sentence(file):
 
 def test_the_vocabulary_is_complete():
     counts = {folder.name: len(list(folder.glob("*.yaml"))) for folder in configs_dir().iterdir() if folder.is_dir() and folder.name != "tasks"}
-    assert counts == {"budget": 4, "data": 2, "eval": 3, "export": 8, "stage": 6, "teacher": 3, "track": 2, "trainer": 5}
+    assert counts == {"budget": 4, "data": 2, "eval": 3, "export": 10, "stage": 6, "teacher": 3, "track": 2, "trainer": 5}
     assert REPO_RECIPES == ["demo", "mini", "nano", "ptq_only", "qad_w4", "smoke"]
 
 
@@ -72,7 +72,10 @@ def test_the_vocabulary_is_complete():
         (["run", "smoke", "pipeline=[]"], "pipeline is empty"),
         (["run", "smoke", "stages.heal.lr=-1"], "lr=-1.0 must be above 0"),
         (["run", "smoke", "data.heldout=[embedded:docstrings]"], "held-out text must never be trained on"),
-        (["run", "smoke", "export=gguf_q8_0"], "export.gguf=Q8_0 would re-round slot 'qat'"),
+        (["run", "smoke", "export=gguf_q8_0"], "export.files=gguf:Q8_0 would re-round slot 'qat'"),
+        (["run", "smoke", "export.files=[gguf:Q4]"], "export.files='gguf:Q4' is no format; did you mean 'gguf:Q4_0'?"),
+        (["run", "smoke", "export.files=[gguf]"], "export.files='gguf' is no format"),
+        (["run", "smoke", "export.files=[gguf:Q4_0,gguf:Q4_0]"], "names a file twice"),
         (["run", "smoke", "+budget.limits={size_byte:{max:1}}"], "budget limit 'size_byte' is no metric; did you mean 'size_bytes'?"),
         (
             ["run", "smoke", "teacher=embeded"],

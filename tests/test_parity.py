@@ -1,19 +1,22 @@
-"""A GGUF is proven to be its checkpoint, and whatever is not is refused by name."""
+"""A file is proven to be its checkpoint, and whatever is not is refused by name."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_gguf import tiny_checkpoint
 
 from compress.checkpoint import load_tokenizer
-from compress.export.gguf import export_gguf, read_fields
+from compress.export.compressed_tensors import export_compressed_tensors
+from compress.export.gguf import decode_gguf, export_gguf, read_fields
 from compress.export.parity import GREEDY, TOP1_GAP, greedy, parity, strings, top1_beyond_gap, twin_of, values_differing
-from compress.score.fidelity import States
+from compress.score.fidelity import States, checkpoint_head, checkpoint_hidden
 from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.stages.ptq import GridName, Ptq
 from compress.train.forward import Head
@@ -44,7 +47,7 @@ def states_of(file: Path) -> States:
 
 
 def measured(checkpoint: Path, file: Path, kind: str) -> dict[str, float]:
-    return parity(checkpoint, file, kind, ROWS, states_of(file), 1)
+    return parity(checkpoint, file, f"gguf:{kind}", ROWS, states_of(file), 1)
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_0", "Q4_1", "Q4_0"])
@@ -66,7 +69,7 @@ def test_one_flipped_byte_of_a_matrix_is_counted_and_refused(quantized, tmp_path
     place = next(t for t in tensors if t.name == "blk.1.ffn_up.weight").data_offset + 2  # two codes of the first block, behind its scale
     data[place] ^= 0x11
     (tmp_path / "m.gguf").write_bytes(data)
-    assert values_differing(twin_of(checkpoint, "Q4_0"), tmp_path / "m.gguf") == 2
+    assert values_differing(twin_of(checkpoint, "gguf:Q4_0"), decode_gguf(*read_fields(tmp_path / "m.gguf"))) == 2
     with pytest.raises(ValueError, match=r"m.gguf is not the checkpoint it was made of.*parity_values_differing is 2, at most 0 is allowed"):
         measured(checkpoint, tmp_path / "m.gguf", "Q4_0")
 
@@ -112,7 +115,7 @@ def test_top1_counts_only_where_the_twin_is_sure():
 
 
 def test_greedy_stops_at_the_first_token_the_twin_would_not_have_said(parent):
-    twin, prompt = twin_of(parent, "F16"), ROWS[0, :8]
+    twin, prompt = twin_of(parent, "gguf:F16"), ROWS[0, :8]
     said = twin.generate(prompt[None], max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 8:].tolist()
     assert greedy(twin, said, prompt.tolist()) == (6, 0.0)
     spoiled = [*said[:3], (said[3] + 1) % 300, *said[4:]]
@@ -126,3 +129,36 @@ def test_a_thousand_strings_come_from_the_held_out_text(parent):
     made = list(strings(tokenizer, rows))
     text = tokenizer.decode(rows.flatten(), skip_special_tokens=True)
     assert len(made) == min(1000, len(text)) and all(s and s in text for s in made) and len(set(made)) > 500
+
+
+def packed(checkpoint: Path, folder: Path) -> dict[str, float]:
+    """Parity of a compressed-tensors directory, its states computed as the scorer does."""
+    hidden = checkpoint_hidden(folder, SimpleNamespace(ids=ROWS), len(ROWS))
+    return parity(checkpoint, folder, "compressed_tensors", ROWS, States(hidden, checkpoint_head(folder)), 1)
+
+
+def test_a_packed_directory_is_the_checkpoint_to_the_last_bit(quantized, tmp_path):
+    export_compressed_tensors(quantized[0], tmp_path / "packed")
+    figures = packed(quantized[0], tmp_path / "packed")
+    assert figures.keys() == measured(*quantized, "Q4_0").keys()
+    assert figures["parity_values_differing"] == figures["parity_strings_differing"] == figures["parity_eos_differing_flag"] == 0
+    assert figures["parity_kl_nats"] < 1e-9 and figures["parity_top1_beyond_gap"] == 1.0
+    assert figures["parity_greedy_tokens_count"] == GREEDY
+
+
+@pytest.mark.parametrize("damage", ["code", "eos", "tokenizer"])
+def test_a_packed_directory_that_differs_is_refused(quantized, tmp_path, damage):
+    export_compressed_tensors(quantized[0], tmp_path / "packed")
+    config, weights = json.loads((tmp_path / "packed/config.json").read_text()), load_file(tmp_path / "packed/model.safetensors")
+    if damage == "code":
+        weights["model.layers.1.mlp.up_proj.weight_packed"][0, 0] ^= 1
+        save_file(weights, tmp_path / "packed/model.safetensors", metadata={"format": "pt"})
+    elif damage == "eos":
+        (tmp_path / "packed/config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    else:
+        tokenizer = json.loads((tmp_path / "packed/tokenizer.json").read_text())
+        tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
+        (tmp_path / "packed/tokenizer.json").write_text(json.dumps(tokenizer))
+    figure = {"code": "values_differing is 1,", "eos": "eos_differing_flag is 1,", "tokenizer": "strings_differing is [1-9]"}[damage]
+    with pytest.raises(ValueError, match=f"packed is not the checkpoint it was made of.*parity_{figure}"):
+        packed(quantized[0], tmp_path / "packed")

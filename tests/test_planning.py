@@ -9,12 +9,20 @@ from compress.config import Budget, Data, Eval, Export, Recipe, Teacher, Trainer
 from compress.errors import ConfigError
 from compress.planning import estimate, matmul_flops_per_sec, params_of
 from compress.stages import STAGES
+from compress.stages.ptq import GridName
+
+BOTH = ["gguf:Q4_0", "compressed_tensors"]
+
+
+def stages_on(grid):
+    qat = STAGES["qat"](tokens=1000, grid=GridName(grid))
+    return {"depth": STAGES["prune_depth"](blocks=1), "heal": STAGES["distill"](tokens=1000), "qat": qat}
 
 
 def recipe(**changes):
-    stages = {"depth": STAGES["prune_depth"](blocks=1), "heal": STAGES["distill"](tokens=1000), "qat": STAGES["qat"](tokens=1000)}
+    stages = stages_on("q4_0")
     parts = {"teacher": Teacher(), "data": Data(["embedded:docstrings"], [], ["embedded:topics"], 64), "eval": Eval(), "budget": Budget(),
-             "export": Export(["Q4_0"]), "trainer": Trainer(), "stages": stages, "pipeline": ["depth", "heal", "qat"]}  # fmt: skip
+             "export": Export(BOTH), "trainer": Trainer(), "stages": stages, "pipeline": ["depth", "heal", "qat"]}  # fmt: skip
     return Recipe(**(parts | changes))
 
 
@@ -36,7 +44,7 @@ def test_parameters_are_counted_from_the_config_alone(tiny_teacher):
 
 def test_more_tokens_cost_more_time_and_smaller_students_less_memory(tiny_teacher):
     few = costs(tiny_teacher, recipe())
-    assert few.keys() == {"teacher", "depth", "heal", "qat", "gguf_q4_0"}
+    assert few.keys() == {"teacher", "depth", "heal", "qat", "gguf_q4_0", "compressed_tensors"}
     assert few["heal"].params < few["teacher"].params
     stages = recipe().stages | {"heal": STAGES["distill"](tokens=100_000)}
     assert costs(tiny_teacher, recipe(stages=stages))["heal"].seconds > 5 * few["heal"].seconds
@@ -50,7 +58,16 @@ def test_more_tokens_cost_more_time_and_smaller_students_less_memory(tiny_teache
         ({"pipeline": ["depth", "heal@qat"]}, "slot 'heal' branches off 'qat', which does not run before it"),
         ({"pipeline": ["qat", "depth"]}, "impossible order: 'depth' .prune_depth. comes after 'qat'"),
         ({"ship": "hael"}, "did you mean 'heal'"),
-        ({"export": Export(["Q8_0"])}, "would re-round slot 'qat'"),
+        (
+            {"export": Export(["gguf:Q8_0"])},
+            "re-round slot 'qat', which is on the grid q4_0, .* q8_0; export it as gguf:Q4_0, compressed_tensors",
+        ),
+        ({"stages": stages_on("q5_0"), "export": Export(["compressed_tensors"])}, "is on the grid q5_0, .*int4_g32.*; export it as gguf:Q5_0$"),
+        ({"stages": stages_on("int4_g64")}, "gguf:Q4_0 would re-round slot 'qat', .* grid int4_g64, .*; export it as compressed_tensors$"),
+        (
+            {"pipeline": ["depth", "heal"]},
+            "compressed_tensors writes codes, and slot 'heal' has none; ship a ptq or qat slot on q4_0, q8_0",
+        ),
         ({"stages": {"depth": {}, "heal": 3, "qat": None}}, "is no stage; write it as"),
     ],
 )

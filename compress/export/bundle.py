@@ -1,7 +1,7 @@
 """The bundle: what a deployment team receives, and can check without trusting us.
 
 hf/               the checkpoint as a plain Hugging Face directory
-model-TYPE.gguf   the same weights for llama.cpp, when the recipe exports them
+model-TYPE.gguf, compressed_tensors/   the same weights as the recipe's `export.files` says (export/formats.py)
 README.md         model card: score table, verdicts, lineage, licences
 manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
 teacher_items.jsonl  the teacher's answers, so that accuracy kept can be measured again
@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compress.checkpoint import sha256_file
+from compress.export import formats
 from compress.report.records import Run
 from compress.report.table import markdown_table, verdict_lines
 from compress.store import STAGE_JSON, commit, file_table, write_json
@@ -31,7 +32,7 @@ def write_bundle(final: Path, run: Run, checkpoint: Path, files: list[Any], teac
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(checkpoint, part / "hf", ignore=shutil.ignore_patterns(STAGE_JSON))
     for shipped in files:
-        shutil.copyfile(shipped.model.path, part / shipped.model.path.name)
+        (shutil.copytree if shipped.model.path.is_dir() else shutil.copyfile)(shipped.model.path, part / shipped.model.path.name)
     source = json.loads((teacher.path / "source.json").read_text()) if (teacher.path / "source.json").is_file() else {}
     origin = {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest} | source
     first = next(r for r in run.records if r["slot"] == "teacher")
@@ -60,6 +61,9 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         f"# {run.info['recipe']}: a student of {origin['source']}", "",
         "" if passed else "**This bundle violates its budget; see the verdicts below.**\n",
         f"Made by `compress run {run.info['recipe']}` ({run.info['name']}). `{manifest['judged']}` is the file that was judged.", "",
+        "## Files", "", "- `hf/`: the checkpoint for transformers and further training, unpacked",
+        *[f"- `{(file := format.file.format(type=type))}`: {format.about.format(file=file)}"
+          for format, type, _ in map(formats.parse, run.info["config"]["export"]["files"])], "",
         "## Scores", "", markdown_table(run.records), "", "## Verdicts", "",
         *[f"- {line}" for line in verdict_lines(run.records)], "", "## Lineage", "",
         *[f"{i}. `{e['slot']}` ({e['technique']}) from `{e['parent'] or 'nothing'}`, weights sha256 `{e['digest'][:16]}`"

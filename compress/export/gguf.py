@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compress.checkpoint import check, load_tokenizer, weight_files
 from compress.export.gguf_tokenizer import write_tokenizer
-from compress.quant.codes import FILE, Quantized, is_quantized, load_quantized
+from compress.quant.codes import Quantized, is_quantized, load_quantized, verified
 from compress.quant.grids import GRIDS
 
 # ggml type of the matrices -> llama_ftype, the file's main type
@@ -55,7 +55,7 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     check(checkpoint)
     made = _codes(checkpoint, type)
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-    arch = _architecture(config, checkpoint)
+    arch = architecture(config)
     part = out_file.with_name(out_file.name + ".part")
     writer = gguf.GGUFWriter(part, arch)
     _write_config(writer, config, _main_type(made) if made else type)
@@ -70,14 +70,15 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     return gguf_size(out_file)
 
 
-def _architecture(config: Any, checkpoint: Path) -> str:
+def architecture(config: Any) -> str:
+    """The GGUF architecture of a transformers config. ValueError when there is none."""
     if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"{checkpoint}: model_type {config.model_type!r} can't be written as GGUF; allowed: {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"model_type {config.model_type!r} can't be written as GGUF; allowed: {', '.join(ARCHITECTURES)}; export compressed_tensors")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{checkpoint}: rope_type {rope['rope_type']!r} can't be written as GGUF; allowed: default")
+        raise ValueError(f"rope_type {rope['rope_type']!r} can't be written as GGUF; allowed: default; export compressed_tensors")
     if config.model_type == "mistral" and config.sliding_window is not None:
-        raise ValueError(f"{checkpoint}: sliding_window {config.sliding_window} can't be written; allowed: null")
+        raise ValueError(f"sliding_window {config.sliding_window} can't be written as GGUF; allowed: null; export compressed_tensors")
     return ARCHITECTURES[config.model_type]
 
 
@@ -143,7 +144,8 @@ def _packed(checkpoint: Path, type: str, made: dict[str, Quantized] | None, conf
                 elif made is None:
                     yield name, _encode(name, w, type)[rows], type
                 else:
-                    yield name, _pack(name, w, made)[rows], made[name].grid.upper()
+                    q = verified(name, w, made)
+                    yield name, GRIDS[q.grid].pack(q.codes, q.scales).numpy()[rows], q.grid.upper()
 
 
 def _codes(checkpoint: Path, type: str) -> dict[str, Quantized] | None:
@@ -153,11 +155,11 @@ def _codes(checkpoint: Path, type: str) -> dict[str, Quantized] | None:
             raise ValueError(f"{checkpoint} is not quantized: {MIXED} writes each matrix in the type of its codes; choose one of {', '.join(TYPES)}")
         return None
     made = load_quantized(checkpoint)
-    grids = {q.grid for q in made.values()}
-    if type != MIXED and grids != {type.lower()}:
-        fits = grids.pop().upper() if len(grids) == 1 else MIXED
+    found = sorted({q.grid.upper() for q in made.values()})
+    if not set(found) <= (TYPES.keys() if type == MIXED else {type}):
+        fits = "compressed_tensors" if set(found) - TYPES.keys() else found[0] if len(found) == 1 else MIXED
         raise ValueError(
-            f"{checkpoint}: its codes are on the grid {', '.join(sorted({q.grid for q in made.values()}))!r}, the type asked for is {type}; "
+            f"{checkpoint}: its codes are on the grid {', '.join(found).lower()!r}, the type asked for is {type}; "
             f"export it as {fits}, or export the unquantized parent"
         )
     return made
@@ -169,16 +171,6 @@ def _main_type(made: dict[str, Quantized]) -> str:
     for q in made.values():
         count[q.grid.upper()] += q.codes.numel()
     return max(count, key=lambda name: count[name])
-
-
-def _pack(name: str, w: Tensor, made: dict[str, Quantized]) -> np.ndarray:
-    """The blocks (O, bytes) of a matrix's codes. ValueError when absent or not what `w` (O, I) is."""
-    if name not in made:
-        raise ValueError(f"{FILE} has no codes for {name}; quantize all matrices, the embedding too")
-    q = made[name]
-    if q.codes.shape != w.shape or not torch.equal(q.decode(), w):
-        raise ValueError(f"{name}: model.safetensors differs from what {FILE} decodes to; quantize it again")
-    return GRIDS[q.grid].pack(q.codes, q.scales).numpy()
 
 
 def _encode(name: str, w: Tensor, type: str) -> np.ndarray:
@@ -227,3 +219,23 @@ def decode_gguf(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]
             w = w[np.argsort(_interleave(heads, len(w)))]
         decoded[_to_hf(tensor.name)] = torch.from_numpy(w)
     return decoded
+
+
+class ReloadedGguf:
+    """A `Reloaded` (export/parity.py): the file as llama.cpp opens it, and its numbers as the `gguf` package decodes them."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        from compress.score.llamacpp import LlamaCpp
+
+        self.fields, self.listed = read_fields(file)
+        llama = LlamaCpp(file, threads, 512, 1, embedding=False)
+        self.generate_ids, self.tokenize, self.close = llama.generate_ids, llama.tokenize, llama.close
+
+    def tensors(self) -> dict[str, Tensor]:
+        return decode_gguf(self.fields, self.listed)
+
+    def eos_ids(self) -> set[int]:
+        return {self.fields.get("tokenizer.ggml.eos_token_id", -1)}
+
+
+write, reload, check_architecture = export_gguf, ReloadedGguf, architecture  # for export/formats.py

@@ -1,17 +1,17 @@
-"""Proof that a GGUF is the checkpoint it was made of, by reloading it in llama.cpp and with the `gguf` package.
+"""Proof that a file is the checkpoint it was made of, by reloading it in its own runtime, whatever its format.
 
 The twin is the checkpoint with each matrix as the file's type holds it: the checkpoint itself when it is quantized, its rounded copy
-otherwise. Measured, and refused where it is more than arithmetic can explain:
+otherwise. The file is a `Reloaded`. Measured, and refused where it is more than arithmetic can explain; exact: F16 in llama.cpp and all
+that torch runs; others: integer types of llama.cpp, whose kernels round activations to 8 bits:
 
     parity_values_differing     numbers of the twin that the decoded file does not hold bit for bit: 0
-    parity_kl_nats              KL(twin || file) on held-out text: at most 1e-5 for F16; 5e-3 for integer types, whose kernels round
-                                activations to 8 bits
-    parity_top1_beyond_gap      top-1 agreement where the twin's first two candidates are more than TOP1_GAP nats apart: 1 for F16; at
-                                least 0.995 for integer types: 8-bit activations turned 1 of 1,789 such tokens of a demo
+    parity_kl_nats              KL(twin || file) on held-out text: at most 1e-5 where exact, 5e-3 for others
+    parity_top1_beyond_gap      top-1 agreement where the twin's first two candidates are more than TOP1_GAP nats apart: 1 where exact; at
+                                least 0.995 for others: 8-bit activations turned 1 of 1,789 such tokens of a demo
     parity_greedy_tokens_count  greedy tokens of the file, of GREEDY, before the first that the twin would not have said
-    parity_greedy_gap_nats      by how much the twin preferred its own token there, 0 without such a place: at most 1e-3 for F16, else told only
-    parity_strings_differing    held-out strings that llama.cpp's tokenizer and the checkpoint's cut differently: 0
-    parity_eos_differing_flag   1 when the end-of-sequence id of file, tokenizer and config are not the same: 0
+    parity_greedy_gap_nats      by how much the twin preferred its own token there, 0 without such a place: at most 1e-3 where exact, else told only
+    parity_strings_differing    held-out strings that the runtime's tokenizer and the checkpoint's cut differently: 0
+    parity_eos_differing_flag   1 unless the file ends where the checkpoint's tokenizer and config say, and nowhere that config does not: 0
 
 Legend: N tokens, C tokens a chunk, V vocabulary.
 """
@@ -20,40 +20,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from compress.checkpoint import best_device, load_model, load_tokenizer
-from compress.export.gguf import decode_gguf, read_fields
+from compress.export.formats import parse
 from compress.quant.codes import is_quantized, quantizable
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, closeness
 from compress.train.forward import head_of, hidden_states
 
-FLOAT_LIMITS = {"parity_kl_nats": 1e-5, "parity_greedy_gap_nats": 1e-3}  # of F16
+EXACT_LIMITS = {"parity_kl_nats": 1e-5, "parity_greedy_gap_nats": 1e-3}
 INTEGER_LIMITS = {"parity_kl_nats": 5e-3}
 TOP1_GAP = 0.2  # nats
 TOP1_LEAST = 0.995  # of integer types
 GREEDY = 64
 
 
-def twin_of(checkpoint: Path, kind: str) -> Any:
-    """The checkpoint's model in fp32 with each matrix as a GGUF of type `kind` holds it."""
-    model = load_model(checkpoint)
+class Reloaded(Protocol):
+    """A file as its own runtime opens it; each module of `export/formats.py` has one."""
+
+    def tensors(self) -> dict[str, Tensor]: ...  # HF state-dict name -> fp32, as decoded from the file; without a tied head
+    def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]: ...  # greedy continuation, ended by EOS
+    def tokenize(self, text: str) -> list[int]: ...  # by the file's tokenizer, nothing added
+    def eos_ids(self) -> set[int]: ...  # at which generation ends
+    def close(self) -> None: ...  # frees what the runtime holds
+
+
+def twin_of(checkpoint: Path, name: str) -> Any:
+    """The checkpoint's model in fp32 with each matrix as a file of `name`, an entry of `export.files`, holds it."""
+    model, kind = load_model(checkpoint), parse(name)[1]
     if is_quantized(checkpoint):
         return model
     with torch.no_grad():
-        for name, home, _ in quantizable(model):
+        for matrix, home, _ in quantizable(model):
             weight: Any = home.weight
-            weight.copy_(weight.half().float() if kind == "F16" else (grid := GRIDS[kind.lower()]).decode(*grid.encode(weight, name)))
+            weight.copy_(weight.half().float() if kind == "F16" else (grid := GRIDS[kind.lower()]).decode(*grid.encode(weight, matrix)))
     return model
 
 
-def values_differing(twin: Any, file: Path) -> int:
-    """Numbers of the twin's state dict that the file, decoded by the `gguf` package, holds otherwise or not at all."""
-    decoded, tied = decode_gguf(*read_fields(file)), twin.config.tie_word_embeddings
+def values_differing(twin: Any, decoded: dict[str, Tensor]) -> int:
+    """Numbers of the twin's state dict that the file, decoded, holds otherwise or not at all."""
+    tied = twin.config.tie_word_embeddings
     wanted = {name: tensor for name, tensor in twin.state_dict().items() if not (tied and name == "lm_head.weight")}
     differing = sum(tensor.numel() for name, tensor in decoded.items() if name not in wanted)
     for name, tensor in wanted.items():
@@ -94,43 +104,43 @@ def strings(tokenizer: Any, rows: Tensor, count: int = 1000) -> Iterator[str]:
         yield text[i * step : i * step + 24 + i % 41]
 
 
-def parity(checkpoint: Path, file: Path, kind: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
+def parity(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
     """`figures`, or ValueError naming every figure that is beyond its limit."""
-    measured = figures(checkpoint, file, kind, heldout, shipped, threads)
-    _refuse(measured, kind, file)
+    measured = figures(checkpoint, file, name, heldout, shipped, threads)
+    _refuse(measured, name, file)
     return measured
 
 
-def figures(checkpoint: Path, file: Path, kind: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
+def figures(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
     """Those of the module's docstring. `heldout` (R, L + 1) ids are those whose states `shipped` (R L, H) the file gave."""
-    from compress.score.llamacpp import LlamaCpp
-
-    twin, tokenizer = twin_of(checkpoint, kind), load_tokenizer(checkpoint)
-    measured: dict[str, float] = {"parity_values_differing": values_differing(twin, file)}
+    twin, tokenizer = twin_of(checkpoint, name), load_tokenizer(checkpoint)
     twin.to(best_device())
     with torch.inference_mode():
         hidden_NH = torch.cat([hidden_states(twin, row[None, :-1].long().to(twin.device)).cpu() for row in heldout])
     states = States(hidden_NH, head_of(twin.to("cpu")).detach())
-    measured |= {"parity_kl_nats": closeness(states, shipped)["kl"], "parity_top1_beyond_gap": top1_beyond_gap(states, shipped)}
-    llama, prompt = LlamaCpp(file, threads, 512, 1, embedding=False), heldout[0, :32].tolist()
+    measured = {"parity_kl_nats": closeness(states, shipped)["kl"], "parity_top1_beyond_gap": top1_beyond_gap(states, shipped)}
+    reloaded: Reloaded = parse(name)[0].module.reload(file, threads)
+    prompt = heldout[0, :32].tolist()
     try:
-        written = llama.generate_ids(prompt, GREEDY)
-        differing = sum(llama.tokenize(s) != tokenizer.encode(s, add_special_tokens=False) for s in strings(tokenizer, heldout))
+        measured["parity_values_differing"] = values_differing(twin, reloaded.tensors())
+        written = reloaded.generate_ids(prompt, GREEDY)
+        differing = sum(reloaded.tokenize(s) != tokenizer.encode(s, add_special_tokens=False) for s in strings(tokenizer, heldout))
+        found = reloaded.eos_ids()
     finally:
-        llama.close()
+        reloaded.close()
     measured["parity_greedy_tokens_count"], measured["parity_greedy_gap_nats"] = greedy(twin, written, prompt)
     ends = twin.config.eos_token_id  # one id, or several of which the tokenizer's must be one
-    allowed = {tokenizer.eos_token_id} & set(ends if isinstance(ends, list) else [ends])
+    allowed = set(ends if isinstance(ends, list) else [ends])
     measured |= {"parity_strings_differing": differing}
-    measured["parity_eos_differing_flag"] = float({read_fields(file)[0].get("tokenizer.ggml.eos_token_id")} != allowed)
+    measured["parity_eos_differing_flag"] = float(not {tokenizer.eos_token_id} <= found <= allowed)
     return measured
 
 
-def _refuse(measured: dict[str, float], kind: str, file: Path) -> None:
-    limits = {name: 0.0 for name in measured if name.endswith(("_differing", "_flag"))}
-    limits |= FLOAT_LIMITS if kind == "F16" else INTEGER_LIMITS
+def _refuse(measured: dict[str, float], name: str, file: Path) -> None:
+    exact = parse(name)[2].exact
+    limits = {name: 0.0 for name in measured if name.endswith(("_differing", "_flag"))} | (EXACT_LIMITS if exact else INTEGER_LIMITS)
     bad = [f"{name} is {measured[name]:.6g}, at most {limit:g} is allowed" for name, limit in limits.items() if not measured[name] <= limit]
-    least = 1.0 if kind == "F16" else TOP1_LEAST
+    least = 1.0 if exact else TOP1_LEAST
     if measured["parity_top1_beyond_gap"] < least:
         bad.append(f"parity_top1_beyond_gap is {measured['parity_top1_beyond_gap']:.6f}, at least {least:g} is needed")
     if bad:

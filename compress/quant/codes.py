@@ -53,6 +53,16 @@ def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Modu
     yield from found.values()
 
 
+def verified(name: str, w: Tensor, made: dict[str, Quantized]) -> Quantized:
+    """The codes of a checkpoint's matrix `w` (R, C). ValueError when absent or not what `w` is."""
+    if name not in made:
+        raise ValueError(f"{FILE} has no codes for {name}; quantize all matrices, the embedding too")
+    q = made[name]
+    if q.codes.shape != w.shape or not torch.equal(q.decode(), w):
+        raise ValueError(f"{name}: model.safetensors differs from what {FILE} decodes to; quantize it again")
+    return q
+
+
 def bake(weight: Tensor, made: Quantized) -> Quantized:
     """Overwrite `weight` (R, C) by its decoded codes; returns them on the CPU."""
     with torch.no_grad():

@@ -85,7 +85,7 @@ class _Snapped:
         inside = self.grid.unclipped(w, self.scales, grad)
         shift = None
         if needed[1]:
-            blocks = [t.reshape(-1, self.grid.block) for t in (grad, self.values, inside, w)]
+            blocks = [t.reshape(-1, self.grid.length(t.shape[1])) for t in (grad, self.values, inside, w)]
             shift = (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(self.scales.shape)
         low = (b.T @ inside, inside @ a.T) if a is not None and b is not None else (None, None)
         return inside if needed[0] else None, shift, *low

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.checkpoint import best_device, load_model, read_config, weight_files
 from compress.train.data import Packed
-from compress.train.forward import Head, hidden_states, scale_and_softcap
+from compress.train.forward import Head, head_of, hidden_states, scale_and_softcap
 
 CHUNK = 256
 
@@ -43,7 +43,9 @@ def checkpoint_hidden(model_dir: Path, data: Packed, sequences: int) -> Tensor:
 
 
 def checkpoint_head(model_dir: Path) -> Head:
-    """The fp32 head of a checkpoint, read without building the model."""
+    """The fp32 head of a checkpoint, read without building the model unless its weights are packed."""
+    if "quantization_config" in read_config(model_dir):
+        return head_of(load_model(model_dir)).detach()
     found: dict[str, Tensor] = {}
     for file in weight_files(model_dir):
         with safe_open(file, "pt") as tensors:

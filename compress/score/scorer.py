@@ -20,6 +20,7 @@ from compress import __version__, machine
 from compress.assets import configs_dir
 from compress.checkpoint import Model, best_device, load_tokenizer, tokenizer_digest
 from compress.config import Eval
+from compress.export import formats
 from compress.export.parity import parity
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
 from compress.score.latency import measure as measure_torch
@@ -77,13 +78,14 @@ class Scorer:
             write_json(path, closeness(self._states(reference), self._states(student)))
         return json.loads(path.read_text())
 
-    def parity(self, shipped: Measured, checkpoint: Measured, kind: str) -> dict[str, float]:
-        """What `export/parity.py` measures of a GGUF and the checkpoint it was made of, from the store if it is there. ValueError as there."""
-        depends = sha256_json([checkpoint.key, tokenizer_digest(checkpoint.model.path), kind, version("xllamacpp")])[:32]
+    def parity(self, shipped: Measured, checkpoint: Measured, name: str) -> dict[str, float]:
+        """What `export/parity.py` measures of a file, `name` in `export.files`, and its checkpoint, from the store if it is there."""
+        packages = [version(package.replace("_", "-")) for package in formats.parse(name)[0].packages]
+        depends = sha256_json([checkpoint.key, tokenizer_digest(checkpoint.model.path), name, packages])[:32]
         path = self.store.root / "scores" / f"{shipped.key}-{depends}.parity.json"
         if not path.is_file():
             rows = self.heldout.ids[: self.sequences]
-            write_json(path, parity(checkpoint.model.path, shipped.model.path, kind, rows, self._states(shipped), self.threads))
+            write_json(path, parity(checkpoint.model.path, shipped.model.path, name, rows, self._states(shipped), self.threads))
         return json.loads(path.read_text())
 
     def beside(

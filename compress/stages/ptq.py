@@ -26,6 +26,16 @@ class GridName(StrEnum):
     q8_0 = "q8_0"
     q4_k = "q4_k"
     q6_k = "q6_k"
+    int4_g32 = "int4_g32"
+    int4_g64 = "int4_g64"
+    int4_g128 = "int4_g128"
+    int4_asym_g32 = "int4_asym_g32"
+    int4_asym_g64 = "int4_asym_g64"
+    int4_asym_g128 = "int4_asym_g128"
+    int8_g32 = "int8_g32"
+    int8_g64 = "int8_g64"
+    int8_g128 = "int8_g128"
+    int8 = "int8"  # a scale for every row
 
 
 class Scales(StrEnum):
@@ -36,8 +46,10 @@ class Scales(StrEnum):
     learned = "learned"  # qat only: from the rule on, with the weights
 
 
-BLOCK = {grid: 256 if grid.endswith("_k") else 32 for grid in GridName}  # row lengths must be multiples
-SEARCHED = (GridName.q4_0, GridName.q5_0, GridName.q8_0)  # grids of one scale; Q4_K and Q6_K search in their plain rounding already
+# row lengths must be multiples
+BLOCK = {grid: 256 if grid.endswith("_k") else int(grid.rpartition("_g")[2]) if "_g" in grid else 32 for grid in GridName} | {GridName.int8: 1}
+# grids of one scale; Q4_K and Q6_K search in their plain rounding already
+SEARCHED = tuple(grid for grid in GridName if grid in ("q4_0", "q5_0", "q8_0", "int8") or grid.startswith(("int4_g", "int8_g")))
 
 
 def check_scales(key: str, grid: GridName, scales: Scales) -> None:

@@ -48,7 +48,7 @@ def _hashes(path: Path) -> dict[str, str]:
 )
 def test_result_loads_plainly_and_equals_its_codes(tmp_path, grid, scales):
     wide = {"hidden_size": 256, "intermediate_size": 512}
-    parent = _parent(tmp_path, **(wide if BLOCK[grid] == 256 else {}))
+    parent = _parent(tmp_path, **(wide if BLOCK[grid] > 64 else {}))
     before = _hashes(parent)
     metrics = _run(Ptq(grid, scales), parent, tmp_path / "out")
     assert _hashes(parent) == before
@@ -61,7 +61,7 @@ def test_result_loads_plainly_and_equals_its_codes(tmp_path, grid, scales):
     bits = GRIDS[grid].bits_per_weight
     assert metrics["tensors_quantized_count"] == 15
     assert bits < metrics["bits_per_weight"] < bits + 0.2
-    assert 0 < metrics["weight_mse_relative"] < {"q8_0": 1e-4, "q6_k": 1e-3, "q5_0": 5e-3}.get(grid, 0.02)
+    assert 0 < metrics["weight_mse_relative"] < {"q8_0": 1e-4, "q6_k": 1e-3, "q5_0": 5e-3}.get(grid, 3e-4 if grid.startswith("int8") else 0.025)
 
 
 def test_round_writes_llama_cpps_own_bytes(tmp_path):
@@ -118,7 +118,7 @@ def test_k_quants_need_rows_of_256():
 
 
 def test_search_is_refused_where_there_is_none():
-    with pytest.raises(ValueError, match="scales is search: grid q4_k has none, only q4_0, q5_0, q8_0; use scales=round"):
+    with pytest.raises(ValueError, match="scales is search: grid q4_k has none, only q4_0, q5_0, q8_0, int4_g32, .*; use scales=round"):
         Ptq(GridName.q4_k, Scales.search)
 
 
@@ -135,7 +135,7 @@ def test_unknown_choices_are_refused_with_the_allowed_ones(field, value):
 
 def test_names_of_the_configuration_are_the_grids_that_exist():
     assert list(GridName) == list(GRIDS)
-    assert {name: grid.block for name, grid in GRIDS.items()} == BLOCK
+    assert {name: grid.block or 1 for name, grid in GRIDS.items()} == BLOCK
     assert [name for name, grid in GRIDS.items() if grid.searches] == list(SEARCHED)
 
 

@@ -4,10 +4,11 @@
 
 q is an integer in low..high and the stored code is q + offset. `group` neighbours share one step and one floor (0 on
 symmetric grids). What the file keeps of a block besides its codes is one row of `scales`, fp16: all of it is fp16 in
-the file too, or an integer of at most 8 bits, which fp16 holds exactly. `levels` turns that row into steps and floors.
+the file too, or wider, or an integer of at most 8 bits, which fp16 holds exactly. `levels` turns that row into steps and floors.
 
 Rounding to the nearest code, decoding and the straight-through mask follow from the levels. A grid adds `plain`, the
-codes and numbers that llama.cpp's quantizer picks, and `pack`, the bytes. Where a step is 0 the code is that of q = 0.
+codes and numbers that its format's own plain rounding picks, and for GGUF files `pack`, the bytes. Where a step is 0
+the code is that of q = 0.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Grid:
 
     name: str  # for messages
     bits_per_weight: float
-    block = 32
-    group = 32
+    block = 32  # 0: a whole row
+    group = 32  # 0: the whole block
     stored = 1
     low: int
     high: int
@@ -40,13 +41,18 @@ class Grid:
     largest: float  # magnitude of a weight beyond which a stored fp16 number may overflow
     searches = False
 
+    def length(self, columns: int) -> int:
+        """Weights in a block of a matrix with that many columns."""
+        return self.block or columns
+
     def check(self, w: Tensor, name: str = "weight") -> None:
         """ValueError naming the tensor when the grid can't hold it: shape, NaN, infinity, a scale beyond fp16."""
         columns = w.shape[-1] if w.dim() == 2 else 0
-        if columns == 0 or columns % self.block:
-            near = max(self.block, round(columns / self.block) * self.block)
+        block = self.length(columns) or 1
+        if columns == 0 or columns % block:
+            near = max(block, round(columns / block) * block)
             raise ValueError(
-                f"{name} has shape {tuple(w.shape)}: {self.name} needs a matrix whose rows are multiples of {self.block} "
+                f"{name} has shape {tuple(w.shape)}: {self.name} needs a matrix whose rows are multiples of {block} "
                 f"long; the nearest legal row length is {near}"
             )
         least, most = w.aminmax()
@@ -56,7 +62,7 @@ class Grid:
             raise ValueError(f"{name} holds a value beyond {self.largest:g}: {self.name} stores its scale as fp16; rescale the weights")
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, block) fp32 -> (N, block) codes, (N, stored) numbers of llama.cpp's own rounding without an importance matrix."""
+        """(N, block) fp32 -> (N, block) codes, (N, stored) numbers of the format's own rounding without an importance matrix."""
         raise NotImplementedError
 
     def levels(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -64,7 +70,7 @@ class Grid:
         return stored.float().unsqueeze(-1), None
 
     def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """(R, C), (R, C / block * stored) -> (R, C / block * bytes per block) uint8: the rows of the file."""
+        """(R, C), (R, C / block * stored) -> (R, C / block * bytes per block) uint8: the rows of a GGUF."""
         raise NotImplementedError
 
     def search(self, w: Tensor, importance: Tensor | None = None, name: str = "weight") -> Tensor:
@@ -72,9 +78,9 @@ class Grid:
         raise ValueError(f"{name}: grid {self.name} has no search of scales; use scales=round")
 
     def encode(self, w: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
-        """fp32 (R, C) -> codes (R, C), scales: what llama.cpp's own quantizer writes, bit for bit."""
+        """fp32 (R, C) -> codes (R, C), scales of plain rounding; on llama.cpp's grids what its quantizer writes, bit for bit."""
         self.check(w, name)
-        x = w.detach().float().reshape(-1, self.block)
+        x = w.detach().float().reshape(-1, self.length(w.shape[1]))
         codes = torch.empty(x.shape, dtype=self.dtype, device=w.device)
         scales = torch.empty((len(x), self.stored), dtype=torch.float16, device=w.device)
 
@@ -134,11 +140,11 @@ class Grid:
         return out.view(w.shape)
 
     def _blocks(self, x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        return x.reshape(-1, self.block), scales.reshape(-1, self.stored)
+        return x.reshape(-1, self.length(x.shape[1])), scales.reshape(-1, self.stored)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """(N, block) -> (N, block / group, group), the same memory."""
-        return x.view(len(x), -1, self.group)
+        return x.view(len(x), -1, self.group or x.shape[1])
 
     def _quotient(self, x: Tensor, step: Tensor, floor: Tensor | None, out: Tensor | None = None) -> Tensor:
         """(N, block) -> round((x - floor) / step), not yet clamped, (N, block / group, group)."""
@@ -155,4 +161,4 @@ class Grid:
 
     def _each(self, x: Tensor, work: Callable[[slice], None]) -> None:
         """`work` on pieces of the (N, block) rows of `x`."""
-        each_chunk(len(x), x.device, work, ROWS * 32 // self.block)
+        each_chunk(len(x), x.device, work, max(1, ROWS * 32 // x.shape[1]))

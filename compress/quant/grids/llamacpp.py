@@ -53,7 +53,7 @@ class OneScale(Grid):
     targets: tuple[float, ...]
 
     def rule(self, x: Tensor) -> Tensor:
-        """(N, 32) -> (N, 1): the fp32 scale of llama.cpp's plain rounding."""
+        """(N, block) -> (N, 1): the fp32 scale of plain rounding."""
         return (x.gather(1, x.abs().argmax(1, keepdim=True)) + 0.0) / self.low  # no -0: the C code begins with 0
 
     def nearest(self, x: Tensor) -> Tensor:
@@ -65,10 +65,10 @@ class OneScale(Grid):
         return self.nearest(x * inverse(d)), d
 
     def search(self, w: Tensor, importance: Tensor | None = None, name: str = "weight") -> Tensor:
-        """fp32 (R, C) -> fp16 scales (R, C / 32) of least squared error; `importance` >= 0, (C,) or (R, C), weights."""
+        """fp32 (R, C) -> fp16 scales (R, C / block) of least squared error; `importance` >= 0, (C,) or (R, C), weights."""
         self.check(w, name)
-        x = w.detach().float().reshape(-1, BLOCK)
-        h = None if importance is None else importance.detach().float().reshape(-1, BLOCK)
+        x = w.detach().float().reshape(-1, self.length(w.shape[1]))
+        h = None if importance is None else importance.detach().float().reshape(-1, x.shape[1])
         scales = torch.empty((len(x),), dtype=torch.float16, device=w.device)
 
         def work(s: slice) -> None:
@@ -79,7 +79,7 @@ class OneScale(Grid):
         return scales.view(w.shape[0], -1)
 
     def _search(self, rows: Tensor, h: Tensor | None) -> Tensor:
-        """(N, 32), (32, N) -> (N,) fp16. Works on columns: sums over a block are then sums of vectors."""
+        """(N, block), (block, N) -> (N,) fp16. Works on columns: sums over a block are then sums of vectors."""
         x = rows.t().contiguous()
         hx = x if h is None else h * x
         peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]

@@ -1,0 +1,92 @@
+"""Every file that can ship beside the Hugging Face directory: what it holds, what runs it, which module writes it and reads it back.
+
+`export.files` names them as FORMAT:TYPE, or FORMAT where there is one type. A format is an entry of FORMATS and a module with three names,
+imported when it is used, since reading the configuration comes here:
+
+    write(checkpoint, out, type) -> metrics     reload(file, threads) -> a `Reloaded` of export/parity.py
+    check_architecture(config)                  ValueError when an architecture, as a transformers config, has no place in it
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from compress.errors import ConfigError, nearest
+
+
+class Type(NamedTuple):
+    """What one type of a format holds."""
+
+    bits_per_weight: float  # on disk, at most
+    grids: tuple[str, ...]  # of quantized checkpoints
+    rounds: bool = True  # it takes unquantized weights too
+    exact: bool = False  # its runtime computes with these weights in floats, without rounding activations to integers
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file."""
+
+    file: str  # its name in the bundle; without a suffix it is a directory
+    runtime: str  # what scores it: "llama.cpp", or "torch" for a directory that transformers opens
+    about: str  # for whoever receives it
+    packages: dict[str, str]  # module -> what pip installs
+    source: str  # our module
+    types: dict[str, Type]
+
+    @property
+    def module(self) -> Any:
+        """`source`, imported. ConfigError naming the pip line when a package that writes or reads the format is missing."""
+        for package, requirement in self.packages.items():
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(f"a file of export.files needs {package}, which is not installed: pip install '{requirement}'")
+        return importlib.import_module(self.source)
+
+
+_ROUNDED = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5, "Q5_0": 5.5, "Q4_K": 4.5, "Q6_K": 6.5625}  # bits a weight
+_INTEGERS = (
+    "q4_0", "q8_0", "int4_g32", "int4_g64", "int4_g128", "int4_asym_g32", "int4_asym_g64", "int4_asym_g128", "int8_g32", "int8_g64",
+    "int8_g128", "int8",
+)  # fmt: skip
+FORMATS: dict[str, Format] = {
+    "gguf": Format(
+        "model-{type}.gguf", "llama.cpp", "one file for llama.cpp and what is built on it: `llama-server -m {file}`",
+        {"gguf": "gguf>=0.19,<0.20", "xllamacpp": "xllamacpp>=2026.10"}, "compress.export.gguf",
+        {"F16": Type(16, (), exact=True)} | {name: Type(bits, (name.lower(),)) for name, bits in _ROUNDED.items()},
+    ),
+    "compressed_tensors": Format(
+        "compressed_tensors", "torch", "a packed directory for transformers, `AutoModelForCausalLM.from_pretrained(\"{file}\")` with the package "
+        "compressed-tensors, in the layout that vLLM documents (not run in vLLM here)",
+        {"compressed_tensors": "compressed-tensors>=0.20,<0.21"}, "compress.export.compressed_tensors",
+        {"": Type(9.0, _INTEGERS, rounds=False, exact=True)},
+    ),
+}  # fmt: skip
+NAMES = [f"{kind}:{type}" if type else kind for kind, format in FORMATS.items() for type in format.types]  # all that export.files may hold
+
+
+def parse(name: str) -> tuple[Format, str, Type]:
+    """What an entry of `export.files` means: format, name of the type, type. ConfigError naming the nearest that exists."""
+    if name not in NAMES:
+        raise ConfigError(f"export.files={name!r} is no format; {nearest(name, NAMES)}")
+    kind, _, type = name.partition(":")
+    return FORMATS[kind], type, FORMATS[kind].types[type]
+
+
+def slot_of(name: str) -> tuple[str, str]:
+    """Slot and technique of its record: gguf_q4_0, export_gguf for gguf:Q4_0."""
+    return name.lower().replace(":", "_"), f"export_{name.partition(':')[0]}"
+
+
+def check_grid(name: str, slot: str, grid: str | None) -> None:
+    """ConfigError when weights on `grid` (None: on no grid) can't be written as they are."""
+    type = parse(name)[2]
+    if grid is None and not type.rounds:
+        raise ConfigError(f"export.files={name} writes codes, and slot {slot!r} has none; ship a ptq or qat slot on {', '.join(type.grids)}")
+    if grid is not None and grid not in type.grids:
+        raise ConfigError(
+            f"export.files={name} would re-round slot {slot!r}, which is on the grid {grid}, and holds only {', '.join(type.grids) or 'no grid'}; "
+            f"export it as {', '.join(other for other in NAMES if grid in parse(other)[2].grids)}"
+        )

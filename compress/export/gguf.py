@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compress.checkpoint import check, load_tokenizer, weight_files
 from compress.export.gguf_tokenizer import write_tokenizer
-from compress.quant.codes import FILE, Quantized, is_quantized, load_quantized
+from compress.quant.codes import Quantized, is_quantized, load_quantized, matching
 from compress.quant.grids import GRIDS
 
 # ggml type of the matrices -> llama_ftype, the file's main type
@@ -173,11 +173,7 @@ def _main_type(made: dict[str, Quantized]) -> str:
 
 def _pack(name: str, w: Tensor, made: dict[str, Quantized]) -> np.ndarray:
     """The blocks (O, bytes) of a matrix's codes. ValueError when absent or not what `w` (O, I) is."""
-    if name not in made:
-        raise ValueError(f"{FILE} has no codes for {name}; quantize all matrices, the embedding too")
-    q = made[name]
-    if q.codes.shape != w.shape or not torch.equal(q.decode(), w):
-        raise ValueError(f"{name}: model.safetensors differs from what {FILE} decodes to; quantize it again")
+    q = matching(name, w, made)
     return GRIDS[q.grid].pack(q.codes, q.scales).numpy()
 
 

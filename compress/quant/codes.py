@@ -94,3 +94,12 @@ def load_quantized(path: Path) -> dict[str, Quantized]:
         if grid not in GRIDS:
             raise ValueError(f"{path / FILE}: {name} says grid {grid!r}: known grids are {', '.join(GRIDS)}; make it again")
     return {name: Quantized(grid, tensors[f"{name}.codes"], tensors[f"{name}.scales"]) for name, grid in grids.items()}
+
+
+def matching(name: str, w: Tensor, made: dict[str, Quantized]) -> Quantized:
+    """The codes of the matrix `name`. ValueError when absent or not what the checkpoint's `w` (R, C) is."""
+    if name not in made:
+        raise ValueError(f"{FILE} has no codes for {name}; quantize all matrices, the embedding too")
+    if (q := made[name]).codes.shape != w.shape or not torch.equal(q.decode(), w):
+        raise ValueError(f"{name}: model.safetensors differs from what {FILE} decodes to; quantize it again")
+    return q

@@ -79,7 +79,7 @@ class LlamaCpp:
         for ids in prompts:
             if not 0 < len(ids) <= self.ctx_len:
                 raise ValueError(f"a prompt of {len(ids)} tokens; allowed: 1 to ctx_len = {self.ctx_len}")
-        runs = _maximal([tuple(ids) for ids in prompts])
+        runs = maximal([tuple(ids) for ids in prompts])
         states: dict[tuple[int, ...], Tensor] = {}
         for batch in _batches(sorted(set(runs.values()), key=len), self.ctx_len * _PARALLEL):
             answer = self._post("/embedding", {"content": batch})
@@ -130,7 +130,7 @@ class LlamaCpp:
         return answer
 
 
-def _maximal(prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+def maximal(prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Prompt -> the longest given prompt that begins with it. In sorted order such a prompt follows directly."""
     runs: dict[tuple[int, ...], tuple[int, ...]] = {}
     last: tuple[int, ...] = ()
@@ -172,8 +172,8 @@ def gguf_head(gguf: Path) -> Head:
     return Head(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True)))
 
 
-def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any:
-    """An lm_eval `LM` that scores with `llama`; logits only where answers are. `head` as decoded, an HF `tokenizer`.
+def make_lm(llama: Any, head: Head, tokenizer: Any, batch_size: int) -> Any:
+    """An lm_eval `LM` that scores with `llama`, a LlamaCpp or an OnnxRuntime; logits only where answers are. `head` as decoded, an HF `tokenizer`.
 
     `batch_size` (requests between two updates of the progress bar) does not change scores.
     """

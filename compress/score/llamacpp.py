@@ -203,7 +203,7 @@ def make_lm(llama: Any, head: Head, tokenizer: Any, batch_size: int) -> Any:
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
             order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # equal beginnings meet
             results: dict[int, tuple[float, bool]] = {}
-            bar = tqdm(total=len(order), desc="llama.cpp log-likelihoods", disable=disable_tqdm)
+            bar = tqdm(total=len(order), desc="log-likelihoods", disable=disable_tqdm)
             for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
                 inputs = [(requests[i][1] + requests[i][2])[-self.max_length - 1 : -1] for i in chunk]
                 for i, states in zip(chunk, llama.hidden_states(inputs), strict=True):
@@ -227,7 +227,7 @@ def make_lm(llama: Any, head: Head, tokenizer: Any, batch_size: int) -> Any:
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             texts = []
-            for context, options in tqdm([r.args for r in requests], desc="llama.cpp generation", disable=disable_tqdm):
+            for context, options in tqdm([r.args for r in requests], desc="generation", disable=disable_tqdm):
                 if options.get("do_sample") or options.get("temperature"):
                     raise ValueError(f"generation options {options}: only greedy decoding is offered")
                 n = int(options.get("max_gen_toks", 256))

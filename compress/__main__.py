@@ -88,7 +88,7 @@ def score(arguments: list[str]) -> int:
     from rich.table import Table
 
     from compress import session
-    from compress.checkpoint import check, model_of
+    from compress.checkpoint import model_of
     from compress.launch import without_recipe
 
     parser = _Parser(prog="compress score")
@@ -98,14 +98,11 @@ def score(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
     parts = without_recipe([f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides])
-    if options.model.suffix != ".gguf":
-        check(options.model)
-    elif not options.model.is_file():
-        raise ValueError(f"{options.model} does not exist; give a checkpoint directory or a .gguf file")
+    model = model_of(options.model)
     limits = parts.pop("budget")
     scorer, teacher = session.open_scorer(**parts)
     reference = scorer.measure(teacher)
-    measured = scorer.measure(model_of(options.model))
+    measured = scorer.measure(model)
     relative, intervals, excluded = scorer.beside(measured, reference, None)
     scores = measured.scores | relative
     table = Table("metric", "value", "teacher")

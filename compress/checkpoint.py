@@ -79,17 +79,22 @@ def digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint directory or a GGUF file, with the digest of its weights; a checkpoint made of a GGUF names that as well."""
+    """A checkpoint directory, an exported one or a GGUF file, with the digest of its weights; a checkpoint made of a GGUF names that as well."""
 
     path: Path
     digest: str
-    runtime: str = "torch"  # or "llama.cpp"
+    runtime: str = "torch"  # or "llama.cpp", "onnxruntime"
     gguf: Path | None = None
 
 
 def model_of(path: Path) -> Model:
-    """A GGUF file, identified by its bytes, or a checkpoint directory, ready to be scored."""
-    return Model(path.absolute(), sha256_file(path), "llama.cpp") if path.is_file() else Model(path.absolute(), digest(path))
+    """A GGUF file or an exported ONNX directory, identified by its bytes, or a checkpoint directory, ready to be scored. ValueError as `check`."""
+    if path.is_file():
+        return Model(path.absolute(), sha256_file(path), "llama.cpp")
+    if (path / "genai_config.json").is_file():
+        return Model(path.absolute(), _digest_of(sorted(path.iterdir())), "onnxruntime")
+    check(path)
+    return Model(path.absolute(), digest(path))
 
 
 def tokenizer_digest(path: Path) -> str:

@@ -31,7 +31,7 @@ class Format:
     """One kind of file."""
 
     file: str  # its name in the bundle; without a suffix it is a directory
-    runtime: str  # what scores it: "llama.cpp", or "torch" for a directory that transformers opens
+    runtime: str  # what scores it: "llama.cpp", or "torch" for a directory that transformers opens, "onnxruntime"
     about: str  # for whoever receives it
     packages: dict[str, str]  # module -> what pip installs
     source: str  # our module
@@ -62,6 +62,11 @@ FORMATS: dict[str, Format] = {
         "compressed-tensors, in the layout that vLLM documents (not run in vLLM here)",
         {"compressed_tensors": "compressed-tensors>=0.20,<0.21"}, "compress.export.compressed_tensors",
         {"": Type(9.0, _INTEGERS, rounds=False, exact=True)},
+    ),
+    "onnx": Format(
+        "onnx", "onnxruntime", "a directory for ONNX Runtime GenAI: `onnxruntime_genai.Model(\"{file}\")`",
+        {"onnx": "onnx>=1.23,<2", "onnxruntime": "onnxruntime>=1.31,<2", "onnxruntime_genai": "onnxruntime-genai>=0.18,<0.19"},
+        "compress.export.onnx", {"": Type(32.0, ("q4_0", "q8_0"), exact=True)},
     ),
 }  # fmt: skip
 NAMES = [f"{kind}:{type}" if type else kind for kind, format in FORMATS.items() for type in format.types]  # all that export.files may hold

@@ -52,7 +52,7 @@ class Reloaded(Protocol):
 def twin_of(checkpoint: Path, name: str) -> Any:
     """The checkpoint's model in fp32 with each matrix as a file of `name`, an entry of `export.files`, holds it."""
     model, kind = load_model(checkpoint), parse(name)[1]
-    if is_quantized(checkpoint):
+    if is_quantized(checkpoint) or not kind:
         return model
     with torch.no_grad():
         for matrix, home, _ in quantizable(model):

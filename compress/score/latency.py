@@ -1,6 +1,6 @@
-"""Time and memory of a checkpoint under torch, in a fresh process: `python -m compress.score.latency MODEL_DIR ...`.
+"""Time and memory of a checkpoint under torch, or an exported directory under ONNX Runtime GenAI, in a fresh process.
 
-The process prints one JSON line. `ttft_ms_p50`: the prompt's forward until the first token is chosen.
+`python -m compress.score.latency MODEL_DIR ...` prints one JSON line. `ttft_ms_p50`: the prompt's forward until the first token is chosen.
 `latency_ms_p50` and `_p95`: one further greedy token with the KV cache, over all tokens of all repeats.
 `tok_per_sec`: further tokens / their total time. `peak_rss_bytes`: the kernel's high-water mark of this process, loading included.
 
@@ -14,22 +14,24 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 DTYPES = ("bfloat16", "float32", "float16")
 
 
 def measure(
-    model_dir: Path, prompt_tokens: int = 64, new_tokens: int = 16, repeats: int = 5, threads: int = 2, dtype: str = "bfloat16"
-) -> dict[str, float]:
-    """Run the measurement in a fresh process and return its numbers. ValueError with its last words when it fails."""
+    model_dir: Path, prompt_tokens: int = 64, new_tokens: int = 16, repeats: int = 5, threads: int = 2, dtype: str = "bfloat16",
+    runtime: str = "torch",
+) -> dict[str, float]:  # fmt: skip
+    """Run the measurement in a fresh process and return its numbers; `dtype` is torch's. ValueError with its last words when it fails."""
     if dtype not in DTYPES or min(prompt_tokens, new_tokens - 1, repeats, threads) < 1:
         got = f"{prompt_tokens=} {new_tokens=} {repeats=} {threads=} {dtype=}"
         raise ValueError(f"latency can't be measured with {got}; allowed: counts from 1, new_tokens from 2, dtype {' '.join(DTYPES)}")
     options = [f"--prompt-tokens={prompt_tokens}", f"--new-tokens={new_tokens}", f"--repeats={repeats}", f"--threads={threads}"]
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
-    command = [sys.executable, "-m", "compress.score.latency", str(model_dir), *options, f"--dtype={dtype}"]
+    command = [sys.executable, "-m", "compress.score.latency", str(model_dir), *options, f"--dtype={dtype}", f"--runtime={runtime}"]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         words = done.stderr.strip().splitlines() or ["no message"]
@@ -47,8 +49,24 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def run(model_dir: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int, dtype: str) -> dict[str, float]:
+def run(model_dir: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int, dtype: str, runtime: str) -> dict[str, float]:
     """The measurement itself, in this process."""
+    import numpy as np
+
+    from compress.score.onnxruntime import timer
+
+    generate = _torch(model_dir, prompt_tokens, threads, dtype) if runtime == "torch" else timer(model_dir, prompt_tokens, threads)
+    generate(min(4, new_tokens))
+    runs_ms = np.array([generate(new_tokens) for _ in range(repeats)])  # (repeats, new_tokens)
+    tokens_ms = runs_ms[:, 1:]
+    p50, p95 = np.quantile(tokens_ms, [0.5, 0.95]).tolist()
+    return {
+        "ttft_ms_p50": float(np.median(runs_ms[:, 0])), "latency_ms_p50": p50, "latency_ms_p95": p95,
+        "tok_per_sec": 1000 / float(tokens_ms.mean()), "peak_rss_bytes": peak_rss_bytes(),
+    }  # fmt: skip
+
+
+def _torch(model_dir: Path, prompt_tokens: int, threads: int, dtype: str) -> Callable[[int], list[float]]:
     import torch
 
     from compress.checkpoint import load_model
@@ -57,6 +75,7 @@ def run(model_dir: Path, prompt_tokens: int, new_tokens: int, repeats: int, thre
     model = load_model(model_dir, getattr(torch, dtype))
     prompt_BL = (torch.arange(prompt_tokens) * 7919 % model.config.vocab_size)[None]
 
+    @torch.inference_mode()
     def generate(count: int) -> list[float]:
         """Milliseconds of each of `count` tokens; the first one includes the prompt."""
         ids_BL, cache, times = prompt_BL, None, []
@@ -67,15 +86,7 @@ def run(model_dir: Path, prompt_tokens: int, new_tokens: int, repeats: int, thre
             times.append(1000 * (time.perf_counter() - start))
         return times
 
-    with torch.inference_mode():
-        generate(min(4, new_tokens))
-        runs_ms = torch.tensor([generate(new_tokens) for _ in range(repeats)], dtype=torch.float64)  # (repeats, new_tokens)
-    tokens_ms = runs_ms[:, 1:].flatten()
-    p50, p95 = torch.quantile(tokens_ms, torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
-    return {
-        "ttft_ms_p50": runs_ms[:, 0].quantile(0.5).item(), "latency_ms_p50": p50, "latency_ms_p95": p95,
-        "tok_per_sec": 1000 / tokens_ms.mean().item(), "peak_rss_bytes": peak_rss_bytes(),
-    }  # fmt: skip
+    return generate
 
 
 if __name__ == "__main__":
@@ -84,4 +95,5 @@ if __name__ == "__main__":
     for name, default in (("prompt-tokens", 64), ("new-tokens", 16), ("repeats", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--runtime", choices=("torch", "onnxruntime"), default="torch")
     print(json.dumps(run(**vars(parser.parse_args()))))

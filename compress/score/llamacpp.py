@@ -79,7 +79,7 @@ class LlamaCpp:
         for ids in prompts:
             if not 0 < len(ids) <= self.ctx_len:
                 raise ValueError(f"a prompt of {len(ids)} tokens; allowed: 1 to ctx_len = {self.ctx_len}")
-        runs = _maximal({tuple(ids) for ids in prompts})
+        runs = maximal({tuple(ids) for ids in prompts})
         states: dict[tuple[int, ...], Tensor] = {}
         for batch in _batches(sorted(set(runs.values()), key=len), self.ctx_len * _PARALLEL):
             answer = self._post("/embedding", {"content": batch})
@@ -128,7 +128,7 @@ class LlamaCpp:
         return answer
 
 
-def _maximal(prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+def maximal(prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Prompt -> the longest given prompt that begins with it. In sorted order such a prompt follows directly."""
     runs: dict[tuple[int, ...], tuple[int, ...]] = {}
     last: tuple[int, ...] = ()
@@ -170,8 +170,8 @@ def gguf_head(gguf: Path) -> Head:
     return Head(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True)))
 
 
-def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any:
-    """An lm_eval `LM` that scores with `llama`; logits only where answers are. `head` as decoded, an HF `tokenizer`.
+def make_lm(llama: Any, head: Head, tokenizer: Any, batch_size: int) -> Any:
+    """An lm_eval `LM` that scores with `llama`, a LlamaCpp or an OnnxRuntime; logits only where answers are. `head` as decoded, an HF `tokenizer`.
 
     `batch_size` (requests between two updates of the progress bar) does not change scores.
     """
@@ -197,7 +197,7 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
             order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # equal beginnings meet
             results = [(0.0, False)] * len(requests)
-            bar = tqdm(total=len(order), desc="llama.cpp log-likelihoods", disable=disable_tqdm)
+            bar = tqdm(total=len(order), desc="log-likelihoods", disable=disable_tqdm)
             for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
                 inputs = [(requests[i][1] + requests[i][2])[-llama.ctx_len - 1 : -1] for i in chunk]
                 for i, states in zip(chunk, llama.hidden_states(inputs), strict=True):
@@ -223,7 +223,7 @@ def make_lm(llama: LlamaCpp, head: Head, tokenizer: Any, batch_size: int) -> Any
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             texts = []
-            for context, options in tqdm([r.args for r in requests], desc="llama.cpp generation", disable=disable_tqdm):
+            for context, options in tqdm([r.args for r in requests], desc="generation", disable=disable_tqdm):
                 if options.get("do_sample") or options.get("temperature"):
                     raise ValueError(f"generation options {options}: only greedy decoding is offered")
                 n = int(options.get("max_gen_toks", 256))

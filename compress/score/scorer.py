@@ -21,16 +21,25 @@ from compress.assets import configs_dir
 from compress.checkpoint import Model, best_device, load_tokenizer, tokenizer_digest
 from compress.config import Eval
 from compress.export import formats
+from compress.export.onnx import onnx_size
 from compress.export.parity import parity
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
-from compress.score.latency import measure as measure_torch
+from compress.score.latency import measure as measure_latency
 from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process, make_lm
+from compress.score.onnxruntime import OnnxRuntime, onnx_head
 from compress.score.paired import paired_scores
 from compress.score.size import gguf_size, size
 from compress.score.tasks import TaskResult, evaluate, make_hf_lm
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.data import Packed
 from compress.train.forward import Head
+
+RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
+HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}
+SIZES: dict[str, Any] = {"torch": size, "llama.cpp": gguf_size, "onnxruntime": onnx_size}
+LATENCIES: dict[str, Any] = {
+    "torch": measure_latency, "llama.cpp": latency_in_fresh_process, "onnxruntime": partial(measure_latency, runtime="onnxruntime"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Scorer:
         return States(safetensors.torch.load_file(self._states_path(measured.key))["hidden"], self._head(measured.model))
 
     def _head(self, model: Model) -> Head:
-        return checkpoint_head(model.path) if model.runtime == "torch" else gguf_head(model.path)
+        return HEADS[model.runtime](model.path)
 
     def _own_scores(self, model: Model, key: str, tasks: list[str]) -> dict[str, Any]:
         s, head, tokenizer = self.settings, self._head(model), load_tokenizer(self.tokenizer_dir)
@@ -117,13 +126,12 @@ class Scorer:
                 hidden_NH = checkpoint_hidden(model.path, self.heldout, self.sequences)
                 lm = partial(make_hf_lm, model.path, s.batch_size, str(best_device()))
             else:
-                llama = stack.enter_context(closing(LlamaCpp(model.path, self.threads, self.heldout.ids.shape[1] + 8)))
-                hidden_NH = torch.cat(llama.hidden_states(self.heldout.ids[: self.sequences, :-1].tolist()))
-                lm = partial(make_lm, llama, head, tokenizer, s.batch_size)
+                opened = stack.enter_context(closing(RUNTIMES[model.runtime](model.path, self.threads, self.heldout.ids.shape[1] + 8)))
+                hidden_NH = torch.cat(opened.hidden_states(self.heldout.ids[: self.sequences, :-1].tolist()))
+                lm = partial(make_lm, opened, head, tokenizer, s.batch_size)
             write_whole(self._states_path(key), safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
             bits = bits_per_byte(States(hidden_NH, head), self.heldout, self.sequences, tokenizer)
             result = evaluate(lm(), tasks, s.limit, self.data_dir) if tasks else TaskResult({}, [], {})
-        latency, size_of = (measure_torch, size) if model.runtime == "torch" else (latency_in_fresh_process, gguf_size)
-        scores = {"bits_per_byte/heldout": bits} | result.scores | size_of(model.path)
-        scores |= latency(model.path, s.prompt_tokens, s.new_tokens, s.repeats, self.threads)
+        scores = {"bits_per_byte/heldout": bits} | result.scores | SIZES[model.runtime](model.path)
+        scores |= LATENCIES[model.runtime](model.path, s.prompt_tokens, s.new_tokens, s.repeats, self.threads)
         return {"scores": scores, "items": result.items, "chance": result.chance}

@@ -1,0 +1,152 @@
+"""The directory that ships, run by ONNX Runtime: hidden states by `onnxruntime`, text and latency by `onnxruntime_genai`.
+
+Both open the same model.onnx. Hidden states of all positions are an output of the graph, so the head's product over the vocabulary
+is not computed for them; logits = h W^T with the head decoded from the file, in fp32, as for llama.cpp. Generation goes the way a
+deployment does: GenAI's generator, its tokenizer, the end tokens of genai_config.json.
+
+torch is imported where it is needed: `python -m compress.score.latency` measures peak memory. Shapes: L length, H hidden.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.train.forward import Head
+
+
+MODEL, CONFIG = "model.onnx", "genai_config.json"
+
+
+def wheel(name: str) -> Any:
+    """Import onnx, onnxruntime or onnxruntime_genai. ValueError with the install line when it is missing.
+
+    The last two report use over the network unless this variable is set before they are loaded.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"ONNX files need the package {error.name}, which is not installed: pip install 'compress-lm[onnx]'") from error
+
+
+class OnnxRuntime:
+    """An exported directory on `threads` threads; prompts of at most `ctx_len` tokens. ValueError: it can't be opened. Close it after use."""
+
+    def __init__(self, folder: Path, threads: int, ctx_len: int) -> None:
+        self.folder, self.threads, self.ctx_len = folder, threads, ctx_len
+        genai = self._genai = wheel("onnxruntime_genai")
+        try:
+            self.about: dict[str, Any] = json.loads((folder / CONFIG).read_text())["model"]
+            config = genai.Config(str(folder))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+            self._model = genai.Model(config)
+            self._tokenizer = genai.Tokenizer(self._model)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{folder}: ONNX Runtime GenAI can't load it ({error}); export it again") from error
+
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Hidden states after the final norm, (L, H) fp32 per prompt of L token ids, run one by one. ValueError: empty or too long."""
+        import numpy as np
+        import torch
+
+        from compress.score.llamacpp import maximal
+
+        for ids in prompts:
+            if not 0 < len(ids) <= self.ctx_len:
+                raise ValueError(f"a prompt of {len(ids)} tokens; allowed: 1 to ctx_len = {self.ctx_len}")
+        options = wheel("onnxruntime").RunOptions()
+        options.only_execute_path_to_fetches = True  # leaves the head out
+        inputs = self._session.get_inputs()
+        nothing = {n.name: np.zeros([1, n.shape[1], 0, n.shape[3]], "float32") for n in inputs if n.name.startswith("past")}
+        runs = maximal({tuple(ids) for ids in prompts})
+        states = {}
+        for row in set(runs.values()):
+            ids_1L = np.array([row], "int64")
+            feed = nothing | {"input_ids": ids_1L, "attention_mask": np.ones_like(ids_1L)}
+            states[row] = torch.from_numpy(self._session.run(["hidden_states"], feed, options)[0][0])
+        return [states[runs[tuple(ids)]][: len(ids)] for ids in prompts]
+
+    @cached_property
+    def _session(self) -> Any:
+        """The plain session beside GenAI's, opened when it is first needed."""
+        ort = wheel("onnxruntime")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        return ort.InferenceSession(self.folder / MODEL, options, providers=["CPUExecutionProvider"])
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids by GenAI's own tokenizer."""
+        return [int(i) for i in self._tokenizer.encode(text)]
+
+    def eos_ids(self) -> set[int]:
+        """The ids that end a text, as genai_config.json says."""
+        ends = self.about["eos_token_id"]
+        return set(ends) if isinstance(ends, list) else {ends}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """HF state-dict name -> fp32 tensor, decoded from the file."""
+        from compress.export.onnx import decode_onnx
+
+        return decode_onnx(self.folder)
+
+    def tokens(self, prompt: Sequence[int], n: int, **search: Any) -> Iterator[int]:
+        """Greedy continuation of at most `n` ids, one by one; an end token is the last. `search`: more of GenAI's search options."""
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(do_sample=False, max_length=len(prompt) + n, **search)
+        generator = self._genai.Generator(self._model, params)
+        generator.append_tokens(list(prompt))
+        while not generator.is_done():
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0])
+
+    def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]:
+        """All of `tokens`."""
+        return list(self.tokens(prompt, n))
+
+    def generate(self, prompt: str | Sequence[int], n: int, stop: Sequence[str] = ()) -> str:
+        """Greedy continuation of at most `n` tokens as text, ended by an end token or a string of `stop` (which is cut off)."""
+        text, stream, ends = "", self._tokenizer.create_stream(), self.eos_ids()
+        for token in self.tokens(self.tokenize(prompt) if isinstance(prompt, str) else prompt, n):
+            if token not in ends:
+                text += stream.decode(token)
+            if found := [text.index(s) for s in stop if s in text]:
+                return text[: min(found)]
+        return text
+
+    def close(self) -> None:
+        """Frees the model."""
+        self.__dict__.pop("_session", None)
+        self._tokenizer = self._model = None
+
+
+def onnx_head(folder: Path) -> Head:
+    """The fp32 head as decoded from the file: the lm_head's own weight, or the tied embedding."""
+    from compress.export.onnx import decode_onnx
+    from compress.train.forward import Head
+
+    decoded = decode_onnx(folder)
+    return Head(decoded.get("lm_head.weight", decoded["model.embed_tokens.weight"]))
+
+
+def timer(folder: Path, prompt_tokens: int, threads: int) -> Callable[[int], list[float]]:
+    """What `compress.score.latency` times: milliseconds of each of `count` tokens after a prompt, the first with the prompt; no end obeyed."""
+    runtime = OnnxRuntime(folder, threads, prompt_tokens)
+    prompt = [i * 7919 % runtime.about["vocab_size"] for i in range(prompt_tokens)]
+
+    def generate(count: int) -> list[float]:
+        times = [time.perf_counter()]
+        times += [time.perf_counter() for _ in runtime.tokens(prompt, count, min_length=prompt_tokens + count)]
+        return [1000 * (after - before) for before, after in pairwise(times)]
+
+    return generate

@@ -7,8 +7,8 @@ Two places need no operation at run time (QuaRot, arXiv 2404.00456, section 4, s
   values    inside every head, between v_proj and o_proj: attention averages values and Q is the same for all positions. All heads
             that share a value head turn alike, so grouped-query attention is no obstacle. Q is a Hadamard matrix.
   residual  the stream between blocks. Norms without weights commute with Q, so their weights are first multiplied into
-            the readers; the last norm's goes into the head. A tied head is the embedding too, which must not take that weight: refused,
-            as are norms on a block's outputs (Gemma 3) and norms that subtract a mean.
+            the readers; the last norm's goes into the head. A tied head is the embedding too, which must not take that weight: left as
+            it is, like a stream with norms on blocks' outputs (Gemma 3).
 
 Hadamard matrices are Sylvester's, of order 2^k; other widths m 2^k take the product of a random orthogonal m x m matrix and one,
 with random signs (a randomized Hadamard transform). Left out: learned rotations, and those that need a transform at run time.
@@ -51,20 +51,29 @@ def _turn(layer: nn.Module, q: Tensor, *, rows: bool) -> None:
         bias.copy_((bias.double().view(-1, len(q)) @ q).flatten())
 
 
+def rotate(model: Any, seed: int) -> str:
+    """Turn in place whatever can be turned; why the residual stream can't be, empty where it was."""
+    rotate_values(model)
+    obstacle = residual_obstacle(model)
+    if not obstacle:
+        rotate_residual(model, seed)
+    return obstacle
+
+
 @torch.no_grad()
-def rotate_values(block: Any) -> None:
-    """Turn the values of every head of a block, in place."""
-    q = hadamard(block.self_attn.head_dim & -block.self_attn.head_dim)
-    _turn(block.self_attn.v_proj, q, rows=True)
-    _turn(block.self_attn.o_proj, q, rows=False)
+def rotate_values(model: Any) -> None:
+    """Turn the values of every head, in place."""
+    for block in model.model.layers:
+        q = hadamard(block.self_attn.head_dim & -block.self_attn.head_dim)
+        _turn(block.self_attn.v_proj, q, rows=True)
+        _turn(block.self_attn.o_proj, q, rows=False)
 
 
 def residual_obstacle(model: Any) -> str:
     """Why the residual stream can't be turned for free; empty where it can."""
-    block = model.model.layers[0]
     if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
         return "its embeddings are the head's, which would have to take the last norm's weight"
-    if getattr(block, "pre_feedforward_layernorm", None) is not None:
+    if hasattr(model.model.layers[0], "pre_feedforward_layernorm"):
         return "its blocks have norms on their outputs, whose weights don't commute with a rotation"
     return ""
 
@@ -72,18 +81,16 @@ def residual_obstacle(model: Any) -> str:
 @torch.no_grad()
 def rotate_residual(model: Any, seed: int) -> None:
     """Fold the norms away and turn the residual stream of a model that has no obstacle, in place."""
-    embed, head, width = model.get_input_embeddings(), model.get_output_embeddings(), model.config.hidden_size
-    norms = [(model.model.norm, [head])]
+    q = rotation(model.config.hidden_size, seed)
+    norms = [(model.model.norm, [model.get_output_embeddings()])]
     for block in model.model.layers:
         norms += [(group.maker, list(group.readers.values())) for group in groups_of(block) if not isinstance(group.maker, nn.Linear)]
-    q = rotation(width, seed)
+        _turn(block.self_attn.o_proj, q, rows=True)
+        _turn(block.mlp.down_proj, q, rows=True)
     for norm, readers in norms:
-        whole = gain(norm, width).clone()
+        whole = gain(norm, len(q)).clone()
         norm.weight.add_(1 - whole)
         for reader in readers:
             reader.weight.mul_(whole)
             _turn(reader, q, rows=False)
-    _turn(embed, q, rows=False)
-    for block in model.model.layers:
-        _turn(block.self_attn.o_proj, q, rows=True)
-        _turn(block.mlp.down_proj, q, rows=True)
+    _turn(model.get_input_embeddings(), q, rows=False)

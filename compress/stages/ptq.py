@@ -138,14 +138,15 @@ class Ptq:
         from compress.quant.blockwise import Blockwise
         from compress.quant.codes import quantizable, refuse_quantized, save_quantized
         from compress.quant.grids import GRIDS
+        from compress.quant.rotate import rotate
 
         checkpoint.check(parent)
         refuse_quantized(parent, "ptq")
         self.check_shape(checkpoint.read_config(parent))
         autoround = rounder(self.iterations, ctx.seed) if self.method is Method.autoround else None
         model = checkpoint.load_model(parent)
-        if self.rotate:
-            self._rotate(model, ctx)
+        if self.rotate and (obstacle := rotate(model, ctx.seed)):
+            ctx.log(f"{ctx.label}: values rotated; the residual stream is left as it is: {obstacle}")
         layout, search = {name: self.grid.value for name, _, _ in quantizable(model)}, self.scales is Scales.search
         work = Blockwise(model, layout, method=self.method, search=search, balance=self.balance, damping=self.damping, autoround=autoround)
         if self.passes:
@@ -162,14 +163,3 @@ class Ptq:
             "weight_mse_relative": error / max(power, 1e-30),
             "tensors_quantized_count": float(len(numel)),
         }
-
-    def _rotate(self, model: Any, ctx: Context) -> None:
-        """Turn what can be turned for free, and say what can't."""
-        from compress.quant.rotate import residual_obstacle, rotate_residual, rotate_values
-
-        for block in model.model.layers:
-            rotate_values(block)
-        if obstacle := residual_obstacle(model):
-            ctx.log(f"{ctx.label}: values rotated; the residual stream is left as it is: {obstacle}")
-        else:
-            rotate_residual(model, ctx.seed)

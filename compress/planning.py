@@ -59,7 +59,7 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
         tokens = getattr(stage, "tokens", 0)
         batch_tokens = getattr(stage, "micro_batch_sequences", 1) * seq_len
         teacher = {"distill": whole, "qat": sizes[parent]}.get(recipe.technique(slot), 0)
-        calibration = getattr(stage, "calibration_sequences", 0) * seq_len * max(1, getattr(stage, "blocks", 1))
+        calibration = getattr(stage, "calibration_sequences", 0) * seq_len * max(1, getattr(stage, "blocks", 1)) * getattr(stage, "passes", 1)
         work = 6 * params * tokens + 2 * teacher * tokens + 2 * sizes[parent] * calibration
         scoring = 2 * params * score_tokens * 3 / rate + 10
         memory = (16 if tokens else 8) * params + batch_tokens * shapes[slot]["num_hidden_layers"] * shapes[slot]["hidden_size"] * 34 * bool(tokens)

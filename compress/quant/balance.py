@@ -1,0 +1,123 @@
+"""Balance: one factor a channel moves between what a group of linear layers multiplies and what made it; logits stay what they are.
+
+Whoever makes channel j of the inputs X divides by s_j, whoever reads it multiplies column j of W by s_j. It is exact where nothing
+non-linear lies between: a norm's weight before q, k, v and before gate, up; v's rows before o (attention only averages
+values; heads that share a v share its factors); up's rows before down (gate * up). Rows keep no trace of it on a grid with a scale
+in every row, columns do:
+
+    AWQ          s = mean|X|^a, a from 0 to 1 by the least output error of the rounded group      arXiv 2306.00978, section 3.2, eq. 4, 5
+    SmoothQuant  s = max|X|^0.5 / max|W|^0.5, for activations quantized by the runtime            arXiv 2211.10438, section 4, eq. 4
+
+AWQ's error comes from the inputs' Gram matrix, tr((Q(W s) / s - W) G (...)^T), which is the error summed over tokens.
+Left out: AWQ's clipping, which a search of scales does on the grid itself.
+
+Letters: C channels of the inputs, R rows, N tokens, K channels of the maker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.quant.grids import Grid
+
+STEPS = 20  # exponents tried, as in AWQ's own code
+HALF = 0.5  # SmoothQuant's migration strength, the paper's own for most models
+
+
+class Inputs:
+    """What is kept of a group's inputs on calibration text: the sum of x x^T (C, C), of |x| and its largest (C,)."""
+
+    def __init__(self) -> None:
+        self.gram_CC = self.total_C = self.peak_C = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        """Count inputs (..., C)."""
+        x_NC = x.detach().flatten(0, -2).float()
+        size_NC = x_NC.abs()
+        with torch.autocast(x.device.type, enabled=False):
+            self.gram_CC = self.gram_CC + x_NC.T @ x_NC
+        self.total_C, self.peak_C = self.total_C + size_NC.sum(0), torch.maximum(self.peak_C, size_NC.amax(0))
+
+
+@dataclass
+class Group:
+    """Linear layers that read the same inputs, by name below their block, and the module that makes those inputs."""
+
+    readers: dict[str, nn.Linear]
+    maker: Any
+    repeats: int = 1  # readers' channels for each of the maker's: heads that share a value head
+    width: int = 1  # channels of one head, where `repeats` is more than 1
+
+    def matrix(self) -> Tensor:
+        """All readers' weights, stacked (R, C)."""
+        return torch.cat([reader.weight.detach() for reader in self.readers.values()])
+
+
+def groups_of(block: Any) -> list[Group]:
+    """The four groups of a decoder block of `prune.shape.ARCHITECTURES`, in the order in which text reaches them."""
+    attention, mlp = block.self_attn, block.mlp
+    repeats = attention.o_proj.in_features // attention.v_proj.out_features
+
+    def named(path: str, *names: str) -> dict[str, nn.Linear]:
+        return {f"{path}.{name}": block.get_submodule(f"{path}.{name}") for name in names}
+
+    return [
+        Group(named("self_attn", "q_proj", "k_proj", "v_proj"), block.input_layernorm),
+        Group(named("self_attn", "o_proj"), attention.v_proj, repeats, attention.head_dim),
+        Group(named("mlp", "gate_proj", "up_proj"), getattr(block, "pre_feedforward_layernorm", None) or block.post_attention_layernorm),
+        Group(named("mlp", "down_proj"), mlp.up_proj),
+    ]
+
+
+def gain(norm: Any, width: int) -> Tensor:
+    """(C,): what a norm multiplies each channel by. Gemma's norms store it less one."""
+    ones = torch.ones(1, width, dtype=norm.weight.dtype, device=norm.weight.device)
+    plain = (norm(ones)[0] - norm.weight).abs().mean() < 0.5
+    return norm.weight if plain else norm.weight + 1
+
+
+@torch.no_grad()
+def fold(group: Group, s_C: Tensor) -> None:
+    """Divide the maker's channels by s and multiply the readers' columns by it, in place: the function stays the same."""
+    maker = group.maker
+    if isinstance(maker, nn.Linear):
+        s_K = s_C.view(-1, group.repeats, group.width)[:, 0].flatten()
+        maker.weight.div_(s_K[:, None])
+        if maker.bias is not None:
+            maker.bias.div_(s_K)
+    else:
+        whole_C = gain(maker, len(s_C))
+        maker.weight.add_(whole_C / s_C - whole_C)
+    for reader in group.readers.values():
+        reader.weight.mul_(s_C)
+
+
+def share(size_C: Tensor, group: Group) -> Tensor:
+    """(C,): the largest among channels that one channel of the maker feeds, so that they can have one factor."""
+    heads = size_C.view(-1, group.repeats, group.width)
+    return heads.amax(1, keepdim=True).expand_as(heads).flatten()
+
+
+def smoothquant_scales(group: Group, inputs: Inputs) -> Tensor:
+    """(C,): sqrt(max|X| / max|W|), 1 where a channel or its column is always 0."""
+    weight_C = share(group.matrix().abs().amax(0), group)
+    return (share(inputs.peak_C, group) / weight_C).pow(HALF).nan_to_num_(1.0, 1.0, 1.0).clamp_(1e-4, 1e4)
+
+
+def awq_scales(group: Group, inputs: Inputs, grid: Grid, name: str = "weight") -> Tensor:
+    """(C,): by the best of `STEPS` exponents for the group's output error; exponent 0 is all ones."""
+    w_RC, size_C = group.matrix(), share(inputs.total_C, group).clamp(min=1e-30)
+    best, found_C = torch.inf, torch.ones_like(size_C)
+    for step in range(STEPS):
+        s_C = size_C.log().mul_(step / STEPS)
+        s_C = s_C.sub_(s_C.aminmax()[0].add(s_C.max()) / 2).exp_().clamp_(1e-4, 1e4)  # as AWQ's code: over sqrt(min * max)
+        scaled_RC = w_RC * s_C
+        gap_RC = grid.decode(*grid.encode(scaled_RC, name)).div_(s_C).sub_(w_RC)
+        error = ((gap_RC @ inputs.gram_CC) * gap_RC).sum().item()
+        if error < best:
+            best, found_C = error, s_C
+    return found_C

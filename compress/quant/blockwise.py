@@ -1,0 +1,201 @@
+"""Quantizing block by block: each is calibrated with what the already quantized ones before it produce, and kept when finished.
+
+What lies in memory besides the model are the hidden states of the calibration text in front of the present block (AutoRound: also
+the unquantized model's). A finished block is one file in the work folder: a killed run finds it there and only sends the text
+through it again. Inside a block the groups go in order of use, each behind the rounded ones before it (GPTQ's "true
+sequential" order). A tied embedding goes first, measured as a head by the unquantized model's final states.
+
+Legend: B sequences, L tokens of one, H hidden, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of, smoothquant_scales
+from compress.quant.codes import Quantized, bake, quantizable
+from compress.quant.gptq import gptq
+from compress.quant.grids import GRIDS
+from compress.store import write_whole
+
+ROWS = 4  # sequences sent through a block at a time
+
+
+class _Stop(Exception):
+    """The text has reached what was asked for."""
+
+
+class Stream:
+    """The calibration text in front of a block: `states`, tensors (ROWS, L, H), and the keywords each block is called with."""
+
+    def __init__(self, model: Any, ids_BL: Tensor, dtype: torch.dtype) -> None:
+        self.model, self.ids_BL, self.dtype, self.blocks = model, ids_BL, dtype, model.model.layers
+        self.keywords: list[dict[str, Any]] = []
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                hooks.enter_context(block.register_forward_pre_hook(lambda _, args, kwargs: self.keywords.append(kwargs), with_kwargs=True))
+            model.model(ids_BL[:1], use_cache=False)
+        self.enter()
+
+    def enter(self) -> None:
+        """Go back to the first block, through the embeddings as they now are."""
+        self.states: list[Tensor] = []
+
+        def note(_: Any, args: tuple[Tensor]) -> None:
+            self.states.append(args[0])
+            raise _Stop
+
+        with self.blocks[0].register_forward_pre_hook(note):
+            for rows in self.ids_BL.split(ROWS):
+                with suppress(_Stop):
+                    self.model.model(rows, use_cache=False)
+
+    def cast(self) -> torch.autocast:
+        """Products in `dtype`; the stream itself stays fp32."""
+        return torch.autocast(self.ids_BL.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def call(self, index: int, x_BLH: Tensor) -> Tensor:
+        """What a block makes of its input."""
+        with self.cast():
+            return self.blocks[index](x_BLH, **self.keywords[index])
+
+    def advance(self, index: int) -> None:
+        """Go through a block. ValueError naming it when its output is not finite."""
+        for at, x_BLH in enumerate(self.states):
+            self.states[at] = self.call(index, x_BLH)
+            if not torch.isfinite(self.states[at]).all():
+                where = f"the output of block {index} on the calibration text holds NaN or infinity"
+                raise ValueError(f"{where}: repair the parent, or use method=nearest, balance=none")
+
+    def inputs(self, index: int, groups: list[Group]) -> list[Inputs]:
+        """What each group of a block receives; text goes no further than to the last."""
+        found = [Inputs() for _ in groups]
+
+        def noting(i: int) -> Callable[..., None]:
+            def note(_: Any, args: tuple[Tensor]) -> None:
+                found[i].add(args[0])
+                if i == len(groups) - 1:
+                    raise _Stop
+
+            return note
+
+        with ExitStack() as hooks:
+            for i, group in enumerate(groups):
+                hooks.enter_context(next(iter(group.readers.values())).register_forward_pre_hook(noting(i)))
+            for x_BLH in self.states:
+                with suppress(_Stop):
+                    self.call(index, x_BLH)
+        return found
+
+    def final_gram(self) -> Tensor:
+        """(H, H): the sum of h h^T over final hidden states, when all blocks are behind."""
+        total = Inputs()
+        for x_BLH in self.states:
+            total.add(self.model.model.norm(x_BLH))
+        return total.gram_CC
+
+
+class Blockwise:
+    """One model on its way to the grids of `layout` (grid by state-dict name); the options are those of `stages/ptq.py`."""
+
+    def __init__(
+        self, model: Any, layout: dict[str, str], *, method: str = "nearest", search: bool = False, balance: str = "none",
+        damping: float = 0.01, autoround: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.layout, self.method, self.search, self.balance = model, layout, method, search, balance
+        self.damping, self.autoround = damping, autoround
+        self.made: dict[str, Quantized] = {}
+        self.lost = torch.zeros(2, dtype=torch.float64)  # squared error of all rounded matrices, and their squares
+
+    def put(self, name: str, weight: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """One matrix is done: its codes are kept, the model goes on with their values."""
+        before = weight.detach().clone()
+        self.made[name] = bake(weight, Quantized(self.layout[name], codes, scales))
+        power = before.square().sum(dtype=torch.float64)
+        self.lost += torch.stack([before.sub_(weight.detach()).square_().sum(dtype=torch.float64), power]).cpu()
+
+    def round(self, name: str, weight: Any, gram_CC: Tensor | None = None) -> None:
+        """Round one matrix by the method, given its inputs' second moments where they are known."""
+        grid = GRIDS[self.layout[name]]
+        if gram_CC is not None and self.method == "gptq":
+            made = gptq(weight, gram_CC, grid, self.damping, self.search, name)
+        elif self.search:
+            scales = grid.search(weight, None if gram_CC is None else gram_CC.diagonal(), name)
+            made = grid.codes(weight, scales), scales
+        else:
+            made = grid.encode(weight, name)
+        self.put(name, weight, *made)
+
+    @torch.no_grad()
+    def plain(self) -> None:
+        """Every matrix by itself, without data."""
+        for name, home, _ in quantizable(self.model):
+            self.round(name, home.weight)
+
+    @torch.no_grad()
+    def calibrated(self, ids_BL: Tensor, work: Path, log: Callable[[str], None], dtype: torch.dtype = torch.float32) -> None:
+        """Every matrix behind what is quantized before it, on ids (B, L); finished pieces lie in `work`. `dtype`: of the forward's products."""
+        (first, embedding), *heads = [(name, home) for name, home, _ in quantizable(self.model) if not name.startswith("model.layers.")]
+        stream, started, fresh = Stream(self.model, ids_BL, dtype), time.monotonic(), 0
+        reference = list(stream.states) if self.autoround else []
+        self._kept(work / "embeddings.safetensors", embedding, lambda: self._embedding(first, embedding, stream, tied=not heads))
+        stream.enter()
+        for index, block in enumerate(stream.blocks):
+            reference = wanted = [stream.call(index, x_BLH) for x_BLH in reference]
+            fresh += self._kept(work / f"block-{index:04d}.safetensors", block, lambda i=index, w=wanted: self._block(i, stream, w))  # type: ignore[misc]
+            stream.advance(index)
+            left = (time.monotonic() - started) / max(1, fresh) * (len(stream.blocks) - index - 1)
+            log(f"block {index + 1}/{len(stream.blocks)} quantized  {left:,.0f} s left")
+        for name, head in heads:
+            self.round(name, head.weight, stream.final_gram())
+
+    def _embedding(self, name: str, embedding: Any, stream: Stream, *, tied: bool) -> None:
+        for index in range(len(stream.blocks) if tied else 0):
+            stream.advance(index)
+        self.round(name, embedding.weight, stream.final_gram() if tied else None)
+
+    def _block(self, index: int, stream: Stream, wanted: list[Tensor]) -> None:
+        """Balance and round one block. `wanted`: its output in the unquantized model, where that is needed."""
+        block, prefix = stream.blocks[index], f"model.layers.{index}."
+        groups = groups_of(block)
+        for group, inputs in zip(groups, stream.inputs(index, groups), strict=True) if self.balance != "none" else ():
+            name = f"{prefix}{next(iter(group.readers))}.weight"
+            fold(group, awq_scales(group, inputs, GRIDS[self.layout[name]], name) if self.balance == "awq" else smoothquant_scales(group, inputs))
+        if self.autoround is not None:
+            with stream.cast():
+                learned = self.autoround(block, stream.keywords[index], stream.states, wanted)
+            for name, made in learned.items():
+                self.put(f"{prefix}{name}.weight", block.get_submodule(name).weight, *made)
+            return
+        for group in groups:
+            gram_CC = stream.inputs(index, [group])[0].gram_CC if self.method == "gptq" or self.search else None
+            for name, reader in group.readers.items():
+                self.round(f"{prefix}{name}.weight", reader.weight, gram_CC)
+
+    def _kept(self, file: Path, home: nn.Module, make: Callable[[], None]) -> bool:
+        """Make a piece and keep it with `home`'s vectors (norms, biases), or find it in `file`: whether it was made now."""
+        before, lost = set(self.made), self.lost
+        vectors = {f"vector:{name}": parameter for name, parameter in home.named_parameters() if parameter.dim() == 1}
+        if file.is_file():
+            kept = load_file(file)
+            self.lost = lost + kept.pop("lost")
+            for key, parameter in vectors.items():
+                parameter.copy_(kept.pop(key))
+            for name in sorted({key.rpartition(":")[2] for key in kept}):
+                made = Quantized(self.layout[name], kept[f"codes:{name}"], kept[f"scales:{name}"])
+                self.made[name] = bake(self.model.get_parameter(name), made)
+            return False
+        self.lost = torch.zeros_like(lost)
+        make()
+        tensors = {f"{part}:{name}": getattr(self.made[name], part) for name in self.made.keys() - before for part in ("codes", "scales")}
+        write_whole(file, save(tensors | {key: parameter.detach() for key, parameter in vectors.items()} | {"lost": self.lost}))
+        self.lost = lost + self.lost
+        return True

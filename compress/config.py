@@ -204,9 +204,9 @@ class Recipe:
             if slot not in seen:
                 raise ConfigError(f"budget.slots or ship names {slot!r}; {nearest(slot, seen)}")
         slot = self.shipped_slot()
-        grid = getattr(self.stages.get(slot), "grid", None)
+        grid = getattr(self.stages.get(slot), "layout_name", None)
         for name in self.export.files:
-            formats.check_grid(name, slot, grid and grid.value)
+            formats.check_grid(name, slot, grid)
 
     def steps(self) -> list[tuple[str, str]]:
         """(slot, parent slot) in order. The parent is the slot before, or the one named after '@'."""

@@ -20,6 +20,7 @@ from compress.config import Data, Eval, Recipe, Teacher, Trainer
 from compress.distill.signal import made_with
 from compress.errors import ConfigError
 from compress.export import formats
+from compress.export.gguf import overhead_bytes
 from compress.score.scorer import Measured, Scorer
 from compress.score.tasks import check_tasks
 from compress.stages.context import Context
@@ -120,7 +121,7 @@ class Session:
         return Context(
             teacher=self.teacher.path, seed=self.recipe.seed, seq_len=self.recipe.data.seq_len, work=work,
             signals=self.store.root / "signals", calibration=lambda n: self.text.ids[:n, :-1].long(), text=lambda: self.text,
-            chat=lambda: self.chat, precision=self.precision, label=slot, log=log, curve=curve.extend,
+            chat=lambda: self.chat, file_overhead=overhead_bytes, precision=self.precision, label=slot, log=log, curve=curve.extend,
             parallel=self.recipe.trainer.parallel if parallel.world() > 1 else "none",
             activation_checkpointing=self.recipe.trainer.activation_checkpointing,
         )  # fmt: skip

@@ -30,7 +30,7 @@ from gguf.quants import dequantize
 from make_golden import LLAMA_FTYPE, QUANTIZE
 
 from compress.checkpoint import load_model
-from compress.export.gguf import export_gguf, read_fields
+from compress.export.gguf import export_gguf, overhead_bytes, read_fields
 from compress.export.parity import figures as parity_figures
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.quant.grids import GRIDS
@@ -171,7 +171,7 @@ def encoder_bytes_differing(python: Path, f16: Path, work: Path) -> dict[str, di
 def context(work: Path, teacher: Path, text: Packed) -> Context:
     return Context(
         teacher=teacher, seed=0, seq_len=LENGTH, work=work / "state", signals=work / "signals", calibration=lambda n: text.ids[:n, :-1].long(),
-        text=lambda: text, chat=lambda: text, precision=fast_dtype(), label="qad", log=say, curve=lambda rows: None,
+        text=lambda: text, chat=lambda: text, file_overhead=overhead_bytes, precision=fast_dtype(), label="qad", log=say, curve=lambda rows: None,
     )  # fmt: skip
 
 

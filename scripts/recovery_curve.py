@@ -25,6 +25,7 @@ from compress.distill.losses import Mix
 from compress.distill.schemes import Scheme
 from compress.distill.signal import Signals
 from compress.distill.steps import make_batches, make_loss, one_batch
+from compress.export.gguf import overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.report.picture import lines_svg
 from compress.stages.context import Context
@@ -54,7 +55,7 @@ def prune(work: Path, teacher: Path, text: Packed, precision: str) -> Path:
     out.mkdir()
     context = Context(
         teacher=teacher, seed=0, seq_len=LENGTH, work=work, signals=work / "signals", calibration=lambda n: text.ids[:n, :-1].long(),
-        text=lambda: text, chat=lambda: text, precision=precision, label="prune", log=say, curve=lambda rows: None,
+        text=lambda: text, chat=lambda: text, file_overhead=overhead_bytes, precision=precision, label="prune", log=say, curve=lambda rows: None,
     )  # fmt: skip
     PruneDepth(blocks=10).run(teacher, out, context)
     return out

@@ -42,6 +42,6 @@ def make_context(teacher: Path, folder: Path, **changes):
     context = Context(
         teacher=teacher, seed=0, seq_len=32, work=work, signals=folder / "signals", calibration=lambda n: text.ids[:n, :-1].long(),
         text=lambda: text, chat=lambda: pack(["embedded:docstring_chat"], teacher, 32, data), precision="fp32", label="test",
-        log=lambda message: None, curve=lambda rows: None,
+        file_overhead=lambda checkpoint: 1000, log=lambda message: None, curve=lambda rows: None,
     )  # fmt: skip
     return dataclasses.replace(context, **changes)

@@ -55,7 +55,8 @@ FORMATS: dict[str, Format] = {
     "gguf": Format(
         "model-{type}.gguf", "llama.cpp", "one file for llama.cpp and what is built on it: `llama-server -m {file}`",
         {"gguf": "gguf>=0.19,<0.20", "xllamacpp": "xllamacpp>=2026.10"}, "compress.export.gguf",
-        {"F16": Type(16, (), exact=True)} | {name: Type(bits, (name.lower(),)) for name, bits in _ROUNDED.items()},
+        {"F16": Type(16, (), exact=True)} | {name: Type(bits, (name.lower(),)) for name, bits in _ROUNDED.items()}
+        | {"MIXED": Type(8.5, ("mixed",), rounds=False)},
     ),
     "compressed_tensors": Format(
         "compressed_tensors", "torch", "a packed directory for transformers, `AutoModelForCausalLM.from_pretrained(\"{file}\")` with the package "

@@ -12,6 +12,7 @@ Left out: llama.cpp's own mixtures such as Q4_K_M (Q4_K here is Q4_K throughout)
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
 from compress.checkpoint import check, load_tokenizer, weight_files
 from compress.export.gguf_tokenizer import write_tokenizer
@@ -29,6 +31,7 @@ from compress.quant.grids import GRIDS
 
 # ggml type of the matrices -> llama_ftype, the file's main type
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18}
+TENSOR_BYTES = 160  # name, shape, place and padding of a tensor
 MIXED = "MIXED"  # every matrix in the type of its own codes
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # HF model_type -> general.architecture
 _GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -46,7 +49,6 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     not their grid, MIXED without codes, an architecture, tensor or tokenizer without a place in the file, values that the type can't hold.
     """
     import gguf
-    from transformers import AutoConfig
 
     from compress.score.size import gguf_size
 
@@ -57,9 +59,7 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     arch = architecture(config)
     part = out_file.with_name(out_file.name + ".part")
-    writer = gguf.GGUFWriter(part, arch)
-    _write_config(writer, config, _main_type(made) if made else type)
-    write_tokenizer(writer, load_tokenizer(checkpoint), config.vocab_size)
+    writer = _described(checkpoint, config, _main_type(made) if made else type, part)
     for name, raw, kind in _packed(checkpoint, type, made, config, arch):
         writer.add_tensor(_to_gguf(name), raw, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
@@ -68,6 +68,32 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     writer.close()
     os.replace(part, out_file)
     return gguf_size(out_file)
+
+
+def _described(checkpoint: Path, config: Any, type: str, file: Path) -> Any:
+    """A GGUFWriter to `file` that knows all but the tensors."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, architecture(config))
+    _write_config(writer, config, type)
+    write_tokenizer(writer, load_tokenizer(checkpoint), config.vocab_size)
+    return writer
+
+
+def overhead_bytes(checkpoint: Path) -> int:
+    """Bytes of the checkpoint's GGUF besides its matrices: metadata, tokenizer, 1-D tensors, and at most TENSOR_BYTES for every tensor."""
+    config, total = AutoConfig.from_pretrained(checkpoint, local_files_only=True), 0
+    with tempfile.TemporaryDirectory() as folder:
+        writer = _described(checkpoint, config, "F16", Path(folder) / "header.gguf")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        total += (Path(folder) / "header.gguf").stat().st_size
+    for file in weight_files(checkpoint):
+        with safe_open(file, framework="pt") as weights:
+            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 (the handle is no mapping)
+            total += sum(TENSOR_BYTES + (4 * shape[0] if len(shape) == 1 else 0) for shape in shapes)
+    return total
 
 
 def architecture(config: Any) -> str:

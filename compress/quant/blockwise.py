@@ -126,8 +126,8 @@ class Blockwise:
         """Round one matrix by the method, given its inputs' second moments where they are known."""
         grid = GRIDS[self.layout[name]]
         if gram_CC is not None and self.method == "gptq":
-            made = gptq(weight, gram_CC, grid, self.damping, self.search, name)
-        elif self.search:
+            made = gptq(weight, gram_CC, grid, self.damping, self.search and grid.searches, name)
+        elif self.search and grid.searches:
             scales = grid.search(weight, None if gram_CC is None else gram_CC.diagonal(), name)
             made = grid.codes(weight, scales), scales
         else:

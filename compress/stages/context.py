@@ -25,6 +25,7 @@ class Context:
     calibration: Callable[[int], Tensor]
     text: Callable[[], Packed]  # all training text, packed to seq_len + 1 tokens a sequence
     chat: Callable[[], Packed]  # question-answer training data; the loss mask covers answers
+    file_overhead: Callable[[Path], int]  # bytes of a checkpoint's GGUF besides its matrices
     precision: str  # of training: "bf16" autocast over fp32 master weights, "bf16_stochastic" weights, or "fp32"
     label: str  # what progress lines call this stage
     log: Callable[[str], None]

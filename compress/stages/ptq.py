@@ -9,7 +9,7 @@ fp32 weights equal to the decoded codes, which lie in `quant.safetensors`. Round
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,9 +71,47 @@ BLOCK = {grid: 256 if grid.endswith("_k") else int(grid.rpartition("_g")[2]) if 
 SEARCHED = tuple(grid for grid in GridName if grid in ("q4_0", "q5_0", "q8_0", "int8") or grid.startswith(("int4_g", "int8_g")))
 
 
-def check_scales(key: str, grid: GridName, scales: Scales) -> None:
-    """ValueError when the grid, or a stage without training, has no such scales."""
-    if scales is not Scales.round and grid not in SEARCHED:
+@dataclass
+class Allocation:
+    """A grid for every matrix (`compress/quant/allocate.py`), so that the GGUF, type MIXED, has at most `file_bytes`; 0: one grid for all."""
+
+    file_bytes: int = 0
+    grids: list[GridName] = field(default_factory=lambda: [GridName.q4_0, GridName.q4_1, GridName.q5_0, GridName.q6_k, GridName.q8_0])
+    calibration_sequences: int = 2  # on which each matrix's damage is measured
+
+    def __post_init__(self) -> None:
+        self.grids = [GridName(grid) for grid in self.grids]
+        wrong = [grid.value for grid in self.grids if grid.startswith("int")]
+        if self.file_bytes < 0 or self.calibration_sequences < 1 or not self.grids or wrong:
+            raise ValueError(
+                f"allocate.file_bytes={self.file_bytes}, calibration_sequences={self.calibration_sequences}, grids={[g.value for g in self.grids]}: "
+                "bytes from 0, sequences from 1, and at least one grid, each of llama.cpp's: a GGUF alone may mix them"
+            )
+
+    def name(self, grid: GridName) -> str:
+        """What the stage's checkpoint is on: `grid`, or "mixed"."""
+        return "mixed" if self.file_bytes else grid.value
+
+    def coarsest(self, grid: GridName) -> GridName:
+        """The grid that every row length must suit."""
+        return min(self.grids, key=lambda g: BLOCK[g]) if self.file_bytes else grid
+
+    def layout(self, model: Any, grid: GridName, parent: Path, ctx: Context) -> dict[str, str]:
+        """The grid of every matrix of an fp32 model. ValueError when `file_bytes` is below the smallest possible file."""
+        from compress.quant.allocate import choose, damages, options
+        from compress.quant.codes import quantizable
+
+        if not self.file_bytes:
+            return {name: grid.value for name, _, _ in quantizable(model)}
+        damage = damages(
+            model, ctx.calibration(self.calibration_sequences), ctx.work / "damages.json", f"{ctx.label}, damage of each matrix", ctx.log
+        )
+        return choose(options(model, damage, [g.value for g in self.grids]), self.file_bytes - ctx.file_overhead(parent))
+
+
+def check_scales(key: str, grid: GridName, scales: Scales, allocate: Allocation) -> None:
+    """ValueError when the grid, or a stage without training, has no such scales; of a mixture one grid that has them is enough."""
+    if scales is not Scales.round and not set(allocate.grids if allocate.file_bytes else [grid]) & set(SEARCHED):
         raise ValueError(f"{key}.scales is {scales}: grid {grid} has none, only {', '.join(SEARCHED)}; use scales=round")
     if scales is Scales.learned and key != "qat":
         raise ValueError(f"{key}.scales is learned: nothing is trained there; use round or search, or the qat stage")
@@ -104,6 +142,7 @@ class Ptq:
     calibration_sequences: int = 64
     damping: float = 0.01  # gptq: relative to the mean of the second moments
     iterations: int = 50  # autoround: steps a block
+    allocate: Allocation = field(default_factory=Allocation)
 
     def __post_init__(self) -> None:
         for key, kind in (("grid", GridName), ("scales", Scales), ("method", Method), ("balance", Balance)):
@@ -111,9 +150,11 @@ class Ptq:
             if value not in list(kind):
                 raise ValueError(f"ptq.{key} is {value!r}: choose one of {', '.join(kind)}")
             setattr(self, key, kind(value))
-        check_scales("ptq", self.grid, self.scales)
-        if self.method is Method.autoround and self.grid is not GridName.q4_0:
-            raise ValueError(f"ptq.method is autoround: its symmetric 4-bit blocks of 32 are those of grid q4_0, got {self.grid}; use method=gptq")
+        check_scales("ptq", self.grid, self.scales, self.allocate)
+        if self.method is Method.autoround and self.layout_name != "q4_0":
+            raise ValueError(
+                f"ptq.method is autoround: its symmetric 4-bit blocks of 32 are those of grid q4_0, got {self.layout_name}; use method=gptq"
+            )
         if self.balance is Balance.smoothquant and "8" not in self.grid:
             raise ValueError(f"ptq.balance is smoothquant: it is for grids of 8 bits, got {self.grid}; use balance=awq")
         gptq, autoround = self.method is Method.gptq, self.method is Method.autoround
@@ -127,6 +168,11 @@ class Ptq:
             raise ValueError(f"ptq.damping is {self.damping}: allowed is between 0 and 1, for example 0.01")
 
     @property
+    def layout_name(self) -> str:
+        """The grid, or "mixed"."""
+        return self.allocate.name(self.grid)
+
+    @property
     def passes(self) -> int:
         """How often the calibration text goes through the model: 0 where no data is needed."""
         trained = -(-24 * self.iterations // max(1, self.calibration_sequences))  # batches of 8, forward and backward
@@ -135,7 +181,7 @@ class Ptq:
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result: the parent's, unchanged. ValueError when its rows don't divide into blocks, or its layers have other names."""
-        check_rows(config, self.grid)
+        check_rows(config, self.allocate.coarsest(self.grid))
         if self.passes or self.rotate:
             check_architecture(config, "calibrated or rotated")
         width = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads") or 1)
@@ -150,7 +196,7 @@ class Ptq:
         from compress import checkpoint
         from compress.quant.autoround import rounder
         from compress.quant.blockwise import Blockwise
-        from compress.quant.codes import quantizable, refuse_quantized, save_quantized
+        from compress.quant.codes import refuse_quantized, save_quantized
         from compress.quant.grids import GRIDS
         from compress.quant.rotate import rotate
 
@@ -162,7 +208,7 @@ class Ptq:
         model = checkpoint.load_model(parent)
         if self.rotate and (obstacle := rotate(model, ctx.seed)):
             ctx.log(f"{ctx.label}: values rotated; the residual stream is left as it is: {obstacle}")
-        layout, search = {name: self.grid.value for name, _, _ in quantizable(model)}, self.scales is Scales.search
+        layout, search = self.allocate.layout(model, self.grid, parent, ctx), self.scales is Scales.search
         work = Blockwise(model, layout, method=self.method, search=search, balance=self.balance, damping=self.damping, autoround=autoround)
         if self.passes:
             work.calibrated(ctx.calibration(self.calibration_sequences), ctx.work, lambda line: ctx.log(f"{ctx.label}: {line}"), dtype)

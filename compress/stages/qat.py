@@ -15,7 +15,7 @@ from typing import Any
 from compress.errors import ConfigError
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization, SchemeName, Signal
-from compress.stages.ptq import GridName, Scales, check_rows, check_scales
+from compress.stages.ptq import Allocation, GridName, Scales, check_rows, check_scales
 
 
 class LearnFrom(StrEnum):
@@ -34,19 +34,25 @@ class Qat(Optimization):
     grid: GridName = GridName.q4_0
     scales: Scales = Scales.round  # the start: on a distilled 98M parent, round gave KL 0.215 and search 0.322 before training
     learn_from: LearnFrom = LearnFrom.parent
+    allocate: Allocation = field(default_factory=Allocation)
     rank: int = 0  # above 0 the parent is frozen on its grid, and adapters of that rank are trained and merged there
     # All of p: so near its target, sampled ids drown it (41k tokens on the embedded teacher: KL 0.24 from sampled, 0.18 from exact).
     signal: Signal = field(default_factory=lambda: Signal(scheme=SchemeName.hidden))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_scales("qat", self.grid, self.scales)
+        check_scales("qat", self.grid, self.scales, self.allocate)
         if self.rank < 0:
             raise ConfigError(f"qat.rank={self.rank} must be 0 (every weight is trained) or above")
 
+    @property
+    def layout_name(self) -> str:
+        """The grid, or "mixed"."""
+        return self.allocate.name(self.grid)
+
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""
-        check_rows(config, self.grid)
+        check_rows(config, self.allocate.coarsest(self.grid))
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
@@ -68,7 +74,7 @@ class Qat(Optimization):
         source = self.signal.open(ctx, parent if vocabulary is None else ctx.teacher, data, sequences)
         model = load_model(parent)
         torch.manual_seed(ctx.seed)
-        attach(model, self.grid.value, self.scales.value, self.rank)
+        attach(model, self.allocate.layout(model, self.grid, parent, ctx), self.scales.value, self.rank)
         metrics = self.optimize(model, Mix(), data, source, ctx, vocabulary=vocabulary)
         save_quantized(model, out, parent, finish(model))
         return metrics

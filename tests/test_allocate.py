@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from conftest import make_context
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.quant.allocate import PROBE, choose, damages, options
@@ -88,3 +89,40 @@ def test_a_budget_below_the_smallest_possible_file_is_refused():
     assert choose(table, 150) == {"a": "q4_0", "b": "q4_0"}
     with pytest.raises(ValueError, match="take at least 150 bytes on the grids given, the budget leaves 149"):
         choose(table, 149)
+
+
+@pytest.mark.parametrize("technique", ["ptq", "qat"])
+def test_a_stage_meets_the_byte_budget_with_a_mixture(tiny_teacher, tmp_path, technique):
+    from compress.export.gguf import export_gguf, overhead_bytes
+    from compress.quant.codes import load_quantized
+    from compress.stages.ptq import Allocation, GridName, Ptq
+    from compress.stages.qat import Qat
+
+    whole = {}
+    for grid in ("q4_0", "q8_0"):
+        Ptq(GridName(grid)).run(tiny_teacher, tmp_path / grid, make_context(tiny_teacher, tmp_path))
+        whole[grid] = export_gguf(tmp_path / grid, tmp_path / f"{grid}.gguf", grid.upper())["size_bytes"]
+    budget = int(whole["q4_0"] + whole["q8_0"]) // 2
+    allocate = Allocation(file_bytes=budget, grids=[GridName.q4_0, GridName.q8_0])
+    stage = Ptq(allocate=allocate) if technique == "ptq" else Qat(tokens=32 * 4 * 2, allocate=allocate)
+    assert stage.layout_name == "mixed"
+    context = make_context(tiny_teacher, tmp_path, file_overhead=overhead_bytes)
+    stage.run(tiny_teacher, tmp_path / "out", context)
+    assert {q.grid for q in load_quantized(tmp_path / "out").values()} == {"q4_0", "q8_0"}
+    made = export_gguf(tmp_path / "out", tmp_path / "mixed.gguf", "MIXED")["size_bytes"]
+    assert whole["q4_0"] < made <= budget and overhead_bytes(tiny_teacher) < whole["q4_0"]
+    with pytest.raises(ValueError, match=r"take at least .* bytes on the grids given"):
+        Ptq(allocate=Allocation(file_bytes=overhead_bytes(tiny_teacher) + 10)).run(tiny_teacher, tmp_path / "none", context)
+
+
+def test_a_mixture_is_of_llama_cpps_grids_and_ships_as_mixed_only():
+    from compress.errors import ConfigError
+    from compress.export.formats import check_grid
+    from compress.stages.ptq import Allocation, GridName
+
+    for wrong in ({"file_bytes": -1}, {"grids": []}, {"grids": [GridName.int8]}, {"calibration_sequences": 0}):
+        with pytest.raises(ValueError, match="a GGUF alone may mix them"):
+            Allocation(**wrong)
+    check_grid("gguf:MIXED", "slot", "mixed")
+    with pytest.raises(ConfigError, match="export it as gguf:MIXED"):
+        check_grid("gguf:Q4_0", "slot", "mixed")

@@ -27,7 +27,7 @@ from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS, Grid
 from compress.store import write_json
 from compress.train.forward import head_of, hidden_states
-from compress.train.progress import Progress
+from compress.train.loop import progress
 
 PROBE = "q4_0"  # 4 bits: damage far above the noise of the measurement
 Options = dict[str, dict[str, tuple[float, int]]]  # matrix -> grid -> (cost in nats a token, bytes)
@@ -44,7 +44,7 @@ def damages(model: Any, ids_RL: Tensor, kept: Path, label: str, log: Callable[[s
     full = Dense(states(), replace(head, weight_VH=head.weight_VH.clone()))
     found: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
     matrices = list(quantizable(model))
-    with Progress(label, len(matrices), len(found), log) as progress:
+    with progress(label, len(matrices), len(found), log) as update:
         for name, home, _ in matrices:
             if name in found:
                 continue
@@ -56,7 +56,7 @@ def damages(model: Any, ids_RL: Tensor, kept: Path, label: str, log: Callable[[s
             weight.copy_(whole)
             found[name] = max(kl, 0.0)
             write_json(kept, found)
-            progress.update(len(found), kl, len(labels) / (time.monotonic() - start))
+            update(len(found), kl, len(labels) / (time.monotonic() - start))
     return found
 
 

@@ -97,7 +97,7 @@ def _delayed_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _progress(label: str, total: int, first: int, log: Callable[[str], None]) -> Iterator[Callable[[int, float, float], None]]:
+def progress(label: str, total: int, first: int, log: Callable[[str], None]) -> Iterator[Callable[[int, float, float], None]]:
     """`update(done, loss, tokens_per_sec)` after each step: a live bar on a terminal, a line now and then elsewhere."""
     started = printed = time.monotonic()
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"),
@@ -236,7 +236,7 @@ def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int],
         log(f"{label}: resuming at step {state['step']} of {plan.steps}")
     trainer.module.train()
     due = {round(i * plan.steps / plan.validations) for i in range(plan.validations + 1)} if plan.validations and validation else set()
-    with _delayed_signals() as caught, _progress(label, plan.steps, state["step"], log) as progress:
+    with _delayed_signals() as caught, progress(label, plan.steps, state["step"], log) as shown:
         while True:
             step = state["step"]
             if step in due and validation and step not in [row["step"] for row in state["measured"]]:
@@ -247,7 +247,7 @@ def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int],
             row = trainer.step(batches, f"{label}, step {step}", log)
             state["step"] = step + 1
             state["curve"].append(row)
-            progress(step + 1, row["loss"], row["tokens_per_sec"])
+            shown(step + 1, row["loss"], row["tokens_per_sec"])
             stop, late = parallel.total(caught[0] if caught else 0, parallel.rank() == 0 and time.monotonic() - saved_at > SAVE_SECONDS)
             if stop or (late and step + 1 < plan.steps):
                 save_state(work, trainer.plain, trainer.optimizer, state, trainer.best, trainer.replicated)

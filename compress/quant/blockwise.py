@@ -103,6 +103,26 @@ class Stream:
         return total.gram_CC
 
 
+def balanced(index: int, stream: Stream, layout: dict[str, str], how: str) -> list[Group]:
+    """Fold one block's groups for their grids, all of them measured on the weights as they are; `how` is awq or smoothquant."""
+    groups = groups_of(stream.blocks[index])
+    for group, inputs in zip(groups, stream.inputs(index, groups), strict=True):
+        name = f"model.layers.{index}.{next(iter(group.readers))}.weight"
+        fold(group, awq_scales(group, inputs, GRIDS[layout[name]], name) if how == "awq" else smoothquant_scales(group, inputs))
+    return groups
+
+
+@torch.no_grad()
+def balance(model: Any, layout: dict[str, str], how: str, ids_BL: Tensor, log: Callable[[str], None], dtype: torch.dtype = torch.float32) -> None:
+    """Fold a model for the grids of `layout` without rounding it: the same function, from which training under rounding starts nearer."""
+    stream, started = Stream(model, ids_BL, dtype), time.monotonic()
+    for index in range(len(stream.blocks)):
+        balanced(index, stream, layout, how)
+        stream.advance(index)
+        left = (time.monotonic() - started) / (index + 1) * (len(stream.blocks) - index - 1)
+        log(f"block {index + 1}/{len(stream.blocks)} balanced  {left:,.0f} s left")
+
+
 class Blockwise:
     """One model on its way to the grids of `layout` (grid by state-dict name); the options are those of `stages/ptq.py`."""
 
@@ -165,10 +185,7 @@ class Blockwise:
     def _block(self, index: int, stream: Stream, wanted: list[Tensor]) -> None:
         """Balance and round one block. `wanted`: its output in the unquantized model, where that is needed."""
         block, prefix = stream.blocks[index], f"model.layers.{index}."
-        groups = groups_of(block)
-        for group, inputs in zip(groups, stream.inputs(index, groups), strict=True) if self.balance != "none" else ():
-            name = f"{prefix}{next(iter(group.readers))}.weight"
-            fold(group, awq_scales(group, inputs, GRIDS[self.layout[name]], name) if self.balance == "awq" else smoothquant_scales(group, inputs))
+        groups = groups_of(block) if self.balance == "none" else balanced(index, stream, self.layout, self.balance)
         if self.autoround is not None:
             with stream.cast():
                 learned = self.autoround(block, stream.keywords[index], stream.states, wanted)

@@ -40,8 +40,9 @@ def gptq(w_RC: Tensor, gram_CC: Tensor, grid: Grid, damping: float, search: bool
     left_CR = w_RC.detach().float().T.contiguous()
     codes_CR = torch.empty_like(left_CR, dtype=grid.dtype)
     scales = []
-    for start in range(0, len(left_CR), grid.block):
-        stop = start + grid.block
+    length = grid.length(len(left_CR))
+    for start in range(0, len(left_CR), length):
+        stop = start + length
         block_KR = left_CR[start:stop]
         now_RK = block_KR.T.contiguous()
         scales.append(grid.search(now_RK, cost_C[start:stop], name) if search else grid.encode(now_RK, name)[1])

@@ -117,6 +117,12 @@ def check_scales(key: str, grid: GridName, scales: Scales, allocate: Allocation)
         raise ValueError(f"{key}.scales is learned: nothing is trained there; use round or search, or the qat stage")
 
 
+def check_balance(key: str, balance: Balance, grid: str) -> None:
+    """ValueError when the grid, or "mixed", is not what the formula is for."""
+    if balance is Balance.smoothquant and "8" not in grid:
+        raise ValueError(f"{key}.balance is smoothquant: it is for grids of 8 bits, got {grid}; use balance=awq")
+
+
 def check_rows(config: dict[str, Any], grid: GridName) -> None:
     """ValueError naming key and nearest legal value when an HF config has rows the grid can't cut into blocks."""
     block = BLOCK[grid]
@@ -155,8 +161,7 @@ class Ptq:
             raise ValueError(
                 f"ptq.method is autoround: its symmetric 4-bit blocks of 32 are those of grid q4_0, got {self.layout_name}; use method=gptq"
             )
-        if self.balance is Balance.smoothquant and "8" not in self.grid:
-            raise ValueError(f"ptq.balance is smoothquant: it is for grids of 8 bits, got {self.grid}; use balance=awq")
+        check_balance("ptq", self.balance, self.layout_name)
         gptq, autoround = self.method is Method.gptq, self.method is Method.autoround
         for key, used in (("calibration_sequences", self.passes > 0), ("iterations", autoround), ("damping", gptq)):
             value, default = getattr(self, key), Ptq.__dataclass_fields__[key].default
@@ -203,7 +208,6 @@ class Ptq:
         checkpoint.check(parent)
         refuse_quantized(parent, "ptq")
         self.check_shape(checkpoint.read_config(parent))
-        dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
         autoround = rounder(self.iterations, ctx.seed) if self.method is Method.autoround else None
         model = checkpoint.load_model(parent)
         if self.rotate and (obstacle := rotate(model, ctx.seed)):
@@ -211,6 +215,7 @@ class Ptq:
         layout, search = self.allocate.layout(model, self.grid, parent, ctx), self.scales is Scales.search
         work = Blockwise(model, layout, method=self.method, search=search, balance=self.balance, damping=self.damping, autoround=autoround)
         if self.passes:
+            dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
             work.calibrated(ctx.calibration(self.calibration_sequences), ctx.work, lambda line: ctx.log(f"{ctx.label}: {line}"), dtype)
         else:
             work.plain()

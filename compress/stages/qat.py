@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ConfigError
+from compress.prune.shape import check_architecture
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization, SchemeName, Signal
-from compress.stages.ptq import Allocation, GridName, Scales, check_rows, check_scales
+from compress.stages.ptq import Allocation, Balance, GridName, Scales, check_balance, check_rows, check_scales
 
 
 class LearnFrom(StrEnum):
@@ -35,6 +36,8 @@ class Qat(Optimization):
     scales: Scales = Scales.round  # the start: on a distilled 98M parent, round gave KL 0.215 and search 0.322 before training
     learn_from: LearnFrom = LearnFrom.parent
     allocate: Allocation = field(default_factory=Allocation)
+    balance: Balance = Balance.none  # awq or smoothquant: fold between layers first (`compress/quant/balance.py`)
+    calibration_sequences: int = 16  # for balance
     rank: int = 0  # above 0 the parent is frozen on its grid, and adapters of that rank are trained and merged there
     # All of p: so near its target, sampled ids drown it (41k tokens on the embedded teacher: KL 0.24 from sampled, 0.18 from exact).
     signal: Signal = field(default_factory=lambda: Signal(scheme=SchemeName.hidden))
@@ -42,6 +45,9 @@ class Qat(Optimization):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_scales("qat", self.grid, self.scales, self.allocate)
+        check_balance("qat", self.balance, self.layout_name)
+        if self.calibration_sequences < 1 or (self.balance is Balance.none and self.calibration_sequences != 16):
+            raise ConfigError(f"qat.calibration_sequences={self.calibration_sequences} must be at least 1, and is used by balance only")
         if self.rank < 0:
             raise ConfigError(f"qat.rank={self.rank} must be 0 (every weight is trained) or above")
 
@@ -53,6 +59,8 @@ class Qat(Optimization):
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""
         check_rows(config, self.allocate.coarsest(self.grid))
+        if self.balance is not Balance.none:
+            check_architecture(config, "balanced")
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
@@ -62,6 +70,7 @@ class Qat(Optimization):
         from compress.checkpoint import load_model, read_config
         from compress.distill.losses import Mix
         from compress.distill.steps import common_vocabulary
+        from compress.quant.blockwise import balance
         from compress.quant.codes import refuse_quantized, save_quantized
         from compress.quant.fake import attach, finish
 
@@ -74,7 +83,12 @@ class Qat(Optimization):
         source = self.signal.open(ctx, parent if vocabulary is None else ctx.teacher, data, sequences)
         model = load_model(parent)
         torch.manual_seed(ctx.seed)
-        attach(model, self.allocate.layout(model, self.grid, parent, ctx), self.scales.value, self.rank)
+        layout = self.allocate.layout(model, self.grid, parent, ctx)
+        if self.balance is not Balance.none:
+            dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
+            text = ctx.calibration(self.calibration_sequences)
+            balance(model, layout, self.balance.value, text, lambda line: ctx.log(f"{ctx.label}: {line}"), dtype)
+        attach(model, layout, self.scales.value, self.rank)
         metrics = self.optimize(model, Mix(), data, source, ctx, vocabulary=vocabulary)
         save_quantized(model, out, parent, finish(model))
         return metrics

@@ -146,12 +146,14 @@ def test_scales_are_learned_by_qat_alone():
     assert Qat(scales=Scales.learned).scales is Scales.learned
 
 
-def _calibrated(folder: Path, ids: torch.Tensor | None = None, dtype=torch.float32) -> SimpleNamespace:
+def _calibrated(folder: Path, ids: torch.Tensor | None = None, precision="fp32") -> SimpleNamespace:
     """A context with calibration text, work folder and log for stages that need them."""
     (folder / "work").mkdir(exist_ok=True)
     ids = torch.randint(0, 256, (12, 48), generator=torch.Generator().manual_seed(1)) if ids is None else ids
     lines: list[str] = []
-    return SimpleNamespace(calibration=lambda n: ids[:n], work=folder / "work", label="ptq", log=lines.append, lines=lines, seed=0, dtype=dtype)
+    return SimpleNamespace(
+        calibration=lambda n: ids[:n], work=folder / "work", label="ptq", log=lines.append, lines=lines, seed=0, precision=precision
+    )
 
 
 def _errors(folder: Path, parent: Path, stage: Ptq, **context) -> float:
@@ -200,7 +202,7 @@ def test_gptq_and_awq_move_the_model_less_than_rounding(tmp_path):
     save_model(model, parent, parent)
     plain = _errors(tmp_path / "plain", parent, Ptq())
     assert _errors(tmp_path / "gptq", parent, Ptq(method=Method.gptq, calibration_sequences=12)) < 0.9 * plain
-    assert _errors(tmp_path / "bf16", parent, Ptq(method=Method.gptq, calibration_sequences=12), dtype=torch.bfloat16) < 0.9 * plain
+    assert _errors(tmp_path / "bf16", parent, Ptq(method=Method.gptq, calibration_sequences=12), precision="bf16") < 0.9 * plain
     assert _errors(tmp_path / "awq", parent, Ptq(balance=Balance.awq, calibration_sequences=12)) < 0.9 * plain
 
 

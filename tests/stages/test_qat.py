@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from compress.distill.steps import one_batch
 from compress.errors import ConfigError, Interrupted
-from compress.stages.ptq import Scales
+from compress.stages.ptq import Balance, Scales
 from compress.stages.qat import LearnFrom, Qat
 
 
@@ -100,3 +100,31 @@ def test_adapters_merge_on_the_grid_and_resume_bit_for_bit(tiny_teacher, tmp_pat
 def test_a_negative_rank_is_refused():
     with pytest.raises(ConfigError, match="qat.rank=-1 must be 0"):
         Qat(rank=-1)
+
+
+def test_balance_leaves_the_function_and_lowers_what_rounding_costs(tiny_teacher, tmp_path):
+    from compress.checkpoint import load_model
+    from compress.quant.blockwise import balance
+    from compress.quant.codes import quantizable
+
+    context, plain, folded = make_context(tiny_teacher, tmp_path), load_model(tiny_teacher), load_model(tiny_teacher)
+    with torch.no_grad():
+        for model in (plain, folded):  # channels of very different size, as trained models have them
+            for block in model.model.layers:
+                block.input_layernorm.weight.mul_(torch.linspace(-2, 2, len(block.input_layernorm.weight)).exp())
+    layout, ids = {name: "q4_0" for name, _, _ in quantizable(folded)}, context.calibration(4)
+    balance(folded, layout, "awq", ids, context.log)
+    assert not torch.equal(plain.model.layers[0].self_attn.q_proj.weight, folded.model.layers[0].self_attn.q_proj.weight)
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, folded(ids).logits, atol=1e-4)
+    (tmp_path / "b").mkdir()
+    stage = Qat(tokens=32 * 4, balance=Balance.awq, calibration_sequences=4, lr=1e-9)
+    metrics = stage.run(tiny_teacher, tmp_path / "out", make_context(tiny_teacher, tmp_path / "b"))
+    assert metrics["loss_first_nats"] > 0 and (tmp_path / "out" / "quant.safetensors").is_file()
+
+
+def test_balance_is_refused_where_it_does_not_fit():
+    with pytest.raises(ValueError, match="qat.balance is smoothquant: it is for grids of 8 bits, got q4_0"):
+        Qat(balance=Balance.smoothquant)
+    with pytest.raises(ConfigError, match="calibration_sequences=4 must be at least 1, and is used by balance only"):
+        Qat(calibration_sequences=4)

@@ -46,14 +46,14 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
     folder, done = smoke
     run = newest(folder)
     found = records(run)
-    assert [r["slot"] for r in found] == ["teacher", "depth", "width", "heal", "chat", "round", "qat", "gguf_q4_0", "compressed_tensors"]
+    assert [r["slot"] for r in found] == ["teacher", "depth", "width", "heal", "chat", "round", "qat", "gguf_q4_0", "compressed_tensors", "onnx"]
     for record in found:
         assert {"params", "size_bytes", "bits_per_byte/heldout", "latency_ms_p50", "ttft_ms_p50", "peak_rss_bytes", "acc/grammar"} <= record[
             "scores"
         ].keys()
         assert record["slot"] == "teacher" or record["scores"]["kl_to_teacher"] > 0
         assert (run / f"{record['index']:02d}-{record['slot']}" / "weights").exists()
-    assert [r["parent"] for r in found] == [None, "teacher", "depth", "width", "heal", "chat", "chat", "qat", "qat"]
+    assert [r["parent"] for r in found] == [None, "teacher", "depth", "width", "heal", "chat", "chat", "qat", "qat", "qat"]
     about = json.loads((run / "run.json").read_text())
     assert about["exit"] == 0
     assert about["finished"]
@@ -75,19 +75,22 @@ def test_the_gguf_holds_the_qat_codes_bit_for_bit(smoke):
         assert torch.equal(tensor, state[name]), name
 
 
-def test_both_files_are_proven_to_be_the_checkpoint_and_the_packed_one_opens_plainly(smoke):
+def test_all_files_are_proven_to_be_the_checkpoint_and_the_packed_one_opens_plainly(smoke):
     import torch
     from transformers import AutoModelForCausalLM
 
     run = newest(smoke[0])
     shipped = [record for record in records(run) if record["technique"].startswith("export_")]
-    assert [(r["slot"], r["runtime"]) for r in shipped] == [("gguf_q4_0", "llama.cpp"), ("compressed_tensors", "torch")]
+    assert [(r["slot"], r["runtime"]) for r in shipped] == [("gguf_q4_0", "llama.cpp"), ("compressed_tensors", "torch"), ("onnx", "onnxruntime")]
     assert all(r["metrics"]["parity_values_differing"] == r["metrics"]["parity_strings_differing"] == 0 for r in shipped)
     packed = AutoModelForCausalLM.from_pretrained(run / "bundle" / "compressed_tensors").state_dict()
     plain = AutoModelForCausalLM.from_pretrained(run / "bundle" / "hf").state_dict()
     assert packed.keys() == plain.keys() and all(torch.equal(packed[name], plain[name]) for name in plain)
     assert shipped[1]["scores"]["size_bytes"] == sum(file.stat().st_size for file in (run / "bundle" / "compressed_tensors").iterdir())
-    assert shipped[1]["scores"]["acc/grammar"] == records(run)[-3]["scores"]["acc/grammar"]  # qat's: the same tensors, scored again
+    assert shipped[1]["scores"]["acc/grammar"] == records(run)[-4]["scores"]["acc/grammar"]  # qat's: the same tensors, scored again
+    onnx = shipped[2]
+    assert abs(onnx["metrics"]["parity_kl_nats"]) < 1e-6 and onnx["metrics"]["parity_top1_beyond_gap"] == 1
+    assert onnx["scores"]["size_bytes"] == sum(file.stat().st_size for file in (run / "bundle" / "onnx").iterdir())
     card = (run / "bundle" / "README.md").read_text()
     assert "`model-Q4_0.gguf` is the file that was judged" in card
     assert "- `model-Q4_0.gguf`: one file for llama.cpp" in card and "- `compressed_tensors`: a packed directory for transformers" in card
@@ -95,7 +98,17 @@ def test_both_files_are_proven_to_be_the_checkpoint_and_the_packed_one_opens_pla
 
 def test_depth_and_width_really_shrink(smoke):
     by = {r["slot"]: r["scores"]["params"] for r in records(newest(smoke[0]))}
-    assert by["teacher"] > by["depth"] > by["width"] == by["heal"] == by["chat"] == by["qat"] == by["gguf_q4_0"] == by["compressed_tensors"]
+    assert (
+        by["teacher"]
+        > by["depth"]
+        > by["width"]
+        == by["heal"]
+        == by["chat"]
+        == by["qat"]
+        == by["gguf_q4_0"]
+        == by["compressed_tensors"]
+        == by["onnx"]
+    )
 
 
 def test_repeating_the_command_reuses_every_stage_and_ends_in_the_same_weights(smoke):
@@ -179,7 +192,7 @@ def test_score_judges_a_checkpoint_and_a_gguf_it_did_not_make(smoke, tmp_path):
     run = newest_full(folder)
     model = tmp_path / "foreign"
     shutil.copytree(run / "bundle" / "hf", model)
-    for target in (model, run / "bundle" / "model-Q4_0.gguf", run / "bundle" / "compressed_tensors"):
+    for target in (model, run / "bundle" / "model-Q4_0.gguf", run / "bundle" / "compressed_tensors", run / "bundle" / "onnx"):
         done = compress(
             folder, "score", str(target), "--teacher", "random", "eval=smoke", "data.seq_len=64", "+budget.limits={size_bytes:{max:1000}}", *FAST
         )

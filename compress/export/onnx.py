@@ -146,20 +146,16 @@ class Graph:
             if len(raw) < _INLINE:
                 tensor.raw_data = raw
             else:
+                if (shared := name.partition("/")[0]) not in self.places:
+                    self.data.write(bytes(-self.data.tell() % _ALIGN))
+                    self.places[shared] = self.data.tell()
+                    self.data.write(raw)
                 tensor.data_location = self.onnx.TensorProto.EXTERNAL
-                for key, entry in (("location", DATA), ("offset", self._place(name.partition("/")[0], raw)), ("length", len(raw))):
+                for key, entry in (("location", DATA), ("offset", self.places[shared]), ("length", len(raw))):
                     tensor.external_data.add(key=key, value=str(entry))
         if value.dtype not in (torch.float16, torch.bfloat16, torch.int8):
             return name
         return self.node("Cast", name, out=name + _FP32, to=self.onnx.TensorProto.FLOAT)
-
-    def _place(self, name: str, raw: bytes) -> int:
-        """Where the bytes are in the data file, appended when they are not there yet."""
-        if name not in self.places:
-            self.data.write(bytes(-self.data.tell() % _ALIGN))
-            self.places[name] = self.data.tell()
-            self.data.write(raw)
-        return self.places[name]
 
     def matrix(self, name: str) -> str:
         """A tensor of the checkpoint in fp32: from its own type, or int8 codes times scales."""

@@ -48,9 +48,10 @@ from compress.train.forward import head_of, hidden_states
 LENGTH, HELD_OUT = 512, 8  # held-out sequences of each text
 Q4_K_M = 15  # llama.cpp's number of that mixture
 METHODS = {
-    "GPTQ": Ptq(method=Method.gptq),
-    "AWQ GPTQ": Ptq(method=Method.gptq, balance=Balance.awq),
-    "AutoRound": Ptq(method=Method.autoround),
+    "GPTQ": Ptq(method=Method.gptq, scales=Scales.search),
+    "AWQ": Ptq(balance=Balance.awq),
+    "AWQ GPTQ": Ptq(method=Method.gptq, balance=Balance.awq, scales=Scales.search),
+    "AutoRound": Ptq(method=Method.autoround, scales=Scales.search),
 }
 
 

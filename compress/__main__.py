@@ -153,7 +153,7 @@ def accept(arguments: list[str]) -> int:
     from compress.checkpoint import model_of
     from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
     from compress.export.bundle import verify_bundle
-    from compress.score.paired import paired_scores
+    from compress.score.paired import Paired, paired_scores
 
     parser = _Parser(prog="compress accept")
     parser.add_argument("bundle", type=Path)
@@ -173,15 +173,13 @@ def accept(arguments: list[str]) -> int:
         print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)
         scorer, _ = session.open_scorer(Teacher(str(options.bundle.absolute() / "hf")), *how)  # for its tokenizer
     measured = scorer.measure(model)
-    scores, intervals = measured.scores, {}
     items = [json.loads(line) for line in (options.bundle / "teacher_items.jsonl").read_text().splitlines()]
-    if items:
-        paired = paired_scores(measured.items, items, measured.chance)
-        scores, intervals = scores | paired.scores, paired.intervals
+    paired = paired_scores(measured.items, items, measured.chance) if items else Paired({}, {}, [])
+    scores = measured.scores | paired.scores
     if reference is not None:
         near = scorer.compare(measured, reference)
         scores = scores | {"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}
-    return _judge(scores, intervals, limits, "the bundle's recipe set no limits; nothing to accept")
+    return _judge(scores, paired.intervals, limits, "the bundle's recipe set no limits; nothing to accept")
 
 
 def gc(arguments: list[str]) -> int:

@@ -63,11 +63,8 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
         work = 6 * params * tokens + 2 * teacher * tokens + 2 * sizes[parent] * calibration
         scoring = 2 * params * score_tokens * 3 / rate + 10
         memory = (16 if tokens else 8) * params + batch_tokens * shapes[slot]["num_hidden_layers"] * shapes[slot]["hidden_size"] * 34 * bool(tokens)
-        disk = (
-            (4 if recipe.technique(slot) in ("ptq", "qat") else 2) * params
-            + 12 * params * bool(tokens)
-            + _signal_bytes_per_token(stage, shapes["teacher"]) * tokens
-        )
+        weight_bytes = (4 if recipe.technique(slot) in ("ptq", "qat") else 2) + 12 * bool(tokens)
+        disk = weight_bytes * params + _signal_bytes_per_token(stage, shapes["teacher"]) * tokens
         costs.append(Cost(slot, recipe.technique(slot), params, work / rate + scoring, int(disk), int(memory)))
     shipped = sizes[recipe.shipped_slot()]
     for name in recipe.export.files:

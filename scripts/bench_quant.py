@@ -37,8 +37,9 @@ from compress.export.parity import figures as parity_figures
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, checkpoint_head, checkpoint_hidden, closeness
-from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process
-from compress.score.scorer import HEADS, LATENCIES, RUNTIMES
+from compress.score.latency import measure as measure_latency
+from compress.score.llamacpp import LlamaCpp, gguf_head
+from compress.score.scorer import HEADS, RUNTIMES
 from compress.score.size import gguf_size
 from compress.stages.context import Context
 from compress.stages.ptq import Allocation, Balance, GridName, Method, Ptq, Scales
@@ -105,7 +106,7 @@ def file_row(file: Path, full: dict[str, States], held: dict[str, Packed], check
             states[name] = States(torch.cat(llama.hidden_states(data.ids[:HELD_OUT, :-1].tolist())), head)
     finally:
         llama.close()
-    row = gguf_size(file) | closeness_to(full, states, held) | latency_in_fresh_process(file, 64, 64, 5, available_threads())
+    row = gguf_size(file) | closeness_to(full, states, held) | measure_latency(file, 64, 64, 5, available_threads(), runtime="llama.cpp")
     row["bandwidth_share"] = row["tok_per_sec"] * row["size_bytes"] / read_bytes_per_second(int(row["size_bytes"]))
     row["k_quant"] = row["kl_nats/topics"] * 4 ** row["bits_per_weight"]
     if checkpoint:
@@ -242,7 +243,8 @@ class Bench:
         threads, data = available_threads(), self.held["topics"]
         states = States(torch.cat(self.hidden(folder, format.runtime)), HEADS[format.runtime](folder))
         row |= parity_figures(checkpoint, folder, name, data.ids[:HELD_OUT], states, threads)
-        return row | LATENCIES[format.runtime](folder, 64, 64, 5, threads) | {"kl_nats/topics": closeness(self.full["topics"], states)["kl"]}
+        row |= measure_latency(folder, 64, 64, 5, threads, runtime=format.runtime)
+        return row | {"kl_nats/topics": closeness(self.full["topics"], states)["kl"]}
 
     def hidden(self, folder: Path, runtime: str) -> list[torch.Tensor]:
         data = self.held["topics"]

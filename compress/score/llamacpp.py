@@ -7,7 +7,7 @@ go in as token ids: no BOS is added and ids are those of the torch side. The ser
 
 Cost: the server computes the head for every position (about a fifth of the time for SmolLM2) and writes JSON (2%). A causal state depends
 on nothing to its right, so of prompts that begin alike only the longest is run. torch and lm_eval are imported where they are needed:
-`python -m compress.score.llamacpp` measures peak memory.
+`python -m compress.score.latency` measures peak memory.
 
 Shapes: L length, H hidden, V vocabulary, N answer tokens.
 """
@@ -16,18 +16,12 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from compress.score.latency import peak_rss_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,13 +69,11 @@ class LlamaCpp:
         A prompt's result does not depend on what else is in the list: the kernels give the same bits in any batch.
         """
         import torch
+        from more_itertools import constrained_batches
 
-        for ids in prompts:
-            if not 0 < len(ids) <= self.ctx_len:
-                raise ValueError(f"a prompt of {len(ids)} tokens; allowed: 1 to ctx_len = {self.ctx_len}")
-        runs = maximal({tuple(ids) for ids in prompts})
+        runs = maximal(prompts, self.ctx_len)
         states: dict[tuple[int, ...], Tensor] = {}
-        for batch in _batches(sorted(set(runs.values()), key=len), self.ctx_len * _PARALLEL):
+        for batch in constrained_batches(sorted(set(runs.values()), key=len), self.ctx_len * _PARALLEL):  # bounds the size of an answer
             answer = self._post("/embedding", {"content": batch})
             for ids, entry in zip(batch, sorted(answer, key=lambda entry: entry["index"]), strict=True):
                 states[ids] = torch.tensor(entry["embedding"], dtype=torch.float32)
@@ -102,16 +94,15 @@ class LlamaCpp:
         return self._post("/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "return_tokens": True})["tokens"]
 
     def token_times(self, body: dict[str, Any]) -> list[float]:
-        """Seconds from a streamed completion's request to each of its tokens."""
-        times: list[float] = []
+        """Milliseconds of each token of a streamed completion, the first counted from the request."""
 
         def on_chunk(chunk: Any) -> None:
             if isinstance(chunk, dict) and any(choice.get("text") for choice in chunk.get("choices", [])):
-                times.append(time.perf_counter() - start)
+                times.append(time.perf_counter())
 
-        start = time.perf_counter()
+        times = [time.perf_counter()]
         self._server.handle_completions(body, on_chunk)
-        return times
+        return [1000 * (after - before) for before, after in pairwise(times)]
 
     def close(self) -> None:
         """Stops the server and frees the model."""
@@ -128,27 +119,16 @@ class LlamaCpp:
         return answer
 
 
-def maximal(prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Prompt -> the longest given prompt that begins with it. In sorted order such a prompt follows directly."""
+def maximal(prompts: Sequence[Sequence[int]], ctx_len: int) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Prompt -> the longest given prompt that begins with it: in sorted order it follows directly. ValueError: empty, or above `ctx_len` tokens."""
     runs: dict[tuple[int, ...], tuple[int, ...]] = {}
     last: tuple[int, ...] = ()
-    for ids in sorted(prompts, reverse=True):
+    for ids in sorted({tuple(ids) for ids in prompts}, reverse=True):
+        if not 0 < len(ids) <= ctx_len:
+            raise ValueError(f"a prompt of {len(ids)} tokens; allowed: 1 to ctx_len = {ctx_len}")
         last = last if last[: len(ids)] == ids else ids
         runs[ids] = last
     return runs
-
-
-def _batches(prompts: list[tuple[int, ...]], tokens: int) -> list[list[tuple[int, ...]]]:
-    """Cuts `prompts` into requests of at most `tokens` tokens, which bounds the size of an answer."""
-    batches: list[list[tuple[int, ...]]] = []
-    room = 0
-    for ids in prompts:
-        if len(ids) > room:
-            batches.append([])
-            room = tokens
-        batches[-1].append(ids)
-        room -= len(ids)
-    return batches
 
 
 def gguf_head(gguf: Path) -> Head:
@@ -237,36 +217,17 @@ def make_lm(llama: Any, head: Head, tokenizer: Any, batch_size: int) -> Any:
     return lm
 
 
-def measure_llamacpp(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int) -> dict[str, float]:
-    """Latency of greedy decoding with batch 1, after one warm-up round: `ttft_ms_p50` from request to first token,
-    `latency_ms_p50`, `latency_ms_p95` per further token, `tok_per_sec` of these, `peak_rss_bytes` of this process."""
+def timer(gguf: Path, prompt_tokens: int, new_tokens: int, threads: int) -> Callable[[int], list[float]]:
+    """What `compress.score.latency` times: milliseconds of each of `count` (at most `new_tokens`) streamed tokens, the first with the prompt."""
     llama = LlamaCpp(gguf, threads, prompt_tokens + new_tokens + 8, 1, embedding=False)
     word = llama.tokenize("a")[-1:]
     # One word over and over: dense kernels take the same time for any ids, and each token is whole text, sent at once.
     # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds back.)
-    bias = [[word[0], 1000.0]]
-    body = GREEDY | {"prompt": word * prompt_tokens, "max_tokens": new_tokens, "ignore_eos": True, "stream": True, "logit_bias": bias}
-    runs = [llama.token_times(body) for _ in range(repeats + 1)]
-    assert all(len(times) == new_tokens for times in runs), f"{[len(times) for times in runs]} chunks for {new_tokens} tokens"
-    between = [b - a for times in runs[1:] for a, b in pairwise(times)]
-    return {
-        "ttft_ms_p50": 1e3 * statistics.median(times[0] for times in runs[1:]),
-        "latency_ms_p50": 1e3 * statistics.median(between),
-        "latency_ms_p95": 1e3 * statistics.quantiles(between, n=20, method="inclusive")[-1],
-        "tok_per_sec": len(between) / sum(between),
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
+    body = GREEDY | {"prompt": word * prompt_tokens, "ignore_eos": True, "stream": True, "logit_bias": [[word[0], 1000.0]]}
 
+    def generate(count: int) -> list[float]:
+        times = llama.token_times(body | {"max_tokens": count})
+        assert len(times) == count, f"{len(times)} chunks for {count} tokens"
+        return times
 
-def latency_in_fresh_process(gguf: Path, prompt_tokens: int, new_tokens: int, repeats: int, threads: int) -> dict[str, float]:
-    """`measure_llamacpp` in its own process, so that memory and caches are those of serving this file alone."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "compress.score.llamacpp", str(gguf.resolve()), *map(str, (prompt_tokens, new_tokens, repeats, threads))]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
-    if done.returncode != 0:
-        raise ValueError(f"measuring {gguf} failed with exit {done.returncode}: {done.stderr.strip()[-300:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-if __name__ == "__main__":  # the process of `latency_in_fresh_process`: prints one JSON line
-    print(json.dumps(measure_llamacpp(Path(sys.argv[1]), *map(int, sys.argv[2:]))))
+    return generate

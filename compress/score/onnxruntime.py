@@ -19,11 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.score.llamacpp import maximal
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.train.forward import Head
-
 
 MODEL, CONFIG = "model.onnx", "genai_config.json"
 
@@ -60,16 +61,11 @@ class OnnxRuntime:
         import numpy as np
         import torch
 
-        from compress.score.llamacpp import maximal
-
-        for ids in prompts:
-            if not 0 < len(ids) <= self.ctx_len:
-                raise ValueError(f"a prompt of {len(ids)} tokens; allowed: 1 to ctx_len = {self.ctx_len}")
+        runs = maximal(prompts, self.ctx_len)
         options = wheel("onnxruntime").RunOptions()
         options.only_execute_path_to_fetches = True  # leaves the head out
         inputs = self._session.get_inputs()
         nothing = {n.name: np.zeros([1, n.shape[1], 0, n.shape[3]], "float32") for n in inputs if n.name.startswith("past")}
-        runs = maximal({tuple(ids) for ids in prompts})
         states = {}
         for row in set(runs.values()):
             ids_1L = np.array([row], "int64")
@@ -139,9 +135,9 @@ def onnx_head(folder: Path) -> Head:
     return Head(decoded.get("lm_head.weight", decoded["model.embed_tokens.weight"]))
 
 
-def timer(folder: Path, prompt_tokens: int, threads: int) -> Callable[[int], list[float]]:
+def timer(folder: Path, prompt_tokens: int, new_tokens: int, threads: int) -> Callable[[int], list[float]]:
     """What `compress.score.latency` times: milliseconds of each of `count` tokens after a prompt, the first with the prompt; no end obeyed."""
-    runtime = OnnxRuntime(folder, threads, prompt_tokens)
+    runtime = OnnxRuntime(folder, threads, prompt_tokens + new_tokens)
     prompt = [i * 7919 % runtime.about["vocab_size"] for i in range(prompt_tokens)]
 
     def generate(count: int) -> list[float]:

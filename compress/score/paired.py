@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
-Z95 = 1.959963984540054  # two-sided 95%
 Items = Sequence[Mapping[str, Any]]
 Right = NDArray[np.bool_]  # (N,): whether each item was answered rightly
 
@@ -35,8 +35,7 @@ class Paired(NamedTuple):
 def kept(acc: float, acc_teacher: float, chance: float) -> float:
     """Accuracy kept above chance; 1 = the teacher's, 0 = guessing. ValueError when the teacher itself is not above chance."""
     if acc_teacher <= chance:
-        got = f"the teacher's accuracy {acc_teacher:.3f} is not above chance {chance:.3f}"
-        raise ValueError(f"{got}: there is nothing to keep; leave the task out")
+        raise ValueError(f"the teacher's accuracy {acc_teacher:.3f} is not above chance {chance:.3f}: there is nothing to keep; leave the task out")
     return (acc - chance) / (acc_teacher - chance)
 
 
@@ -49,8 +48,7 @@ def mcnemar_p(student: Right, teacher: Right) -> float:
 
 def wilson_lower(right: int, n: int) -> float:
     """Lower end of the 95% Wilson interval of a share: `right` of `n`, at least 1."""
-    p, zz = right / n, Z95 * Z95 / n
-    return max(0.0, (p + zz / 2 - Z95 * math.sqrt(p * (1 - p) / n + zz / (4 * n))) / (1 + zz))
+    return float(binomtest(right, n).proportion_ci(0.95, "wilson").low)
 
 
 def bootstrap_kept(student: Right, teacher: Right, chance: float, seed: int = 0, resamples: int = 2000) -> NDArray[np.float64]:

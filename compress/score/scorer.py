@@ -25,21 +25,17 @@ from compress.export.onnx import onnx_size
 from compress.export.parity import parity
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
 from compress.score.latency import measure as measure_latency
-from compress.score.llamacpp import LlamaCpp, gguf_head, latency_in_fresh_process, make_lm
+from compress.score.llamacpp import LlamaCpp, gguf_head, make_lm
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
-from compress.score.paired import paired_scores
+from compress.score.paired import Paired, paired_scores
 from compress.score.size import gguf_size, size
 from compress.score.tasks import TaskResult, evaluate, make_hf_lm
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.data import Packed
-from compress.train.forward import Head
 
 RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
 HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}
 SIZES: dict[str, Any] = {"torch": size, "llama.cpp": gguf_size, "onnxruntime": onnx_size}
-LATENCIES: dict[str, Any] = {
-    "torch": measure_latency, "llama.cpp": latency_in_fresh_process, "onnxruntime": partial(measure_latency, runtime="onnxruntime"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,30 +93,25 @@ class Scorer:
             write_json(path, parity(checkpoint.model.path, shipped.model.path, name, rows, self._states(shipped), self.threads))
         return json.loads(path.read_text())
 
-    def beside(
-        self, student: Measured, teacher: Measured, parent: Measured | None
-    ) -> tuple[dict[str, float], dict[str, tuple[float, float]], list[str]]:
-        """(scores, intervals, tasks left out of `kept`) of a student beside its teacher and, for the KL, its parent."""
+    def beside(self, student: Measured, teacher: Measured, parent: Measured | None) -> Paired:
+        """A student beside its teacher and, for the KL, its parent."""
         near = self.compare(student, teacher)
         scores = {"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}
         if parent is not None:
             scores["kl_to_parent"] = self.compare(student, parent)["kl"]
         if not student.items:
-            return scores, {}, []
+            return Paired(scores, {}, [])
         paired = paired_scores(student.items, teacher.items, teacher.chance)
-        return scores | paired.scores, paired.intervals, paired.excluded
+        return paired._replace(scores=scores | paired.scores)
 
     def _states_path(self, key: str) -> Path:
         return self.store.root / "scores" / f"{key}.states.safetensors"
 
     def _states(self, measured: Measured) -> States:
-        return States(safetensors.torch.load_file(self._states_path(measured.key))["hidden"], self._head(measured.model))
-
-    def _head(self, model: Model) -> Head:
-        return HEADS[model.runtime](model.path)
+        return States(safetensors.torch.load_file(self._states_path(measured.key))["hidden"], HEADS[measured.model.runtime](measured.model.path))
 
     def _own_scores(self, model: Model, key: str, tasks: list[str]) -> dict[str, Any]:
-        s, head, tokenizer = self.settings, self._head(model), load_tokenizer(self.tokenizer_dir)
+        s, head, tokenizer = self.settings, HEADS[model.runtime](model.path), load_tokenizer(self.tokenizer_dir)
         with ExitStack() as stack:
             if model.runtime == "torch":
                 hidden_NH = checkpoint_hidden(model.path, self.heldout, self.sequences)
@@ -133,5 +124,5 @@ class Scorer:
             bits = bits_per_byte(States(hidden_NH, head), self.heldout, self.sequences, tokenizer)
             result = evaluate(lm(), tasks, s.limit, self.data_dir) if tasks else TaskResult({}, [], {})
         scores = {"bits_per_byte/heldout": bits} | result.scores | SIZES[model.runtime](model.path)
-        scores |= LATENCIES[model.runtime](model.path, s.prompt_tokens, s.new_tokens, s.repeats, self.threads)
+        scores |= measure_latency(model.path, s.prompt_tokens, s.new_tokens, s.repeats, self.threads, runtime=model.runtime)
         return {"scores": scores, "items": result.items, "chance": result.chance}

@@ -285,6 +285,7 @@ def test_autoround_names_the_line_that_installs_it(tmp_path, monkeypatch):
         Ptq(method=Method.autoround).run(_parent(tmp_path), tmp_path, _calibrated(tmp_path))
 
 
+@pytest.mark.slow
 def test_autoround_lands_on_codes_and_moves_the_model_less_than_rounding(tmp_path):
     pytest.importorskip("auto_round", reason="the autoround extra is not installed")
     parent, stage = _parent(tmp_path, num_hidden_layers=1), Ptq(method=Method.autoround, calibration_sequences=12, iterations=12)

@@ -5,7 +5,9 @@ divides once by the number of labels, clips to a global norm and takes one optim
 forward passes run under bf16 autocast over fp32 masters; with bf16_stochastic the weights themselves are bf16.
 
 Ctrl-C and SIGTERM finish the step, save the state and stop; after kill -9 at most SAVE_SECONDS of work is lost. Either way the same
-command goes on from there and ends in the same bytes (`state.py`). When memory runs out, the micro-batch is halved and the step taken again.
+command goes on from there and ends in the same bytes: batches and random numbers are pure functions of the step, tensors lie in safetensors
+and the rest in JSON. With sharded parameters each rank writes its own shards, and a resumed run needs as many ranks. When memory runs out,
+the micro-batch is halved and the step taken again.
 
 With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; training returns the best
 weights, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
@@ -13,7 +15,9 @@ weights, and `patience` measurements without a better one end it. A stage whose 
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import signal
 import sys
 import threading
@@ -29,17 +33,19 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress.errors import Interrupted, is_memory
+from compress.store import commit
 from compress.train import parallel
 from compress.train.cpu import use_cpu_kernels
 from compress.train.optimizer import learning_rate, make_optimizer
-from compress.train.state import load_state, named_locals, save_state
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 SAVE_SECONDS, LINE_SECONDS = 60.0, 20.0  # between two states, and two progress lines
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ class Trainer:
     """The model wrapped for its devices, its optimizer, and the state that a resumed run needs."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, plan: Plan, work: Path) -> None:
-        self.plan, self.model = plan, model
+        self.plan, self.model, self.work = plan, model, work
         if plan.precision == "bf16_stochastic":
             model.to(torch.bfloat16)
         use_cpu_kernels(model)
@@ -135,11 +141,57 @@ class Trainer:
         else:
             self.module = self.accelerator.prepare(self.module)
         self.plain = self.accelerator.unwrap_model(self.module)
-        self.parameters = [p for p in self.plain.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, plan.lr)
-        self.replicated = plan.parallel != "fsdp2"  # whether every rank's state is the same
-        new: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
-        self.state, self.best = load_state(work, self.plain, self.optimizer, self.replicated) or (new, {})
+        self.trained = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(list(self.trained.values()), plan.lr)
+        self.ranks = parallel.world() if plan.parallel == "fsdp2" else 1  # that save: elsewhere every rank's state is the same
+        self.state: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
+        self.best: dict[str, Tensor] = {}
+        self._load()
+
+    def _locals(self) -> dict[str, Tensor]:
+        """This rank's part of every trained parameter, by name; views, not copies."""
+        return {name: parallel.local(p.detach()) for name, p in self.trained.items()}
+
+    def save(self) -> None:
+        """Make the state durable as `<work>/state-<step>/`, the older one going last: a kill at any moment leaves one whole. All ranks call it."""
+        beside, final = self.work / ".state.part", self.work / f"state-{self.state['step']:08d}"
+        if parallel.rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        parallel.wait()
+        if parallel.rank() < self.ranks:
+            tensors = {f"param/{name}": p.contiguous() for name, p in self._locals().items()} | {f"best/{name}": p for name, p in self.best.items()}
+            for name, p in self.trained.items():
+                if p in self.optimizer.state:
+                    tensors |= {f"{moment}/{name}": parallel.local(self.optimizer.state[p][moment]).contiguous() for moment in MOMENTS}
+            save_file(tensors, beside / f"tensors-{parallel.rank()}.safetensors")
+        parallel.wait()
+        if parallel.rank() == 0:
+            (beside / "state.json").write_text(json.dumps(self.state | {"ranks": self.ranks}))
+            commit(beside, final)
+            for older in set(self.work.glob("state-*")) - {final}:
+                shutil.rmtree(older)
+
+    def _load(self) -> None:
+        """Restore the newest whole state if there is one. ValueError when it was sharded over another number of processes."""
+        parallel.wait()  # nobody reads before everybody has stopped writing
+        newest = max(self.work.glob("state-*"), default=None)
+        if newest is None:
+            return
+        self.state = json.loads((newest / "state.json").read_text())
+        if (ranks := self.state.pop("ranks")) != self.ranks:
+            now = parallel.world()
+            raise ValueError(f"{newest} was saved by {ranks} sharded processes, this run has {now}; use as many, or delete it to start anew")
+        tensors = load_file(newest / f"tensors-{min(parallel.rank(), self.ranks - 1)}.safetensors")
+        for name, p in self.trained.items():
+            parallel.local(p.detach()).copy_(tensors[f"param/{name}"])
+            if f"{MOMENTS[0]}/{name}" in tensors:
+                moments = {m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}  # placed, and sharded, like the parameter
+                for m in MOMENTS:
+                    parallel.local(moments[m]).copy_(tensors[f"{m}/{name}"])
+                self.optimizer.state[p] = {**moments, "step": torch.tensor(float(self.state["step"]), dtype=torch.float32)}
+            if f"best/{name}" in tensors:
+                self.best[name] = tensors[f"best/{name}"].to(p.device)
 
     def step(self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]) -> dict[str, float]:
         """One optimizer step; its row of the curve. With less and less memory, smaller micro-batches."""
@@ -160,7 +212,7 @@ class Trainer:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             log(f"{where}: out of memory; going on with micro-batches of {self.state['micro']} sequences")
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = [p.grad for p in self.trained.values() if p.grad is not None]
         clip = min(1.0, plan.grad_clip / (norm + 1e-6))
         torch._foreach_mul_(grads, clip * parallel.world() / count)  # the one division: from sums to means
         self.optimizer.step()
@@ -183,10 +235,10 @@ class Trainer:
         loss, count = parallel.total(loss, count)
         if count == 0:
             raise ValueError(f"{where}: the batch has no label to learn from; the answers are longer than data.seq_len or the data is empty")
-        norm_tensor = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm_tensor = torch.nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
         norm = float(norm_tensor.full_tensor() if hasattr(norm_tensor, "full_tensor") else norm_tensor) * parallel.world() / count
         if not math.isfinite(loss) or not math.isfinite(norm):
-            named = ((name, p.grad) for name, p in self.plain.named_parameters() if p.grad is not None)
+            named = ((name, p.grad) for name, p in self.trained.items() if p.grad is not None)
             bad = next((name for name, grad in named if not parallel.local(grad).isfinite().all()), "the loss")
             raise FloatingPointError(f"{where}: {bad} is not finite (loss {loss / count}); lower the learning rate or use trainer.precision=fp32")
         return loss, count, norm
@@ -205,13 +257,13 @@ class Trainer:
         self.state["measured"].append({"step": self.state["step"], "tokens": round(tokens), "seconds": seconds, "validation_kl": kl})
         if kl < self.state["best_kl"]:
             self.state |= {"best_kl": kl, "best_step": self.state["step"]}
-            self.best = {name: p.clone() for name, p in named_locals(self.plain).items()}
+            self.best = {name: p.clone() for name, p in self._locals().items()}
         return kl
 
     def finish(self) -> None:
         """Leave the best weights, whole, in the model. Ranks but the first end here."""
         with torch.no_grad():
-            for name, p in named_locals(self.plain).items():
+            for name, p in self._locals().items():
                 p.copy_(self.best.get(name, p))
         if self.plan.parallel == "fsdp2":
             parallel.unshard(self.plain)
@@ -250,7 +302,7 @@ def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int],
             shown(step + 1, row["loss"], row["tokens_per_sec"])
             stop, late = parallel.total(caught[0] if caught else 0, parallel.rank() == 0 and time.monotonic() - saved_at > SAVE_SECONDS)
             if stop or (late and step + 1 < plan.steps):
-                save_state(work, trainer.plain, trainer.optimizer, state, trainer.best, trainer.replicated)
+                trainer.save()
                 saved_at = time.monotonic()
             if stop:
                 log(f"{label}: state saved after step {step + 1} of {plan.steps}; repeat the command to go on")

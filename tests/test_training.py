@@ -13,8 +13,7 @@ from conftest import make_context
 
 from compress.checkpoint import digest, load_model
 from compress.distill.losses import Mix
-from compress.distill.schemes import Scheme
-from compress.distill.signal import Signals
+from compress.distill.signal import Scheme, Signals
 from compress.distill.steps import make_batches, make_loss, one_batch
 from compress.errors import Interrupted
 from compress.stages.distill import Distill

@@ -23,8 +23,7 @@ from torch import Tensor
 from compress.checkpoint import best_device, load_tokenizer, read_config, tokenizer_digest
 from compress.distill.features import tapped
 from compress.distill.losses import Mix, head_loss, hidden_mse
-from compress.distill.schemes import as_target
-from compress.distill.signal import Signals
+from compress.distill.signal import Signals, as_target
 from compress.train import parallel
 from compress.train.cpu import use_cpu_kernels
 from compress.train.data import Packed
@@ -57,7 +56,7 @@ class OnlineTeacher:
         return {"teacher_hidden": hidden_NH} | {f"teacher/{name}": state for name, state in seen.items()}
 
 
-TeacherSource = Signals | OnlineTeacher  # `read(rows)` gives tensors that `schemes.as_target` understands, `teacher_head` goes with hidden states
+TeacherSource = Signals | OnlineTeacher  # `read(rows)` gives tensors that `as_target` understands, `teacher_head` goes with hidden states
 
 
 def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, sequences: int, batch: int) -> Batches:

@@ -18,8 +18,7 @@ from compress.distill.steps import make_batches, make_loss, one_batch
 from compress.errors import Interrupted
 from compress.stages.distill import Distill
 from compress.train import loop
-from compress.train.loop import Plan, train
-from compress.train.optimizer import BETAS, StochasticAdamW, learning_rate, stochastic_bf16
+from compress.train.loop import BETAS, Plan, StochasticAdamW, learning_rate, stochastic_bf16, train
 
 
 def arguments(work, steps=12, **changes):

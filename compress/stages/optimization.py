@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # how the teacher is seen: kept signals (`compress/distill/signal.py`), or the teacher run at every step
 SchemeName = StrEnum("SchemeName", ["sampled", "topk", "hidden", "full", "online"])
 TeacherLoad = StrEnum("TeacherLoad", ["plain", "nf4", "int8"])  # how its weights are held meanwhile
-Schedule = StrEnum("Schedule", ["cosine", "wsd"])  # how the learning rate falls (`compress/train/optimizer.py`)
+Schedule = StrEnum("Schedule", ["cosine", "wsd"])  # how the learning rate falls (`compress/train/loop.py`)
 
 
 @dataclass

@@ -82,13 +82,12 @@ def _docstrings() -> tuple[tuple[str, str], ...]:
     return tuple((name, text) for text, name in found.items())
 
 
-def _docs_below(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        if text := ast.get_docstring(node):
-            yield name, inspect.cleandoc(text)
-        for child in node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _docs_below(child, f"{name}.{child.name}")
+def _docs_below(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[tuple[str, str]]:
+    if text := ast.get_docstring(node):
+        yield name, inspect.cleandoc(text)
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docs_below(child, f"{name}.{child.name}")
 
 
 def _docstring_chat() -> list[Document]:

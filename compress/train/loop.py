@@ -1,7 +1,7 @@
 """The one training loop: distillation, LoRA and quantization-aware training all run through `train`.
 
 Each step accumulates the gradient of a loss *sum* over its micro-batches (and, with several processes, over their rows), then
-divides once by the number of labels, clips to a global norm and takes one optimizer step (`optimizer.py`). With bf16 precision,
+divides once by the number of labels, clips to a global norm and takes one optimizer step. With bf16 precision,
 forward passes run under bf16 autocast over fp32 masters; with bf16_stochastic the weights themselves are bf16.
 
 Ctrl-C and SIGTERM finish the step, save the state and stop; after kill -9 at most SAVE_SECONDS of work is lost. Either way the same
@@ -11,6 +11,15 @@ the micro-batch is halved and the step taken again.
 
 With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; training returns the best
 weights, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
+
+The optimizer is AdamW (arXiv 1711.05101) under a schedule, over fp32 masters or over bf16 weights with stochastic rounding:
+
+    cosine   lr(t) = peak * warm(t) * (floor + (1 - floor) * (1 + cos(pi t / steps)) / 2)           (arXiv 1608.03983)
+    wsd      warm-up, then the peak, then over the last `decay_fraction` of the steps linearly to the floor    (arXiv 2404.06395, section 4)
+
+with warm(t) = min(1, (t + 1) / warmup). bf16 has 8 significant bits: an update below 1/512 of a weight would vanish under rounding to
+nearest. Rounding up with probability (x - down) / (up - down) keeps it in expectation (arXiv 2010.06192, section 3), so that
+weights need 2 bytes instead of a master copy's 4; the moments stay fp32.
 """
 
 from __future__ import annotations
@@ -40,11 +49,12 @@ from compress.errors import Interrupted, is_memory
 from compress.store import commit
 from compress.train import parallel
 from compress.train.cpu import use_cpu_kernels
-from compress.train.optimizer import learning_rate, make_optimizer
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 SAVE_SECONDS, LINE_SECONDS = 60.0, 20.0  # between two states, and two progress lines
+LR_FLOOR = 0.1  # of the peak: the usual end of a cosine schedule in distillation (Minitron, arXiv 2407.14679, table 9)
+BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 
 
@@ -73,6 +83,52 @@ class Result(NamedTuple):
     curve: list[dict[str, float]]  # a row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "seconds"} a step
     measured: list[dict[str, float]]  # a row {"step", "tokens", "seconds", "validation_kl"} a measurement; all of the steps before it
     outcome: dict[str, float]  # the best step and what it brought
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, schedule: str = "cosine", decay_fraction: float = 0.2) -> float:
+    """The schedules of the module's docstring, steps counted from 0."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    wsd, cosine = min(1.0, (steps - step) / max(1, round(decay_fraction * steps))), 0.5 * (1 + math.cos(math.pi * step / steps))
+    share = cosine if schedule == "cosine" else wsd
+    return peak * warm * (LR_FLOOR + (1 - LR_FLOOR) * share)
+
+
+def stochastic_bf16(x: Tensor) -> Tensor:
+    """fp32 to bf16, up or down at random so that the expectation is x; draws from torch's global generator."""
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW without weight decay on bf16 weights; fp32 moments under torch's own names."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": BETAS, "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            (b1, b2), lr, eps = group["betas"], group["lr"], group["eps"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"step": torch.tensor(0.0), **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}}
+                state["step"] += 1
+                t, gradient = float(state["step"]), p.grad.float()
+                state["exp_avg"].lerp_(gradient, 1 - b1)
+                state["exp_avg_sq"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+                root = (state["exp_avg_sq"] / (1 - b2**t)).sqrt_().add_(eps)
+                p.copy_(stochastic_bf16(p.float().addcdiv_(state["exp_avg"], root, value=-lr / (1 - b1**t))))
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Fused AdamW on fp32 weights, StochasticAdamW on bf16 ones."""
+    if parameters[0].dtype == torch.bfloat16:
+        return StochasticAdamW(parameters, lr)
+    return torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
 
 
 class LossModule(nn.Module):

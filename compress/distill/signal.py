@@ -45,9 +45,8 @@ from compress.checkpoint import best_device, digest, load_model, load_tokenizer,
 from compress.distill.losses import Bucket, Dense, Sparse, Target
 from compress.errors import ResourceError
 from compress.store import sha256_json, write_whole
-from compress.train.cpu import use_cpu_kernels
 from compress.train.data import Packed
-from compress.train.forward import Head, head_of, hidden_states
+from compress.train.forward import Head, head_of, hidden_states, use_cpu_kernels
 
 CHUNK = 32  # tokens whose full logits are held at once
 BLOCK = 64  # ids summed up together; a hit is looked for in the sums first

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from compress.errors import Interrupted, is_memory
 from compress.store import commit
 from compress.train import parallel
-from compress.train.cpu import use_cpu_kernels
+from compress.train.forward import use_cpu_kernels
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]

@@ -64,17 +64,16 @@ class Scheme:
     top: int = 64  # topk: K
     temperature: float = 1.0  # sampled and topk: T
 
-    def meta(self) -> dict[str, object]:
-        """What decides this scheme's bytes."""
-        fields = {"sampled": ("threshold", "temperature"), "topk": ("top", "temperature")}.get(self.name, ())
-        return {"scheme": self.name} | {field: getattr(self, field) for field in fields}
-
 
 @torch.inference_mode()
 def encode(hidden_LH: Tensor, head: Head, scheme: Scheme, generator: torch.Generator) -> Shard:
     """What is kept of one sequence: named tensors, on the CPU."""
     if scheme.name == "hidden":
-        return _hidden_to_int8(hidden_LH)
+        length, width = hidden_LH.shape
+        groups = torch.nn.functional.pad(hidden_LH.float(), (0, -width % GROUP)).view(length, -1, GROUP)
+        scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(6e-8).half()
+        codes = (groups / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        return {"codes": codes.flatten(1)[:, :width].contiguous().cpu(), "scales": scale[..., 0].cpu()}
     parts: list[Shard] = []
     for chunk in hidden_LH.split(CHUNK):
         logits_CV = head.logits(chunk)
@@ -137,14 +136,6 @@ def _systematic(rest_CV: Tensor, token_M: Tensor, quantile_M: Tensor) -> Tensor:
     inside_Mb = blocks_CBb[token_M, block_M].double().cumsum(-1)
     column_M = torch.searchsorted(inside_Mb, (point_M - before_M)[:, None], right=True)[:, 0].clamp_max(BLOCK - 1)
     return block_M * BLOCK + column_M
-
-
-def _hidden_to_int8(hidden_LH: Tensor) -> Shard:
-    length, width = hidden_LH.shape
-    groups = torch.nn.functional.pad(hidden_LH.float(), (0, -width % GROUP)).view(length, -1, GROUP)
-    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(6e-8).half()
-    codes = (groups / scale.float()).round().clamp(-127, 127).to(torch.int8)
-    return {"codes": codes.flatten(1)[:, :width].contiguous().cpu(), "scales": scale[..., 0].cpu()}
 
 
 def decode(rows: list[Shard], scheme: Scheme) -> dict[str, Tensor]:
@@ -218,9 +209,10 @@ class Signals:
         """
         self.teacher, self.data, self.scheme, self.log = teacher, data, scheme, log
         self.worker, self.load = worker or Worker(), load
+        fields = {"sampled": ("threshold", "temperature"), "topk": ("top", "temperature")}.get(scheme.name, ())  # that decide a scheme's bytes
         self.meta: dict[str, Any] = {
-            "schema": 2, **scheme.meta(), "teacher": digest(teacher), "teacher_load": load, "tokenizer": tokenizer_digest(teacher),
-            "data": data.digest, "seed": seed, "rows_per_shard": ROWS_PER_SHARD, "precision": "fp32" if precision == "fp32" else "bf16",
+            "schema": 2, "scheme": scheme.name, **{field: getattr(scheme, field) for field in fields}, "teacher": digest(teacher),
+            "teacher_load": load, "tokenizer": tokenizer_digest(teacher), "data": data.digest, "seed": seed, "rows_per_shard": ROWS_PER_SHARD, "precision": "fp32" if precision == "fp32" else "bf16",
         }  # fmt: skip
         base = str(root) if own_folder else f"{root}/{sha256_json(self.meta | made_with())[:32]}"
         self.fs, self.folder = fsspec.core.url_to_fs(base)

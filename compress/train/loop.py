@@ -124,13 +124,6 @@ class StochasticAdamW(torch.optim.Optimizer):
                 p.copy_(stochastic_bf16(p.float().addcdiv_(state["exp_avg"], root, value=-lr / (1 - b1**t))))
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Fused AdamW on fp32 weights, StochasticAdamW on bf16 ones."""
-    if parameters[0].dtype == torch.bfloat16:
-        return StochasticAdamW(parameters, lr)
-    return torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
-
-
 class LossModule(nn.Module):
     """A model and its loss as one module, so that autocast and data parallelism wrap the whole computation."""
 
@@ -198,7 +191,11 @@ class Trainer:
             self.module = self.accelerator.prepare(self.module)
         self.plain = self.accelerator.unwrap_model(self.module)
         self.trained = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(list(self.trained.values()), plan.lr)
+        parameters = list(self.trained.values())
+        if parameters[0].dtype == torch.bfloat16:
+            self.optimizer: torch.optim.Optimizer = StochasticAdamW(parameters, plan.lr)
+        else:
+            self.optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=BETAS, weight_decay=0.0, fused=True)
         self.ranks = parallel.world() if plan.parallel == "fsdp2" else 1  # that save: elsewhere every rank's state is the same
         self.state: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
         self.best: dict[str, Tensor] = {}
@@ -265,8 +262,7 @@ class Trainer:
                     raise
                 self.state["micro"] = max(1, self.state["micro"] // 2)
             self.optimizer.zero_grad(set_to_none=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing where no GPU is in use
             log(f"{where}: out of memory; going on with micro-batches of {self.state['micro']} sequences")
         grads = [p.grad for p in self.trained.values() if p.grad is not None]
         clip = min(1.0, plan.grad_clip / (norm + 1e-6))

@@ -212,7 +212,8 @@ class Signals:
         fields = {"sampled": ("threshold", "temperature"), "topk": ("top", "temperature")}.get(scheme.name, ())  # that decide a scheme's bytes
         self.meta: dict[str, Any] = {
             "schema": 2, "scheme": scheme.name, **{field: getattr(scheme, field) for field in fields}, "teacher": digest(teacher),
-            "teacher_load": load, "tokenizer": tokenizer_digest(teacher), "data": data.digest, "seed": seed, "rows_per_shard": ROWS_PER_SHARD, "precision": "fp32" if precision == "fp32" else "bf16",
+            "teacher_load": load, "tokenizer": tokenizer_digest(teacher), "data": data.digest, "seed": seed,
+            "rows_per_shard": ROWS_PER_SHARD, "precision": "fp32" if precision == "fp32" else "bf16",
         }  # fmt: skip
         base = str(root) if own_folder else f"{root}/{sha256_json(self.meta | made_with())[:32]}"
         self.fs, self.folder = fsspec.core.url_to_fs(base)

@@ -228,10 +228,8 @@ class Signals:
         found = json.loads(self.fs.cat_file(f"{self.folder}/meta.json"))
         for key, asked in self.meta.items():
             if found.get(key) != asked:
-                raise ValueError(
-                    f"the teacher signal in {self.folder} was made with another {key}: it has {found.get(key)!r}, this run needs {asked!r};"
-                    " give signal.path an empty folder, or change what differs"
-                )
+                made = f"was made with another {key}: it has {found.get(key)!r}, this run needs {asked!r}"
+                raise ValueError(f"the teacher signal in {self.folder} {made}; give signal.path an empty folder, or change what differs")
 
     def _put(self, name: str, data: bytes) -> None:
         """A file that appears whole: object stores do that by themselves."""
@@ -248,10 +246,7 @@ class Signals:
         return self._head
 
     def read(self, rows: list[int]) -> dict[str, Tensor]:
-        """The teacher's tensors of these rows, N = len(rows) * L tokens, as `decode` gives them.
-
-        ValueError when a shard is damaged.
-        """
+        """The teacher's tensors of these rows, N = len(rows) * L tokens, as `decode` gives them. ValueError when a shard is damaged."""
         return decode([self._shard(row // ROWS_PER_SHARD)[row % ROWS_PER_SHARD] for row in rows], self.scheme)
 
     def prefetch(self, rows: list[int]) -> None:
@@ -272,9 +267,8 @@ class Signals:
             size = self._write(number, *teacher)[1]
             more = size * (len(missing) - 1)
             if done == 1 and Path(self.folder).is_dir() and more > (free := shutil.disk_usage(self.folder).free):
-                raise ResourceError(
-                    f"the teacher signal needs {more / 1e9:.1f} GB more in {self.folder}, {free / 1e9:.1f} GB are free; set signal.path"
-                )
+                needs = f"needs {more / 1e9:.1f} GB more in {self.folder}"
+                raise ResourceError(f"the teacher signal {needs}, {free / 1e9:.1f} GB are free; set signal.path")
             left = (time.monotonic() - start) / done * (len(missing) - done)
             self.log(f"teacher signal {done}/{len(missing)} shards, {size / self._tokens(number):.0f} bytes a token, {left:.0f} s left")
 
@@ -284,8 +278,7 @@ class Signals:
         return sum(self.fs.size(path) for path in present.values()) / max(1, sum(self._tokens(number) for number in present))
 
     def _tokens(self, number: int) -> int:
-        rows = min(ROWS_PER_SHARD, len(self.data.ids) - number * ROWS_PER_SHARD)
-        return rows * (self.data.ids.shape[1] - 1)
+        return min(ROWS_PER_SHARD, len(self.data.ids) - number * ROWS_PER_SHARD) * (self.data.ids.shape[1] - 1)
 
     def _present(self) -> dict[int, str]:
         paths = self.fs.glob(f"{self.folder}/*.safetensors")

@@ -149,14 +149,13 @@ def with_rollouts(batches: Batches, model: Any, teacher: OnlineTeacher, *, share
 def _own_text(model: Any, teacher: OnlineTeacher, inputs_RL: Tensor, prompt_tokens: int, eos: int) -> Batch:
     length, device = inputs_RL.shape[1], next(model.parameters()).device
     prompt_RP = inputs_RL[:, :prompt_tokens].to(device)
-    training, cached = model.training, model.config.use_cache
+    training = model.training
     model.eval()
     ids = model.generate(
         input_ids=prompt_RP, attention_mask=torch.ones_like(prompt_RP), max_new_tokens=length + 1 - prompt_tokens, do_sample=True, top_k=0,
         top_p=1.0, temperature=1.0, eos_token_id=eos, pad_token_id=eos, use_cache=True,
     )  # fmt: skip
     model.train(training)
-    model.config.use_cache = cached
     ids = torch.nn.functional.pad(ids, (0, length + 1 - ids.shape[1]), value=eos)  # all rows may have ended early
     inputs_RL, place_L = ids[:, :-1], torch.arange(length, device=device)
     ended_RL = ((inputs_RL == eos) & (place_L >= prompt_tokens)).cumsum(-1) > 0
@@ -179,10 +178,7 @@ def common_vocabulary(student: Path, teacher: Path) -> int:
 
 
 def make_loss(mix: Mix, teacher_head: Head | None = None, hidden_weight: float = 0.0, vocabulary: int | None = None) -> LossFunction:
-    """`loss_fn(model, batch)` -> (loss sum in nats, labels counted).
-
-    `vocabulary`: ids of the tokenizer; rows of either head behind them are padding and take no part.
-    """
+    """`loss_fn(model, batch)` -> (loss sum in nats, labels counted). Rows of either head behind the tokenizer's `vocabulary` ids take no part."""
 
     def loss_fn(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden_NH, mask_N = hidden_states(model, batch["inputs"], batch.get("positions")), batch["mask"].flatten()
@@ -209,10 +205,8 @@ def check_pairs(pairs: Sequence[Sequence[int]], student: int, teacher: int) -> P
     made = [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2]
     rising = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(made))
     if len(made) != len(pairs) or not rising or not all(0 <= s < student and 0 <= t < teacher for s, t in made):
-        raise ValueError(
-            f"features.pairs={list(pairs)}: each is [student block, teacher block], both rising, below {student} and {teacher};"
-            " leave it empty for evenly spaced ones"
-        )
+        wanted = f"each is [student block, teacher block], both rising, below {student} and {teacher}"
+        raise ValueError(f"features.pairs={list(pairs)}: {wanted}; leave it empty for evenly spaced ones")
     return made
 
 
@@ -249,9 +243,8 @@ class FeatureLoss(nn.Module):
                 raise ValueError(f"features.relations needs K and V of a multiple of {self.heads} columns, the student's have {columns}; set it to 0")
         self.projections = nn.ModuleList(nn.Linear(width, wide, bias=False) if width != wide and layers else nn.Identity() for _ in pairs)
         generator = torch.Generator().manual_seed(seed)
-        for projection in self.projections:
-            if isinstance(projection, nn.Linear):
-                nn.init.orthogonal_(projection.weight, generator=generator)
+        for weight in self.projections.parameters():
+            nn.init.orthogonal_(weight, generator=generator)
 
     def taps(self) -> tuple[list[int], list[int]]:
         """The teacher's blocks whose states, and whose Q, K and V, `forward` needs in the batch, under "teacher/"."""

@@ -334,10 +334,7 @@ def _mixed(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[To
 
 def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, weights: list[float] | None = None, packing: str = "stream",
          log: Callable[[str], None] = lambda message: None) -> Packed:  # fmt: skip
-    """Documents of `sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content.
-
-    ValueError when there are fewer tokens than one sequence needs.
-    """
+    """`sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content. ValueError when they don't fill one sequence."""
     texts = [generated(s, teacher, cache_dir, log) if s.startswith("generated:") else documents(s) for s in sources]
     named = {"tokenizer": tokenizer_digest(teacher), "texts": sha256_json(texts), "seq_len": seq_len, "weights": weights or [], "schema": 2}
     path = cache_dir / f"{sha256_json(named)}.safetensors"

@@ -30,9 +30,9 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import torch
@@ -55,8 +55,7 @@ ROWS_PER_SHARD, SHARDS_IN_MEMORY = 16, 64
 Shard = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Scheme:
+class Scheme(NamedTuple):
     """What is kept of each token; `stages/optimization.py` checks the values."""
 
     name: str = "sampled"
@@ -178,8 +177,7 @@ def as_target(batch: dict[str, Tensor], head: Head | None) -> Target | None:
     return Dense(batch["teacher_hidden"], head) if "teacher_hidden" in batch else None
 
 
-@dataclass(frozen=True)
-class Worker:
+class Worker(NamedTuple):
     """One of `world` processes making the same signal; process `rank` makes shards rank, rank + world, ..."""
 
     rank: int = 0
@@ -252,7 +250,7 @@ class Signals:
     def prefetch(self, rows: list[int]) -> None:
         """Start fetching the shards of these rows; only bytes move, so that the thread leaves the cores to training."""
         for number in {row // ROWS_PER_SHARD for row in rows} - self._shards.keys() - self._fetched.keys():
-            if path := self._find(number):
+            if path := self._paths.get(number) or self._present().get(number):
                 self._fetched[number] = self._reader.submit(self.fs.cat_file, path)
 
     def make(self, rows: int) -> None:
@@ -282,16 +280,12 @@ class Signals:
 
     def _present(self) -> dict[int, str]:
         paths = self.fs.glob(f"{self.folder}/*.safetensors")
-        return {int(path.rsplit("/", 1)[1].split("-")[0]): path for path in sorted(paths)}
-
-    def _find(self, number: int) -> str | None:
-        if number not in self._paths:
-            self._paths = self._present()
-        return self._paths.get(number)
+        self._paths = {int(path.rsplit("/", 1)[1].split("-")[0]): path for path in sorted(paths)}
+        return self._paths
 
     def _shard(self, number: int) -> list[Shard]:
         if number not in self._shards:
-            path = self._find(number) or self._write(number, *self._open_teacher())[0]
+            path = self._paths.get(number) or self._present().get(number) or self._write(number, *self._open_teacher())[0]
             data = self._fetched.pop(number).result() if number in self._fetched else self.fs.cat_file(path)
             if path.rsplit("/", 1)[1] != _name(number, data):
                 raise ValueError(f"teacher signal {path} is damaged (its checksum differs from its name); delete it and run again")

@@ -114,14 +114,11 @@ def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, seque
     Of the step's `batch` rows every rank takes its own; kept signals of the next step are fetched while this one computes.
     """
 
-    def mine(step: int) -> list[int]:
-        return data.rows(seed, step * batch, batch, sequences)[parallel.rank() :: parallel.world()]
-
     def batches(step: int, micro: int) -> list[Batch]:
-        rows = mine(step)
+        rows, following = (data.rows(seed, s * batch, batch, sequences)[parallel.rank() :: parallel.world()] for s in (step, step + 1))
         made = [one_batch(data, source, rows[i : i + micro]) for i in range(0, len(rows), micro)]
         if isinstance(source, Signals):  # the next batch's online teacher would compete with this batch's student
-            source.prefetch(mine(step + 1))
+            source.prefetch(following)
         return made
 
     return batches

@@ -218,9 +218,8 @@ def _transformers(teacher: Path, tokenizer: Any) -> Sample:
     def sample(prompts: list[list[int]], tokens: int, seed: int) -> list[str]:
         torch.manual_seed(seed)
         batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-        out = model.generate(
-            **batch, max_new_tokens=tokens, do_sample=True, top_p=TOP_P, top_k=0, temperature=1.0, pad_token_id=tokenizer.pad_token_id
-        )
+        how = {"do_sample": True, "top_p": TOP_P, "top_k": 0, "temperature": 1.0, "pad_token_id": tokenizer.pad_token_id}
+        out = model.generate(**batch, max_new_tokens=tokens, **how)
         return [tokenizer.decode(row, skip_special_tokens=True) for row in out[:, batch["input_ids"].shape[1] :]]
 
     return sample

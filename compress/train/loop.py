@@ -33,7 +33,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +57,7 @@ BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How `train` optimizes; fields as in `stages/optimization.py` and `config.Trainer`."""
 
     steps: int

@@ -199,10 +199,6 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self._load()
 
-    def _locals(self) -> dict[str, Tensor]:
-        """This rank's part of every trained parameter, by name; views, not copies."""
-        return {name: parallel.local(p.detach()) for name, p in self.trained.items()}
-
     def save(self) -> None:
         """Make the state durable as `<work>/state-<step>/`, the older one going last: a kill at any moment leaves one whole. All ranks call it."""
         beside, final = self.work / ".state.part", self.work / f"state-{self.state['step']:08d}"
@@ -211,8 +207,9 @@ class Trainer:
             beside.mkdir(parents=True)
         parallel.wait()
         if parallel.rank() < self.ranks:
-            tensors = {f"param/{name}": p.contiguous() for name, p in self._locals().items()} | {f"best/{name}": p for name, p in self.best.items()}
+            tensors = {f"best/{name}": p for name, p in self.best.items()}
             for name, p in self.trained.items():
+                tensors[f"param/{name}"] = parallel.local(p).contiguous()
                 if p in self.optimizer.state:
                     tensors |= {f"{moment}/{name}": parallel.local(self.optimizer.state[p][moment]).contiguous() for moment in MOMENTS}
             save_file(tensors, beside / f"tensors-{parallel.rank()}.safetensors")
@@ -235,7 +232,7 @@ class Trainer:
             raise ValueError(f"{newest} was saved by {ranks} sharded processes, this run has {now}; use as many, or delete it to start anew")
         tensors = load_file(newest / f"tensors-{min(parallel.rank(), self.ranks - 1)}.safetensors")
         for name, p in self.trained.items():
-            parallel.local(p.detach()).copy_(tensors[f"param/{name}"])
+            parallel.local(p).copy_(tensors[f"param/{name}"])
             if f"{MOMENTS[0]}/{name}" in tensors:
                 moments = {m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}  # placed, and sharded, like the parameter
                 for m in MOMENTS:
@@ -307,14 +304,13 @@ class Trainer:
         self.state["measured"].append({"step": self.state["step"], "tokens": round(tokens), "seconds": seconds, "validation_kl": kl})
         if kl < self.state["best_kl"]:
             self.state |= {"best_kl": kl, "best_step": self.state["step"]}
-            self.best = {name: p.clone() for name, p in self._locals().items()}
+            self.best = {name: parallel.local(p).clone() for name, p in self.trained.items()}
         return kl
 
     def finish(self) -> None:
         """Leave the best weights, whole, in the model. Ranks but the first end here."""
-        with torch.no_grad():
-            for name, p in self._locals().items():
-                p.copy_(self.best.get(name, p))
+        for name, p in self.best.items():
+            parallel.local(self.trained[name]).copy_(p)
         if self.plan.parallel == "fsdp2":
             parallel.unshard(self.plain)
         self.model.eval()

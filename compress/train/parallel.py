@@ -125,5 +125,5 @@ def unshard(module: nn.Module) -> None:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """This rank's part of a tensor, outside the autograd graph; a view, not a copy."""
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()

@@ -201,10 +201,7 @@ class Signals:
 
     def __init__(self, root: Path | str, teacher: Path, data: Packed, scheme: Scheme, *, seed: int, precision: str, log: Callable[[str], None],
                  own_folder: bool = False, worker: Worker | None = None, load: str = "plain") -> None:  # fmt: skip
-        """Below `root`, in a folder named by the meta; with `own_folder` in `root` itself, which must hold nothing else.
-
-        ValueError when `root` holds another teacher's, tokenizer's, data's or scheme's signal.
-        """
+        """In a folder below `root` named by the meta; with `own_folder` in `root` itself. ValueError when a signal of another meta is there."""
         self.teacher, self.data, self.scheme, self.log = teacher, data, scheme, log
         self.worker, self.load = worker or Worker(), load
         fields = {"sampled": ("threshold", "temperature"), "topk": ("top", "temperature")}.get(scheme.name, ())  # that decide a scheme's bytes
@@ -254,10 +251,7 @@ class Signals:
                 self._fetched[number] = self._reader.submit(self.fs.cat_file, path)
 
     def make(self, rows: int) -> None:
-        """Make this worker's part of the shards that the first `rows` sequences need; shards that exist are kept.
-
-        ResourceError when the disk has less free space than the shards will take.
-        """
+        """Make this worker's part of what lacks of the first `rows` sequences' shards. ResourceError when the disk has no place for them."""
         numbers, present = range(-(-rows // ROWS_PER_SHARD)), self._present()
         missing = [n for n in numbers if n not in present and n % self.worker.world == self.worker.rank]
         start, teacher = time.monotonic(), self._open_teacher() if missing else ()

@@ -109,10 +109,7 @@ TeacherSource = Signals | OnlineTeacher  # `read(rows)` gives tensors that `as_t
 
 
 def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, sequences: int, batch: int) -> Batches:
-    """Micro-batches of `Packed.batch` and, with a source, the teacher's tensors.
-
-    Of the step's `batch` rows every rank takes its own; kept signals of the next step are fetched while this one computes.
-    """
+    """Micro-batches of this rank's part of a step's `batch` rows. Kept signals of the next step are fetched while this one computes."""
 
     def batches(step: int, micro: int) -> list[Batch]:
         rows, following = (data.rows(seed, s * batch, batch, sequences)[parallel.rank() :: parallel.world()] for s in (step, step + 1))
@@ -125,7 +122,7 @@ def make_batches(data: Packed, source: TeacherSource | None, *, seed: int, seque
 
 
 def one_batch(data: Packed, source: TeacherSource | None, rows: list[int]) -> Batch:
-    """Rows as the loss takes them."""
+    """Rows as the loss takes them: `Packed.batch` and, with a source, the teacher's tensors."""
     return data.batch(rows) | (source.read(rows) if source else {})
 
 

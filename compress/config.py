@@ -42,7 +42,7 @@ class Packing(StrEnum):
 
 @dataclass
 class Data:
-    """Which text trains, calibrates and judges; sources as in `compress/train/sources.py`."""
+    """Which text trains, calibrates and judges; sources as in `compress/train/data.py`."""
 
     train: list[str] = field(default_factory=list)
     chat: list[str] = field(default_factory=list)

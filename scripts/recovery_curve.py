@@ -22,8 +22,7 @@ from typing import Any
 
 from compress.checkpoint import load_model
 from compress.distill.losses import Mix
-from compress.distill.schemes import Scheme
-from compress.distill.signal import Signals
+from compress.distill.signal import Scheme, Signals
 from compress.distill.steps import make_batches, make_loss, one_batch
 from compress.export.gguf import overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions

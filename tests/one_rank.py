@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 from compress.checkpoint import load_model
 from compress.distill.losses import Mix
-from compress.distill.schemes import Scheme
-from compress.distill.signal import Signals, Worker
+from compress.distill.signal import Scheme, Signals, Worker
 from compress.distill.steps import OnlineTeacher, make_batches, make_loss
 from compress.train import loop, parallel
 from compress.train.loop import Plan, train

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from compress.checkpoint import load_model, load_tokenizer
-from compress.train.data import pack
+from compress.train.data import EMBEDDED, documents, generated, pack
 from compress.train.forward import hidden_states
-from compress.train.sources import EMBEDDED, documents, generated
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -186,7 +185,7 @@ def test_with_a_mocked_gpu_and_a_mocked_vllm_the_prompts_go_there_seeded_one_by_
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("compress.train.sources.find_spec", lambda name: name == "vllm")
+    monkeypatch.setattr("compress.train.data.find_spec", lambda name: name == "vllm")
     made = generated("generated:3x6:embedded:docstrings", tiny_teacher, tmp_path, print)
     tokenizer = load_tokenizer(tiny_teacher)
     assert [params.seed for _, params in asked] == [0, 1, 2] and {params.max_tokens for _, params in asked} == {6}

@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress.checkpoint import load_model, save_model
-from compress.distill.features import FeatureLoss, check_pairs, layer_pairs, relation_kl, tapped
 from compress.distill.losses import Mix
-from compress.distill.steps import OnlineTeacher, make_loss, one_batch
+from compress.distill.steps import FeatureLoss, OnlineTeacher, check_pairs, layer_pairs, make_loss, one_batch, relation_kl, tapped
 from compress.errors import Interrupted
 from compress.stages.distill import Distill, Features
 from compress.stages.optimization import SchemeName, Signal

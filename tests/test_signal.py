@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from compress.distill.losses import Dense, Mix, head_loss
-from compress.distill.schemes import Scheme, as_target, decode, encode, sample
-from compress.distill.signal import Signals, Worker
+from compress.distill.signal import Scheme, Signals, Worker, as_target, decode, encode, sample
 from compress.errors import ResourceError
 from compress.train.forward import Head
 

@@ -13,14 +13,12 @@ from conftest import make_context
 
 from compress.checkpoint import digest, load_model
 from compress.distill.losses import Mix
-from compress.distill.schemes import Scheme
-from compress.distill.signal import Signals
+from compress.distill.signal import Scheme, Signals
 from compress.distill.steps import make_batches, make_loss, one_batch
 from compress.errors import Interrupted
 from compress.stages.distill import Distill
 from compress.train import loop
-from compress.train.loop import Plan, train
-from compress.train.optimizer import BETAS, StochasticAdamW, learning_rate, stochastic_bf16
+from compress.train.loop import BETAS, Plan, StochasticAdamW, learning_rate, stochastic_bf16, train
 
 
 def arguments(work, steps=12, **changes):

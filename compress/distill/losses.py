@@ -102,7 +102,7 @@ class _FusedHead(torch.autograd.Function):
             d_hidden = torch.empty_like(hidden_NH) if need_h else None
             empty = torch.empty_like if len(hidden_NH) else torch.zeros_like  # the first chunk overwrites it
             d_weight = (empty(weight_VH) if into_VH is None else into_VH) if need_w else None
-            d_bias = torch.zeros_like(bias_V) if bias_V is not None and need_b else None
+            d_bias = torch.zeros_like(bias_V) if need_b else None
             total = hidden_NH.new_zeros((), dtype=torch.float64)
             for start in range(0, len(hidden_NH), chunk):
                 part = slice(start, start + chunk)
@@ -113,18 +113,14 @@ class _FusedHead(torch.autograd.Function):
                     d_hidden[part] = grad_CV @ head.weight_VH
                 if d_weight is not None:
                     _add_product(d_weight, grad_CV, h_CH, fresh=into_VH is None and start == 0)
-        ctx.in_place = into_VH is not None
-        ctx.save_for_backward(*(t for t in (d_hidden, None if ctx.in_place else d_weight, d_bias) if t is not None))
+        ctx.save_for_backward(d_hidden, d_weight if into_VH is None else None, d_bias)
         return total.to(torch.float32 if compute != torch.float64 else torch.float64)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        saved, scale = list(ctx.saved_tensors), grad_outputs[0]
+        scale = grad_outputs[0]
         one = scale.device.type == "cpu" and float(scale) == 1.0  # asking a GPU would wait for it
-        need_h, need_w, need_b = ctx.needs_input_grad[:3]
-        needed = (need_h, need_w and not ctx.in_place, need_b)
-        grads = [(saved.pop(0) if one else saved.pop(0).mul_(scale)) if need else None for need in needed]
-        return (*grads, None, None, None, None, None, None, None)
+        return (*(grad if one or grad is None else grad.mul_(scale) for grad in ctx.saved_tensors), None, None, None, None, None, None, None)
 
 
 def _add_product(d_weight_VH: Tensor, grad_CV: Tensor, h_CH: Tensor, fresh: bool) -> None:

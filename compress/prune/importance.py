@@ -34,7 +34,6 @@ def drop_blocks(
 
     `entering[i]` (B, L, H) enters block i of the whole model; only what follows a dropped block is computed again.
     """
-    assert count <= len(blocks) - keep_first - keep_last
     kept, states, dropped = list(range(len(blocks))), list(entering), []
     for _ in range(count):
         for index in kept[len(states) - 1 :]:

@@ -16,10 +16,8 @@ def check_architecture(config: dict[str, Any], what: str = "pruned") -> None:
     """ValueError naming the architecture and what is allowed."""
     got = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
     if got not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture {got} can't be {what}: needed is model.layers[i].mlp with gate_proj, up_proj and down_proj;"
-            f" allowed are {', '.join(ARCHITECTURES)}"
-        )
+        needed = "needed is model.layers[i].mlp with gate_proj, up_proj and down_proj"
+        raise ValueError(f"architecture {got} can't be {what}: {needed}; allowed are {', '.join(ARCHITECTURES)}")
 
 
 def snap(width: int, multiple: int) -> int:

@@ -18,8 +18,7 @@ from compress.stages.context import Context
 from compress.stages.optimization import Optimization, Signal
 
 if TYPE_CHECKING:
-    from compress.distill.features import FeatureLoss
-    from compress.distill.steps import OnlineTeacher
+    from compress.distill.steps import FeatureLoss, OnlineTeacher
 
 
 # D of the loss; all but forward_kl need a signal with all of the teacher's probabilities
@@ -28,7 +27,7 @@ Divergence = StrEnum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_va
 
 @dataclass
 class Features:
-    """Weights of the teacher's inner states (`compress/distill/features.py`); above 0 they need signal.scheme=online."""
+    """Weights of the teacher's inner states (`compress/distill/steps.py`); above 0 they need signal.scheme=online."""
 
     layers: float = 0.0
     relations: float = 0.0
@@ -46,7 +45,7 @@ class Features:
 
     def loss(self, loss_fn: Any, student: Any, teacher: OnlineTeacher, seed: int = 0) -> FeatureLoss:
         """`loss_fn` with these terms, the teacher giving what they need. ValueError when the models allow no such term."""
-        from compress.distill.features import FeatureLoss, check_pairs, layer_pairs
+        from compress.distill.steps import FeatureLoss, check_pairs, layer_pairs
 
         depths = student.config.num_hidden_layers, teacher.model.config.num_hidden_layers
         pairs = check_pairs(self.pairs, *depths) if self.pairs else layer_pairs(*depths, depths[0] if self.blocks else 4)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from compress.train.data import Packed
 
 
-# how the teacher is seen: kept signals (`compress/distill/schemes.py`), or the teacher run at every step
+# how the teacher is seen: kept signals (`compress/distill/signal.py`), or the teacher run at every step
 SchemeName = StrEnum("SchemeName", ["sampled", "topk", "hidden", "full", "online"])
 TeacherLoad = StrEnum("TeacherLoad", ["plain", "nf4", "int8"])  # how its weights are held meanwhile
-Schedule = StrEnum("Schedule", ["cosine", "wsd"])  # how the learning rate falls (`compress/train/optimizer.py`)
+Schedule = StrEnum("Schedule", ["cosine", "wsd"])  # how the learning rate falls (`compress/train/loop.py`)
 
 
 @dataclass
@@ -51,8 +51,7 @@ class Signal:
         import torch
 
         from compress.checkpoint import load_model
-        from compress.distill.schemes import Scheme
-        from compress.distill.signal import Signals, Worker
+        from compress.distill.signal import Scheme, Signals, Worker
         from compress.distill.steps import OnlineTeacher
         from compress.train import parallel
 

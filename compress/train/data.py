@@ -9,29 +9,252 @@ that one is used up: nothing is repeated.
 only (positions start again at each), and its first token, which nothing announces, is no label; with "stream" a row is one text. Epoch e of
 training is a permutation seeded by (seed, e), so that resuming needs no replay.
 
+A *source* of documents is one string:
+
+embedded:docstrings      docstrings of the running Python's standard library (PSF licence), read with `ast`, never imported
+embedded:topics          `pydoc_data.topics`, the language reference's help texts (PSF licence)
+embedded:docstring_chat  question and answer pairs made of the docstrings' first paragraphs
+PATH                     .txt (documents split at blank lines), .jsonl / .json lines or .parquet with `text`, `messages`, or a
+                         `prompt|question` / `answer|response|completion` pair
+hub:NAME[@CONFIG]:SPLIT:FIELD   a hub dataset (FIELD as above; needs the network)
+generated:COUNTxTOKENS:PROMPTS  what the teacher writes itself on the first COUNT documents of another source
+
+The last is sequence-level distillation (arXiv 1606.07947, section 3.2), data-free where no text is at hand. Of plain text the teacher
+continues the first PROMPT_TOKENS tokens by up to TOKENS; in a chat it answers the questions anew, turn by turn. It samples at temperature 1
+from the TOP_P nucleus (arXiv 1904.09751): greedy text repeats itself. What is written is kept in the store, piece by piece, each seeded by
+its number, so that an interrupted run goes on where it stopped. On a GPU vLLM writes, where it is installed.
+
 Legend: S sequences, L positions, R rows of a batch.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
+import json
+import re
+import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from compress.checkpoint import load_tokenizer, tokenizer_digest
-from compress.store import sha256_json
-from compress.train.sources import Document, documents, generated
+from compress.checkpoint import best_device, digest, load_model, load_tokenizer, tokenizer_digest
+from compress.machine import fast_dtype
+from compress.store import sha256_json, write_whole
 
+Document = str | list[dict[str, str]]
+SKIPPED_MODULES = ("test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "__pycache__")
+MIN_CHARACTERS = 80  # shorter docstrings are one-line summaries that teach little and cost an EOS each
+PROMPT_TOKENS, TOP_P = 32, 0.95
+AT_ONCE = {"transformers": 16, "vllm": 512}  # documents of a piece
+Sample = Callable[[list[list[int]], int, int], list[str]]  # prompts' ids, tokens at most, seed -> texts
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 and label mask bool of one document
 DOCUMENTS_AT_ONCE = 1000  # tokenised together
+
+
+@cache
+def _docstrings() -> tuple[tuple[str, str], ...]:
+    root = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, str] = {}
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).parts
+        if any(part in SKIPPED_MODULES for part in parts):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            continue  # a few files of other Python versions lie in some installations
+        module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+        for name, text in _docs_below(tree, module):
+            if len(text) >= MIN_CHARACTERS:
+                found.setdefault(text, name)
+    return tuple((name, text) for text, name in found.items())
+
+
+def _docs_below(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[tuple[str, str]]:
+    if text := ast.get_docstring(node):
+        yield name, inspect.cleandoc(text)
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docs_below(child, f"{name}.{child.name}")
+
+
+def _docstring_chat() -> list[Document]:
+    chats: list[Document] = []
+    for name, text in _docstrings():
+        answer = " ".join(text.split("\n\n")[0].split())
+        if name.count(".") >= 1 and "._" not in name and MIN_CHARACTERS <= len(answer) <= 600:
+            question = f"What does `{name}` do in Python's standard library?"
+            chats.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    return chats
+
+
+EMBEDDED: dict[str, Callable[[], list[Document]]] = {
+    "docstrings": lambda: [text for _, text in _docstrings()],
+    "topics": lambda: [text.strip() for _, text in sorted(topics.items())],
+    "docstring_chat": _docstring_chat,
+}
+
+
+def _document(row: dict[str, Any], where: str) -> Document:
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(row.get("messages"), list):
+        return row["messages"]
+    question = row.get("prompt", row.get("question"))
+    answer = row.get("answer", row.get("response", row.get("completion")))
+    if isinstance(question, str) and isinstance(answer, str):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    raise ValueError(f"{where} has the fields {sorted(row)}; needed: text, messages, or prompt|question with answer|response|completion")
+
+
+def _json_line(line: str, where: str) -> Document:
+    try:
+        return _document(json.loads(line), where)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error.msg}); one JSON object a line is needed") from error
+
+
+def _from_hub(source: str) -> list[Document]:
+    match = re.fullmatch(r"hub:([^:@]+)(?:@([^:]+))?:(.+):(\w+)", source)
+    if not match:
+        raise ValueError(f"data source {source!r} is not hub:NAME[@CONFIG]:SPLIT:FIELD, as in hub:Salesforce/wikitext@wikitext-2-raw-v1:test:text")
+    try:
+        return list(_from_datasets(match[1], name=match[2], split=match[3], field=match[4]))
+    except OSError as error:
+        why = type(error).__name__
+        raise ValueError(f"data source {source} can't be had ({why}); check the name and the network, or use a local file") from error
+
+
+def _from_datasets(path: str, field: str | None = None, **how: Any) -> Iterator[Document]:
+    import datasets
+
+    for number, row in enumerate(datasets.load_dataset(path, **how)):
+        yield row[field] if field else _document(row, f"{path}, row {number}")
+
+
+def documents(source: str) -> list[Document]:
+    """All documents of a source. ValueError when it is unknown, missing, malformed or has no text."""
+    kind, _, name = source.partition(":")
+    if kind == "embedded":
+        if name not in EMBEDDED:
+            raise ValueError(f"data source {source!r} is unknown; embedded sources are {', '.join(sorted(EMBEDDED))}")
+        found = EMBEDDED[name]()
+    else:
+        found = _from_hub(source) if kind == "hub" else _from_file(Path(source).expanduser())
+    if not any(document.strip() if isinstance(document, str) else document for document in found):
+        raise ValueError(f"data source {source} has no usable text; give a file with at least one document")
+    return found
+
+
+def _from_file(path: Path) -> list[Document]:
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist; sources are embedded:NAME, hub:NAME:SPLIT:FIELD or a .txt, .jsonl or .parquet file")
+    if path.suffix == ".txt":
+        return [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    if path.suffix in (".jsonl", ".json"):
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        return [_json_line(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    if path.suffix == ".parquet":
+        return list(_from_datasets("parquet", data_files=str(path), split="train"))
+    raise ValueError(f"data file {path} ends in {path.suffix!r}; allowed: .txt, .jsonl, .json (one object a line), .parquet")
+
+
+def generated(source: str, teacher: Path, folder: Path, log: Callable[[str], None]) -> list[Document]:
+    """The documents of a `generated:` source. ValueError when it is malformed or its prompts are too few."""
+    match = re.fullmatch(r"generated:(\d+)x(\d+):(.+)", source)
+    if not match:
+        raise ValueError(f"data source {source!r} is not generated:COUNTxTOKENS:PROMPTS, as in generated:200x128:embedded:docstrings")
+    count, tokens, prompts = int(match[1]), int(match[2]), documents(match[3])[: int(match[1])]
+    if len(prompts) < count or not tokens:
+        wanted = f"data source {source!r} wants {count} prompts and {tokens} tokens"
+        raise ValueError(f"{wanted}; {match[3]} has {len(prompts)} documents, tokens start at 1")
+    engine = "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
+    key = sha256_json([digest(teacher), prompts, tokens, PROMPT_TOKENS, TOP_P, engine, AT_ONCE[engine]])[:32]
+    whole = folder / f"generated-{key}.jsonl"
+    if not whole.is_file():
+        _write(whole.with_suffix(".part"), prompts, tokens, teacher, engine, log)
+        whole.with_suffix(".part").replace(whole)
+    return [json.loads(line) for line in whole.read_text(encoding="utf-8").splitlines()]
+
+
+def _write(part: Path, prompts: list[Document], tokens: int, teacher: Path, engine: str, log: Callable[[str], None]) -> None:
+    """Append what is missing to `part`, a piece at a time; a torn last piece is written again."""
+    lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.is_file() else []
+    piece, begun = AT_ONCE[engine], time.monotonic()
+    done = len([line for line in lines if line.endswith("\n")]) // piece * piece
+    part.write_text("".join(lines[:done]), encoding="utf-8")
+    tokenizer = load_tokenizer(teacher)
+    sample = _vllm(teacher, tokenizer) if engine == "vllm" else _transformers(teacher, tokenizer)
+    for start in range(done, len(prompts), piece):
+        some = prompts[start : start + piece]
+        made = [_answered(sample, tokenizer, d, tokens, start + i) if isinstance(d, list) else None for i, d in enumerate(some)]
+        texts = iter(_continued(sample, tokenizer, [d for d in some if isinstance(d, str)], tokens, start))
+        with part.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(next(texts) if document is None else document) + "\n" for document in made)
+        written = start + len(some)
+        left = (time.monotonic() - begun) / (written - done) * (len(prompts) - written)
+        log(f"teacher writes {written}/{len(prompts)} documents, {left:.0f} s left")
+
+
+def _transformers(teacher: Path, tokenizer: Any) -> Sample:
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model: Any = load_model(teacher, torch.bfloat16 if fast_dtype() == "bf16" else torch.float32)
+    model.to(best_device())
+
+    @torch.inference_mode()
+    def sample(prompts: list[list[int]], tokens: int, seed: int) -> list[str]:
+        torch.manual_seed(seed)
+        batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+        how = {"do_sample": True, "top_p": TOP_P, "top_k": 0, "temperature": 1.0, "pad_token_id": tokenizer.pad_token_id}
+        out = model.generate(**batch, max_new_tokens=tokens, **how)
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in out[:, batch["input_ids"].shape[1] :]]
+
+    return sample
+
+
+def _vllm(teacher: Path, tokenizer: Any) -> Sample:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(teacher), dtype="bfloat16")
+
+    def sample(prompts: list[list[int]], tokens: int, seed: int) -> list[str]:
+        each = [SamplingParams(temperature=1.0, top_p=TOP_P, max_tokens=tokens, seed=seed + i) for i in range(len(prompts))]
+        done = engine.generate([{"prompt_token_ids": ids} for ids in prompts], each, use_tqdm=False)
+        return [tokenizer.decode(one.outputs[0].token_ids, skip_special_tokens=True) for one in done]
+
+    return sample
+
+
+def _continued(sample: Sample, tokenizer: Any, texts: list[str], tokens: int, seed: int) -> list[str]:
+    if not texts:
+        return []
+    prompts = [ids[:PROMPT_TOKENS] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    return [tokenizer.decode(ids) + text for ids, text in zip(prompts, sample(prompts, tokens, seed), strict=True)]
+
+
+def _answered(sample: Sample, tokenizer: Any, turns: list[dict[str, str]], tokens: int, seed: int) -> list[dict[str, str]]:
+    """The same questions with the teacher's own answers."""
+    said: list[dict[str, str]] = []
+    for turn in turns:
+        if turn["role"] == "assistant":
+            rendered = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            turn = turn | {"content": sample([ids], tokens, seed + len(said))[0].strip()}
+        said.append(turn)
+    return said
 
 
 @dataclass(frozen=True)
@@ -110,10 +333,7 @@ def _mixed(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[To
 
 def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, weights: list[float] | None = None, packing: str = "stream",
          log: Callable[[str], None] = lambda message: None) -> Packed:  # fmt: skip
-    """Documents of `sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content.
-
-    ValueError when there are fewer tokens than one sequence needs.
-    """
+    """`sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content. ValueError when they don't fill one sequence."""
     texts = [generated(s, teacher, cache_dir, log) if s.startswith("generated:") else documents(s) for s in sources]
     named = {"tokenizer": tokenizer_digest(teacher), "texts": sha256_json(texts), "seq_len": seq_len, "weights": weights or [], "schema": 2}
     path = cache_dir / f"{sha256_json(named)}.safetensors"
@@ -127,9 +347,7 @@ def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, we
         count = len(ids) // (seq_len + 1) * (seq_len + 1)
         if count == 0:
             raise ValueError(f"{sources} hold {len(ids)} tokens, one sequence needs {seq_len + 1}; add text or lower data.seq_len")
-        beside = path.with_suffix(".part")
-        save_file({name: torch.from_numpy(column[:count]) for name, column in (("ids", ids), ("mask", mask), ("first", first))}, beside)
-        beside.replace(path)
+        write_whole(path, save({name: torch.from_numpy(column[:count]) for name, column in (("ids", ids), ("mask", mask), ("first", first))}))
     ids_SL, mask_SL, first_SL = (load_file(path)[name].view(-1, seq_len + 1) for name in ("ids", "mask", "first"))
-    digest = sha256_json([path.stem, packing])
-    return Packed(ids_SL, mask_SL, digest) if packing == "stream" else Packed(ids_SL, mask_SL & ~first_SL, digest, first_SL)
+    name = sha256_json([path.stem, packing])
+    return Packed(ids_SL, mask_SL, name) if packing == "stream" else Packed(ids_SL, mask_SL & ~first_SL, name, first_SL)

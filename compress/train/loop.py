@@ -1,26 +1,38 @@
 """The one training loop: distillation, LoRA and quantization-aware training all run through `train`.
 
 Each step accumulates the gradient of a loss *sum* over its micro-batches (and, with several processes, over their rows), then
-divides once by the number of labels, clips to a global norm and takes one optimizer step (`optimizer.py`). With bf16 precision,
+divides once by the number of labels, clips to a global norm and takes one optimizer step. With bf16 precision,
 forward passes run under bf16 autocast over fp32 masters; with bf16_stochastic the weights themselves are bf16.
 
 Ctrl-C and SIGTERM finish the step, save the state and stop; after kill -9 at most SAVE_SECONDS of work is lost. Either way the same
-command goes on from there and ends in the same bytes (`state.py`). When memory runs out, the micro-batch is halved and the step taken again.
+command goes on from there and ends in the same bytes: batches and random numbers are pure functions of the step, tensors lie in safetensors
+and the rest in JSON. With sharded parameters each rank writes its own shards, and a resumed run needs as many ranks. When memory runs out,
+the micro-batch is halved and the step taken again.
 
 With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; training returns the best
 weights, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
+
+The optimizer is AdamW (arXiv 1711.05101) under a schedule, over fp32 masters or over bf16 weights with stochastic rounding:
+
+    cosine   lr(t) = peak * warm(t) * (floor + (1 - floor) * (1 + cos(pi t / steps)) / 2)           (arXiv 1608.03983)
+    wsd      warm-up, then the peak, then over the last `decay_fraction` of the steps linearly to the floor    (arXiv 2404.06395, section 4)
+
+with warm(t) = min(1, (t + 1) / warmup). bf16 has 8 significant bits: an update below 1/512 of a weight would vanish under rounding to
+nearest. Rounding up with probability (x - down) / (up - down) keeps it in expectation (arXiv 2010.06192, section 3), so that
+weights need 2 bytes instead of a master copy's 4; the moments stay fp32.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,21 +41,23 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress.errors import Interrupted, is_memory
+from compress.store import commit
 from compress.train import parallel
-from compress.train.cpu import use_cpu_kernels
-from compress.train.optimizer import learning_rate, make_optimizer
-from compress.train.state import load_state, named_locals, save_state
+from compress.train.forward import use_cpu_kernels
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 SAVE_SECONDS, LINE_SECONDS = 60.0, 20.0  # between two states, and two progress lines
+LR_FLOOR = 0.1  # of the peak: the usual end of a cosine schedule in distillation (Minitron, arXiv 2407.14679, table 9)
+BETAS = (0.9, 0.95)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How `train` optimizes; fields as in `stages/optimization.py` and `config.Trainer`."""
 
     steps: int
@@ -67,6 +81,45 @@ class Result(NamedTuple):
     curve: list[dict[str, float]]  # a row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "seconds"} a step
     measured: list[dict[str, float]]  # a row {"step", "tokens", "seconds", "validation_kl"} a measurement; all of the steps before it
     outcome: dict[str, float]  # the best step and what it brought
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, schedule: str = "cosine", decay_fraction: float = 0.2) -> float:
+    """The schedules of the module's docstring, steps counted from 0."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    wsd, cosine = min(1.0, (steps - step) / max(1, round(decay_fraction * steps))), 0.5 * (1 + math.cos(math.pi * step / steps))
+    share = cosine if schedule == "cosine" else wsd
+    return peak * warm * (LR_FLOOR + (1 - LR_FLOOR) * share)
+
+
+def stochastic_bf16(x: Tensor) -> Tensor:
+    """fp32 to bf16, up or down at random so that the expectation is x; draws from torch's global generator."""
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW without weight decay on bf16 weights; fp32 moments under torch's own names."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": BETAS, "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            (b1, b2), lr, eps = group["betas"], group["lr"], group["eps"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"step": torch.tensor(0.0), **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}}
+                state["step"] += 1
+                t, gradient = float(state["step"]), p.grad.float()
+                state["exp_avg"].lerp_(gradient, 1 - b1)
+                state["exp_avg_sq"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+                root = (state["exp_avg_sq"] / (1 - b2**t)).sqrt_().add_(eps)
+                p.copy_(stochastic_bf16(p.float().addcdiv_(state["exp_avg"], root, value=-lr / (1 - b1**t))))
 
 
 class LossModule(nn.Module):
@@ -121,7 +174,7 @@ class Trainer:
     """The model wrapped for its devices, its optimizer, and the state that a resumed run needs."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, plan: Plan, work: Path) -> None:
-        self.plan, self.model = plan, model
+        self.plan, self.model, self.work = plan, model, work
         if plan.precision == "bf16_stochastic":
             model.to(torch.bfloat16)
         use_cpu_kernels(model)
@@ -135,11 +188,58 @@ class Trainer:
         else:
             self.module = self.accelerator.prepare(self.module)
         self.plain = self.accelerator.unwrap_model(self.module)
-        self.parameters = [p for p in self.plain.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, plan.lr)
-        self.replicated = plan.parallel != "fsdp2"  # whether every rank's state is the same
-        new: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
-        self.state, self.best = load_state(work, self.plain, self.optimizer, self.replicated) or (new, {})
+        self.trained = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
+        parameters = list(self.trained.values())
+        if parameters[0].dtype == torch.bfloat16:
+            self.optimizer: torch.optim.Optimizer = StochasticAdamW(parameters, plan.lr)
+        else:
+            self.optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=BETAS, weight_decay=0.0, fused=True)
+        self.ranks = parallel.world() if plan.parallel == "fsdp2" else 1  # that save: elsewhere every rank's state is the same
+        self.state: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
+        self.best: dict[str, Tensor] = {}
+        self._load()
+
+    def save(self) -> None:
+        """Make the state durable as `<work>/state-<step>/`, the older one going last: a kill at any moment leaves one whole. All ranks call it."""
+        beside, final = self.work / ".state.part", self.work / f"state-{self.state['step']:08d}"
+        if parallel.rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        parallel.wait()
+        if parallel.rank() < self.ranks:
+            tensors = {f"best/{name}": p for name, p in self.best.items()}
+            for name, p in self.trained.items():
+                tensors[f"param/{name}"] = parallel.local(p).contiguous()
+                if p in self.optimizer.state:
+                    tensors |= {f"{moment}/{name}": parallel.local(self.optimizer.state[p][moment]).contiguous() for moment in MOMENTS}
+            save_file(tensors, beside / f"tensors-{parallel.rank()}.safetensors")
+        parallel.wait()
+        if parallel.rank() == 0:
+            (beside / "state.json").write_text(json.dumps(self.state | {"ranks": self.ranks}))
+            commit(beside, final)
+            for older in set(self.work.glob("state-*")) - {final}:
+                shutil.rmtree(older)
+
+    def _load(self) -> None:
+        """Restore the newest whole state if there is one. ValueError when it was sharded over another number of processes."""
+        parallel.wait()  # nobody reads before everybody has stopped writing
+        newest = max(self.work.glob("state-*"), default=None)
+        if newest is None:
+            return
+        self.state = json.loads((newest / "state.json").read_text())
+        if (ranks := self.state.pop("ranks")) != self.ranks:
+            now = parallel.world()
+            raise ValueError(f"{newest} was saved by {ranks} sharded processes, this run has {now}; use as many, or delete it to start anew")
+        tensors = load_file(newest / f"tensors-{min(parallel.rank(), self.ranks - 1)}.safetensors")
+        for name, p in self.trained.items():
+            parallel.local(p).copy_(tensors[f"param/{name}"])
+            if f"{MOMENTS[0]}/{name}" in tensors:
+                moments = {m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}  # placed, and sharded, like the parameter
+                for m in MOMENTS:
+                    parallel.local(moments[m]).copy_(tensors[f"{m}/{name}"])
+                self.optimizer.state[p] = {**moments, "step": torch.tensor(float(self.state["step"]), dtype=torch.float32)}
+            if f"best/{name}" in tensors:
+                self.best[name] = tensors[f"best/{name}"].to(p.device)
 
     def step(self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]) -> dict[str, float]:
         """One optimizer step; its row of the curve. With less and less memory, smaller micro-batches."""
@@ -157,10 +257,9 @@ class Trainer:
                     raise
                 self.state["micro"] = max(1, self.state["micro"] // 2)
             self.optimizer.zero_grad(set_to_none=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing where no GPU is in use
             log(f"{where}: out of memory; going on with micro-batches of {self.state['micro']} sequences")
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = [p.grad for p in self.trained.values() if p.grad is not None]
         clip = min(1.0, plan.grad_clip / (norm + 1e-6))
         torch._foreach_mul_(grads, clip * parallel.world() / count)  # the one division: from sums to means
         self.optimizer.step()
@@ -183,10 +282,10 @@ class Trainer:
         loss, count = parallel.total(loss, count)
         if count == 0:
             raise ValueError(f"{where}: the batch has no label to learn from; the answers are longer than data.seq_len or the data is empty")
-        norm_tensor = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm_tensor = torch.nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
         norm = float(norm_tensor.full_tensor() if hasattr(norm_tensor, "full_tensor") else norm_tensor) * parallel.world() / count
         if not math.isfinite(loss) or not math.isfinite(norm):
-            named = ((name, p.grad) for name, p in self.plain.named_parameters() if p.grad is not None)
+            named = ((name, p.grad) for name, p in self.trained.items() if p.grad is not None)
             bad = next((name for name, grad in named if not parallel.local(grad).isfinite().all()), "the loss")
             raise FloatingPointError(f"{where}: {bad} is not finite (loss {loss / count}); lower the learning rate or use trainer.precision=fp32")
         return loss, count, norm
@@ -205,14 +304,13 @@ class Trainer:
         self.state["measured"].append({"step": self.state["step"], "tokens": round(tokens), "seconds": seconds, "validation_kl": kl})
         if kl < self.state["best_kl"]:
             self.state |= {"best_kl": kl, "best_step": self.state["step"]}
-            self.best = {name: p.clone() for name, p in named_locals(self.plain).items()}
+            self.best = {name: parallel.local(p).clone() for name, p in self.trained.items()}
         return kl
 
     def finish(self) -> None:
         """Leave the best weights, whole, in the model. Ranks but the first end here."""
-        with torch.no_grad():
-            for name, p in named_locals(self.plain).items():
-                p.copy_(self.best.get(name, p))
+        for name, p in self.best.items():
+            parallel.local(self.trained[name]).copy_(p)
         if self.plan.parallel == "fsdp2":
             parallel.unshard(self.plain)
         self.model.eval()
@@ -250,7 +348,7 @@ def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int],
             shown(step + 1, row["loss"], row["tokens_per_sec"])
             stop, late = parallel.total(caught[0] if caught else 0, parallel.rank() == 0 and time.monotonic() - saved_at > SAVE_SECONDS)
             if stop or (late and step + 1 < plan.steps):
-                save_state(work, trainer.plain, trainer.optimizer, state, trainer.best, trainer.replicated)
+                trainer.save()
                 saved_at = time.monotonic()
             if stop:
                 log(f"{label}: state saved after step {step + 1} of {plan.steps}; repeat the command to go on")

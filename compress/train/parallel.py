@@ -42,19 +42,17 @@ def world() -> int:
 
 def share(value: Any = None) -> Any:
     """Rank 0's value, on every rank."""
-    if world() == 1:
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    if world() > 1:
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def total(*numbers: float) -> list[float]:
     """Sums over ranks, in float64."""
-    if world() == 1:
-        return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(sums)
+    if world() > 1:
+        dist.all_reduce(sums)
     return sums.tolist()
 
 
@@ -74,11 +72,9 @@ def followers(processes: int, command: list[str]) -> Iterator[None]:
         with group() if "RANK" in os.environ else nullcontext():
             yield
         return
-    count, port = str(processes), str(get_free_port())
-    ranks = [
-        {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(i), "LOCAL_RANK": str(i)}
-        for i in range(processes)
-    ]
+    count = str(processes)
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+    ranks = [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
     line = [sys.executable, "-m", "compress", *command]
     children = [subprocess.Popen(line, env=os.environ | own, stdout=subprocess.DEVNULL) for own in ranks[1:]]
     os.environ |= ranks[0]
@@ -122,15 +118,12 @@ def shard(module: nn.Module, model: Any, precision: str) -> nn.Module:
 
 def unshard(module: nn.Module) -> None:
     """Put whole, plain parameters back into every submodule; each rank ends up with all of them."""
-    whole: dict[int, nn.Parameter] = {}
+    sharded: list[Any] = [p for p in module.parameters() if hasattr(p, "full_tensor")]
+    whole = {id(p): nn.Parameter(p.full_tensor().detach(), requires_grad=p.requires_grad) for p in sharded}
     for submodule in module.modules():
-        for name, p in list(submodule._parameters.items()):
-            if p is not None and hasattr(p, "full_tensor"):
-                if id(p) not in whole:
-                    whole[id(p)] = nn.Parameter(p.full_tensor().detach(), requires_grad=p.requires_grad)
-                submodule._parameters[name] = whole[id(p)]
+        submodule._parameters.update({name: whole.get(id(p), p) for name, p in submodule._parameters.items()})
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """This rank's part of a tensor, outside the autograd graph; a view, not a copy."""
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()

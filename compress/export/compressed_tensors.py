@@ -16,8 +16,6 @@ sources it reads packed embeddings of symmetric grids where a model hands them t
 Left out: several grids in one directory (transformers' loader takes one scheme for all), activations as integers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ imported when it is used, since reading the configuration comes here:
     check_architecture(config)                  ValueError when an architecture, as a transformers config, has no place in it
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ what their blocks hold; MIXED gives each matrix the type of its codes. 1-D tenso
 Left out: llama.cpp's own mixtures such as Q4_K_M (Q4_K here is Q4_K throughout), rope scaling, experts, attention biases of Llama: refused by name.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections import Counter

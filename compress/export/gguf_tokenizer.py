@@ -9,8 +9,6 @@ becomes [198, 198, 33].)
 Left out: SentencePiece and Unigram tokenizers, and normalizers other than Qwen2's NFC, which llama.cpp does not apply.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -15,8 +15,6 @@ Left out: other grids (MatMulNBits has no 5 bits, and no zero point is q4_1's mi
 Shapes: L length, N outputs, K inputs, V vocabulary, D head width.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -16,8 +16,6 @@ that torch runs; others: integer types of llama.cpp, whose kernels round activat
 Legend: N tokens, C tokens a chunk, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol

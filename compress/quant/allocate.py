@@ -9,8 +9,6 @@ and, errors of different matrices being nearly independent, costs add up. Chosen
 multiple-choice knapsack, solved exactly as an integer program (HiGHS, through scipy). Left out: grids chosen anew after training.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Collection

@@ -10,8 +10,6 @@ by llm-compressor. Its `amp` is off, as it would round the weights
 themselves to bf16, off the grid; autocast around the call leaves them in fp32.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from collections.abc import Callable

@@ -14,8 +14,6 @@ Left out: AWQ's clipping, which a search of scales does on the grid itself.
 Letters: C channels of the inputs, R rows, N tokens, K channels of the maker.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

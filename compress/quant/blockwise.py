@@ -8,8 +8,6 @@ sequential" order). A tied embedding goes first, measured as a head by the unqua
 Legend: B sequences, L tokens of one, H hidden, C channels.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress

@@ -6,8 +6,6 @@ torch releases the interpreter lock inside operations, so plain threads scale. T
 depend on the number of threads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache

@@ -4,8 +4,6 @@ A quantized checkpoint is a plain fp32 one whose matrices equal what these codes
 `NAME.codes` (R, C) and `NAME.scales`, and the metadata `grids`, a JSON object that names each matrix's grid.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -25,8 +25,6 @@ the master. Scales are buffers (`<module>.quant_scales`). The subclass can't be 
 first.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

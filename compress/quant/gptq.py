@@ -13,8 +13,6 @@ order would need scales chosen before any error is known.
 Letters: R rows, C columns, K columns of one block. Working arrays are transposed, so that a column is contiguous.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -14,8 +14,6 @@ Hadamard matrices are Sylvester's, of order 2^k; other widths m 2^k take the pro
 with random signs (a randomized Hadamard transform). Left out: learned rotations, and those that need a transform at run time.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ merged into the unquantized base. The adapter itself is kept in `adapter/`, neve
 second time. Embeddings and head are never adapted: with tied weights one of the two updates would be lost on reload.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ loss is KL(p || student) from a cached signal. With `learn_from` parent, p is th
 (LLM-QAT, arXiv 2305.17888, section 3.1); with teacher, quantization-aware distillation, it is the recipe's teacher.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path

@@ -11,8 +11,6 @@ codes and numbers that its format's own plain rounding picks, and for GGUF files
 the code is that of q = 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

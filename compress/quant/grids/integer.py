@@ -17,8 +17,6 @@ the weight of largest magnitude takes the code -8 (llama.cpp's rule, so int4_g32
     int8          the same with a scale for a whole row of any length                                8 + 32 / row length bits
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

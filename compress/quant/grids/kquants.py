@@ -25,8 +25,6 @@ compiler contracts (gcc on arm64) may write other bytes. A group's codes stay th
 to an integer, is 0: they decode to one value anyway, but the bytes of the file show them.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -22,8 +22,6 @@ stored scale, the plain rule's included, has the least sum(h (x - s q)^2) with i
 the rule. The sign of d is free: a negative d turns the grid -8..7 into -7..8.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -25,7 +25,7 @@ the master. Scales are buffers (`<module>.quant_scales`). The subclass can't be 
 first.
 """
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,19 +63,17 @@ class _Snapped:
         key = (id(w), w.data_ptr(), id(scales), scales._version, self.steps[0], *(-1 if part is None else part._version for part in parts))
         if key != self.key:
             self.scales = learned(scales, parts[1])
-            self._refresh(self.master(), self.scales)
+            with torch.inference_mode(False), torch.no_grad():
+                master = self.master()
+                if self.values.shape != master.shape or self.values.device != master.device:
+                    self.values = torch.empty_like(master, memory_format=torch.contiguous_format, requires_grad=False)
+                self.grid.snap(master, self.scales, self.values)
             self.key, self.linked = key, None
         if not (torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)):
             return self.values
         if self.linked is None:
             self.linked = cast(Tensor, _StraightThrough.apply(*parts, self))
         return self.linked
-
-    def _refresh(self, w: Tensor, scales: Tensor) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            if self.values.shape != w.shape or self.values.device != w.device:
-                self.values = torch.empty_like(w, memory_format=torch.contiguous_format, requires_grad=False)
-            self.grid.snap(w, scales, self.values)
 
     def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """From d loss / d values (R, C) to those of `parts` that are needed: (R, C), (R, C / block), (r, C), (R, r)."""
@@ -116,19 +114,16 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
     """
     if hasattr(model, "fake_quant"):
         raise ValueError("the model is fake-quantized already: call finish before attaching again")
-    layout: dict[str, str] = {}
-    chosen, places = [], []
+    chosen = []
     for name, home, modules in quantizable(model):
         weight = cast(Tensor, home.weight)
         if weight.dtype != torch.float32:
             raise ValueError(f"{name} is {weight.dtype}: masters must be fp32; load the model as torch.float32")
-        layout[name] = grids if isinstance(grids, str) else grids[name]
-        grid = GRIDS[layout[name]]
+        grid = GRIDS[grids if isinstance(grids, str) else grids[name]]
         found = grid.search(weight, name=name) if scales == "search" and grid.searches else grid.encode(weight, name)[1]
-        chosen.append((grid, home, modules, found))
-        places.append((name, home, modules))
+        chosen.append((grid, (name, home, modules), found))
     steps, snaps = [0], []
-    for grid, home, modules, found in chosen:
+    for grid, (_, home, modules), found in chosen:
         home.register_buffer("quant_scales", found)
         if scales == "learned" and grid.searches:
             home.register_parameter("quant_shift", nn.Parameter(torch.zeros_like(found, dtype=torch.float32)))
@@ -136,24 +131,20 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
             weight = cast(nn.Parameter, home._parameters["weight"]).requires_grad_(False)
             home.register_parameter("quant_a", nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5)))
             home.register_parameter("quant_b", nn.Parameter(weight.new_zeros(len(weight), rank)))
-        snapped = _Snapped(home, grid, steps)
-        snaps.append(snapped)
+        snaps.append(_Snapped(home, grid, steps))
         for module in modules:
-            _swap(module, snapped)
-    model.fake_quant = _Attached(layout, places, snaps, _count(steps))  # type: ignore[assignment]
+            _swap(module, snaps[-1])
 
-
-class _Attached:
-    def __init__(self, layout: dict[str, str], places: list[tuple[str, nn.Module, list[nn.Module]]], snaps: list[_Snapped],
-                 hook: RemovableHandle) -> None:  # fmt: skip
-        self.layout, self.places, self.snaps, self.hook = layout, places, snaps, hook
-
-
-def _count(steps: list[int]) -> RemovableHandle:
-    def hook(*_: Any) -> None:
+    def count(*_: Any) -> None:
         steps[0] += 1
 
-    return register_optimizer_step_post_hook(hook)
+    model.fake_quant = _Attached([place for _, place, _ in chosen], snaps, register_optimizer_step_post_hook(count))  # type: ignore[assignment]
+
+
+class _Attached(NamedTuple):
+    places: list[tuple[str, nn.Module, list[nn.Module]]]
+    snaps: list[_Snapped]
+    hook: RemovableHandle
 
 
 def _swap(module: nn.Module, snapped: _Snapped) -> None:
@@ -174,8 +165,8 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
         del home._buffers["quant_scales"]
         for part in ("quant_shift", "quant_a", "quant_b"):
             home._parameters.pop(part, None)
-        weight, grid = cast(nn.Parameter, home.weight).requires_grad_(True), attached.layout[name]
-        made[name] = bake(weight, Quantized(grid, GRIDS[grid].codes(master, scales), scales))
+        weight, grid = cast(nn.Parameter, home.weight).requires_grad_(True), snapped.grid
+        made[name] = bake(weight, Quantized(grid.name, grid.codes(master, scales), scales))
     attached.hook.remove()
     del model.fake_quant
     return made

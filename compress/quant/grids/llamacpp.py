@@ -27,16 +27,14 @@ from torch import Tensor
 
 from compress.quant.grids.grid import Grid, inverse
 
-BLOCK = 32
-
 
 def _fp16(scale: Tensor) -> Tensor:
     return scale.clamp(-65504.0, 65504.0).half()
 
 
-def as_bytes(x: Tensor, count: int) -> Tensor:
-    """fp16 or int8 of N blocks -> (N, count) uint8."""
-    return x.contiguous().view(torch.uint8).view(-1, count)
+def as_bytes(x: Tensor) -> Tensor:
+    """fp16 or int8 (N, K) -> their bytes, uint8 (N, any)."""
+    return x.contiguous().view(torch.uint8)
 
 
 def halves(codes: Tensor) -> Tensor:
@@ -81,8 +79,7 @@ class OneScale(Grid):
         x = rows.t().contiguous()
         hx = x if h is None else h * x
         peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]
-        top = torch.zeros_like(peak)
-        best = torch.zeros_like(peak)
+        top, best = torch.zeros_like(peak), torch.zeros_like(peak)
         for target in self.targets:
             gain, scale = self._fit(x, hx, h, inverse(peak / target))
             better = gain > top
@@ -115,9 +112,8 @@ class Q4_0(OneScale):
     low, high, offset = -8, 7, 8
     targets = tuple(t + k / 5 for t in (-8.0, 7.0) for k in range(-4, 5))
 
-    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        blocks = torch.cat([as_bytes(scales, 2), halves(codes.reshape(-1, 2, 16))], dim=1)
-        return blocks.view(codes.shape[0], -1)
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        return [as_bytes(scales), halves(codes.view(-1, 2, 16))]
 
 
 class Q4_1(Grid):
@@ -135,9 +131,8 @@ class Q4_1(Grid):
         step, floor = stored.float()[:, :, None].split(1, dim=1)
         return step, floor
 
-    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        blocks = torch.cat([as_bytes(scales, 4), halves(codes.reshape(-1, 2, 16))], dim=1)
-        return blocks.view(codes.shape[0], -1)
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        return [as_bytes(scales), halves(codes.view(-1, 2, 16))]
 
 
 class Q5_0(OneScale):
@@ -147,11 +142,10 @@ class Q5_0(OneScale):
     low, high, offset = -16, 15, 16
     targets = tuple(t + k / 5 for t in (-16.0, 15.0) for k in range(-4, 5))
 
-    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        q = codes.reshape(-1, 4, 8)
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        q = codes.view(-1, 4, 8)
         fifth = ((q >> 4) << torch.arange(8, dtype=torch.uint8, device=q.device)).sum(-1, dtype=torch.uint8)
-        blocks = torch.cat([as_bytes(scales, 2), fifth, halves((q & 15).view(-1, 2, 16))], dim=1)
-        return blocks.view(codes.shape[0], -1)
+        return [as_bytes(scales), fifth, halves((q & 15).view(-1, 2, 16))]
 
 
 class Q8_0(OneScale):
@@ -168,5 +162,5 @@ class Q8_0(OneScale):
         whole = x.trunc()
         return whole.add_(x.sub_(whole).mul_(2).trunc_())  # the fraction is exact, so this is C's roundf
 
-    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return torch.cat([as_bytes(scales, 2), as_bytes(codes, BLOCK)], dim=1).view(codes.shape[0], -1)
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        return [as_bytes(scales), as_bytes(codes)]

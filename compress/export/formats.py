@@ -79,6 +79,15 @@ def parse(name: str) -> tuple[Format, str, Type]:
     return FORMATS[kind], type, FORMATS[kind].types[type]
 
 
+def check_config(config: Any, kind: str, instead: str, **allowed: tuple[Any, ...]) -> None:
+    """ValueError when a transformers config says what a file of `kind` can't, naming what is allowed and what to do `instead`."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for key, values in allowed.items():
+        got = rope.get(key, "default") if key == "rope_type" else getattr(config, key, None)
+        if got not in values:
+            raise ValueError(f"{key} {got!r} can't be written as {kind}; allowed: {', '.join(map(str, values))}; {instead}")
+
+
 def slot_of(name: str) -> tuple[str, str]:
     """Slot and technique of its record: gguf_q4_0, export_gguf for gguf:Q4_0."""
     return name.lower().replace(":", "_"), f"export_{name.partition(':')[0]}"

@@ -104,8 +104,14 @@ def strings(tokenizer: Any, rows: Tensor, count: int = 1000) -> Iterator[str]:
 
 def parity(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
     """`figures`, or ValueError naming every figure that is beyond its limit."""
-    measured = figures(checkpoint, file, name, heldout, shipped, threads)
-    _refuse(measured, name, file)
+    measured, exact = figures(checkpoint, file, name, heldout, shipped, threads), parse(name)[2].exact
+    limits = {key: 0.0 for key in measured if key.endswith(("_differing", "_flag"))} | (EXACT_LIMITS if exact else INTEGER_LIMITS)
+    bad = [f"{key} is {measured[key]:.6g}, at most {limit:g} is allowed" for key, limit in limits.items() if not measured[key] <= limit]
+    least = 1.0 if exact else TOP1_LEAST
+    if measured["parity_top1_beyond_gap"] < least:
+        bad.append(f"parity_top1_beyond_gap is {measured['parity_top1_beyond_gap']:.6f}, at least {least:g} is needed")
+    if bad:
+        raise ValueError(f"{file.name} is not the checkpoint it was made of and is not bundled: {'; '.join(bad)}; report this with the recipe")
     return measured
 
 
@@ -129,17 +135,6 @@ def figures(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: S
     measured["parity_greedy_tokens_count"], measured["parity_greedy_gap_nats"] = greedy(twin, written, prompt)
     ends = twin.config.eos_token_id  # one id, or several of which the tokenizer's must be one
     allowed = set(ends if isinstance(ends, list) else [ends])
-    measured |= {"parity_strings_differing": differing}
+    measured["parity_strings_differing"] = differing
     measured["parity_eos_differing_flag"] = float(not {tokenizer.eos_token_id} <= found <= allowed)
     return measured
-
-
-def _refuse(measured: dict[str, float], name: str, file: Path) -> None:
-    exact = parse(name)[2].exact
-    limits = {name: 0.0 for name in measured if name.endswith(("_differing", "_flag"))} | (EXACT_LIMITS if exact else INTEGER_LIMITS)
-    bad = [f"{name} is {measured[name]:.6g}, at most {limit:g} is allowed" for name, limit in limits.items() if not measured[name] <= limit]
-    least = 1.0 if exact else TOP1_LEAST
-    if measured["parity_top1_beyond_gap"] < least:
-        bad.append(f"parity_top1_beyond_gap is {measured['parity_top1_beyond_gap']:.6f}, at least {least:g} is needed")
-    if bad:
-        raise ValueError(f"{file.name} is not the checkpoint it was made of and is not bundled: {'; '.join(bad)}; report this with the recipe")

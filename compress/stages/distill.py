@@ -98,10 +98,9 @@ class Distill(Optimization):
         from compress.checkpoint import load_model, load_tokenizer, read_config, save_model
         from compress.distill.losses import Mix
         from compress.distill.steps import OnlineTeacher, common_vocabulary, with_rollouts
-        from compress.quant.codes import is_quantized
+        from compress.quant.codes import check_parent
 
-        if is_quantized(parent):
-            raise ValueError(f"{parent} is quantized; distill before quantizing, or use the qat stage on the unquantized parent")
+        check_parent(self, parent, "distill before quantizing, or use the qat stage, on")
         if self.hidden_weight and read_config(parent)["hidden_size"] != read_config(ctx.teacher)["hidden_size"]:
             raise ValueError(f"{parent}: hidden_weight={self.hidden_weight} needs a student of the teacher's hidden size; set it to 0")
         vocabulary = common_vocabulary(parent, ctx.teacher)

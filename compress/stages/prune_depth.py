@@ -47,7 +47,11 @@ class PruneDepth:
         """Write the shallower checkpoint. ValueError for a parent that is quantized, unsupported or too shallow."""
         import torch
 
-        model = shape.open_parent(self, parent)
+        from compress.checkpoint import load_model
+        from compress.quant.codes import check_parent
+
+        check_parent(self, parent, "prune")
+        model = load_model(parent)
         params = model.num_parameters()
         with torch.no_grad():
             dropped = self._choose(model, ctx.calibration(self.calibration_sequences))

@@ -50,7 +50,11 @@ class PruneWidth:
         """Write the narrower checkpoint. ValueError for a parent that is quantized, unsupported or narrow already."""
         import torch
 
-        model = shape.open_parent(self, parent)
+        from compress.checkpoint import load_model
+        from compress.quant.codes import check_parent
+
+        check_parent(self, parent, "prune")
+        model = load_model(parent)
         params, present = model.num_parameters(), model.config.intermediate_size
         target = shape.snap(self.ffn, self.multiple)
         with torch.no_grad():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from compress.errors import ConfigError, nearest
+from compress.stages.ptq import GridName
 
 
 class Type(NamedTuple):
@@ -45,10 +46,7 @@ class Format:
 
 
 _ROUNDED = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5, "Q5_0": 5.5, "Q4_K": 4.5, "Q6_K": 6.5625}  # bits a weight
-_INTEGERS = (
-    "q4_0", "q8_0", "int4_g32", "int4_g64", "int4_g128", "int4_asym_g32", "int4_asym_g64", "int4_asym_g128", "int8_g32", "int8_g64",
-    "int8_g128", "int8",
-)  # fmt: skip
+_INTEGERS = ("q4_0", "q8_0", *(grid.value for grid in GridName if grid.startswith("int")))
 FORMATS: dict[str, Format] = {
     "gguf": Format(
         "model-{type}.gguf", "llama.cpp", "one file for llama.cpp and what is built on it: `llama-server -m {file}`",

@@ -3,11 +3,10 @@
     w_q = s * clamp(round(w / s + v), -8, 7),   s = fp16(m / 8) with m = the block of 32's extreme times a learned factor
     v, factors <- sign of the gradient of |block_q(x_q) - block(x)|^2        arXiv 2309.05516, section 3, algorithm 1
 
-x_q come from the quantized blocks before, x from the unquantized model. The package's symmetric "full range" scale is signed, so its
-int4 group-32 result is Q4_0's own arithmetic, d = s and code = q + 8; each result is checked to equal its codes' values exactly.
-Left out: its calibration sets, export and embeddings; here it gets one block at a time, which is how it is driven
-by llm-compressor. Its `amp` is off, as it would round the weights
-themselves to bf16, off the grid; autocast around the call leaves them in fp32.
+x_q come from the quantized blocks before, x from the unquantized model. The package's symmetric "full range" scale is signed, so its int4
+group-32 result is Q4_0's own arithmetic, d = s and code = q + 8; each result is checked to equal its codes' values exactly.
+Left out: its calibration sets, export and embeddings; here it gets one block at a time, which is how it is driven by llm-compressor. Its `amp` is
+off, as it would round the weights themselves to bf16, off the grid; autocast around the call leaves them in fp32.
 """
 
 import importlib.util

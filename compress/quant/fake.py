@@ -1,28 +1,25 @@
 """The one fake-quant module: a model computes with decode(codes(w, s), s), the optimizer moves the master weights w.
 
-Straight-through estimator: with q = round(w / s) and the grid's range [low, high], forward is s * clamp(q, low, high)
-and
+Straight-through estimator: with q = round(w / s) and the grid's range [low, high], forward is s * clamp(q, low, high) and
 
     dL/dw = dL/dw_q where low <= q <= high, else 0        (q before clamping)
 
-that is, rounding counts as the identity and clamping as itself: PACT (arXiv 1805.06085, section 3) for the clamp, LSQ
-(arXiv 1902.08153, section 2) for weights. LSQ's inequality is strict; here the end codes themselves pass gradient,
-because the largest weight of every Q4_0 block sits exactly on one and would never move again. Grids with a minimum
-round (w - floor) / s instead (grids/grid.py). `scales`, all numbers the file holds besides the codes, stay fixed.
+that is, rounding counts as the identity and clamping as itself: PACT (arXiv 1805.06085, section 3) for the clamp, LSQ (arXiv 1902.08153, section
+2) for weights. LSQ's inequality is strict; here the end codes themselves pass gradient, because the largest weight of every Q4_0 block sits
+exactly on one and would never move again. Grids with a minimum round (w - floor) / s instead (grids/grid.py). `scales`, all numbers the file
+holds besides the codes, stay fixed.
 
-Cost: the quantized weight and its place in the autograd graph are kept until w or s changes (tensor version counters,
-and a hook on optimizer steps, since fused optimizers don't count), so a step of many micro-batches quantizes once, a
-tied embedding and head share one result, and each backward costs one masked copy. Nothing is saved for backward, so
-the kept node may be walked many times; w must not change between a forward and its backward. Memory: 4 bytes per
-weight. Writing to `weight.data` in place goes unseen; write under `torch.no_grad()`.
+Cost: the quantized weight and its place in the autograd graph are kept until w or s changes (tensor version counters, and a hook on optimizer
+steps, since fused optimizers don't count), so a step of many micro-batches quantizes once, a tied embedding and head share one result, and each
+backward costs one masked copy. Nothing is saved for backward, so the kept node may be walked many times; w must not change between a forward and
+its backward. Memory: 4 bytes per weight. Writing to `weight.data` in place goes unseen; write under `torch.no_grad()`.
 
-With adapters (LoRA, arXiv 2106.09685, section 4.1, under the grid) the master is W + B A with W frozen, and of dL/dw only
-dL/dA = B^T dL/dw and dL/dB = dL/dw A^T are kept: what merges is on the grid already, not rounded afterwards.
+With adapters (LoRA, arXiv 2106.09685, section 4.1, under the grid) the master is W + B A with W frozen, and of dL/dw only dL/dA = B^T dL/dw and
+dL/dB = dL/dw A^T are kept: what merges is on the grid already, not rounded afterwards.
 
-Master weights keep their names and identity: the class of each Linear / Embedding is swapped for a subclass whose
-`weight` attribute is the quantized tensor, whatever its forward does, while `state_dict` and `parameters` still hold
-the master. Scales are buffers (`<module>.quant_scales`). The subclass can't be pickled or deep-copied; call `finish`
-first.
+Master weights keep their names and identity: the class of each Linear / Embedding is swapped for a subclass whose `weight` attribute is the
+quantized tensor, whatever its forward does, while `state_dict` and `parameters` still hold the master. Scales are buffers
+(`<module>.quant_scales`). The subclass can't be pickled or deep-copied; call `finish` first.
 """
 
 from typing import Any, NamedTuple, cast

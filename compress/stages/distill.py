@@ -1,8 +1,7 @@
 """Knowledge distillation: the parent learns the teacher's distribution on packed text, from the teacher's cached signal.
 
-loss = kl_weight * T^2 D(teacher, student) + ce_weight * cross-entropy + hidden_weight * (last hidden states' squared distance),
-with D and T as in `compress/distill/losses.py`. Forward KL on all positions is what recovers pruned models best (Minitron,
-arXiv 2407.14679, section 4.3).
+loss = kl_weight * T^2 D(teacher, student) + ce_weight * cross-entropy + hidden_weight * (last hidden states' squared distance), with D and T as
+in `compress/distill/losses.py`. Forward KL on all positions is what recovers pruned models best (Minitron, arXiv 2407.14679, section 4.3).
 """
 
 from __future__ import annotations

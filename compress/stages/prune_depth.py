@@ -3,18 +3,13 @@
 A dropped block turns into latency one to one, unlike a narrower one. Which blocks went is written to `pruning.json`.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.prune import shape
 from compress.stages.context import Context
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass
@@ -48,13 +43,17 @@ class PruneDepth:
         import torch
 
         from compress.checkpoint import load_model
+        from compress.prune.importance import drop_blocks
         from compress.quant.codes import check_parent
+        from compress.train.forward import block_inputs
 
         check_parent(self, parent, "prune")
         model = load_model(parent)
         params = model.num_parameters()
         with torch.no_grad():
-            dropped = self._choose(model, ctx.calibration(self.calibration_sequences))
+            entering, keywords = block_inputs(model, ctx.calibration(self.calibration_sequences))
+            blocks = [lambda h, b=block, k=kwargs: b(h, **k) for block, kwargs in zip(model.model.layers, keywords, strict=True)]
+            dropped = drop_blocks(blocks, entering, self.blocks, self.keep_first, self.keep_last)
         _cut(model, {index for index, _ in dropped})
         shape.save_checked(model, out, parent)
         removed = [{"block": index, "influence": influence} for index, influence in dropped]
@@ -64,25 +63,6 @@ class PruneDepth:
             "params_removed_fraction": 1 - model.num_parameters() / params,
             "influence_removed_sum": sum(influence for _, influence in dropped),
         }
-
-    def _choose(self, model: Any, ids_BL: Tensor) -> list[tuple[int, float]]:
-        """Run the model once, noting what every block receives; then any block can be run again on other states."""
-        from compress.prune.importance import drop_blocks
-
-        entering: list[Any] = []
-        keywords: list[dict[str, Any]] = []
-
-        def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keywords.append(dict(kwargs))
-            entering.append(args[0] if args else keywords[-1].pop("hidden_states"))
-
-        layers = model.model.layers
-        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-        model.model(ids_BL, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        blocks = [lambda h, b=layer, k=kwargs: b(h, **k) for layer, kwargs in zip(layers, keywords, strict=True)]
-        return drop_blocks(blocks, entering, self.blocks, self.keep_first, self.keep_last)
 
 
 def _cut(model: Any, dropped: set[int]) -> None:

@@ -7,18 +7,13 @@ they are known (`search`, on the grids of one scale); see `compress/quant/grids/
 fp32 weights equal to the decoded codes, which lie in `quant.safetensors`. Rounding, its search and rotation need no data.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.prune.shape import check_architecture
-
-if TYPE_CHECKING:
-    from compress.stages.context import Context
-
+from compress.stages.context import Context
 
 # the grids of `compress.quant.grids.GRIDS`, named here because reading the configuration must not import torch
 GridName = StrEnum("GridName", [

@@ -5,6 +5,7 @@ Legend: R rows (sequences), L positions, N = R * L tokens, C tokens a chunk, H h
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,3 +77,19 @@ def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden_RLH: Tensor = base.base_model(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
     return hidden_RLH.flatten(0, 1)
+
+
+def block_inputs(model: Any, ids_BL: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """What every block of a decoder receives for ids (B, L): hidden states (B, L, H), and the keywords that it is called with."""
+    states: list[Tensor] = []
+    keywords: list[dict[str, Any]] = []
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keywords.append(dict(kwargs))
+        states.append(args[0] if args else keywords[-1].pop("hidden_states"))
+
+    with ExitStack() as hooks:
+        for block in model.model.layers:
+            hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
+        model.model(ids_BL, use_cache=False)
+    return states, keywords

@@ -2,17 +2,16 @@
 
     value = step * q + floor      in fp32, in this order: the multiplication is rounded, then the addition
 
-q is an integer in low..high and the stored code is q + offset. `group` neighbours share one step and one floor (0 on
-symmetric grids). What the file keeps of a block besides its codes is one row of `scales`, fp16: all of it is fp16 in
-the file too, or wider, or an integer of at most 8 bits, which fp16 holds exactly. `levels` turns that row into steps and floors.
+q is an integer in low..high and the stored code is q + offset. `group` neighbours share one step and one floor (0 on symmetric grids). What the
+file keeps of a block besides its codes is one row of `scales`, fp16: all of it is fp16 in the file too, or wider, or an integer of at most 8
+bits, which fp16 holds exactly. `levels` turns that row into steps and floors.
 
-Rounding to the nearest code, decoding and the straight-through mask follow from the levels. A grid adds `plain`, the
-codes and numbers that its format's own plain rounding picks, and for GGUF files `parts`, the bytes. Where a step is 0
-the code is that of q = 0.
+Rounding to the nearest code, decoding and the straight-through mask follow from the levels. A grid adds `plain`, the codes and numbers that its
+format's own plain rounding picks, and for GGUF files `parts`, the bytes. Where a step is 0 the code is that of q = 0.
 
-A chain of k torch operations over a whole tensor moves it through memory k times, and pays for k temporaries. Cut into pieces of at most
-torch's own grain (32,768 elements, below which it starts no OpenMP region) the chain runs from cache; torch releases the interpreter lock
-inside operations, so plain threads scale. The cuts, and so the results, do not depend on the number of threads.
+A chain of k torch operations over a whole tensor moves it through memory k times, and pays for k temporaries. Cut into pieces of at most torch's
+own grain (32,768 elements, below which it starts no OpenMP region) the chain runs from cache; torch releases the interpreter lock inside
+operations, so plain threads scale. The cuts, and so the results, do not depend on the number of threads.
 """
 
 from collections.abc import Callable

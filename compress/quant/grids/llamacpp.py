@@ -11,15 +11,14 @@ Source: ggml/src/ggml-quants.c, `quantize_row_q*_ref`, `dequantize_row_q*`. A bl
     Q8_0, 34 bytes, 8.5 bits:  d | 32 int8                                            value = d * code, code -127..127
         d = max |x| / 127;  code = roundf(x / d), half away from zero
 
-x / d is x * (1 / d) with d (and m) still in fp32; only what is stored is rounded to fp16. So these codes are not always
-the nearest ones to the stored d, and a block whose d underflows fp16 stores d = 0. Where 1 / d is not finite (d = 0, or
-below 2.9e-39, where C's conversion is undefined) codes are those of 0; such a block decodes to a constant either way.
+x / d is x * (1 / d) with d (and m) still in fp32; only what is stored is rounded to fp16. So these codes are not always the nearest ones to the
+stored d, and a block whose d underflows fp16 stores d = 0. Where 1 / d is not finite (d = 0, or below 2.9e-39, where C's conversion is undefined)
+codes are those of 0; such a block decodes to a constant either way.
 
-`search`, on the grids of one scale, looks for a scale with less squared error, after llama.cpp's `make_qx_quants`: map
-m to each of a few targets t (scale m / t, both signs), round to codes q, refit in closed form s = sum(h x q) /
-sum(h q^2), keep the largest gain sum(h x q)^2 / sum(h q^2). Then round s to fp16, refit once more, and keep whichever
-stored scale, the plain rule's included, has the least sum(h (x - s q)^2) with its own nearest codes: never worse than
-the rule. The sign of d is free: a negative d turns the grid -8..7 into -7..8.
+`search`, on the grids of one scale, looks for a scale with less squared error, after llama.cpp's `make_qx_quants`: map m to each of a few targets
+t (scale m / t, both signs), round to codes q, refit in closed form s = sum(h x q) / sum(h q^2), keep the largest gain sum(h x q)^2 / sum(h q^2).
+Then round s to fp16, refit once more, and keep whichever stored scale, the plain rule's included, has the least sum(h (x - s q)^2) with its own
+nearest codes: never worse than the rule. The sign of d is free: a negative d turns the grid -8..7 into -7..8.
 """
 
 import torch

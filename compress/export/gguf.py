@@ -99,6 +99,8 @@ def _described(checkpoint: Path, config: Any, type: str, file: Path) -> Any:
 
 def overhead_bytes(checkpoint: Path) -> int:
     """Bytes of the checkpoint's GGUF besides its matrices: metadata, tokenizer, 1-D tensors, and at most TENSOR_BYTES for every tensor."""
+    from compress.score.size import tensor_shapes
+
     config, total = AutoConfig.from_pretrained(checkpoint, local_files_only=True), 0
     with tempfile.TemporaryDirectory() as folder:
         writer = _described(checkpoint, config, "F16", Path(folder) / "header.gguf")
@@ -107,9 +109,7 @@ def overhead_bytes(checkpoint: Path) -> int:
         writer.close()
         total += (Path(folder) / "header.gguf").stat().st_size
     for file in weight_files(checkpoint):
-        with safe_open(file, framework="pt") as weights:
-            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 (the handle is no mapping)
-            total += sum(TENSOR_BYTES + (4 * shape[0] if len(shape) == 1 else 0) for shape in shapes)
+        total += sum(TENSOR_BYTES + (4 * shape[0] if len(shape) == 1 else 0) for shape in tensor_shapes(file).values())
     return total
 
 

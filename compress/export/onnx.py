@@ -45,9 +45,7 @@ _FP32 = "/fp32"  # what a Cast adds to a tensor's name
 
 
 def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]:
-    """Writes `checkpoint` as the new directory `out`, of the one type there is; returns what `onnx_size` does.
-
-    Nothing is rounded: codes and floats go in as they are.
+    """Writes `checkpoint` as the new directory `out`, of the one type there is; returns what `onnx_size` does. Nothing is rounded.
 
     ValueError, and no `out`: it exists; an architecture, grid, rope type, activation or tensor has no place in the graph; tokenizer.json or
     the end token is missing; codes are not what model.safetensors holds.
@@ -66,7 +64,11 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(file, framework="pt")) for file in weight_files(checkpoint)]
         weights = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (the handle is no mapping)
-        _check_names(checkpoint, config, set(weights))
+        with torch.device("meta"):
+            needed = set(AutoModelForCausalLM.from_config(config).state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+        missing, foreign = needed - set(weights), set(weights) - needed - {"lm_head.weight"}
+        if missing or foreign:
+            raise ValueError(f"{checkpoint}: tensors missing: {sorted(missing)[:3]}, without a place in the ONNX graph: {sorted(foreign)[:3]}")
         part.mkdir(parents=True)
         with (part / DATA).open("wb") as data:
             model = _decoder(Graph(onnx, data, weights, made), config)
@@ -94,15 +96,6 @@ def _codes(checkpoint: Path) -> dict[str, Quantized]:
             "quantize the unquantized parent on one of these, or export as GGUF"
         )
     return made
-
-
-def _check_names(checkpoint: Path, config: Any, names: set[str]) -> None:
-    """ValueError naming the tensors that the graph lacks or has no place for."""
-    with torch.device("meta"):
-        needed = set(AutoModelForCausalLM.from_config(config).state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    missing, foreign = needed - names, names - needed - {"lm_head.weight"}
-    if missing or foreign:
-        raise ValueError(f"{checkpoint}: tensors missing: {sorted(missing)[:3]}, without a place in the ONNX graph: {sorted(foreign)[:3]}")
 
 
 class Graph:

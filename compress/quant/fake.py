@@ -22,12 +22,12 @@ quantized tensor, whatever its forward does, while `state_dict` and `parameters`
 (`<module>.quant_scales`). The subclass can't be pickled or deep-copied; call `finish` first.
 """
 
-from typing import Any, NamedTuple, cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.grids import GRIDS, Grid
@@ -72,17 +72,6 @@ class _Snapped:
             self.linked = cast(Tensor, _StraightThrough.apply(*parts, self))
         return self.linked
 
-    def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        """From d loss / d values (R, C) to those of `parts` that are needed: (R, C), (R, C / block), (r, C), (R, r)."""
-        w, (_, _, a, b) = self.master(), self.parts().values()
-        inside = self.grid.unclipped(w, self.scales, grad)
-        shift = None
-        if needed[1]:
-            blocks = [t.reshape(-1, self.grid.length(t.shape[1])) for t in (grad, self.values, inside, w)]
-            shift = (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(self.scales.shape)
-        low = (b.T @ inside, inside @ a.T) if a is not None and b is not None else (None, None)
-        return inside if needed[0] else None, shift, *low
-
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
@@ -92,7 +81,15 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.snapped.gradients(grad, ctx.needs_input_grad), None
+        """From d loss / d values (R, C) to those of the parts that need it: (R, C), (R, C / block), (r, C), (R, r)."""
+        snapped, needed = ctx.snapped, ctx.needs_input_grad
+        w, (_, _, a, b) = snapped.master(), snapped.parts().values()
+        inside, shift = snapped.grid.unclipped(w, snapped.scales, grad), None
+        if needed[1]:
+            blocks = [t.reshape(-1, snapped.grid.length(t.shape[1])) for t in (grad, snapped.values, inside, w)]
+            shift = (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(snapped.scales.shape)
+        low = (b.T @ inside, inside @ a.T) if a is not None and b is not None else (None, None)
+        return inside if needed[0] else None, shift, *low, None
 
 
 @torch.no_grad()
@@ -129,31 +126,21 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
             home.register_parameter("quant_a", nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5)))
             home.register_parameter("quant_b", nn.Parameter(weight.new_zeros(len(weight), rank)))
         snaps.append(_Snapped(home, grid, steps))
+        quantized = property(lambda _, snapped=snaps[-1]: snapped.tensor())
         for module in modules:
-            _swap(module, snaps[-1])
+            kind = type(module)
+            module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), {"weight": quantized, "unquantized": kind})
 
     def count(*_: Any) -> None:
         steps[0] += 1
 
-    model.fake_quant = _Attached([place for _, place, _ in chosen], snaps, register_optimizer_step_post_hook(count))  # type: ignore[assignment]
-
-
-class _Attached(NamedTuple):
-    places: list[tuple[str, nn.Module, list[nn.Module]]]
-    snaps: list[_Snapped]
-    hook: RemovableHandle
-
-
-def _swap(module: nn.Module, snapped: _Snapped) -> None:
-    """Give one instance a subclass of its own class whose `weight` is the quantized tensor."""
-    kind = type(module)
-    members = {"weight": property(lambda _: snapped.tensor()), "unquantized": kind}
-    module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), members)
+    hook = register_optimizer_step_post_hook(count)
+    model.fake_quant = SimpleNamespace(places=[place for _, place, _ in chosen], snaps=snaps, hook=hook)  # type: ignore[assignment]
 
 
 def finish(model: nn.Module) -> dict[str, Quantized]:
     """Bake decode(codes) into the weights, undo everything `attach` added, return what `save_quantized` takes."""
-    attached = cast(_Attached, model.fake_quant)
+    attached: Any = model.fake_quant
     made: dict[str, Quantized] = {}
     for (name, home, modules), snapped in zip(attached.places, attached.snaps, strict=True):
         master, scales = snapped.master(), learned(cast(Tensor, home._buffers["quant_scales"]), snapped.parts()["quant_shift"])

@@ -38,6 +38,7 @@ def gptq(w_RC: Tensor, gram_CC: Tensor, grid: Grid, damping: float, search: bool
     codes_CR = torch.empty_like(left_CR, dtype=grid.dtype)
     scales = []
     length = grid.length(len(left_CR))
+    group = grid.group or length
     for start in range(0, len(left_CR), length):
         stop = start + length
         block_KR = left_CR[start:stop]
@@ -46,7 +47,7 @@ def gptq(w_RC: Tensor, gram_CC: Tensor, grid: Grid, damping: float, search: bool
         step, floor = grid.levels(scales[-1])  # (R, groups, 1)
         error_KR = torch.empty_like(block_KR)  # (w - q) / U_jj
         for j, w_R in enumerate(block_KR):
-            s_R, f_R = step[:, j // grid.group, 0], 0.0 if floor is None else floor[:, j // grid.group, 0]
+            s_R, f_R = step[:, j // group, 0], 0.0 if floor is None else floor[:, j // group, 0]
             q_R = ((w_R - f_R) * inverse(s_R)).round_().clamp_(grid.low, grid.high)
             codes_CR[start + j] = q_R + grid.offset
             torch.sub(w_R, q_R.mul_(s_R).add_(f_R), out=error_KR[j]).div_(upper_CC[start + j, start + j])

@@ -51,19 +51,16 @@ class Q4_K(Grid):
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         groups = x.view(-1, self.group)
         codes, scale, least = (part.t().reshape(len(x), 8, -1) for part in self._fit(groups.t().contiguous()))
-        stored = torch.cat([self._top(scale), self._top(least), self._integers(scale), self._integers(least)], dim=1)
+        (unit, integers), (least_unit, least_integers) = self._in_63ths(scale), self._in_63ths(least)
+        stored = torch.cat([unit, least_unit, integers, least_integers], dim=1)
         step, floor = self.levels(stored.half())
         again = (groups.view(codes.shape) - floor).div_(step).round_().clamp_(0, 15)
         return torch.where(step == 0, codes, again).flatten(1), stored
 
-    def _top(self, x: Tensor) -> Tensor:
-        """(N, 8, 1) -> (N, 1): what one of 63 is."""
-        return (x.amax(1).clamp(min=0.0) + 0.0) / 63
-
-    def _integers(self, x: Tensor) -> Tensor:
-        """(N, 8, 1) -> (N, 8): in 63ths of the largest."""
-        top = x.amax(1, keepdim=True).clamp(min=0.0)
-        return (x * ratio(63.0, top)).round_().clamp_(0, 63).add_(0.0)[..., 0]
+    def _in_63ths(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 8, 1) -> a 63th of the largest (N, 1), and in integers of it (N, 8)."""
+        top = x.amax(1, keepdim=True).clamp(min=0.0) + 0.0
+        return top[..., 0] / 63, (x * ratio(63.0, top)).round_().clamp_(0, 63).add_(0.0)[..., 0]
 
     def _fit(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(32, G) -> codes (32, G), scales (1, G), minima (1, G), those with their sign turned."""

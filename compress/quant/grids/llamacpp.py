@@ -27,10 +27,6 @@ from torch import Tensor
 from compress.quant.grids.grid import Grid, inverse
 
 
-def _fp16(scale: Tensor) -> Tensor:
-    return scale.clamp(-65504.0, 65504.0).half()
-
-
 def as_bytes(x: Tensor) -> Tensor:
     """fp16 or int8 (N, K) -> their bytes, uint8 (N, any)."""
     return x.contiguous().view(torch.uint8)
@@ -84,8 +80,8 @@ class OneScale(Grid):
             better = gain > top
             top = torch.where(better, gain, top)
             best = torch.where(better, scale, best)
-        first = _fp16(best)
-        again = _fp16(self._fit(x, hx, h, inverse(first.float()))[1])
+        first = best.clamp(-65504.0, 65504.0).half()
+        again = self._fit(x, hx, h, inverse(first.float()))[1].clamp(-65504.0, 65504.0).half()
         options = torch.stack([self.rule(rows)[:, 0].half(), first, again])
         errors = torch.stack([self._error(x, h, option.float()) for option in options])
         return options.gather(0, errors.argmin(0, keepdim=True))[0]

@@ -75,11 +75,10 @@ def values_differing(twin: Any, decoded: dict[str, Tensor]) -> int:
 def top1_beyond_gap(twin: States, shipped: States) -> float:
     """Top-1 agreement over the tokens where the twin's first two logits are more than TOP1_GAP apart."""
     agree = count = 0
-    for start in range(0, len(twin.hidden_NH), CHUNK):
-        part = slice(start, start + CHUNK)
-        top_C2 = twin.head.logits(twin.hidden_NH[part]).topk(2, -1)
+    for twin_CH, shipped_CH in zip(twin.hidden_NH.split(CHUNK), shipped.hidden_NH.split(CHUNK), strict=True):
+        top_C2 = twin.head.logits(twin_CH).topk(2, -1)
         sure_C = top_C2.values[:, 0] - top_C2.values[:, 1] > TOP1_GAP
-        same_C = shipped.head.logits(shipped.hidden_NH[part]).argmax(-1) == top_C2.indices[:, 0]
+        same_C = shipped.head.logits(shipped_CH).argmax(-1) == top_C2.indices[:, 0]
         agree, count = agree + int((same_C & sure_C).sum()), count + int(sure_C.sum())
     return agree / count if count else 1.0
 

@@ -4,8 +4,6 @@ Supported are decoder-only models built of `model.layers[i].mlp.{gate,up,down}_p
 stock transformers, llama.cpp and vLLM load the result.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -26,6 +26,7 @@ from compress.export.formats import check_config
 from compress.export.gguf_tokenizer import write_tokenizer
 from compress.quant.codes import Quantized, is_quantized, load_quantized, verified
 from compress.quant.grids import GRIDS
+from compress.score.size import gguf_size, tensor_shapes
 
 # ggml type of the matrices -> llama_ftype, the file's main type
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18}
@@ -50,8 +51,6 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     not their grid, MIXED without codes, an architecture, tensor or tokenizer without a place in the file, values that the type can't hold.
     """
     import gguf
-
-    from compress.score.size import gguf_size
 
     if type not in (*TYPES, MIXED):
         raise ValueError(f"export of {checkpoint}: type {type!r} is unknown; allowed: {', '.join(TYPES)}, {MIXED}")
@@ -99,18 +98,15 @@ def _described(checkpoint: Path, config: Any, type: str, file: Path) -> Any:
 
 def overhead_bytes(checkpoint: Path) -> int:
     """Bytes of the checkpoint's GGUF besides its matrices: metadata, tokenizer, 1-D tensors, and at most TENSOR_BYTES for every tensor."""
-    from compress.score.size import tensor_shapes
-
-    config, total = AutoConfig.from_pretrained(checkpoint, local_files_only=True), 0
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     with tempfile.TemporaryDirectory() as folder:
         writer = _described(checkpoint, config, "F16", Path(folder) / "header.gguf")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        total += (Path(folder) / "header.gguf").stat().st_size
-    for file in weight_files(checkpoint):
-        total += sum(TENSOR_BYTES + (4 * shape[0] if len(shape) == 1 else 0) for shape in tensor_shapes(file).values())
-    return total
+        header_bytes = (Path(folder) / "header.gguf").stat().st_size
+    shapes = [shape for file in weight_files(checkpoint) for shape in tensor_shapes(file).values()]
+    return header_bytes + len(shapes) * TENSOR_BYTES + sum(4 * shape[0] for shape in shapes if len(shape) == 1)
 
 
 def architecture(config: Any) -> str:

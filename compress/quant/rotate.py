@@ -46,15 +46,6 @@ def _turn(layer: nn.Module, q: Tensor, *, rows: bool) -> None:
         bias.copy_((bias.double().view(-1, len(q)) @ q).flatten())
 
 
-def rotate(model: Any, seed: int) -> str:
-    """Turn in place whatever can be turned; why the residual stream can't be, empty where it was."""
-    rotate_values(model)
-    obstacle = residual_obstacle(model)
-    if not obstacle:
-        rotate_residual(model, seed)
-    return obstacle
-
-
 @torch.no_grad()
 def rotate_values(model: Any) -> None:
     """Turn the values of every head, in place."""
@@ -74,8 +65,11 @@ def residual_obstacle(model: Any) -> str:
 
 
 @torch.no_grad()
-def rotate_residual(model: Any, seed: int) -> None:
-    """Fold the norms away and turn the residual stream of a model that has no obstacle, in place."""
+def rotate(model: Any, seed: int) -> str:
+    """Turn in place whatever can be turned, norms of the residual stream folded away; why that can't be, empty where it was."""
+    rotate_values(model)
+    if obstacle := residual_obstacle(model):
+        return obstacle
     q = rotation(model.config.hidden_size, seed)
     norms = [(model.model.norm, [model.get_output_embeddings()])]
     for block in model.model.layers:
@@ -89,3 +83,4 @@ def rotate_residual(model: Any, seed: int) -> None:
             reader.weight.mul_(whole)
             _turn(reader, q, rows=False)
     _turn(model.get_input_embeddings(), q, rows=False)
+    return ""

@@ -61,8 +61,7 @@ def twin_of(checkpoint: Path, name: str) -> Any:
 
 def values_differing(twin: Any, decoded: dict[str, Tensor]) -> int:
     """Numbers of the twin's state dict that the file, decoded, holds otherwise or not at all."""
-    tied = twin.config.tie_word_embeddings
-    wanted = {name: tensor for name, tensor in twin.state_dict().items() if not (tied and name == "lm_head.weight")}
+    wanted = {name: tensor for name, tensor in twin.state_dict().items() if name not in twin.all_tied_weights_keys}
     differing = sum(tensor.numel() for name, tensor in decoded.items() if name not in wanted)
     for name, tensor in wanted.items():
         found = decoded.get(name)

@@ -67,12 +67,11 @@ class PruneDepth:
 
 def _cut(model: Any, dropped: set[int]) -> None:
     """Remove the blocks in place; the config's per-block lists and the attention's KV cache slots follow."""
-    from torch.nn import ModuleList
-
     for key, value in shape.without_blocks(model.config.to_dict(), dropped).items():
         if key == "num_hidden_layers" or isinstance(value, list) and "layer" in key:
             setattr(model.config, key, value)
-    model.model.layers = ModuleList(layer for i, layer in enumerate(model.model.layers) if i not in dropped)
+    for index in sorted(dropped, reverse=True):
+        del model.model.layers[index]
     for i, layer in enumerate(model.model.layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

@@ -46,6 +46,11 @@ def config_object(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(config["model_type"], **{k: v for k, v in config.items() if k not in ("model_type", "transformers_version")})
 
 
+def head_dim(config: Any) -> int:
+    """Width of one attention head by a transformers config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in name order. ValueError when missing or when an index leaves the directory."""
     if (path / WEIGHTS).is_file():

@@ -8,8 +8,6 @@ teacher_items.jsonl  the teacher's answers, so that accuracy kept can be measure
 SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -16,8 +16,6 @@ sources it reads packed embeddings of symmetric grids where a model hands them t
 Left out: several grids in one directory (transformers' loader takes one scheme for all), activations as integers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +29,7 @@ from compress.checkpoint import WEIGHTS, check, copy_beside, load_model, load_to
 from compress.export.formats import FORMATS
 from compress.quant.codes import Quantized, load_quantized, verified
 from compress.quant.grids import GRIDS
+from compress.score.size import size
 
 
 def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]:
@@ -40,8 +39,6 @@ def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> di
     """
     from compressed_tensors import __version__
     from compressed_tensors.quantization import QuantizationConfig
-
-    from compress.score.size import size
 
     check(checkpoint)
     made, allowed = load_quantized(checkpoint), FORMATS["compressed_tensors"].types[type].grids

@@ -7,14 +7,13 @@ imported when it is used, since reading the configuration comes here:
     check_architecture(config)                  ValueError when an architecture, as a transformers config, has no place in it
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from compress.errors import ConfigError, nearest
+from compress.stages.ptq import GridName
 
 
 class Type(NamedTuple):
@@ -47,10 +46,7 @@ class Format:
 
 
 _ROUNDED = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5, "Q5_0": 5.5, "Q4_K": 4.5, "Q6_K": 6.5625}  # bits a weight
-_INTEGERS = (
-    "q4_0", "q8_0", "int4_g32", "int4_g64", "int4_g128", "int4_asym_g32", "int4_asym_g64", "int4_asym_g128", "int8_g32", "int8_g64",
-    "int8_g128", "int8",
-)  # fmt: skip
+_INTEGERS = ("q4_0", "q8_0", *(grid.value for grid in GridName if grid.startswith("int")))
 FORMATS: dict[str, Format] = {
     "gguf": Format(
         "model-{type}.gguf", "llama.cpp", "one file for llama.cpp and what is built on it: `llama-server -m {file}`",
@@ -79,6 +75,15 @@ def parse(name: str) -> tuple[Format, str, Type]:
         raise ConfigError(f"export.files={name!r} is no format; {nearest(name, NAMES)}")
     kind, _, type = name.partition(":")
     return FORMATS[kind], type, FORMATS[kind].types[type]
+
+
+def check_config(config: Any, kind: str, instead: str, **allowed: tuple[Any, ...]) -> None:
+    """ValueError when a transformers config says what a file of `kind` can't, naming what is allowed and what to do `instead`."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for key, values in allowed.items():
+        got = rope.get(key, "default") if key == "rope_type" else getattr(config, key, None)
+        if got not in values:
+            raise ValueError(f"{key} {got!r} can't be written as {kind}; allowed: {', '.join(map(str, values))}; {instead}")
 
 
 def slot_of(name: str) -> tuple[str, str]:

@@ -9,11 +9,8 @@ what their blocks hold; MIXED gives each matrix the type of its codes. 1-D tenso
 Left out: llama.cpp's own mixtures such as Q4_K_M (Q4_K here is Q4_K throughout), rope scaling, experts, attention biases of Llama: refused by name.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,22 +21,27 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from compress.checkpoint import check, load_tokenizer, weight_files
+from compress.checkpoint import check, head_dim, load_tokenizer, weight_files
+from compress.export.formats import check_config
 from compress.export.gguf_tokenizer import write_tokenizer
 from compress.quant.codes import Quantized, is_quantized, load_quantized, verified
 from compress.quant.grids import GRIDS
+from compress.score.size import gguf_size, tensor_shapes
 
 # ggml type of the matrices -> llama_ftype, the file's main type
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18}
 TENSOR_BYTES = 160  # name, shape, place and padding of a tensor
 MIXED = "MIXED"  # every matrix in the type of its own codes
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # HF model_type -> general.architecture
-_GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_LAYER = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"} | {
+    f"model.layers.{{}}.{name}": f"blk.{{}}.{short}"
+    for name, short in {
+        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }.items()
 }  # fmt: skip
+_BACK = {short: name for name, short in _NAMES.items()}
 
 
 def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]:
@@ -50,18 +52,18 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     """
     import gguf
 
-    from compress.score.size import gguf_size
-
     if type not in (*TYPES, MIXED):
         raise ValueError(f"export of {checkpoint}: type {type!r} is unknown; allowed: {', '.join(TYPES)}, {MIXED}")
     check(checkpoint)
     made = _codes(checkpoint, type)
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-    arch = architecture(config)
     part = out_file.with_name(out_file.name + ".part")
-    writer = _described(checkpoint, config, _main_type(made) if made else type, part)
-    for name, raw, kind in _packed(checkpoint, type, made, config, arch):
-        writer.add_tensor(_to_gguf(name), raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    held = [(q.grid.upper(), q.codes.numel()) for q in (made or {}).values()]
+    most = max(TYPES, key=lambda kind: sum(count for grid, count in held if grid == kind)) if held else type
+    writer = _described(checkpoint, config, most, part)
+    for name, raw, kind in _packed(checkpoint, type, made, config):
+        short = _renamed(name, _NAMES, f"tensor {name} has no place in a GGUF; export this model as Hugging Face")
+        writer.add_tensor(short, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -74,45 +76,7 @@ def _described(checkpoint: Path, config: Any, type: str, file: Path) -> Any:
     """A GGUFWriter to `file` that knows all but the tensors."""
     import gguf
 
-    writer = gguf.GGUFWriter(file, architecture(config))
-    _write_config(writer, config, type)
-    write_tokenizer(writer, load_tokenizer(checkpoint), config.vocab_size)
-    return writer
-
-
-def overhead_bytes(checkpoint: Path) -> int:
-    """Bytes of the checkpoint's GGUF besides its matrices: metadata, tokenizer, 1-D tensors, and at most TENSOR_BYTES for every tensor."""
-    config, total = AutoConfig.from_pretrained(checkpoint, local_files_only=True), 0
-    with tempfile.TemporaryDirectory() as folder:
-        writer = _described(checkpoint, config, "F16", Path(folder) / "header.gguf")
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
-        total += (Path(folder) / "header.gguf").stat().st_size
-    for file in weight_files(checkpoint):
-        with safe_open(file, framework="pt") as weights:
-            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 (the handle is no mapping)
-            total += sum(TENSOR_BYTES + (4 * shape[0] if len(shape) == 1 else 0) for shape in shapes)
-    return total
-
-
-def architecture(config: Any) -> str:
-    """The GGUF architecture of a transformers config. ValueError when there is none."""
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"model_type {config.model_type!r} can't be written as GGUF; allowed: {', '.join(ARCHITECTURES)}; export compressed_tensors")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {rope['rope_type']!r} can't be written as GGUF; allowed: default; export compressed_tensors")
-    if config.model_type == "mistral" and config.sliding_window is not None:
-        raise ValueError(f"sliding_window {config.sliding_window} can't be written as GGUF; allowed: null; export compressed_tensors")
-    return ARCHITECTURES[config.model_type]
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _write_config(writer: Any, config: Any, type: str) -> None:
+    writer, width = gguf.GGUFWriter(file, architecture(config)), head_dim(config)
     writer.add_name(f"compress {config.model_type}")
     writer.add_file_type(TYPES[type])
     writer.add_quantization_version(2)
@@ -122,31 +86,43 @@ def _write_config(writer: Any, config: Any, type: str) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
-    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    write_tokenizer(writer, load_tokenizer(checkpoint), config.vocab_size)
+    return writer
 
 
-def _to_gguf(name: str) -> str:
+def overhead_bytes(checkpoint: Path) -> int:
+    """Bytes of the checkpoint's GGUF besides its matrices: metadata, tokenizer, 1-D tensors, and at most TENSOR_BYTES for every tensor."""
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = _described(checkpoint, config, "F16", Path(folder) / "header.gguf")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        header_bytes = (Path(folder) / "header.gguf").stat().st_size
+    shapes = [shape for file in weight_files(checkpoint) for shape in tensor_shapes(file).values()]
+    return header_bytes + len(shapes) * TENSOR_BYTES + sum(4 * shape[0] for shape in shapes if len(shape) == 1)
+
+
+def architecture(config: Any) -> str:
+    """The GGUF architecture of a transformers config. ValueError when there is none."""
+    check_config(config, "GGUF", "export compressed_tensors", model_type=tuple(ARCHITECTURES), rope_type=("default",), sliding_window=(None,))
+    return ARCHITECTURES[config.model_type]
+
+
+def _renamed(name: str, table: dict[str, str], refusal: str) -> str:
+    """A tensor's name by `table`, the number of its block in place of {}. ValueError, the refusal, when it is not in there."""
     stem, _, suffix = name.rpartition(".")
-    if stem in _GLOBAL:
-        return f"{_GLOBAL[stem]}.{suffix}"
-    head, _, rest = stem.removeprefix("model.layers.").partition(".")
-    if not head.isdigit() or rest not in _LAYER or (suffix == "bias" and rest[-6:] not in ("q_proj", "k_proj", "v_proj")):
-        raise ValueError(f"tensor {name} has no place in a GGUF; export this model as Hugging Face")
-    return f"blk.{head}.{_LAYER[rest]}.{suffix}"
-
-
-def _to_hf(name: str) -> str:
-    stem, _, suffix = name.rpartition(".")
-    for table, prefix, key in ((_GLOBAL, "", stem), (_LAYER, "model.layers.", stem.split(".", 2)[-1])):
-        for hf, short in table.items():
-            if short == key:
-                return f"{prefix}{stem.split('.')[1] + '.' if prefix else ''}{hf}.{suffix}"
-    raise ValueError(f"GGUF tensor {name} is unknown; allowed: {', '.join([*_GLOBAL.values(), *_LAYER.values()])}")
+    block = next((part for part in stem.split(".") if part.isdigit()), "{}")
+    place = table.get(stem.replace(f".{block}.", ".{}."))
+    if place is None or (suffix == "bias" and not place.endswith(("_q", "_k", "_v", "q_proj", "k_proj", "v_proj"))):
+        raise ValueError(refusal)
+    return f"{place.format(block)}.{suffix}"
 
 
 def _interleave(heads: int, rows: int) -> np.ndarray:
@@ -154,10 +130,10 @@ def _interleave(heads: int, rows: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _packed(checkpoint: Path, type: str, made: dict[str, Quantized] | None, config: Any, arch: str) -> Iterator[tuple[str, np.ndarray, str]]:
+def _packed(checkpoint: Path, type: str, made: dict[str, Quantized] | None, config: Any) -> Iterator[tuple[str, np.ndarray, str]]:
     """(HF name, bytes or values as the writer takes them, ggml type) of every tensor of the checkpoint."""
-    d, q, kv = _head_dim(config), config.num_attention_heads, config.num_key_value_heads
-    orders = {"q_proj": _interleave(q, q * d), "k_proj": _interleave(kv, kv * d)} if arch == "llama" else {}
+    d, q, kv = head_dim(config), config.num_attention_heads, config.num_key_value_heads
+    orders = {"q_proj": _interleave(q, q * d), "k_proj": _interleave(kv, kv * d)} if architecture(config) == "llama" else {}
     for file in weight_files(checkpoint):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (the handle is no mapping)
@@ -189,14 +165,6 @@ def _codes(checkpoint: Path, type: str) -> dict[str, Quantized] | None:
             f"export it as {fits}, or export the unquantized parent"
         )
     return made
-
-
-def _main_type(made: dict[str, Quantized]) -> str:
-    """The type of most weights."""
-    count: Counter[str] = Counter()
-    for q in made.values():
-        count[q.grid.upper()] += q.codes.numel()
-    return max(count, key=lambda name: count[name])
 
 
 def _encode(name: str, w: Tensor, type: str) -> np.ndarray:
@@ -243,7 +211,8 @@ def decode_gguf(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]
         if arch == "llama" and kind in ("attn_q", "attn_k"):
             heads = fields["llama.attention.head_count" + ("_kv" if kind == "attn_k" else "")]
             w = w[np.argsort(_interleave(heads, len(w)))]
-        decoded[_to_hf(tensor.name)] = torch.from_numpy(w)
+        name = _renamed(tensor.name, _BACK, f"GGUF tensor {tensor.name} is unknown; allowed: {', '.join(_BACK)}")
+        decoded[name] = torch.from_numpy(w)
     return decoded
 
 

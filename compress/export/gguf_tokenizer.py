@@ -1,15 +1,12 @@
 """Byte-level BPE tokenizers between Hugging Face and GGUF.
 
-A GGUF stores vocabulary, merges and token types, but the pre-tokenizer (how text is cut before merging) by name only,
-`tokenizer.ggml.pre`; llama.cpp holds the rules behind the name. `PRE_TOKENIZERS` is our copy of those rules, read in
-both directions: a name that is not in it is refused on import, rules that are not in it are refused on export. A guess
-would give other token ids, hence another model. ("\\n\\n1" is [1116, 33] for SmolLM2; without its digit splitter it
-becomes [198, 198, 33].)
+A GGUF stores vocabulary, merges and token types, but the pre-tokenizer (how text is cut before merging) by name only, `tokenizer.ggml.pre`;
+llama.cpp holds the rules behind the name. `PRE_TOKENIZERS` is our copy of those rules, read in both directions: a name that is not in it is
+refused on import, rules that are not in it are refused on export. A guess would give other token ids, hence another model. ("\\n\\n1" is [1116,
+33] for SmolLM2; without its digit splitter it becomes [198, 198, 33].)
 
 Left out: SentencePiece and Unigram tokenizers, and normalizers other than Qwen2's NFC, which llama.cpp does not apply.
 """
-
-from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -96,7 +93,12 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
     from transformers import PreTrainedTokenizerFast
 
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    pre = _known_pre(fields)
+    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"the GGUF's tokenizer is model {model!r} with pre-tokenizer {pre!r}; known are model 'gpt2' with "
+            f"{', '.join(PRE_TOKENIZERS)}. A guess would change token ids: use this model's Hugging Face checkpoint"
+        )
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
@@ -119,13 +121,3 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
     config.pop("backend", None)  # like the class name of transformers 5, older readers (vLLM) don't know it; all know the old name
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return {f"{name}_token_id": index for name, index in ids.items() if index is not None and name != "unk"}
-
-
-def _known_pre(fields: dict[str, Any]) -> str:
-    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ValueError(
-            f"the GGUF's tokenizer is model {model!r} with pre-tokenizer {pre!r}; known are model 'gpt2' with "
-            f"{', '.join(PRE_TOKENIZERS)}. A guess would change token ids: use this model's Hugging Face checkpoint"
-        )
-    return str(pre)

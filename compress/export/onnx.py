@@ -15,12 +15,11 @@ Left out: other grids (MatMulNBits has no 5 bits, and no zero point is q4_1's mi
 Shapes: L length, N outputs, K inputs, V vocabulary, D head width.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,29 +27,25 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from compress.checkpoint import TOKENIZER_FILES, check, weight_files
+from compress.checkpoint import TOKENIZER_FILES, check, head_dim, weight_files
+from compress.export.formats import FORMATS, check_config
 from compress.quant.codes import Quantized, is_quantized, load_quantized, verified
 from compress.score.onnxruntime import CONFIG, MODEL, OnnxRuntime, wheel
 
 DATA = "model.onnx.data"
-GRIDS = ("q4_0", "q8_0")
 BLOCK = 32
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 ROPES = ("default", "linear", "llama3", "yarn")  # frequencies that don't depend on the prompt's length
 OPSET, IR_VERSION = 21, 10
 _ALIGN, _INLINE = 64, 1024  # bytes: where tensors begin; below this a tensor stays in model.onnx
-_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel cuts by
 _FP32 = "/fp32"  # what a Cast adds to a tensor's name
 
 
 def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]:
-    """Writes `checkpoint` as the new directory `out`, of the one type there is; returns what `onnx_size` does.
-
-    Nothing is rounded: codes and floats go in as they are.
+    """Writes `checkpoint` as the new directory `out`, of the one type there is; returns what `onnx_size` does. Nothing is rounded.
 
     ValueError, and no `out`: it exists; an architecture, grid, rope type, activation or tensor has no place in the graph; tokenizer.json or
     the end token is missing; codes are not what model.safetensors holds.
@@ -69,7 +64,11 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(file, framework="pt")) for file in weight_files(checkpoint)]
         weights = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (the handle is no mapping)
-        _check_names(checkpoint, config, set(weights))
+        with torch.device("meta"):
+            needed = set(AutoModelForCausalLM.from_config(config).state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+        missing, foreign = needed - set(weights), set(weights) - needed - {"lm_head.weight"}
+        if missing or foreign:
+            raise ValueError(f"{checkpoint}: tensors missing: {sorted(missing)[:3]}, without a place in the ONNX graph: {sorted(foreign)[:3]}")
         part.mkdir(parents=True)
         with (part / DATA).open("wb") as data:
             model = _decoder(Graph(onnx, data, weights, made), config)
@@ -85,35 +84,18 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]
 
 def check_architecture(config: Any) -> None:
     """ValueError when the graph can't compute what a transformers config says."""
-    sliding = config.sliding_window if getattr(config, "use_sliding_window", config.model_type == "mistral") else None
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    for what, got, allowed in (
-        ("model_type", config.model_type, ARCHITECTURES), ("rope_type", rope, ROPES), ("hidden_act", getattr(config, "hidden_act", None), ("silu",)),
-        ("sliding_window", sliding, (None,)),
-    ):  # fmt: skip
-        if got not in allowed:
-            raise ValueError(f"{what} {got!r} can't be written as ONNX; allowed: {', '.join(map(str, allowed))}; leave onnx out of export.files")
+    allowed = {"model_type": ARCHITECTURES, "rope_type": ROPES, "hidden_act": ("silu",), "sliding_window": (None,)}
+    check_config(config, "ONNX", "leave onnx out of export.files", **allowed)
 
 
 def _codes(checkpoint: Path) -> dict[str, Quantized]:
-    made = load_quantized(checkpoint) if is_quantized(checkpoint) else {}
-    if other := sorted({q.grid for q in made.values()} - set(GRIDS)):
+    made, grids = load_quantized(checkpoint) if is_quantized(checkpoint) else {}, FORMATS["onnx"].types[""].grids
+    if other := sorted({q.grid for q in made.values()} - set(grids)):
         raise ValueError(
-            f"{checkpoint}: codes on the grid {', '.join(other)} can't be written as ONNX exactly; allowed: {', '.join(GRIDS)}; "
+            f"{checkpoint}: codes on the grid {', '.join(other)} can't be written as ONNX exactly; allowed: {', '.join(grids)}; "
             "quantize the unquantized parent on one of these, or export as GGUF"
         )
     return made
-
-
-def _check_names(checkpoint: Path, config: Any, names: set[str]) -> None:
-    """ValueError naming the tensors that the graph lacks or has no place for."""
-    layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
-    linear = [f"{layer}.{module}" for layer in layers for module in _LINEAR]
-    needed = {f"{m}.weight" for m in ["model.embed_tokens", "model.norm", *linear, *(f"{layer}.{norm}" for layer in layers for norm in _NORMS)]}
-    needed |= set() if config.tie_word_embeddings else {"lm_head.weight"}
-    missing, foreign = needed - names, names - needed - {f"{m}.bias" for m in linear} - {"lm_head.weight"}
-    if missing or foreign:
-        raise ValueError(f"{checkpoint}: tensors missing: {sorted(missing)[:3]}, without a place in the ONNX graph: {sorted(foreign)[:3]}")
 
 
 class Graph:
@@ -200,7 +182,7 @@ class Graph:
 def _decoder(graph: Graph, config: Any) -> Any:
     """Adds the whole model, from `input_ids` to `logits`; returns the ModelProto."""
     helper, f, i = graph.onnx.helper, graph.onnx.TensorProto.FLOAT, graph.onnx.TensorProto.INT64
-    info, cache = helper.make_tensor_value_info, ["batch", config.num_key_value_heads, "past", _head_dim(config)]
+    info, cache = helper.make_tensor_value_info, ["batch", config.num_key_value_heads, "past", head_dim(config)]
     inputs = [info("input_ids", i, ["batch", "length"]), info("attention_mask", i, ["batch", "total"])]
     outputs = [info("logits", f, ["batch", "length", config.vocab_size]), info("hidden_states", f, ["batch", "length", config.hidden_size])]
     int32, one = graph.onnx.TensorProto.INT32, graph.store("one", torch.tensor([1]))
@@ -217,7 +199,7 @@ def _decoder(graph: Graph, config: Any) -> Any:
         q, k, v = (graph.linear(f"{name}.self_attn.{p}_proj", h) for p in "qkv")
         attended = graph.node(
             "GroupQueryAttention", q, k, v, *past, *shared, out=(f"{name}.self_attn/out", *present), name=f"{name}.self_attn",
-            num_heads=config.num_attention_heads, kv_num_heads=config.num_key_value_heads, do_rotary=1, scale=_head_dim(config) ** -0.5,
+            num_heads=config.num_attention_heads, kv_num_heads=config.num_key_value_heads, do_rotary=1, scale=head_dim(config) ** -0.5,
         )  # fmt: skip
         x = graph.node("Add", x, graph.linear(f"{name}.self_attn.o_proj", attended))
         h = graph.norm(f"{name}.post_attention_layernorm", x, config.rms_norm_eps)
@@ -229,10 +211,6 @@ def _decoder(graph: Graph, config: Any) -> Any:
     made = helper.make_graph(graph.nodes, config.model_type, inputs, outputs, list(graph.tensors.values()))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSION, producer_name="compress")
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rotary_tables(graph: Graph, config: Any) -> tuple[str, str]:
@@ -258,7 +236,7 @@ def _genai_config(checkpoint: Path, config: Any) -> dict[str, Any]:
     ids["pad_token_id"] = next(i for i in (ids["pad_token_id"], end[0] if isinstance(end, list) else end) if i is not None)
     kinds = ("key", "value")
     decoder = {
-        "filename": MODEL, "session_options": {}, "head_size": _head_dim(config), "hidden_size": config.hidden_size,
+        "filename": MODEL, "session_options": {}, "head_size": head_dim(config), "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "inputs": {n: n for n in ("input_ids", "attention_mask")} | {f"past_{kind}_names": f"past_key_values.%d.{kind}" for kind in kinds},
@@ -321,9 +299,4 @@ def onnx_size(folder: Path) -> dict[str, float]:
 
 
 # For export/formats.py; parity asks for prompts and texts of at most 1,024 tokens.
-write = export_onnx
-
-
-def reload(folder: Path, threads: int) -> OnnxRuntime:
-    """The directory in its own runtime, as `parity` wants it."""
-    return OnnxRuntime(folder, threads, 1024)
+write, reload = export_onnx, partial(OnnxRuntime, ctx_len=1024)

@@ -16,8 +16,6 @@ that torch runs; others: integer types of llama.cpp, whose kernels round activat
 Legend: N tokens, C tokens a chunk, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,8 +61,7 @@ def twin_of(checkpoint: Path, name: str) -> Any:
 
 def values_differing(twin: Any, decoded: dict[str, Tensor]) -> int:
     """Numbers of the twin's state dict that the file, decoded, holds otherwise or not at all."""
-    tied = twin.config.tie_word_embeddings
-    wanted = {name: tensor for name, tensor in twin.state_dict().items() if not (tied and name == "lm_head.weight")}
+    wanted = {name: tensor for name, tensor in twin.state_dict().items() if name not in twin.all_tied_weights_keys}
     differing = sum(tensor.numel() for name, tensor in decoded.items() if name not in wanted)
     for name, tensor in wanted.items():
         found = decoded.get(name)
@@ -77,11 +74,10 @@ def values_differing(twin: Any, decoded: dict[str, Tensor]) -> int:
 def top1_beyond_gap(twin: States, shipped: States) -> float:
     """Top-1 agreement over the tokens where the twin's first two logits are more than TOP1_GAP apart."""
     agree = count = 0
-    for start in range(0, len(twin.hidden_NH), CHUNK):
-        part = slice(start, start + CHUNK)
-        top_C2 = twin.head.logits(twin.hidden_NH[part]).topk(2, -1)
+    for twin_CH, shipped_CH in zip(twin.hidden_NH.split(CHUNK), shipped.hidden_NH.split(CHUNK), strict=True):
+        top_C2 = twin.head.logits(twin_CH).topk(2, -1)
         sure_C = top_C2.values[:, 0] - top_C2.values[:, 1] > TOP1_GAP
-        same_C = shipped.head.logits(shipped.hidden_NH[part]).argmax(-1) == top_C2.indices[:, 0]
+        same_C = shipped.head.logits(shipped_CH).argmax(-1) == top_C2.indices[:, 0]
         agree, count = agree + int((same_C & sure_C).sum()), count + int(sure_C.sum())
     return agree / count if count else 1.0
 
@@ -106,8 +102,14 @@ def strings(tokenizer: Any, rows: Tensor, count: int = 1000) -> Iterator[str]:
 
 def parity(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
     """`figures`, or ValueError naming every figure that is beyond its limit."""
-    measured = figures(checkpoint, file, name, heldout, shipped, threads)
-    _refuse(measured, name, file)
+    measured, exact = figures(checkpoint, file, name, heldout, shipped, threads), parse(name)[2].exact
+    limits = {key: 0.0 for key in measured if key.endswith(("_differing", "_flag"))} | (EXACT_LIMITS if exact else INTEGER_LIMITS)
+    bad = [f"{key} is {measured[key]:.6g}, at most {limit:g} is allowed" for key, limit in limits.items() if not measured[key] <= limit]
+    least = 1.0 if exact else TOP1_LEAST
+    if measured["parity_top1_beyond_gap"] < least:
+        bad.append(f"parity_top1_beyond_gap is {measured['parity_top1_beyond_gap']:.6f}, at least {least:g} is needed")
+    if bad:
+        raise ValueError(f"{file.name} is not the checkpoint it was made of and is not bundled: {'; '.join(bad)}; report this with the recipe")
     return measured
 
 
@@ -131,17 +133,6 @@ def figures(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: S
     measured["parity_greedy_tokens_count"], measured["parity_greedy_gap_nats"] = greedy(twin, written, prompt)
     ends = twin.config.eos_token_id  # one id, or several of which the tokenizer's must be one
     allowed = set(ends if isinstance(ends, list) else [ends])
-    measured |= {"parity_strings_differing": differing}
+    measured["parity_strings_differing"] = differing
     measured["parity_eos_differing_flag"] = float(not {tokenizer.eos_token_id} <= found <= allowed)
     return measured
-
-
-def _refuse(measured: dict[str, float], name: str, file: Path) -> None:
-    exact = parse(name)[2].exact
-    limits = {name: 0.0 for name in measured if name.endswith(("_differing", "_flag"))} | (EXACT_LIMITS if exact else INTEGER_LIMITS)
-    bad = [f"{name} is {measured[name]:.6g}, at most {limit:g} is allowed" for name, limit in limits.items() if not measured[name] <= limit]
-    least = 1.0 if exact else TOP1_LEAST
-    if measured["parity_top1_beyond_gap"] < least:
-        bad.append(f"parity_top1_beyond_gap is {measured['parity_top1_beyond_gap']:.6f}, at least {least:g} is needed")
-    if bad:
-        raise ValueError(f"{file.name} is not the checkpoint it was made of and is not bundled: {'; '.join(bad)}; report this with the recipe")

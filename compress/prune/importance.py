@@ -13,9 +13,9 @@ W G[:, keep] G[keep, keep]^-1, solved once at the end, free of drift. Left out: 
 Letters: B sequences, L tokens of one, N tokens, H hidden, F channels, K kept channels, D channels going together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,3 +92,35 @@ def error_fraction(weight_HF: Tensor, gram_FF: Tensor, keep_K: Tensor, weight_HK
     delta_HF[:, keep_K] -= weight_HK
     whole, lost = (((w @ gram_FF) * w).sum().item() for w in (weight_HF, delta_HF))
     return max(0.0, lost) / max(whole, 1e-30)
+
+
+def cut_ffns(model: Any, ids_BL: Tensor, keep: int, damping: float) -> list[float]:
+    """Cut every FFN to `keep` channels in place as the calibration text reaches it, and fit it; what each one's output lost, as a fraction."""
+    import torch_pruning
+
+    with torch.enable_grad():  # the trace follows grad_fn
+        graph, errors = torch_pruning.DependencyGraph(), []
+        two_BL = torch.zeros(1, 2, dtype=torch.long)
+        graph.build_dependency(model, two_BL, lambda traced, ids_BL: traced(ids_BL, use_cache=False).logits, verbose=False)
+
+    def cut_here(down: torch.nn.Linear, args: tuple[Tensor]) -> tuple[Tensor]:
+        x_NF, whole_HF = args[0].flatten(0, -2), down.weight.detach()
+        gram_FF = x_NF.T @ x_NF
+        keep_K = keep_channels(whole_HF, gram_FF, keep, damping)
+        fitted_HK = reconstruct(whole_HF, gram_FF, keep_K, damping)
+        errors.append(error_fraction(whole_HF, gram_FF, keep_K, fitted_HK))
+        mlp, gone = mlps[down], sorted(set(range(len(gram_FF))) - set(keep_K.tolist()))
+        group: Any = graph.get_pruning_group(mlp.up_proj, torch_pruning.prune_linear_out_channels, gone)
+        linears = {item.dep.target.module for item in group if isinstance(item.dep.target.module, torch.nn.Linear)}
+        assert linears == {mlp.gate_proj, mlp.up_proj, down}, f"the dependency graph found {group}"  # this FFN's three, no more
+        group.prune()
+        assert mlp.gate_proj.out_features == mlp.up_proj.out_features == down.in_features == keep, mlp
+        down.weight.copy_(fitted_HK)
+        return (args[0][..., keep_K],)
+
+    mlps = {layer.mlp.down_proj: layer.mlp for layer in model.model.layers}
+    with ExitStack() as hooks:
+        for down in mlps:
+            hooks.enter_context(down.register_forward_pre_hook(cut_here))
+        model.model(ids_BL, use_cache=False)
+    return errors

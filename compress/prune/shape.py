@@ -4,8 +4,6 @@ Supported are decoder-only models built of `model.layers[i].mlp.{gate,up,down}_p
 stock transformers, llama.cpp and vLLM load the result.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +32,6 @@ def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:
         if "layer" in key and isinstance(value, list) and len(value) == blocks
     }
     return {**config, **per_block, "num_hidden_layers": blocks - len(dropped)}
-
-
-def open_parent(stage: Any, parent: Path) -> Any:
-    """The model of `parent` in fp32, after every refusal that needs no weights: ValueError naming the directory."""
-    from compress import checkpoint
-    from compress.quant.codes import FILE, is_quantized
-
-    checkpoint.check(parent)
-    if is_quantized(parent):
-        raise ValueError(f"{parent} is quantized ({FILE} is there): prune an unquantized checkpoint, then quantize")
-    try:
-        stage.check_shape(checkpoint.read_config(parent))
-    except ValueError as error:
-        raise ValueError(f"{parent}: {error}") from error
-    return checkpoint.load_model(parent)
 
 
 def save_checked(model: Any, out: Path, parent: Path) -> None:

@@ -9,8 +9,6 @@ and, errors of different matrices being nearly independent, costs add up. Chosen
 multiple-choice knapsack, solved exactly as an integer program (HiGHS, through scipy). Left out: grids chosen anew after training.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Collection
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from compress.distill.losses import Dense, Mix, head_loss
 from compress.quant.codes import quantizable
-from compress.quant.grids import GRIDS, Grid
+from compress.quant.grids import GRIDS
 from compress.store import write_json
 from compress.train.forward import head_of, hidden_states
 from compress.train.loop import progress
@@ -66,17 +64,15 @@ def options(model: Any, damage: dict[str, float], grids: Collection[str]) -> Opt
     made: Options = {}
     for name, home, _ in quantizable(model):
         weight: Any = home.weight
-
-        def error(grid: Grid, w: Tensor = weight, name: str = name) -> float:
-            return float((w - grid.decode(*grid.encode(w, name))).square().sum(dtype=torch.float64))
-
         able = [GRIDS[grid] for grid in grids if weight.shape[-1] % GRIDS[grid].block == 0]
         if not able:
             raise ValueError(
                 f"{name} has rows of {weight.shape[-1]}: none of {', '.join(grids)} takes them; add q8_0, whose blocks are {GRIDS['q8_0'].block}"
             )
-        unit = damage[name] / max(error(GRIDS[PROBE]), 1e-30)
-        made[name] = {grid.name: (unit * error(grid), round(weight.numel() * grid.bits_per_weight / 8)) for grid in able}
+        gaps = (weight - grid.decode(*grid.encode(weight, name)) for grid in (GRIDS[PROBE], *able))
+        probe, *errors = (float(gap.square().sum(dtype=torch.float64)) for gap in gaps)
+        cost = damage[name] / max(probe, 1e-30)
+        made[name] = {g.name: (cost * error, round(weight.numel() * g.bits_per_weight / 8)) for g, error in zip(able, errors, strict=True)}
     return made
 
 

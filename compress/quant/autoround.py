@@ -3,14 +3,11 @@
     w_q = s * clamp(round(w / s + v), -8, 7),   s = fp16(m / 8) with m = the block of 32's extreme times a learned factor
     v, factors <- sign of the gradient of |block_q(x_q) - block(x)|^2        arXiv 2309.05516, section 3, algorithm 1
 
-x_q come from the quantized blocks before, x from the unquantized model. The package's symmetric "full range" scale is signed, so its
-int4 group-32 result is Q4_0's own arithmetic, d = s and code = q + 8; each result is checked to equal its codes' values exactly.
-Left out: its calibration sets, export and embeddings; here it gets one block at a time, which is how it is driven
-by llm-compressor. Its `amp` is off, as it would round the weights
-themselves to bf16, off the grid; autocast around the call leaves them in fp32.
+x_q come from the quantized blocks before, x from the unquantized model. The package's symmetric "full range" scale is signed, so its int4
+group-32 result is Q4_0's own arithmetic, d = s and code = q + 8; each result is checked to equal its codes' values exactly.
+Left out: its calibration sets, export and embeddings; here it gets one block at a time, which is how it is driven by llm-compressor. Its `amp` is
+off, as it would round the weights themselves to bf16, off the grid; autocast around the call leaves them in fp32.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import logging
@@ -42,7 +39,8 @@ def rounder(iterations: int, seed: int) -> Callable[..., dict[str, tuple[Tensor,
         raise ValueError(f"method=autoround needs {', '.join(missing)}, not installed: pip install 'compress-lm[autoround]'")
 
     def round_block(block: Any, keywords: dict[str, Any], states: list[Tensor], wanted: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Codes and scales of every Linear below `block` by name; `states` and `wanted` (rows, L, H): its inputs, and the outputs to reach."""
+        """Codes and scales of every Linear below `block` by name, its weights as before; `states` and `wanted` (rows, L, H): inputs, and outputs
+        to reach. ValueError when the package's values are not those of codes and scales."""
         from auto_round import AutoRound
         from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
@@ -61,17 +59,17 @@ def rounder(iterations: int, seed: int) -> Callable[..., dict[str, tuple[Tensor,
                 block, [(((x_1LH,), keywords),) for x_1LH in inputs], auto_offload=False,
                 reference_output=[x_1LH for x_BLH in wanted for x_1LH in x_BLH.split(1)],
             )  # fmt: skip
-        return {name: _codes(name, block.get_submodule(name), master) for name, master in masters.items()}
+        made = {}
+        with torch.no_grad():
+            for name, master in masters.items():
+                layer, grid = block.get_submodule(name), GRIDS["q4_0"]
+                scales = layer.scale.detach().half().view(len(master), -1)
+                codes = grid.codes(layer.weight, scales)
+                if not torch.equal(grid.decode(codes, scales), layer.weight):
+                    line = "pip install auto-round==0.16.1, or use method=gptq"
+                    raise ValueError(f"{name}: auto-round's values are not fp16 scales times codes -8 to 7; {line}")
+                layer.weight.copy_(master)
+                made[name] = codes, scales
+        return made
 
     return round_block
-
-
-@torch.no_grad()
-def _codes(name: str, layer: Any, master: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of what the package has made of one layer, whose weight is then `master` again. ValueError when they don't give its values."""
-    grid, scales = GRIDS["q4_0"], layer.scale.detach().half().view(len(master), -1)
-    codes = grid.codes(layer.weight, scales)
-    if not torch.equal(grid.decode(codes, scales), layer.weight):
-        raise ValueError(f"{name}: auto-round's values are not fp16 scales times codes -8 to 7; pip install auto-round==0.16.1, or use method=gptq")
-    layer.weight.copy_(master)
-    return codes, scales

@@ -1,9 +1,8 @@
 """Balance: one factor a channel moves between what a group of linear layers multiplies and what made it; logits stay what they are.
 
-Whoever makes channel j of the inputs X divides by s_j, whoever reads it multiplies column j of W by s_j. It is exact where nothing
-non-linear lies between: a norm's weight before q, k, v and before gate, up; v's rows before o (attention only averages
-values; heads that share a v share its factors); up's rows before down (gate * up). Rows keep no trace of it on a grid with a scale
-in every row, columns do:
+Whoever makes channel j of the inputs X divides by s_j, whoever reads it multiplies column j of W by s_j. It is exact where nothing non-linear
+lies between: a norm's weight before q, k, v and before gate, up; v's rows before o (attention only averages values; heads that share a v share
+its factors); up's rows before down (gate * up). Rows keep no trace of it on a grid with a scale in every row, columns do:
 
     AWQ          s = mean|X|^a, a from 0 to 1 by the least output error of the rounded group      arXiv 2306.00978, section 3.2, eq. 4, 5
     SmoothQuant  s = max|X|^0.5 / max|W|^0.5, for activations quantized by the runtime            arXiv 2211.10438, section 4, eq. 4
@@ -13,8 +12,6 @@ Left out: AWQ's clipping, which a search of scales does on the grid itself.
 
 Letters: C channels of the inputs, R rows, N tokens, K channels of the maker.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any

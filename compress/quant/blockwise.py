@@ -8,11 +8,10 @@ sequential" order). A tied embedding goes first, measured as a head by the unqua
 Legend: B sequences, L tokens of one, H hidden, C channels.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.gptq import gptq
 from compress.quant.grids import GRIDS
 from compress.store import write_whole
+from compress.train.forward import block_inputs
 
 ROWS = 4  # sequences sent through a block at a time
 
@@ -38,11 +38,7 @@ class Stream:
 
     def __init__(self, model: Any, ids_BL: Tensor, dtype: torch.dtype) -> None:
         self.model, self.ids_BL, self.dtype, self.blocks = model, ids_BL, dtype, model.model.layers
-        self.keywords: list[dict[str, Any]] = []
-        with ExitStack() as hooks:
-            for block in self.blocks:
-                hooks.enter_context(block.register_forward_pre_hook(lambda _, args, kwargs: self.keywords.append(kwargs), with_kwargs=True))
-            model.model(ids_BL[:1], use_cache=False)
+        self.keywords = block_inputs(model, ids_BL[:1])[1]
         self.enter()
 
     def enter(self) -> None:
@@ -79,17 +75,14 @@ class Stream:
         """What each group of a block receives; text goes no further than to the last."""
         found = [Inputs() for _ in groups]
 
-        def noting(i: int) -> Callable[..., None]:
-            def note(_: Any, args: tuple[Tensor]) -> None:
-                found[i].add(args[0])
-                if i == len(groups) - 1:
-                    raise _Stop
-
-            return note
+        def note(i: int, _: Any, args: tuple[Tensor]) -> None:
+            found[i].add(args[0])
+            if i == len(groups) - 1:
+                raise _Stop
 
         with ExitStack() as hooks:
             for i, group in enumerate(groups):
-                hooks.enter_context(next(iter(group.readers.values())).register_forward_pre_hook(noting(i)))
+                hooks.enter_context(next(iter(group.readers.values())).register_forward_pre_hook(partial(note, i)))
             for x_BLH in self.states:
                 with suppress(_Stop):
                     self.call(index, x_BLH)

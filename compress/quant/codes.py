@@ -4,12 +4,10 @@ A quantized checkpoint is a plain fp32 one whose matrices equal what these codes
 `NAME.codes` (R, C) and `NAME.scales`, and the metadata `grids`, a JSON object that names each matrix's grid.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.checkpoint import save_model
+from compress.checkpoint import check, read_config, save_model
 from compress.quant.grids import GRIDS
 
 FILE = "quant.safetensors"
@@ -82,10 +80,15 @@ def is_quantized(path: Path) -> bool:
     return (path / FILE).is_file()
 
 
-def refuse_quantized(parent: Path, stage: str) -> None:
-    """ValueError when a parent is on a grid already: training or rounding it again would leave the grid."""
+def check_parent(stage: Any, parent: Path, work: str) -> None:
+    """ValueError naming the directory when `stage` can't work on it: damaged, of a wrong shape, or on a grid, which any `work` would leave."""
+    check(parent)
     if is_quantized(parent):
-        raise ValueError(f"{parent} is quantized already (it has {FILE}): give {stage} an unquantized checkpoint")
+        raise ValueError(f"{parent} is quantized already (it has {FILE}): {work} an unquantized checkpoint")
+    try:
+        stage.check_shape(read_config(parent))
+    except ValueError as error:
+        raise ValueError(f"{parent}: {error}") from error
 
 
 def load_quantized(path: Path) -> dict[str, Quantized]:

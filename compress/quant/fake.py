@@ -1,38 +1,33 @@
 """The one fake-quant module: a model computes with decode(codes(w, s), s), the optimizer moves the master weights w.
 
-Straight-through estimator: with q = round(w / s) and the grid's range [low, high], forward is s * clamp(q, low, high)
-and
+Straight-through estimator: with q = round(w / s) and the grid's range [low, high], forward is s * clamp(q, low, high) and
 
     dL/dw = dL/dw_q where low <= q <= high, else 0        (q before clamping)
 
-that is, rounding counts as the identity and clamping as itself: PACT (arXiv 1805.06085, section 3) for the clamp, LSQ
-(arXiv 1902.08153, section 2) for weights. LSQ's inequality is strict; here the end codes themselves pass gradient,
-because the largest weight of every Q4_0 block sits exactly on one and would never move again. Grids with a minimum
-round (w - floor) / s instead (grids/grid.py). `scales`, all numbers the file holds besides the codes, stay fixed.
+that is, rounding counts as the identity and clamping as itself: PACT (arXiv 1805.06085, section 3) for the clamp, LSQ (arXiv 1902.08153, section
+2) for weights. LSQ's inequality is strict; here the end codes themselves pass gradient, because the largest weight of every Q4_0 block sits
+exactly on one and would never move again. Grids with a minimum round (w - floor) / s instead (grids/grid.py). `scales`, all numbers the file
+holds besides the codes, stay fixed.
 
-Cost: the quantized weight and its place in the autograd graph are kept until w or s changes (tensor version counters,
-and a hook on optimizer steps, since fused optimizers don't count), so a step of many micro-batches quantizes once, a
-tied embedding and head share one result, and each backward costs one masked copy. Nothing is saved for backward, so
-the kept node may be walked many times; w must not change between a forward and its backward. Memory: 4 bytes per
-weight. Writing to `weight.data` in place goes unseen; write under `torch.no_grad()`.
+Cost: the quantized weight and its place in the autograd graph are kept until w or s changes (tensor version counters, and a hook on optimizer
+steps, since fused optimizers don't count), so a step of many micro-batches quantizes once, a tied embedding and head share one result, and each
+backward costs one masked copy. Nothing is saved for backward, so the kept node may be walked many times; w must not change between a forward and
+its backward. Memory: 4 bytes per weight. Writing to `weight.data` in place goes unseen; write under `torch.no_grad()`.
 
-With adapters (LoRA, arXiv 2106.09685, section 4.1, under the grid) the master is W + B A with W frozen, and of dL/dw only
-dL/dA = B^T dL/dw and dL/dB = dL/dw A^T are kept: what merges is on the grid already, not rounded afterwards.
+With adapters (LoRA, arXiv 2106.09685, section 4.1, under the grid) the master is W + B A with W frozen, and of dL/dw only dL/dA = B^T dL/dw and
+dL/dB = dL/dw A^T are kept: what merges is on the grid already, not rounded afterwards.
 
-Master weights keep their names and identity: the class of each Linear / Embedding is swapped for a subclass whose
-`weight` attribute is the quantized tensor, whatever its forward does, while `state_dict` and `parameters` still hold
-the master. Scales are buffers (`<module>.quant_scales`). The subclass can't be pickled or deep-copied; call `finish`
-first.
+Master weights keep their names and identity: the class of each Linear / Embedding is swapped for a subclass whose `weight` attribute is the
+quantized tensor, whatever its forward does, while `state_dict` and `parameters` still hold the master. Scales are buffers
+(`<module>.quant_scales`). The subclass can't be pickled or deep-copied; call `finish` first.
 """
 
-from __future__ import annotations
-
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.grids import GRIDS, Grid
@@ -65,30 +60,17 @@ class _Snapped:
         key = (id(w), w.data_ptr(), id(scales), scales._version, self.steps[0], *(-1 if part is None else part._version for part in parts))
         if key != self.key:
             self.scales = learned(scales, parts[1])
-            self._refresh(self.master(), self.scales)
+            with torch.inference_mode(False), torch.no_grad():
+                master = self.master()
+                if self.values.shape != master.shape or self.values.device != master.device:
+                    self.values = torch.empty_like(master, memory_format=torch.contiguous_format, requires_grad=False)
+                self.grid.snap(master, self.scales, self.values)
             self.key, self.linked = key, None
         if not (torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)):
             return self.values
         if self.linked is None:
             self.linked = cast(Tensor, _StraightThrough.apply(*parts, self))
         return self.linked
-
-    def _refresh(self, w: Tensor, scales: Tensor) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            if self.values.shape != w.shape or self.values.device != w.device:
-                self.values = torch.empty_like(w, memory_format=torch.contiguous_format, requires_grad=False)
-            self.grid.snap(w, scales, self.values)
-
-    def gradients(self, grad: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        """From d loss / d values (R, C) to those of `parts` that are needed: (R, C), (R, C / block), (r, C), (R, r)."""
-        w, (_, _, a, b) = self.master(), self.parts().values()
-        inside = self.grid.unclipped(w, self.scales, grad)
-        shift = None
-        if needed[1]:
-            blocks = [t.reshape(-1, self.grid.length(t.shape[1])) for t in (grad, self.values, inside, w)]
-            shift = (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(self.scales.shape)
-        low = (b.T @ inside, inside @ a.T) if a is not None and b is not None else (None, None)
-        return inside if needed[0] else None, shift, *low
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -99,7 +81,15 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.snapped.gradients(grad, ctx.needs_input_grad), None
+        """From d loss / d values (R, C) to those of the parts that need it: (R, C), (R, C / block), (r, C), (R, r)."""
+        snapped, needed = ctx.snapped, ctx.needs_input_grad
+        w, (_, _, a, b) = snapped.master(), snapped.parts().values()
+        inside, shift = snapped.grid.unclipped(w, snapped.scales, grad), None
+        if needed[1]:
+            blocks = [t.reshape(-1, snapped.grid.length(t.shape[1])) for t in (grad, snapped.values, inside, w)]
+            shift = (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(snapped.scales.shape)
+        low = (b.T @ inside, inside @ a.T) if a is not None and b is not None else (None, None)
+        return inside if needed[0] else None, shift, *low, None
 
 
 @torch.no_grad()
@@ -118,19 +108,16 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
     """
     if hasattr(model, "fake_quant"):
         raise ValueError("the model is fake-quantized already: call finish before attaching again")
-    layout: dict[str, str] = {}
-    chosen, places = [], []
+    chosen = []
     for name, home, modules in quantizable(model):
         weight = cast(Tensor, home.weight)
         if weight.dtype != torch.float32:
             raise ValueError(f"{name} is {weight.dtype}: masters must be fp32; load the model as torch.float32")
-        layout[name] = grids if isinstance(grids, str) else grids[name]
-        grid = GRIDS[layout[name]]
+        grid = GRIDS[grids if isinstance(grids, str) else grids[name]]
         found = grid.search(weight, name=name) if scales == "search" and grid.searches else grid.encode(weight, name)[1]
-        chosen.append((grid, home, modules, found))
-        places.append((name, home, modules))
+        chosen.append((grid, (name, home, modules), found))
     steps, snaps = [0], []
-    for grid, home, modules, found in chosen:
+    for grid, (_, home, modules), found in chosen:
         home.register_buffer("quant_scales", found)
         if scales == "learned" and grid.searches:
             home.register_parameter("quant_shift", nn.Parameter(torch.zeros_like(found, dtype=torch.float32)))
@@ -138,36 +125,22 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
             weight = cast(nn.Parameter, home._parameters["weight"]).requires_grad_(False)
             home.register_parameter("quant_a", nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5)))
             home.register_parameter("quant_b", nn.Parameter(weight.new_zeros(len(weight), rank)))
-        snapped = _Snapped(home, grid, steps)
-        snaps.append(snapped)
+        snaps.append(_Snapped(home, grid, steps))
+        quantized = property(lambda _, snapped=snaps[-1]: snapped.tensor())
         for module in modules:
-            _swap(module, snapped)
-    model.fake_quant = _Attached(layout, places, snaps, _count(steps))  # type: ignore[assignment]
+            kind = type(module)
+            module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), {"weight": quantized, "unquantized": kind})
 
-
-class _Attached:
-    def __init__(self, layout: dict[str, str], places: list[tuple[str, nn.Module, list[nn.Module]]], snaps: list[_Snapped],
-                 hook: RemovableHandle) -> None:  # fmt: skip
-        self.layout, self.places, self.snaps, self.hook = layout, places, snaps, hook
-
-
-def _count(steps: list[int]) -> RemovableHandle:
-    def hook(*_: Any) -> None:
+    def count(*_: Any) -> None:
         steps[0] += 1
 
-    return register_optimizer_step_post_hook(hook)
-
-
-def _swap(module: nn.Module, snapped: _Snapped) -> None:
-    """Give one instance a subclass of its own class whose `weight` is the quantized tensor."""
-    kind = type(module)
-    members = {"weight": property(lambda _: snapped.tensor()), "unquantized": kind}
-    module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), members)
+    hook = register_optimizer_step_post_hook(count)
+    model.fake_quant = SimpleNamespace(places=[place for _, place, _ in chosen], snaps=snaps, hook=hook)  # type: ignore[assignment]
 
 
 def finish(model: nn.Module) -> dict[str, Quantized]:
     """Bake decode(codes) into the weights, undo everything `attach` added, return what `save_quantized` takes."""
-    attached = cast(_Attached, model.fake_quant)
+    attached: Any = model.fake_quant
     made: dict[str, Quantized] = {}
     for (name, home, modules), snapped in zip(attached.places, attached.snaps, strict=True):
         master, scales = snapped.master(), learned(cast(Tensor, home._buffers["quant_scales"]), snapped.parts()["quant_shift"])
@@ -176,8 +149,8 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
         del home._buffers["quant_scales"]
         for part in ("quant_shift", "quant_a", "quant_b"):
             home._parameters.pop(part, None)
-        weight, grid = cast(nn.Parameter, home.weight).requires_grad_(True), attached.layout[name]
-        made[name] = bake(weight, Quantized(grid, GRIDS[grid].codes(master, scales), scales))
+        weight, grid = cast(nn.Parameter, home.weight).requires_grad_(True), snapped.grid
+        made[name] = bake(weight, Quantized(grid.name, grid.codes(master, scales), scales))
     attached.hook.remove()
     del model.fake_quant
     return made

@@ -1,19 +1,16 @@
 """GPTQ: columns are rounded one after another, and what is left of the row makes up for the error. Pure torch.
 
-A row w of a linear layer meets inputs X (N, C); its output error is (w - q) G (w - q)^T with G = X^T X. With U the upper
-Cholesky factor of the damped G's inverse, G^-1 = U^T U, rounding column j to q_j costs, all later columns compensating,
+A row w of a linear layer meets inputs X (N, C); its output error is (w - q) G (w - q)^T with G = X^T X. With U the upper Cholesky factor of the
+damped G's inverse, G^-1 = U^T U, rounding column j to q_j costs, all later columns compensating,
 
     ((w_j - q_j) / U_jj)^2      and leaves      w_k <- w_k - (w_j - q_j) / U_jj * U_jk,   k > j
 
-(arXiv 2210.17323, section 3 and algorithm 1: the same order for all rows, updates of later blocks in one product). The
-scales of a block are chosen from its updated weights when it is reached: the grid's own rounding, or its search
-weighted by the costs 1 / U_jj^2. Left out: act-order. Blocks of 32 neighbours share a scale that ships, so columns in another
-order would need scales chosen before any error is known.
+(arXiv 2210.17323, section 3 and algorithm 1: the same order for all rows, updates of later blocks in one product). The scales of a block are
+chosen from its updated weights when it is reached: the grid's own rounding, or its search weighted by the costs 1 / U_jj^2. Left out: act-order.
+Blocks of 32 neighbours share a scale that ships, so columns in another order would need scales chosen before any error is known.
 
 Letters: R rows, C columns, K columns of one block. Working arrays are transposed, so that a column is contiguous.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -41,24 +38,19 @@ def gptq(w_RC: Tensor, gram_CC: Tensor, grid: Grid, damping: float, search: bool
     codes_CR = torch.empty_like(left_CR, dtype=grid.dtype)
     scales = []
     length = grid.length(len(left_CR))
+    group = grid.group or length
     for start in range(0, len(left_CR), length):
         stop = start + length
         block_KR = left_CR[start:stop]
         now_RK = block_KR.T.contiguous()
         scales.append(grid.search(now_RK, cost_C[start:stop], name) if search else grid.encode(now_RK, name)[1])
-        error_KR = _round_block(block_KR, upper_CC[start:stop, start:stop], grid, scales[-1], codes_CR[start:stop])
+        step, floor = grid.levels(scales[-1])  # (R, groups, 1)
+        error_KR = torch.empty_like(block_KR)  # (w - q) / U_jj
+        for j, w_R in enumerate(block_KR):
+            s_R, f_R = step[:, j // group, 0], 0.0 if floor is None else floor[:, j // group, 0]
+            q_R = ((w_R - f_R) * inverse(s_R)).round_().clamp_(grid.low, grid.high)
+            codes_CR[start + j] = q_R + grid.offset
+            torch.sub(w_R, q_R.mul_(s_R).add_(f_R), out=error_KR[j]).div_(upper_CC[start + j, start + j])
+            block_KR[j + 1 :].addr_(upper_CC[start + j, start + j + 1 : stop], error_KR[j], alpha=-1)
         left_CR[stop:].addmm_(upper_CC[start:stop, stop:].T, error_KR, alpha=-1)
     return codes_CR.T.contiguous(), torch.cat(scales, dim=1)
-
-
-def _round_block(block_KR: Tensor, factor_KK: Tensor, grid: Grid, scales: Tensor, codes_KR: Tensor) -> Tensor:
-    """Fill in the codes of one block, column by column; the errors (w - q) / U_jj (K, R). Overwrites `block_KR`."""
-    step, floor = grid.levels(scales)  # (R, groups, 1)
-    error_KR = torch.empty_like(block_KR)
-    for j, w_R in enumerate(block_KR):
-        s_R, f_R = step[:, j // grid.group, 0], 0.0 if floor is None else floor[:, j // grid.group, 0]
-        q_R = ((w_R - f_R) * inverse(s_R)).round_().clamp_(grid.low, grid.high)
-        codes_KR[j] = q_R + grid.offset
-        torch.sub(w_R, q_R.mul_(s_R).add_(f_R), out=error_KR[j]).div_(factor_KK[j, j])
-        block_KR[j + 1 :].addr_(factor_KK[j, j + 1 :], error_KR[j], alpha=-1)
-    return error_KR

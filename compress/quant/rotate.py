@@ -1,8 +1,7 @@
 """Rotations folded into the weights where they cost nothing at inference: outliers spread, blocks of weights round better.
 
-Hidden vectors x become x Q with orthogonal Q, writers take W -> Q^T W, readers W -> W Q, and logits stay what they are.
-Two places need no operation at run time (QuaRot, arXiv 2404.00456, section 4, stage 1; R1 and R2 of SpinQuant, arXiv
-2405.16406, section 3.1):
+Hidden vectors x become x Q with orthogonal Q, writers take W -> Q^T W, readers W -> W Q, and logits stay what they are. Two places need no
+operation at run time (QuaRot, arXiv 2404.00456, section 4, stage 1; R1 and R2 of SpinQuant, arXiv 2405.16406, section 3.1):
 
   values    inside every head, between v_proj and o_proj: attention averages values and Q is the same for all positions. All heads
             that share a value head turn alike, so grouped-query attention is no obstacle. Q is a Hadamard matrix.
@@ -10,14 +9,13 @@ Two places need no operation at run time (QuaRot, arXiv 2404.00456, section 4, s
             the readers; the last norm's goes into the head. A tied head is the embedding too, which must not take that weight: left as
             it is, like a stream with norms on blocks' outputs (Gemma 3).
 
-Hadamard matrices are Sylvester's, of order 2^k; other widths m 2^k take the product of a random orthogonal m x m matrix and one,
-with random signs (a randomized Hadamard transform). Left out: learned rotations, and those that need a transform at run time.
+Hadamard matrices are Sylvester's, of order 2^k; other widths m 2^k take the product of a random orthogonal m x m matrix and one, with random
+signs (a randomized Hadamard transform). Left out: learned rotations, and those that need a transform at run time.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
+import scipy.linalg
 import torch
 from torch import Tensor, nn
 
@@ -26,10 +24,7 @@ from compress.quant.balance import gain, groups_of
 
 def hadamard(order: int) -> Tensor:
     """float64 (order, order), orthogonal, entries +-1 / sqrt(order); `order` is a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < order:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / order**0.5
+    return torch.from_numpy(scipy.linalg.hadamard(order, float)) / order**0.5
 
 
 def rotation(width: int, seed: int) -> Tensor:
@@ -51,15 +46,6 @@ def _turn(layer: nn.Module, q: Tensor, *, rows: bool) -> None:
         bias.copy_((bias.double().view(-1, len(q)) @ q).flatten())
 
 
-def rotate(model: Any, seed: int) -> str:
-    """Turn in place whatever can be turned; why the residual stream can't be, empty where it was."""
-    rotate_values(model)
-    obstacle = residual_obstacle(model)
-    if not obstacle:
-        rotate_residual(model, seed)
-    return obstacle
-
-
 @torch.no_grad()
 def rotate_values(model: Any) -> None:
     """Turn the values of every head, in place."""
@@ -79,8 +65,11 @@ def residual_obstacle(model: Any) -> str:
 
 
 @torch.no_grad()
-def rotate_residual(model: Any, seed: int) -> None:
-    """Fold the norms away and turn the residual stream of a model that has no obstacle, in place."""
+def rotate(model: Any, seed: int) -> str:
+    """Turn in place whatever can be turned, norms of the residual stream folded away; why that can't be, empty where it was."""
+    rotate_values(model)
+    if obstacle := residual_obstacle(model):
+        return obstacle
     q = rotation(model.config.hidden_size, seed)
     norms = [(model.model.norm, [model.get_output_embeddings()])]
     for block in model.model.layers:
@@ -94,3 +83,4 @@ def rotate_residual(model: Any, seed: int) -> None:
             reader.weight.mul_(whole)
             _turn(reader, q, rows=False)
     _turn(model.get_input_embeddings(), q, rows=False)
+    return ""

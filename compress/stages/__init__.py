@@ -5,8 +5,6 @@ A stage is its configuration: a dataclass with
     run(parent, out, ctx) -> metrics read one checkpoint directory, write another (metric keys carry units)
 """
 
-from __future__ import annotations
-
 from compress.stages.distill import Distill
 from compress.stages.lora import Lora
 from compress.stages.prune_depth import PruneDepth

@@ -1,8 +1,7 @@
 """Knowledge distillation: the parent learns the teacher's distribution on packed text, from the teacher's cached signal.
 
-loss = kl_weight * T^2 D(teacher, student) + ce_weight * cross-entropy + hidden_weight * (last hidden states' squared distance),
-with D and T as in `compress/distill/losses.py`. Forward KL on all positions is what recovers pruned models best (Minitron,
-arXiv 2407.14679, section 4.3).
+loss = kl_weight * T^2 D(teacher, student) + ce_weight * cross-entropy + hidden_weight * (last hidden states' squared distance), with D and T as
+in `compress/distill/losses.py`. Forward KL on all positions is what recovers pruned models best (Minitron, arXiv 2407.14679, section 4.3).
 """
 
 from __future__ import annotations
@@ -97,10 +96,9 @@ class Distill(Optimization):
         from compress.checkpoint import load_model, load_tokenizer, read_config, save_model
         from compress.distill.losses import Mix
         from compress.distill.steps import OnlineTeacher, common_vocabulary, with_rollouts
-        from compress.quant.codes import is_quantized
+        from compress.quant.codes import check_parent
 
-        if is_quantized(parent):
-            raise ValueError(f"{parent} is quantized; distill before quantizing, or use the qat stage on the unquantized parent")
+        check_parent(self, parent, "distill before quantizing, or use the qat stage, on")
         if self.hidden_weight and read_config(parent)["hidden_size"] != read_config(ctx.teacher)["hidden_size"]:
             raise ValueError(f"{parent}: hidden_weight={self.hidden_weight} needs a student of the teacher's hidden size; set it to 0")
         vocabulary = common_vocabulary(parent, ctx.teacher)

@@ -5,8 +5,6 @@ merged into the unquantized base. The adapter itself is kept in `adapter/`, neve
 second time. Embeddings and head are never adapted: with tied weights one of the two updates would be lost on reload.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -47,10 +45,9 @@ class Lora(Optimization):
 
         from compress.checkpoint import load_model, save_model
         from compress.distill.losses import Mix
-        from compress.quant.codes import is_quantized
+        from compress.quant.codes import check_parent
 
-        if is_quantized(parent):
-            raise ValueError(f"{parent} is quantized; merging adapters would leave its grid: put lora before ptq and qat")
+        check_parent(self, parent, "put lora before ptq and qat, on")
         torch.manual_seed(ctx.seed)
         base = load_model(parent, load="nf4" if self.load_in_4bit else "plain")
         model: Any = get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"))

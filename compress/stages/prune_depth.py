@@ -3,18 +3,13 @@
 A dropped block turns into latency one to one, unlike a narrower one. Which blocks went is written to `pruning.json`.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.prune import shape
 from compress.stages.context import Context
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass
@@ -47,10 +42,18 @@ class PruneDepth:
         """Write the shallower checkpoint. ValueError for a parent that is quantized, unsupported or too shallow."""
         import torch
 
-        model = shape.open_parent(self, parent)
+        from compress.checkpoint import load_model
+        from compress.prune.importance import drop_blocks
+        from compress.quant.codes import check_parent
+        from compress.train.forward import block_inputs
+
+        check_parent(self, parent, "prune")
+        model = load_model(parent)
         params = model.num_parameters()
         with torch.no_grad():
-            dropped = self._choose(model, ctx.calibration(self.calibration_sequences))
+            entering, keywords = block_inputs(model, ctx.calibration(self.calibration_sequences))
+            blocks = [lambda h, b=block, k=kwargs: b(h, **k) for block, kwargs in zip(model.model.layers, keywords, strict=True)]
+            dropped = drop_blocks(blocks, entering, self.blocks, self.keep_first, self.keep_last)
         _cut(model, {index for index, _ in dropped})
         shape.save_checked(model, out, parent)
         removed = [{"block": index, "influence": influence} for index, influence in dropped]
@@ -61,34 +64,14 @@ class PruneDepth:
             "influence_removed_sum": sum(influence for _, influence in dropped),
         }
 
-    def _choose(self, model: Any, ids_BL: Tensor) -> list[tuple[int, float]]:
-        """Run the model once, noting what every block receives; then any block can be run again on other states."""
-        from compress.prune.importance import drop_blocks
-
-        entering: list[Any] = []
-        keywords: list[dict[str, Any]] = []
-
-        def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keywords.append(dict(kwargs))
-            entering.append(args[0] if args else keywords[-1].pop("hidden_states"))
-
-        layers = model.model.layers
-        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-        model.model(ids_BL, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        blocks = [lambda h, b=layer, k=kwargs: b(h, **k) for layer, kwargs in zip(layers, keywords, strict=True)]
-        return drop_blocks(blocks, entering, self.blocks, self.keep_first, self.keep_last)
-
 
 def _cut(model: Any, dropped: set[int]) -> None:
     """Remove the blocks in place; the config's per-block lists and the attention's KV cache slots follow."""
-    from torch.nn import ModuleList
-
     for key, value in shape.without_blocks(model.config.to_dict(), dropped).items():
         if key == "num_hidden_layers" or isinstance(value, list) and "layer" in key:
             setattr(model.config, key, value)
-    model.model.layers = ModuleList(layer for i, layer in enumerate(model.model.layers) if i not in dropped)
+    for index in sorted(dropped, reverse=True):
+        del model.model.layers[index]
     for i, layer in enumerate(model.model.layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

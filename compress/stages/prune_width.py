@@ -6,17 +6,12 @@ fitted to what the blocks already cut send it. On the embedded teacher this beat
 (KL on WikiText 1.44 against 1.48, FFN 1536 -> 896); asking each block to undo the errors of the earlier ones overfits (1.82).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.prune import shape
 from compress.stages.context import Context
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass
@@ -50,11 +45,16 @@ class PruneWidth:
         """Write the narrower checkpoint. ValueError for a parent that is quantized, unsupported or narrow already."""
         import torch
 
-        model = shape.open_parent(self, parent)
+        from compress.checkpoint import load_model
+        from compress.prune.importance import cut_ffns
+        from compress.quant.codes import check_parent
+
+        check_parent(self, parent, "prune")
+        model = load_model(parent)
         params, present = model.num_parameters(), model.config.intermediate_size
         target = shape.snap(self.ffn, self.multiple)
         with torch.no_grad():
-            errors = self._cut(model, ctx.calibration(self.calibration_sequences), target)
+            errors = cut_ffns(model, ctx.calibration(self.calibration_sequences), target, self.damping)
         model.config.intermediate_size = target
         shape.save_checked(model, out, parent)
         return {
@@ -63,37 +63,3 @@ class PruneWidth:
             "down_error_mean_fraction": sum(errors) / len(errors),
             "down_error_max_fraction": max(errors),
         }
-
-    def _cut(self, model: Any, ids_BL: Tensor, target: int) -> list[float]:
-        """Cut every block in place as the calibration text reaches it; what each projection's output lost."""
-        import torch
-        import torch_pruning
-
-        from compress.prune.importance import error_fraction, keep_channels, reconstruct
-
-        with torch.enable_grad():  # the trace follows grad_fn
-            graph, errors = torch_pruning.DependencyGraph(), []
-            two_BL = torch.zeros(1, 2, dtype=torch.long)
-            graph.build_dependency(model, two_BL, lambda traced, ids_BL: traced(ids_BL, use_cache=False).logits, verbose=False)
-
-        def cut_here(down: torch.nn.Linear, args: tuple[Tensor]) -> tuple[Tensor]:
-            x_NF, whole_HF = args[0].flatten(0, -2), down.weight.detach()
-            gram_FF = x_NF.T @ x_NF
-            keep_K = keep_channels(whole_HF, gram_FF, target, self.damping)
-            fitted_HK = reconstruct(whole_HF, gram_FF, keep_K, self.damping)
-            errors.append(error_fraction(whole_HF, gram_FF, keep_K, fitted_HK))
-            mlp, gone = mlps[down], sorted(set(range(len(gram_FF))) - set(keep_K.tolist()))
-            group: Any = graph.get_pruning_group(mlp.up_proj, torch_pruning.prune_linear_out_channels, gone)
-            linears = {item.dep.target.module for item in group if isinstance(item.dep.target.module, torch.nn.Linear)}
-            assert linears == {mlp.gate_proj, mlp.up_proj, down}, f"the dependency graph found {group}"  # this FFN's three, no more
-            group.prune()
-            assert mlp.gate_proj.out_features == mlp.up_proj.out_features == down.in_features == target, mlp
-            down.weight.copy_(fitted_HK)
-            return (args[0][..., keep_K],)
-
-        mlps = {layer.mlp.down_proj: layer.mlp for layer in model.model.layers}
-        hooks = [down.register_forward_pre_hook(cut_here) for down in mlps]
-        model.model(ids_BL, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        return errors

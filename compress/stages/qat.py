@@ -5,8 +5,6 @@ loss is KL(p || student) from a cached signal. With `learn_from` parent, p is th
 (LLM-QAT, arXiv 2305.17888, section 3.1); with teacher, quantization-aware distillation, it is the recipe's teacher.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,27 +14,18 @@ from compress.errors import ConfigError
 from compress.prune.shape import check_architecture
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization, SchemeName, Signal
-from compress.stages.ptq import Allocation, Balance, GridName, Scales, check_balance, check_rows, check_scales
+from compress.stages.ptq import Balance, OnGrid
 
-
-class LearnFrom(StrEnum):
-    """Whose distribution the quantized model learns."""
-
-    parent = "parent"
-    teacher = "teacher"
+LearnFrom = StrEnum("LearnFrom", ["parent", "teacher"])  # whose distribution the quantized model learns
 
 
 @dataclass
-class Qat(Optimization):
+class Qat(Optimization, OnGrid):
     """Train the parent on a llama.cpp grid; ship exactly those codes."""
 
     lr: float = 3e-4
     tokens: int = 100_000
-    grid: GridName = GridName.q4_0
-    scales: Scales = Scales.round  # the start: on a distilled 98M parent, round gave KL 0.215 and search 0.322 before training
     learn_from: LearnFrom = LearnFrom.parent
-    allocate: Allocation = field(default_factory=Allocation)
-    balance: Balance = Balance.none  # awq or smoothquant: fold between layers first (`compress/quant/balance.py`)
     calibration_sequences: int = 16  # for balance
     rank: int = 0  # above 0 the parent is frozen on its grid, and adapters of that rank are trained and merged there
     # All of p: so near its target, sampled ids drown it (41k tokens on the embedded teacher: KL 0.24 from sampled, 0.18 from exact).
@@ -44,21 +33,15 @@ class Qat(Optimization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_scales("qat", self.grid, self.scales, self.allocate)
-        check_balance("qat", self.balance, self.layout_name)
+        self.check_grid("qat")
         if self.calibration_sequences < 1 or (self.balance is Balance.none and self.calibration_sequences != 16):
             raise ConfigError(f"qat.calibration_sequences={self.calibration_sequences} must be at least 1, and is used by balance only")
         if self.rank < 0:
             raise ConfigError(f"qat.rank={self.rank} must be 0 (every weight is trained) or above")
 
-    @property
-    def layout_name(self) -> str:
-        """The grid, or "mixed"."""
-        return self.allocate.name(self.grid)
-
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""
-        check_rows(config, self.allocate.coarsest(self.grid))
+        self.check_rows(config)
         if self.balance is not Balance.none:
             check_architecture(config, "balanced")
         return config
@@ -67,15 +50,14 @@ class Qat(Optimization):
         """Write the quantized student (fp32 values on the grid, codes in quant.safetensors). Metrics: as every training stage."""
         import torch
 
-        from compress.checkpoint import load_model, read_config
+        from compress.checkpoint import load_model
         from compress.distill.losses import Mix
         from compress.distill.steps import common_vocabulary
         from compress.quant.blockwise import balance
-        from compress.quant.codes import refuse_quantized, save_quantized
+        from compress.quant.codes import check_parent, save_quantized
         from compress.quant.fake import attach, finish
 
-        refuse_quantized(parent, "qat")
-        self.check_shape(read_config(parent))
+        check_parent(self, parent, "train")
         if ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic":
             raise ValueError(f"qat needs whole fp32 master weights, got trainer {ctx.parallel}, {ctx.precision}; use trainer=auto or ddp")
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
@@ -83,7 +65,7 @@ class Qat(Optimization):
         source = self.signal.open(ctx, parent if vocabulary is None else ctx.teacher, data, sequences)
         model = load_model(parent)
         torch.manual_seed(ctx.seed)
-        layout = self.allocate.layout(model, self.grid, parent, ctx)
+        layout = self.layout(model, parent, ctx)
         if self.balance is not Balance.none:
             dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
             text = ctx.calibration(self.calibration_sequences)

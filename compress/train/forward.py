@@ -23,6 +23,7 @@ K KV heads, D head dimension, C queries of a block, E keys up to its end, W hidd
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -218,3 +219,19 @@ def _code(kind: type) -> Any:
     """What `forward` does: transformers' modelling files hold copies of the same norm under their own names."""
     code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]
     return code and (code.co_code, code.co_names, code.co_consts)
+
+
+def block_inputs(model: Any, ids_BL: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """What every block of a decoder receives for ids (B, L): hidden states (B, L, H), and the keywords that it is called with."""
+    states: list[Tensor] = []
+    keywords: list[dict[str, Any]] = []
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keywords.append(dict(kwargs))
+        states.append(args[0] if args else keywords[-1].pop("hidden_states"))
+
+    with ExitStack() as hooks:
+        for block in model.model.layers:
+            hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
+        model.model(ids_BL, use_cache=False)
+    return states, keywords

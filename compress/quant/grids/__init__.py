@@ -1,7 +1,5 @@
 """Every grid a shipped file can hold: a name and the arithmetic of its format, bit for bit."""
 
-from __future__ import annotations
-
 from compress.quant.grids.grid import Grid
 from compress.quant.grids.integer import Int, Int4Asym
 from compress.quant.grids.kquants import Q4_K, Q6_K

@@ -2,28 +2,42 @@
 
     value = step * q + floor      in fp32, in this order: the multiplication is rounded, then the addition
 
-q is an integer in low..high and the stored code is q + offset. `group` neighbours share one step and one floor (0 on
-symmetric grids). What the file keeps of a block besides its codes is one row of `scales`, fp16: all of it is fp16 in
-the file too, or wider, or an integer of at most 8 bits, which fp16 holds exactly. `levels` turns that row into steps and floors.
+q is an integer in low..high and the stored code is q + offset. `group` neighbours share one step and one floor (0 on symmetric grids). What the
+file keeps of a block besides its codes is one row of `scales`, fp16: all of it is fp16 in the file too, or wider, or an integer of at most 8
+bits, which fp16 holds exactly. `levels` turns that row into steps and floors.
 
-Rounding to the nearest code, decoding and the straight-through mask follow from the levels. A grid adds `plain`, the
-codes and numbers that its format's own plain rounding picks, and for GGUF files `pack`, the bytes. Where a step is 0
-the code is that of q = 0.
+Rounding to the nearest code, decoding and the straight-through mask follow from the levels. A grid adds `plain`, the codes and numbers that its
+format's own plain rounding picks, and for GGUF files `parts`, the bytes. Where a step is 0 the code is that of q = 0.
+
+A chain of k torch operations over a whole tensor moves it through memory k times, and pays for k temporaries. Cut into pieces of at most torch's
+own grain (32,768 elements, below which it starts no OpenMP region) the chain runs from cache; torch releases the interpreter lock inside
+operations, so plain threads scale. The cuts, and so the results, do not depend on the number of threads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from compress.quant.chunks import ROWS, each_chunk
+GRAIN = 32_768  # elements of one piece
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="chunks")
+
+
+def ratio(x: Tensor | float, d: Tensor) -> Tensor:
+    """x / d, rounded once (for a number x torch's `x / d` is x * (1 / d)), and 0 where that is not finite."""
+    return torch.div(torch.as_tensor(x), d).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def inverse(d: Tensor) -> Tensor:
     """1 / d, and 0 where that is not finite."""
-    return (1.0 / d).nan_to_num_(0.0, 0.0, 0.0)
+    return ratio(1.0, d)
 
 
 class Grid:
@@ -71,6 +85,10 @@ class Grid:
 
     def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
         """(R, C), (R, C / block * stored) -> (R, C / block * bytes per block) uint8: the rows of a GGUF."""
+        return torch.cat(self.parts(*self._blocks(codes, scales)), dim=1).view(len(codes), -1)
+
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        """(N, block), (N, stored) -> the bytes of each block, uint8, in pieces (N, any)."""
         raise NotImplementedError
 
     def search(self, w: Tensor, importance: Tensor | None = None, name: str = "weight") -> Tensor:
@@ -160,5 +178,19 @@ class Grid:
             q.add_(floor)
 
     def _each(self, x: Tensor, work: Callable[[slice], None]) -> None:
-        """`work` on pieces of the (N, block) rows of `x`."""
-        each_chunk(len(x), x.device, work, max(1, ROWS * 32 // x.shape[1]))
+        """`work` without gradient on pieces of the (N, block) rows of `x`, on all threads; on anything but a CPU on all rows at once."""
+        rows, size = len(x), max(1, GRAIN // x.shape[1])
+        on_cpu = x.device.type == "cpu"
+        threads, piece = min(torch.get_num_threads(), -(-rows // size)), size if on_cpu else max(rows, 1)
+
+        def span(start: int, stop: int) -> None:
+            with torch.inference_mode(False), torch.no_grad():  # both are thread-local
+                for at in range(start, stop, piece):
+                    work(slice(at, min(at + piece, stop)))
+
+        if threads <= 1 or not on_cpu:
+            span(0, rows)
+            return
+        bounds = [min(rows, -(-rows // piece) * i // threads * piece) for i in range(threads + 1)]
+        for done in [_pool(threads).submit(span, *pair) for pair in pairwise(bounds)]:
+            done.result()

@@ -17,12 +17,10 @@ the weight of largest magnitude takes the code -8 (llama.cpp's rule, so int4_g32
     int8          the same with a scale for a whole row of any length                                8 + 32 / row length bits
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from compress.quant.grids.grid import Grid
+from compress.quant.grids.grid import Grid, ratio
 from compress.quant.grids.llamacpp import OneScale
 
 
@@ -37,7 +35,7 @@ class Int(OneScale):
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         s = self.like.rule(x).half().float()
-        return _over(x, s).clamp_(self.low, self.high).round_().add_(self.offset), s
+        return ratio(x, s).clamp_(self.low, self.high).round_().add_(self.offset), s
 
     def rule(self, x: Tensor) -> Tensor:
         return self.like.rule(x)
@@ -56,14 +54,9 @@ class Int4Asym(Grid):
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         least, most = x.amin(1, keepdim=True).clamp(max=0.0), x.amax(1, keepdim=True).clamp(min=0.0)
         s = ((most - least) / 15).half().float()
-        z = torch.where(s > 0, (-8 - _over(least, s)).round_().clamp_(-8, 7), 0.0)
-        return _over(x, s).add_(z).clamp_(-8, 7).round_().add_(8), torch.cat([s, z], dim=1)
+        z = torch.where(s > 0, (-8 - ratio(least, s)).round_().clamp_(-8, 7), 0.0)
+        return ratio(x, s).add_(z).clamp_(-8, 7).round_().add_(8), torch.cat([s, z], dim=1)
 
     def levels(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
         s, z = stored.float()[:, :, None].split(1, dim=1)
         return s, -z * s
-
-
-def _over(x: Tensor, s: Tensor) -> Tensor:
-    """x / s, rounded once, and 0 where s is."""
-    return torch.where(s == 0, 0.0, x / s)

@@ -25,15 +25,12 @@ compiler contracts (gcc on arm64) may write other bytes. A group's codes stay th
 to an integer, is 0: they decode to one value anyway, but the bytes of the file show them.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from compress.quant.grids.grid import Grid
+from compress.quant.grids.grid import Grid, ratio
 from compress.quant.grids.llamacpp import as_bytes, halves
 
-BLOCK = 256
 _EPS = 1e-15  # llama.cpp's GROUP_MAX_EPS
 
 
@@ -45,33 +42,25 @@ def _in_order(terms: Tensor) -> Tensor:
     return total
 
 
-def _over(top: float, x: Tensor) -> Tensor:
-    """top / x, rounded once (`top / x` itself is top * (1 / x) in torch), and 0 where that is not finite."""
-    return torch.full_like(x, top).div_(x).nan_to_num_(0.0, 0.0, 0.0)
-
-
 class Q4_K(Grid):
     """4 bits, 6-bit scales and minima for 32, their fp16 units for 256. A row of scales: d, dmin, 8 sc, 8 mn."""
 
     name, bits_per_weight, largest = "q4_k", 4.5, 65504.0 * 63
-    block, stored, low, high = BLOCK, 18, 0, 15
+    block, stored, low, high = 256, 18, 0, 15
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         groups = x.view(-1, self.group)
         codes, scale, least = (part.t().reshape(len(x), 8, -1) for part in self._fit(groups.t().contiguous()))
-        stored = torch.cat([self._top(scale), self._top(least), self._integers(scale), self._integers(least)], dim=1)
+        (unit, integers), (least_unit, least_integers) = self._in_63ths(scale), self._in_63ths(least)
+        stored = torch.cat([unit, least_unit, integers, least_integers], dim=1)
         step, floor = self.levels(stored.half())
         again = (groups.view(codes.shape) - floor).div_(step).round_().clamp_(0, 15)
         return torch.where(step == 0, codes, again).flatten(1), stored
 
-    def _top(self, x: Tensor) -> Tensor:
-        """(N, 8, 1) -> (N, 1): what one of 63 is."""
-        return (x.amax(1).clamp(min=0.0) + 0.0) / 63
-
-    def _integers(self, x: Tensor) -> Tensor:
-        """(N, 8, 1) -> (N, 8): in 63ths of the largest."""
-        top = x.amax(1, keepdim=True).clamp(min=0.0)
-        return (x * _over(63.0, top)).round_().clamp_(0, 63).add_(0.0)[..., 0]
+    def _in_63ths(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 8, 1) -> a 63th of the largest (N, 1), and in integers of it (N, 8)."""
+        top = x.amax(1, keepdim=True).clamp(min=0.0) + 0.0
+        return top[..., 0] / 63, (x * ratio(63.0, top)).round_().clamp_(0, 63).add_(0.0)[..., 0]
 
     def _fit(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(32, G) -> codes (32, G), scales (1, G), minima (1, G), those with their sign turned."""
@@ -79,11 +68,11 @@ class Q4_K(Grid):
         sum_w, sum_x = _in_order(torch.stack([w, w * x], dim=1))
         least, most = x.amin(0).clamp(max=0.0), x.amax(0)
         constant = most == least
-        over = _over(15.0, most - least)
-        codes, scale = self._codes(x, least, over), _over(1.0, over)
+        over = ratio(15.0, most - least)
+        codes, scale = self._codes(x, least, over), ratio(1.0, over)
         error = self._error(x, w, codes, scale, least)
         for start in torch.arange(21, dtype=torch.float32).mul_(0.1).sub_(1.0).add_(15.0).tolist():
-            q = self._codes(x, least, _over(start, most - least))
+            q = self._codes(x, least, ratio(start, most - least))
             wq = w * q
             sum_q, sum_qq, sum_xq = _in_order(torch.stack([wq, wq * q, wq * x], dim=1))
             det = sum_w * sum_qq - sum_q * sum_q
@@ -108,28 +97,27 @@ class Q4_K(Grid):
         unit, scale, least = stored.float()[..., None].split([2, 8, 8], dim=1)
         return unit[:, :1] * scale, -unit[:, 1:] * least
 
-    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        units, sc, mn = scales.reshape(-1, self.stored).split([2, 8, 8], dim=1)
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        units, sc, mn = scales.split([2, 8, 8], dim=1)
         small = torch.stack([sc, mn], dim=1).to(torch.uint8)
         first, last = small[..., :4], small[..., 4:]
-        body = halves(codes.reshape(-1, 4, 2, 32)).flatten(1)
-        parts = [as_bytes(units, 4), (first | (last >> 4 << 6)).flatten(1), halves(last & 15), body]
-        return torch.cat(parts, dim=1).view(codes.shape[0], -1)
+        body = halves(codes.view(-1, 4, 2, 32)).flatten(1)
+        return [as_bytes(units), (first | (last >> 4 << 6)).flatten(1), halves(last & 15), body]
 
 
 class Q6_K(Grid):
     """6 bits, int8 scales for 16, their fp16 unit for 256. A row of scales: d, 16 sc."""
 
     name, bits_per_weight, largest = "q6_k", 6.5625, 65504.0 * 127 * 31
-    block, group, stored, low, high, offset = BLOCK, 16, 17, -32, 31, 32
+    block, group, stored, low, high, offset = 256, 16, 17, -32, 31, 32
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         groups = x.view(-1, self.group)
         codes, scale = (part.t().reshape(len(x), 16, -1) for part in self._fit(groups.t().contiguous()))
         top = scale.gather(1, scale.abs().argmax(1, keepdim=True))
-        over = torch.where(top.abs() < _EPS, 0.0, _over(-128.0, top))
+        over = torch.where(top.abs() < _EPS, 0.0, ratio(-128.0, top))
         small = (scale * over).round_().clamp_(max=127).add_(0.0)  # an integer has no -0
-        stored = torch.cat([_over(1.0, over), small], dim=1)[..., 0]
+        stored = torch.cat([ratio(1.0, over), small], dim=1)[..., 0]
         step, _ = self.levels(stored.half())
         again = (groups.view(codes.shape) / step).round_().clamp_(self.low, self.high).add_(self.offset)
         codes = torch.where(over == 0, 0.0, torch.where(step == 0, codes, again))
@@ -141,7 +129,7 @@ class Q6_K(Grid):
         w = x * x
         codes, scale, gain = torch.zeros_like(x), torch.zeros_like(peak), torch.full_like(peak, -1.0)
         for k in (0, *range(-9, 0), *range(1, 10)):
-            q = (x * _over(-(torch.tensor(0.1) * k + 32.0).item(), peak)).round_().clamp_(self.low, self.high)
+            q = (x * ratio(-(torch.tensor(0.1) * k + 32.0).item(), peak)).round_().clamp_(self.low, self.high)
             xq, qq = _in_order(torch.stack([w * x * q, w * q * q], dim=1))
             better = (qq > 0) & (xq * xq > gain * qq)
             codes = torch.where(better, q + self.offset, codes)
@@ -154,10 +142,9 @@ class Q6_K(Grid):
         values = stored.float()[..., None]
         return values[:, :1] * values[:, 1:], None
 
-    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        runs, rows = codes.reshape(-1, 2, 4, 32), scales.reshape(-1, self.stored)
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        runs = codes.view(-1, 2, 4, 32)
         low, high = runs & 15, runs >> 4
         pairs = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
         nibbles = low[:, :, :2] | (low[:, :, 2:] << 4)
-        parts = [nibbles.flatten(1), pairs.flatten(1), as_bytes(rows[:, 1:].to(torch.int8), 16), as_bytes(rows[:, :1], 2)]
-        return torch.cat(parts, dim=1).view(codes.shape[0], -1)
+        return [nibbles.flatten(1), pairs.flatten(1), as_bytes(scales[:, 1:].to(torch.int8)), as_bytes(scales[:, :1])]

@@ -11,34 +11,25 @@ Source: ggml/src/ggml-quants.c, `quantize_row_q*_ref`, `dequantize_row_q*`. A bl
     Q8_0, 34 bytes, 8.5 bits:  d | 32 int8                                            value = d * code, code -127..127
         d = max |x| / 127;  code = roundf(x / d), half away from zero
 
-x / d is x * (1 / d) with d (and m) still in fp32; only what is stored is rounded to fp16. So these codes are not always
-the nearest ones to the stored d, and a block whose d underflows fp16 stores d = 0. Where 1 / d is not finite (d = 0, or
-below 2.9e-39, where C's conversion is undefined) codes are those of 0; such a block decodes to a constant either way.
+x / d is x * (1 / d) with d (and m) still in fp32; only what is stored is rounded to fp16. So these codes are not always the nearest ones to the
+stored d, and a block whose d underflows fp16 stores d = 0. Where 1 / d is not finite (d = 0, or below 2.9e-39, where C's conversion is undefined)
+codes are those of 0; such a block decodes to a constant either way.
 
-`search`, on the grids of one scale, looks for a scale with less squared error, after llama.cpp's `make_qx_quants`: map
-m to each of a few targets t (scale m / t, both signs), round to codes q, refit in closed form s = sum(h x q) /
-sum(h q^2), keep the largest gain sum(h x q)^2 / sum(h q^2). Then round s to fp16, refit once more, and keep whichever
-stored scale, the plain rule's included, has the least sum(h (x - s q)^2) with its own nearest codes: never worse than
-the rule. The sign of d is free: a negative d turns the grid -8..7 into -7..8.
+`search`, on the grids of one scale, looks for a scale with less squared error, after llama.cpp's `make_qx_quants`: map m to each of a few targets
+t (scale m / t, both signs), round to codes q, refit in closed form s = sum(h x q) / sum(h q^2), keep the largest gain sum(h x q)^2 / sum(h q^2).
+Then round s to fp16, refit once more, and keep whichever stored scale, the plain rule's included, has the least sum(h (x - s q)^2) with its own
+nearest codes: never worse than the rule. The sign of d is free: a negative d turns the grid -8..7 into -7..8.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from compress.quant.grids.grid import Grid, inverse
 
-BLOCK = 32
 
-
-def _fp16(scale: Tensor) -> Tensor:
-    return scale.clamp(-65504.0, 65504.0).half()
-
-
-def as_bytes(x: Tensor, count: int) -> Tensor:
-    """fp16 or int8 of N blocks -> (N, count) uint8."""
-    return x.contiguous().view(torch.uint8).view(-1, count)
+def as_bytes(x: Tensor) -> Tensor:
+    """fp16 or int8 (N, K) -> their bytes, uint8 (N, any)."""
+    return x.contiguous().view(torch.uint8)
 
 
 def halves(codes: Tensor) -> Tensor:
@@ -83,15 +74,14 @@ class OneScale(Grid):
         x = rows.t().contiguous()
         hx = x if h is None else h * x
         peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]
-        top = torch.zeros_like(peak)
-        best = torch.zeros_like(peak)
+        top, best = torch.zeros_like(peak), torch.zeros_like(peak)
         for target in self.targets:
             gain, scale = self._fit(x, hx, h, inverse(peak / target))
             better = gain > top
             top = torch.where(better, gain, top)
             best = torch.where(better, scale, best)
-        first = _fp16(best)
-        again = _fp16(self._fit(x, hx, h, inverse(first.float()))[1])
+        first = best.clamp(-65504.0, 65504.0).half()
+        again = self._fit(x, hx, h, inverse(first.float()))[1].clamp(-65504.0, 65504.0).half()
         options = torch.stack([self.rule(rows)[:, 0].half(), first, again])
         errors = torch.stack([self._error(x, h, option.float()) for option in options])
         return options.gather(0, errors.argmin(0, keepdim=True))[0]
@@ -117,9 +107,8 @@ class Q4_0(OneScale):
     low, high, offset = -8, 7, 8
     targets = tuple(t + k / 5 for t in (-8.0, 7.0) for k in range(-4, 5))
 
-    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        blocks = torch.cat([as_bytes(scales, 2), halves(codes.reshape(-1, 2, 16))], dim=1)
-        return blocks.view(codes.shape[0], -1)
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        return [as_bytes(scales), halves(codes.view(-1, 2, 16))]
 
 
 class Q4_1(Grid):
@@ -137,9 +126,8 @@ class Q4_1(Grid):
         step, floor = stored.float()[:, :, None].split(1, dim=1)
         return step, floor
 
-    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        blocks = torch.cat([as_bytes(scales, 4), halves(codes.reshape(-1, 2, 16))], dim=1)
-        return blocks.view(codes.shape[0], -1)
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        return [as_bytes(scales), halves(codes.view(-1, 2, 16))]
 
 
 class Q5_0(OneScale):
@@ -149,11 +137,10 @@ class Q5_0(OneScale):
     low, high, offset = -16, 15, 16
     targets = tuple(t + k / 5 for t in (-16.0, 15.0) for k in range(-4, 5))
 
-    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        q = codes.reshape(-1, 4, 8)
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        q = codes.view(-1, 4, 8)
         fifth = ((q >> 4) << torch.arange(8, dtype=torch.uint8, device=q.device)).sum(-1, dtype=torch.uint8)
-        blocks = torch.cat([as_bytes(scales, 2), fifth, halves((q & 15).view(-1, 2, 16))], dim=1)
-        return blocks.view(codes.shape[0], -1)
+        return [as_bytes(scales), fifth, halves((q & 15).view(-1, 2, 16))]
 
 
 class Q8_0(OneScale):
@@ -170,5 +157,5 @@ class Q8_0(OneScale):
         whole = x.trunc()
         return whole.add_(x.sub_(whole).mul_(2).trunc_())  # the fraction is exact, so this is C's roundf
 
-    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return torch.cat([as_bytes(scales, 2), as_bytes(codes, BLOCK)], dim=1).view(codes.shape[0], -1)
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        return [as_bytes(scales), as_bytes(codes)]

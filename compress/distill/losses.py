@@ -102,7 +102,7 @@ class _FusedHead(torch.autograd.Function):
             d_hidden = torch.empty_like(hidden_NH) if need_h else None
             empty = torch.empty_like if len(hidden_NH) else torch.zeros_like  # the first chunk overwrites it
             d_weight = (empty(weight_VH) if into_VH is None else into_VH) if need_w else None
-            d_bias = torch.zeros_like(bias_V) if need_b else None
+            d_bias = torch.zeros_like(bias_V) if bias_V is not None and need_b else None
             total = hidden_NH.new_zeros((), dtype=torch.float64)
             for start in range(0, len(hidden_NH), chunk):
                 part = slice(start, start + chunk)

@@ -22,6 +22,7 @@ quantized tensor, whatever its forward does, while `state_dict` and `parameters`
 (`<module>.quant_scales`). The subclass can't be pickled or deep-copied; call `finish` first.
 """
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -53,7 +54,7 @@ class _Snapped:
         w, _, a, b = (cast(Tensor, part) for part in self.parts().values())
         return w.detach() if a is None else torch.addmm(w, b, a)
 
-    def tensor(self) -> Tensor:
+    def tensor(self, _: Any = None) -> Tensor:
         """fp32 (R, C): the quantized weight, recomputed only when the master or the scales have changed."""
         parts, scales = list(self.parts().values()), cast(Tensor, self.home._buffers["quant_scales"])
         w = cast(nn.Parameter, parts[0])
@@ -126,7 +127,7 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
             home.register_parameter("quant_a", nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5)))
             home.register_parameter("quant_b", nn.Parameter(weight.new_zeros(len(weight), rank)))
         snaps.append(_Snapped(home, grid, steps))
-        quantized = property(lambda _, snapped=snaps[-1]: snapped.tensor())
+        quantized = property(partial(_Snapped.tensor, snaps[-1]))
         for module in modules:
             kind = type(module)
             module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), {"weight": quantized, "unquantized": kind})
@@ -145,7 +146,7 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
     for (name, home, modules), snapped in zip(attached.places, attached.snaps, strict=True):
         master, scales = snapped.master(), learned(cast(Tensor, home._buffers["quant_scales"]), snapped.parts()["quant_shift"])
         for module in modules:
-            module.__class__ = type(module).unquantized  # type: ignore[attr-defined]
+            module.__class__ = type(module).unquantized
         del home._buffers["quant_scales"]
         for part in ("quant_shift", "quant_a", "quant_b"):
             home._parameters.pop(part, None)

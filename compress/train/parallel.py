@@ -126,4 +126,5 @@ def unshard(module: nn.Module) -> None:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor, outside the autograd graph; a view, not a copy."""
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    part: Any = tensor.detach()
+    return part.to_local() if hasattr(part, "to_local") else part

@@ -52,7 +52,7 @@ def test_values_equal_the_oracle_and_lose_less_output_than_rounding(name):
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_grid_gets_codes_it_can_hold_and_less_output_error(name):
     grid = GRIDS[name]
-    w, gram = _problem(columns=2 * grid.block, tokens=1000)
+    w, gram = _problem(columns=2 * (grid.block or 32), tokens=1000)
     codes, scales = gptq(w, gram, grid, DAMPING)
     plain, plain_scales = grid.encode(w)
     assert (codes.dtype, codes.shape, scales.dtype, scales.shape) == (plain.dtype, plain.shape, plain_scales.dtype, plain_scales.shape)

@@ -236,7 +236,7 @@ def test_the_plan_runs_nothing(smoke, tmp_path):
     assert not (tmp_path / "runs" / "smoke").exists()
 
 
-LONG = ["stages.heal.tokens=12800", "pipeline=[depth,heal]", "export=none", *FAST]
+LONG = ["stages.heal.tokens=19200", "pipeline=[depth,heal]", "export=none", *FAST]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -123,6 +123,20 @@ def test_a_second_student_does_not_run_the_teacher_again(context, tmp_path, monk
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
 
+def test_a_signal_behind_the_last_step_still_stops(context, tmp_path):
+    batches, loss = batches_of(context), make_loss(Mix(1.0, 0.0))
+    calls, held = [], batches(0, 4)
+
+    def measured(model, batch):
+        calls.append(1)
+        if len(calls) > len(held):  # the measurement behind the last step
+            signal.raise_signal(signal.SIGTERM)
+        return loss(model, batch)
+
+    with pytest.raises(Interrupted):
+        train(student(context), loss, batches, **arguments(tmp_path / "w", 3, validations=1), validation=(measured, held))
+
+
 def test_distillation_brings_the_student_closer(context, tmp_path):
     model = student(context)
     curve = train(model, make_loss(Mix(1.0, 0.0)), batches_of(context), **arguments(tmp_path / "w", 30)).curve

@@ -353,6 +353,8 @@ def train(model: nn.Module, loss_fn: LossFunction, batches: Callable[[int, int],
             if stop:
                 log(f"{label}: state saved after step {step + 1} of {plan.steps}; repeat the command to go on")
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)
+    if caught:  # behind the last step
+        raise Interrupted(caught[0])
     trainer.finish()
     outcome = {
         "validation_kl_first_nats": state["measured"][0]["validation_kl"], "validation_kl_best_nats": state["best_kl"],

@@ -14,6 +14,7 @@ whose llama.cpp then makes Q4_K_M beside ours.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import shutil
@@ -294,9 +295,12 @@ def plan(bench: Bench) -> dict[str, Callable[[str], None]]:
     if cyllama:
         rows["Q4_K_M, llama.cpp"] = lambda name: bench.add(name, bench.peer_gguf)
         rows["encoders"] = lambda name: bench.add(name, lambda: encoder_bytes_differing(cyllama, bench.work / "F16.gguf", bench.work))
+    if not importlib.util.find_spec("auto_round"):
+        del stages["Q4_0, AutoRound"]
+    peers = PEERS if importlib.util.find_spec("torchao") else {"NF4, bitsandbytes": nf4}
     rows |= {name: lambda name: bench.gguf(name, stages[name], name.partition(",")[0]) for name in stages}
     rows |= {name: lambda name: bench.add(name, lambda: bench.directory(name)) for name in ("compressed_tensors", "onnx")}
-    return rows | {name: lambda name: bench.add(name, lambda: PEERS[name](bench.model, bench.full, bench.held)) for name in PEERS}
+    return rows | {name: lambda name: bench.add(name, lambda: PEERS[name](bench.model, bench.full, bench.held)) for name in peers}
 
 
 def summary(rows: dict[str, dict[str, float]], held: list[str]) -> dict[str, Any]:

@@ -40,8 +40,9 @@ def test_mcnemar_without_disagreement_is_one_and_with_thousands_does_not_overflo
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (1, 7), (90, 160), (160, 160)])
-def test_wilson_lower_equals_scipy(right, n):
-    expected = stats.binomtest(right, n).proportion_ci(0.95, "wilson").low
+def test_wilson_lower_is_the_closed_form(right, n):
+    z, p = stats.norm.ppf(0.975), right / n  # Wilson 1927, the lower root
+    expected = (p + z * z / (2 * n) - z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
     assert paired.wilson_lower(right, n) == pytest.approx(expected, abs=1e-12)
 
 

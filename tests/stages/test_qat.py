@@ -25,11 +25,9 @@ def same(one: Path, other: Path) -> bool:
     return all(torch.equal(tensor, b[name][key]) for name in a for key, tensor in a[name].items())
 
 
-def test_learned_scales_interrupted_and_resumed_end_in_the_same_bits(tiny_teacher, tmp_path, monkeypatch):
-    stage, calls = Qat(tokens=32 * 4 * 5, scales=Scales.learned, lr=3e-3), []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    stage.run(tiny_teacher, tmp_path / "whole", make_context(tiny_teacher, tmp_path / "a"))
+def interrupt(stage: Qat, teacher: Path, out: Path, context, monkeypatch) -> None:
+    """Run the stage and stop it by a signal in its third step."""
+    calls = []
 
     def interrupting(*arguments):
         calls.append(1)
@@ -37,11 +35,20 @@ def test_learned_scales_interrupted_and_resumed_end_in_the_same_bits(tiny_teache
             signal.raise_signal(signal.SIGINT)
         return one_batch(*arguments)
 
-    context = make_context(tiny_teacher, tmp_path / "b")
     with monkeypatch.context() as patch:
         patch.setattr("compress.distill.steps.one_batch", interrupting)
         with pytest.raises(Interrupted):
-            stage.run(tiny_teacher, tmp_path / "resumed", context)
+            stage.run(teacher, out, context)
+
+
+def test_learned_scales_interrupted_and_resumed_end_in_the_same_bits(tiny_teacher, tmp_path, monkeypatch):
+    stage = Qat(tokens=32 * 4 * 5, scales=Scales.learned, lr=3e-3)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    stage.run(tiny_teacher, tmp_path / "whole", make_context(tiny_teacher, tmp_path / "a"))
+
+    context = make_context(tiny_teacher, tmp_path / "b")
+    interrupt(stage, tiny_teacher, tmp_path / "resumed", context, monkeypatch)
     stage.run(tiny_teacher, tmp_path / "resumed", context)
     assert same(tmp_path / "whole", tmp_path / "resumed")
 
@@ -71,23 +78,14 @@ def test_qad_learns_from_the_teacher_and_not_from_its_parent(tiny_teacher, tmp_p
 def test_adapters_merge_on_the_grid_and_resume_bit_for_bit(tiny_teacher, tmp_path, monkeypatch):
     from compress.quant.codes import load_quantized
 
-    stage, calls, saved = Qat(tokens=32 * 4 * 4, rank=4, lr=1e-2), [], []
+    stage, saved = Qat(tokens=32 * 4 * 4, rank=4, lr=1e-2), []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     metrics = stage.run(tiny_teacher, tmp_path / "whole", make_context(tiny_teacher, tmp_path / "a"))
     assert metrics["loss_last_nats"] < metrics["loss_first_nats"]
 
-    def interrupting(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return one_batch(*arguments)
-
     context = make_context(tiny_teacher, tmp_path / "b")
-    with monkeypatch.context() as patch:
-        patch.setattr("compress.distill.steps.one_batch", interrupting)
-        with pytest.raises(Interrupted):
-            stage.run(tiny_teacher, tmp_path / "resumed", context)
+    interrupt(stage, tiny_teacher, tmp_path / "resumed", context, monkeypatch)
     for state in context.work.glob("state-*/tensors-0.safetensors"):
         saved += load_file(state)
     assert not [name for name in saved if name.endswith("proj.weight")] and [name for name in saved if name.endswith("quant_a")]
@@ -106,6 +104,7 @@ def test_balance_leaves_the_function_and_lowers_what_rounding_costs(tiny_teacher
     from compress.checkpoint import load_model
     from compress.quant.blockwise import balance
     from compress.quant.codes import quantizable
+    from compress.quant.fake import attach
 
     context, plain, folded = make_context(tiny_teacher, tmp_path), load_model(tiny_teacher), load_model(tiny_teacher)
     with torch.no_grad():
@@ -116,7 +115,12 @@ def test_balance_leaves_the_function_and_lowers_what_rounding_costs(tiny_teacher
     balance(folded, layout, "awq", ids, context.log)
     assert not torch.equal(plain.model.layers[0].self_attn.q_proj.weight, folded.model.layers[0].self_attn.q_proj.weight)
     with torch.no_grad():
-        assert torch.allclose(plain(ids).logits, folded(ids).logits, atol=1e-4)
+        whole = plain(ids).logits
+        assert torch.allclose(whole, folded(ids).logits, atol=1e-4)
+        for model in (plain, folded):
+            attach(model, "q4_0")
+        gap, less = (float((model(ids).logits - whole).square().mean()) for model in (plain, folded))
+    assert less < gap
     (tmp_path / "b").mkdir()
     stage = Qat(tokens=32 * 4, balance=Balance.awq, calibration_sequences=4, lr=1e-9)
     metrics = stage.run(tiny_teacher, tmp_path / "out", make_context(tiny_teacher, tmp_path / "b"))

@@ -105,26 +105,19 @@ def balanced(index: int, stream: Stream, layout: dict[str, str], how: str) -> li
     return groups
 
 
-@torch.no_grad()
-def balance(model: Any, layout: dict[str, str], how: str, ids_BL: Tensor, log: Callable[[str], None], dtype: torch.dtype = torch.float32) -> None:
-    """Fold a model for the grids of `layout` without rounding it: the same function, from which training under rounding starts nearer."""
-    stream, started = Stream(model, ids_BL, dtype), time.monotonic()
-    for index in range(len(stream.blocks)):
-        balanced(index, stream, layout, how)
-        stream.advance(index)
-        left = (time.monotonic() - started) / (index + 1) * (len(stream.blocks) - index - 1)
-        log(f"block {index + 1}/{len(stream.blocks)} balanced  {left:,.0f} s left")
-
-
 class Blockwise:
-    """One model on its way to the grids of `layout` (grid by state-dict name); the options are those of `stages/ptq.py`."""
+    """One model on its way to the grids of `layout` (grid by state-dict name); the options are those of `stages/ptq.py`.
+
+    With `keep`, `restore` puts back the weights as they were before rounding, balanced: from there training goes on.
+    """
 
     def __init__(
         self, model: Any, layout: dict[str, str], *, method: str = "nearest", search: bool = False, balance: str = "none",
-        damping: float = 0.01, autoround: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None,
+        damping: float = 0.01, autoround: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None, keep: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.layout, self.method, self.search, self.balance = model, layout, method, search, balance
-        self.damping, self.autoround = damping, autoround
+        self.damping, self.autoround, self.keep = damping, autoround, keep
+        self.whole: dict[str, Tensor] = {}  # with `keep`: every matrix before rounding
         self.made: dict[str, Quantized] = {}
         self.lost = torch.zeros(2, dtype=torch.float64)  # squared error of all rounded matrices, and their squares
 
@@ -132,6 +125,8 @@ class Blockwise:
         """One matrix is done: its codes are kept, the model goes on with their values."""
         before = weight.detach().clone()
         self.made[name] = bake(weight, Quantized(self.layout[name], codes, scales))
+        if self.keep:
+            self.whole[name] = before.cpu().clone()
         power = before.square().sum(dtype=torch.float64)
         self.lost += torch.stack([before.sub_(weight.detach()).square_().sum(dtype=torch.float64), power]).cpu()
 
@@ -146,6 +141,12 @@ class Blockwise:
         else:
             made = grid.encode(weight, name)
         self.put(name, weight, *made)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo the rounding; norms and biases stay balanced."""
+        for name, before in self.whole.items():
+            self.model.get_parameter(name).copy_(before)
 
     @torch.no_grad()
     def plain(self) -> None:
@@ -201,11 +202,13 @@ class Blockwise:
                 parameter.copy_(kept.pop(key))
             for name in sorted({key.rpartition(":")[2] for key in kept}):
                 made = Quantized(self.layout[name], kept[f"codes:{name}"], kept[f"scales:{name}"])
+                self.whole |= {name: kept[f"whole:{name}"]} if self.keep else {}
                 self.made[name] = bake(self.model.get_parameter(name), made)
             return False
         self.lost = torch.zeros_like(lost)
         make()
         tensors = {f"{part}:{name}": getattr(self.made[name], part) for name in self.made.keys() - before for part in ("codes", "scales")}
+        tensors |= {f"whole:{name}": self.whole[name] for name in self.whole.keys() - before}
         write_whole(file, save(tensors | {key: parameter.detach() for key, parameter in vectors.items()} | {"lost": self.lost}))
         self.lost = lost + self.lost
         return True

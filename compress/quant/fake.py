@@ -99,13 +99,13 @@ def learned(scales: Tensor, shift: Tensor | None) -> Tensor:
     return scales if shift is None else (scales.float() * shift.exp()).half()
 
 
-def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round", rank: int = 0) -> None:
+def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round", rank: int = 0, start: dict[str, Quantized] | None = None) -> None:
     """Make each Linear and Embedding compute on a grid, the same for all or one for each matrix by its state-dict name.
 
-    Scales by llama.cpp's rule ("round") or, on grids of one scale, by "search" or "learned". Learned ones start from the rule and add a
-    parameter `quant_shift` (R, C / block) to each module; grids of more numbers keep theirs. Master weights must be fp32; with a `rank`
-    above 0 they are frozen, and adapters `quant_a` (rank, C), drawn from torch's generator, and `quant_b` (R, rank), 0, are trained.
-    ValueError when a weight does not fit its grid (naming it), or when attached already.
+    Scales are those of `start`, which holds all matrices or is None: then by llama.cpp's rule ("round") or, on grids of one scale,
+    by "search" or "learned". Learned ones begin so and add a parameter `quant_shift` (R, C / block) to each module; grids of more
+    numbers keep theirs. Master weights must be fp32; with a `rank` above 0 they are frozen, and adapters `quant_a` (rank, C), drawn
+    from torch's generator, and `quant_b` (R, rank), 0, are trained. ValueError when a weight does not fit its grid (naming it), or when attached already.
     """
     if hasattr(model, "fake_quant"):
         raise ValueError("the model is fake-quantized already: call finish before attaching again")
@@ -115,7 +115,10 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
         if weight.dtype != torch.float32:
             raise ValueError(f"{name} is {weight.dtype}: masters must be fp32; load the model as torch.float32")
         grid = GRIDS[grids if isinstance(grids, str) else grids[name]]
-        found = grid.search(weight, name=name) if scales == "search" and grid.searches else grid.encode(weight, name)[1]
+        if start:
+            found = start[name].scales.to(weight.device)
+        else:
+            found = grid.search(weight, name=name) if scales == "search" and grid.searches else grid.encode(weight, name)[1]
         chosen.append((grid, (name, home, modules), found))
     steps, snaps = [0], []
     for grid, (_, home, modules), found in chosen:

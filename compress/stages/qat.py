@@ -2,19 +2,27 @@
 
 Every step computes with decode(encode(W)) and lets gradients pass straight through to the fp32 master weights (`quant/fake.py`). The
 loss is KL(p || student) from a cached signal. With `learn_from` parent, p is the model whose loss through rounding is to be won back
-(LLM-QAT, arXiv 2305.17888, section 3.1); with teacher, quantization-aware distillation, it is the recipe's teacher.
+(LLM-QAT, arXiv 2305.17888, section 3.1); with teacher, quantization-aware distillation, it is the recipe's teacher. With
+`balance` training starts from folded weights, and searched or learned scales from what loses least of each block's outputs, behind blocks
+that are rounded already (`quant/blockwise.py`): far nearer than the format's own rule. GPTQ's codes are no such start: they are nearer
+still, but weights in the middle of their cells have forgotten where they came from (`results/quant/bench.md`).
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import ConfigError
 from compress.prune.shape import check_architecture
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization, SchemeName, Signal
-from compress.stages.ptq import Balance, OnGrid
+from compress.stages.ptq import Balance, OnGrid, Scales
+
+if TYPE_CHECKING:
+    from compress.quant.codes import Quantized
 
 LearnFrom = StrEnum("LearnFrom", ["parent", "teacher"])  # whose distribution the quantized model learns
 
@@ -53,7 +61,6 @@ class Qat(Optimization, OnGrid):
         from compress.checkpoint import load_model
         from compress.distill.losses import Mix
         from compress.distill.steps import common_vocabulary
-        from compress.quant.blockwise import balance
         from compress.quant.codes import check_parent, save_quantized
         from compress.quant.fake import attach, finish
 
@@ -65,12 +72,22 @@ class Qat(Optimization, OnGrid):
         source = self.signal.open(ctx, parent if vocabulary is None else ctx.teacher, data, sequences)
         model = load_model(parent)
         torch.manual_seed(ctx.seed)
-        layout = self.layout(model, parent, ctx)
-        if self.balance is not Balance.none:
-            dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
-            text = ctx.calibration(self.calibration_sequences)
-            balance(model, layout, self.balance.value, text, lambda line: ctx.log(f"{ctx.label}: {line}"), dtype)
-        attach(model, layout, self.scales.value, self.rank)
+        layout, start = self.start(model, parent, ctx)
+        attach(model, layout, self.scales.value, self.rank, start)
         metrics = self.optimize(model, Mix(), data, source, ctx, vocabulary=vocabulary)
         save_quantized(model, out, parent, finish(model))
         return metrics
+
+    def start(self, model: Any, parent: Path, ctx: Context) -> tuple[dict[str, str], dict[str, Quantized] | None]:
+        """Put an fp32 model where training starts: the grid of each matrix, and where they were searched its scales."""
+        import torch
+
+        from compress.quant.blockwise import Blockwise
+
+        layout, dtype = self.layout(model, parent, ctx), torch.float32 if ctx.precision == "fp32" else torch.bfloat16
+        if self.balance is Balance.none:
+            return layout, None
+        work = Blockwise(model, layout, search=self.scales is not Scales.round, balance=self.balance.value, keep=True)
+        work.calibrated(ctx.calibration(self.calibration_sequences), ctx.work, lambda line: ctx.log(f"{ctx.label}: {line}"), dtype)
+        work.restore()
+        return layout, work.made

@@ -100,31 +100,60 @@ def test_a_negative_rank_is_refused():
         Qat(rank=-1)
 
 
-def test_balance_leaves_the_function_and_lowers_what_rounding_costs(tiny_teacher, tmp_path):
+def uneven(model) -> None:
+    """Channels of very different size, as trained models have them."""
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.input_layernorm.weight.mul_(torch.linspace(-2, 2, len(block.input_layernorm.weight)).exp())
+
+
+def test_training_starts_from_the_same_function_which_rounding_costs_less(tiny_teacher, tmp_path):
     from compress.checkpoint import load_model
-    from compress.quant.blockwise import balance
-    from compress.quant.codes import quantizable
     from compress.quant.fake import attach
 
-    context, plain, folded = make_context(tiny_teacher, tmp_path), load_model(tiny_teacher), load_model(tiny_teacher)
-    with torch.no_grad():
-        for model in (plain, folded):  # channels of very different size, as trained models have them
-            for block in model.model.layers:
-                block.input_layernorm.weight.mul_(torch.linspace(-2, 2, len(block.input_layernorm.weight)).exp())
-    layout, ids = {name: "q4_0" for name, _, _ in quantizable(folded)}, context.calibration(4)
-    balance(folded, layout, "awq", ids, context.log)
-    assert not torch.equal(plain.model.layers[0].self_attn.q_proj.weight, folded.model.layers[0].self_attn.q_proj.weight)
-    with torch.no_grad():
-        whole = plain(ids).logits
-        assert torch.allclose(whole, folded(ids).logits, atol=1e-4)
-        for model in (plain, folded):
-            attach(model, "q4_0")
-        gap, less = (float((model(ids).logits - whole).square().mean()) for model in (plain, folded))
-    assert less < gap
-    (tmp_path / "b").mkdir()
-    stage = Qat(tokens=32 * 4, balance=Balance.awq, calibration_sequences=4, lr=1e-9)
-    metrics = stage.run(tiny_teacher, tmp_path / "out", make_context(tiny_teacher, tmp_path / "b"))
-    assert metrics["loss_first_nats"] > 0 and (tmp_path / "out" / "quant.safetensors").is_file()
+    plain = load_model(tiny_teacher)
+    uneven(plain)
+    gaps = {}
+    for scales in (None, Scales.round, Scales.learned):
+        folder = tmp_path / str(scales)
+        folder.mkdir()
+        context, model, start = make_context(tiny_teacher, folder), load_model(tiny_teacher), None
+        uneven(model)
+        ids, layout = context.calibration(4), "q4_0"
+        with torch.no_grad():
+            whole = plain(ids).logits
+            if scales:
+                layout, start = Qat(balance=Balance.awq, calibration_sequences=4, scales=scales).start(model, tiny_teacher, context)
+                assert not torch.equal(plain.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight)
+                assert torch.allclose(whole, model(ids).logits, atol=1e-4)
+            attach(model, layout, str(scales or "round"), start=start)
+            gaps[scales] = float((model(ids).logits - whole).square().mean())
+    assert gaps[Scales.learned] < gaps[Scales.round] < gaps[None]
+
+
+def test_a_balanced_start_is_found_again_bit_for_bit(tiny_teacher, tmp_path, monkeypatch):
+    stage = Qat(tokens=32 * 4 * 4, scales=Scales.learned, balance=Balance.awq, calibration_sequences=4, lr=3e-3)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    stage.run(tiny_teacher, tmp_path / "whole", make_context(tiny_teacher, tmp_path / "a"))
+
+    context, written = make_context(tiny_teacher, tmp_path / "b"), []
+
+    def failing(file: Path, data: bytes) -> None:
+        written.append(file)
+        if len(written) == 3:
+            raise OSError("no space left")
+        write_whole(file, data)
+
+    from compress.store import write_whole
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.quant.blockwise.write_whole", failing)
+        with pytest.raises(OSError, match="no space"):
+            stage.run(tiny_teacher, tmp_path / "resumed", context)
+    interrupt(stage, tiny_teacher, tmp_path / "resumed", context, monkeypatch)
+    stage.run(tiny_teacher, tmp_path / "resumed", context)
+    assert same(tmp_path / "whole", tmp_path / "resumed")
 
 
 def test_balance_is_refused_where_it_does_not_fit():

@@ -1,12 +1,10 @@
 """Bits where they matter: a grid for every matrix, so that the file meets a byte budget at the least expected loss.
 
-With matrix i alone on the probe grid, its damage k_i = KL(p || p_i) is measured on calibration text. Damage grows with the power of
-the rounding error, so that grid g costs
-
-    c_ig = k_i |W_i - Q_g(W_i)|^2 / |W_i - Q_probe(W_i)|^2              nats a token
-
-and, errors of different matrices being nearly independent, costs add up. Chosen is the minimum of sum_i c_ig under sum_i bytes_ig <= budget: a
-multiple-choice knapsack, solved exactly as an integer program (HiGHS, through scipy). Left out: grids chosen anew after training.
+With matrix i alone on grid g, its damage c_ig = KL(p || p_ig) is measured on calibration text. Damages of different matrices add up as long as
+they are small, their errors being nearly independent. Chosen is the minimum of sum_i c_ig under sum_i bytes_ig <= budget: a multiple-choice
+knapsack, solved exactly as an integer program (HiGHS, through scipy). Every grid is measured, because no error of the weights, weighted by the
+inputs or not, foretold it: a parent trained from a quantized model loses what it learned when it goes back to that model's grid, whose
+error is the smallest (`results/quant/bench.md`). Left out: grids chosen anew after training.
 """
 
 import json
@@ -24,56 +22,53 @@ from compress.distill.losses import Dense, Mix, head_loss
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS
 from compress.store import write_json
-from compress.train.forward import head_of, hidden_states
+from compress.train.forward import block_inputs, head_of, hidden_states
 from compress.train.loop import progress
 
-PROBE = "q4_0"  # 4 bits: damage far above the noise of the measurement
 Options = dict[str, dict[str, tuple[float, int]]]  # matrix -> grid -> (cost in nats a token, bytes)
 
 
 @torch.no_grad()
-def damages(model: Any, ids_RL: Tensor, kept: Path, label: str, log: Callable[[str], None]) -> dict[str, float]:
-    """k_i of every matrix of an fp32 model, nats a token on the sequences `ids_RL`; those in the file `kept` are not measured again."""
+def options(model: Any, ids_RL: Tensor, grids: Collection[str], kept: Path, label: str, log: Callable[[str], None]) -> Options:
+    """c_ig, measured on `ids_RL`, and bytes of every matrix of an fp32 model on each grid whose blocks its rows divide into.
 
-    def states() -> Tensor:
-        return torch.cat([hidden_states(model, row[None]) for row in ids_RL])
+    Damages in the file `kept` are not measured again. ValueError, naming the matrix, when no grid takes its rows.
+    """
+    matrices = {name: home for name, home, _ in quantizable(model)}
+    able = {name: [grid for grid in grids if home.weight.shape[-1] % GRIDS[grid].block == 0] for name, home in matrices.items()}
+    for name in (name for name, some in able.items() if not some):
+        rows = f"{name} has rows of {matrices[name].weight.shape[-1]}"
+        raise ValueError(f"{rows}: none of {', '.join(grids)} takes them; add q8_0, whose blocks are {GRIDS['q8_0'].block}")
+    states, keywords = block_inputs(model, ids_RL)
+
+    def final(name: str) -> Tensor:
+        """Final states (N, H); blocks in front of the matrix give what they gave before."""
+        if not name.startswith("model.layers."):
+            return hidden_states(model, ids_RL)
+        index = int(name.split(".")[2])
+        x_RLH = states[index]
+        for block, given in zip(model.model.layers[index:], keywords[index:], strict=True):
+            x_RLH = block(x_RLH, **given)
+        return model.model.norm(x_RLH).flatten(0, 1)
 
     head, labels, every = head_of(model).detach(), ids_RL.flatten(), torch.ones(ids_RL.numel())
-    full = Dense(states(), replace(head, weight_VH=head.weight_VH.clone()))
-    found: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
-    matrices = list(quantizable(model))
+    full = Dense(hidden_states(model, ids_RL), replace(head, weight_VH=head.weight_VH.clone()))
+    found: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
     with progress(label, len(matrices), len(found), log) as update:
-        for name, home, _ in matrices:
-            if name in found:
+        for name, home in matrices.items():
+            if set(able[name]) <= found.get(name, {}).keys():
                 continue
             weight: Any = home.weight
-            whole = weight.clone()
-            weight.copy_(GRIDS[PROBE].decode(*GRIDS[PROBE].encode(whole, name)))
-            start = time.monotonic()
-            kl = float(head_loss(states(), head_of(model).detach(), labels, every, full, Mix())) / len(labels)
+            whole, start, damage = weight.clone(), time.monotonic(), {}
+            for grid in able[name]:
+                weight.copy_(GRIDS[grid].decode(*GRIDS[grid].encode(whole, name)))
+                damage[grid] = max(0.0, float(head_loss(final(name), head_of(model).detach(), labels, every, full, Mix())) / len(labels))
             weight.copy_(whole)
-            found[name] = max(kl, 0.0)
+            found[name] = damage
             write_json(kept, found)
-            update(len(found), kl, len(labels) / (time.monotonic() - start))
-    return found
-
-
-@torch.no_grad()
-def options(model: Any, damage: dict[str, float], grids: Collection[str]) -> Options:
-    """c_ig and bytes of every matrix on each grid whose blocks its rows divide into. ValueError, naming the matrix, when none does."""
-    made: Options = {}
-    for name, home, _ in quantizable(model):
-        weight: Any = home.weight
-        able = [GRIDS[grid] for grid in grids if weight.shape[-1] % GRIDS[grid].block == 0]
-        if not able:
-            raise ValueError(
-                f"{name} has rows of {weight.shape[-1]}: none of {', '.join(grids)} takes them; add q8_0, whose blocks are {GRIDS['q8_0'].block}"
-            )
-        gaps = (weight - grid.decode(*grid.encode(weight, name)) for grid in (GRIDS[PROBE], *able))
-        probe, *errors = (float(gap.square().sum(dtype=torch.float64)) for gap in gaps)
-        cost = damage[name] / max(probe, 1e-30)
-        made[name] = {g.name: (cost * error, round(weight.numel() * g.bits_per_weight / 8)) for g, error in zip(able, errors, strict=True)}
-    return made
+            update(len(found), max(damage.values()), len(damage) * len(labels) / (time.monotonic() - start))
+    numel = {name: home.weight.numel() for name, home in matrices.items()}
+    return {name: {g: (found[name][g], round(numel[name] * GRIDS[g].bits_per_weight / 8)) for g in some} for name, some in able.items()}
 
 
 def choose(options: Options, budget_bytes: int) -> dict[str, str]:

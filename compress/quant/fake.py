@@ -105,7 +105,8 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
     Scales are those of `start`, which holds all matrices or is None: then by llama.cpp's rule ("round") or, on grids of one scale,
     by "search" or "learned". Learned ones begin so and add a parameter `quant_shift` (R, C / block) to each module; grids of more
     numbers keep theirs. Master weights must be fp32; with a `rank` above 0 they are frozen, and adapters `quant_a` (rank, C), drawn
-    from torch's generator, and `quant_b` (R, rank), 0, are trained. ValueError when a weight does not fit its grid (naming it), or when attached already.
+    from torch's generator, and `quant_b` (R, rank), 0, are trained.
+    ValueError when a weight does not fit its grid (naming it), or when attached already.
     """
     if hasattr(model, "fake_quant"):
         raise ValueError("the model is fake-quantized already: call finish before attaching again")

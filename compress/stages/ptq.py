@@ -73,14 +73,14 @@ class OnGrid:
 
     def layout(self, model: Any, parent: Path, ctx: Context) -> dict[str, str]:
         """The grid of every matrix of an fp32 model. ValueError when `allocate.file_bytes` is below the smallest possible file."""
-        from compress.quant.allocate import choose, damages, options
+        from compress.quant.allocate import choose, options
         from compress.quant.codes import quantizable
 
         if not self.allocate.file_bytes:
             return {name: self.grid.value for name, _, _ in quantizable(model)}
         text, label = ctx.calibration(self.allocate.calibration_sequences), f"{ctx.label}, damage of each matrix"
-        damage = damages(model, text, ctx.work / "damages.json", label, ctx.log)
-        return choose(options(model, damage, [g.value for g in self.allocate.grids]), self.allocate.file_bytes - ctx.file_overhead(parent))
+        measured = options(model, text, [g.value for g in self.allocate.grids], ctx.work / "damages.json", label, ctx.log)
+        return choose(measured, self.allocate.file_bytes - ctx.file_overhead(parent))
 
     def check_rows(self, config: dict[str, Any]) -> None:
         """ValueError naming key and nearest legal value when an HF config has rows the grid, or every one of a mixture, can't cut into blocks."""
@@ -136,8 +136,8 @@ class Ptq(OnGrid):
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result: the parent's, unchanged. ValueError when its rows don't divide into blocks, or its layers have other names."""
         self.check_rows(config)
-        if self.passes or self.rotate:
-            check_architecture(config, "calibrated or rotated")
+        if self.passes or self.rotate or self.allocate.file_bytes:
+            check_architecture(config, "calibrated, allocated or rotated")
         width = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads") or 1)
         if self.rotate and width % 2:
             raise ValueError(f"head_dim is {width}: ptq.rotate needs an even one; use rotate=false")

@@ -50,8 +50,8 @@ class Qat(Optimization, OnGrid):
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""
         self.check_rows(config)
-        if self.balance is not Balance.none:
-            check_architecture(config, "balanced")
+        if self.balance is not Balance.none or self.allocate.file_bytes:
+            check_architecture(config, "balanced or allocated")
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:

@@ -273,7 +273,7 @@ def test_layers_of_other_names_are_refused_where_they_are_needed():
     other = {"hidden_size": 64, "architectures": ["GPT2LMHeadModel"]}
     assert Ptq().check_shape(other) == other
     for stage in (Ptq(method=Method.gptq), Ptq(balance=Balance.awq), Ptq(rotate=True)):
-        with pytest.raises(ValueError, match="architecture GPT2LMHeadModel can't be calibrated or rotated"):
+        with pytest.raises(ValueError, match="architecture GPT2LMHeadModel can't be calibrated, allocated or rotated"):
             stage.check_shape(other)
     with pytest.raises(ValueError, match="head_dim is 5: ptq.rotate needs an even one"):
         Ptq(rotate=True).check_shape({"hidden_size": 64, "head_dim": 5, "num_attention_heads": 32, "architectures": ["LlamaForCausalLM"]})

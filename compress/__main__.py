@@ -104,7 +104,7 @@ def score(arguments: list[str]) -> int:
     reference = scorer.measure(teacher)
     measured = scorer.measure(model)
     relative, intervals, excluded = scorer.beside(measured, reference, None)
-    scores = measured.scores | relative
+    scores, intervals = measured.scores | relative, measured.intervals | intervals
     table = Table("metric", "value", "teacher")
     for name in sorted(scores):
         mine, other = scores[name], reference.scores.get(name)
@@ -179,7 +179,7 @@ def accept(arguments: list[str]) -> int:
     if reference is not None:
         near = scorer.compare(measured, reference)
         scores = scores | {"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}
-    return _judge(scores, paired.intervals, limits, "the bundle's recipe set no limits; nothing to accept")
+    return _judge(scores, measured.intervals | paired.intervals, limits, "the bundle's recipe set no limits; nothing to accept")
 
 
 def gc(arguments: list[str]) -> int:

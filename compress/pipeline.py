@@ -55,7 +55,7 @@ def conclude(
     log(f"{slot}: scoring ({model.runtime})")
     start, limits = time.monotonic(), session.recipe.budget
     measured = session.scorer.measure(model, tasks=tasks)
-    scores, intervals, excluded = dict(measured.scores), dict(measured.intervals), []
+    scores, intervals, excluded = dict(measured.scores), dict(measured.intervals), []  # type: ignore[var-annotated]
     if teacher := session.done.get("teacher"):
         relative, paired, excluded = session.scorer.beside(measured, teacher, parent)
         scores, intervals = scores | relative, intervals | paired

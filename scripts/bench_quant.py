@@ -109,7 +109,7 @@ def file_row(file: Path, full: dict[str, States], held: dict[str, Packed], check
             states[name] = States(torch.cat(llama.hidden_states(data.ids[:HELD_OUT, :-1].tolist())), head)
     finally:
         llama.close()
-    row = gguf_size(file) | closeness_to(full, states, held) | measure_latency(file, "llama.cpp", TIMING).scores
+    row = gguf_size(file) | closeness_to(full, states, held) | measure_latency(file, "llama.cpp", TIMING)["scores"]
     row["k_quant"] = row["kl_nats/topics"] * 4 ** row["bits_per_weight"]
     if checkpoint:
         row |= parity_figures(checkpoint, file, f"gguf:{kind}", held["topics"].ids[:HELD_OUT], states["topics"], available_threads())
@@ -235,7 +235,7 @@ class Bench:
         threads, data = available_threads(), self.held["topics"]
         states = States(torch.cat(self.hidden(folder, format.runtime)), HEADS[format.runtime](folder))
         row |= parity_figures(checkpoint, folder, name, data.ids[:HELD_OUT], states, threads)
-        row |= measure_latency(folder, format.runtime, TIMING).scores
+        row |= measure_latency(folder, format.runtime, TIMING)["scores"]
         return row | {"kl_nats/topics": closeness(self.full["topics"], states)["kl"]}
 
     def hidden(self, folder: Path, runtime: str) -> list[torch.Tensor]:

@@ -255,7 +255,7 @@ def test_generation_is_greedy_like_torch(llama, tied):
 def test_latency_is_measured_in_a_fresh_process(f16):
     ballast = torch.ones(150_000_000)  # 600 MB here must not show in the child's peak memory
     how = Timing(prompt_tokens=16, new_tokens=8, repeats=2, threads=1, prompt_lengths=(64,), batch_sizes=(1, 3))
-    got, intervals, facts = measure(f16, "llama.cpp", how)
+    got, intervals, facts = measure(f16, "llama.cpp", how).values()
     assert 0 < got["latency_ms_p50"] <= got["latency_ms_p95"] and min(got.values()) > 0
     assert {"ttft_ms_p50/64", "throughput_tok_per_sec/1", "throughput_tok_per_sec/3"} <= got.keys() and not intervals
     assert facts["weight_bytes"] == f16.stat().st_size

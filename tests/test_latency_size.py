@@ -76,7 +76,7 @@ def test_latency_numbers_are_consistent_and_memory_is_the_child_s_own(tmp_path):
     model = checkpoint(tmp_path)
     ballast = np.ones(125_000_000)  # 1 GB here: ru_maxrss of a child would begin with it
     how = Timing(prompt_tokens=8, new_tokens=6, repeats=3, threads=1, processes=2, prompt_lengths=(4, 32), batch_sizes=(1, 2))
-    scores, intervals, facts = measure(tmp_path, "torch", how)
+    scores, intervals, facts = measure(tmp_path, "torch", how).values()
     assert set(scores) == KEYS | {f"ttft_ms_p50/{n}" for n in (4, 32)} | {f"throughput_tok_per_sec/{n}" for n in (1, 2)}
     assert 0 < scores["latency_ms_p50"] <= scores["latency_ms_p90"] <= scores["latency_ms_p95"] <= scores["latency_ms_p99"]
     assert 50e6 < scores["peak_rss_bytes"] < ballast.nbytes
@@ -99,7 +99,7 @@ def test_one_process_prints_one_json_line_and_gives_no_interval(tmp_path, monkey
 
     monkeypatch.setattr(subprocess, "run", listening)
     latency = measure(tmp_path, "torch", Timing(prompt_tokens=8, new_tokens=3, repeats=1, threads=1, dtype="float32"))
-    assert len(lines) == 1 and set(latency.scores) == KEYS and latency.intervals == {}
+    assert len(lines) == 1 and set(latency["scores"]) == KEYS and latency["intervals"] == {}
 
 
 def test_settings_and_directories_that_can_t_be_measured_are_refused(tmp_path):

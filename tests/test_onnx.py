@@ -231,7 +231,7 @@ def test_lm_eval_scores_with_it_as_with_torch(q4):
 
 
 def test_latency_is_measured_in_a_fresh_process_by_the_same_keys(q4):
-    got = measure(q4[1], "onnxruntime", Timing(16, 6, 2, 1, prompt_lengths=(8,), batch_sizes=(2,))).scores
+    got = measure(q4[1], "onnxruntime", Timing(16, 6, 2, 1, prompt_lengths=(8,), batch_sizes=(2,)))["scores"]
     assert {"ttft_ms_p50", "ttft_ms_p50/8", "latency_ms_p50", "tok_per_sec", "throughput_tok_per_sec/2", "peak_rss_bytes"} <= got.keys()
     assert all(value > 0 for value in got.values()) and got["peak_rss_bytes"] < 300e6  # torch alone would take as much
 

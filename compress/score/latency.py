@@ -1,21 +1,14 @@
 r"""Time and memory of a checkpoint under torch, a GGUF under llama.cpp or a directory under ONNX Runtime GenAI: one protocol, fresh processes.
 
-A process keeps itself to as many CPUs as it has threads, warms up, and generates greedily `repeats` times after a prompt of fixed ids; the end
-token is not obeyed. Of one process x_p:
+A process keeps itself to as many CPUs as it has threads, warms up, and `repeats` times generates greedily after a prompt of fixed ids, obeying no
+end token: `ttft_ms_p50` is the time until the first token is chosen (`/N`: after N tokens), `latency_ms_p50` to `_p99` that of one further token
+with the KV cache, `tok_per_sec` further tokens / their total time; `throughput_tok_per_sec/B` the tokens of B sequences together / the whole
+time, prompts included; `bandwidth_share` tok_per_sec x bytes of the weights / the bytes a second that a sweep of as many reads on the same
+CPUs; `peak_rss_bytes` the kernel's high-water mark, loading included, before other lengths and batches.
 
-    ttft_ms_p50            median, over repeats, of the time until the first token is chosen; `ttft_ms_p50/N` for a prompt of N tokens
-    latency_ms_p50, ...    quantiles, over all repeats, of the time of one further token with the KV cache
-    tok_per_sec            further tokens / their total time
-    throughput_tok_per_sec/B    tokens of B sequences decoded together / the time of the whole, prompts included
-    bandwidth_share        tok_per_sec x bytes of the weights / the bytes a second that a plain sweep of as many bytes reads on these CPUs
-    peak_rss_bytes         the kernel's high-water mark of the process, loading included, before the last three and other prompts
-
-Processes differ more than repeats inside one (addresses, clocks, neighbours), so they are the sample: a score is exp(mean_p log x_p), its 95%
-interval exp(mean +- t_{n-1} s / sqrt(n)) of the logs: Student's t, because a percentile bootstrap of five values covers 83%. One process has
-no interval. Memory is the largest of the processes'. What is timed, `generate(prompt tokens, new tokens, sequences)`, is `_torch` here and
-`timer` in the other runtimes' modules.
-
-`compare_speed` takes two models in the order A B B A, which cancels whatever drifts linearly; the four processes give one ratio.
+Processes differ more than repeats inside one (addresses, clocks, neighbours), so they are the sample: a score is exp(mean log x), its 95%
+interval exp(mean +- t_{n-1} s / sqrt(n)) of the logs: Student's t, because a percentile bootstrap of five values covers 83%. One process has no
+interval; memory is the largest. `compare_speed` runs two models in the order A B B A, which cancels what drifts linearly: four processes, one ratio.
 """
 
 import json
@@ -23,19 +16,20 @@ import math
 import os
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 DTYPES = ("bfloat16", "float32", "float16")
 LARGEST_SWEEP = 2**30  # bytes; far beyond every cache, where the rate no longer depends on the size
 Generate = Callable[[int, int, int], list[float]]  # (prompt tokens, new tokens, sequences) -> milliseconds: of each token if it is one sequence
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -57,26 +51,19 @@ class Timing:
             raise ValueError(f"latency can't be measured with {self}; allowed: counts from 1, new_tokens from 2, dtype {' '.join(DTYPES)}")
 
 
-class Latency(NamedTuple):
-    """Scores, their 95% intervals over processes (none with one process), and what else a reader should know: CPUs, load, processes."""
-
-    scores: dict[str, float]
-    intervals: dict[str, Interval]
-    facts: dict[str, Any]
-
-
-def measure(model: Path, runtime: str = "torch", how: Timing | None = None) -> Latency:
-    """Measure in fresh processes, one after the other. ValueError with a process's last words when it fails."""
-    how = how or Timing()
-    load, done = os.getloadavg()[0], []
-    for _ in range(how.processes):
-        done.append(_fresh(model, runtime, how))
+def measure(model: Path, runtime: str = "torch", how: Timing | None = None) -> dict[str, dict[str, Any]]:
+    """{"scores", "intervals", "latency"}, the last one what a reader of the times should know (CPUs, load, processes), from fresh processes one
+    after the other. ValueError with a process's last words when it fails."""
+    how, load = how or Timing(), os.getloadavg()[0]
+    done = [_fresh(model, runtime, how) for _ in range(how.processes)]
+    facts = done[0]["latency"] | {"processes": how.processes, "repeats": how.repeats, "load": [load, os.getloadavg()[0]]}
     values = {key: [one["scores"][key] for one in done] for key in done[0]["scores"]}
-    spread = {key: geometric_mean(of_processes) for key, of_processes in values.items()} if how.processes > 1 else {}
-    scores = {key: spread[key][0] if spread else of_processes[0] for key, of_processes in values.items()}
-    scores["peak_rss_bytes"] = max(values["peak_rss_bytes"])
-    intervals = {key: (low, high) for key, (_, low, high) in spread.items() if key != "peak_rss_bytes"}
-    return Latency(scores, intervals, done[0]["facts"] | {"processes": how.processes, "repeats": how.repeats, "load": [load, os.getloadavg()[0]]})
+    memory = {"peak_rss_bytes": max(values.pop("peak_rss_bytes"))}
+    if how.processes == 1:
+        return {"scores": done[0]["scores"], "intervals": {}, "latency": facts}
+    spread = {key: geometric_mean(sample) for key, sample in values.items()}
+    scores = {key: mean for key, (mean, _, _) in spread.items()}
+    return {"scores": scores | memory, "intervals": {key: (low, high) for key, (_, low, high) in spread.items()}, "latency": facts}
 
 
 def geometric_mean(values: Sequence[float]) -> tuple[float, float, float]:
@@ -84,29 +71,25 @@ def geometric_mean(values: Sequence[float]) -> tuple[float, float, float]:
     from scipy.stats import t
 
     logs = [math.log(value) for value in values]
-    mean = math.fsum(logs) / len(logs)
-    spread = math.sqrt(math.fsum((log - mean) ** 2 for log in logs) / (len(logs) - 1) / len(logs)) * float(t.ppf(0.975, len(logs) - 1))
-    return math.exp(mean), math.exp(mean - spread), math.exp(mean + spread)
+    mean, half = statistics.fmean(logs), t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
 def compare_speed(a: tuple[Path, str], b: tuple[Path, str], how: Timing, blocks: int = 5) -> dict[str, tuple[float, float, float]]:
     """How many times as fast the second (model, runtime) is: {metric: (ratio, low, high)}, 95%, over `blocks` of processes A B B A."""
     if blocks < 2:
         raise ValueError(f"a speed-up needs at least 2 blocks of A B B A for its interval, got {blocks}")
-    ratios: dict[str, list[float]] = {"latency_ms_p50": [], "ttft_ms_p50": []}
-    for _ in range(blocks):
-        a1, b1, b2, a2 = (_fresh(*model, how)["scores"] for model in (a, b, b, a))
-        for name, found in ratios.items():
-            found.append(math.sqrt(a1[name] * a2[name] / (b1[name] * b2[name])))
-    return {name: geometric_mean(found) for name, found in ratios.items()}
+    quads = [[_fresh(*model, how)["scores"] for model in (a, b, b, a)] for _ in range(blocks)]
+    names = ("latency_ms_p50", "ttft_ms_p50")
+    return {n: geometric_mean([math.sqrt(a1[n] * a2[n] / (b1[n] * b2[n])) for a1, b1, b2, a2 in quads]) for n in names}
 
 
 def _fresh(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
     """One process's numbers."""
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"OMP_NUM_THREADS": str(how.threads), "PYTHONPATH": path}
-    command = [sys.executable, "-m", "compress.score.latency", str(model), runtime, json.dumps(asdict(how))]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    own = [sys.executable, "-m", "compress.score.latency", str(model), runtime, json.dumps(asdict(how))]
+    done = subprocess.run(own, capture_output=True, text=True, env=env)
     if done.returncode:
         words = done.stderr.strip().splitlines() or ["no message"]
         raise ValueError(f"measuring {model} failed with exit {done.returncode}: {words[-1]}")
@@ -129,25 +112,21 @@ def read_bytes_per_second(size: int, threads: int) -> float:
     import numpy as np
 
     parts = np.array_split(np.ones(min(size, LARGEST_SWEEP) // 4, "int32"), threads)
-    best = math.inf
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(10):
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            best = min(best, time.perf_counter() - start)
+        best = min(timeit.repeat(lambda: list(pool.map(np.max, parts)), number=1, repeat=10))
     return sum(part.nbytes for part in parts) / best
 
 
 def pin(threads: int) -> list[int]:
     """Keep this process to `threads` CPUs, of different cores as far as there are, and return them; [] where the system offers no pinning."""
-    if not hasattr(os, "sched_setaffinity"):
-        return []
 
     def second(cpu: int) -> tuple[bool, int]:
-        """Whether the CPU is its core's second thread."""
+        """Whether the CPU is not its core's first."""
         file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         return file.is_file() and int(re.split("[,-]", file.read_text())[0]) != cpu, cpu
 
+    if not hasattr(os, "sched_setaffinity"):
+        return []
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0), key=second)[:threads])
     return sorted(os.sched_getaffinity(0))
 
@@ -177,7 +156,7 @@ def run(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
         scores[f"throughput_tok_per_sec/{batch}"] = 1000 * batch * how.new_tokens / float(whole_ms)
     read = read_bytes_per_second(weight_bytes, how.threads)
     scores["bandwidth_share"] = scores["tok_per_sec"] * weight_bytes / read
-    return {"scores": scores, "facts": {"pinned_cpus": cpus, "weight_bytes": weight_bytes, "read_bytes_per_sec": read}}
+    return {"scores": scores, "latency": {"pinned_cpus": cpus, "weight_bytes": weight_bytes, "read_bytes_per_sec": read}}
 
 
 def _torch(model_dir: Path, threads: int, dtype: str) -> tuple[Generate, int]:

@@ -133,5 +133,4 @@ class Scorer:
         lengths = tuple(length for length in s.prompt_lengths if length <= longest)
         how = Timing(s.prompt_tokens, s.new_tokens, s.repeats, self.threads, s.processes, lengths, tuple(s.batch_sizes))
         timed = measure_latency(model.path, model.runtime, how)
-        measured = {"scores": scores | timed.scores, "intervals": timed.intervals, "latency": timed.facts}
-        return measured | {"items": result.items, "chance": result.chance}
+        return timed | {"scores": scores | timed["scores"], "items": result.items, "chance": result.chance}

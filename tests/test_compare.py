@@ -14,7 +14,7 @@ from fake_records import ROWS, write_run
 from compress.__main__ import main
 from compress.report.compare import Difference, accuracy_differences, differences, flips, speed_sentence
 from compress.report.html import write_html
-from compress.report.records import load_run, open_run
+from compress.report.records import folder_of, load_run, open_run
 
 TEXT = 'Which is right? <script>alert("x")</script> ' + "a-very-long-word" * 12
 
@@ -24,7 +24,9 @@ def answers(rights, task="grammar"):
 
 
 def write_items(run, slot, items):
-    (run.folder(next(r for r in run.records if r["slot"] == slot)) / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder_of(run.path, next(r for r in run.records if r["slot"] == slot)) / "items.jsonl").write_text(
+        "".join(json.dumps(item) + "\n" for item in items)
+    )
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_one_process_prints_one_json_line_and_gives_no_interval(tmp_path, monkey
         return done
 
     monkeypatch.setattr(subprocess, "run", listening)
-    latency = measure(tmp_path, "torch", Timing(prompt_tokens=8, new_tokens=3, repeats=1, threads=1, dtype="float32"))
+    latency = measure(tmp_path, "torch", Timing(prompt_tokens=8, new_tokens=3, repeats=1, threads=1))
     assert len(lines) == 1 and set(latency["scores"]) == KEYS and latency["intervals"] == {}
 
 
@@ -106,8 +106,6 @@ def test_settings_and_directories_that_can_t_be_measured_are_refused(tmp_path):
     for wrong in ({"repeats": 0}, {"processes": 0}, {"new_tokens": 1}, {"prompt_lengths": (16, 0)}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*allowed: counts from 1, new_tokens from 2"):
             Timing(**wrong)
-    with pytest.raises(ValueError, match=r"dtype='int8'.*bfloat16"):
-        Timing(dtype="int8")
     with pytest.raises(ValueError, match=r"measuring .* failed with exit 1: .*config\.json is missing"):
         measure(tmp_path)
     with pytest.raises(ValueError, match="at least 2 blocks of A B B A for its interval, got 1"):

@@ -22,7 +22,8 @@ from compress.report.table import COLUMN
 from compress.score.paired import mcnemar_p
 
 Items = Sequence[Mapping[str, Any]]
-PRECISION_ONLY = ("repeats", "processes", "prompt_lengths", "batch_sizes")  # of eval: how surely times are known, not what is measured
+# What a score does not depend on: how surely times are known, and training text.
+NO_MATTER = {"eval.repeats", "eval.processes", "eval.prompt_lengths", "eval.batch_sizes", "data.train", "data.chat", "data.weights", "data.packing"}
 SPEEDS = {"latency_ms_p50": "a further token", "ttft_ms_p50": "the first token"}
 
 
@@ -62,32 +63,27 @@ class Flip(NamedTuple):
 
 def check_same_settings(runs: Sequence[Run]) -> None:
     """ValueError naming the setting in which one was scored differently from the first; what only one of them knows is left out."""
-    first, *others = [_settings(run) for run in runs]
-    for run, own in zip(runs[1:], others, strict=True):
+
+    def settings(run: Run) -> dict[str, Any]:
+        own = {f"{group}.{name}": value for group in ("eval", "data") for name, value in run.info.get("config", {}).get(group, {}).items()}
+        return {name: own[name] for name in own if name not in NO_MATTER} | ({"the teacher's digest": run.teacher["digest"]} if run.teacher else {})
+
+    first = settings(runs[0])
+    for run in runs[1:]:
+        own = settings(run)
         for name in sorted(first.keys() & own.keys()):
             if first[name] != own[name]:
                 where = f"{name} is {first[name]!r} in {runs[0].name} and {own[name]!r} in {run.name}"
                 raise ValueError(f"these can't be compared, they were scored with other settings: {where}; run one again with the other's settings")
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    config = run.info.get("config", {})
-    scored = {f"eval.{name}": value for name, value in config.get("eval", {}).items() if name not in PRECISION_ONLY}
-    text = {f"data.{name}": value for name, value in config.get("data", {}).items() if name in ("heldout", "seq_len")}
-    return scored | text | ({"the teacher's digest": run.teacher["digest"]} if run.teacher else {})
-
-
-def same_machine(first: Run, other: Run) -> bool:
-    """Whether their times may be set beside each other."""
-    return bool(first.info.get("machine") == other.info.get("machine"))
-
-
 def differences(first: Run, other: Run) -> list[Difference]:
     """All numbers that both final records hold, in the order of the tables, then accuracies; no times of different machines."""
     a, b, found = first.final, other.final, []
+    timed = first.info.get("machine") == other.info.get("machine")
     for name in [*COLUMN, *sorted(key for key in a["scores"] if key.startswith("kept/"))]:
         x, y = a["scores"].get(name), b["scores"].get(name)
-        if x is None or y is None or (("_ms" in name or name == "tok_per_sec") and not same_machine(first, other)):
+        if x is None or y is None or (("_ms" in name or name == "tok_per_sec") and not timed):
             continue
         (x_low, x_high), (y_low, y_high) = (record.get("intervals", {}).get(name, (None, None)) for record in (a, b))
         known = None not in (x_low, y_low)
@@ -102,8 +98,8 @@ def accuracy_differences(first: Items, other: Items) -> list[Difference]:
     both = sorted(a.keys() & b.keys())
     tables = {task: np.array([(a[key], b[key]) for key in both if key[0] == task]) for task in dict(both)}  # (N, 2)
     changes = {task: right_N2[:, 1].astype(int) - right_N2[:, 0] for task, right_N2 in tables.items()}
-    found = [Difference(f"acc/{task}", d.mean(), _limits(d), mcnemar_p(*tables[task].T)) for task, d in changes.items()]
-    return [Difference("acc/mean", np.mean([one.value for one in found]), _limits(*changes.values())), *found] if len(found) > 1 else found
+    found = [Difference(f"acc/{task}", float(d.mean()), _limits(d), mcnemar_p(*tables[task].T)) for task, d in changes.items()]
+    return [Difference("acc/mean", sum(one.value for one in found) / len(found), _limits(*changes.values())), *found] if len(found) > 1 else found
 
 
 def _limits(*changes: Any) -> tuple[float, float]:

@@ -43,13 +43,9 @@ class Run:
         """The slot that was asked for, or what the budget judges: the first file that ships, else the last slot."""
         return next((r for r in self.records if r["slot"] == self.chosen), judged(self.records))
 
-    def folder(self, record: Record) -> Path:
-        """The folder NN-<slot> of a record."""
-        return folder_of(self.path, record)
-
     def rows(self, record: Record, what: str) -> list[dict[str, Any]]:
         """Rows of a record's `items` (answers) or `steps` (training curve), empty where they were not kept; of a bundle, the teacher's answers."""
-        return _rows(self.folder(record) / f"{what}.jsonl") or _rows(self.path / f"{record['slot']}_{what}.jsonl")
+        return _rows(folder_of(self.path, record) / f"{what}.jsonl") or _rows(self.path / f"{record['slot']}_{what}.jsonl")
 
     def requests(self) -> dict[tuple[str, int], dict[str, Any]]:
         """(task, doc_id) -> its rendered request, of the bundle that this is or holds; empty without one."""
@@ -57,7 +53,7 @@ class Run:
 
     def model(self) -> tuple[Path, str]:
         """Weights or file of `final`, and the runtime that it is for. ValueError when they are not here."""
-        path = self.path / self.info["judged"] if "judged" in self.info else (self.folder(self.final) / "weights").resolve()
+        path = self.path / self.info["judged"] if "judged" in self.info else (folder_of(self.path, self.final) / "weights").resolve()
         if not path.exists():
             raise ValueError(f"{self.path} does not hold the weights of {self.final['slot']}: {path} is missing; name the run itself or its bundle")
         return path, self.final.get("runtime", "torch")

@@ -7,7 +7,7 @@ time, prompts included; `bandwidth_share` tok_per_sec x bytes of the weights / t
 CPUs; `peak_rss_bytes` the kernel's high-water mark, loading included, before other lengths and batches.
 
 Processes differ more than repeats inside one (addresses, clocks, neighbours), so they are the sample: a score is exp(mean log x), its 95%
-interval exp(mean +- t_{n-1} s / sqrt(n)) of the logs: Student's t, because a percentile bootstrap of five values covers 83%. One process has no
+interval exp(mean +- t_{n-1} s / sqrt(n)) of the logs: Student's t, because a percentile bootstrap of five values covers 84%. One process has no
 interval; memory is the largest. `compare_speed` runs two models in the order A B B A, which cancels what drifts linearly: four processes, one ratio.
 """
 
@@ -27,14 +27,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("bfloat16", "float32", "float16")
 LARGEST_SWEEP = 2**30  # bytes; far beyond every cache, where the rate no longer depends on the size
 Generate = Callable[[int, int, int], list[float]]  # (prompt tokens, new tokens, sequences) -> milliseconds: of each token if it is one sequence
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How to measure; `dtype` is torch's. ValueError for what can't be measured."""
+    """How to measure. ValueError for what can't be measured."""
 
     prompt_tokens: int = 64
     new_tokens: int = 16
@@ -43,12 +42,11 @@ class Timing:
     processes: int = 1
     prompt_lengths: tuple[int, ...] = ()
     batch_sizes: tuple[int, ...] = ()
-    dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         counts = self.prompt_tokens, self.new_tokens - 1, self.repeats, self.threads, self.processes, *self.prompt_lengths, *self.batch_sizes
-        if self.dtype not in DTYPES or min(counts) < 1:
-            raise ValueError(f"latency can't be measured with {self}; allowed: counts from 1, new_tokens from 2, dtype {' '.join(DTYPES)}")
+        if min(counts) < 1:
+            raise ValueError(f"latency can't be measured with {self}; allowed: counts from 1, new_tokens from 2")
 
 
 def measure(model: Path, runtime: str = "torch", how: Timing | None = None) -> dict[str, dict[str, Any]]:
@@ -137,7 +135,7 @@ def run(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
 
     cpus, repeats = pin(how.threads), range(how.repeats)
     make = {"torch": _torch, "llama.cpp": llamacpp.timer, "onnxruntime": onnxruntime.timer}[runtime]
-    generate, weight_bytes = make(model, how.threads, how.dtype)
+    generate, weight_bytes = make(model, how.threads)
     generate(how.prompt_tokens, how.new_tokens, 1)  # every shape warms up by itself
     runs = [generate(how.prompt_tokens, how.new_tokens, 1) for _ in repeats]
     peak = peak_rss_bytes()
@@ -159,13 +157,14 @@ def run(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
     return {"scores": scores, "latency": {"pinned_cpus": cpus, "weight_bytes": weight_bytes, "read_bytes_per_sec": read}}
 
 
-def _torch(model_dir: Path, threads: int, dtype: str) -> tuple[Generate, int]:
+def _torch(model_dir: Path, threads: int) -> tuple[Generate, int]:
+    """A checkpoint, in bf16: the type that weights ship in."""
     import torch
 
     from compress.checkpoint import load_model
 
     torch.set_num_threads(threads)
-    model = load_model(model_dir, getattr(torch, dtype))
+    model = load_model(model_dir, torch.bfloat16)
 
     @torch.inference_mode()
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:

@@ -218,8 +218,8 @@ def make_lm(llama: Any, head: Head, tokenizer: Any, batch_size: int) -> Any:
     return lm
 
 
-def timer(gguf: Path, threads: int, dtype: str) -> tuple[Callable[[int, int, int], list[float]], int]:
-    """What `compress.score.latency` times, tokens streamed one by one, and the file's bytes; the file has its own type, so `dtype` says nothing."""
+def timer(gguf: Path, threads: int) -> tuple[Callable[[int, int, int], list[float]], int]:
+    """What `compress.score.latency` times, tokens streamed one by one, and the file's bytes."""
 
     @lru_cache(maxsize=1)
     def server(ctx_len: int, parallel: int) -> LlamaCpp:

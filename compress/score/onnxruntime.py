@@ -135,8 +135,8 @@ def onnx_head(folder: Path) -> Head:
     return Head(decoded.get("lm_head.weight", decoded["model.embed_tokens.weight"]))
 
 
-def timer(folder: Path, threads: int, dtype: str) -> tuple[Callable[[int, int, int], list[float]], int]:
-    """What `compress.score.latency` times, no end obeyed, and the directory's bytes; its arithmetic is fp32, so `dtype` says nothing."""
+def timer(folder: Path, threads: int) -> tuple[Callable[[int, int, int], list[float]], int]:
+    """What `compress.score.latency` times, no end obeyed, and the directory's bytes."""
     runtime = OnnxRuntime(folder, threads, ctx_len=0)
 
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:

@@ -19,7 +19,7 @@ from typing import Any
 from requests.utils import get_netrc_auth
 
 from compress.report.compare import Flip, flips
-from compress.report.records import Record, load_run, worst
+from compress.report.records import Record, folder_of, load_run, worst
 from compress.track import Tracker
 
 SECONDS_TO_CONNECT, SECONDS_TO_UPLOAD = 20, 30  # after that the tracker is given up, not the run
@@ -59,7 +59,7 @@ class Wandb(Tracker):
             run.log({form.format(key): value for form, values in named.items() for key, value in values.items()})
             run.summary["verdict"] = worst([record]) or "none enforced"
             run.summary.update({f"verdict/{v['limit']}": f"{v['verdict']}: {v['sentence']}" for v in record["verdicts"]})
-            weights = (whole.folder(record) / "weights").resolve()
+            weights = (folder_of(self.run_dir, record) / "weights").resolve()
             if weights.exists():
                 parent = next((r for r in whole.records if r["slot"] == record["parent"]), {})
                 lineage = {key: record.get(key) for key in ("digest", "key", "parent", "technique")} | {"parent_digest": parent.get("digest")}

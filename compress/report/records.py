@@ -125,7 +125,7 @@ def open_run(name: str, runs_dir: Path | str = "runs") -> Run:
     above, _, slot = name.rstrip("/").rpartition("/")
     for run_name, chosen in ((name, ""), (above or name, re.sub(r"^\d\d-", "", slot))):
         for place in (Path(run_name), Path(runs_dir) / run_name):
-            if (place / "manifest.json").is_file():
+            if not chosen and (place / "manifest.json").is_file():
                 return _load_bundle(place)
             runs = [place] if (place / "run.json").is_file() else [file.parent for file in place.glob("*/run.json")]
             if runs:

@@ -16,17 +16,16 @@ import math
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import time
 import timeit
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+# Imports wait in functions: a process's memory is measured.
 LARGEST_SWEEP = 2**30  # bytes; far beyond every cache, where the rate no longer depends on the size
 Generate = Callable[[int, int, int], list[float]]  # (prompt tokens, new tokens, sequences) -> milliseconds: of each token if it is one sequence
 
@@ -66,11 +65,13 @@ def measure(model: Path, runtime: str = "torch", how: Timing | None = None) -> d
 
 def geometric_mean(values: Sequence[float]) -> tuple[float, float, float]:
     """Geometric mean of at least two positive numbers, and the 95% t interval of their logs."""
+    import numpy as np
     from scipy.stats import t
 
-    logs = [math.log(value) for value in values]
-    mean, half = statistics.fmean(logs), t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+    logs = np.log(values)
+    half = t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    middle, low, high = np.exp(logs.mean() + np.array([0, -half, half])).tolist()
+    return middle, low, high
 
 
 def compare_speed(a: tuple[Path, str], b: tuple[Path, str], how: Timing, blocks: int = 5) -> dict[str, tuple[float, float, float]]:
@@ -107,6 +108,8 @@ def peak_rss_bytes() -> int:
 def read_bytes_per_second(size: int, threads: int) -> float:
     """How fast `threads` threads read `size` bytes (at most LARGEST_SWEEP), the best of ten. An integer maximum, because a sum of floats is
     bound by its additions: on two cores 19 GB/s, where this reads 40."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import numpy as np
 
     parts = np.array_split(np.ones(min(size, LARGEST_SWEEP) // 4, "int32"), threads)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from compress import __version__, budget
 from compress.assets import configs_dir, recipes_dir
-from compress.errors import EXIT_BUDGET, EXIT_OK, EXIT_SIGTERM, ConfigError, Interrupted, exit_code, is_disk, is_memory, nearest
+from compress.errors import EXIT_BUDGET, EXIT_OK, EXIT_SIGTERM, ConfigError, Interrupted, ResourceError, exit_code, is_disk, is_memory, nearest
 
 HELP = """compress: turn a teacher language model into a student that fits a budget, and prove it on the files that ship.
 
@@ -22,8 +22,9 @@ HELP = """compress: turn a teacher language model into a student that fits a bud
   compress list                         recipes, stages and every option, with one line each
   compress score MODEL [--budget NAME] [--teacher T] [KEY=VALUE ...]
                                         score any checkpoint directory or GGUF file, also one made elsewhere
-  compress compare RUN [RUN ...] [--html FILE]
-                                        stages of one run, or runs side by side; writes one HTML page
+  compress compare RUN [RUN ...] [--html FILE] [--speed]
+                                        stages of one run, or runs, stages (RUN/SLOT) and bundles side by side; writes one HTML page
+  compress sync RUN --to wandb          copy a finished run's records into a tracker
   compress verify BUNDLE                check every byte of a bundle
   compress accept BUNDLE                measure the bundle's budget again, on this machine
   compress gc [--store DIR] [--yes]     empty the store of what no run names
@@ -104,7 +105,7 @@ def score(arguments: list[str]) -> int:
     reference = scorer.measure(teacher)
     measured = scorer.measure(model)
     relative, intervals, excluded = scorer.beside(measured, reference, None)
-    scores = measured.scores | relative
+    scores, intervals = measured.scores | relative, measured.intervals | intervals
     table = Table("metric", "value", "teacher")
     for name in sorted(scores):
         mine, other = scores[name], reference.scores.get(name)
@@ -116,22 +117,52 @@ def score(arguments: list[str]) -> int:
 
 
 def compare(arguments: list[str]) -> int:
-    """Print the stages of one run, or several runs side by side, and write one HTML page."""
+    """Print the stages of one run, or several candidates beside the first, and write one HTML page."""
+    from compress.report.compare import check_same_settings, differences, speed_sentence
     from compress.report.html import write_html
-    from compress.report.records import load_run, resolve
+    from compress.report.records import open_run
     from compress.report.table import compare_table, print_table, stage_table, verdict_lines
+    from compress.score.latency import Timing, compare_speed
 
     parser = _Parser(prog="compress compare")
-    parser.add_argument("runs", nargs="+", help="a run directory, RECIPE/TIME, or RECIPE for its newest run")
+    parser.add_argument("runs", nargs="+", help="a run directory, RECIPE/TIME, RECIPE for its newest run; one slot of it as RUN/SLOT; a bundle")
     parser.add_argument("--html", type=Path, default=Path("compare.html"))
-    parser.add_argument("--stages", action="store_true", help="all stages of every run, not only what ships")
-    options = parser.parse_args(arguments)
-    runs = [load_run(resolve(name)) for name in options.runs]
-    print_table(stage_table(runs[0].records) if len(runs) == 1 else compare_table(runs, stages=options.stages))
-    for run in runs:
-        print("\n".join(verdict_lines(run.records)))
-    write_html(runs, options.html)
+    parser.add_argument("--speed", type=int, nargs="?", const=5, default=0, metavar="BLOCKS", help="time them again, interleaved A B B A so often")
+    options = parser.parse_intermixed_args(arguments)
+    first, *others = runs = [open_run(name) for name in options.runs]
+    if options.speed and not others:
+        parser.error("--speed compares with the first; name a second run, stage or bundle")
+    check_same_settings(runs)
+    models = [run.model() for run in runs] if options.speed else []
+    found = [compare_speed(models[0], model, Timing(threads=len(os.sched_getaffinity(0))), options.speed) for model in models[1:]]
+    speeds = [speed_sentence(first, run, *speed) for run, one in zip(others, found, strict=False) for speed in one.items()]
+    print_table(compare_table(runs) if others or first.chosen else stage_table(first.records))
+    for run in others:
+        print("\n".join([f"{run.name} from {first.name}", *(f"  {one.metric:<24} {one}" for one in differences(first, run)), ""]))
+    print("\n".join(speeds + [line for run in runs for line in verdict_lines([run.final] if run.chosen else run.records)]))
+    write_html(runs, options.html, speeds)
     print(f"report  {options.html}")
+    return EXIT_OK
+
+
+def sync(arguments: list[str]) -> int:
+    """Copy a run's records into a tracker, in place of what was copied of them before."""
+    from compress.report.records import open_run
+    from compress.track import check, open_tracker
+
+    parser = _Parser(prog="compress sync")
+    parser.add_argument("run", help="a run directory, RECIPE/TIME, or RECIPE for its newest run")
+    parser.add_argument("--to", required=True, help="wandb or jsonl")
+    options = parser.parse_args(arguments)
+    check(options.to)
+    run = open_run(options.run)
+    tracker = open_tracker(options.to, run.path, run.info.get("config", {}).get("track", {}).get("project", "compress"))
+    for record in run.records:
+        tracker.record(record)
+    tracker.finish(run.info.get("exit") or 0)
+    if not tracker.alive:
+        raise ResourceError(f"{options.to} did not take all of {run.name}; repeat the command when it can")
+    print(f"{run.name}: {len(run.records)} slots in {options.to}")
     return EXIT_OK
 
 
@@ -179,7 +210,7 @@ def accept(arguments: list[str]) -> int:
     if reference is not None:
         near = scorer.compare(measured, reference)
         scores = scores | {"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}
-    return _judge(scores, paired.intervals, limits, "the bundle's recipe set no limits; nothing to accept")
+    return _judge(scores, measured.intervals | paired.intervals, limits, "the bundle's recipe set no limits; nothing to accept")
 
 
 def gc(arguments: list[str]) -> int:
@@ -202,7 +233,7 @@ def gc(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    "run": run, "list": list_all, "score": score, "compare": compare, "verify": verify, "accept": accept, "gc": gc,
+    "run": run, "list": list_all, "score": score, "compare": compare, "sync": sync, "verify": verify, "accept": accept, "gc": gc,
 }  # fmt: skip
 
 

@@ -74,12 +74,16 @@ class Eval:
     heldout_sequences: int = 8
     prompt_tokens: int = 128
     new_tokens: int = 32
-    repeats: int = 5
+    repeats: int = 5  # in each of so many fresh processes, which are the sample of the intervals
+    processes: int = 5
+    prompt_lengths: list[int] = field(default_factory=list)  # the time to the first token of these as well, where the model takes them
+    batch_sizes: list[int] = field(default_factory=list)  # sequences decoded together, for throughput
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "heldout_sequences", "prompt_tokens", "new_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"eval.{name}={getattr(self, name)} must be at least 1")
+        for name in ("batch_size", "heldout_sequences", "prompt_tokens", "new_tokens", "repeats", "processes", "prompt_lengths", "batch_sizes"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, list) else [value], default=1) < 1:
+                raise ConfigError(f"eval.{name}={value} must be at least 1")
 
 
 @dataclass

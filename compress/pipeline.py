@@ -55,16 +55,17 @@ def conclude(
     log(f"{slot}: scoring ({model.runtime})")
     start, limits = time.monotonic(), session.recipe.budget
     measured = session.scorer.measure(model, tasks=tasks)
-    scores, intervals, excluded = dict(measured.scores), {}, []  # type: ignore[var-annotated]
+    scores, intervals, excluded = dict(measured.scores), dict(measured.intervals), []  # type: ignore[var-annotated]
     if teacher := session.done.get("teacher"):
-        relative, intervals, excluded = session.scorer.beside(measured, teacher, parent)
-        scores |= relative
+        relative, paired, excluded = session.scorer.beside(measured, teacher, parent)
+        scores, intervals = scores | relative, intervals | paired
     verdicts = budget.judge(scores, intervals, limits.slots.get(slot, {}), enforced=True)
     verdicts += budget.judge(scores, intervals, limits.limits, enforced=shipped)
     record: dict[str, Any] = {
         "slot": slot, "technique": technique, "runtime": model.runtime, "parent": parent.record["slot"] if parent else None,
         "digest": model.digest, "scores": scores, "intervals": intervals, "excluded_tasks": excluded, "verdicts": verdicts,
-        "seconds": {"stage": seconds, "score": time.monotonic() - start}, "metrics": {}, "key": "", "reused": False, "stage_config": {},
+        "latency": measured.latency, "seconds": {"stage": seconds, "score": time.monotonic() - start}, "metrics": {}, "key": "", "reused": False,
+        "stage_config": {},
     } | made  # fmt: skip
     if curve is not None:
         record["curve"] = thinned(curve)

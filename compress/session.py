@@ -21,6 +21,7 @@ from compress.distill.signal import made_with
 from compress.errors import ConfigError
 from compress.export import formats
 from compress.export.gguf import overhead_bytes
+from compress.report.records import folder_of
 from compress.score.scorer import Measured, Scorer
 from compress.score.tasks import check_tasks
 from compress.stages.context import Context
@@ -28,7 +29,7 @@ from compress.stages.optimization import Optimization
 from compress.store import Store, sources_digest, write_json
 from compress.teacher import open_teacher
 from compress.track import check as check_tracker
-from compress.track import open_tracker, slot_dir
+from compress.track import open_tracker
 from compress.train import parallel
 from compress.train.data import Packed, pack
 
@@ -160,8 +161,6 @@ class RunDir:
         }  # fmt: skip
         self.trackers = [open_tracker(sink, self.path, project=track.project) for sink in track.sinks]
         self.write()
-        for tracker in self.trackers:
-            tracker.start(self.about)
 
     def write(self) -> None:
         """Replace run.json."""
@@ -176,16 +175,17 @@ class RunDir:
         """Write one slot's folder and hand the record to the trackers."""
         ours = {"run": self.about["name"], "recipe": self.about["recipe"], "index": len(self.records)}
         record = {"schema": 1, "created": now()} | ours | record
-        folder = slot_dir(self.path, record)
+        folder = folder_of(self.path, record)
         folder.mkdir()
         write_json(folder / "record.json", record)
-        (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in measured.items))
+        for name, rows in (("items", measured.items), ("steps", curve)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "weights").symlink_to(os.path.relpath(measured.model.path, folder))
         self.records.append(record)
         self.about["slots"].append(record["slot"])
         self.write()
         for tracker in self.trackers:
-            tracker.record(record, curve)
+            tracker.record(record)
         return record
 
     def finish(self, code: int) -> None:

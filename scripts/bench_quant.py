@@ -38,6 +38,7 @@ from compress.export.parity import figures as parity_figures
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, checkpoint_head, checkpoint_hidden, closeness
+from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
 from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.score.scorer import HEADS, RUNTIMES
@@ -53,6 +54,7 @@ from compress.train.forward import head_of, hidden_states
 LENGTH, HELD_OUT = 512, 8  # held-out sequences of each text
 Q4_K_M = 15  # llama.cpp's number of that mixture
 MIXED_BITS = 5.2
+TIMING = Timing(prompt_tokens=64, new_tokens=64, repeats=5, threads=available_threads())
 
 
 def say(message: str) -> None:
@@ -107,22 +109,11 @@ def file_row(file: Path, full: dict[str, States], held: dict[str, Packed], check
             states[name] = States(torch.cat(llama.hidden_states(data.ids[:HELD_OUT, :-1].tolist())), head)
     finally:
         llama.close()
-    row = gguf_size(file) | closeness_to(full, states, held) | measure_latency(file, 64, 64, 5, available_threads(), runtime="llama.cpp")
-    row["bandwidth_share"] = row["tok_per_sec"] * row["size_bytes"] / read_bytes_per_second(int(row["size_bytes"]))
+    row = gguf_size(file) | closeness_to(full, states, held) | measure_latency(file, "llama.cpp", TIMING)["scores"]
     row["k_quant"] = row["kl_nats/topics"] * 4 ** row["bits_per_weight"]
     if checkpoint:
         row |= parity_figures(checkpoint, file, f"gguf:{kind}", held["topics"].ids[:HELD_OUT], states["topics"], available_threads())
     return row
-
-
-def read_bytes_per_second(size: int) -> float:
-    """How fast a plain sum reads that many bytes, the best of ten."""
-    block, best = torch.ones(size // 4), 0.0
-    for _ in range(10):
-        start = time.perf_counter()
-        block.sum()
-        best = max(best, size / (time.perf_counter() - start))
-    return best
 
 
 def torch_row(model: Any, size_bytes: float, full: dict[str, States], held: dict[str, Packed]) -> dict[str, float]:
@@ -244,7 +235,7 @@ class Bench:
         threads, data = available_threads(), self.held["topics"]
         states = States(torch.cat(self.hidden(folder, format.runtime)), HEADS[format.runtime](folder))
         row |= parity_figures(checkpoint, folder, name, data.ids[:HELD_OUT], states, threads)
-        row |= measure_latency(folder, 64, 64, 5, threads, runtime=format.runtime)
+        row |= measure_latency(folder, format.runtime, TIMING)["scores"]
         return row | {"kl_nats/topics": closeness(self.full["topics"], states)["kl"]}
 
     def hidden(self, folder: Path, runtime: str) -> list[torch.Tensor]:

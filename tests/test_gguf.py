@@ -29,7 +29,7 @@ from compress.checkpoint import load_model, load_tokenizer, save_model
 from compress.export.gguf import TYPES, decode_gguf, export_gguf, read_fields
 from compress.export.gguf_tokenizer import PRE_TOKENIZERS
 from compress.quant.grids import GRIDS
-from compress.score.latency import measure
+from compress.score.latency import Timing, measure
 from compress.score.llamacpp import LlamaCpp, gguf_head, make_lm
 from compress.score.size import gguf_size
 from compress.teacher import find_packaged, import_gguf
@@ -254,8 +254,11 @@ def test_generation_is_greedy_like_torch(llama, tied):
 
 def test_latency_is_measured_in_a_fresh_process(f16):
     ballast = torch.ones(150_000_000)  # 600 MB here must not show in the child's peak memory
-    got = measure(f16, prompt_tokens=16, new_tokens=8, repeats=2, threads=1, runtime="llama.cpp")
-    assert 0 < got["latency_ms_p50"] <= got["latency_ms_p95"] and got["ttft_ms_p50"] > 0 and got["tok_per_sec"] > 0
+    how = Timing(prompt_tokens=16, new_tokens=8, repeats=2, threads=1, prompt_lengths=(64,), batch_sizes=(1, 3))
+    got, intervals, facts = measure(f16, "llama.cpp", how).values()
+    assert 0 < got["latency_ms_p50"] <= got["latency_ms_p95"] and min(got.values()) > 0
+    assert {"ttft_ms_p50/64", "throughput_tok_per_sec/1", "throughput_tok_per_sec/3"} <= got.keys() and not intervals
+    assert facts["weight_bytes"] == f16.stat().st_size
     assert 5e6 < got["peak_rss_bytes"] < 400e6 and ballast.numel() > 0
 
 

@@ -1,20 +1,18 @@
 """compress/score/latency.py and size.py on tiny checkpoints."""
 
 import json
+import os
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.score.latency import measure
+from compress.score.latency import Timing, compare_speed, geometric_mean, measure, read_bytes_per_second
 from compress.score.size import size
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def checkpoint(out, tied=True, layers=2):
@@ -71,36 +69,72 @@ def test_a_truncated_file_is_named(tmp_path):
         size(tmp_path)
 
 
+KEYS = {f"latency_ms_p{q}" for q in (50, 90, 95, 99)} | {"ttft_ms_p50", "tok_per_sec", "peak_rss_bytes", "bandwidth_share"}
+
+
 def test_latency_numbers_are_consistent_and_memory_is_the_child_s_own(tmp_path):
-    checkpoint(tmp_path)
+    model = checkpoint(tmp_path)
     ballast = np.ones(125_000_000)  # 1 GB here: ru_maxrss of a child would begin with it
-    result = measure(tmp_path, prompt_tokens=8, new_tokens=6, repeats=3, threads=1)
-    assert set(result) == {"ttft_ms_p50", "latency_ms_p50", "latency_ms_p95", "tok_per_sec", "peak_rss_bytes"}
-    assert 0 < result["latency_ms_p50"] <= result["latency_ms_p95"]
-    assert result["tok_per_sec"] <= 1000 / (0.3 * result["latency_ms_p50"])
-    assert 50e6 < result["peak_rss_bytes"] < ballast.nbytes
+    how = Timing(prompt_tokens=8, new_tokens=6, repeats=3, threads=1, processes=2, prompt_lengths=(4, 32), batch_sizes=(1, 2))
+    scores, intervals, facts = measure(tmp_path, "torch", how).values()
+    assert set(scores) == KEYS | {f"ttft_ms_p50/{n}" for n in (4, 32)} | {f"throughput_tok_per_sec/{n}" for n in (1, 2)}
+    assert 0 < scores["latency_ms_p50"] <= scores["latency_ms_p90"] <= scores["latency_ms_p95"] <= scores["latency_ms_p99"]
+    assert 50e6 < scores["peak_rss_bytes"] < ballast.nbytes
+    assert set(intervals) == set(scores) - {"peak_rss_bytes"}
+    assert all(low <= scores[key] <= high for key, (low, high) in intervals.items())
+    assert facts["weight_bytes"] == sum(2 * p.numel() for p in model.parameters()) + sum(4 * b.numel() for b in model.buffers())
+    assert (facts["processes"], facts["repeats"]) == (2, 3) and len(facts["load"]) == 2
+    assert len(facts["pinned_cpus"]) == 1 and set(facts["pinned_cpus"]) <= os.sched_getaffinity(0)
 
 
-def test_the_process_prints_one_json_line(tmp_path):
+def test_one_process_prints_one_json_line_and_gives_no_interval(tmp_path, monkeypatch):
     checkpoint(tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "compress.score.latency",
-        tmp_path,
-        "--new-tokens=3",
-        "--repeats=1",
-        "--threads=1",
-        "--dtype=float32",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert len(done.stdout.splitlines()) == 1 and json.loads(done.stdout)["ttft_ms_p50"] > 0
+    lines = []
+    real = subprocess.run
+
+    def listening(*arguments, **options):
+        done = real(*arguments, **options)
+        lines.extend(done.stdout.splitlines())
+        return done
+
+    monkeypatch.setattr(subprocess, "run", listening)
+    latency = measure(tmp_path, "torch", Timing(prompt_tokens=8, new_tokens=3, repeats=1, threads=1))
+    assert len(lines) == 1 and set(latency["scores"]) == KEYS and latency["intervals"] == {}
 
 
 def test_settings_and_directories_that_can_t_be_measured_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="repeats=0.*allowed: counts from 1"):
-        measure(tmp_path, repeats=0)
-    with pytest.raises(ValueError, match=r"dtype='int8'.*bfloat16"):
-        measure(tmp_path, dtype="int8")
+    for wrong in ({"repeats": 0}, {"processes": 0}, {"new_tokens": 1}, {"prompt_lengths": (16, 0)}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*allowed: counts from 1, new_tokens from 2"):
+            Timing(**wrong)
     with pytest.raises(ValueError, match=r"measuring .* failed with exit 1: .*config\.json is missing"):
         measure(tmp_path)
+    with pytest.raises(ValueError, match="at least 2 blocks of A B B A for its interval, got 1"):
+        compare_speed((tmp_path, "torch"), (tmp_path, "torch"), Timing(), blocks=1)
+
+
+def test_intervals_over_processes_are_student_s_and_cover_19_of_20():
+    values = [20.1, 21.4, 19.7, 22.0]
+    theirs = np.exp(ttest_1samp(np.log(values), 0).confidence_interval(0.95))
+    assert geometric_mean(values) == pytest.approx((np.exp(np.mean(np.log(values))), *theirs))
+    draws = np.random.default_rng(0).lognormal(3, 0.05, (2000, 5))
+    inside = [low <= np.exp(3) <= high for _, low, high in map(geometric_mean, draws)]
+    assert 0.935 < np.mean(inside) < 0.965
+
+
+def test_abba_cancels_a_drift_with_processes_that_are_doubles(monkeypatch):
+    """Real clocks drift as they like: these processes slow down by 10% each, and B takes half the time of A."""
+    order = []
+
+    def process(model, runtime, how):
+        order.append(model)
+        ms = (20 if model == "A" else 10) * 1.1 ** len(order)
+        return {"scores": {"latency_ms_p50": ms, "ttft_ms_p50": 3 * ms}}
+
+    monkeypatch.setattr("compress.score.latency._fresh", process)
+    found = compare_speed(("A", "torch"), ("B", "torch"), Timing(), blocks=3)
+    assert "".join(order) == "ABBA" * 3
+    assert found["latency_ms_p50"] == pytest.approx((2, 2, 2)) and found["ttft_ms_p50"] == pytest.approx((2, 2, 2))
+
+
+def test_reading_is_measured_near_what_memory_gives():
+    assert 5e8 < read_bytes_per_second(32_000_000, 1) < 1e12

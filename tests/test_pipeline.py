@@ -181,10 +181,33 @@ def test_the_model_card_and_the_page_hold_the_measured_numbers(smoke):
 
 def test_compare_prints_runs_side_by_side_and_writes_a_page(smoke, tmp_path):
     folder, _ = smoke
-    done = compress(folder, "compare", str(newest_full(folder)), "smoke", "--html", str(tmp_path / "c.html"))
+    full, page = newest_full(folder), ["--html", str(tmp_path / "c.html")]
+    done = compress(folder, "compare", str(full), f"{full}/gguf_q4_0", str(full / "bundle"), "--speed", "2", *page)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c.html").stat().st_size > 5000
-    assert "smoke/" in done.stdout
+    assert "acc/grammar              the same" in done.stdout or "acc/grammar              +0.0 points" in done.stdout
+    assert re.search(r"a further token: .*/gguf_q4_0 is [\d.]+ times as fast \(95% interval [\d.e+]+ to [\d.e+]+\) as smoke/", done.stdout)
+
+
+def test_runs_of_other_settings_are_not_compared(smoke, tmp_path):
+    folder, _ = smoke
+    run = tmp_path / "other"
+    shutil.copytree(newest_full(folder), run, symlinks=True)
+    about = json.loads((run / "run.json").read_text())
+    about["config"]["eval"]["limit"] = 3
+    (run / "run.json").write_text(json.dumps(about))
+    done = compress(folder, "compare", str(newest_full(folder)), str(run), "--html", str(tmp_path / "c.html"))
+    assert done.returncode == 3 and "eval.limit is 4 in smoke/" in done.stderr
+
+
+def test_sync_replays_the_run_that_was_tracked_live(smoke):
+    folder, _ = smoke
+    run = min(path for path in (folder / "runs" / "smoke").iterdir() if (path / "wandb").is_dir())
+    live = sorted(path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*"))
+    done = compress(folder, "sync", str(run), "--to", "wandb")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*")) == live and len(live) == 10
+    assert (run / "03-heal" / "steps.jsonl").stat().st_size and len((run / "records.jsonl").read_text().splitlines()) == 10
 
 
 def test_score_judges_a_checkpoint_and_a_gguf_it_did_not_make(smoke, tmp_path):

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from compress.report.html import write_html
 from compress.report.picture import Point, lines_svg, mark_front
-from compress.report.records import load_run, resolve, worst
-from compress.report.table import compare_table, markdown_table, print_table, stage_table, standing, verdict_lines
+from compress.report.records import load_run, open_run, worst
+from compress.report.table import compare_table, fronts, markdown_table, print_table, stage_table, standing, verdict_lines
 
 HOSTILE = "<script>alert(1)</script>\"'&|"
 
@@ -81,13 +81,34 @@ def test_broken_json_names_the_file(run):
         load_run(run.path)
 
 
-def test_resolve_takes_a_path_a_name_and_the_newest(run, later, tmp_path):
-    assert resolve(run.path, "unused") == run.path
-    assert resolve("demo/2026-11-21T03-30-00", tmp_path) == run.path
-    assert resolve("demo", tmp_path) == later.path
-    assert resolve(tmp_path / "demo") == later.path
+def test_open_run_takes_a_path_a_name_the_newest_and_a_slot(run, later, tmp_path):
+    for name, path, slot in (
+        (str(run.path), run.path, "gguf"), ("demo/2026-11-21T03-30-00", run.path, "gguf"), ("demo", later.path, "gguf"),
+        (f"{tmp_path}/demo", later.path, "gguf"), ("demo/heal", later.path, "heal"), ("demo/2026-11-21T03-30-00/heal", run.path, "heal"),
+        (f"{run.path}/03-heal", run.path, "heal"),
+    ):  # fmt: skip
+        found = open_run(name, tmp_path)
+        assert (found.path, found.final["slot"]) == (path, slot), name
+    assert open_run("demo/heal", tmp_path).name == "demo/2026-11-22T09-00-00/heal"
     with pytest.raises(ValueError, match="no run called 'dmeo' in .*; did you mean 'demo'. allowed: demo; name a run directory"):
-        resolve("dmeo", tmp_path)
+        open_run("dmeo", tmp_path)
+    with pytest.raises(ValueError, match="has no run or slot 'haal'; did you mean 'heal'"):
+        open_run("demo/haal", tmp_path)
+
+
+def test_a_committed_run_without_folders_is_readable_and_has_no_weights(run, tmp_path):
+    committed = tmp_path / "results"
+    committed.mkdir()
+    (committed / "run.json").write_text(json.dumps(run.info))
+    (committed / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in run.records))
+    found = open_run(str(committed))
+    assert found.records == run.records and found.rows(found.final, "items") == []
+    with pytest.raises(ValueError, match="does not hold the weights of gguf: .*07-gguf/weights is missing; name the run itself or its bundle"):
+        found.model()
+    assert run.model() == ((run.path / "07-gguf" / "weights").resolve(), "llama.cpp")
+    (committed / "records.jsonl").write_text('{"schema": 1}\n')
+    with pytest.raises(ValueError, match="malformed .*records.jsonl: 'slot' is None"):
+        open_run(str(committed))
 
 
 # ------------------------------------------------------------------- tables
@@ -132,7 +153,16 @@ def test_markdown_escapes_and_lines_up(run):
 def test_compare_shows_differences_against_the_first_run(run, later):
     final = printed(compare_table([run, later]))
     assert "demo/2026-11-22T09-00-00" in final and "-50%" in final and final.count("gguf") == 2
-    assert printed(compare_table([run, later], stages=True)).count("heal") == 2
+
+
+def test_the_front_marks_what_nothing_beats_in_bytes_and_in_milliseconds(run):
+    assert fronts(run.records) == ["bytes, ms", "", "", "", "ms", "", "bytes", "ms"]
+    for record in run.records:
+        del record["scores"]["kept"]
+    assert fronts(run.records)[7] == "ms" and "front" in printed(compare_table([run, run]))  # by KL
+    for record in run.records:
+        del record["scores"]["kl_to_teacher"]
+    assert not any(fronts(run.records)) and "front" not in printed(compare_table([run, run]))
 
 
 # --------------------------------------------------------------------- page

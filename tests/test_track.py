@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import struct
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from fake_records import write_run
 
+from compress.__main__ import main
 from compress.report.records import load_run
 from compress.track import TRACKERS, check, open_tracker
 from compress.track.wandb import Wandb
@@ -26,7 +30,25 @@ def run(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return load_run(write_run(tmp_path / "runs"))
+    path = write_run(tmp_path / "runs")
+    for slot, rights in (("00-teacher", (1, 1, 0)), ("03-heal", (1, 0, 1))):
+        items = [
+            {"task": "grammar", "doc_id": i, "correct": bool(right), "choice": 1 - right, "logliks": [-5.0, -4.0]} for i, right in enumerate(rights)
+        ]
+        items[1]["logliks"] = [-8.0, -4.0]
+        (path / slot / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (path / "03-heal" / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in STEPS))
+    return load_run(path)
+
+
+def offline_runs(run) -> dict[str, list]:
+    """Slot -> W&B's records; a slot that was written twice fails."""
+    found = {}
+    for file in run.path.glob("wandb/offline-run-*/*.wandb"):
+        records = read_offline(file)
+        (one,) = of_kind(records, "run")
+        assert found.setdefault(one.job_type, records) is records
+    return found
 
 
 def read_offline(file: Path) -> list:
@@ -65,18 +87,14 @@ def test_wandb_offline_files_hold_the_record_and_no_secret(run, tmp_path, monkey
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     tracker = open_tracker("wandb", run.path, mode="offline")
-    tracker.start(run.info)
     heal, gguf = run.records[3], run.records[7]
-    tracker.record(heal, STEPS)
-    tracker.record(gguf, [])
+    for record in (heal, gguf):
+        tracker.record(record)
     tracker.finish(0)
     assert tracker.alive
 
-    by_slot, info = {}, {}
-    for file in run.path.glob("wandb/offline-run-*/*.wandb"):
-        records = read_offline(file)
-        (one,) = of_kind(records, "run")
-        by_slot[one.job_type], info[one.job_type] = records, one
+    by_slot = offline_runs(run)
+    info = {slot: of_kind(records, "run")[0] for slot, records in by_slot.items()}
     assert set(by_slot) == {"heal", "gguf"}
     assert {one.run_group for one in info.values()} == {run.name}
     assert items(info["heal"].config.update)["parent"] == "prune_width"
@@ -97,6 +115,10 @@ def test_wandb_offline_files_hold_the_record_and_no_secret(run, tmp_path, monkey
     (artifact,) = of_kind(by_slot["gguf"], "artifact")
     (entry,) = artifact.manifest.contents
     assert (artifact.type, json.loads(artifact.metadata)["digest"]) == ("model", gguf["digest"])
+    assert json.loads(artifact.metadata)["parent_digest"] == run.records[6]["digest"] and gguf["digest"][:12] in artifact.aliases
+    table = next(h for h in history if "flips/path" in h)
+    stored = json.loads(next(run.path.rglob(Path(table["flips/path"]).name)).read_text())
+    assert stored["data"] == [["grammar", 1, "worse", 4.0, "", "choice 0", "choice 1"], ["grammar", 2, "better", 1.0, "", "choice 0", "choice 1"]]
     assert entry.ref == (run.path / "07-gguf/weights/model.safetensors").as_uri() and entry.digest and entry.size == 64
 
     everything = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -120,9 +142,8 @@ def test_wandb_falls_back_to_offline_when_the_network_is_dead(run, monkeypatch, 
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setattr("compress.track.wandb.SECONDS_TO_CONNECT", 2)
     tracker = open_tracker("wandb", run.path)
-    tracker.start(run.info)
-    tracker.record(run.records[3], STEPS)
-    tracker.record(run.records[4], [])
+    tracker.record(run.records[3])
+    tracker.record(run.records[4])
     tracker.finish(0)
     assert tracker.alive and len(list(run.path.glob("wandb/offline-run-*/*.wandb"))) == 2
     assert capfd.readouterr().err.count("W&B cannot be reached") == 1
@@ -145,24 +166,63 @@ def test_dead_tracker_warns_once_and_the_run_goes_on(run, monkeypatch, capsys):
     tracker = open_tracker("jsonl", run.path)
     calls = []
 
-    def broken(record, steps):
+    def broken(record):
         calls.append(record)
         raise OSError("no space left")
 
     monkeypatch.setattr(tracker.sink, "record", broken)
-    tracker.start(run.info)
     for record in run.records:
-        tracker.record(record, [])
+        tracker.record(record)
     tracker.finish(0)
     assert len(calls) == 1
-    assert capsys.readouterr().err.count("tracker jsonl stopped (OSError: no space left)") == 1
+    err = capsys.readouterr().err
+    assert err.count("tracker jsonl stopped (OSError: no space left)") == 1 and f"compress sync {run.path} --to jsonl" in err
 
 
-def test_jsonl_appends_every_record_and_keeps_the_curve(run):
+def test_a_server_that_never_answers_costs_a_bounded_time_once(run, monkeypatch, capfd):
+    pytest.importorskip("wandb")
+    monkeypatch.setattr("compress.track.wandb.SECONDS_TO_CONNECT", 3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections stay in its queue
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        tracker, start = open_tracker("wandb", run.path), time.monotonic()
+        for record in run.records[3:6]:
+            tracker.record(record)
+        tracker.finish(0)
+        assert time.monotonic() - start < 40
+    assert set(offline_runs(run)) == {"heal", "lora", "round"}
+    assert capfd.readouterr().err.count("W&B cannot be reached") == 1
+
+
+def test_jsonl_holds_every_record_once(run):
     tracker = open_tracker("jsonl", run.path)
-    tracker.start(run.info)
-    for record in run.records:
-        tracker.record(record, STEPS if record["slot"] == "heal" else [])
+    for record in [*run.records, *run.records]:
+        tracker.record(record)
     lines = (run.path / "records.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == run.records
-    assert [json.loads(x) for x in (run.path / "03-heal/steps.jsonl").read_text().splitlines()] == STEPS
+
+
+def test_sync_replays_a_run_and_repeating_it_duplicates_nothing(run, monkeypatch, capfd):
+    pytest.importorskip("wandb")
+    for _ in range(2):
+        assert main(["sync", str(run.path), "--to", "wandb"]) == 0
+        assert "8 slots in wandb" in capfd.readouterr().out
+        found = offline_runs(run)
+        assert set(found) == {record["slot"] for record in run.records}
+        steps = [items(h.item) for h in of_kind(found["heal"], "history")]
+        assert [h["train/loss"] for h in steps if "train/loss" in h] == [row["loss"] for row in STEPS]
+    monkeypatch.setattr(Wandb, "record", lambda self, record: 1 / 0)
+    assert main(["sync", str(run.path), "--to", "wandb"]) == 5
+    assert "wandb did not take all of demo/2026-11-21T03-30-00; repeat" in capfd.readouterr().err
+    assert main(["sync", str(run.path), "--to", "wanbd"]) == 2
+    assert "did you mean 'wandb'" in capfd.readouterr().err
+
+
+def test_online_lineage_names_the_parent_s_weights_on_a_double_because_no_server_runs_here(run, monkeypatch):
+    pytest.importorskip("wandb")
+    online, sink = mock.MagicMock(), Wandb(run.path, mode="online")
+    monkeypatch.setattr(sink, "_open", lambda record, about: online)
+    sink.record(run.records[3])
+    online.use_artifact.assert_called_once_with(f"demo-prune_width:{run.records[2]['digest'][:12]}")
+    artifact, aliases = online.log_artifact.call_args.args[0], online.log_artifact.call_args.kwargs["aliases"]
+    assert artifact.name == "demo-heal" and run.records[3]["digest"][:12] in aliases

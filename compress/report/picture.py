@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.report.records import Run
-from compress.report.table import COLUMN, Column
+from compress.report.table import COLUMN, Column, undominated
 
 CSS = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 PALETTE = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", CSS.partition("@media")[0]))  # the light colours by name
@@ -116,8 +116,8 @@ def size_accuracy_latency(runs: Sequence[Run]) -> str:
 
 def mark_front(points: Sequence[Point], up: int) -> None:
     """Set `front` where no other point is at most as large and at least as good, and better in one of the two."""
-    for p in points:
-        p.front = not any(q.mb <= p.mb and up * q.y >= up * p.y and (q.mb < p.mb or up * q.y > up * p.y) for q in points)
+    for p, on in zip(points, undominated([(p.mb, -up * p.y) for p in points]), strict=True):
+        p.front = on
 
 
 def _points(runs: Sequence[Run], measure: Column) -> list[Point]:

@@ -1,16 +1,18 @@
-"""Read run directories back: `run.json` plus one `record.json` per slot, checked at the door.
+"""Read run directories back: `run.json` plus one `record.json` per slot, checked at the door; committed runs and bundles as well.
 
 Everything below `report/` is a pure view: records go in, tables and pages come out. A run that is still going, or was interrupted, is
 readable: the slots that have a record are shown.
 """
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress.errors import nearest
+from compress.score.tasks import read_jsonl
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -21,15 +23,16 @@ VERDICTS = ("FAIL", "INCONCLUSIVE", "PASS")  # worst first
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory: `info` is run.json as written, `records` are in slot order (at least one)."""
+    """A run directory, one slot of it, or a bundle: `info` is run.json as written, `records` are in slot order (at least one)."""
 
     path: Path
     info: dict[str, Any]
     records: list[Record]
+    chosen: str = ""  # the slot that was asked for
 
     @property
     def name(self) -> str:
-        return self.info["name"]
+        return "/".join(filter(None, [self.info["name"], self.chosen]))
 
     @property
     def teacher(self) -> Record | None:
@@ -37,8 +40,37 @@ class Run:
 
     @property
     def final(self) -> Record:
-        """What the budget judges: the first file that ships, else the last slot."""
-        return next((r for r in self.records if r["technique"].startswith("export_")), self.records[-1])
+        """The slot that was asked for, or what the budget judges: the first file that ships, else the last slot."""
+        return next((r for r in self.records if r["slot"] == self.chosen), judged(self.records))
+
+    def rows(self, record: Record, what: str) -> list[dict[str, Any]]:
+        """Rows of a record's `items` (answers) or `steps` (training curve), empty where they were not kept; of a bundle, the teacher's answers."""
+        return _rows(folder_of(self.path, record) / f"{what}.jsonl") or _rows(self.path / f"{record['slot']}_{what}.jsonl")
+
+    def requests(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """(task, doc_id) -> its rendered request, of the bundle that this is or holds; empty without one."""
+        return {(row["task"], row["doc_id"]): row for home in (self.path, self.path / "bundle") for row in _rows(home / "requests.jsonl")}
+
+    def model(self) -> tuple[Path, str]:
+        """Weights or file of `final`, and the runtime that it is for. ValueError when they are not here."""
+        path = self.path / self.info["judged"] if "judged" in self.info else (folder_of(self.path, self.final) / "weights").resolve()
+        if not path.exists():
+            raise ValueError(f"{self.path} does not hold the weights of {self.final['slot']}: {path} is missing; name the run itself or its bundle")
+        return path, self.final.get("runtime", "torch")
+
+
+def folder_of(run_dir: Path, record: Record) -> Path:
+    """The folder NN-<slot> of a record."""
+    return run_dir / f"{record.get('index', 0):02d}-{record['slot']}"
+
+
+def judged(records: Sequence[Record]) -> Record:
+    """What the budget judges: the first file that ships, else the last slot."""
+    return next((r for r in records if r["technique"].startswith("export_")), records[-1])
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return read_jsonl(file) if file.is_file() and file.stat().st_size else []
 
 
 def teacher_of(records: Sequence[Record], runtime: str = "torch") -> Record | None:
@@ -61,8 +93,13 @@ def load_run(path: Path | str) -> Run:
                          "`compress run RECIPE`; name such a folder, or `<recipe>` for its newest run")  # fmt: skip
     info = _read(path / "run.json", RUN_KEYS)
     slots, records = info["slots"], []
-    for file in path.glob("[0-9]*-*/record.json"):
-        record = _read(file, RECORD_KEYS)
+    found = {file: _read(file, RECORD_KEYS) for file in path.glob("[0-9]*-*/record.json")}
+    if not found:  # a committed run: its records in one file, without folders
+        found = {
+            path / f"records.jsonl, line {number}": _checked(path / "records.jsonl", row, RECORD_KEYS)
+            for number, row in enumerate(_rows(path / "records.jsonl"), 1)
+        }
+    for file, record in found.items():
         if record["slot"] not in slots:
             raise ValueError(f"malformed {file}: slot {record['slot']!r} is not in run.json's slots {slots}")
         for key, value in record["scores"].items():
@@ -73,27 +110,42 @@ def load_run(path: Path | str) -> Run:
                 raise ValueError(f"malformed {file}: verdict {verdict!r}, allowed: a sentence and one of {VERDICTS}")
         records.append(record)
     records.sort(key=lambda record: slots.index(record["slot"]))
-    found = [r["slot"] for r in records]
-    if len(set(found)) < len(found):
-        raise ValueError(f"malformed run {path}: two records for one slot in {found}; remove the stale folder")
-    missing = [slot for slot in slots if slot not in found]
+    names = [r["slot"] for r in records]
+    if len(set(names)) < len(names):
+        raise ValueError(f"malformed run {path}: two records for one slot in {names}; remove the stale folder")
+    missing = [slot for slot in slots if slot not in names]
     if not records or (missing and info.get("exit") == 0):
         raise ValueError(f"incomplete run {path}: no record.json for {', '.join(missing) or 'any slot'}; "
                          f"`compress run {info['recipe']}` again picks up what is finished")  # fmt: skip
     return Run(path, info, records)
 
 
-def resolve(name: str | Path, runs_dir: Path | str = "runs") -> Path:
-    """The run directory meant by a path, by `demo/2026-11-21T03-30-00`, or by `demo` (its newest run)."""
-    runs_dir = Path(runs_dir)
-    for place in (Path(name), runs_dir / name):
-        if (place / "run.json").is_file():
-            return place
-        if runs := list(place.glob("*/run.json")):
-            return max(runs, key=lambda file: file.parent.name).parent  # the names are times and sort as such
-    known = {p.parent.parent.name for p in runs_dir.glob("*/*/run.json")}
-    raise ValueError(f"no run called {str(name)!r} in {runs_dir}; {nearest(str(name), known)}; name a run directory, "
-                     "<recipe>/<time> or <recipe>, or make one with `compress run RECIPE`")  # fmt: skip
+def open_run(name: str, runs_dir: Path | str = "runs") -> Run:
+    """A run by its path, by `demo/2026-11-21T03-30-00` or by `demo` (its newest); one slot of it, as RUN/SLOT; or a bundle, by its path."""
+    above, _, slot = name.rstrip("/").rpartition("/")
+    for run_name, chosen in ((name, ""), (above or name, re.sub(r"^\d\d-", "", slot))):
+        for place in (Path(run_name), Path(runs_dir) / run_name):
+            if not chosen and (place / "manifest.json").is_file():
+                return _load_bundle(place)
+            runs = [place] if (place / "run.json").is_file() else [file.parent for file in place.glob("*/run.json")]
+            if runs:
+                run = load_run(max(runs, key=lambda run: run.name))  # the names are times and sort as such
+                if chosen not in ("", *(slots := [r["slot"] for r in run.records])):
+                    raise ValueError(f"{place} has no run or slot {chosen!r}; {nearest(chosen, slots)}")
+                return replace(run, chosen=chosen)
+    known = {p.parent.parent.name for p in Path(runs_dir).glob("*/*/run.json")}
+    raise ValueError(f"no run called {name!r} in {runs_dir}; {nearest(name, known)}; name a run directory, <recipe>/<time> or <recipe>, "
+                     "a slot below one of these, or a bundle; or make one with `compress run RECIPE`")  # fmt: skip
+
+
+def _load_bundle(path: Path) -> Run:
+    """A bundle as a run of two records: the teacher, and the file that was judged."""
+    manifest = _read(path / "manifest.json", {"run": str, "judged": str, "scores": dict, "verdicts": list, "lineage": list, "config": dict})
+    made = judged(manifest["lineage"])
+    runtime = {"export_gguf": "llama.cpp", "export_onnx": "onnxruntime"}.get(made["technique"], "torch")
+    records = [r | {"scores": {}, "verdicts": []} for r in manifest["lineage"] if r["slot"] == "teacher"]
+    records += [made | {key: manifest.get(key, {}) for key in ("scores", "intervals", "verdicts")} | {"runtime": runtime}]
+    return Run(path, manifest | {"name": f"{manifest['run']}/bundle", "recipe": manifest["run"].partition("/")[0]}, records)
 
 
 def _read(file: Path, keys: dict[str, type]) -> dict[str, Any]:
@@ -101,6 +153,10 @@ def _read(file: Path, keys: dict[str, type]) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}; restore it, or run the recipe again") from error
+    return _checked(file, data, keys)
+
+
+def _checked(file: Path, data: Any, keys: dict[str, type]) -> dict[str, Any]:
     if (got := data.get("schema") if isinstance(data, dict) else type(data).__name__) != SCHEMA:
         raise ValueError(f"cannot read {file}: schema {got!r}, this version reads schema {SCHEMA}; "
                          "use the version of compress which wrote it, or run the recipe again")  # fmt: skip

@@ -82,6 +82,23 @@ def standing(record: Record) -> str:
     return worst([record]) or (f"{met}/{len(verdicts)} met" if verdicts else NONE)
 
 
+def undominated(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points (less is better in both) no other is at least as good as in both and better in one: the Pareto front."""
+    return [not any(x <= a and y <= b and (x < a or y < b) for x, y in points) for a, b in points]
+
+
+def fronts(records: Sequence[Record]) -> list[str]:
+    """For every record in which of `bytes` and `ms` nothing here beats it at its accuracy kept, or at its KL where no tasks were scored."""
+    marks: list[list[str]] = [[] for _ in records]
+    measure, sign = next((pair for pair in (("kept", -1), ("kl_to_teacher", 1)) if sum(pair[0] in r["scores"] for r in records) > 1), ("", 1))
+    for name, key in (("bytes", "size_bytes"), ("ms", "latency_ms_p50")):
+        pairs = [(r["scores"].get(key), r["scores"].get(measure)) for r in records]
+        known = [i for i, pair in enumerate(pairs) if None not in pair and math.isfinite(sum(pair))]
+        for i, on in zip(known, undominated([(pairs[i][0], sign * pairs[i][1]) for i in known]), strict=True):
+            marks[i] += [name] * on
+    return [", ".join(mark) for mark in marks]
+
+
 def verdict_word(verdict: dict) -> str:
     """PASS / FAIL / INCONCLUSIVE where the limit is enforced; elsewhere it is only a distance to the budget."""
     distance = {"PASS": "met", "FAIL": "not yet", "INCONCLUSIVE": "open"}
@@ -98,18 +115,9 @@ def stage_table(records: Sequence[Record]) -> Table:
     return _table("technique", [(r["slot"], r["technique"], r, teacher_of(records, r.get("runtime", "torch"))) for r in records], False)
 
 
-def compare_table(runs: Sequence[Run], stages: bool = False) -> Table:
-    """Several runs: their last slots, or with `stages` every slot side by side; differences against the first run."""
-    return _table("run", [(slot, run.name, r, reference) for slot, run, r, reference in comparison(runs, stages)], True)
-
-
-def comparison(runs: Sequence[Run], stages: bool = False) -> list[tuple[str, Run, Record, Record | None]]:
-    """(slot, run, record, the first run's record to compare it with), grouped by slot when `stages`."""
-    if not stages:
-        return [(run.final["slot"], run, run.final, runs[0].final) for run in runs]
-    by_slot = [{r["slot"]: r for r in run.records} for run in runs]
-    slots = dict.fromkeys(slot for one in by_slot for slot in one)
-    return [(slot, run, one[slot], by_slot[0].get(slot)) for slot in slots for run, one in zip(runs, by_slot, strict=True) if slot in one]
+def compare_table(runs: Sequence[Run]) -> Table:
+    """Several runs: what was asked for of each, or what ships; differences against the first."""
+    return _table("run", [(run.final["slot"], run.name, run.final, runs[0].final) for run in runs], True)
 
 
 def markdown_table(records: Sequence[Record]) -> str:
@@ -135,10 +143,11 @@ def _table(second: str, rows: Sequence[tuple[str, str, Record, Record | None]], 
     for column in columns:
         table.add_column(column.head, justify="right")
     table.add_column("verdict")
-    for slot, name, record, reference in rows:
+    for (slot, name, record, reference), mark in zip(rows, fronts([record for _, _, record, _ in rows]), strict=True):
         differences = (c.difference(record, reference) if between_runs or c.against_teacher else "" for c in columns)
         cells = [Text.assemble(c.text(record), (f"\n{d}" if d else "", "dim")) for c, d in zip(columns, differences, strict=True)]
         word = standing(record)
         style = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}.get(word, "dim")
-        table.add_row(Text(slot, "bold"), Text(name), *cells, Text(word, style))
+        cells.append(Text.assemble((word, style), (f"\nfront: {mark}" if mark and between_runs else "", "dim")))
+        table.add_row(Text(slot, "bold"), Text(name), *cells)
     return table

@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,17 +218,26 @@ def make_lm(llama: Any, head: Head, tokenizer: Any, batch_size: int) -> Any:
     return lm
 
 
-def timer(gguf: Path, prompt_tokens: int, new_tokens: int, threads: int) -> Callable[[int], list[float]]:
-    """What `compress.score.latency` times: milliseconds of each of `count` (at most `new_tokens`) streamed tokens, the first with the prompt."""
-    llama = LlamaCpp(gguf, threads, prompt_tokens + new_tokens + 8, 1, embedding=False)
-    word = llama.tokenize("a")[-1:]
-    # One word over and over: dense kernels take the same time for any ids, and each token is whole text, sent at once.
-    # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds back.)
-    body = GREEDY | {"prompt": word * prompt_tokens, "ignore_eos": True, "stream": True, "logit_bias": [[word[0], 1000.0]]}
+def timer(gguf: Path, threads: int) -> tuple[Callable[[int, int, int], list[float]], int]:
+    """What `compress.score.latency` times, tokens streamed one by one, and the file's bytes."""
 
-    def generate(count: int) -> list[float]:
-        times = llama.token_times(body | {"max_tokens": count})
-        assert len(times) == count, f"{len(times)} chunks for {count} tokens"
-        return times
+    @lru_cache(maxsize=1)
+    def server(ctx_len: int, parallel: int) -> LlamaCpp:
+        return LlamaCpp(gguf, threads, ctx_len, parallel, embedding=False)
 
-    return generate
+    def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
+        llama = server(prompt_tokens + count + 8, batch)
+        word = llama.tokenize("a")[-1:]
+        # One word over and over: dense kernels take the same time for any ids, and each token is whole text, sent at once.
+        # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds back.)
+        body = GREEDY | {"ignore_eos": True, "logit_bias": [[word[0], 1000.0]]}
+        if batch == 1:
+            times = llama.token_times(body | {"prompt": word * prompt_tokens, "max_tokens": count, "stream": True})
+            assert len(times) == count, f"{len(times)} chunks for {count} tokens"
+            return times
+        start = time.perf_counter()
+        answers = llama._post("/completion", body | {"prompt": [word * prompt_tokens] * batch, "n_predict": count})
+        assert [answer["tokens_predicted"] for answer in answers] == [count] * batch
+        return [1000 * (time.perf_counter() - start)]
+
+    return generate, gguf.stat().st_size

@@ -135,14 +135,14 @@ def onnx_head(folder: Path) -> Head:
     return Head(decoded.get("lm_head.weight", decoded["model.embed_tokens.weight"]))
 
 
-def timer(folder: Path, prompt_tokens: int, new_tokens: int, threads: int) -> Callable[[int], list[float]]:
-    """What `compress.score.latency` times: milliseconds of each of `count` tokens after a prompt, the first with the prompt; no end obeyed."""
-    runtime = OnnxRuntime(folder, threads, prompt_tokens + new_tokens)
-    prompt = [i * 7919 % runtime.about["vocab_size"] for i in range(prompt_tokens)]
+def timer(folder: Path, threads: int) -> tuple[Callable[[int, int, int], list[float]], int]:
+    """What `compress.score.latency` times, no end obeyed, and the directory's bytes."""
+    runtime = OnnxRuntime(folder, threads, ctx_len=0)
 
-    def generate(count: int) -> list[float]:
+    def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
+        prompt = [i * 7919 % runtime.about["vocab_size"] for i in range(prompt_tokens)]
         times = [time.perf_counter()]
-        times += [time.perf_counter() for _ in runtime.tokens(prompt, count, min_length=prompt_tokens + count)]
+        times += [time.perf_counter() for _ in runtime.tokens(prompt, count, min_length=prompt_tokens + count, batch_size=batch)]
         return [1000 * (after - before) for before, after in pairwise(times)]
 
-    return generate
+    return generate, sum(file.stat().st_size for file in folder.iterdir())

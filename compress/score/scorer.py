@@ -6,6 +6,7 @@ functions with the same batch size, dtype (fp32), prompts and held-out tokens; l
 """
 
 import json
+import math
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,12 +19,13 @@ import torch
 
 from compress import __version__, machine
 from compress.assets import configs_dir
-from compress.checkpoint import Model, best_device, load_tokenizer, tokenizer_digest
+from compress.checkpoint import Model, best_device, load_tokenizer, read_config, tokenizer_digest
 from compress.config import Eval
 from compress.export import formats
 from compress.export.onnx import onnx_size
 from compress.export.parity import parity
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
+from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
 from compress.score.llamacpp import LlamaCpp, gguf_head, make_lm
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
@@ -40,13 +42,16 @@ SIZES: dict[str, Any] = {"torch": size, "llama.cpp": gguf_size, "onnxruntime": o
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's own scores, its task items, the chance level of each task, and in a run the record that was written about it."""
+    """A model's own scores and their intervals, its task items, the chance level of each task, what a reader of the times should know, and in a
+    run the record that was written about it."""
 
     model: Model
     key: str
     scores: dict[str, float]
     items: list[dict[str, Any]]
     chance: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    latency: dict[str, Any]
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -74,7 +79,7 @@ class Scorer:
         if not (path.is_file() and self._states_path(key).is_file()):
             write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else []))
         found = json.loads(path.read_text())
-        return Measured(model, key, found["scores"], found["items"], found["chance"])
+        return Measured(model, key, **found)
 
     def compare(self, student: Measured, reference: Measured) -> dict[str, float]:
         """{"kl", "top1"} on the held-out text, from the store if it is there."""
@@ -124,5 +129,8 @@ class Scorer:
             bits = bits_per_byte(States(hidden_NH, head), self.heldout, self.sequences, tokenizer)
             result = evaluate(lm(), tasks, s.limit, self.data_dir) if tasks else TaskResult({}, [], {})
         scores = {"bits_per_byte/heldout": bits} | result.scores | SIZES[model.runtime](model.path)
-        scores |= measure_latency(model.path, s.prompt_tokens, s.new_tokens, s.repeats, self.threads, runtime=model.runtime)
-        return {"scores": scores, "items": result.items, "chance": result.chance}
+        longest = read_config(self.tokenizer_dir).get("max_position_embeddings", math.inf) - s.new_tokens
+        lengths = tuple(length for length in s.prompt_lengths if length <= longest)
+        how = Timing(s.prompt_tokens, s.new_tokens, s.repeats, self.threads, s.processes, lengths, tuple(s.batch_sizes))
+        timed = measure_latency(model.path, model.runtime, how)
+        return timed | {"scores": scores | timed["scores"], "items": result.items, "chance": result.chance}

@@ -1,4 +1,8 @@
-"""Where records go besides the run directory. A sink is imported only when it is asked for, and only copies what is already on disk."""
+"""Where records go besides the run directory. A sink is imported only when it is asked for, and only copies what is already on disk.
+
+A live run hands over each record as soon as its folder is whole, `compress sync` hands over all of them again: the same call, which
+replaces what it wrote before.
+"""
 
 import json
 import pkgutil
@@ -7,8 +11,9 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
-from compress.errors import nearest
-from compress.store import fsync
+from compress.errors import ConfigError, nearest
+from compress.report.records import Record, load_run
+from compress.store import write_whole
 
 TRACKERS = {"jsonl": "compress.track:Jsonl", "wandb": "compress.track.wandb:Wandb"}
 
@@ -23,25 +28,18 @@ class Tracker:
     def check() -> None:
         """ValueError when something is missing; called before any work."""
 
-    def start(self, run: dict[str, Any]) -> None:
-        """`run`: run.json. Called once."""
-
-    def record(self, record: dict[str, Any], steps: list[dict[str, Any]]) -> None:
-        """One finished slot, and its training curve: rows {"step": int, "loss": nats, "tokens_per_sec": float}."""
+    def record(self, record: Record) -> None:
+        """One finished slot of the run directory; for the same slot again, what was written of it before is replaced."""
 
     def finish(self, exit_code: int) -> None:
         """The run has ended; nothing is called afterwards."""
 
 
 class Jsonl(Tracker):
-    """Every record of a run, one a line, in `records.jsonl`; a training curve in its slot's `steps.jsonl`. On disk when it returns."""
+    """Every record of a run, one a line, in `records.jsonl`. On disk when it returns."""
 
-    def record(self, record: dict[str, Any], steps: list[dict[str, Any]]) -> None:
-        for file, rows, mode in ((slot_dir(self.run_dir, record) / "steps.jsonl", steps, "w"), (self.run_dir / "records.jsonl", [record], "a")):
-            if rows:
-                with file.open(mode, encoding="utf-8") as out:
-                    out.write("".join(json.dumps(row) + "\n" for row in rows))
-                fsync(file)
+    def record(self, record: Record) -> None:
+        write_whole(self.run_dir / "records.jsonl", "".join(json.dumps(row) + "\n" for row in load_run(self.run_dir).records).encode())
 
 
 class Guarded:
@@ -56,26 +54,20 @@ class Guarded:
                 getattr(self.sink, method)(*arguments)
         except Exception as error:
             self.alive = False
-            print(f"warning: tracker {self.name} stopped ({type(error).__name__}: {error}); the run goes on, "
-                  "its records are in the run directory", file=sys.stderr)  # fmt: skip
+            print(f"warning: tracker {self.name} stopped ({type(error).__name__}: {error}); nothing else stops, the records are in the "
+                  f"run directory: compress sync {self.sink.run_dir} --to {self.name}", file=sys.stderr)  # fmt: skip
 
-    start = partialmethod(_call, "start")
     record = partialmethod(_call, "record")
     finish = partialmethod(_call, "finish")
 
 
 def check(name: str) -> None:
-    """Raise ValueError when the tracker is unknown or its package is missing. Call it before any work starts."""
+    """Raise ConfigError when the tracker is unknown, ValueError when its package is missing. Call it before any work starts."""
     if name not in TRACKERS:
-        raise ValueError(f"unknown tracker {name!r}; {nearest(name, TRACKERS)}; set it with track=NAME")
+        raise ConfigError(f"unknown tracker {name!r}; {nearest(name, TRACKERS)}")
     pkgutil.resolve_name(TRACKERS[name]).check()
 
 
-def open_tracker(name: str, run_dir: Path, **options: Any) -> Guarded:
+def open_tracker(name: str, run_dir: Path, project: str = "compress", **options: Any) -> Guarded:
     """The checked tracker `name` writing below `run_dir`; `options` are that sink's own (see its class)."""
-    return Guarded(name, pkgutil.resolve_name(TRACKERS[name])(run_dir, **options))
-
-
-def slot_dir(run_dir: Path, record: dict[str, Any]) -> Path:
-    """The folder NN-<slot> of a record."""
-    return run_dir / f"{record['index']:02d}-{record['slot']}"
+    return Guarded(name, pkgutil.resolve_name(TRACKERS[name])(run_dir, project, **options))

@@ -1,0 +1,129 @@
+r"""Candidates beside the first: whether they may be compared, by how much each number differs, and which items got worse.
+
+Accuracy is paired: of item i, d_i = right in the other - right in the first, in {-1, 0, 1}; its interval is the 95% percentile interval of the
+mean of d, or of the mean over tasks, when items are drawn with replacement within their task (Efron & Tibshirani 1993, ch. 13); p is
+exact McNemar's. Other numbers with an interval on both sides: d = b - a within (MOVER; Zou & Donner 2008, Statistics in Medicine 27, section 2)
+
+    d - sqrt((b - b_low)^2 + (a_high - a)^2),   d + sqrt((b_high - b)^2 + (a - a_low)^2),
+
+right for independent estimates and too wide for ones that move together. A difference whose interval contains 0 is not shown.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from compress import budget
+from compress.report.records import Run
+from compress.report.table import COLUMN
+from compress.score.paired import mcnemar_p
+
+Items = Sequence[Mapping[str, Any]]
+# What a score does not depend on: how surely times are known, and training text.
+NO_MATTER = {"eval.repeats", "eval.processes", "eval.prompt_lengths", "eval.batch_sizes", "data.train", "data.chat", "data.weights", "data.packing"}
+SPEEDS = {"latency_ms_p50": "a further token", "ttft_ms_p50": "the first token"}
+
+
+class Difference(NamedTuple):
+    """Other minus first in one score, its 95% interval if there is one, and McNemar's p where answers are paired."""
+
+    metric: str
+    value: float
+    interval: tuple[float, float] | None = None
+    p: float | None = None
+
+    def signed(self, value: float) -> str:
+        """A difference as people say it; of shares in points."""
+        size = f"{abs(value):.3g} ms" if "_ms" in self.metric else budget.human(self.metric, abs(value)).replace("%", " points")
+        return ("-" if value < 0 else "+") + size
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return self.signed(self.value) if self.value else "the same"
+        spread = f"95% interval {self.signed(self.interval[0])} to {self.signed(self.interval[1])}" + (
+            f", p {self.p:.2g}" if self.p is not None else ""
+        )
+        return f"{self.signed(self.value)} ({spread})" + (": no difference shown" if self.interval[0] <= 0 <= self.interval[1] else "")
+
+
+class Flip(NamedTuple):
+    """An item whose correctness changed. `nats`: how much likelier the model that is wrong finds its choice than the right one."""
+
+    task: str
+    doc_id: int
+    became: str
+    nats: float
+    text: str
+    right: str
+    wrong: str
+
+
+def check_same_settings(runs: Sequence[Run]) -> None:
+    """ValueError naming the setting in which one was scored differently from the first; what only one of them knows is left out."""
+
+    def settings(run: Run) -> dict[str, Any]:
+        own = {f"{group}.{name}": value for group in ("eval", "data") for name, value in run.info.get("config", {}).get(group, {}).items()}
+        return {name: own[name] for name in own if name not in NO_MATTER} | ({"the teacher's digest": run.teacher["digest"]} if run.teacher else {})
+
+    first = settings(runs[0])
+    for run in runs[1:]:
+        own = settings(run)
+        for name in sorted(first.keys() & own.keys()):
+            if first[name] != own[name]:
+                where = f"{name} is {first[name]!r} in {runs[0].name} and {own[name]!r} in {run.name}"
+                raise ValueError(f"these can't be compared, they were scored with other settings: {where}; run one again with the other's settings")
+
+
+def differences(first: Run, other: Run) -> list[Difference]:
+    """All numbers that both final records hold, in the order of the tables, then accuracies; no times of different machines."""
+    a, b, found = first.final, other.final, []
+    timed = first.info.get("machine") == other.info.get("machine")
+    for name in [*COLUMN, *sorted(key for key in a["scores"] if key.startswith("kept/"))]:
+        x, y = a["scores"].get(name), b["scores"].get(name)
+        if x is None or y is None or (("_ms" in name or name == "tok_per_sec") and not timed):
+            continue
+        (x_low, x_high), (y_low, y_high) = (record.get("intervals", {}).get(name, (None, None)) for record in (a, b))
+        known = None not in (x_low, y_low)
+        limits = (y - x - math.hypot(y - y_low, x_high - x), y - x + math.hypot(y_high - y, x - x_low)) if known else None
+        found.append(Difference(name, y - x, limits))
+    return found + accuracy_differences(first.rows(a, "items"), other.rows(b, "items"))
+
+
+def accuracy_differences(first: Items, other: Items) -> list[Difference]:
+    """`acc/<task>`, and above several their mean, paired by item; empty where one side kept no items."""
+    a, b = ({(item["task"], item["doc_id"]): item["correct"] for item in items} for items in (first, other))
+    both = sorted(a.keys() & b.keys())
+    tables = {task: np.array([(a[key], b[key]) for key in both if key[0] == task]) for task in dict(both)}  # (N, 2)
+    changes = {task: right_N2[:, 1].astype(int) - right_N2[:, 0] for task, right_N2 in tables.items()}
+    found = [Difference(f"acc/{task}", float(d.mean()), _limits(d), mcnemar_p(*tables[task].T)) for task, d in changes.items()]
+    return [Difference("acc/mean", sum(one.value for one in found) / len(found), _limits(*changes.values())), *found] if len(found) > 1 else found
+
+
+def _limits(*changes: Any) -> tuple[float, float]:
+    """95% interval of the mean over tasks of their mean changes (N,); of a single item nothing is known."""
+    if min(map(len, changes)) < 2:
+        return -1.0, 1.0
+    drawn = bootstrap(changes, lambda *d, axis: sum(one.mean(axis) for one in d) / len(d), n_resamples=2000, batch=100, method="percentile", rng=0)
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+
+
+def flips(first: Items, other: Items, texts: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[Flip]:
+    """Items whose correctness changed from the first to the other: what got worse, the surest mistakes first, then what got better."""
+    before, found = {(item["task"], item["doc_id"]): item for item in first}, []
+    for item in other:
+        key = item["task"], item["doc_id"]
+        if before.get(key, item)["correct"] != item["correct"]:
+            good, bad = sorted((before[key], item), key=lambda one: not one["correct"])
+            nats, row = bad["logliks"][bad["choice"]] - bad["logliks"][good["choice"]], texts.get(key, {})
+            right, wrong = (row["choices"][one["choice"]] if row else f"choice {one['choice']}" for one in (good, bad))
+            found.append(Flip(*key, "worse" if bad is item else "better", nats, row.get("context", ""), right, wrong))
+    return sorted(found, key=lambda flip: (flip.became == "better", -flip.nats))
+
+
+def speed_sentence(first: Run, other: Run, metric: str, found: tuple[float, float, float]) -> str:
+    """What `compare_speed` found, in words."""
+    shown = "no difference shown, " if found[1] <= 1 <= found[2] else ""
+    return f"{SPEEDS[metric]}: {shown}{other.name} is {found[0]:.3g} times as fast (95% interval {found[1]:.3g} to {found[2]:.3g}) as {first.name}"

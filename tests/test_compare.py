@@ -1,0 +1,170 @@
+"""Comparing candidates: refusals, differences with intervals, what got worse, and the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_records import ROWS, write_run
+
+from compress.__main__ import main
+from compress.report.compare import Difference, accuracy_differences, differences, flips, speed_sentence
+from compress.report.html import write_html
+from compress.report.records import folder_of, load_run, open_run
+
+TEXT = 'Which is right? <script>alert("x")</script> ' + "a-very-long-word" * 12
+
+
+def answers(rights, task="grammar"):
+    return [{"task": task, "doc_id": i, "correct": bool(r), "choice": 1 - int(r), "logliks": [-5.0, -4.0 - i]} for i, r in enumerate(rights)]
+
+
+def write_items(run, slot, items):
+    (folder_of(run.path, next(r for r in run.records if r["slot"] == slot)) / "items.jsonl").write_text(
+        "".join(json.dumps(item) + "\n" for item in items)
+    )
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs of other sizes and answers; the second's bundle holds the requests' texts."""
+    first = load_run(write_run(tmp_path / "runs"))
+    second = load_run(write_run(tmp_path / "runs", "2026-11-22T09-00-00", [(*row[:4], row[4] * 0.5, *row[5:]) for row in ROWS]))
+    coin = np.random.default_rng(0)
+    for run, share in ((first, 0.9), (second, 0.6)):
+        write_items(run, "gguf", [item for task in ("grammar", "facts") for item in answers(coin.random(80) < share, task)])
+        write_items(run, "teacher", answers([1] * 80))
+    (second.path / "bundle").mkdir()
+    rows = [{"task": "grammar", "doc_id": i, "context": f"{TEXT} {i}", "choices": ["yes & no", "<b>no</b>"], "gold": 0} for i in range(80)]
+    (second.path / "bundle" / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return first, second
+
+
+def change(run, **config):
+    (run.path / "run.json").write_text(json.dumps(run.info | {"config": config}))
+    return load_run(run.path)
+
+
+def test_other_settings_are_refused_by_name_and_other_precision_is_not(runs, tmp_path, capfd):
+    base = {"eval": {"limit": 100, "repeats": 3}, "data": {"heldout": ["a"], "train": ["b"]}}
+    first = change(runs[0], **base)
+    page = ["--html", str(tmp_path / "page.html")]
+    for other, said in (
+        (base | {"eval": {"limit": 50, "repeats": 3}}, "eval.limit is 100 in demo/2026-11-21T03-30-00 and 50 in demo/2026-11-22T09-00-00"),
+        (base | {"data": {"heldout": ["c"]}}, "data.heldout is ['a'] in"),
+    ):
+        second = change(runs[1], **other)
+        assert main(["compare", str(first.path), str(second.path), *page]) == 3
+        assert said in capfd.readouterr().err
+    second = change(runs[1], eval={"limit": 100, "repeats": 20, "processes": 5}, data={"heldout": ["a"], "train": ["z"]})
+    assert main(["compare", str(first.path), str(second.path), *page]) == 0
+    file = second.path / "00-teacher" / "record.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"digest": "another"}))
+    assert main(["compare", str(first.path), str(second.path), *page]) == 3
+    assert "the teacher's digest is" in capfd.readouterr().err
+    assert main(["compare", str(first.path), "--speed"]) == 2
+    assert "--speed compares with the first; name a second" in capfd.readouterr().err
+
+
+def test_accuracy_is_paired_by_item():
+    first, other = answers([1] * 60 + [0] * 40), answers([1] * 50 + [0] * 45 + [1] * 5)
+    (one,) = accuracy_differences(first, other)
+    assert one.metric == "acc/grammar" and one.value == pytest.approx(-0.05) and one.p == pytest.approx(0.3017578125)  # 10 and 5 of 15 flips
+    error = np.sqrt((15 / 100 - 0.05**2) / 100)  # of a paired mean
+    assert one.interval == pytest.approx((-0.05 - 1.96 * error, -0.05 + 1.96 * error), abs=0.011)
+    assert str(one).startswith("-5.0 points (95% interval -") and str(one).endswith("p 0.3): no difference shown")
+    (same,) = accuracy_differences(first, first)
+    assert same.interval == (0, 0) and same.p == 1
+    assert accuracy_differences(first, answers([1], "facts")) == []
+    assert accuracy_differences(answers([1]), answers([0]))[0].interval == (-1, 1)
+
+
+def test_the_mean_over_tasks_counts_tasks_alike():
+    first = answers([1] * 10) + answers([1] * 1000, "facts")
+    mean, facts, grammar = accuracy_differences(first, answers([0] * 5 + [1] * 5) + answers([1] * 1000, "facts"))
+    assert (mean.metric, facts.value, grammar.value) == ("acc/mean", 0, -0.5)
+    assert mean.value == pytest.approx(-0.25) and mean.interval == pytest.approx(tuple(x / 2 for x in grammar.interval), abs=0.051)
+
+
+def test_intervals_of_both_sides_make_the_interval_of_the_difference(runs):
+    first, second = runs
+    first.final["intervals"], second.final["intervals"] = {"kl_to_teacher": [0.47, 0.55]}, {"kl_to_teacher": [0.40, 0.44]}
+    second.final["scores"]["kl_to_teacher"] = 0.419
+    found = {one.metric: one for one in differences(first, second)}
+    one = found["kl_to_teacher"]
+    assert one.interval == pytest.approx((-0.09 - np.hypot(0.019, 0.041), -0.09 + np.hypot(0.021, 0.039)))
+    assert "no difference" not in str(one) and str(found["size_bytes"]) == "-28.2 MB" and str(found["params"]) == "the same"
+    assert "latency_ms_p50" in found
+    second.info["machine"]["cpu"] = "another"
+    assert not {"latency_ms_p50", "ttft_ms_p50", "tok_per_sec"} & {one.metric for one in differences(first, second)}
+    assert str(Difference("latency_ms_p50", -0.0312)) == "-0.0312 ms"
+
+
+def test_flips_begin_with_the_surest_mistake_and_carry_the_text():
+    first, other = answers([1, 1, 1, 0]), answers([0, 1, 0, 1])
+    texts = {("grammar", 2): {"context": "Which?", "choices": ["yes", "no"]}}
+    found = flips(first, other, texts)
+    assert [(f.doc_id, f.became) for f in found] == [(0, "worse"), (2, "worse"), (3, "better")]
+    assert found[0].nats == 1.0 and found[1] == ("grammar", 2, "worse", -1.0, "Which?", "yes", "no")
+    assert (found[0].right, found[0].wrong) == ("choice 0", "choice 1")
+
+
+def test_a_speed_up_whose_interval_holds_1_is_no_difference(runs):
+    said = speed_sentence(*runs, "latency_ms_p50", (1.02, 0.97, 1.08))
+    assert said.startswith("a further token: no difference shown, demo/2026-11-22T09-00-00 is 1.02 times as fast (95% interval 0.97 to 1.08)")
+    assert "no difference" not in speed_sentence(*runs, "ttft_ms_p50", (1.2, 1.1, 1.3))
+
+
+def test_runs_slots_and_bundles_stand_side_by_side(runs, tmp_path, capfd):
+    first, second = runs
+    lineage = [{key: r[key] for key in ("slot", "technique", "parent", "digest")} for r in second.records]
+    manifest = {"schema": 1, "run": second.name, "judged": "model-Q4_0.gguf", "config": {}, "lineage": lineage, "machine": second.info["machine"]}
+    manifest |= {key: second.final[key] for key in ("scores", "verdicts")}
+    (second.path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
+    bundle = open_run(str(second.path / "bundle"))
+    assert bundle.final["runtime"] == "llama.cpp" and bundle.final["scores"] == second.final["scores"] and len(bundle.requests()) == 80
+    names = [str(first.path), f"{second.path}/heal", f"{second.path}/bundle"]
+    assert main(["compare", *names, "--html", str(tmp_path / "page.html")]) == 0
+    out = capfd.readouterr().out
+    assert "front" in out and f"{second.name}/heal from {first.name}" in out and f"{second.name}/bundle" in out
+    assert "  latency_ms_p50           +10.9 ms" in out
+    page = (tmp_path / "page.html").read_text()
+    assert "3 candidates compared" in page and page.count("What differs: ") == 2
+
+
+def test_the_committed_demo_can_be_compared(runs, tmp_path, capfd):
+    demo = str(Path(__file__).resolve().parents[1] / "results" / "demo")
+    assert main(["compare", demo, f"{demo}/heal", "--html", str(tmp_path / "page.html")]) == 0
+    assert "kl_to_teacher" in capfd.readouterr().out
+
+
+PROBE = """<iframe id=f width=%d height=3000 src="page.html"></iframe><script>
+f.onload = () => {
+  const d = f.contentDocument, all = [...d.querySelectorAll("summary, [tabindex='0']")].filter(e => e.getClientRects().length);
+  const reached = all.filter(e => { e.focus(); return d.activeElement === e; });
+  d.querySelectorAll("summary").forEach(e => e.click());
+  document.body.textContent = JSON.stringify({
+    scroll: d.documentElement.scrollWidth, width: d.documentElement.clientWidth, all: all.length, reached: reached.length,
+    open: d.querySelectorAll("details[open]").length, details: d.querySelectorAll("details").length,
+    items: [...d.querySelectorAll(".items li")].filter(e => e.getClientRects().length).length,
+    scripts: d.scripts.length, shown: d.querySelector(".items .context").innerText});
+};</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_in_chromium_the_page_fits_and_the_keyboard_reaches_everything(runs, tmp_path, width):
+    first, second = runs
+    write_html([first, second], tmp_path / "page.html", ["a further token: no difference shown"])
+    (tmp_path / "probe.html").write_text(PROBE % width)
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile"]
+    shown = subprocess.run([*command, "--virtual-time-budget=4000", "--dump-dom", f"file://{tmp_path}/probe.html"], capture_output=True, text=True)
+    body = shown.stdout.partition("<body>")[2].partition("</body>")[0]
+    found = json.loads(body.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert found["scroll"] <= found["width"], "the page scrolls sideways"
+    assert found["all"] == found["reached"] > 10 and found["open"] == found["details"] > 2
+    assert found["items"] > 10 and found["scripts"] == 0 and '<script>alert("x")' in found["shown"]

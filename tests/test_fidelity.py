@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from compress.checkpoint import check, load_model, load_tokenizer, weight_files
-from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, ratio_interval
+from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, ratio_interval, text_intervals
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.train.data import pack
@@ -60,6 +60,28 @@ def test_the_interval_of_a_mean_over_rows_is_students():
     expected = stats.t.interval(0.95, 4, np.mean(rows), stats.sem(rows))
     np.testing.assert_allclose(ratio_interval(rows), expected, atol=0.01)
     assert ratio_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0)), "rows in proportion leave nothing uncertain"
+
+
+def test_perplexities_of_documents_have_intervals_over_documents():
+    nats, words, count = [30.0, 50.0, 44.0], [10, 20, 14], [55, 101, 70]
+    rows = zip(nats, words, count, strict=True)
+    items = [{"task": "wikitext", "doc_id": i, "logliks": [-a], "words": w, "bytes": b} for i, (a, w, b) in enumerate(rows)]
+    alone = {"task": "page", "doc_id": 0, "logliks": [-3.0], "words": 1, "bytes": 4}
+    found = text_intervals([*items, alone, {"task": "facts", "doc_id": 0, "correct": True, "logliks": [-1.0]}])
+    assert set(found) == {"word_perplexity/wikitext", "byte_perplexity/wikitext", "bits_per_byte/wikitext"}, "of one document nothing is known"
+    for name, value in (
+        ("word_perplexity", math.exp(124 / 44)),
+        ("byte_perplexity", math.exp(124 / 226)),
+        ("bits_per_byte", 124 / 226 / math.log(2)),
+    ):
+        low, high = found[f"{name}/wikitext"]
+        assert low < value < high
+    assert found["bits_per_byte/wikitext"] == pytest.approx([math.log2(x) for x in found["byte_perplexity/wikitext"]])
+    # linearised by hand: residuals a - r w, their standard error over the mean of w, times t of 2 degrees of freedom
+    ratio, w = 124 / 44, np.array(words)
+    error = np.std(np.array(nats) - ratio * w, ddof=1) / np.sqrt(3) / w.mean()
+    reach = stats.t.ppf(0.975, 2) * error
+    np.testing.assert_allclose(np.log(found["word_perplexity/wikitext"]), [ratio - reach, ratio + reach], rtol=0.05)
 
 
 def test_intervals_over_few_rows_cover_the_truth_where_percentiles_do_not():

@@ -4,10 +4,11 @@
     top1_agree         = share of positions where both put the same token first
     bits_per_byte      = -sum log2 q(label) / bytes of the labels' text     (comparable across tokenizers)
 
-All are ratios r = sum_s a_s / sum_s b_s over documents, here the rows of packed held-out text, and come with a 95% interval: r +- t_{S-1} se, se
-the spread of r over resamples of the S rows (Rubin's bootstrap: weights Dirichlet(1, ..., 1), whose variance (S + 1) / (S - 1) unbiases). Not the
-percentiles: for the few rows of a quick evaluation they are far too narrow (Hesterberg 2015, Am. Stat. 69; of
-1,000 samples of 4 rows they covered 77%, this 93%). A row is not quite a document: one cut in two lies in neighbouring rows.
+All are ratios r = sum_s a_s / sum_s b_s over the rows of packed held-out text (of a task that scores documents, over these; its perplexities are
+exp r), and come with a 95% interval: r +- t_{S-1} se, se the spread of r over resamples of the S rows (Rubin's bootstrap: weights
+Dirichlet(1, ..., 1), whose variance (S + 1) / (S - 1) unbiases). Not the percentiles: for the few rows of a quick evaluation they are far too
+narrow (Hesterberg 2015, Am. Stat. 69; of 1,000 samples of 4 rows they covered 77%, this 93%). A row is not quite a document: one cut in two
+lies in neighbouring rows.
 
 A model is kept as its final hidden states and its head weight, from which all logits follow: 2.3 kB a token at H = 576 instead of
 197 kB of logits, and the same two tensors come out of transformers and of llama.cpp. Everything is fp32, the reference's too.
@@ -16,7 +17,7 @@ Legend: N tokens, H hidden, V vocabulary, C tokens a chunk.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,18 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float] | 
     error = np.std(weights_RS @ a_S / (weights_RS @ b_S)) * math.sqrt((count + 1) / (count - 1))
     middle, reach = a_S.sum() / b_S.sum(), float(t.ppf(0.975, count - 1)) * error
     return max(0.0, float(middle - reach)), float(middle + reach)
+
+
+def text_intervals(items: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Of word_perplexity, byte_perplexity and bits_per_byte of every task whose items are whole documents: with logliks, words and bytes."""
+    found = {}
+    for task in {item["task"] for item in items if "words" in item}:
+        own = [item for item in items if item["task"] == task]
+        for figure, unit in (("word_perplexity", "words"), ("byte_perplexity", "bytes")) if len(own) > 1 else ():
+            low, high = ratio_interval([-item["logliks"][0] for item in own], [item[unit] for item in own])
+            found[f"{figure}/{task}"] = math.exp(low), math.exp(high)
+            found[f"bits_per_byte/{task}"] = low / math.log(2), high / math.log(2)  # of the last unit, bytes
+    return found
 
 
 @torch.inference_mode()

@@ -65,9 +65,9 @@ def interval(draws: Draws, level: float = 0.95) -> Interval:
     return float(low), float(high)
 
 
-def mcnemar_p(counts: NDArray[np.int64]) -> float:
-    """Exact two-sided p-value of equal accuracy."""
-    b, c = int(counts[2]), int(counts[1])
+def mcnemar_p(student: Right, reference: Right) -> float:
+    """Exact two-sided p-value of equal accuracy on the same items (N,)."""
+    _, c, b, _ = cells(student, reference)
     return min(1.0, 2 * float(binom.cdf(min(b, c), b + c, 0.5)))
 
 
@@ -106,11 +106,11 @@ def paired_scores(
         if odd := sorted(student[task].keys() - docs.keys() if partial else student[task].keys() ^ docs.keys()):
             got = f"{len(odd)} items were scored for one model only (first: doc_id {odd[0]})"
             raise ValueError(f"task {task}: {got}; use the same eval settings and limit")
-        counts = cells(np.array(list(student[task].values())), np.array([docs[doc] for doc in student[task]]))
-        p_by_task[task] = result.scores[f"mcnemar_p/{task}"] = mcnemar_p(counts)
+        right = np.array(list(student[task].values())), np.array([docs[doc] for doc in student[task]])
+        counts, p_by_task[task] = cells(*right), mcnemar_p(*right)
         values, draws = (compared(shares, chance_by_task[task]) for shares in (counts[None] / counts.sum(), bootstrap(counts, index)))
-        right = sum(docs.values())
-        if beta.ppf(0.025, right + 0.5, len(docs) - right + 0.5) <= chance_by_task[task]:
+        known = sum(docs.values())
+        if beta.ppf(0.025, known + 0.5, len(docs) - known + 0.5) <= chance_by_task[task]:
             result.excluded.append(task)
             del values["kept"]
         for name, value in values.items():
@@ -118,16 +118,9 @@ def paired_scores(
             _add(result, f"{name}/{task}", columns[name][-1:], level)
     for name, column in columns.items():
         _add(result, name, column, level)
-    result.scores.update({f"mcnemar_p_holm/{task}": p for task, p in holm(p_by_task).items()})
+    for name, p_values in (("mcnemar_p", p_by_task), ("mcnemar_p_holm", holm(p_by_task))):
+        result.scores.update({f"{name}/{task}": p for task, p in p_values.items()})
     return result
-
-
-def check_same_settings(mine: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str] = ("the student", "the teacher")) -> None:
-    """ValueError naming every setting in which two `eval` tables of records differ; how often time was taken may."""
-    keys = sorted((mine.keys() | other.keys()) - {"prompt_tokens", "new_tokens", "repeats"})
-    odd = [f"{key} is {mine.get(key)!r} for {names[0]} and {other.get(key)!r} for {names[1]}" for key in keys if mine.get(key) != other.get(key)]
-    if odd:
-        raise ValueError(f"scored with other settings: eval.{'; eval.'.join(odd)}; score both with the same ones")
 
 
 def _add(to: Paired, name: str, column: Sequence[tuple[float, Draws]], level: float) -> None:

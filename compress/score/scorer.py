@@ -25,7 +25,7 @@ from compress.config import Eval
 from compress.export import formats
 from compress.export.onnx import onnx_size
 from compress.export.parity import parity
-from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, ratio_interval
+from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, ratio_interval, text_intervals
 from compress.score.latency import measure as measure_latency
 from compress.score.llamacpp import LlamaCpp, gguf_head, make_lm
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
@@ -140,5 +140,5 @@ class Scorer:
         own = accuracy(result.items, level)
         scores = {"bits_per_byte/heldout": bits, "heldout_rows": self.sequences} | result.scores | own.scores | SIZES[model.runtime](model.path)
         scores |= measure_latency(model.path, s.prompt_tokens, s.new_tokens, s.repeats, self.threads, runtime=model.runtime)
-        intervals = {"bits_per_byte/heldout": spread} | own.intervals
+        intervals = {"bits_per_byte/heldout": spread} | own.intervals | text_intervals(result.items)
         return {"scores": scores, "intervals": intervals, "level": level, "items": result.items, "chance": result.chance}

@@ -109,9 +109,10 @@ def test_a_higher_level_is_wider():
     assert wide[0] < narrow[0] and narrow[1] < wide[1]
 
 
-def test_without_a_usable_task_there_is_no_kept():
-    guess = np.arange(100) % 4 == 0
-    scores, intervals, excluded = paired.paired_scores(items("a", guess), items("a", guess), {"a": 0.25})
+@pytest.mark.parametrize(("share", "chance"), [(4, 0.25), (101, 0.0)], ids=["guessing", "never right at what can't be guessed"])
+def test_without_a_usable_task_there_is_no_kept(share, chance):
+    guess = np.arange(1, 101) % share == 0
+    scores, intervals, excluded = paired.paired_scores(items("a", guess), items("a", guess), {"a": chance})
     assert "kept" not in scores and "kept" not in intervals and excluded == ["a"]
 
 

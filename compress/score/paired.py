@@ -110,7 +110,7 @@ def paired_scores(
         counts, p_by_task[task] = cells(*right), mcnemar_p(*right)
         values, draws = (compared(shares, chance_by_task[task]) for shares in (counts[None] / counts.sum(), bootstrap(counts, index)))
         known = sum(docs.values())
-        if beta.ppf(0.025, known + 0.5, len(docs) - known + 0.5) <= chance_by_task[task]:
+        if not known or beta.ppf(0.025, known + 0.5, len(docs) - known + 0.5) <= chance_by_task[task]:
             result.excluded.append(task)
             del values["kept"]
         for name, value in values.items():

@@ -103,7 +103,7 @@ def score(arguments: list[str]) -> int:
     limits = parts.pop("budget")
     scorer, teacher = session.open_scorer(**parts)
     reference = scorer.measure(teacher)
-    measured = scorer.measure(model)
+    measured = scorer.measure(model, against=reference, limits=[limits.limits])
     relative, intervals, excluded = scorer.beside(measured, reference, None)
     scores, intervals = measured.scores | relative, measured.intervals | intervals
     table = Table("metric", "value", "teacher")
@@ -113,7 +113,7 @@ def score(arguments: list[str]) -> int:
     Console().print(table)
     if excluded:
         print(f"left out of kept, because the teacher is not above chance there: {', '.join(excluded)}")
-    return _judge(scores, intervals, limits)
+    return _judge(scores, measured.intervals | intervals, limits)
 
 
 def compare(arguments: list[str]) -> int:
@@ -206,11 +206,9 @@ def accept(arguments: list[str]) -> int:
     measured = scorer.measure(model)
     items = [json.loads(line) for line in (options.bundle / "teacher_items.jsonl").read_text().splitlines()]
     paired = paired_scores(measured.items, items, measured.chance) if items else Paired({}, {}, [])
-    scores = measured.scores | paired.scores
-    if reference is not None:
-        near = scorer.compare(measured, reference)
-        scores = scores | {"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}
-    return _judge(scores, measured.intervals | paired.intervals, limits, "the bundle's recipe set no limits; nothing to accept")
+    near = scorer.compare(measured, reference) if reference else Paired({}, {}, [])
+    scores, intervals = measured.scores | paired.scores | near.scores, measured.intervals | paired.intervals | near.intervals
+    return _judge(scores, intervals, limits, "the bundle's recipe set no limits; nothing to accept")
 
 
 def gc(arguments: list[str]) -> int:

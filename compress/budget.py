@@ -1,13 +1,25 @@
 """Limits against metrics: every limit becomes a verdict, and every verdict is a sentence.
 
 A value with a confidence interval passes only when the whole interval is inside the limit, fails only when all of it is outside, and
-is INCONCLUSIVE in between. Values without one (bytes, parameters, milliseconds of this run) are compared as they are.
+is INCONCLUSIVE in between. The intervals are two-sided ones of 95%: a model that lies exactly on its limit passes in about 2.5%, so "loses at
+most 2 points" (`points_lost: {max: 0.02}`) is the non-inferiority test at a one-sided 2.5%, as regulators ask for, stricter than "95% sure".
+Values without an interval (bytes, parameters) are compared as they are.
+
+How much more would decide: an interval's half width h, on the side of the limit, shrinks with 1 / sqrt(n), so a limit at the distance d from the
+value is decided after about n (h / d)^2 of what was counted, if the value stays: items of the tasks, rows of held-out text.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
+ACCURACY = ("kept", "acc", "flips", "points_lost")  # over all tasks, or one: acc/TASK
+HELDOUT = ("kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout")
+
+
+def is_accuracy(metric: str) -> bool:
+    """Whether a metric is counted in items of the tasks."""
+    return metric.partition("/")[0] in ACCURACY
 
 
 def human(metric: str, value: float) -> str:
@@ -20,9 +32,30 @@ def human(metric: str, value: float) -> str:
         return f"{value:,.1f} ms"
     if metric == "tok_per_sec":
         return f"{value:,.0f} tokens/s"
-    if metric.startswith(("kept", "acc/", "flips/")) or metric == "top1_agree":
+    if metric.startswith("points_lost"):
+        return f"{100 * value:.1f} points"
+    if is_accuracy(metric) or metric == "top1_agree":
         return f"{100 * value:.1f}%"
     return f"{value:.4g}"
+
+
+def counted(metric: str, scores: Mapping[str, float]) -> tuple[int, int]:
+    """How many items or rows a metric is measured on, 0 when not known, and how many items an early stop left out."""
+    if not is_accuracy(metric):
+        return round(scores.get("heldout_rows", 0)) if metric in HELDOUT else 0, 0
+    tasks = [metric.partition("/")[2]] if "/" in metric else [name[4:] for name in scores if name.startswith("acc/")]
+    n, left = (round(sum(scores.get(f"{what}/{task}", 0) for task in tasks)) for what in ("n", "items_left"))
+    return n, left
+
+
+def what_decides(n: int, unit: str, value: float, span: tuple[float, float], bound: float) -> str:
+    """How many more of `unit` would decide a limit that lies inside `span`, by the formula above."""
+    if value == bound:
+        return "no number would decide while the value is the limit itself"
+    factor = ((span[1] - value if value < bound else value - span[0]) / (bound - value)) ** 2
+    return (
+        f"about {max(1, round(n * (factor - 1))):,} more {unit} would decide" if n else f"about {factor:.1f} times as many measurements would decide"
+    )
 
 
 def judge(
@@ -39,9 +72,13 @@ def judge(
             low, high = intervals.get(name) or (value, value)
             inside = [high <= bound, low <= bound] if op == "<=" else [low >= bound, high >= bound]
             word = PASS if inside[0] else INCONCLUSIVE if inside[1] else FAIL
-            spread = f" (95% interval {human(name, low)} to {human(name, high)})" if name in intervals else ""
+            n, left = counted(name, scores)
+            stopped = f", stopped after {n:,} of {n + left:,} items" if left else ""
+            spread = f" (95% interval {human(name, low)} to {human(name, high)}{stopped})" if name in intervals else ""
             relation = {PASS: "is within", FAIL: "violates", INCONCLUSIVE: "can't be told from"}[word]
             sentence = f"{name} {human(name, value)}{spread} {relation} the limit of {side} {human(name, bound)}"
+            if word == INCONCLUSIVE:
+                sentence += f"; {what_decides(n, 'held-out rows' if name in HELDOUT else 'items', value, (low, high), bound)}"
         verdict = {"limit": name, "bound": bound, "op": op, "value": value, "enforced": enforced, "why": limit.why}
         verdicts.append(verdict | {"verdict": word, "sentence": sentence})
     return verdicts

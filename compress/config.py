@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from compress.budget import ACCURACY, is_accuracy
 from compress.errors import ConfigError, nearest
 from compress.export import formats
 from compress.stages import STAGES
@@ -19,7 +20,7 @@ from compress.track import TRACKERS
 
 LIMIT_METRICS = (
     "size_bytes", "params", "bits_per_weight", "latency_ms_p50", "latency_ms_p95", "ttft_ms_p50", "tok_per_sec", "peak_rss_bytes",
-    "kept", "kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout",
+    *ACCURACY, "kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout",
 )  # fmt: skip
 PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
 PARALLEL = ("none", "ddp", "fsdp2")
@@ -70,6 +71,7 @@ class Eval:
     tasks: list[str] = field(default_factory=list)
     data_dir: str | None = None  # a folder <task>/<split>.jsonl for lm-eval's own tasks without a hub
     limit: int | None = None  # items per task
+    stop_early: bool = False  # a student's tasks end once every accuracy limit is decided; the teacher's never
     batch_size: int = 32
     heldout_sequences: int = 8
     prompt_tokens: int = 128
@@ -108,9 +110,24 @@ class Budget:
     strict: bool = False  # an INCONCLUSIVE verdict counts as a failure
 
     def __post_init__(self) -> None:
-        for name in [*self.limits, *(n for limits in self.slots.values() for n in limits)]:
-            if name not in LIMIT_METRICS and not name.startswith(("kept/", "acc/", "flips/")):
-                raise ConfigError(f"budget limit {name!r} is no metric; {nearest(name, LIMIT_METRICS)}, kept/TASK, acc/TASK, flips/TASK")
+        for name, limit in self.all():
+            if name not in LIMIT_METRICS and not is_accuracy(name):
+                raise ConfigError(f"budget limit {name!r} is no metric; {nearest(name, LIMIT_METRICS)}, {'/TASK, '.join(ACCURACY)}/TASK")
+            if name.startswith("points_lost") and (limit.max or limit.min or 0) > 1:
+                raise ConfigError(f"budget limit {name!r} is {limit.max or limit.min}, a share of all items; two points are 0.02")
+
+    def all(self) -> list[tuple[str, Limit]]:
+        """Every limit by its metric, those of slots too."""
+        return [pair for limits in (self.limits, *self.slots.values()) for pair in limits.items()]
+
+    def check(self, eval: Eval) -> None:
+        """ConfigError for a limit on a task that is not scored, and for an early stop without a limit that could bring it about."""
+        for name, _ in self.all():
+            task = name.partition("/")[2]
+            if is_accuracy(name) and task and task not in eval.tasks:
+                raise ConfigError(f"budget limit {name!r} is on a task that eval.tasks does not name; {nearest(task, eval.tasks)}")
+        if eval.stop_early and not any(is_accuracy(name) for name, _ in self.all()):
+            raise ConfigError(f"eval.stop_early=true, but no limit of the budget is on {', '.join(ACCURACY)}: add one, or score in full")
 
 
 @dataclass
@@ -188,6 +205,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.pipeline:
             raise ConfigError("pipeline is empty; name at least one slot of stages")
+        self.budget.check(self.eval)
         seen = {"teacher"}
         for slot, parent in self.steps():
             if slot not in self.stages:

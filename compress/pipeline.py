@@ -21,6 +21,7 @@ from compress.export.bundle import write_bundle
 from compress.report.html import write_html
 from compress.report.records import load_run
 from compress.report.table import print_table, stage_table, verdict_lines
+from compress.score.paired import Paired
 from compress.score.scorer import Measured
 from compress.session import RunDir, Session, check_shapes, log, now, plain, thinned
 from compress.stages.optimization import Optimization
@@ -54,13 +55,11 @@ def conclude(
     """
     log(f"{slot}: scoring ({model.runtime})")
     start, limits = time.monotonic(), session.recipe.budget
-    measured = session.scorer.measure(model, tasks=tasks)
-    scores, intervals, excluded = dict(measured.scores), dict(measured.intervals), []  # type: ignore[var-annotated]
-    if teacher := session.done.get("teacher"):
-        relative, paired, excluded = session.scorer.beside(measured, teacher, parent)
-        scores, intervals = scores | relative, intervals | paired
-    verdicts = budget.judge(scores, intervals, limits.slots.get(slot, {}), enforced=True)
-    verdicts += budget.judge(scores, intervals, limits.limits, enforced=shipped)
+    teacher, wanted = session.done.get("teacher"), [limits.slots.get(slot, {}), limits.limits]
+    measured = session.scorer.measure(model, tasks=tasks, against=teacher, limits=wanted)
+    near = session.scorer.beside(measured, teacher, parent) if teacher else Paired({}, {}, [])
+    scores, intervals, excluded = measured.scores | near.scores, measured.intervals | near.intervals, near.excluded
+    verdicts = [v for some, own in zip(wanted, (True, shipped), strict=True) for v in budget.judge(scores, intervals, some, enforced=own)]
     record: dict[str, Any] = {
         "slot": slot, "technique": technique, "runtime": model.runtime, "parent": parent.record["slot"] if parent else None,
         "digest": model.digest, "scores": scores, "intervals": intervals, "excluded_tasks": excluded, "verdicts": verdicts,

@@ -6,11 +6,13 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from compress.checkpoint import check, load_model, load_tokenizer, weight_files
-from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
+from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, ratio_interval, text_intervals
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.train.data import pack
@@ -46,12 +48,56 @@ def test_kl_and_agreement_equal_float64_logits(tiny_teacher, heldout, tmp_path):
         p, q = (load_model(path).double()(ids).logits.log_softmax(-1).flatten(0, 1) for path in (tiny_teacher, student))
     assert near["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert near["top1"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-9)
-    assert closeness(states(student, heldout, 7), states(student, heldout, 7)) == {"kl": 0.0, "top1": 1.0}
+    rows = closeness(states(tiny_teacher, heldout, 7), states(student, heldout, 7), rows=7)
+    torch.testing.assert_close(torch.tensor(rows["kl_rows"]).double(), (p.exp() * (p - q)).sum(-1).view(7, -1).mean(1), rtol=1e-4, atol=1e-6)
+    assert rows["kl"] == pytest.approx(near["kl"]) and np.mean(rows["top1_rows"]) == pytest.approx(rows["top1"])
+    same = closeness(states(student, heldout, 7), states(student, heldout, 7), rows=7)
+    assert same == {"kl": 0.0, "top1": 1.0, "kl_rows": [0.0] * 7, "top1_rows": [1.0] * 7}
+
+
+def test_the_interval_of_a_mean_over_rows_is_students():
+    rows = [0.3, 0.5, 0.45, 0.7, 0.52]
+    expected = stats.t.interval(0.95, 4, np.mean(rows), stats.sem(rows))
+    np.testing.assert_allclose(ratio_interval(rows), expected, atol=0.01)
+    assert ratio_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0)), "rows in proportion leave nothing uncertain"
+
+
+def test_perplexities_of_documents_have_intervals_over_documents():
+    nats, words, count = [30.0, 50.0, 44.0], [10, 20, 14], [55, 101, 70]
+    rows = zip(nats, words, count, strict=True)
+    items = [{"task": "wikitext", "doc_id": i, "logliks": [-a], "words": w, "bytes": b} for i, (a, w, b) in enumerate(rows)]
+    alone = {"task": "page", "doc_id": 0, "logliks": [-3.0], "words": 1, "bytes": 4}
+    found = text_intervals([*items, alone, {"task": "facts", "doc_id": 0, "correct": True, "logliks": [-1.0]}])
+    assert set(found) == {"word_perplexity/wikitext", "byte_perplexity/wikitext", "bits_per_byte/wikitext"}, "of one document nothing is known"
+    for name, value in (
+        ("word_perplexity", math.exp(124 / 44)),
+        ("byte_perplexity", math.exp(124 / 226)),
+        ("bits_per_byte", 124 / 226 / math.log(2)),
+    ):
+        low, high = found[f"{name}/wikitext"]
+        assert low < value < high
+    assert found["bits_per_byte/wikitext"] == pytest.approx([math.log2(x) for x in found["byte_perplexity/wikitext"]])
+    # linearised by hand: residuals a - r w, their standard error over the mean of w, times t of 2 degrees of freedom
+    ratio, w = 124 / 44, np.array(words)
+    error = np.std(np.array(nats) - ratio * w, ddof=1) / np.sqrt(3) / w.mean()
+    reach = stats.t.ppf(0.975, 2) * error
+    np.testing.assert_allclose(np.log(found["word_perplexity/wikitext"]), [ratio - reach, ratio + reach], rtol=0.05)
+
+
+def test_intervals_over_few_rows_cover_the_truth_where_percentiles_do_not():
+    rng, covered, percentile = np.random.default_rng(5), 0, 0
+    for rows in rng.lognormal(-(0.25**2) / 2, 0.25, (1000, 4)):  # a mean of 1, rows that differ by a quarter
+        low, high = ratio_interval(rows.tolist())
+        covered += low <= 1 <= high
+        low, high = np.quantile(rng.multinomial(4, [0.25] * 4, 1000) @ rows / 4, [0.025, 0.975])
+        percentile += low <= 1 <= high
+    assert covered >= 920 and percentile < 850
 
 
 def test_bits_per_byte_is_cross_entropy_over_the_labels_text(tiny_teacher, heldout):
     tokenizer = load_tokenizer(tiny_teacher)
-    ours = bits_per_byte(states(tiny_teacher, heldout, 5), heldout, 5, tokenizer)
+    ours, (low, high) = bits_per_byte(states(tiny_teacher, heldout, 5), heldout, 5, tokenizer)
+    assert low < ours < high
     ids = heldout.ids[:5].long()
     with torch.inference_mode():
         logits = load_model(tiny_teacher)(ids[:, :-1]).logits

@@ -1,98 +1,140 @@
-r"""Student against teacher on the same items: every comparison is paired.
+r"""Student against a reference, the teacher or any other model, on the same items: every comparison is paired.
 
-Per item, teacher right/wrong x student right/wrong gives four counts; b = only the teacher right, c = only the student.
+Per item, reference right/wrong x student right/wrong gives four counts; b = only the reference right, c = only the student.
 
 - kept = (acc - chance) / (acc_teacher - chance): accuracy kept above chance.
+- points_lost = acc_teacher - acc = (b - c) / n, a fraction: 0.02 is two points.
 - flips = (b + c) / n: share of items whose correctness changed, also when accuracy did not (Dutta et al. 2024, arXiv 2407.09141).
-- Exact McNemar test (McNemar 1947): under equal accuracy b ~ Binomial(b + c, 1/2); two-sided p = min(1, 2 P(X <= min(b, c))).
-- Paired bootstrap (Efron & Tibshirani 1993, ch. 13, percentile interval): items are drawn with replacement, teacher and student together.
-  kept depends on the four counts only, so a resample is one multinomial draw of the counts: the same distribution, without touching
-  items. Draws in which the teacher is not above chance have no kept and are left out.
-- Wilson score interval (Wilson 1927), lower end: a task on which it is not above chance leaves `kept` and is named.
+- Exact McNemar test (McNemar 1947): under equal accuracy b ~ Binomial(b + c, 1/2). Over m tasks, Holm (1979): the i-th smallest p is
+  multiplied by m - i + 1, and none may fall below the one before; the chance of any wrong rejection stays at the level.
+- Paired bootstrap, in Rubin's (1981) form: an item's weight is random instead of a whole number, so the shares of the four cells are
+  Dirichlet(counts + 1/2), of which all three are functions. The half item in each cell (Jeffreys' prior; Agresti & Min 2005, Biometrics 61,
+  advise it for pairs) is for students close to their teacher: with 1-4% flips among 100 items, resampling whole items covered the truth in
+  76% of 1,000 simulated pairs (no flip seen, no width), this in 97%. Draws with a teacher not above chance are left out.
+- Accuracy alone: Jeffreys' interval, Beta(right + 1/2, wrong + 1/2) (Brown, Cai & DasGupta 2001, section 3.1). A task on which the lower end of
+  the teacher's is not above chance leaves `kept` and is named.
+
+The mean over tasks, which are independent samples, is bootstrapped as the mean of their draws. An interval always holds its own value.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import beta, binom
 
 Items = Sequence[Mapping[str, Any]]
 Right = NDArray[np.bool_]  # (N,): whether each item was answered rightly
+Draws = NDArray[np.float64]
+Interval = tuple[float, float]
+RESAMPLES = 10_000  # four of them lie beyond either end of the widest interval that is asked for (score/sequential.py)
 
 
 class Paired(NamedTuple):
-    """`scores`: kept/<task>, flips/<task>, mcnemar_p/<task>, kept (mean over tasks). `intervals`: 95%, for kept/<task> and kept.
-    `excluded`: tasks on which the teacher is not surely above chance."""
+    """`excluded`: tasks on which the teacher is not surely above chance."""
 
     scores: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    intervals: dict[str, Interval]
     excluded: list[str]
 
 
-def kept(acc: float, acc_teacher: float, chance: float) -> float:
-    """Accuracy kept above chance; 1 = the teacher's, 0 = guessing. ValueError when the teacher itself is not above chance."""
-    if acc_teacher <= chance:
-        raise ValueError(f"the teacher's accuracy {acc_teacher:.3f} is not above chance {chance:.3f}: there is nothing to keep; leave the task out")
-    return (acc - chance) / (acc_teacher - chance)
+def cells(student: Right, reference: Right) -> NDArray[np.int64]:
+    """How many of the items (N,) were answered rightly by neither, the student only, the reference only, both: (4,)."""
+    return np.bincount(2 * reference.astype(int) + student.astype(int), minlength=4)
 
 
-def mcnemar_p(student: Right, teacher: Right) -> float:
-    """Exact two-sided McNemar p-value of equal accuracy on the same items (N,)."""
-    b, c = int(np.sum(teacher & ~student)), int(np.sum(student & ~teacher))
-    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
-    return min(1.0, 2 * tail / 2 ** (b + c))  # integers until the division: exact for any n
+def bootstrap(counts: NDArray[np.int64], seed: int = 0, resamples: int = RESAMPLES) -> Draws:
+    """Shares of the four cells in each resample: (resamples, 4)."""
+    return np.random.default_rng(seed).dirichlet(counts + 0.5, resamples)
 
 
-def wilson_lower(right: int, n: int) -> float:
-    """Lower end of the 95% Wilson interval of a share: `right` of `n`, at least 1."""
-    return float(binomtest(right, n).proportion_ci(0.95, "wilson").low)
+def compared(shares: Draws, chance: float) -> dict[str, Draws]:
+    """kept, points_lost and flips of shares (R, 4): each (R,). kept is NaN where the teacher is not above chance."""
+    _, student, teacher, both = shares.T
+    above = teacher + both - chance
+    kept = (student + both - chance) / np.where(above > 0, above, np.nan)
+    return {"kept": kept, "points_lost": teacher - student, "flips": teacher + student}
 
 
-def bootstrap_kept(student: Right, teacher: Right, chance: float, seed: int = 0, resamples: int = 2000) -> NDArray[np.float64]:
-    """`kept` in each paired resample of the items (N,) -> (resamples,); NaN where the teacher is not above chance."""
-    n = len(teacher)
-    cells = np.bincount(2 * teacher.astype(int) + student.astype(int), minlength=4)  # neither, student, teacher, both
-    counts = np.random.default_rng(seed).multinomial(n, cells / n, size=resamples)
-    acc, acc_teacher = (counts[:, 1] + counts[:, 3]) / n, (counts[:, 2] + counts[:, 3]) / n
-    above = np.where(acc_teacher > chance, acc_teacher - chance, np.nan)
-    return (acc - chance) / above
-
-
-def interval(draws: NDArray[np.float64]) -> tuple[float, float]:
-    """95% percentile interval of bootstrap draws, NaN left out."""
-    low, high = np.nanquantile(draws, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+def interval(draws: Draws, level: float = 0.95) -> Interval:
+    """Percentile interval of bootstrap draws (R,), NaN left out."""
+    low, high = np.quantile(draws[~np.isnan(draws)], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def paired_scores(student_items: Items, teacher_items: Items, chance_by_task: Mapping[str, float]) -> Paired:
-    """Compare per-item results (dicts with task, doc_id, correct). ValueError unless both hold exactly the same items."""
+def mcnemar_p(student: Right, reference: Right) -> float:
+    """Exact two-sided p-value of equal accuracy on the same items (N,)."""
+    _, c, b, _ = cells(student, reference)
+    return min(1.0, 2 * float(binom.cdf(min(b, c), b + c, 0.5)))
+
+
+def holm(p_by_task: Mapping[str, float]) -> dict[str, float]:
+    """p-values corrected for their number; a task below 0.05 differs although several were looked at."""
+    ordered = sorted(p_by_task, key=p_by_task.__getitem__)
+    raised = [min(1.0, (len(ordered) - i) * p_by_task[task]) for i, task in enumerate(ordered)]
+    return dict(zip(ordered, np.maximum.accumulate(raised).tolist(), strict=True))
+
+
+def accuracy(items: Items, level: float = 0.95) -> Paired:
+    """acc/<task>, acc_stderr/<task>, n/<task> and acc, the mean over tasks, of one model's items, with intervals of the accuracies."""
+    found, column = Paired({}, {}, []), []
+    for index, (task, docs) in enumerate(sorted(_by_task(items).items())):
+        n, right = len(docs), sum(docs.values())
+        column.append((acc := right / n, np.random.default_rng(index).beta(right + 0.5, n - right + 0.5, RESAMPLES)))
+        found.scores.update({f"acc_stderr/{task}": (acc * (1 - acc) / max(n - 1, 1)) ** 0.5, f"n/{task}": n})
+        _add(found, f"acc/{task}", column[-1:], level)
+    if column:
+        _add(found, "acc", column, level)
+    return found
+
+
+def paired_scores(
+    student_items: Items, teacher_items: Items, chance_by_task: Mapping[str, float], level: float = 0.95, *, partial: bool = False
+) -> Paired:
+    """Compare per-item results (dicts with task, doc_id, correct): kept, points_lost and flips, per task and over tasks, with intervals at
+    `level`; mcnemar_p/<task> and mcnemar_p_holm/<task>. ValueError unless both hold exactly the same items; with `partial` the student, which
+    stopped early, may lack some. Which tasks are excluded is always told from all of the teacher's items."""
     student, teacher = _by_task(student_items), _by_task(teacher_items)
     if student.keys() != teacher.keys():
         raise ValueError(f"student was scored on {sorted(student)}, teacher on {sorted(teacher)}; score both with the same eval settings")
-    result, draws, values = Paired({}, {}, []), [], []
+    result, p_by_task = Paired({}, {}, []), {}
+    columns: dict[str, list[tuple[float, Draws]]] = defaultdict(list)
     for index, (task, docs) in enumerate(teacher.items()):
-        if odd := sorted(docs.keys() ^ student[task].keys()):
+        if odd := sorted(student[task].keys() - docs.keys() if partial else student[task].keys() ^ docs.keys()):
             got = f"{len(odd)} items were scored for one model only (first: doc_id {odd[0]})"
             raise ValueError(f"task {task}: {got}; use the same eval settings and limit")
-        t, s = np.array(list(docs.values())), np.array([student[task][doc] for doc in docs])
-        result.scores[f"flips/{task}"], result.scores[f"mcnemar_p/{task}"] = float(np.mean(s != t)), mcnemar_p(s, t)
-        if wilson_lower(int(t.sum()), len(t)) <= chance_by_task[task]:
+        right = np.array(list(student[task].values())), np.array([docs[doc] for doc in student[task]])
+        counts, p_by_task[task] = cells(*right), mcnemar_p(*right)
+        values, draws = (compared(shares, chance_by_task[task]) for shares in (counts[None] / counts.sum(), bootstrap(counts, index)))
+        known = sum(docs.values())
+        if not known or beta.ppf(0.025, known + 0.5, len(docs) - known + 0.5) <= chance_by_task[task]:
             result.excluded.append(task)
-            continue
-        values.append(kept(float(s.mean()), float(t.mean()), chance_by_task[task]))
-        draws.append(bootstrap_kept(s, t, chance_by_task[task], seed=index))
-        result.scores[f"kept/{task}"], result.intervals[f"kept/{task}"] = values[-1], interval(draws[-1])
-    if values:  # tasks are independent samples: draw i of the mean is the mean of the tasks' draws i
-        result.scores["kept"], result.intervals["kept"] = float(np.mean(values)), interval(np.mean(draws, axis=0))
+            del values["kept"]
+        for name, value in values.items():
+            columns[name].append((float(value[0]), draws[name]))
+            _add(result, f"{name}/{task}", columns[name][-1:], level)
+    for name, column in columns.items():
+        _add(result, name, column, level)
+    for name, p_values in (("mcnemar_p", p_by_task), ("mcnemar_p_holm", holm(p_by_task))):
+        result.scores.update({f"{name}/{task}": p for task, p in p_values.items()})
     return result
 
 
+def _add(to: Paired, name: str, column: Sequence[tuple[float, Draws]], level: float) -> None:
+    """The mean of values and of their draws (R,), as score and interval."""
+    value, draws = float(np.mean([value for value, _ in column])), np.mean([draws for _, draws in column], axis=0)
+    if not math.isnan(value):  # on the first items of an early stop even a good teacher may be below chance: nothing is known yet
+        low, high = interval(draws, level)
+        to.scores[name], to.intervals[name] = value, (min(low, value), max(high, value))
+
+
 def _by_task(items: Items) -> dict[str, dict[int, bool]]:
+    """Task -> doc_id -> right or wrong; items that can't be either, as a perplexity's, are left out."""
     table: dict[str, dict[int, bool]] = {}
-    for item in items:
+    for item in (item for item in items if "correct" in item):
         docs = table.setdefault(item["task"], {})
         if item["doc_id"] in docs:
             raise ValueError(f"task {item['task']}: item {item['doc_id']} appears twice; score the model again")

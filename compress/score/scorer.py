@@ -7,6 +7,7 @@ functions with the same batch size, dtype (fp32), prompts and held-out tokens; l
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,17 +20,19 @@ import torch
 
 from compress import __version__, machine
 from compress.assets import configs_dir
+from compress.budget import is_accuracy
 from compress.checkpoint import Model, best_device, load_tokenizer, read_config, tokenizer_digest
 from compress.config import Eval
 from compress.export import formats
 from compress.export.onnx import onnx_size
 from compress.export.parity import parity
-from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
+from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, ratio_interval, text_intervals
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
 from compress.score.llamacpp import LlamaCpp, gguf_head, make_lm
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
-from compress.score.paired import Paired, paired_scores
+from compress.score.paired import Paired, accuracy, paired_scores
+from compress.score.sequential import asking, until_certain
 from compress.score.size import gguf_size, size
 from compress.score.tasks import TaskResult, evaluate, make_hf_lm
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
@@ -52,6 +55,7 @@ class Measured:
     chance: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     latency: dict[str, Any]
+    level: float = 0.95  # of intervals over items: higher where an early stop made looks of its own (score/sequential.py)
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,6 +65,8 @@ class Scorer:
     def __init__(self, store: Store, settings: Eval, heldout: Packed, tokenizer_dir: Path, threads: int) -> None:
         self.store, self.settings, self.heldout, self.tokenizer_dir, self.threads = store, settings, heldout, tokenizer_dir, threads
         self.sequences = min(settings.heldout_sequences, len(heldout.ids))
+        if self.sequences < 2:
+            raise ValueError(f"data.heldout holds {len(heldout.ids)} row; an interval needs at least 2: add text or lower data.seq_len")
         self.data_dir = Path(settings.data_dir).expanduser() if settings.data_dir else None
         folders = [place / name for place in (configs_dir() / "tasks", self.data_dir) if place for name in settings.tasks]
         own = vars(settings) | {
@@ -70,23 +76,27 @@ class Scorer:
         }  # fmt: skip
         self.depends = {name: str(value) for name, value in own.items()}, heldout.digest, __version__
 
-    def measure(self, model: Model, *, tasks: bool = True) -> Measured:
-        """The model's own scores, from the store if they are there. `tasks=False` leaves the tasks out."""
+    def measure(self, model: Model, *, tasks: bool = True, against: Measured | None = None, limits: Sequence[Mapping[str, Any]] = ()) -> Measured:
+        """The model's own scores, from the store if they are there. `tasks=False` leaves the tasks out; with `eval.stop_early` they go on only
+        until every accuracy limit in `limits` on the comparison with the teacher, `against`, is decided."""
         own, text, ours = self.depends
+        early = (against.items, against.chance, limits) if against and tasks and self.settings.stop_early else None
+        until = early and against and [against.key, [[n, some[n].max, some[n].min] for some in limits for n in some if is_accuracy(n)]]
         # The weights' digest comes first: by it gc knows whose scores these are.
-        key = f"{model.digest[:16]}-{sha256_json([model.digest, model.runtime, own, tasks, text, ours])[:32]}"
+        key = f"{model.digest[:16]}-{sha256_json([model.digest, model.runtime, own, tasks, text, ours, until])[:32]}"
         path = self.store.root / "scores" / f"{key}.json"
         if not (path.is_file() and self._states_path(key).is_file()):
-            write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else []))
-        found = json.loads(path.read_text())
-        return Measured(model, key, **found)
+            write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else [], early))
+        return Measured(model, key, **json.loads(path.read_text()))
 
-    def compare(self, student: Measured, reference: Measured) -> dict[str, float]:
-        """{"kl", "top1"} on the held-out text, from the store if it is there."""
+    def compare(self, student: Measured, reference: Measured) -> Paired:
+        """kl_to_teacher and top1_agree, beside any `reference`, on the held-out text, with intervals over its rows; from the store if it is there."""
         path = self.store.root / "scores" / f"{student.key}-{reference.key}.json"
         if not path.is_file():
-            write_json(path, closeness(self._states(reference), self._states(student)))
-        return json.loads(path.read_text())
+            write_json(path, closeness(self._states(reference), self._states(student), self.sequences))
+        near = json.loads(path.read_text())
+        spread = {"kl_to_teacher": ratio_interval(near["kl_rows"]), "top1_agree": ratio_interval(near["top1_rows"])}
+        return Paired({"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}, spread, [])
 
     def parity(self, shipped: Measured, checkpoint: Measured, name: str) -> dict[str, float]:
         """What `export/parity.py` measures of a file, `name` in `export.files`, and its checkpoint, from the store if it is there."""
@@ -101,13 +111,13 @@ class Scorer:
     def beside(self, student: Measured, teacher: Measured, parent: Measured | None) -> Paired:
         """A student beside its teacher and, for the KL, its parent."""
         near = self.compare(student, teacher)
-        scores = {"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}
         if parent is not None:
-            scores["kl_to_parent"] = self.compare(student, parent)["kl"]
+            other = self.compare(student, parent)
+            near.scores["kl_to_parent"], near.intervals["kl_to_parent"] = other.scores["kl_to_teacher"], other.intervals["kl_to_teacher"]
         if not student.items:
-            return Paired(scores, {}, [])
-        paired = paired_scores(student.items, teacher.items, teacher.chance)
-        return paired._replace(scores=scores | paired.scores)
+            return near
+        paired = paired_scores(student.items, teacher.items, teacher.chance, student.level, partial=self.settings.stop_early)
+        return Paired(near.scores | paired.scores, near.intervals | paired.intervals, paired.excluded)
 
     def _states_path(self, key: str) -> Path:
         return self.store.root / "scores" / f"{key}.states.safetensors"
@@ -115,7 +125,7 @@ class Scorer:
     def _states(self, measured: Measured) -> States:
         return States(safetensors.torch.load_file(self._states_path(measured.key))["hidden"], HEADS[measured.model.runtime](measured.model.path))
 
-    def _own_scores(self, model: Model, key: str, tasks: list[str]) -> dict[str, Any]:
+    def _own_scores(self, model: Model, key: str, tasks: list[str], early: tuple[Any, ...] | None) -> dict[str, Any]:
         s, head, tokenizer = self.settings, HEADS[model.runtime](model.path), load_tokenizer(self.tokenizer_dir)
         with ExitStack() as stack:
             if model.runtime == "torch":
@@ -126,11 +136,16 @@ class Scorer:
                 hidden_NH = torch.cat(opened.hidden_states(self.heldout.ids[: self.sequences, :-1].tolist()))
                 lm = partial(make_lm, opened, head, tokenizer, s.batch_size)
             write_whole(self._states_path(key), safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
-            bits = bits_per_byte(States(hidden_NH, head), self.heldout, self.sequences, tokenizer)
-            result = evaluate(lm(), tasks, s.limit, self.data_dir) if tasks else TaskResult({}, [], {})
-        scores = {"bits_per_byte/heldout": bits} | result.scores | SIZES[model.runtime](model.path)
+            bits, spread = bits_per_byte(States(hidden_NH, head), self.heldout, self.sequences, tokenizer)
+            result, level = TaskResult({}, [], {}), 0.95
+            if tasks:
+                score = partial(evaluate, opened_lm := lm(), tasks, s.limit, self.data_dir)
+                result, level = until_certain(asking(opened_lm, score), *early) if early else (score(), level)
+        own = accuracy(result.items, level)
         longest = read_config(self.tokenizer_dir).get("max_position_embeddings", math.inf) - s.new_tokens
         lengths = tuple(length for length in s.prompt_lengths if length <= longest)
         how = Timing(s.prompt_tokens, s.new_tokens, s.repeats, self.threads, s.processes, lengths, tuple(s.batch_sizes))
         timed = measure_latency(model.path, model.runtime, how)
-        return timed | {"scores": scores | timed["scores"], "items": result.items, "chance": result.chance}
+        scores = {"bits_per_byte/heldout": bits, "heldout_rows": self.sequences} | result.scores | own.scores | SIZES[model.runtime](model.path)
+        intervals = {"bits_per_byte/heldout": spread} | own.intervals | text_intervals(result.items) | timed["intervals"]
+        return timed | {"scores": scores | timed["scores"], "intervals": intervals, "level": level, "items": result.items, "chance": result.chance}

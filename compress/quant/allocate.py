@@ -34,7 +34,7 @@ def options(model: Any, ids_RL: Tensor, grids: Collection[str], kept: Path, labe
 
     Damages in the file `kept` are not measured again. ValueError, naming the matrix, when no grid takes its rows.
     """
-    matrices = {name: home for name, home, _ in quantizable(model)}
+    matrices: dict[str, Any] = {name: home for name, home, _ in quantizable(model)}
     able = {name: [grid for grid in grids if home.weight.shape[-1] % GRIDS[grid].block == 0] for name, home in matrices.items()}
     for name in (name for name, some in able.items() if not some):
         rows = f"{name} has rows of {matrices[name].weight.shape[-1]}"
@@ -58,7 +58,7 @@ def options(model: Any, ids_RL: Tensor, grids: Collection[str], kept: Path, labe
         for name, home in matrices.items():
             if set(able[name]) <= found.get(name, {}).keys():
                 continue
-            weight: Any = home.weight
+            weight = home.weight
             whole, start, damage = weight.clone(), time.monotonic(), {}
             for grid in able[name]:
                 weight.copy_(GRIDS[grid].decode(*GRIDS[grid].encode(whole, name)))

@@ -280,6 +280,7 @@ def plan(bench: Bench) -> dict[str, Callable[[str], None]]:
         "Q4_0, AWQ": Ptq(balance=Balance.awq), "Q4_0, AWQ search": Ptq(balance=Balance.awq, scales=Scales.search),
         "Q4_0, AWQ GPTQ": Ptq(method=Method.gptq, scales=Scales.search, balance=Balance.awq),
         "MIXED, rounding": Ptq(allocate=small), "MIXED, AWQ search": Ptq(allocate=small, balance=Balance.awq, scales=Scales.search),
+        "MIXED, QAD": Qat(tokens=tokens, lr=lr, scales=Scales.learned, balance=Balance.awq, allocate=small),
         "Q4_0, QAD": Qat(tokens=tokens, lr=lr, scales=Scales.learned, balance=Balance.awq),
         "Q4_0, AutoRound": Ptq(method=Method.autoround),
     }  # fmt: skip

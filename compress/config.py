@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from compress.errors import ConfigError, nearest
 from compress.export import formats
+from compress.score.perturb import PERTURBATIONS
 from compress.stages import STAGES
 from compress.track import TRACKERS
 
@@ -70,6 +71,8 @@ class Eval:
     tasks: list[str] = field(default_factory=list)
     data_dir: str | None = None  # a folder <task>/<split>.jsonl for lm-eval's own tasks without a hub
     limit: int | None = None  # items per task
+    num_fewshot: int | None = None  # examples before each item; None: as many as the task itself says. Tasks that fix none get none
+    perturbations: list[str] = field(default_factory=list)  # damages of score/perturb.py: what each costs is reported as drop/TASK@NAME
     batch_size: int = 32
     heldout_sequences: int = 8
     prompt_tokens: int = 128
@@ -80,6 +83,9 @@ class Eval:
         for name in ("batch_size", "heldout_sequences", "prompt_tokens", "new_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"eval.{name}={getattr(self, name)} must be at least 1")
+        for name in self.perturbations:
+            if name not in PERTURBATIONS:
+                raise ConfigError(f"eval.perturbations={name!r} is no perturbation; {nearest(name, PERTURBATIONS)}")
 
 
 @dataclass

@@ -4,7 +4,8 @@ hf/               the checkpoint as a plain Hugging Face directory
 model-TYPE.gguf, compressed_tensors/   the same weights as the recipe's `export.files` says (export/formats.py)
 README.md         model card: score table, verdicts, lineage, licences
 manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
-teacher_items.jsonl  the teacher's answers, so that accuracy kept can be measured again
+requests.jsonl    every scored item as it was put to the model (context, choices, gold), with the teacher's answers: accuracy kept can be
+                  measured again without the code of any task
 SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
 """
 
@@ -18,6 +19,7 @@ from compress.checkpoint import sha256_file
 from compress.export import formats
 from compress.report.records import Run
 from compress.report.table import markdown_table, verdict_lines
+from compress.score.tasks import request_row
 from compress.store import STAGE_JSON, commit, file_table, write_json
 
 SUMS = "SHA256SUMS"
@@ -34,7 +36,8 @@ def write_bundle(final: Path, run: Run, checkpoint: Path, files: list[Any], teac
     source = json.loads((teacher.path / "source.json").read_text()) if (teacher.path / "source.json").is_file() else {}
     origin = {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest} | source
     first = next(r for r in run.records if r["slot"] == "teacher")
-    shutil.copyfile(run.path / f"{first['index']:02d}-teacher" / "items.jsonl", part / "teacher_items.jsonl")
+    items = (run.path / f"{first['index']:02d}-teacher" / "items.jsonl").read_text().splitlines()
+    (part / "requests.jsonl").write_text("".join(json.dumps(request_row(json.loads(item))) + "\n" for item in items))
     judged = files[0].record if files else run.final
     manifest = {
         "schema": 1, "run": run.info["name"], "budget": "PASS" if passed else "FAIL", "teacher": origin, "config": run.info["config"],

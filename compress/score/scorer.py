@@ -8,7 +8,6 @@ functions with the same batch size, dtype (fp32), prompts and held-out tokens; l
 import json
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,18 @@ import torch
 
 from compress import __version__, machine
 from compress.assets import configs_dir
-from compress.checkpoint import Model, best_device, load_tokenizer, tokenizer_digest
+from compress.checkpoint import Model, best_device, load_model, load_tokenizer, tokenizer_digest
 from compress.config import Eval
 from compress.export import formats
 from compress.export.onnx import onnx_size
 from compress.export.parity import parity
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness
 from compress.score.latency import measure as measure_latency
-from compress.score.llamacpp import LlamaCpp, gguf_head, make_lm
+from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
 from compress.score.paired import Paired, paired_scores
 from compress.score.size import gguf_size, size
-from compress.score.tasks import TaskResult, evaluate, make_hf_lm
+from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.data import Packed
 
@@ -53,13 +52,18 @@ class Measured:
 class Scorer:
     """Scores models by the settings of an `Eval`; finished ones are read back by settings, tasks' files, text, threads and machine."""
 
-    def __init__(self, store: Store, settings: Eval, heldout: Packed, tokenizer_dir: Path, threads: int) -> None:
+    def __init__(
+        self, store: Store, settings: Eval, heldout: Packed, tokenizer_dir: Path, threads: int, requests: list[dict[str, Any]] | None = None
+    ) -> None:
+        """`requests`: a bundle's rendered items, scored instead of the settings' tasks."""
         self.store, self.settings, self.heldout, self.tokenizer_dir, self.threads = store, settings, heldout, tokenizer_dir, threads
+        self.requests = requests
         self.sequences = min(settings.heldout_sequences, len(heldout.ids))
         self.data_dir = Path(settings.data_dir).expanduser() if settings.data_dir else None
-        folders = [place / name for place in (configs_dir() / "tasks", self.data_dir) if place for name in settings.tasks]
+        folders = [local_folder(name, place) for place in (configs_dir() / "tasks", self.data_dir) if place for name in settings.tasks]
         own = vars(settings) | {
             "tasks": tuple(settings.tasks), "data_dir": self.data_dir, "threads": threads,
+            "requests": requests and sha256_json(requests),
             "tasks_digest": sha256_json({folder.name: file_table(folder) for folder in folders if folder.is_dir()}),
             "machine": sha256_json(machine.describe(threads))[:16],
         }  # fmt: skip
@@ -102,7 +106,7 @@ class Scorer:
         if not student.items:
             return Paired(scores, {}, [])
         paired = paired_scores(student.items, teacher.items, teacher.chance)
-        return paired._replace(scores=scores | paired.scores)
+        return paired._replace(scores=scores | paired.scores | drift(student.scores, teacher.scores))
 
     def _states_path(self, key: str) -> Path:
         return self.store.root / "scores" / f"{key}.states.safetensors"
@@ -111,18 +115,25 @@ class Scorer:
         return States(safetensors.torch.load_file(self._states_path(measured.key))["hidden"], HEADS[measured.model.runtime](measured.model.path))
 
     def _own_scores(self, model: Model, key: str, tasks: list[str]) -> dict[str, Any]:
+        from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
+
         s, head, tokenizer = self.settings, HEADS[model.runtime](model.path), load_tokenizer(self.tokenizer_dir)
         with ExitStack() as stack:
             if model.runtime == "torch":
                 hidden_NH = checkpoint_hidden(model.path, self.heldout, self.sequences)
-                lm = partial(make_hf_lm, model.path, s.batch_size, str(best_device()))
+                loaded: Any = load_model(model.path)
+                lm = torch_lm(loaded.to(best_device()), tokenizer, s.batch_size)
             else:
                 opened = stack.enter_context(closing(RUNTIMES[model.runtime](model.path, self.threads, self.heldout.ids.shape[1] + 8)))
                 hidden_NH = torch.cat(opened.hidden_states(self.heldout.ids[: self.sequences, :-1].tolist()))
-                lm = partial(make_lm, opened, head, tokenizer, s.batch_size)
+                lm = served_lm(opened, head, tokenizer, s.batch_size)
             write_whole(self._states_path(key), safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
             bits = bits_per_byte(States(hidden_NH, head), self.heldout, self.sequences, tokenizer)
-            result = evaluate(lm(), tasks, s.limit, self.data_dir) if tasks else TaskResult({}, [], {})
+            result = TaskResult({}, [], {})
+            if tasks and self.requests is not None:
+                result = rescore(lm, self.requests)
+            elif tasks:
+                result = evaluate(lm, tasks, s.limit, self.data_dir, num_fewshot=s.num_fewshot, perturbations=s.perturbations)
         scores = {"bits_per_byte/heldout": bits} | result.scores | SIZES[model.runtime](model.path)
         scores |= measure_latency(model.path, s.prompt_tokens, s.new_tokens, s.repeats, self.threads, runtime=model.runtime)
         return {"scores": scores, "items": result.items, "chance": result.chance}

@@ -154,7 +154,6 @@ def accept(arguments: list[str]) -> int:
     from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
     from compress.export.bundle import verify_bundle
     from compress.score.paired import Paired, paired_scores
-    from compress.score.tasks import teacher_item
 
     parser = _Parser(prog="compress accept")
     parser.add_argument("bundle", type=Path)
@@ -178,8 +177,7 @@ def accept(arguments: list[str]) -> int:
         print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)
         scorer, _ = session.open_scorer(Teacher(str(options.bundle.absolute() / "hf")), *how)  # for its tokenizer
     measured = scorer.measure(model)
-    items = [teacher_item(row) for row in requests]
-    paired = paired_scores(measured.items, items, measured.chance) if items else Paired({}, {}, [])
+    paired = paired_scores(measured.items, requests, measured.chance) if requests else Paired({}, {}, [])
     scores = measured.scores | paired.scores
     if reference is not None:
         near = scorer.compare(measured, reference)

@@ -74,13 +74,14 @@ class Eval:
     num_fewshot: int | None = None  # examples before each item; None: as many as the task itself says. Tasks that fix none get none
     perturbations: list[str] = field(default_factory=list)  # damages of score/perturb.py: what each costs is reported as drop/TASK@NAME
     batch_size: int = 32
+    context_tokens: int = 1024  # that a model sees at once in tasks, in every runtime; what is longer loses its beginning
     heldout_sequences: int = 8
     prompt_tokens: int = 128
     new_tokens: int = 32
     repeats: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "heldout_sequences", "prompt_tokens", "new_tokens", "repeats"):
+        for name in ("batch_size", "context_tokens", "heldout_sequences", "prompt_tokens", "new_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"eval.{name}={getattr(self, name)} must be at least 1")
         for name in self.perturbations:

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,12 +57,13 @@ class Row:
 
 def rows_of(prompts: Sequence[list[int]], reach: int) -> list[Row]:
     """Lay out prompts (token ids) in rows; a row with branches holds none of more than `reach` tokens."""
-    rows, path = [Row()], np.arange(0)
+    rows: list[Row] = []
     last: list[int] = []
+    path = np.arange(0)
     for i in sorted(range(len(prompts)), key=prompts.__getitem__):
-        ids, n = prompts[i], len(rows[-1].ids)
+        ids, n = prompts[i], len(rows[-1].ids) if rows else 0
         c = next((k for k, (a, b) in enumerate(zip(last, ids, strict=False)) if a != b), min(len(last), len(ids)))
-        if c < n and ((len(ids) - c) * n > KEYS * c or max(len(ids) - 1, *rows[-1].depths) >= reach):
+        if not rows or c < n and ((len(ids) - c) * n > KEYS * c or max(len(ids) - 1, *rows[-1].depths) >= reach):
             rows.append(Row())
             c = n = 0
         row, last, path = rows[-1], ids, np.concatenate([path[:c], np.arange(n, n + len(ids) - c)])
@@ -72,21 +73,8 @@ def rows_of(prompts: Sequence[list[int]], reach: int) -> list[Row]:
     return rows
 
 
-class Runtime(Protocol):
-    """What runs the blocks. `reach`: the longest sequence that may branch off another one. `tokens`: of a batch, at most, unless one row has more."""
-
-    reach: int
-    tokens: int
-
-    def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
-        """States after the final norm, (N, H) for the N nodes of each row; all rows have branches or none has."""
-
-    def generate(self, prompts: Sequence[list[int]], n: int, stop: list[str]) -> list[str]:
-        """Greedy continuations of at most `n` tokens; what stands behind a stop string may be there or not."""
-
-
 class Served:
-    """A LlamaCpp or an OnnxRuntime."""
+    """A LlamaCpp or an OnnxRuntime, as a runtime for `LM`."""
 
     reach, tokens = 0, sys.maxsize
 
@@ -101,7 +89,10 @@ class Served:
 
 
 class Torch:
-    """A causal transformers model where it is, in its own dtype; from now on it computes as `use_cpu_kernels` says. `tokenizer` can pad."""
+    """A causal transformers model where it is, in its own dtype, which from now on computes as `use_cpu_kernels` says. `tokenizer` can pad.
+
+    `reach`: the longest sequence that may branch off another one; `tokens`: of a batch, at most, unless one row has more.
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         use_cpu_kernels(model)
@@ -121,7 +112,9 @@ class Torch:
         joined = torch.stack([together[path] for _, path, _ in row.paths])
         return bool((joined - alone).norm() < 0.1 * alone.norm())
 
+    @torch.inference_mode()
     def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
+        """States after the final norm, (N, H) for the N nodes of each row; all rows have branches or none has."""
         length, device = max(len(row.ids) for row in rows), self.model.device
         ids_BL = torch.tensor([row.ids + [0] * (length - len(row.ids)) for row in rows])
         tree = {}
@@ -136,6 +129,7 @@ class Torch:
         return [hidden_LH[: len(row.ids)] for row, hidden_LH in zip(rows, hidden_BLH, strict=True)]
 
     def generate(self, prompts: Sequence[list[int]], n: int, stop: list[str]) -> list[str]:
+        """Greedy continuations of at most `n` tokens; what stands behind a stop string may be there or not."""
         batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.model.device)
         length = batch["input_ids"].shape[1]
         ends = stop_sequences_criteria(self.tokenizer, stop, length, len(prompts))
@@ -143,23 +137,24 @@ class Torch:
         return self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
 
 
-def torch_lm(model: Any, tokenizer: Any, batch_size: int) -> LM:
-    """lm-eval's view of a transformers model."""
+def torch_lm(model: Any, tokenizer: Any, batch_size: int, max_length: int | None = None) -> LM:
+    """lm-eval's view of a transformers model, which sees as many tokens as it can or `max_length`."""
     tokenizer = configure_pad_token(tokenizer, model.config)
-    return LM(Torch(model, tokenizer), head_of(model).detach(), tokenizer, resolve_max_length(model.config, tokenizer), batch_size)
+    length = min(max_length or sys.maxsize, resolve_max_length(model.config, tokenizer))
+    return LM(Torch(model, tokenizer), head_of(model).detach(), tokenizer, batch_size, length)
 
 
-def served_lm(server: Any, head: Head, tokenizer: Any, batch_size: int) -> LM:
+def served_lm(server: Any, head: Head, tokenizer: Any, batch_size: int, max_length: int | None = None) -> LM:
     """lm-eval's view of a LlamaCpp or an OnnxRuntime: `head` as decoded from the file, an HF `tokenizer`."""
-    return LM(Served(server), head, tokenizer, server.ctx_len, batch_size)
+    return LM(Served(server), head, tokenizer, batch_size, min(max_length or sys.maxsize, server.ctx_len))
 
 
 class LM(TemplateLM):
-    """What lm-eval asks. `max_length`: tokens that the model may see at once; `batch_size`: rows, or texts to go on with, at once; both at most."""
+    """What lm-eval asks. At most `batch_size` rows, or texts to go on with, at once; the model sees at most `max_length` tokens."""
 
-    def __init__(self, runtime: Runtime, head: Head, tokenizer: Any, max_length: int, batch_size: int) -> None:
+    def __init__(self, runtime: Torch | Served, head: Head, tokenizer: Any, batch_size: int, max_length: int) -> None:
         super().__init__()
-        self.runtime, self.head, self.tokenizer, self.max_length, self.batch_size = runtime, head, tokenizer, max_length, batch_size
+        self.runtime, self.head, self.tokenizer, self.batch_size, self.max_length = runtime, head, tokenizer, batch_size, max_length
 
     @property
     def eot_token_id(self) -> int:
@@ -177,7 +172,6 @@ class LM(TemplateLM):
     def loglikelihood(self, requests: Any, disable_tqdm: bool | None = None) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm)  # None: bars on terminals only
 
-    @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool | None = None, **kwargs: Any) -> list[tuple[float, bool]]:
         for _, _, answer in requests:
             if not 0 < len(answer) <= self.max_length:
@@ -185,9 +179,8 @@ class LM(TemplateLM):
         prompts = [(context + answer)[-self.max_length - 1 : -1] for _, context, answer in requests]
         rows = sorted(rows_of(prompts, self.runtime.reach), key=lambda row: -len(row.ids))  # what needs too much memory fails at once
         alike = partition(lambda row: row.branches, rows)  # a mask of our own would replace a window's
-        batched = partial(
-            constrained_batches, max_size=self.runtime.tokens, max_count=self.batch_size, get_len=lambda row: len(row.ids), strict=False
-        )
+        size = self.runtime.tokens
+        batched = partial(constrained_batches, max_size=size, max_count=self.batch_size, get_len=lambda row: len(row.ids), strict=False)
         results = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
             for batch in flatten(map(batched, alike)):
@@ -235,10 +228,8 @@ class LM(TemplateLM):
             known = dict(normalize_gen_kwargs(json.loads(options)))
             until, n = handle_stop_sequences(known.pop("until"), eos), known.pop("max_gen_toks")
             if n >= self.max_length or {name for name, value in known.items() if value}:
-                raise ValueError(
-                    f"generation options {options} can't be followed; allowed: until, greedy decoding, and max_gen_toks below the "
-                    f"{self.max_length} tokens that the model may see at once"
-                )
+                allowed = f"until, greedy decoding, and max_gen_toks below the {self.max_length} tokens that the model may see at once"
+                raise ValueError(f"generation options {options} can't be followed; allowed: {allowed}")
             for batch in chunked(tqdm(sorted(group, key=lambda entry: -len(entry[0])), desc="texts", disable=disable_tqdm), self.batch_size):
                 found = self.runtime.generate([ids[n - self.max_length :] for ids, _ in batch], n, until)
                 for (_, i), text in zip(batch, found, strict=True):

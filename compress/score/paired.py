@@ -92,7 +92,7 @@ def paired_scores(student_items: Items, teacher_items: Items, chance_by_task: Ma
 
 def _by_task(items: Items) -> dict[str, dict[int, bool]]:
     table: dict[str, dict[int, bool]] = {}
-    for item in items:
+    for item in (item for item in items if "correct" in item):
         docs = table.setdefault(item["task"], {})
         if item["doc_id"] in docs:
             raise ValueError(f"task {item['task']}: item {item['doc_id']} appears twice; score the model again")

@@ -17,7 +17,7 @@ import torch
 
 from compress import __version__, machine
 from compress.assets import configs_dir
-from compress.checkpoint import Model, best_device, load_model, load_tokenizer, tokenizer_digest
+from compress.checkpoint import Model, best_device, load_model, load_tokenizer, read_config, tokenizer_digest
 from compress.config import Eval
 from compress.export import formats
 from compress.export.onnx import onnx_size
@@ -118,15 +118,16 @@ class Scorer:
         from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
 
         s, head, tokenizer = self.settings, HEADS[model.runtime](model.path), load_tokenizer(self.tokenizer_dir)
+        context = min(s.context_tokens, read_config(self.tokenizer_dir).get("max_position_embeddings") or s.context_tokens)  # in every runtime
         with ExitStack() as stack:
             if model.runtime == "torch":
                 hidden_NH = checkpoint_hidden(model.path, self.heldout, self.sequences)
                 loaded: Any = load_model(model.path)
-                lm = torch_lm(loaded.to(best_device()), tokenizer, s.batch_size)
+                lm = torch_lm(loaded.to(best_device()), tokenizer, s.batch_size, context)
             else:
-                opened = stack.enter_context(closing(RUNTIMES[model.runtime](model.path, self.threads, self.heldout.ids.shape[1] + 8)))
+                opened = stack.enter_context(closing(RUNTIMES[model.runtime](model.path, self.threads, max(self.heldout.ids.shape[1] + 8, context))))
                 hidden_NH = torch.cat(opened.hidden_states(self.heldout.ids[: self.sequences, :-1].tolist()))
-                lm = served_lm(opened, head, tokenizer, s.batch_size)
+                lm = served_lm(opened, head, tokenizer, s.batch_size, context)
             write_whole(self._states_path(key), safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
             bits = bits_per_byte(States(hidden_NH, head), self.heldout, self.sequences, tokenizer)
             result = TaskResult({}, [], {})

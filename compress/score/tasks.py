@@ -54,7 +54,6 @@ RULES: dict[str, Callable[[list[float], list[bool], Any], float]] = {
     "greedy": lambda logliks, greedy, gold: float(greedy[0]),
     "mass": lambda logliks, greedy, gold: float(softmax(logliks)[gold].sum()),
 }
-ANSWERS = ("logliks", "choice", "text", "correct", "value")
 _KINDS = {"multiple_choice": "argmax", "loglikelihood": "greedy", "loglikelihood_rolling": "rolling", "generate_until": "text"}
 
 
@@ -203,16 +202,6 @@ def _asked(args: tuple[str, ...]) -> Any:
     return SimpleNamespace(args=args, task_name=None, doc_id=None)
 
 
-def request_row(item: dict[str, Any]) -> dict[str, Any]:
-    """A teacher's item as a bundle's requests.jsonl holds it: the answers are called teacher_logliks, ..."""
-    return {f"teacher_{key}" if key in ANSWERS else key: value for key, value in item.items()}
-
-
-def teacher_item(row: dict[str, Any]) -> dict[str, Any]:
-    """The item of a row of requests.jsonl."""
-    return {key.removeprefix("teacher_"): value for key, value in row.items()}
-
-
 def _summary(items: list[dict[str, Any]]) -> TaskResult:
     result, by_task = TaskResult({}, items, {}), defaultdict(list)
     for item in items:
@@ -265,9 +254,8 @@ def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
     assert yaml_path is not None, "check_tasks comes first"
     manager = TaskManager(include_defaults=False, include_path=str(yaml_path.parent))
     if data_dir is not None:
-        members = [
-            {"task": part} | _overrides(manager.task_index[part].cfg, files) for part, files in _local(name, manager.task_index, data_dir).items()
-        ]
+        index = manager.task_index
+        members = [{"task": part} | _overrides(index[part].cfg, files) for part, files in _local(name, index, data_dir).items()]
         # A group is lm-eval's public way to load registered tasks with some keys changed.
         return dict(manager.load([{"group": "local", "task": members}])["tasks"])
     try:
@@ -298,9 +286,7 @@ def _local(name: str, index: Mapping[str, Any], data_dir: Path) -> dict[str, dic
     group, fields = folder.name if folder.name in GROUPS else None, FIELDS.get(folder.name, "").split()
     files = {path.stem: read_jsonl(path) for path in sorted(folder.glob("*.jsonl"))}
     if not files:
-        config = next(
-            entry.cfg for part, entry in index.items() if part == name or group and part.startswith(f"{group}_") and "test_split" in entry.cfg
-        )
+        config = next(entry.cfg for part, entry in index.items() if part.startswith(name) and entry.kind.name == "TASK")
         splits = ", ".join(f"{config[key]}.jsonl" for key in SPLIT_KEYS if config.get(key))
         raise ValueError(f"{folder} has no <split>.jsonl; the task needs one of {splits} with the hub's fields {', '.join(fields)}")
     for split, rows in files.items():
@@ -317,9 +303,8 @@ def _local(name: str, index: Mapping[str, Any], data_dir: Path) -> dict[str, dic
     wanted = sorted(parts) if name == group else [name]
     for part in wanted:
         if part not in index or part not in parts:
-            raise ValueError(
-                f"{folder}: {part!r} is no task of lm-eval with rows here; its rows say {GROUPS[group]!r}: {', '.join(sorted(parts)[:5])}, ..."
-            )
+            got = f"{GROUPS[group]!r} gives {', '.join(sorted(parts)[:5])}, ..."
+            raise ValueError(f"{folder}: {part!r} is no task of lm-eval with rows here; {got}")
     return {part: dict(parts[part]) for part in wanted}
 
 

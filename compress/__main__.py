@@ -195,17 +195,20 @@ def accept(arguments: list[str]) -> int:
     limits = Budget({name: Limit(**limit) for name, limit in config["budget"]["limits"].items()}, {}, config["budget"]["strict"])
     model = model_of(options.bundle / manifest["judged"])
     print(f"verified; measuring {manifest['judged']} on this machine", file=sys.stderr)
-    how, reference = (Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store), None
+    requests = [json.loads(line) for line in (options.bundle / "requests.jsonl").read_text().splitlines()]
+    if left := sorted({row["task"] for row in requests if row["rule"] == "text"}):
+        print(f"not scored again, because only the task's own code can tell a right answer: {', '.join(left)}", file=sys.stderr)
+    requests = [row for row in requests if row["rule"] != "text"]
+    how, reference = (Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store, requests), None
     try:
         scorer, teacher = session.open_scorer(Teacher(**config["teacher"]), *how)
         if teacher.digest == manifest["teacher"]["digest"]:
-            reference = scorer.measure(teacher)
+            reference = scorer.measure(teacher, tasks=False)
     except ValueError as error:
         print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)
         scorer, _ = session.open_scorer(Teacher(str(options.bundle.absolute() / "hf")), *how)  # for its tokenizer
     measured = scorer.measure(model)
-    items = [json.loads(line) for line in (options.bundle / "teacher_items.jsonl").read_text().splitlines()]
-    paired = paired_scores(measured.items, items, measured.chance) if items else Paired({}, {}, [])
+    paired = paired_scores(measured.items, requests, measured.chance) if requests else Paired({}, {}, [])
     near = scorer.compare(measured, reference) if reference else Paired({}, {}, [])
     scores, intervals = measured.scores | paired.scores | near.scores, measured.intervals | paired.intervals | near.intervals
     return _judge(scores, intervals, limits, "the bundle's recipe set no limits; nothing to accept")

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from compress.budget import ACCURACY, is_accuracy
 from compress.errors import ConfigError, nearest
 from compress.export import formats
+from compress.score.perturb import PERTURBATIONS
 from compress.stages import STAGES
 from compress.track import TRACKERS
 
@@ -71,8 +72,11 @@ class Eval:
     tasks: list[str] = field(default_factory=list)
     data_dir: str | None = None  # a folder <task>/<split>.jsonl for lm-eval's own tasks without a hub
     limit: int | None = None  # items per task
+    num_fewshot: int | None = None  # examples before each item; None: as many as the task itself says. Tasks that fix none get none
+    perturbations: list[str] = field(default_factory=list)  # damages of score/perturb.py: what each costs is reported as drop/TASK@NAME
     stop_early: bool = False  # a student's tasks end once every accuracy limit is decided; the teacher's never
     batch_size: int = 32
+    context_tokens: int = 1024  # that a model sees at once in tasks, in every runtime; what is longer loses its beginning
     heldout_sequences: int = 8
     prompt_tokens: int = 128
     new_tokens: int = 32
@@ -82,10 +86,16 @@ class Eval:
     batch_sizes: list[int] = field(default_factory=list)  # sequences decoded together, for throughput
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "heldout_sequences", "prompt_tokens", "new_tokens", "repeats", "processes", "prompt_lengths", "batch_sizes"):
+        counts = ("batch_size", "context_tokens", "heldout_sequences", "prompt_tokens", "new_tokens", "repeats", "processes")
+        for name in (*counts, "prompt_lengths", "batch_sizes"):
             value = getattr(self, name)
             if min(value if isinstance(value, list) else [value], default=1) < 1:
                 raise ConfigError(f"eval.{name}={value} must be at least 1")
+        for name in self.perturbations:
+            if name not in PERTURBATIONS:
+                raise ConfigError(f"eval.perturbations={name!r} is no perturbation; {nearest(name, PERTURBATIONS)}")
+        if self.stop_early and self.perturbations:
+            raise ConfigError("eval.stop_early=true leaves items out, eval.perturbations needs them all: set one of the two")
 
 
 @dataclass
@@ -123,7 +133,7 @@ class Budget:
     def check(self, eval: Eval) -> None:
         """ConfigError for a limit on a task that is not scored, and for an early stop without a limit that could bring it about."""
         for name, _ in self.all():
-            task = name.partition("/")[2]
+            task = name.partition("/")[2].partition("@")[0]
             if is_accuracy(name) and task and task not in eval.tasks:
                 raise ConfigError(f"budget limit {name!r} is on a task that eval.tasks does not name; {nearest(task, eval.tasks)}")
         if eval.stop_early and not any(is_accuracy(name) for name, _ in self.all()):

@@ -44,13 +44,15 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda v: v.value if isinstance(v, Enum) else str(v)))
 
 
-def open_scorer(teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str) -> tuple[Scorer, Model]:
-    """A scorer outside a run: what `compress score` and `compress accept` use."""
+def open_scorer(
+    teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str, requests: list[dict[str, Any]] | None = None
+) -> tuple[Scorer, Model]:
+    """A scorer outside a run: what `compress score` and, with the bundle's `requests`, `compress accept` use."""
     threads = trainer.threads or machine.available_threads()
     torch.set_num_threads(threads)
     home = Store(Path(store))
     opened = open_teacher(teacher.source, teacher.revision, home, log)
-    return Scorer(home, eval, pack(data.heldout, opened.path, data.seq_len, home.root / "data"), opened.path, threads), opened
+    return Scorer(home, eval, pack(data.heldout, opened.path, data.seq_len, home.root / "data"), opened.path, threads, requests), opened
 
 
 class Session:

@@ -30,7 +30,8 @@ from compress.export.gguf import TYPES, decode_gguf, export_gguf, read_fields
 from compress.export.gguf_tokenizer import PRE_TOKENIZERS
 from compress.quant.grids import GRIDS
 from compress.score.latency import Timing, measure
-from compress.score.llamacpp import LlamaCpp, gguf_head, make_lm
+from compress.score.llamacpp import LlamaCpp, gguf_head
+from compress.score.lm import served_lm
 from compress.score.size import gguf_size
 from compress.teacher import find_packaged, import_gguf
 
@@ -227,7 +228,7 @@ def test_lm_agrees_with_hflm(llama, f16, tied):
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = load_tokenizer(tied)
-    ours = make_lm(llama, gguf_head(f16), tokenizer, batch_size=4)
+    ours = served_lm(llama, gguf_head(f16), tokenizer, batch_size=4)
     theirs = HFLM(pretrained=load_model(tied), tokenizer=tokenizer, max_length=128, batch_size=1)
     pairs = [
         ("The cat sat", " on the mat"),

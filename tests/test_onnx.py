@@ -23,7 +23,7 @@ from compress.export.onnx import decode_onnx, export_onnx, onnx_size
 from compress.export.parity import greedy, strings, top1_beyond_gap
 from compress.score.fidelity import States, closeness
 from compress.score.latency import Timing, measure
-from compress.score.llamacpp import make_lm
+from compress.score.lm import served_lm
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
 from compress.stages.ptq import GridName, Ptq
 from compress.teacher import find_packaged, import_gguf
@@ -222,7 +222,7 @@ def test_lm_eval_scores_with_it_as_with_torch(q4):
     checkpoint, folder = q4
     runtime, tokenizer, model = OnnxRuntime(folder, 1, 64), load_tokenizer(checkpoint), load_model(checkpoint)
     context, answer = ROWS[0, :20].tolist(), ROWS[1, :5].tolist()
-    lm = make_lm(runtime, onnx_head(folder), tokenizer, 2)
+    lm = served_lm(runtime, onnx_head(folder), tokenizer, 2)
     [(logprob, _), (alone, _)] = lm._loglikelihood_tokens([(("", ""), context, answer), (("", ""), context, answer[:1])], disable_tqdm=True)
     with torch.inference_mode():
         log_p = model(torch.tensor([context + answer])).logits[0].log_softmax(-1)

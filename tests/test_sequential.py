@@ -8,16 +8,16 @@ from test_paired import designs, items, true_kept
 from compress.budget import judge
 from compress.config import Limit
 from compress.score import paired, sequential
-from compress.score.tasks import TaskResult, evaluate, make_hf_lm
+from compress.score.tasks import TaskResult, evaluate, rescore
 
 
 def answering(student):
-    """What stands for a model that answered `student` (all its items), and the numbers of items left out at every look."""
-    looks = []
+    """What stands for a model that answered `student` (all its items), and how many items it was asked at every look."""
+    looks, by_key = [], {(item["task"], item["doc_id"]): item for item in student}
 
-    def ask(later):
-        looks.append(len(later))
-        return TaskResult({"acc/a": 0.5, "n/a": len(student), "perplexity/a": 3.0, "word_perplexity/text": 20.0}, student, {"a": 0.25})
+    def ask(rows):
+        looks.append(len(rows))
+        return TaskResult({"acc/a": 0.5}, [by_key[row["task"], row["doc_id"]] for row in rows], {"a": 0.25})
 
     return ask, looks
 
@@ -34,8 +34,9 @@ def test_the_levels_spend_five_percent_by_the_cube_of_the_share():
 def test_a_clear_verdict_stops_at_a_quarter_and_says_so():
     teacher, student = items("a", np.arange(400) % 10 != 0), items("a", np.arange(400) % 10 > 1)
     ask, looks = answering(student)
-    result, level = sequential.until_certain(ask, teacher, {"a": 0.25}, [{"kept": Limit(min=0.3), "size_bytes": Limit(max=1)}, {}])
-    assert looks == [300] and level == sequential.LOOKS[0][1]
+    rest = TaskResult({"word_perplexity/text": 20.0}, [], {})
+    result, level = sequential.until_certain(ask, teacher, {"a": 0.25}, [{"kept": Limit(min=0.3), "size_bytes": Limit(max=1)}, {}], rest)
+    assert looks == [100] and level == sequential.LOOKS[0][1]
     assert result.scores == {"word_perplexity/text": 20.0, "items_left/a": 300}, "scores of half-answered tasks are left out"
     assert len(result.items) == 100 and len({i["doc_id"] for i in result.items}) == 100
     with pytest.raises(ValueError, match="300 items were scored for one model only"):
@@ -55,8 +56,8 @@ def test_as_long_as_a_limit_is_open_all_items_are_asked(limits):
     teacher, student = items("a", np.arange(400) % 10 != 0), items("a", np.arange(400) % 10 > 1)
     ask, looks = answering(student)
     result, level = sequential.until_certain(ask, teacher, {"a": 0.25}, [limits])
-    assert looks == [300, 200, 100, 0] and level == sequential.LOOKS[-1][1]
-    assert result.items == student and result.scores["perplexity/a"] == 3.0
+    assert looks == [100] * 4 and level == sequential.LOOKS[-1][1] and result.scores == {}
+    assert sorted(result.items, key=lambda item: item["doc_id"]) == student
 
 
 def test_a_task_the_teacher_knows_is_not_left_out_because_of_its_first_items():
@@ -64,7 +65,7 @@ def test_a_task_the_teacher_knows_is_not_left_out_because_of_its_first_items():
     teacher = items("a", np.arange(200) % 5 != 0) + items("b", np.arange(200) % 5 < 2)
     ask, looks = answering(items("a", np.zeros(200)) + items("b", np.zeros(200)))
     result, level = sequential.until_certain(ask, teacher, {"a": 0.25, "b": 0.25}, [{"kept": Limit(min=0.9)}])
-    assert looks == [300], "clear enough to stop"
+    assert looks == [100], "clear enough to stop"
     assert paired.paired_scores(result.items, teacher, {"a": 0.25, "b": 0.25}, level, partial=True).excluded == []
 
 
@@ -100,21 +101,21 @@ def test_items_are_saved_where_the_limit_is_far_and_hardly_any_where_it_is_the_t
     assert at_limit > 0.95 and away < 0.75, (at_limit, away)
 
 
-def test_a_model_is_asked_look_by_look_the_prompts_of_the_full_evaluation_and_nothing_twice(tiny_teacher):
-    full = evaluate(make_hf_lm(tiny_teacher, 8), ["grammar", "facts"], 24)
-    lm, asked = make_hf_lm(tiny_teacher, 8), []
-    run = lm.loglikelihood
-    lm.loglikelihood = lambda requests, **how: asked.extend(r.args for r in requests) or run(requests, **how)
-    ask = sequential.asking(lm, lambda: evaluate(lm, ["grammar", "facts"], 24))
-    later = {("facts", number) for number in range(24)}
-    first = [i for i in ask(later).items if i["task"] == "grammar"]
-    assert len(asked) == 24 * 2 and len(first) == 24
-    again = ask(set())
-    assert len(asked) == 24 * 2 + 24 * 4 == len(set(asked))
-    for whole, part in ((full.items, again.items), ([i for i in full.items if i["task"] == "grammar"], first)):
-        for mine, other in zip(whole, part, strict=True):
-            assert (mine["doc_id"], mine["choice"]) == (other["doc_id"], other["choice"])
-            assert mine["logliks"] == pytest.approx(other["logliks"], abs=1e-4)
+def test_items_asked_look_by_look_get_the_answers_of_the_full_evaluation(tiny_teacher):
+    from compress.checkpoint import load_model, load_tokenizer
+    from compress.score.lm import torch_lm
+
+    lm = torch_lm(load_model(tiny_teacher), load_tokenizer(tiny_teacher), 8)
+    full = evaluate(lm, ["grammar", "facts"], 24)
+    result, _ = sequential.until_certain(lambda rows: rescore(lm, rows), full.items, full.chance, [{"kept": Limit(min=2.0)}])
+    mine = {(item["task"], item["doc_id"]): item for item in result.items}
+    assert len(mine) == len(result.items) == 48
+    for item in full.items:
+        other = mine[item["task"], item["doc_id"]]
+        assert other["choice"] == item["choice"] and other["logliks"] == pytest.approx(item["logliks"], abs=1e-4)
+    assert (
+        sequential.asked_in_parts([{"task": "t", "doc_id": 0, "correct": True, "rule": "text"}, {"task": "u", "doc_id": 0, "logliks": [1.0]}]) == {}
+    )
 
 
 def test_a_scorer_stops_a_student_early_beside_its_teacher_and_reads_it_back(tiny_teacher, tmp_path):

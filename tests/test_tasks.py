@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compress.assets import configs_dir
+from compress.checkpoint import load_model, load_tokenizer
 from compress.errors import ConfigError
 from compress.score import tasks
+from compress.score.lm import torch_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "eval"
@@ -45,7 +47,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lm(tiny):
-    return tasks.make_hf_lm(tiny, batch_size=8)
+    return torch_lm(load_model(tiny), load_tokenizer(tiny), 8)
 
 
 def by_hand(tiny, contexts, options, delimiter):
@@ -174,7 +176,7 @@ def test_a_harness_task_reads_its_items_from_data_dir_with_its_own_prompt(tmp_pa
 
 def test_a_single_split_serves_test_and_few_shot_without_the_item_itself(tmp_path):
     write(tmp_path / "arc_easy", "train", arc_rows(4))
-    task = tasks._load("arc_easy", tmp_path)
+    task = tasks._load("arc_easy", tmp_path)["arc_easy"]
     task.set_fewshot_seed(0)
     for doc in task.eval_docs:
         assert task.fewshot_context(doc, num_fewshot=3).count(doc["question"]) == 1
@@ -183,16 +185,8 @@ def test_a_single_split_serves_test_and_few_shot_without_the_item_itself(tmp_pat
 def test_splits_that_are_present_keep_their_part(tmp_path):
     write(tmp_path / "arc_easy", "train", arc_rows(4))
     write(tmp_path / "arc_easy", "validation", arc_rows(2))
-    task = tasks._load("arc_easy", tmp_path)
+    task = tasks._load("arc_easy", tmp_path)["arc_easy"]
     assert len(task.eval_docs) == 2 and len(task.fewshot_docs()) == 4
-
-
-def test_a_missing_item_file_and_a_task_that_is_no_choice_are_refused(tmp_path, lm):
-    with pytest.raises(ValueError, match=r"arc_easy has no <split>.jsonl; .* one of train.jsonl, validation.jsonl, test"):
-        tasks.evaluate(lm, ["arc_easy"], data_dir=tmp_path)
-    write(tmp_path / "gsm8k", "test", [{"question": "1+1?", "answer": "#### 2"}])
-    with pytest.raises(ConfigError, match="gsm8k' is generate_until; only multiple_choice"):
-        tasks.evaluate(lm, ["gsm8k"], data_dir=tmp_path)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the local development data is not beside this checkout")
@@ -200,3 +194,136 @@ def test_a_missing_item_file_and_a_task_that_is_no_choice_are_refused(tmp_path, 
 def test_real_benchmark_files_load_and_score(name, lm):
     result = tasks.evaluate(lm, [name], limit=3, data_dir=SHARED)
     assert result.scores[f"n/{name}"] == 3 and 0.2 <= result.chance[name] <= 0.34
+
+
+ABC = {"text": ["sugar", "stone and sand", "air"], "label": ["A", "B", "C"]}
+TRUE = {"choices": ["Nothing happens.", "You die.", "It is not known."], "labels": [1, 0, 0]}
+ROWS = {  # of every task that may come from data_dir: split, a row by its number
+    "arc_easy": ("test", lambda i: {"question": f"What do {i} plants make?", "choices": ABC, "answerKey": "ABC"[i % 3]}),
+    "arc_challenge": ("test", lambda i: {"question": f"What do {i} plants make?", "choices": ABC, "answerKey": "ABC"[i % 3]}),
+    "openbookqa": ("test", lambda i: {"question_stem": f"{i} plants make", "choices": ABC, "answerKey": "ABC"[i % 3]}),
+    "hellaswag": (
+        "validation",
+        lambda i: {"activity_label": "Cooking", "ctx_a": f"He cuts {i}.", "ctx_b": "he", "endings": ["cries", "sings [title]."], "label": str(i % 2)},
+    ),
+    "piqa": ("validation", lambda i: {"goal": f"Boil {i} eggs", "sol1": "use water", "sol2": "use sand", "label": i % 2}),
+    "winogrande": (
+        "validation",
+        lambda i: {"sentence": f"Ann gave Bo {i} pens because _ had many.", "option1": "Ann", "option2": "Bo", "answer": str(1 + i % 2)},
+    ),
+    "boolq": ("validation", lambda i: {"passage": f"It was {i} degrees.", "question": "was it cold", "label": i % 2}),
+    "lambada_openai": ("test", lambda i: {"text": f"He took {i} apples and ate the last apple"}),
+    "blimp": (
+        "train",
+        lambda i: {"sentence_good": f"The {i} cats sleep.", "sentence_bad": f"The {i} cats sleeps.", "UID": ("passive_1", "causative")[i % 2]},
+    ),
+    "mmlu": (
+        "test",
+        lambda i: {"question": f"What is {i}?", "choices": ["0", "1", "2", "3"], "answer": i % 4, "subject": ["astronomy", "virology"][i % 2]},
+    ),
+    "wikitext": ("test", lambda i: {"page": f" = Page {i} = \n\n It says @-@ very little . \n" * (i + 1)}),
+    "gsm8k": ("test", lambda i: {"question": f"What is {i} plus {i}?", "answer": f"It is twice. #### {2 * i}"}),
+    "truthfulqa_mc1": ("validation", lambda i: {"question": f"What if you eat {i} seeds?", "mc1_targets": TRUE}),
+    "truthfulqa_mc2": ("validation", lambda i: {"question": f"What if you eat {i} seeds?", "mc2_targets": TRUE | {"labels": [1, 0, 1]}}),
+    "crows_pairs_english": ("test", lambda i: {"sent_more": f"The {i} women drive badly.", "sent_less": f"The {i} men drive badly."}),
+}  # fmt: skip
+FIGURE = {"gsm8k": "exact_match,strict-match", "crows_pairs_english": "pct_stereotype,none"}
+
+
+def local(folder, name, n=6):
+    split, row = ROWS[name]
+    write(folder / name, split, [row(i) for i in range(n)])
+
+
+def test_every_task_with_known_fields_is_tested_here():
+    assert ROWS.keys() == tasks.FIELDS.keys()
+    for name, (_, row) in ROWS.items():
+        assert set(tasks.FIELDS[name].split()) <= row(0).keys(), name
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_local_task_scores_as_lm_evals_own_model_and_evaluator_say_and_again_from_its_requests(name, tiny, lm, tmp_path):
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    local(tmp_path, name)
+    result = tasks.evaluate(lm, [name], data_dir=tmp_path, num_fewshot=1)
+    assert len(json.loads(json.dumps(result.items))) == 6 and [item["doc_id"] for item in result.items] == list(range(6))
+    parts = tasks._load(name, tmp_path)
+    for task in parts.values():
+        task.set_config("num_fewshot", 0 if task.get_config("num_fewshot") == 0 else 1)
+        task.set_fewshot_seed(1234)
+    theirs = lm_eval.evaluate(
+        HFLM(pretrained=load_model(tiny), tokenizer=load_tokenizer(tiny), batch_size=4, device="cpu"), {"tasks": parts}, bootstrap_iters=0
+    )
+    figures = ["word_perplexity,none", "byte_perplexity,none", "bits_per_byte,none"] if name == "wikitext" else [FIGURE.get(name, "acc,none")]
+    for figure in figures:
+        expected = sum(of[figure] for of in theirs["results"].values()) / len(theirs["results"])
+        key = figure.partition(",")[0].replace("exact_match", "acc")
+        assert result.scores[f"{key}/{name}"] == pytest.approx(expected, rel=1e-4), figure
+    samples = [sample for own in theirs["samples"].values() for sample in own if sample["filter"] in ("none", "strict-match")]
+    for item, sample in zip(result.items, samples, strict=True):
+        if name == "gsm8k":
+            assert item["text"] == sample["filtered_resps"][0] and "####" in item["gold"]
+            continue
+        answers = [a if name == "wikitext" else a[0] for a in sample["filtered_resps"]]
+        assert item["logliks"] == pytest.approx(answers, abs=2e-3)
+    again = tasks.rescore(lm, json.loads(json.dumps(result.items)))
+    if name == "gsm8k":
+        assert again.items == []  # its filter is the task's own code
+    else:
+        assert again.scores == pytest.approx(result.scores) and again.chance == pytest.approx(result.chance)
+
+
+def test_few_shot_examples_come_before_every_item_unless_the_task_fixes_none(lm, tmp_path):
+    for name in ("arc_easy", "blimp", "mmlu"):
+        local(tmp_path, name)
+    result = tasks.evaluate(lm, ["arc_easy", "blimp", "mmlu"], data_dir=tmp_path, num_fewshot=2)
+    for item in result.items:
+        expected = {"arc_easy": 3, "blimp": 0, "mmlu": 3}[item["task"]]
+        assert item["context"].count("Answer:") == expected, item
+    assert "about astronomy" in result.items[12]["context"] and "about virology" in result.items[17]["context"]
+
+
+def test_a_limit_is_spread_over_all_paradigms_and_one_paradigm_can_be_had_by_itself(lm, tmp_path):
+    local(tmp_path, "blimp", 20)
+    assert [item["doc_id"] for item in tasks.evaluate(lm, ["blimp"], limit=4, data_dir=tmp_path).items] == [0, 5, 10, 15]
+    alone = tasks.evaluate(lm, ["blimp_causative"], data_dir=tmp_path)
+    assert alone.scores["n/blimp_causative"] == 10 and [item["choices"][0] for item in alone.items[:2]] == [
+        " The 1 cats sleep.",
+        " The 3 cats sleep.",
+    ]
+    write(tmp_path / "blimp", "train", [{"sentence_good": "a", "sentence_bad": "b", "UID": "new_1"}])
+    with pytest.raises(ValueError, match="'blimp_new_1' is no task of lm-eval with rows here; 'UID' gives blimp_new_1"):
+        tasks.evaluate(lm, ["blimp"], data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_missing_file_is_named_with_the_fields_it_needs_and_a_row_with_the_field_it_lacks(name, lm, tmp_path):
+    fields = tasks.FIELDS[name].split()
+    with pytest.raises(ValueError, match=rf"{name} has no <split>.jsonl; the task needs one of .*\.jsonl with the hub's fields {', '.join(fields)}"):
+        tasks.evaluate(lm, [name], data_dir=tmp_path)
+    split, row = ROWS[name]
+    write(tmp_path / name, split, [row(0), {key: value for key, value in row(1).items() if key != fields[-1]}])
+    with pytest.raises(ValueError, match=rf"{split}\.jsonl, line 2: the field '{fields[-1]}' is missing; task {name} needs {', '.join(fields)}"):
+        tasks.evaluate(lm, [name], data_dir=tmp_path)
+
+
+def test_perturbed_contexts_are_scored_and_tasks_without_one_are_named(lm, tmp_path, caplog):
+    for name in ("arc_easy", "blimp", "winogrande"):
+        local(tmp_path, name, 12)
+    result = tasks.evaluate(lm, ["arc_easy", "blimp", "winogrande"], data_dir=tmp_path, perturbations=["typos", "truncation"])
+    assert "for want of a context before choices: blimp" in caplog.text
+    for name in ("typos", "truncation"):
+        for task in ("arc_easy", "winogrande"):
+            assert result.scores[f"drop/{task}@{name}"] == result.scores[f"acc/{task}"] - result.scores[f"acc/{task}@{name}"]
+        assert f"acc/blimp@{name}" not in result.scores
+    assert len(result.items) == 36 and result.scores == tasks.evaluate(
+        lm, ["arc_easy", "blimp", "winogrande"], data_dir=tmp_path, perturbations=["typos", "truncation"]
+    ).scores  # fmt: skip
+
+
+def test_drift_is_the_students_figure_less_the_teachers():
+    student = {"pct_stereotype/crows_pairs_english": 0.5, "acc/truthfulqa_mc2": 0.25, "acc/arc_easy": 0.1}
+    teacher = {"pct_stereotype/crows_pairs_english": 0.625, "acc/truthfulqa_mc2": 0.125, "acc/truthfulqa_mc1": 0.3, "acc/arc_easy": 0.2}
+    assert tasks.drift(student, teacher) == {"drift/crows_pairs_english": -0.125, "drift/truthfulqa_mc2": 0.125}

@@ -4,7 +4,8 @@ hf/               the checkpoint as a plain Hugging Face directory
 model-TYPE.gguf, compressed_tensors/   the same weights as the recipe's `export.files` says (export/formats.py)
 README.md         model card: score table, verdicts, lineage, licences
 manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
-teacher_items.jsonl  the teacher's answers, so that accuracy kept can be measured again
+requests.jsonl    every scored item as it was put to the teacher (context, choices, gold) and what it answered (logliks), so that accuracy
+                  kept can be measured again without any task's code
 SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
 """
 
@@ -34,7 +35,7 @@ def write_bundle(final: Path, run: Run, checkpoint: Path, files: list[Any], teac
     source = json.loads((teacher.path / "source.json").read_text()) if (teacher.path / "source.json").is_file() else {}
     origin = {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest} | source
     first = next(r for r in run.records if r["slot"] == "teacher")
-    shutil.copyfile(run.path / f"{first['index']:02d}-teacher" / "items.jsonl", part / "teacher_items.jsonl")
+    shutil.copyfile(run.path / f"{first['index']:02d}-teacher" / "items.jsonl", part / "requests.jsonl")
     judged = files[0].record if files else run.final
     manifest = {
         "schema": 1, "run": run.info["name"], "budget": "PASS" if passed else "FAIL", "teacher": origin, "config": run.info["config"],

@@ -6,7 +6,7 @@ kernels (which quantize activations to 8 bits); only the head's product is done 
 go in as token ids: no BOS is added and ids are those of the torch side. The server listens on a free port of 127.0.0.1 inside this process.
 
 Cost: the server computes the head for every position (about a fifth of the time for SmolLM2) and writes JSON (2%). A causal state depends
-on nothing to its right, so of prompts that begin alike only the longest is run. torch and lm_eval are imported where they are needed:
+on nothing to its right, so of prompts that begin alike only the longest is run. torch is imported where it is needed:
 `python -m compress.score.latency` measures peak memory.
 
 Shapes: L length, H hidden, V vocabulary, N answer tokens.
@@ -149,73 +149,6 @@ def gguf_head(gguf: Path) -> Head:
     if tensor is None:
         raise ValueError(f"{gguf}: neither output.weight nor token_embd.weight is in it")
     return Head(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True)))
-
-
-def make_lm(llama: Any, head: Head, tokenizer: Any, batch_size: int) -> Any:
-    """An lm_eval `LM` that scores with `llama`, a LlamaCpp or an OnnxRuntime; logits only where answers are. `head` as decoded, an HF `tokenizer`.
-
-    `batch_size` (requests between two updates of the progress bar) does not change scores.
-    """
-    import torch
-    from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
-    from tqdm import tqdm
-
-    class LlamaCppLM(TemplateLM):
-        @property
-        def eot_token_id(self) -> int:
-            return int(tokenizer.eos_token_id)
-
-        @property
-        def prefix_token_id(self) -> int:
-            return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            if add_special_tokens is None:
-                add_special_tokens = not string.startswith(tokenizer.decode(self.prefix_token_id))
-            return list(tokenizer.encode(string, add_special_tokens=add_special_tokens))
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
-            order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # equal beginnings meet
-            results = [(0.0, False)] * len(requests)
-            bar = tqdm(total=len(order), desc="log-likelihoods", disable=disable_tqdm)
-            for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-                inputs = [(requests[i][1] + requests[i][2])[-llama.ctx_len - 1 : -1] for i in chunk]
-                for i, states in zip(chunk, llama.hidden_states(inputs), strict=True):
-                    answer_N = torch.tensor(requests[i][2])
-                    logits_NV = head.logits(states[-len(answer_N) :])
-                    picked_N = logits_NV.gather(1, answer_N[:, None])[:, 0] - logits_NV.logsumexp(1)
-                    results[i] = float(picked_N.sum()), bool((logits_NV.argmax(1) == answer_N).all())
-                bar.update(len(chunk))
-            bar.close()
-            return results
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            windows, owners = [], []
-            for i, request in enumerate(requests):
-                ids = self.tok_encode(request.args[0])
-                for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, llama.ctx_len, 1):
-                    windows.append((("", ""), *utils.make_disjoint_window(window)))
-                    owners.append(i)
-            totals = [0.0] * len(requests)
-            for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
-                totals[i] += logprob
-            return totals
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            texts = []
-            for context, options in tqdm([r.args for r in requests], desc="generation", disable=disable_tqdm):
-                if options.get("do_sample") or options.get("temperature"):
-                    raise ValueError(f"generation options {options}: only greedy decoding is offered")
-                n = int(options.get("max_gen_toks", 256))
-                until = options.get("until") or []
-                ids = self.tok_encode(context)[-max(1, llama.ctx_len - n) :]
-                texts.append(llama.generate(ids, n, [until] if isinstance(until, str) else until))
-            return texts
-
-    lm: Any = LlamaCppLM()
-    lm.tokenizer, lm.max_length, lm.batch_size = tokenizer, llama.ctx_len, batch_size
-    return lm
 
 
 def timer(gguf: Path, threads: int) -> tuple[Callable[[int, int, int], list[float]], int]:

@@ -21,7 +21,7 @@ import torch
 from compress import __version__, machine
 from compress.assets import configs_dir
 from compress.budget import is_accuracy
-from compress.checkpoint import Model, best_device, load_tokenizer, read_config, tokenizer_digest
+from compress.checkpoint import Model, best_device, load_model, load_tokenizer, read_config, tokenizer_digest
 from compress.config import Eval
 from compress.export import formats
 from compress.export.onnx import onnx_size
@@ -29,12 +29,12 @@ from compress.export.parity import parity
 from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, ratio_interval, text_intervals
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
-from compress.score.llamacpp import LlamaCpp, gguf_head, make_lm
+from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
 from compress.score.paired import Paired, accuracy, paired_scores
-from compress.score.sequential import asking, until_certain
+from compress.score.sequential import NOTHING, asked_in_parts, until_certain
 from compress.score.size import gguf_size, size
-from compress.score.tasks import TaskResult, evaluate, make_hf_lm
+from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.data import Packed
 
@@ -62,15 +62,20 @@ class Measured:
 class Scorer:
     """Scores models by the settings of an `Eval`; finished ones are read back by settings, tasks' files, text, threads and machine."""
 
-    def __init__(self, store: Store, settings: Eval, heldout: Packed, tokenizer_dir: Path, threads: int) -> None:
+    def __init__(
+        self, store: Store, settings: Eval, heldout: Packed, tokenizer_dir: Path, threads: int, requests: list[dict[str, Any]] | None = None
+    ) -> None:
+        """`requests`: a bundle's rendered items, scored instead of the settings' tasks."""
         self.store, self.settings, self.heldout, self.tokenizer_dir, self.threads = store, settings, heldout, tokenizer_dir, threads
+        self.requests = requests
         self.sequences = min(settings.heldout_sequences, len(heldout.ids))
         if self.sequences < 2:
             raise ValueError(f"data.heldout holds {len(heldout.ids)} row; an interval needs at least 2: add text or lower data.seq_len")
         self.data_dir = Path(settings.data_dir).expanduser() if settings.data_dir else None
-        folders = [place / name for place in (configs_dir() / "tasks", self.data_dir) if place for name in settings.tasks]
+        folders = [local_folder(name, place) for place in (configs_dir() / "tasks", self.data_dir) if place for name in settings.tasks]
         own = vars(settings) | {
             "tasks": tuple(settings.tasks), "data_dir": self.data_dir, "threads": threads,
+            "requests": requests and sha256_json(requests),
             "tasks_digest": sha256_json({folder.name: file_table(folder) for folder in folders if folder.is_dir()}),
             "machine": sha256_json(machine.describe(threads))[:16],
         }  # fmt: skip
@@ -117,7 +122,8 @@ class Scorer:
         if not student.items:
             return near
         paired = paired_scores(student.items, teacher.items, teacher.chance, student.level, partial=self.settings.stop_early)
-        return Paired(near.scores | paired.scores, near.intervals | paired.intervals, paired.excluded)
+        scores = near.scores | paired.scores | drift(student.scores, teacher.scores)
+        return Paired(scores, near.intervals | paired.intervals, paired.excluded)
 
     def _states_path(self, key: str) -> Path:
         return self.store.root / "scores" / f"{key}.states.safetensors"
@@ -126,21 +132,22 @@ class Scorer:
         return States(safetensors.torch.load_file(self._states_path(measured.key))["hidden"], HEADS[measured.model.runtime](measured.model.path))
 
     def _own_scores(self, model: Model, key: str, tasks: list[str], early: tuple[Any, ...] | None) -> dict[str, Any]:
+        from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
+
         s, head, tokenizer = self.settings, HEADS[model.runtime](model.path), load_tokenizer(self.tokenizer_dir)
+        context = min(s.context_tokens, read_config(self.tokenizer_dir).get("max_position_embeddings") or s.context_tokens)  # in every runtime
         with ExitStack() as stack:
             if model.runtime == "torch":
                 hidden_NH = checkpoint_hidden(model.path, self.heldout, self.sequences)
-                lm = partial(make_hf_lm, model.path, s.batch_size, str(best_device()))
+                loaded: Any = load_model(model.path)
+                lm = torch_lm(loaded.to(best_device()), tokenizer, s.batch_size, context)
             else:
-                opened = stack.enter_context(closing(RUNTIMES[model.runtime](model.path, self.threads, self.heldout.ids.shape[1] + 8)))
+                opened = stack.enter_context(closing(RUNTIMES[model.runtime](model.path, self.threads, max(self.heldout.ids.shape[1] + 8, context))))
                 hidden_NH = torch.cat(opened.hidden_states(self.heldout.ids[: self.sequences, :-1].tolist()))
-                lm = partial(make_lm, opened, head, tokenizer, s.batch_size)
+                lm = served_lm(opened, head, tokenizer, s.batch_size, context)
             write_whole(self._states_path(key), safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
             bits, spread = bits_per_byte(States(hidden_NH, head), self.heldout, self.sequences, tokenizer)
-            result, level = TaskResult({}, [], {}), 0.95
-            if tasks:
-                score = partial(evaluate, opened_lm := lm(), tasks, s.limit, self.data_dir)
-                result, level = until_certain(asking(opened_lm, score), *early) if early else (score(), level)
+            result, level = self._tasks(lm, tasks, early)
         own = accuracy(result.items, level)
         longest = read_config(self.tokenizer_dir).get("max_position_embeddings", math.inf) - s.new_tokens
         lengths = tuple(length for length in s.prompt_lengths if length <= longest)
@@ -149,3 +156,15 @@ class Scorer:
         scores = {"bits_per_byte/heldout": bits, "heldout_rows": self.sequences} | result.scores | own.scores | SIZES[model.runtime](model.path)
         intervals = {"bits_per_byte/heldout": spread} | own.intervals | text_intervals(result.items) | timed["intervals"]
         return timed | {"scores": scores | timed["scores"], "intervals": intervals, "level": level, "items": result.items, "chance": result.chance}
+
+    def _tasks(self, lm: Any, tasks: list[str], early: tuple[Any, ...] | None) -> tuple[TaskResult, float]:
+        """What `lm` answers, and the level of the intervals over items."""
+        s = self.settings
+        score = partial(evaluate, lm, limit=s.limit, data_dir=self.data_dir, num_fewshot=s.num_fewshot, perturbations=s.perturbations)
+        if tasks and self.requests is not None:
+            return rescore(lm, self.requests), 0.95
+        if early is None:
+            return (score(tasks) if tasks else NOTHING), 0.95
+        items, chance, limits = early
+        whole = [task for task in tasks if task not in asked_in_parts(items)]
+        return until_certain(partial(rescore, lm), items, chance, limits, score(whole) if whole else NOTHING)

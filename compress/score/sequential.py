@@ -20,7 +20,6 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from compress.budget import INCONCLUSIVE, is_accuracy, judge
@@ -28,53 +27,34 @@ from compress.score.paired import Items, accuracy, paired_scores
 from compress.score.tasks import TaskResult
 
 LOOKS = ((0.25, 0.999219), (0.5, 0.994227), (0.75, 0.981693), (1.0, 0.957572))  # share of the items, level; tests derive them again
-Key = tuple[str, int]  # a task, and the number of one of its items in their order
-NO_ANSWER = {"loglikelihood": (math.nan, False), "loglikelihood_rolling": math.nan, "generate_until": ""}
+NOTHING = TaskResult({}, [], {})
+
+
+def asked_in_parts(items: Items) -> dict[str, list[Any]]:
+    """Items by task that can be asked one by one, in the order drawn for them: those with choices, which are right or wrong."""
+    rows: dict[str, list[Any]] = defaultdict(list)
+    for item in sorted(items, key=lambda item: item["doc_id"]):
+        if "correct" in item and item.get("rule") != "text":
+            rows[item["task"]].append(item)
+    return {task: random.Random(task).sample(own, len(own)) for task, own in rows.items()}
 
 
 def until_certain(
-    ask: Callable[[set[Key]], TaskResult], teacher_items: Items, chance: Mapping[str, float], limits: Sequence[Mapping[str, Any]]
-) -> tuple[TaskResult, float]:
-    """What `ask(items left out)` gives at the look that decides every accuracy limit in `limits`, and that look's level.
-
-    In the result of an early stop, items_left/<task> counts those not asked; no other score of these tasks is in it, only their items.
-    """
-    docs: dict[str, list[int]] = defaultdict(list)
-    for item in sorted((item for item in teacher_items if "correct" in item), key=lambda item: item["doc_id"]):
-        docs[item["task"]].append(item["doc_id"])
-    order = {task: random.Random(task).sample(range(len(ids)), len(ids)) for task, ids in docs.items()}
+    ask: Callable[[list[Any]], TaskResult], teacher_items: Items, chance: Mapping[str, float], limits: Sequence[Mapping[str, Any]],
+    rest: TaskResult = NOTHING,
+) -> tuple[TaskResult, float]:  # fmt: skip
+    """What is known at the look that decides every accuracy limit in `limits`, and that look's level. `ask(rows)` scores items of the teacher's
+    anew (`score/tasks.py`, rescore), `rest` holds the student's other tasks. After an early stop, items_left/<task> counts those not asked."""
+    rows = asked_in_parts(teacher_items)
     wanted = [{name: limit for name, limit in some.items() if is_accuracy(name)} for some in limits]
+    items, done, left = list(rest.items), dict.fromkeys(rows, 0), {}
     for share, level in LOOKS:
-        later = {(task, number) for task, numbers in order.items() for number in numbers[math.ceil(share * len(numbers)) :]}
-        result, left_out = ask(later), {(task, docs[task][number]) for task, number in later}
-        items = [item for item in result.items if (item["task"], item["doc_id"]) not in left_out]
-        assert not any(math.isnan(loglik) for item in items for loglik in item.get("logliks", ())), "an item was taken for one left out"
+        upto = {task: math.ceil(share * len(own)) for task, own in rows.items()}
+        items += ask([row for task, own in rows.items() for row in own[done[task] : upto[task]]]).items
+        done, left = upto, {f"items_left/{task}": len(own) - upto[task] for task, own in rows.items() if upto[task] < len(own)}
         own, paired = accuracy(items, level), paired_scores(items, teacher_items, chance, level, partial=True)
         scores, intervals = own.scores | paired.scores, own.intervals | paired.intervals
         words = {verdict["verdict"] for some in wanted for verdict in judge(scores, intervals, some, enforced=False)}
-        if later and words and INCONCLUSIVE not in words:
-            others = {name: value for name, value in result.scores.items() if name.partition("/")[2].partition("@")[0] not in order}
-            left = {f"items_left/{task}": sum(key[0] == task for key in later) for task in order}
-            return TaskResult(others | left, items, result.chance), level
-    return result, level
-
-
-def asking(lm: Any, evaluate: Callable[[], TaskResult]) -> Callable[[set[Key]], TaskResult]:
-    """`ask` for `until_certain`: lm-eval builds all prompts at every look, for few-shot examples depend on the items before, but requests of
-    items left out get no answer at once, and none runs twice. `evaluate` scores `lm`, whose three request methods are replaced."""
-    methods, known = {kind: getattr(lm, kind) for kind in NO_ANSWER}, dict[Any, Any]()
-
-    def ask(left_out: set[Key]) -> TaskResult:
-        for kind, run in methods.items():
-            setattr(lm, kind, partial(_answers, kind, run, known, left_out))
-        return evaluate()
-
-    return ask
-
-
-def _answers(kind: str, run: Callable[..., list[Any]], known: dict[Any, Any], left_out: set[Key], requests: list[Any], **how: Any) -> list[Any]:
-    keys = [(kind, *map(str, request.args)) for request in requests]  # lm-eval numbers a task's items, whichever were chosen, from 0
-    new = {k: r for k, r in zip(keys, requests, strict=True) if k not in known and (r.task_name, r.doc_id) not in left_out}
-    if new:
-        known.update(zip(new, run(list(new.values()), **how), strict=True))
-    return [known.get(key, NO_ANSWER[kind]) for key in keys]
+        if words and INCONCLUSIVE not in words:
+            break
+    return TaskResult(rest.scores | left, items, dict(chance)), level

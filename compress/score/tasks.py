@@ -1,14 +1,19 @@
-"""Multiple-choice tasks through lm-eval: which option does the model find most likely? The only file importing lm_eval.
+"""Tasks through lm-eval, and scored items as plain rows that can be scored again without any task's code.
 
-For an item with context x and options y_1..y_K, the score of an option is log p(y_k | x) summed over its tokens; the choice is the
-argmax, `acc` the share of right choices, `acc_stderr` = sqrt(acc (1 - acc) / (n - 1)) (what lm-eval reports).
+For an item with context x and options y_1..y_K the choice is argmax_k log p(y_k | x), `acc` the share of right choices, `acc_stderr` =
+sqrt(acc (1 - acc) / (n - 1)) (what lm-eval reports). A last word is right when greedy decoding would write it, a written answer when the task's
+first filter finds the reference in it. Documents of s nats, w words and b bytes in all give
+
+    word_perplexity = exp(s / w)    byte_perplexity = exp(s / b)    bits_per_byte = s / (b ln 2)
+
+truthfulqa_mc2 (share of probability on true answers, its `acc`) and crows_pairs (share of pairs whose stereotype is the likelier sentence) have a
+figure that is no accuracy above chance. Theirs, and truthfulqa_mc1's, are reported as drift/<task> = student's figure - teacher's.
 
 Where a task comes from, in this order: the embedded ones (`configs/tasks/<task>/`, YAML in lm-eval's format read as plain data: a YAML
-naming code is refused); a folder `data_dir` laid out `<task>/<split>.jsonl` with the prompts of lm-eval's own task; the hub, through
-lm-eval's own task. Only the folder of a named task is indexed, never lm-eval's 14,000 files.
+naming code is refused); a folder `data_dir` laid out `<task>/<split>.jsonl` with prompts and scoring of lm-eval's own task; the hub, through
+lm-eval's own task. blimp and mmlu are one task each here. Only the folder of a named task is indexed, never lm-eval's 14,000 files.
 
-Scores depend on batch size and dtype: the caller fixes the one, the other is fp32. Nothing is cached here: lm-eval's own cache is keyed
-by the request without the model. Left out: generation tasks, task groups.
+Scores depend on batch size and dtype: the caller fixes both. Nothing is cached here: lm-eval's own cache is keyed by the request without the model.
 """
 
 import difflib
@@ -18,21 +23,46 @@ import json
 import logging
 import math
 import re
-import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
+from scipy.special import softmax
 
 from compress.assets import configs_dir
 from compress.errors import ConfigError
+from compress.score.perturb import perturbed
 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")
+_CHOICES, _TRUTHFUL = "question choices answerKey", "question {}_targets"
+FIELDS: dict[str, str] = {  # of a row, as on the hub
+    "arc_easy": _CHOICES, "arc_challenge": _CHOICES, "openbookqa": "question_stem choices answerKey", "boolq": "passage question label",
+    "hellaswag": "activity_label ctx_a ctx_b endings label", "piqa": "goal sol1 sol2 label", "winogrande": "sentence option1 option2 answer",
+    "lambada_openai": "text",
+    "blimp": "sentence_good sentence_bad UID", "mmlu": "question choices answer subject", "wikitext": "page", "gsm8k": "question answer",
+    "truthfulqa_mc1": _TRUTHFUL.format("mc1"), "truthfulqa_mc2": _TRUTHFUL.format("mc2"), "crows_pairs_english": "sent_more sent_less",
+}  # fmt: skip
+GROUPS = {"blimp": "UID", "mmlu": "subject"}  # tasks of lm-eval that are one file here: <group>_<what this field says>
+DRIFTS = {"truthfulqa_mc1": "acc", "truthfulqa_mc2": "acc", "crows_pairs_english": "pct_stereotype"}
+# How an item's own figure follows from the log-likelihoods and greediness of its choices and from its gold.
+RULES: dict[str, Callable[[list[float], list[bool], Any], float]] = {
+    "argmax": lambda logliks, greedy, gold: float(np.argmax(logliks) in np.atleast_1d(gold)),
+    "greedy": lambda logliks, greedy, gold: float(greedy[0]),
+    "mass": lambda logliks, greedy, gold: float(softmax(logliks)[gold].sum()),
+}
+_KINDS = {"multiple_choice": "argmax", "loglikelihood": "greedy", "loglikelihood_rolling": "rolling", "generate_until": "text"}
 
 
 class TaskResult(NamedTuple):
-    """`scores`: acc/<task>, acc_stderr/<task>, n/<task>. `items`: a dict each (task, doc_id, correct, choice, logliks). `chance`: of guessing."""
+    """`scores`: acc/<task>, acc_stderr/<task>, n/<task>, or the task's own figures. `chance`: accuracy of guessing.
+
+    `items`: a dict each. What was asked: task, doc_id, rule, context (one, or one a choice), choices, gold. What came: logliks, choice, text, and
+    correct, value, or words and bytes.
+    """
 
     scores: dict[str, float]
     items: list[dict[str, Any]]
@@ -50,10 +80,9 @@ def check_tasks(names: Sequence[str]) -> None:
     for name in names:
         if name not in embedded and not _harness_yaml(name):
             theirs = [path.stem for path in _harness_root().rglob("*.yaml")]  # lm-eval calls its files like its tasks
-            near = difflib.get_close_matches(name, [*embedded, *theirs], n=3, cutoff=0.6)
+            near = difflib.get_close_matches(name, [*embedded, *FIELDS, *theirs], n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            allowed = f"embedded: {', '.join(embedded)}; or any multiple-choice task of lm-eval by its name"
-            raise ConfigError(f"unknown task {name!r}; {hint}{allowed}")
+            raise ConfigError(f"unknown task {name!r}; {hint}allowed: embedded: {', '.join(embedded)}; or any task of lm-eval by its name")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -69,73 +98,170 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def make_hf_lm(model_dir: Path, batch_size: int, device: str = "cpu") -> Any:
-    """lm-eval's `hf` model over a checkpoint directory, in fp32 with a fixed batch size."""
-    from compress.checkpoint import load_model, load_tokenizer
+def evaluate(
+    lm: Any, tasks: Sequence[str], limit: int | None = None, data_dir: Path | None = None, *, num_fewshot: int | None = None,
+    perturbations: Sequence[str] = (),
+) -> TaskResult:  # fmt: skip
+    """Score an lm-eval model on `limit` items of each task, evenly spaced over its file.
 
-    _quiet()
-    from lm_eval.models.huggingface import HFLM
-
-    model: Any = load_model(model_dir)
-    return HFLM(pretrained=model.to(device), tokenizer=load_tokenizer(model_dir), batch_size=batch_size, device=device)
-
-
-def evaluate(lm: Any, tasks: Sequence[str], limit: int | None = None, data_dir: Path | None = None) -> TaskResult:
-    """Score an lm-eval model on `limit` items of each task, evenly spaced over its file. Refuses (ValueError) before the model runs."""
+    `num_fewshot` examples stand before each item unless the task fixes none. `perturbations` (names of score/perturb.py) add acc/<task>@<name> and
+    drop/<task>@<name>. Refuses (ValueError) before the model runs.
+    """
     check_tasks(tasks)
-    _quiet()
+    for name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # speak only when something is wrong
+    loaded = {name: _load(name, data_dir) for name in tasks}
+    items = []
+    for name, parts in loaded.items():
+        for task in parts.values():
+            own = task.get_config("num_fewshot")
+            task.set_config("num_fewshot", own or 0 if num_fewshot is None or own == 0 else num_fewshot)
+            task.set_fewshot_seed(1234)  # lm-eval's own default
+        n = sum(len(task.eval_docs) for task in parts.values())
+        # Evenly spaced: files are often sorted by kind, and their first items are no sample.
+        even = [i * n // limit for i in range(limit)] if limit and limit < n else None
+        items += _score(lm, name, parts, even)
+    return _summary(items) if not perturbations else _with_perturbations(lm, _summary(items), perturbations)
+
+
+def _score(lm: Any, name: str, parts: dict[str, Any], chosen: Sequence[int] | None) -> list[dict[str, Any]]:
+    """Items of one task, made of lm-eval's tasks `parts`; doc_id counts through all of them."""
     import lm_eval
     import lm_eval.api.task
     from tqdm import tqdm
 
-    loaded = {name: _load(name, data_dir) for name in tasks}
-    for task in loaded.values():
-        task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
-        task.set_fewshot_seed(1234)  # lm-eval's own default
+    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None)  # bars redraw themselves; a log file wants lines
+    starts = dict(zip(parts, np.cumsum([0, *(len(task.eval_docs) for task in parts.values())]).tolist(), strict=False))
+    picked = None
+    if chosen is not None:
+        picked = {part: [i - starts[part] for i in chosen if 0 <= i - starts[part] < len(task.eval_docs)] for part, task in parts.items()}
+        picked = {part: docs for part, docs in picked.items() if docs}
+        parts = {part: parts[part] for part in picked}
     # Not simple_evaluate: around this same call it reseeds Python, numpy and torch, and runs git and lscpu every time.
-    if not sys.stderr.isatty():  # bars redraw themselves; a log file wants lines
-        lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=True)
-        lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
-    counts = {name: len(task.eval_docs) for name, task in loaded.items()}
-    # Evenly spaced: files are often sorted by kind, and their first items are no sample.
-    chosen = {name: [i * n // min(limit, n) for i in range(min(limit, n))] for name, n in counts.items()} if limit else None
-    output = lm_eval.evaluate(lm, {"tasks": loaded}, samples=chosen, bootstrap_iters=0, log_samples=True)
-    result = TaskResult({}, [], {})
-    for task, samples in output["samples"].items():
-        items = []
-        for sample in sorted(samples, key=lambda s: s["doc_id"]):
-            logliks = [float(response[0]) for response in sample["filtered_resps"]]
-            item = {"task": task, "doc_id": sample["doc_id"], "correct": bool(sample["acc"])}
-            items.append(item | {"choice": logliks.index(max(logliks)), "logliks": logliks})
-        n, acc = len(items), sum(i["correct"] for i in items) / len(items)
-        result.scores.update({f"acc/{task}": acc, f"acc_stderr/{task}": math.sqrt(acc * (1 - acc) / max(n - 1, 1)), f"n/{task}": n})
-        result.chance[task] = sum(1 / len(i["logliks"]) for i in items) / n
-        result.items.extend(items)
+    output = lm_eval.evaluate(lm, {"tasks": parts}, samples=picked, bootstrap_iters=0, log_samples=True)
+    items = []
+    for part, task in parts.items():
+        first = next(iter(task.instances[0].filtered_resps))  # lm-eval scores by each filter; the first counts
+        found = sorted((s for s in output["samples"][part] if s["filter"] == first), key=lambda s: s["doc_id"])
+        items += [{"task": name, "doc_id": starts[part] + sample["doc_id"]} | _item(name, task, sample) for sample in found]
+    return items
+
+
+def _item(name: str, task: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """What was asked and what came of it, in JSON's types."""
+    doc, arguments, answers = sample["doc"], sample["arguments"], sample["filtered_resps"]
+    rule = "mass" if name == "truthfulqa_mc2" else _KINDS[task.OUTPUT_TYPE]
+    if rule == "rolling":
+        (_, words), (loglik, count) = sample["word_perplexity"], sample["byte_perplexity"]
+        return {"rule": rule, "context": "", "choices": [arguments[0][0]], "logliks": [loglik], "words": words, "bytes": count}
+    if rule == "text":
+        asked = {"rule": rule, "context": arguments[0][0], "choices": [], "gold": sample["target"]}
+        return asked | {"text": answers[0], "correct": bool(sample["exact_match"] if "exact_match" in sample else sample["acc"])}
+    gold = task.doc_to_text(doc) if task.multiple_input else sample["target"]
+    if rule == "mass":
+        gold = [i for i, label in enumerate(doc["mc2_targets"]["labels"]) if label == 1]
+    elif rule == "greedy":
+        gold = 0
+    elif isinstance(gold, str):
+        gold = task.doc_to_choice(doc).index(gold)
+    contexts = list(dict.fromkeys(context for context, _ in arguments))
+    context = contexts[0] if len(contexts) == 1 else [context for context, _ in arguments]
+    asked = {"rule": rule, "context": context, "choices": [choice for _, choice in arguments], "gold": gold}
+    return asked | _judged(name, [float(a[0]) for a in answers], float(sample[DRIFTS.get(name, "acc")]), rule)
+
+
+def _judged(name: str, logliks: list[float], value: float, rule: str) -> dict[str, Any]:
+    own = rule == "mass" or DRIFTS.get(name, "acc") != "acc"
+    return {"logliks": logliks, "choice": logliks.index(max(logliks))} | ({"value": value} if own else {"correct": bool(value)})
+
+
+def rescore(lm: Any, rows: Sequence[dict[str, Any]]) -> TaskResult:
+    """Score rendered items again: dicts as in `TaskResult.items`, whose answers are not looked at. No task is loaded. Written answers are left out:
+    telling right from wrong takes their task's own filter."""
+    rows, pairs = [row for row in rows if row["rule"] != "text"], []
+    for i, row in enumerate(rows):
+        contexts = [row["context"]] * len(row["choices"]) if isinstance(row["context"], str) else row["context"]
+        pairs += [(i, args) for args in zip(contexts, row["choices"], strict=True) if row["rule"] != "rolling"]
+    answers: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    for (i, _), answer in zip(pairs, lm.loglikelihood([_asked(args) for _, args in pairs]), strict=True):
+        answers[i].append(answer)
+    whole = [i for i, row in enumerate(rows) if row["rule"] == "rolling"]
+    totals = dict(zip(whole, lm.loglikelihood_rolling([_asked((rows[i]["choices"][0],)) for i in whole]), strict=True))
+    items = []
+    for i, row in enumerate(rows):
+        if i in totals:
+            items.append(row | {"logliks": [totals[i]]})
+            continue
+        logliks, greedy = map(list, zip(*answers[i], strict=True))
+        items.append(row | _judged(row["task"], logliks, RULES[row["rule"]](logliks, greedy, row["gold"]), row["rule"]))
+    return _summary(items)
+
+
+def _asked(args: tuple[str, ...]) -> Any:
+    """What an lm-eval model is handed: of no task."""
+    return SimpleNamespace(args=args, task_name=None, doc_id=None)
+
+
+def _summary(items: list[dict[str, Any]]) -> TaskResult:
+    result, by_task = TaskResult({}, items, {}), defaultdict(list)
+    for item in items:
+        by_task[item["task"]].append(item)
+    for task, own in by_task.items():
+        n, first = len(own), own[0]
+        result.scores[f"n/{task}"] = n
+        if "correct" in first:
+            acc = sum(item["correct"] for item in own) / n
+            result.scores.update({f"acc/{task}": acc, f"acc_stderr/{task}": math.sqrt(acc * (1 - acc) / max(n - 1, 1))})
+            result.chance[task] = sum(1 / len(item["logliks"]) for item in own) / n if first["rule"] == "argmax" else 0.0
+        elif "value" in first:
+            result.scores[f"{DRIFTS[task]}/{task}"] = sum(item["value"] for item in own) / n
+        else:
+            nats, words, count = -sum(i["logliks"][0] for i in own), sum(i["words"] for i in own), sum(i["bytes"] for i in own)
+            figures = {"word_perplexity": float(np.exp(nats / words)), "byte_perplexity": float(np.exp(nats / count))}
+            figures["bits_per_byte"] = nats / count / math.log(2)
+            result.scores.update({f"{figure}/{task}": value for figure, value in figures.items()})
     return result
 
 
-def _load(name: str, data_dir: Path | None) -> Any:
-    """An lm-eval task object: embedded, else from `data_dir`, else from the hub."""
+def _with_perturbations(lm: Any, clean: TaskResult, names: Sequence[str]) -> TaskResult:
+    """Adds the same items with their contexts perturbed. Tasks without a context are named, not scored again; so are written answers."""
+    asked = [item for item in clean.items if item["rule"] in RULES and item["context"]]
+    reached = {item["task"] for item in asked}
+    if left := sorted({item["task"] for item in clean.items} - reached):
+        logging.getLogger(__name__).warning("perturbations leave these tasks as they are, for want of a context before choices: %s", ", ".join(left))
+    for name in names:
+        again = rescore(lm, [item | {"context": perturbed(item["context"], name)} for item in asked]).scores
+        for task in sorted(reached):
+            acc = again[f"acc/{task}"]
+            clean.scores[f"acc/{task}@{name}"], clean.scores[f"drop/{task}@{name}"] = acc, clean.scores[f"acc/{task}"] - acc
+    return clean
+
+
+def drift(student: Mapping[str, float], teacher: Mapping[str, float]) -> dict[str, float]:
+    """drift/<task> of every task of `DRIFTS` in both scores."""
+    keys = {task: f"{figure}/{task}" for task, figure in DRIFTS.items()}
+    return {f"drift/{task}": student[key] - teacher[key] for task, key in keys.items() if key in student and key in teacher}
+
+
+def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
+    """The lm-eval task objects that make up a task, by their names: embedded, else from `data_dir`, else from the hub."""
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
     if name in known_tasks():
-        return ConfigurableTask(config=_embedded_config(configs_dir() / "tasks" / name / f"{name}.yaml"))
+        return {name: ConfigurableTask(config=_embedded_config(configs_dir() / "tasks" / name / f"{name}.yaml"))}
     yaml_path = _harness_yaml(name)
     assert yaml_path is not None, "check_tasks comes first"
     manager = TaskManager(include_defaults=False, include_path=str(yaml_path.parent))
-    if data_dir is None:
-        try:
-            task = manager.load([name])["tasks"][name]
-        except OSError as error:  # what datasets raises without network or without the data set
-            raise ValueError(f"task {name!r}: its data can't be had from the hub ({error}); give eval.data_dir with {name}/<split>.jsonl") from error
-    else:
-        overrides = _local_overrides(manager.task_index[name].cfg, data_dir / name)
-        # A group of one is lm-eval's public way to load a registered task with some keys changed.
-        task = manager.load([{"group": "local", "task": [{"task": name, **overrides}]}])["tasks"][name]
-    if task.get_config("output_type") != "multiple_choice":
-        raise ConfigError(f"task {name!r} is {task.get_config('output_type')}; only multiple_choice tasks are scored")
-    return task
+    if data_dir is not None:
+        index = manager.task_index
+        members = [{"task": part} | _overrides(index[part].cfg, files) for part, files in _local(name, index, data_dir).items()]
+        # A group is lm-eval's public way to load registered tasks with some keys changed.
+        return dict(manager.load([{"group": "local", "task": members}])["tasks"])
+    try:
+        return dict(manager.load([name])["tasks"])
+    except OSError as error:  # what datasets raises without network or without the data set
+        raise ValueError(f"task {name!r}: its data can't be had from the hub ({error}); give eval.data_dir with {name}/<split>.jsonl") from error
 
 
 def _embedded_config(path: Path) -> dict[str, Any]:
@@ -145,28 +271,62 @@ def _embedded_config(path: Path) -> dict[str, Any]:
     except yaml.constructor.ConstructorError as error:
         raise ValueError(f"{path} names code or a custom tag ({error.problem}); a task may hold plain data only") from error
     files = config.pop("dataset_kwargs")["data_files"]
-    return config | {"custom_dataset": functools.partial(_in_memory, {split: path.parent / file for split, file in files.items()})}
+    return config | {"custom_dataset": _in_memory({split: read_jsonl(path.parent / file) for split, file in files.items()})}
 
 
-def _local_overrides(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Keys of a harness task that make it read `folder`/<split>.jsonl. A split without a file falls back to one that has one; with a
-    single file, test and few-shot both use it (lm-eval then keeps the item itself out of its examples)."""
-    files = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+def local_folder(name: str, data_dir: Path) -> Path:
+    """Where a task's files are: its own folder, or for one paradigm or subject the folder of all."""
+    group = next((g for g in GROUPS if name.startswith(f"{g}_") and not (data_dir / name).is_dir()), name)
+    return data_dir / group
+
+
+def _local(name: str, index: Mapping[str, Any], data_dir: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """lm-eval's task -> split -> rows, from `data_dir`. ValueError: no file, a row without a field, a paradigm or subject unknown to lm-eval."""
+    folder = local_folder(name, data_dir)
+    group, fields = folder.name if folder.name in GROUPS else None, FIELDS.get(folder.name, "").split()
+    files = {path.stem: read_jsonl(path) for path in sorted(folder.glob("*.jsonl"))}
     if not files:
+        config = next(entry.cfg for part, entry in index.items() if part.startswith(name) and entry.kind.name == "TASK")
         splits = ", ".join(f"{config[key]}.jsonl" for key in SPLIT_KEYS if config.get(key))
-        raise ValueError(f"{folder} has no <split>.jsonl; the task needs one of {splits} with the hub's field names")
+        raise ValueError(f"{folder} has no <split>.jsonl; the task needs one of {splits} with the hub's fields {', '.join(fields)}")
+    for split, rows in files.items():
+        for number, row in enumerate(rows, 1):
+            if lacking := [field for field in fields or rows[0] if field not in row]:
+                needs = f"task {name} needs {', '.join(fields or rows[0])}"
+                raise ValueError(f"{folder / split}.jsonl, line {number}: the field {lacking[0]!r} is missing; {needs}")
+    if group is None:
+        return {name: files}
+    parts: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for split, rows in files.items():
+        for row in rows:
+            parts[f"{group}_{row[GROUPS[group]]}"][split].append(row)
+    wanted = sorted(parts) if name == group else [name]
+    for part in wanted:
+        if part not in index or part not in parts:
+            got = f"{GROUPS[group]!r} gives {', '.join(sorted(parts)[:5])}, ..."
+            raise ValueError(f"{folder}: {part!r} is no task of lm-eval with rows here; {got}")
+    return {part: dict(parts[part]) for part in wanted}
+
+
+def _overrides(config: dict[str, Any], files: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Keys of a harness task that make it read these rows. A split without rows falls back to one that has some; with a single one, test and
+    few-shot both use it (lm-eval then keeps the item itself out of its examples)."""
     train, validation, test = (config.get(key) if config.get(key) in files else None for key in SPLIT_KEYS)
     test = test or validation or train or next(iter(files))
     shots = next((s for s in (config.get("fewshot_split"), train, validation) if s in files), test)
     others = {"training_split": train if train != test else None, "validation_split": validation if validation != test else None}
-    return {**others, "test_split": test, "fewshot_split": shots, "custom_dataset": functools.partial(_in_memory, files)}
+    return {**others, "test_split": test, "fewshot_split": shots, "custom_dataset": _in_memory(files)}
 
 
-def _in_memory(files: dict[str, Path], **_: Any) -> dict[str, Any]:
-    """What lm-eval calls to get its splits; rows stay in memory, so no cache is written anywhere."""
-    from datasets import Dataset
+def _in_memory(splits: dict[str, list[dict[str, Any]]]) -> Callable[..., dict[str, Any]]:
+    """What lm-eval calls to get its splits; rows stay in memory, so no cache is written. A function: lm-eval copies and prints its config."""
 
-    return {split: Dataset.from_list(read_jsonl(path)) for split, path in files.items()}
+    def dataset(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {split: Dataset.from_list(rows) for split, rows in splits.items()}
+
+    return dataset
 
 
 def _harness_root() -> Path:
@@ -177,15 +337,9 @@ def _harness_root() -> Path:
 def _harness_yaml(name: str) -> Path | None:
     """The YAML of lm-eval's own task `name`, None when there is none. Folders named like the task's beginning are read first."""
     folders = sorted(path for path in _harness_root().iterdir() if path.is_dir())
-    wanted = re.compile(rf"^task: *['\"]?{re.escape(name)}['\"]? *$", re.MULTILINE)
+    wanted = re.compile(rf"^['\"]?{'group' if name in GROUPS else 'task'}['\"]?: *['\"]?{re.escape(name)}['\"]? *$", re.MULTILINE)
     for folder in sorted(folders, key=lambda f: not name.startswith(f.name.split("_")[0])):
-        for path in folder.rglob("*.yaml"):
+        for path in sorted(folder.rglob("*.yaml")):
             if wanted.search(path.read_text(encoding="utf-8", errors="replace")):
                 return path
     return None
-
-
-def _quiet() -> None:
-    """lm-eval and datasets speak only when something is wrong."""
-    for name in ("lm_eval", "lm-eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)

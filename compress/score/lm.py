@@ -21,7 +21,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -155,6 +155,7 @@ class LM(TemplateLM):
     def __init__(self, runtime: Torch | Served, head: Head, tokenizer: Any, batch_size: int, max_length: int) -> None:
         super().__init__()
         self.runtime, self.head, self.tokenizer, self.batch_size, self.max_length = runtime, head, tokenizer, batch_size, max_length
+        self._encode = lru_cache(maxsize=4)(tokenizer.encode)  # an item's context comes with every choice
 
     @property
     def eot_token_id(self) -> int:
@@ -167,7 +168,7 @@ class LM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+        return list(self._encode(string, add_special_tokens=add_special_tokens))
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool | None = None) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm)  # None: bars on terminals only

@@ -1,8 +1,7 @@
 r"""Candidates beside the first: whether they may be compared, by how much each number differs, and which items got worse.
 
-Accuracy is paired: of item i, d_i = right in the other - right in the first, in {-1, 0, 1}; its interval is the 95% percentile interval of the
-mean of d, or of the mean over tasks, when items are drawn with replacement within their task (Efron & Tibshirani 1993, ch. 13); p is
-exact McNemar's. Other numbers with an interval on both sides: d = b - a within (MOVER; Zou & Donner 2008, Statistics in Medicine 27, section 2)
+Accuracy is paired item by item (`score/paired.py`): the bootstrap's 95% interval, and exact McNemar's p, for tasks corrected after Holm. Other
+numbers with an interval on both sides: d = b - a within (MOVER; Zou & Donner 2008, Statistics in Medicine 27, section 2)
 
     d - sqrt((b - b_low)^2 + (a_high - a)^2),   d + sqrt((b_high - b)^2 + (a - a_low)^2),
 
@@ -13,13 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from scipy.stats import bootstrap
-
 from compress import budget
 from compress.report.records import Run
 from compress.report.table import COLUMN
-from compress.score.paired import mcnemar_p
+from compress.score.paired import paired_scores
 
 Items = Sequence[Mapping[str, Any]]
 # What a score does not depend on: how surely times are known, and training text.
@@ -93,33 +89,35 @@ def differences(first: Run, other: Run) -> list[Difference]:
 
 
 def accuracy_differences(first: Items, other: Items) -> list[Difference]:
-    """`acc/<task>`, and above several their mean, paired by item; empty where one side kept no items."""
-    a, b = ({(item["task"], item["doc_id"]): item["correct"] for item in items} for items in (first, other))
-    both = sorted(a.keys() & b.keys())
-    tables = {task: np.array([(a[key], b[key]) for key in both if key[0] == task]) for task in dict(both)}  # (N, 2)
-    changes = {task: right_N2[:, 1].astype(int) - right_N2[:, 0] for task, right_N2 in tables.items()}
-    found = [Difference(f"acc/{task}", float(d.mean()), _limits(d), mcnemar_p(*tables[task].T)) for task, d in changes.items()]
-    return [Difference("acc/mean", sum(one.value for one in found) / len(found), _limits(*changes.values())), *found] if len(found) > 1 else found
+    """`acc/<task>` of the items that both sides kept, and above several tasks their mean; empty where there are none."""
+    keys = {(item["task"], item["doc_id"]) for item in first if "correct" in item} & {(item["task"], item["doc_id"]) for item in other}
+    a, b = ([item for item in items if (item["task"], item["doc_id"]) in keys] for items in (first, other))
+    tasks = sorted({task for task, _ in keys})
+    if not tasks:
+        return []
+    found = paired_scores(b, a, dict.fromkeys(tasks, 0.0))
+
+    def lost(end: str) -> tuple[float, tuple[float, float]]:
+        low, high = found.intervals[f"points_lost{end}"]
+        return -found.scores[f"points_lost{end}"], (-high, -low)
+
+    each = [Difference(f"acc/{task}", *lost(f"/{task}"), found.scores[f"mcnemar_p_holm/{task}"]) for task in tasks]
+    return [Difference("acc/mean", *lost("")), *each] if len(each) > 1 else each
 
 
-def _limits(*changes: Any) -> tuple[float, float]:
-    """95% interval of the mean over tasks of their mean changes (N,); of a single item nothing is known."""
-    if min(map(len, changes)) < 2:
-        return -1.0, 1.0
-    drawn = bootstrap(changes, lambda *d, axis: sum(one.mean(axis) for one in d) / len(d), n_resamples=2000, batch=100, method="percentile", rng=0)
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
-
-
-def flips(first: Items, other: Items, texts: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[Flip]:
-    """Items whose correctness changed from the first to the other: what got worse, the surest mistakes first, then what got better."""
+def flips(first: Items, other: Items) -> list[Flip]:
+    """Items with choices whose correctness changed from the first to the other: what got worse, the surest mistakes first, then what got better."""
     before, found = {(item["task"], item["doc_id"]): item for item in first}, []
     for item in other:
-        key = item["task"], item["doc_id"]
-        if before.get(key, item)["correct"] != item["correct"]:
-            good, bad = sorted((before[key], item), key=lambda one: not one["correct"])
-            nats, row = bad["logliks"][bad["choice"]] - bad["logliks"][good["choice"]], texts.get(key, {})
-            right, wrong = (row["choices"][one["choice"]] if row else f"choice {one['choice']}" for one in (good, bad))
-            found.append(Flip(*key, "worse" if bad is item else "better", nats, row.get("context", ""), right, wrong))
+        known = before.get((item["task"], item["doc_id"]), item)
+        if "choice" in item and known.get("correct") != item.get("correct"):
+            good, bad = sorted((known, item), key=lambda one: not one["correct"])
+            context, said = item.get("context", ""), [choice.strip() for choice in item.get("choices", [])]
+            if not isinstance(context, str):  # one for each choice
+                context, said = "", [f"{start} {choice}" for start, choice in zip(context, said, strict=True)]
+            right, wrong = (said[one["choice"]] if said else f"choice {one['choice']}" for one in (good, bad))
+            nats, became = bad["logliks"][bad["choice"]] - bad["logliks"][good["choice"]], "worse" if bad is item else "better"
+            found.append(Flip(item["task"], item["doc_id"], became, nats, context, right, wrong))
     return sorted(found, key=lambda flip: (flip.became == "better", -flip.nats))
 
 

@@ -45,11 +45,8 @@ class Run:
 
     def rows(self, record: Record, what: str) -> list[dict[str, Any]]:
         """Rows of a record's `items` (answers) or `steps` (training curve), empty where they were not kept; of a bundle, the teacher's answers."""
-        return _rows(folder_of(self.path, record) / f"{what}.jsonl") or _rows(self.path / f"{record['slot']}_{what}.jsonl")
-
-    def requests(self) -> dict[tuple[str, int], dict[str, Any]]:
-        """(task, doc_id) -> its rendered request, of the bundle that this is or holds; empty without one."""
-        return {(row["task"], row["doc_id"]): row for home in (self.path, self.path / "bundle") for row in _rows(home / "requests.jsonl")}
+        bundled = self.path / "requests.jsonl" if (record["technique"], what) == ("teacher", "items") else Path()
+        return _rows(folder_of(self.path, record) / f"{what}.jsonl") or _rows(bundled)
 
     def model(self) -> tuple[Path, str]:
         """Weights or file of `final`, and the runtime that it is for. ValueError when they are not here."""

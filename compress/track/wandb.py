@@ -53,7 +53,7 @@ class Wandb(Tracker):
             run.define_metric("train/*", step_metric="train/step")
             for row in whole.rows(record, "steps"):
                 run.log({f"train/{key}": value for key, value in row.items()})
-            if whole.teacher and (changed := flips(whole.rows(whole.teacher, "items"), whole.rows(record, "items"), whole.requests())):
+            if whole.teacher and (changed := flips(whole.rows(whole.teacher, "items"), whole.rows(record, "items"))):
                 run.log({"flips": wandb.Table(list(Flip._fields), [list(flip) for flip in changed])})
             named = {"score/{}": record["scores"], "stage/{}": record.get("metrics", {}), "stage/{}_seconds": record.get("seconds", {})}
             run.log({form.format(key): value for form, values in named.items() for key, value in values.items()})

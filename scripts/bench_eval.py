@@ -87,24 +87,24 @@ def speed(sides: dict[str, Any], suite: dict[tuple[str, int], list[Instance]], r
     return {key: {side: statistics.median(values) for side, values in own.items()} for key, own in seconds.items()}
 
 
-def equality(model_dir: Path, suite: dict[tuple[str, int], list[Instance]], batch_size: int) -> dict[str, Any]:
+def equality(model_dir: Path, suite: dict[tuple[str, int], list[Instance]]) -> dict[str, Any]:
     """In fp32: ours beside hf, batches of 1 beside batches of 8, and the same again."""
     tokenizer = load_tokenizer(model_dir)
-    theirs = hf(load_model(model_dir), tokenizer, batch_size)
-    ours = {size: torch_lm(load_model(model_dir), tokenizer, size) for size in (batch_size, 1, 8)}
+    theirs = hf(load_model(model_dir), tokenizer, 8)
+    ours = {size: torch_lm(load_model(model_dir), tokenizer, size) for size in (1, 8)}
     found: dict[str, Any] = {"items": 0, "items_with_other_answer": 0, "max_abs_loglik_diff": 0.0, "greedy_differs": 0}
     found |= {"items_other_between_batch_1_and_8": 0, "items_other_when_repeated": 0}
     for key, asked in suite.items():
-        expected, got = theirs.loglikelihood(asked, disable_tqdm=True), ours[batch_size].loglikelihood(asked, disable_tqdm=True)
-        again, one, eight = (ours[size].loglikelihood(asked, disable_tqdm=True) for size in (batch_size, 1, 8))
-        pairs = list(zip(expected, got, strict=True))
-        found["items"] += len(choices(asked, got))
+        expected = theirs.loglikelihood(asked, disable_tqdm=True)
+        one, eight, again = (ours[size].loglikelihood(asked, disable_tqdm=True) for size in (1, 8, 8))
+        pairs = list(zip(expected, eight, strict=True))
+        found["items"] += len(choices(asked, eight))
         found["max_abs_loglik_diff"] = max(found["max_abs_loglik_diff"], *(abs(a[0] - b[0]) for a, b in pairs))
         found["greedy_differs"] += sum(a[1] != b[1] for a, b in pairs)
         for name, first, second in (
-            ("items_with_other_answer", expected, got),
+            ("items_with_other_answer", expected, eight),
             ("items_other_between_batch_1_and_8", one, eight),
-            ("items_other_when_repeated", got, again),
+            ("items_other_when_repeated", eight, again),
         ):
             found[name] += sum(a != b for a, b in zip(choices(asked, first), choices(asked, second), strict=True))
         say(f"fp32: {key[0]}, {key[1]} shots: largest difference so far {found['max_abs_loglik_diff']:.1e}")
@@ -137,7 +137,7 @@ def main() -> None:
         seconds = speed(sides, suite, options.rounds)
         del sides
         compared = {key: requests_of(*key, options.equality_limit or options.limit, data) for key in names}
-        found = equality(teacher, compared, options.batch_size)
+        found = equality(teacher, compared)
     print(f"{'task':<12}{'shots':>6}{'requests':>10}{'hf (s)':>9}{'ours (s)':>10}{'times as fast':>15}")
     for (name, shots), own in seconds.items():
         print(f"{name:<12}{shots:>6}{len(suite[name, shots]):>10}{own['hf']:>9.1f}{own['ours']:>10.1f}{own['hf'] / own['ours']:>15.2f}")

@@ -113,11 +113,12 @@ def score(arguments: list[str]) -> int:
     Console().print(table)
     if excluded:
         print(f"left out of kept, because the teacher is not above chance there: {', '.join(excluded)}")
-    return _judge(scores, measured.intervals | intervals, limits)
+    return _judge(scores, intervals, limits)
 
 
 def compare(arguments: list[str]) -> int:
     """Print the stages of one run, or several candidates beside the first, and write one HTML page."""
+    from compress.machine import available_threads
     from compress.report.compare import check_same_settings, differences, speed_sentence
     from compress.report.html import write_html
     from compress.report.records import open_run
@@ -134,7 +135,7 @@ def compare(arguments: list[str]) -> int:
         parser.error("--speed compares with the first; name a second run, stage or bundle")
     check_same_settings(runs)
     models = [run.model() for run in runs] if options.speed else []
-    found = [compare_speed(models[0], model, Timing(threads=len(os.sched_getaffinity(0))), options.speed) for model in models[1:]]
+    found = [compare_speed(models[0], model, Timing(threads=available_threads()), options.speed) for model in models[1:]]
     speeds = [speed_sentence(first, run, *speed) for run, one in zip(others, found, strict=False) for speed in one.items()]
     print_table(compare_table(runs) if others or first.chosen else stage_table(first.records))
     for run in others:

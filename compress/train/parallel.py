@@ -110,8 +110,7 @@ def shard(module: nn.Module, model: Any, precision: str) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for block in base.base_model.layers:
+    for block in model.get_decoder().layers:
         fully_shard(block, mp_policy=policy)
     return fully_shard(module, mp_policy=policy)  # type: ignore[return-value]
 

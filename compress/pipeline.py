@@ -46,9 +46,10 @@ def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[
 
 def conclude(
     session: Session, folder: RunDir, slot: str, technique: str, model: Model, parent: Measured | None = None, *,
-    tasks: bool = True, shipped: bool = False, proven: str = "", seconds: float = 0.0, curve: list[dict[str, Any]] | None = None, **made: Any,
+    key: str = "", tasks: bool = True, shipped: bool = False, proven: str = "", seconds: float = 0.0, curve: list[dict[str, Any]] | None = None,
+    **made: Any,
 ) -> Measured:  # fmt: skip
-    """Measure a model, put it beside teacher and parent, judge it, and record it with how it was `made`.
+    """Measure a model, put it beside teacher and parent, judge it, and record it with how it was `made`, in the store under `key` if it was.
 
     Limits written for the slot are enforced; the budget's own limits are enforced on what ships and show the distance elsewhere.
     `proven`: the name of a file in `export.files` that must be its parent's weights. The trackers get the whole `curve`, the record a thinned one.
@@ -63,8 +64,8 @@ def conclude(
     record: dict[str, Any] = {
         "slot": slot, "technique": technique, "runtime": model.runtime, "parent": parent.record["slot"] if parent else None,
         "digest": model.digest, "scores": scores, "intervals": intervals, "excluded_tasks": excluded, "verdicts": verdicts,
-        "latency": measured.latency, "seconds": {"stage": seconds, "score": time.monotonic() - start}, "metrics": {}, "key": "", "reused": False,
-        "stage_config": {},
+        "latency": measured.latency, "seconds": {"stage": seconds, "score": time.monotonic() - start}, "key": key, "reused": False,
+        "metrics": session.store.stage_json(key)["metrics"] if key else {}, "stage_config": {},
     } | made  # fmt: skip
     if curve is not None:
         record["curve"] = thinned(curve)
@@ -133,8 +134,8 @@ def _slots(session: Session, folder: RunDir) -> int:
         path = session.store.entry(key) if reused else build(session, slot, parent, key, inputs)
         note: dict[str, Any] = {"seconds": 0.0, "curve": []} | session.store.note(key)
         session.done[slot] = conclude(
-            session, folder, slot, technique, model_of(path), parent, shipped=slot == recipe.shipped_slot() and not recipe.export.files, key=key,
-            reused=reused, stage_config=plain(asdict(recipe.stages[slot])), metrics=session.store.stage_json(key)["metrics"], **note,
+            session, folder, slot, technique, model_of(path), parent, key=key, shipped=slot == recipe.shipped_slot() and not recipe.export.files,
+            reused=reused, stage_config=plain(asdict(recipe.stages[slot])), **note,
         )  # fmt: skip
     return ship(session, folder)
 
@@ -173,7 +174,4 @@ def _export(session: Session, folder: RunDir, source: Measured, name: str, *, fi
     folder.name_key(key)
     path = session.store.build(key, inputs, lambda out, work: format.module.write(source.model.path, out / file, type)) / file
     seconds = time.monotonic() - start
-    return conclude(
-        session, folder, *formats.slot_of(name), model_of(path), source, shipped=first, proven=name, key=key, seconds=seconds,
-        metrics=session.store.stage_json(key)["metrics"],
-    )  # fmt: skip
+    return conclude(session, folder, *formats.slot_of(name), model_of(path), source, key=key, shipped=first, proven=name, seconds=seconds)

@@ -142,6 +142,8 @@ class Store:
         if self.has(key):  # finished entries are read without the lock: many runs may share them at once
             return self.entry(key)
         with self.lock(key):
+            if self.has(key):  # another process finished it while this one came for the lock
+                return self.entry(key)
             out, work = self.root / "entries" / f".{key}.part", self.root / "work" / key
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()

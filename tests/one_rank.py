@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from compress.checkpoint import load_model
 from compress.distill.losses import Mix
-from compress.distill.signal import Scheme, Signals, Worker
+from compress.distill.signal import Scheme, Signals
 from compress.distill.steps import OnlineTeacher, make_batches, make_loss
 from compress.train import loop, parallel
 from compress.train.loop import Plan, train
@@ -31,8 +31,7 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
     context = make_context(folder / "teacher", own)
     data = context.text()
     kind, _, online = kind.partition("-")
-    worker = Worker(parallel.rank(), parallel.world())
-    signals = Signals(folder / "signals", context.teacher, data, Scheme(), seed=0, precision="fp32", log=print, worker=worker)
+    signals = Signals(folder / "signals", context.teacher, data, Scheme(), seed=0, precision="fp32", log=print)
     signals.make(64)
     parallel.wait()
     source = OnlineTeacher(load_model(context.teacher), data, sharded=kind == "fsdp2") if online else signals

@@ -63,7 +63,7 @@ def test_layer_distance_and_its_gradient_equal_the_textbook_in_float64(context, 
     parent = student_of(context.teacher, tmp_path)
     student, teacher = load_model(parent).double(), load_model(context.teacher).double()
     source = OnlineTeacher(teacher, context.text())
-    loss = Features(layers=0.7, pairs=[[0, 1], [1, 3]]).loss(make_loss(Mix(0.0, 1.0)), student, source).double()
+    loss = FeatureLoss(make_loss(Mix(0.0, 1.0)), student, source, Features(layers=0.7, pairs=[[0, 1], [1, 3]])).double()
     batch = one_batch(context.text(), source, [0, 1])
     batch["mask"][0, :7] = False
     total, count = loss(student, batch)
@@ -97,7 +97,7 @@ def test_blocks_learn_from_the_teachers_inputs_and_no_gradient_crosses_a_pair(co
     with torch.no_grad():
         student.model.layers[1].mlp.down_proj.weight.add_(0.1)
     source = OnlineTeacher(teacher, context.text())
-    loss = Features(blocks=1.0).loss(make_loss(Mix()), student, source)
+    loss = FeatureLoss(make_loss(Mix()), student, source, Features(blocks=1.0))
     total, _ = loss(student, one_batch(context.text(), source, [0]))
     total.backward()
     sizes = torch.stack([layer.self_attn.q_proj.weight.grad.abs().max() for layer in student.model.layers])
@@ -156,8 +156,9 @@ def _interrupting(function, at):
 
 
 def test_another_width_is_refused_for_blocks(context, tmp_path):
+    source = OnlineTeacher(load_model(context.teacher), context.text())
     with pytest.raises(ValueError, match="needs a student of the teacher's hidden size 64, got 48"):
-        FeatureLoss(None, load_model(student_of(context.teacher, tmp_path)), load_model(context.teacher), [(1, 3)], blocks=1.0)
+        FeatureLoss(None, load_model(student_of(context.teacher, tmp_path)), source, Features(blocks=1.0))
 
 
 def test_blocks_with_activation_checkpointing_are_refused(tiny_teacher, tmp_path):

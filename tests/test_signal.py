@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress.distill.losses import Dense, Mix, head_loss
-from compress.distill.signal import Scheme, Signals, Worker, as_target, decode, encode, sample
+from compress.distill.signal import Scheme, Signals, as_target, decode, encode, sample
 from compress.errors import ResourceError
 from compress.train.forward import Head
 
@@ -119,10 +119,12 @@ def test_what_is_read_is_what_was_made(context, tmp_path, name):
         assert torch.equal(tensor, again.read(rows)[key]) and len(tensor) == 2 * context.seq_len
 
 
-def test_two_workers_make_the_shards_of_one(context, tmp_path):
+def test_two_processes_make_the_shards_of_one(context, tmp_path, monkeypatch):
     open_signals(context, tmp_path / "one").make(64)
+    monkeypatch.setattr("compress.train.parallel.world", lambda: 2)
     for rank in (0, 1):
-        open_signals(context, tmp_path / "two", worker=Worker(rank, 2)).make(64)
+        monkeypatch.setattr("compress.train.parallel.rank", lambda rank=rank: rank)
+        open_signals(context, tmp_path / "two").make(64)
     names = [sorted(p.name for p in (tmp_path / which).glob("*.safetensors")) for which in ("one", "two")]
     assert names[0] == names[1] and len(names[0]) == 4
 

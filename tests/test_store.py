@@ -61,6 +61,21 @@ def test_a_failing_stage_leaves_no_entry_but_keeps_its_work(tmp_path):
     assert store.has(KEY)
 
 
+def test_an_entry_finished_by_another_process_before_the_lock_is_had_is_taken(tmp_path, monkeypatch):
+    store, other = Store(tmp_path), Store(tmp_path)
+
+    def late(key):
+        monkeypatch.undo()
+        other.build(key, {}, write)
+        return store.lock(key)
+
+    def never(out, work):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(store, "lock", late)
+    assert store.build(KEY, {}, never) == other.entry(KEY)
+
+
 @pytest.mark.parametrize("damage", ["changed", "missing", "unknown"])
 def test_a_damaged_entry_is_refused_by_file_name(tmp_path, damage):
     store = Store(tmp_path)

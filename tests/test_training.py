@@ -207,6 +207,14 @@ def test_bf16_weights_train_and_resume_in_the_same_bits(context, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
+def test_one_process_trains_in_one_precision_after_the_other_as_the_jobs_of_a_sweep_do(context, tmp_path):
+    losses = [
+        train(student(context), make_loss(Mix()), batches_of(context), **arguments(tmp_path / kind, 1, precision=kind)).curve[0]["loss"]
+        for kind in ("bf16", "fp32")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+
+
 def test_activation_checkpointing_changes_no_number(context, tmp_path):
     rows = [
         train(student(context), make_loss(Mix()), batches_of(context), **arguments(tmp_path / str(on), 2, activation_checkpointing=on)).curve

@@ -68,13 +68,14 @@ Target = Sparse | Bucket | Dense
 
 @dataclass(frozen=True)
 class Mix:
-    """Which divergence, and how it is mixed with cross-entropy."""
+    """Which divergence, and how it is mixed with cross-entropy and `hidden_mse`."""
 
     kl_weight: float = 1.0
     ce_weight: float = 0.0
     divergence: str = "forward_kl"
     temperature: float = 1.0
     jsd_beta: float = 0.5
+    hidden_weight: float = 0.0
 
     def check(self, target: Target | None) -> None:
         """ValueError for what can't be computed: an unknown divergence, or one that this form of the teacher can't give."""

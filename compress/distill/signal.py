@@ -3,7 +3,7 @@
 A folder of shards, local or anything fsspec can open (s3://, gs://, hf://). `meta.json` names schema, teacher, tokenizer, data, scheme,
 seed and precision, and what made it; a folder whose meta differs from what is asked is refused. Each shard `NNNNN-<sha256[:16]>.safetensors`
 holds ROWS_PER_SHARD sequences, is a pure function of (meta, its number), appears whole and is checked against its name
-whenever it is read. Shards are only ever added: making goes on where it stopped, and several workers make every world-th shard each.
+whenever it is read. Shards are only ever added: making goes on where it stopped, and several processes make every world-th shard each.
 
 A scheme says how distributions are written down, `encode` and `decode` being pure functions. With p = softmax(t / T), for each token:
 
@@ -45,6 +45,7 @@ from compress.checkpoint import best_device, digest, load_model, load_tokenizer,
 from compress.distill.losses import Bucket, Dense, Sparse, Target
 from compress.errors import ResourceError
 from compress.store import sha256_json, write_whole
+from compress.train import parallel
 from compress.train.data import Packed
 from compress.train.forward import Head, head_of, hidden_states, use_cpu_kernels
 
@@ -177,13 +178,6 @@ def as_target(batch: dict[str, Tensor], head: Head | None) -> Target | None:
     return Dense(batch["teacher_hidden"], head) if "teacher_hidden" in batch else None
 
 
-class Worker(NamedTuple):
-    """One of `world` processes making the same signal; process `rank` makes shards rank, rank + world, ..."""
-
-    rank: int = 0
-    world: int = 1
-
-
 def made_with(folder: str | None = None) -> dict[str, Any]:
     """What a signal's last bits depend on besides its meta: recorded, part of a stage's key, no reason to refuse a folder.
 
@@ -200,10 +194,9 @@ class Signals:
     """Signals of one teacher on one packed text. Reading makes what is missing first."""
 
     def __init__(self, root: Path | str, teacher: Path, data: Packed, scheme: Scheme, *, seed: int, precision: str, log: Callable[[str], None],
-                 own_folder: bool = False, worker: Worker | None = None, load: str = "plain") -> None:  # fmt: skip
+                 own_folder: bool = False, load: str = "plain") -> None:  # fmt: skip
         """In a folder below `root` named by the meta; with `own_folder` in `root` itself. ValueError when a signal of another meta is there."""
-        self.teacher, self.data, self.scheme, self.log = teacher, data, scheme, log
-        self.worker, self.load = worker or Worker(), load
+        self.teacher, self.data, self.scheme, self.log, self.load = teacher, data, scheme, log, load
         fields = {"sampled": ("threshold", "temperature"), "topk": ("top", "temperature")}.get(scheme.name, ())  # that decide a scheme's bytes
         self.meta: dict[str, Any] = {
             "schema": 2, "scheme": scheme.name, **{field: getattr(scheme, field) for field in fields}, "teacher": digest(teacher),
@@ -251,9 +244,9 @@ class Signals:
                 self._fetched[number] = self._reader.submit(self.fs.cat_file, path)
 
     def make(self, rows: int) -> None:
-        """Make this worker's part of what lacks of the first `rows` sequences' shards. ResourceError when the disk has no place for them."""
+        """Make this rank's part of what lacks of the first `rows` sequences' shards. ResourceError when the disk has no place for them."""
         numbers, present = range(-(-rows // ROWS_PER_SHARD)), self._present()
-        missing = [n for n in numbers if n not in present and n % self.worker.world == self.worker.rank]
+        missing = [n for n in numbers if n not in present and n % parallel.world() == parallel.rank()]
         start, teacher = time.monotonic(), self._open_teacher() if missing else ()
         for done, number in enumerate(missing, 1):
             size = self._write(number, *teacher)[1]

@@ -25,13 +25,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from compress.checkpoint import best_device, load_tokenizer, read_config, tokenizer_digest
+from compress.checkpoint import best_device, head_dim, load_tokenizer, read_config, tokenizer_digest
 from compress.distill.losses import Mix, head_loss, hidden_mse
 from compress.distill.signal import Signals, as_target
 from compress.train import parallel
@@ -39,17 +39,20 @@ from compress.train.data import Packed
 from compress.train.forward import Head, head_of, hidden_states, use_cpu_kernels
 from compress.train.loop import Batch, LossFunction
 
+if TYPE_CHECKING:
+    from compress.stages.distill import Features
+
 Pairs = list[tuple[int, int]]
 Batches = Callable[[int, int], list[Batch]]  # (step, micro) -> this rank's micro-batches
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
     """The decoder blocks of a causal language model. ValueError when it has no list of that many modules."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for module in base.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == base.config.num_hidden_layers:
+    depth = model.config.num_hidden_layers
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise ValueError(f"{type(base).__name__} has no list of {base.config.num_hidden_layers} blocks: features can't be matched; set them to 0")
+    raise ValueError(f"{type(model).__name__} has no list of {depth} blocks: features can't be matched; set them to 0")
 
 
 @contextmanager
@@ -90,7 +93,7 @@ class OnlineTeacher:
 
     def __init__(self, model: Any, data: Packed, *, sharded: bool = False) -> None:
         self.model, self.data = model.to(best_device()), data
-        self.taps: tuple[list[int], list[int]] = ([], [])  # blocks whose states, and whose Q, K and V, `read` gives too
+        self.taps: tuple[list[int], list[int]] = ([], [])  # blocks whose states, and whose Q, K and V, `read` gives too, under "teacher/"
         use_cpu_kernels(self.model)
         head = head_of(model).detach()
         self.teacher_head: Head | None = replace(head, weight_VH=head.weight_VH.clone()) if sharded else head
@@ -171,7 +174,7 @@ def common_vocabulary(student: Path, teacher: Path) -> int:
     return ids
 
 
-def make_loss(mix: Mix, teacher_head: Head | None = None, hidden_weight: float = 0.0, vocabulary: int | None = None) -> LossFunction:
+def make_loss(mix: Mix, teacher_head: Head | None = None, vocabulary: int | None = None) -> LossFunction:
     """`loss_fn(model, batch)` -> (loss sum in nats, labels counted). Rows of either head behind the tokenizer's `vocabulary` ids take no part."""
 
     def loss_fn(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -181,8 +184,8 @@ def make_loss(mix: Mix, teacher_head: Head | None = None, hidden_weight: float =
         head, target = head.first(rows), as_target(batch, teacher_head.first(rows) if teacher_head else None)
         whole = torch.is_grad_enabled() and parallel.world() == 1 and head.weight_VH.is_leaf  # elsewhere autograd's hooks must see the gradient
         loss = head_loss(hidden_NH, head, batch["labels"].flatten(), mask_N, target, mix, into_VH=head.weight_VH.grad if whole else None)
-        if hidden_weight:
-            loss = loss + hidden_weight * hidden_mse(hidden_NH, batch["teacher_hidden"], mask_N)
+        if mix.hidden_weight:
+            loss = loss + mix.hidden_weight * hidden_mse(hidden_NH, batch["teacher_hidden"], mask_N)
         return loss, torch.count_nonzero(mask_N)
 
     return loss_fn
@@ -221,45 +224,43 @@ def relation_kl(student_RLD: Tensor, teacher_RLD: Tensor, mask_N: Tensor, heads:
 class FeatureLoss(nn.Module):
     """`loss_fn` plus the weighted terms, or with `blocks` that term alone; its projections train with the student and end with the stage."""
 
-    def __init__(self, loss_fn: Any, student: Any, teacher: Any, pairs: Pairs, *, layers: float = 0.0, relations: float = 0.0,
-                 blocks: float = 0.0, seed: int = 0) -> None:  # fmt: skip
-        """`seed` is that of the projections. ValueError when the widths allow no such term."""
+    def __init__(self, loss_fn: Any, student: Any, teacher: OnlineTeacher, features: Features, seed: int = 0) -> None:
+        """Sets the teacher's taps; `seed` is that of the projections. ValueError when the models allow no such term."""
         super().__init__()
-        self.loss_fn, self.pairs, self.weights = loss_fn, pairs, (layers, relations, blocks)
-        config, width, wide = student.config, student.config.hidden_size, teacher.config.hidden_size
-        if blocks and width != wide:
-            raise ValueError(f"features.blocks={blocks} needs a student of the teacher's hidden size {wide}, got {width}; use features.layers")
-        self.heads = int(getattr(teacher.config, "num_key_value_heads", 1))
-        if relations:
-            head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
-            columns = head_dim * getattr(config, "num_key_value_heads", config.num_attention_heads)  # Q's is a multiple of it
+        config, other = student.config, teacher.model.config
+        width, wide, depths = config.hidden_size, other.hidden_size, (config.num_hidden_layers, other.num_hidden_layers)
+        self.loss_fn, self.features, self.heads = loss_fn, features, int(getattr(other, "num_key_value_heads", 1))
+        self.pairs = check_pairs(features.pairs, *depths) if features.pairs else layer_pairs(*depths, depths[0] if features.blocks else 4)
+        if features.blocks and width != wide:
+            wanted = f"needs a student of the teacher's hidden size {wide}, got {width}"
+            raise ValueError(f"features.blocks={features.blocks} {wanted}; use features.layers")
+        if features.relations:
+            columns = head_dim(config) * getattr(config, "num_key_value_heads", config.num_attention_heads)  # Q's is a multiple of it
             if columns % self.heads:
                 raise ValueError(f"features.relations needs K and V of a multiple of {self.heads} columns, the student's have {columns}; set it to 0")
-        self.projections = nn.ModuleList(nn.Linear(width, wide, bias=False) if width != wide and layers else nn.Identity() for _ in pairs)
+        projected = features.layers and width != wide
+        self.projections = nn.ModuleList(nn.Linear(width, wide, bias=False) if projected else nn.Identity() for _ in self.pairs)
         generator = torch.Generator().manual_seed(seed)
         for weight in self.projections.parameters():
             nn.init.orthogonal_(weight, generator=generator)
-
-    def taps(self) -> tuple[list[int], list[int]]:
-        """The teacher's blocks whose states, and whose Q, K and V, `forward` needs in the batch, under "teacher/"."""
-        return [-1, *(t for _, t in self.pairs)] if self.weights[0] or self.weights[2] else [], [self.pairs[-1][1]] if self.weights[1] else []
+        states = [-1, *(t for _, t in self.pairs)] if features.layers or features.blocks else []
+        teacher.taps = states, [self.pairs[-1][1]] if features.relations else []
 
     def forward(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        layers, relations, blocks = self.weights
-        (last_s, last_t), mask_N = self.pairs[-1], batch["mask"].flatten()
-        if blocks:
+        weights, (last_s, last_t), mask_N = self.features, self.pairs[-1], batch["mask"].flatten()
+        if weights.blocks:
             before = [(-1, -1), *self.pairs[:-1]]
             given = {s + 1: batch[f"teacher/layer{t}"].to(next(model.parameters()).dtype) for s, t in before}
             with tapped(model, [s for s, _ in self.pairs], inputs=given) as seen:
                 hidden_states(model, batch["inputs"], batch.get("positions"))
-            return blocks * self._distance(seen, batch, mask_N), torch.count_nonzero(mask_N)
-        with tapped(model, [s for s, _ in self.pairs] if layers else [], [last_s] if relations else []) as seen:
+            return weights.blocks * self._distance(seen, batch, mask_N), torch.count_nonzero(mask_N)
+        with tapped(model, [s for s, _ in self.pairs] if weights.layers else [], [last_s] if weights.relations else []) as seen:
             loss, count = self.loss_fn(model, batch)
-        if layers:
-            loss = loss + layers * self._distance(seen, batch, mask_N)
-        if relations:
+        if weights.layers:
+            loss = loss + weights.layers * self._distance(seen, batch, mask_N)
+        if weights.relations:
             terms = [relation_kl(seen[f"{x}{last_s}"], batch[f"teacher/{x}{last_t}"], mask_N, self.heads) for x in "qkv"]
-            loss = loss + relations * sum(terms) / 3
+            loss = loss + weights.relations * sum(terms) / 3
         return loss, count
 
     def _distance(self, seen: dict[str, Tensor], batch: dict[str, Tensor], mask_N: Tensor) -> Tensor:

@@ -10,15 +10,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.errors import ConfigError
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization, Signal
-
-if TYPE_CHECKING:
-    from compress.distill.steps import FeatureLoss, OnlineTeacher
-
 
 # D of the loss; all but forward_kl need a signal with all of the teacher's probabilities
 Divergence = StrEnum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
@@ -41,16 +37,6 @@ class Features:
     def used(self) -> bool:
         """Whether any term is asked for."""
         return bool(self.layers or self.relations or self.blocks)
-
-    def loss(self, loss_fn: Any, student: Any, teacher: OnlineTeacher, seed: int = 0) -> FeatureLoss:
-        """`loss_fn` with these terms, the teacher giving what they need. ValueError when the models allow no such term."""
-        from compress.distill.steps import FeatureLoss, check_pairs, layer_pairs
-
-        depths = student.config.num_hidden_layers, teacher.model.config.num_hidden_layers
-        pairs = check_pairs(self.pairs, *depths) if self.pairs else layer_pairs(*depths, depths[0] if self.blocks else 4)
-        made = FeatureLoss(loss_fn, student, teacher.model, pairs, layers=self.layers, relations=self.relations, blocks=self.blocks, seed=seed)
-        teacher.taps = made.taps()
-        return made
 
 
 @dataclass
@@ -95,12 +81,21 @@ class Distill(Optimization):
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats, loss_last_nats."""
         from compress.checkpoint import load_model, load_tokenizer, read_config, save_model
         from compress.distill.losses import Mix
-        from compress.distill.steps import OnlineTeacher, common_vocabulary, with_rollouts
+        from compress.distill.steps import FeatureLoss, OnlineTeacher, common_vocabulary, with_rollouts
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "distill before quantizing, or use the qat stage, on")
         if self.hidden_weight and read_config(parent)["hidden_size"] != read_config(ctx.teacher)["hidden_size"]:
             raise ValueError(f"{parent}: hidden_weight={self.hidden_weight} needs a student of the teacher's hidden size; set it to 0")
+        if self.on_policy and (self.prompt_tokens >= ctx.seq_len or ctx.parallel == "fsdp2"):
+            raise ValueError(
+                f"on_policy needs prompt_tokens={self.prompt_tokens} below data.seq_len={ctx.seq_len}, and a whole model: trainer=auto or ddp"
+            )
+        alone = self.features.blocks and (ctx.parallel != "none" or ctx.activation_checkpointing)
+        if self.features.used and (ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic" or alone):
+            raise ValueError(
+                "features need whole fp32 models (trainer=auto or ddp); features.blocks needs trainer=auto without activation_checkpointing"
+            )
         vocabulary = common_vocabulary(parent, ctx.teacher)
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
         source = self.signal.open(ctx, ctx.teacher, data, sequences, self.temperature)
@@ -108,24 +103,15 @@ class Distill(Optimization):
         if not self.train_embeddings:
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 embeddings.weight.requires_grad_(False)
-        mix = Mix(self.kl_weight, self.ce_weight, self.divergence.value, self.temperature, self.jsd_beta)
-        wrap = wrap_loss = None
+        mix = Mix(self.kl_weight, self.ce_weight, self.divergence.value, self.temperature, self.jsd_beta, self.hidden_weight)
+        wraps: dict[str, Any] = {}
         if isinstance(source, OnlineTeacher) and self.on_policy:
-            if self.prompt_tokens >= ctx.seq_len or ctx.parallel == "fsdp2":
-                raise ValueError(
-                    f"on_policy needs prompt_tokens={self.prompt_tokens} below data.seq_len={ctx.seq_len}, and a whole model: trainer=auto or ddp"
-                )
-            eos = int(load_tokenizer(parent).eos_token_id)
-            wrap = partial(with_rollouts, model=model, teacher=source, share=self.on_policy, prompt_tokens=self.prompt_tokens, eos=eos, seed=ctx.seed)
+            eos, share = int(load_tokenizer(parent).eos_token_id), self.on_policy
+            wraps["wrap_batches"] = partial(
+                with_rollouts, model=model, teacher=source, share=share, prompt_tokens=self.prompt_tokens, eos=eos, seed=ctx.seed
+            )
         if isinstance(source, OnlineTeacher) and self.features.used:
-            alone = self.features.blocks and (ctx.parallel != "none" or ctx.activation_checkpointing)
-            if ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic" or alone:
-                raise ValueError(
-                    "features need whole fp32 models (trainer=auto or ddp); features.blocks needs trainer=auto without activation_checkpointing"
-                )
-            wrap_loss = partial(self.features.loss, student=model, teacher=source, seed=ctx.seed)
-        metrics = self.optimize(
-            model, mix, data, source, ctx, hidden_weight=self.hidden_weight, vocabulary=vocabulary, wrap=wrap, wrap_loss=wrap_loss
-        )
+            wraps["wrap_loss"] = partial(FeatureLoss, student=model, teacher=source, features=self.features, seed=ctx.seed)
+        metrics = self.optimize(model, mix, data, source, ctx, vocabulary=vocabulary, **wraps)
         save_model(model, out, tokenizer_from=parent)
         return metrics

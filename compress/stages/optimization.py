@@ -51,7 +51,7 @@ class Signal:
         import torch
 
         from compress.checkpoint import load_model
-        from compress.distill.signal import Scheme, Signals, Worker
+        from compress.distill.signal import Scheme, Signals
         from compress.distill.steps import OnlineTeacher
         from compress.train import parallel
 
@@ -61,7 +61,7 @@ class Signal:
         scheme = Scheme(self.scheme.value, self.threshold, self.top, temperature)
         signals = Signals(
             self.path or ctx.signals, teacher, data, scheme, seed=ctx.seed, precision=ctx.precision, log=ctx.log,
-            own_folder=self.path is not None, load=self.teacher.value, worker=Worker(parallel.rank(), parallel.world()),
+            own_folder=bool(self.path), load=self.teacher.value,
         )  # fmt: skip
         signals.make(min(sequences, len(data.ids)))
         parallel.wait()
@@ -106,27 +106,25 @@ class Optimization:
         """Distinct sequences read: those of one epoch."""
         return -(-self.steps(seq_len) * self.batch_sequences // self.epochs)
 
-    def optimize(self, model: Any, mix: Mix, data: Packed, source: TeacherSource | None, ctx: Context, *, hidden_weight: float = 0.0,
-                 vocabulary: int | None = None, wrap: Callable[[Any], Any] | None = None,
-                 wrap_loss: Callable[[Any], Any] | None = None) -> dict[str, float]:  # fmt: skip
+    def optimize(self, model: Any, mix: Mix, data: Packed, source: TeacherSource | None, ctx: Context, *, vocabulary: int | None = None,
+                 wrap_batches: Callable[[Any], Any] = lambda batches: batches,
+                 wrap_loss: Callable[[Any], Any] = lambda loss: loss) -> dict[str, float]:  # fmt: skip
         """Train `model` on `data` with a loss mix. Deterministic figures; the whole curve, with its times, goes to the store's note."""
         from compress.distill.steps import make_batches, make_loss, one_batch
         from compress.train.loop import Plan, train
 
         rows, validation = self.sequences(ctx.seq_len), None
         head = source.teacher_head if source else None
-        loss: Any = make_loss(mix, head, hidden_weight, vocabulary)
-        loss = wrap_loss(loss) if wrap_loss else loss
+        loss = wrap_loss(make_loss(mix, head, vocabulary))
         if self.validations:
             held = list(range(len(data.ids) - self.validation_sequences, len(data.ids)))
             if held[0] < 1:
                 raise ValueError(f"{ctx.label}: {len(data.ids)} sequences of text leave none to train on besides {len(held)} for validation")
             rows = min(rows, held[0])
-            alone = replace(mix, kl_weight=float(source is not None), ce_weight=float(source is None))  # the divergence, else plain cross-entropy
-            measured = make_loss(alone, head, vocabulary=vocabulary)
-            validation = measured, [one_batch(data, source, [row]) for row in held]
-        batches = make_batches(data, source, seed=ctx.seed, sequences=rows, batch=self.batch_sequences)
-        batches = wrap(batches) if wrap else batches
+            # the divergence alone, else plain cross-entropy
+            alone = replace(mix, kl_weight=float(source is not None), ce_weight=float(source is None), hidden_weight=0.0)
+            validation = make_loss(alone, head, vocabulary), [one_batch(data, source, [row]) for row in held]
+        batches = wrap_batches(make_batches(data, source, seed=ctx.seed, sequences=rows, batch=self.batch_sequences))
         plan = Plan(
             steps=self.steps(ctx.seq_len), micro=self.micro_batch_sequences, lr=self.lr, schedule=self.schedule.value,
             decay_fraction=self.decay_fraction, warmup_fraction=self.warmup_fraction, grad_clip=self.grad_clip, seed=ctx.seed,

@@ -91,9 +91,8 @@ def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
 
 def head_of(model: Any) -> Head:
     """The output head of a causal language model, peft-wrapped or not."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    output = base.get_output_embeddings()
-    return Head(output.weight, getattr(output, "bias", None), **scale_and_softcap(base.config.to_dict()))
+    output = model.get_output_embeddings()
+    return Head(output.weight, getattr(output, "bias", None), **scale_and_softcap(model.config.to_dict()))
 
 
 def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -101,8 +100,7 @@ def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -
 
     Where positions (R, L) start again a new document does: transformers then masks attention across documents.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden_RLH: Tensor = base.base_model(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
+    hidden_RLH: Tensor = model.get_decoder()(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
     return hidden_RLH.flatten(0, 1)
 
 
@@ -207,10 +205,9 @@ def use_cpu_kernels(model: Any) -> None:
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(getattr(base, "config", None), "_attn_implementation", None) == "sdpa":
-        base.set_attn_implementation(NAME)
-    for module in base.modules():
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
+        model.set_attn_implementation(NAME)
+    for module in model.modules():
         if _code(type(module)) == _code(LlamaRMSNorm):
             module.forward = MethodType(_norm, module)
 

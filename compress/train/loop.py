@@ -1,18 +1,16 @@
 """The one training loop: distillation, LoRA and quantization-aware training all run through `train`.
 
-Each step accumulates the gradient of a loss *sum* over its micro-batches (and, with several processes, over their rows), then
-divides once by the number of labels, clips to a global norm and takes one optimizer step. With bf16 precision,
-forward passes run under bf16 autocast over fp32 masters; with bf16_stochastic the weights themselves are bf16.
+Each step accumulates the gradient of a loss *sum* over its micro-batches (and, with several processes, over their rows), then divides once by
+the number of labels, clips to a global norm and takes one optimizer step. When memory runs out, the micro-batch is halved and the step taken again.
 
 Ctrl-C and SIGTERM finish the step, save the state and stop; after kill -9 at most SAVE_SECONDS of work is lost. Either way the same
 command goes on from there and ends in the same bytes: batches and random numbers are pure functions of the step, tensors lie in safetensors
-and the rest in JSON. With sharded parameters each rank writes its own shards, and a resumed run needs as many ranks. When memory runs out,
-the micro-batch is halved and the step taken again.
+and the rest in JSON. With sharded parameters each rank writes its own shards, and a resumed run needs as many ranks.
 
 With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; training returns the best
 weights, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
 
-The optimizer is AdamW (arXiv 1711.05101) under a schedule, over fp32 masters or over bf16 weights with stochastic rounding:
+The optimizer is AdamW (arXiv 1711.05101) under a schedule, over fp32 masters (bf16: under bf16 autocast) or bf16 weights (bf16_stochastic):
 
     cosine   lr(t) = peak * warm(t) * (floor + (1 - floor) * (1 + cos(pi t / steps)) / 2)           (arXiv 1608.03983)
     wsd      warm-up, then the peak, then over the last `decay_fraction` of the steps linearly to the floor    (arXiv 2404.06395, section 4)
@@ -37,13 +35,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from compress.checkpoint import best_device
 from compress.errors import Interrupted, is_memory
 from compress.store import commit
 from compress.train import parallel
@@ -125,12 +124,13 @@ class StochasticAdamW(torch.optim.Optimizer):
 class LossModule(nn.Module):
     """A model and its loss as one module, so that autocast and data parallelism wrap the whole computation."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, autocast: bool) -> None:
         super().__init__()
-        self.model, self.loss_fn = model, loss_fn
+        self.model, self.loss_fn, self.autocast = model, loss_fn, autocast
 
     def forward(self, batch: Batch, loss_fn: LossFunction | None = None) -> tuple[Tensor, Tensor]:
-        return (loss_fn or self.loss_fn)(self.model, batch)
+        with torch.autocast(batch["inputs"].device.type, torch.bfloat16, enabled=self.autocast):
+            return (loss_fn or self.loss_fn)(self.model, batch)
 
 
 @contextmanager
@@ -180,21 +180,20 @@ class Trainer:
         use_cpu_kernels(model)
         if plan.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        mixed = "bf16" if plan.precision == "bf16" and plan.parallel != "fsdp2" else "no"
-        self.accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
-        self.module: nn.Module = LossModule(model, loss_fn)
-        if plan.parallel == "fsdp2":
-            self.module = parallel.shard(self.module.to(self.accelerator.device), model, plan.precision)
-        else:
-            self.module = self.accelerator.prepare(self.module)
-        self.plain = self.accelerator.unwrap_model(self.module)
+        self.device, self.sharded = best_device(), plan.parallel == "fsdp2"
+        self.plain = LossModule(model, loss_fn, autocast=plan.precision == "bf16" and not self.sharded).to(self.device)
+        self.module: Any = self.plain  # as the devices share it
+        if self.sharded:
+            self.module = parallel.shard(self.plain, model, plan.precision)
+        elif plan.parallel == "ddp":
+            self.module = DistributedDataParallel(self.plain)
         self.trained = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
         parameters = list(self.trained.values())
         if parameters[0].dtype == torch.bfloat16:
             self.optimizer: torch.optim.Optimizer = StochasticAdamW(parameters, plan.lr)
         else:
             self.optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=BETAS, weight_decay=0.0, fused=True)
-        self.ranks = parallel.world() if plan.parallel == "fsdp2" else 1  # that save: elsewhere every rank's state is the same
+        self.ranks = parallel.world() if self.sharded else 1  # that save: elsewhere every rank's state is the same
         self.state: dict[str, Any] = {"step": 0, "curve": [], "measured": [], "micro": plan.micro, "best_step": -1, "best_kl": math.inf}
         self.best: dict[str, Tensor] = {}
         self._load()
@@ -242,7 +241,7 @@ class Trainer:
                 self.best[name] = tensors[f"best/{name}"].to(p.device)
 
     def step(self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]) -> dict[str, float]:
-        """One optimizer step; its row of the curve. With less and less memory, smaller micro-batches."""
+        """One optimizer step; its row of the curve."""
         plan, step, start = self.plan, self.state["step"], time.monotonic()
         torch.manual_seed(plan.seed * 1_000_003 + step)
         rate = learning_rate(step, plan.steps, plan.lr, round(plan.warmup_fraction * plan.steps), plan.schedule, plan.decay_fraction)
@@ -271,12 +270,12 @@ class Trainer:
         """(loss sum, labels, norm of the mean gradient) over all ranks; leaves gradients of the sum, divided by the ranks."""
         loss, count = 0.0, 0.0
         for number, batch in enumerate(batches, 1):
-            last, sharded = number == len(batches), self.plan.parallel == "fsdp2"
-            if sharded:
-                self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
-            with nullcontext() if last or sharded else self.accelerator.no_sync(self.module):  # ranks exchange gradients in the last one only
-                loss_sum, labels = self.module(send_to_device(batch, self.accelerator.device))
-                self.accelerator.backward(loss_sum)
+            last = number == len(batches)  # ranks exchange gradients in the last one only
+            if self.sharded:
+                self.module.set_requires_gradient_sync(last)
+            with self.module.no_sync() if self.plan.parallel == "ddp" and not last else nullcontext():
+                loss_sum, labels = self.module(send_to_device(batch, self.device))
+                loss_sum.backward()
             loss += float(loss_sum.detach())
             count += int(labels)
         loss, count = parallel.total(loss, count)
@@ -294,10 +293,10 @@ class Trainer:
     def validate(self, loss_fn: LossFunction, batches: list[Batch]) -> float:
         """Measure the KL of the weights as they are; the best weights so far are kept."""
         self.module.eval()
-        sums = [self.module(send_to_device(batch, self.accelerator.device), loss_fn) for batch in batches]
+        sums = [self.module(send_to_device(batch, self.device), loss_fn) for batch in batches]
         self.module.train()
-        if self.plan.parallel == "fsdp2":
-            self.module.reshard()  # type: ignore[operator]  # the outermost group stays gathered after a forward without a backward
+        if self.sharded:
+            self.module.reshard()  # the outermost group stays gathered after a forward without a backward
         kl = parallel.share(sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums))
         seconds = sum(row["seconds"] for row in self.state["curve"])
         tokens = sum(row["seconds"] * row["tokens_per_sec"] for row in self.state["curve"])
@@ -311,7 +310,7 @@ class Trainer:
         """Leave the best weights, whole, in the model. Ranks but the first end here."""
         for name, p in self.best.items():
             parallel.local(self.trained[name]).copy_(p)
-        if self.plan.parallel == "fsdp2":
+        if self.sharded:
             parallel.unshard(self.plain)
         self.model.eval()
         if self.plan.activation_checkpointing:

@@ -1,8 +1,7 @@
 """Many processes, one training. Rank 0 is the pipeline; the others only train beside it.
 
-    ddp     every rank holds the model; gradients are averaged (accelerate wraps the module)
-    fsdp2   every rank holds a shard of each parameter, gradient and moment; a block is gathered while it computes
-            (torch's `fully_shard`; accelerate would ignore its FSDP plugin on a CPU)
+    ddp     every rank holds the model; gradients are averaged (torch's `DistributedDataParallel`)
+    fsdp2   every rank holds a shard of each parameter, gradient and moment; a block is gathered while it computes (torch's `fully_shard`)
 
 `compress run ... trainer=ddp` starts its own followers on this machine; under torchrun, one node or many, RANK and WORLD_SIZE are
 set already and nothing is started (the store must then be on a file system that all nodes see). All ranks execute the same stage
@@ -110,8 +109,7 @@ def shard(module: nn.Module, model: Any, precision: str) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for block in base.base_model.layers:
+    for block in model.get_decoder().layers:
         fully_shard(block, mp_policy=policy)
     return fully_shard(module, mp_policy=policy)  # type: ignore[return-value]
 

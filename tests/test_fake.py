@@ -311,25 +311,20 @@ def test_adapters_get_the_gradient_of_the_merged_weight_on_the_grid(tied):
         for name, p in adapted.named_parameters():
             if name.endswith("quant_b"):
                 p.normal_(std=0.002)
-    snaps = {name: snapped for (name, _, _), snapped in zip(adapted.fake_quant.places, adapted.fake_quant.snaps, strict=True)}
     fake.attach(whole, "q4_0", "learned")
+    homes = [(snapped.home, adapted.fake_quant.snaps[name].home) for name, snapped in whole.fake_quant.snaps.items()]
     with torch.no_grad():
-        for name, home, _ in whole.fake_quant.places:  # the same weights, merged by hand, under the unmerged one's scales
-            parts = snaps[name].parts()
-            home._parameters["weight"].addmm_(parts["quant_b"], parts["quant_a"])
+        for home, other in homes:  # the same weights, merged by hand, under the unmerged one's scales
+            home._parameters["weight"].addmm_(other.quant_b, other.quant_a)
     losses = [_loss(model) for model in (whole, adapted)]
     assert losses[0].item() == losses[1].item()
     for loss in losses:
         loss.backward()
-    for name, home, _ in whole.fake_quant.places:
-        parts, grad = snaps[name].parts(), home._parameters["weight"].grad.double()
-        assert parts["weight"].grad is None and not parts["weight"].requires_grad
-        a, b = parts["quant_a"].double(), parts["quant_b"].double()
-        for got, expected in (
-            (parts["quant_a"].grad, b.T @ grad),
-            (parts["quant_b"].grad, grad @ a.T),
-            (parts["quant_shift"].grad, home.quant_shift.grad),
-        ):
+    for home, other in homes:
+        master, grad = other._parameters["weight"], home._parameters["weight"].grad.double()
+        assert master.grad is None and not master.requires_grad
+        a, b = other.quant_a.double(), other.quant_b.double()
+        for got, expected in ((other.quant_a.grad, b.T @ grad), (other.quant_b.grad, grad @ a.T), (other.quant_shift.grad, home.quant_shift.grad)):
             assert torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
     made = [fake.finish(model) for model in (whole, adapted)]
     for name, quantized in made[0].items():

@@ -238,7 +238,7 @@ class Recipe:
         slot = self.shipped_slot()
         grid = getattr(self.stages.get(slot), "layout_name", None)
         for name in self.export.files:
-            formats.check_grid(name, slot, grid)
+            formats.check_grid(name, f"slot {slot!r}", grid)
 
     def steps(self) -> list[tuple[str, str]]:
         """(slot, parent slot) in order. The parent is the slot before, or the one named after '@'."""

@@ -90,7 +90,7 @@ class Grid:
 
     def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
         """(N, block), (N, stored) -> the bytes of each block, uint8, in pieces (N, any)."""
-        raise NotImplementedError
+        raise ValueError(f"grid {self.name} is not llama.cpp's and has no bytes in a GGUF; export compressed_tensors")
 
     def search(self, w: Tensor, importance: Tensor | None = None, name: str = "weight") -> Tensor:
         """fp32 (R, C) -> scales of less squared error than `plain`'s, on grids that have such a search."""

@@ -7,19 +7,14 @@ imported when it is used, since reading the configuration comes here:
     check_architecture(config)                  ValueError when an architecture, as a transformers config, has no place in it
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from compress.errors import ConfigError, nearest
 from compress.stages.ptq import GridName
-
-if TYPE_CHECKING:
-    from compress.quant.codes import Quantized
 
 
 class Type(NamedTuple):
@@ -109,8 +104,8 @@ def check_grid(name: str, what: str, grid: str | None) -> None:
         )
 
 
-def codes_of(checkpoint: Path, name: str) -> dict[str, Quantized]:
-    """The codes of a checkpoint that is to be written as `name`, {} where it has none. ConfigError as `check_grid`, whatever a recipe says."""
+def codes_of(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Every `Quantized` of a checkpoint that is to be written as `name`, {} where it has none. ConfigError as `check_grid`."""
     from compress.quant.codes import is_quantized, load_quantized
 
     made = load_quantized(checkpoint) if is_quantized(checkpoint) else {}

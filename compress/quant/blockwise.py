@@ -142,13 +142,13 @@ class Blockwise:
     @torch.no_grad()
     def plain(self) -> None:
         """Every matrix by itself, without data."""
-        for name, home, _ in quantizable(self.model):
+        for name, home in quantizable(self.model).items():
             self.round(name, home.weight)
 
     @torch.no_grad()
     def calibrated(self, ctx: Context, sequences: int) -> None:
         """Every matrix behind what is quantized before it, on so many rows of calibration text; finished pieces lie in `ctx.work`."""
-        (first, embedding), *heads = [(name, home) for name, home, _ in quantizable(self.model) if not name.startswith("model.layers.")]
+        (first, embedding), *heads = [pair for pair in quantizable(self.model).items() if not pair[0].startswith("model.layers.")]
         stream, started, fresh = Stream(self.model, ctx.calibration(sequences), ctx.precision), time.monotonic(), 0
         reference = list(stream.states) if self.autoround else []
         self._kept(ctx.work / "embeddings.safetensors", embedding, partial(self._embedding, first, embedding, stream, tied=not heads))

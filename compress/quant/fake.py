@@ -38,7 +38,7 @@ PARTS = ("weight", "quant_shift", "quant_a", "quant_b")  # what may be trained o
 class _Snapped:
     """One master weight on its grid: the values, and the graph node that leads back to the master."""
 
-    def __init__(self, home: nn.Module, modules: list[nn.Module], grid: Grid, scales: Tensor) -> None:
+    def __init__(self, home: Any, modules: list[nn.Module], grid: Grid, scales: Tensor) -> None:
         self.home, self.modules, self.grid, self.scales = home, modules, grid, scales  # those that `values` are made with
         self.key: tuple[int, ...] = ()
         self.values = torch.empty(0)
@@ -57,12 +57,12 @@ class _Snapped:
     @torch.no_grad()
     def learned(self) -> Tensor:
         """fp16 (R, C / block): the scales as the shift has moved them."""
-        scales, shift = cast(Tensor, self.home._buffers["quant_scales"]), self.parts()[1]
+        scales, shift = self.home.quant_scales, self.parts()[1]
         return scales if shift is None else (scales.float() * shift.exp()).half()
 
     def tensor(self, _: nn.Module) -> Tensor:
         """fp32 (R, C): the quantized weight, as a property of modules; recomputed only when the master or the scales have changed."""
-        parts, scales = self.parts(), cast(Tensor, self.home._buffers["quant_scales"])
+        parts, scales = self.parts(), self.home.quant_scales
         key = (id(parts[0]), parts[0].data_ptr(), id(scales), scales._version, *(-1 if part is None else part._version for part in parts))
         if key != self.key:
             self.scales = self.learned()
@@ -110,8 +110,8 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
     if hasattr(model, "fake_quant"):
         raise ValueError("the model is fake-quantized already: call finish before attaching again")
     snaps: dict[str, _Snapped] = {}
-    for name, home, modules in quantizable(model):
-        weight = cast(Tensor, home.weight)
+    for name, home in quantizable(model).items():
+        weight = home.weight
         if weight.dtype != torch.float32:
             raise ValueError(f"{name} is {weight.dtype}: masters must be fp32; load the model as torch.float32")
         grid = GRIDS[grids if isinstance(grids, str) else grids[name]]
@@ -119,20 +119,19 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
             found = start[name].scales.to(weight.device)
         else:
             found = grid.search(weight, name=name) if scales == "search" and grid.searches else grid.encode(weight, name)[1]
-        snaps[name] = _Snapped(home, modules, grid, found)
+        snaps[name] = _Snapped(home, [module for module in model.modules() if module._parameters.get("weight") is weight], grid, found)
     for snapped in snaps.values():
         home = snapped.home
         home.register_buffer("quant_scales", snapped.scales)
         if scales == "learned" and snapped.grid.searches:
-            home.register_parameter("quant_shift", nn.Parameter(torch.zeros_like(snapped.scales, dtype=torch.float32)))
+            home.quant_shift = nn.Parameter(torch.zeros_like(snapped.scales, dtype=torch.float32))
         if rank:
-            weight = cast(nn.Parameter, home._parameters["weight"]).requires_grad_(False)
-            home.register_parameter("quant_a", nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5)))
-            home.register_parameter("quant_b", nn.Parameter(weight.new_zeros(len(weight), rank)))
-        quantized = property(snapped.tensor)
+            weight = home.weight.requires_grad_(False)
+            home.quant_a = nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5))
+            home.quant_b = nn.Parameter(weight.new_zeros(len(weight), rank))
         for module in snapped.modules:
             kind = type(module)
-            module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), {"weight": quantized, "unquantized": kind})
+            module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), {"weight": property(snapped.tensor), "unquantized": kind})
 
     def stepped(*_: Any) -> None:
         for snapped in snaps.values():
@@ -149,7 +148,7 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
         home, grid, master, scales = snapped.home, snapped.grid, snapped.master(), snapped.learned()
         for module in snapped.modules:
             module.__class__ = type(module).unquantized
-        del home._buffers["quant_scales"]
+        del home.quant_scales
         for part in PARTS[1:]:
             home._parameters.pop(part, None)
         made[name] = bake(home.weight.requires_grad_(True), Quantized(grid.name, grid.codes(master, scales), scales))

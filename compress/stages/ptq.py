@@ -76,7 +76,7 @@ class OnGrid:
         from compress.quant.codes import quantizable
 
         if not self.allocate.file_bytes:
-            return {name: self.grid.value for name, _, _ in quantizable(model)}
+            return dict.fromkeys(quantizable(model), self.grid.value)
         text, label = ctx.calibration(self.allocate.calibration_sequences), f"{ctx.label}, damage of each matrix"
         measured = options(model, text, [g.value for g in self.allocate.grids], ctx.work / "damages.json", label, ctx.log)
         return choose(measured, self.allocate.file_bytes - ctx.file_overhead(parent))

@@ -286,7 +286,7 @@ def test_unknown_pre_tokenizers_are_refused_both_ways(tied, f16, tmp_path):
 
 def test_grid_and_type_must_agree_and_codes_must_be_the_weights(tied, tmp_path):
     student = quantized(tied, tmp_path / "student", "q4_0")
-    with pytest.raises(ValueError, match="gguf:Q8_0 would re-round .*student, is on the grid q4_0, and holds only q8_0; export it as gguf:Q4_0"):
+    with pytest.raises(ValueError, match="gguf:Q8_0 would re-round .*, which is on the grid q4_0, and holds only q8_0; export it as gguf:Q4_0"):
         export_gguf(student, tmp_path / "m.gguf", "Q8_0")
     shutil.copy(tied / "model.safetensors", student / "model.safetensors")
     with pytest.raises(ValueError, match="model.safetensors differs from what quant.safetensors decodes to"):

@@ -17,7 +17,6 @@ operations, so plain threads scale. The cuts, and so the results, do not depend 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -185,5 +184,4 @@ class Grid:
             span(0, blocks)
             return
         bounds = [min(blocks, -(-blocks // piece) * i // threads * piece) for i in range(threads + 1)]
-        for done in [_pool(threads).submit(span, *pair) for pair in pairwise(bounds)]:
-            done.result()
+        list(_pool(threads).map(span, bounds[:-1], bounds[1:]))  # raises what a piece raised

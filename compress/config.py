@@ -231,7 +231,7 @@ class Recipe:
             if slot not in seen:
                 raise ConfigError(f"budget.slots or ship names {slot!r}; {nearest(slot, seen)}")
         for name in self.export.files:
-            formats.check_grid(name, shipped, getattr(self.stages.get(shipped), "layout_name", None))
+            formats.check_grid(name, f"slot {shipped!r}", getattr(self.stages.get(shipped), "layout_name", None))
 
     def steps(self) -> list[tuple[str, str]]:
         """(slot, parent slot) in order. The parent is the slot before, or the one named after '@'."""

@@ -37,7 +37,7 @@ def test_the_cost_is_the_kl_of_one_matrix_on_one_grid_and_the_model_stays_as_it_
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     with torch.no_grad():
         full = model(ids).logits.double().log_softmax(-1)
-        for name, home, _ in quantizable(model):
+        for name, home in quantizable(model).items():
             assert set(made[name]) == {"q4_0", "q8_0"} | ({"q6_k"} if home.weight.shape[1] == 256 else set())
             for grid, (cost, size) in made[name].items():
                 codes = GRIDS[grid].encode(before[name])
@@ -51,7 +51,7 @@ def test_the_cost_is_the_kl_of_one_matrix_on_one_grid_and_the_model_stays_as_it_
 
 def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
     kept = tmp_path / "kept.json"
-    names = [name for name, _, _ in quantizable(_model())]
+    names = list(quantizable(_model()))
     kept.write_text(json.dumps(dict.fromkeys(names[:-1], {"q4_0": 7.0})))
     made = options(_model(), torch.zeros(1, 8, dtype=torch.long), ["q4_0"], kept, "label", lambda line: None)
     assert [made[name]["q4_0"][0] for name in names[:-1]] == [7.0] * (len(names) - 1) and made[names[-1]]["q4_0"][0] != 7.0

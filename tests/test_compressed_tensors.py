@@ -92,15 +92,15 @@ def test_codes_fit_in_as_many_bits_as_the_grid_says(tmp_path):
 
 
 def test_what_it_cannot_hold_is_refused_by_name(parent, tmp_path):
-    with pytest.raises(ValueError, match=r"has no quant.safetensors: it is not quantized; run ptq or qat"):
+    with pytest.raises(ValueError, match=r"compressed_tensors writes codes, and .* has none; ship a ptq or qat slot on q4_0, "):
         export_compressed_tensors(parent, tmp_path / "out")
     student = student_on(parent, tmp_path, "q4_1")
-    with pytest.raises(ValueError, match=r"holds codes on one grid of q4_0, q8_0, int4_g32, .*; got q4_1; export a GGUF"):
+    with pytest.raises(ValueError, match=r"which is on the grid q4_1, and holds only q4_0, q8_0, int4_g32, .*; export it as gguf:Q4_1"):
         export_compressed_tensors(student, tmp_path / "out")
     weights = load_file(student / "model.safetensors")
     (tmp_path / "int4").mkdir()
     other = student_on(parent, tmp_path / "int4", "int4_g64")
-    with pytest.raises(ValueError, match="codes are on the grid 'int4_g64', the type asked for is Q4_0; export it as compressed_tensors"):
+    with pytest.raises(ValueError, match="gguf:Q4_0 would re-round .* on the grid int4_g64, and holds only q4_0; export it as compressed_tensors"):
         export_gguf(other, tmp_path / "m.gguf", "Q4_0")
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model.safetensors differs from what quant.safetensors decodes to"):

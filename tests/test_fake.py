@@ -143,7 +143,7 @@ def test_micro_batches_quantize_once_and_accumulate(monkeypatch):
     _loss(model).backward()
     once = {name: p.grad.clone() for name, p in model.named_parameters()}
     _loss(model).backward()
-    weights = len(list(codes.quantizable(model)))
+    weights = len(codes.quantizable(model))
     assert len(calls) == weights == 1 + 2 * 7
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad, 2 * once[name], rtol=1e-5, atol=1e-7), name
@@ -158,7 +158,7 @@ def test_every_kind_of_optimizer_step_is_seen(options):
         _loss(model).backward()
         optimizer.step()
         optimizer.zero_grad()
-        for _, home, _ in codes.quantizable(model):
+        for home in codes.quantizable(model).values():
             grid, master = GRIDS["q4_0"], home._parameters["weight"]
             expected = grid.decode(grid.codes(master, home.quant_scales), home.quant_scales)
             assert torch.equal(home.weight, expected)
@@ -200,7 +200,7 @@ def test_names_and_parameters_are_those_of_the_plain_model():
     assert all(parameters[name] is p for name, p in model.named_parameters())
     extra = set(model.state_dict()) - plain
     assert plain <= set(model.state_dict())
-    assert extra == {name.removesuffix("weight") + "quant_scales" for name, _, _ in codes.quantizable(model)}
+    assert extra == {name.removesuffix("weight") + "quant_scales" for name in codes.quantizable(model)}
     assert torch.equal(model.state_dict()[UP], parameters[UP])
 
 
@@ -291,7 +291,7 @@ def test_damaged_or_missing_codes_are_refused(tmp_path):
 
 def test_each_matrix_may_have_a_grid_of_its_own():
     model = _model(True, 256)
-    layout = {name: ["q4_0", "q8_0", "q6_k", "q4_1"][i % 4] for i, (name, _, _) in enumerate(codes.quantizable(model))}
+    layout = {name: ["q4_0", "q8_0", "q6_k", "q4_1"][i % 4] for i, name in enumerate(codes.quantizable(model))}
     fake.attach(model, layout, "learned")
     assert {name for name, _ in model.named_parameters() if "quant_shift" in name} == {
         name.replace("weight", "quant_shift") for name, grid in layout.items() if GRIDS[grid].searches
@@ -311,25 +311,20 @@ def test_adapters_get_the_gradient_of_the_merged_weight_on_the_grid(tied):
         for name, p in adapted.named_parameters():
             if name.endswith("quant_b"):
                 p.normal_(std=0.002)
-    snaps = {name: snapped for (name, _, _), snapped in zip(adapted.fake_quant.places, adapted.fake_quant.snaps, strict=True)}
     fake.attach(whole, "q4_0", "learned")
+    homes = [(snapped.home, adapted.fake_quant.snaps[name].home) for name, snapped in whole.fake_quant.snaps.items()]
     with torch.no_grad():
-        for name, home, _ in whole.fake_quant.places:  # the same weights, merged by hand, under the unmerged one's scales
-            parts = snaps[name].parts()
-            home._parameters["weight"].addmm_(parts["quant_b"], parts["quant_a"])
+        for home, other in homes:  # the same weights, merged by hand, under the unmerged one's scales
+            home._parameters["weight"].addmm_(other.quant_b, other.quant_a)
     losses = [_loss(model) for model in (whole, adapted)]
     assert losses[0].item() == losses[1].item()
     for loss in losses:
         loss.backward()
-    for name, home, _ in whole.fake_quant.places:
-        parts, grad = snaps[name].parts(), home._parameters["weight"].grad.double()
-        assert parts["weight"].grad is None and not parts["weight"].requires_grad
-        a, b = parts["quant_a"].double(), parts["quant_b"].double()
-        for got, expected in (
-            (parts["quant_a"].grad, b.T @ grad),
-            (parts["quant_b"].grad, grad @ a.T),
-            (parts["quant_shift"].grad, home.quant_shift.grad),
-        ):
+    for home, other in homes:
+        master, grad = other._parameters["weight"], home._parameters["weight"].grad.double()
+        assert master.grad is None and not master.requires_grad
+        a, b = other.quant_a.double(), other.quant_b.double()
+        for got, expected in ((other.quant_a.grad, b.T @ grad), (other.quant_b.grad, grad @ a.T), (other.quant_shift.grad, home.quant_shift.grad)):
             assert torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
     made = [fake.finish(model) for model in (whole, adapted)]
     for name, quantized in made[0].items():

@@ -268,7 +268,7 @@ def test_other_architectures_are_refused_by_name(tied, tmp_path):
     tiny_tokenizer(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="model_type 'gpt2' can't be written as GGUF; allowed: llama, mistral, qwen2"):
         export_gguf(tmp_path / "gpt2", tmp_path / "m.gguf", "F16")
-    with pytest.raises(ValueError, match="type 'Q4_K_M' is unknown; allowed: F16, Q4_0, Q4_1, Q8_0, Q5_0, Q4_K, Q6_K"):
+    with pytest.raises(ValueError, match="'gguf:Q4_K_M' is no format; did you mean 'gguf:Q4_K'.* allowed: .*gguf:F16, gguf:MIXED, gguf:Q4_0"):
         export_gguf(tied, tmp_path / "m.gguf", "Q4_K_M")
     assert not list(tmp_path.glob("m.gguf*"))
 
@@ -286,7 +286,7 @@ def test_unknown_pre_tokenizers_are_refused_both_ways(tied, f16, tmp_path):
 
 def test_grid_and_type_must_agree_and_codes_must_be_the_weights(tied, tmp_path):
     student = quantized(tied, tmp_path / "student", "q4_0")
-    with pytest.raises(ValueError, match="codes are on the grid 'q4_0', the type asked for is Q8_0"):
+    with pytest.raises(ValueError, match="gguf:Q8_0 would re-round .*, which is on the grid q4_0, and holds only q8_0; export it as gguf:Q4_0"):
         export_gguf(student, tmp_path / "m.gguf", "Q8_0")
     shutil.copy(tied / "model.safetensors", student / "model.safetensors")
     with pytest.raises(ValueError, match="model.safetensors differs from what quant.safetensors decodes to"):
@@ -398,12 +398,12 @@ def test_a_mixed_file_holds_each_matrix_in_the_type_of_its_own_codes(checkpoint,
     student = tmp_path / "student"
     student.mkdir()
     save_quantized(model, student, checkpoint, finish(model))
-    with pytest.raises(ValueError, match="the type asked for is Q4_0; export it as MIXED"):
+    with pytest.raises(ValueError, match="gguf:Q4_0 would re-round .*student, which is on the grid mixed.*; export it as gguf:MIXED$"):
         export_gguf(student, tmp_path / "m.gguf", "Q4_0")
     export_gguf(student, tmp_path / "m.gguf", "MIXED")
     fields, tensors = read_fields(tmp_path / "m.gguf")
     assert_same(decode_gguf(fields, tensors), {k: v for k, v in load_file(student / "model.safetensors").items() if k in names or v.ndim == 1})
     kinds = {tensor.tensor_type.name for tensor in tensors}
     assert kinds == {"Q4_0", "Q8_0", "Q4_1", "F32"} and {q.grid for q in load_quantized(student).values()} == {"q4_0", "q8_0", "q4_1"}
-    with pytest.raises(ValueError, match="is not quantized: MIXED writes each matrix"):
+    with pytest.raises(ValueError, match="gguf:MIXED writes codes, and .* has none; ship a ptq or qat slot on mixed"):
         export_gguf(checkpoint, tmp_path / "n.gguf", "MIXED")

@@ -266,6 +266,12 @@ def test_a_grid_without_search_says_so(name):
         GRIDS[name].search(torch.zeros(4, 256))
 
 
+def test_integer_grids_have_no_bytes_in_a_gguf():
+    grid = GRIDS["int8_g64"]
+    with pytest.raises(ValueError, match="grid int8_g64 is not llama.cpp's and has no bytes in a GGUF; export compressed_tensors"):
+        grid.pack(*grid.encode(torch.zeros(4, 64)))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_refused_with_the_tensor(value):
     w = torch.zeros(4, 64)

@@ -259,7 +259,7 @@ def test_other_grids_foreign_tensors_and_missing_ends_are_refused(tmp_path):
     (tmp_path / "hf").mkdir()
     tiny = tiny_checkpoint(tmp_path / "hf")
     Ptq(grid=GridName("q4_1")).run(tiny, tmp_path / "q4_1", None)
-    with pytest.raises(ValueError, match=r"grid q4_1 .* allowed: q4_0, q8_0"):
+    with pytest.raises(ValueError, match=r"onnx would re-round .* on the grid q4_1, and holds only q4_0, q8_0; export it as gguf:Q4_1"):
         export_onnx(tmp_path / "q4_1", tmp_path / "onnx")
     tensors = load_file(tiny / "model.safetensors")
     save_file(tensors | {"model.extra.weight": torch.zeros(2)}, tiny / "model.safetensors", metadata={"format": "pt"})

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.checkpoint import WEIGHTS, check, copy_beside, load_model, load_tokenizer, read_config, weight_files
-from compress.export.formats import FORMATS
-from compress.quant.codes import Quantized, load_quantized, verified
+from compress.export.formats import codes_of
+from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
 from compress.score.size import size
 
@@ -41,11 +41,8 @@ def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> di
     from compressed_tensors.quantization import QuantizationConfig
 
     check(checkpoint)
-    made, allowed = load_quantized(checkpoint), FORMATS["compressed_tensors"].types[type].grids
-    found = sorted({q.grid for q in made.values()})
-    if len(found) != 1 or found[0] not in allowed:
-        raise ValueError(f"{checkpoint}: compressed-tensors holds codes on one grid of {', '.join(allowed)}; got {', '.join(found)}; export a GGUF")
-    grid = GRIDS[found[0]]
+    made = codes_of(checkpoint, "compressed_tensors")
+    grid = GRIDS[next(iter(made.values())).grid]  # one for all
     bits = 8 if grid.dtype == torch.int8 else 4
     tensors: dict[str, Tensor] = {}
     for file in weight_files(checkpoint):

@@ -10,6 +10,7 @@ imported when it is used, since reading the configuration comes here:
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.errors import ConfigError, nearest
@@ -91,13 +92,24 @@ def slot_of(name: str) -> tuple[str, str]:
     return name.lower().replace(":", "_"), f"export_{name.partition(':')[0]}"
 
 
-def check_grid(name: str, slot: str, grid: str | None) -> None:
-    """ConfigError when weights on `grid` (None: on no grid) can't be written as they are."""
+def check_grid(name: str, what: str, grid: str | None) -> None:
+    """ConfigError when weights on `grid` (None: on no grid) can't be written as they are; `what` they are weights of."""
     type = parse(name)[2]
     if grid is None and not type.rounds:
-        raise ConfigError(f"export.files={name} writes codes, and slot {slot!r} has none; ship a ptq or qat slot on {', '.join(type.grids)}")
+        raise ConfigError(f"export.files={name} writes codes, and {what} has none; ship a ptq or qat slot on {', '.join(type.grids)}")
     if grid is not None and grid not in type.grids:
         raise ConfigError(
-            f"export.files={name} would re-round slot {slot!r}, which is on the grid {grid}, and holds only {', '.join(type.grids) or 'no grid'}; "
+            f"export.files={name} would re-round {what}, which is on the grid {grid}, and holds only {', '.join(type.grids) or 'no grid'}; "
             f"export it as {', '.join(other for other in NAMES if grid in parse(other)[2].grids)}"
         )
+
+
+def codes_of(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Every `Quantized` of a checkpoint that is to be written as `name`, {} where it has none. ConfigError as `check_grid`."""
+    from compress.quant.codes import is_quantized, load_quantized
+
+    made = load_quantized(checkpoint) if is_quantized(checkpoint) else {}
+    grids = sorted({q.grid for q in made.values()})
+    mixed = len(grids) > 1 or name == "gguf:MIXED"
+    check_grid(name, str(checkpoint), None if not made else "mixed" if mixed else grids[0])
+    return made

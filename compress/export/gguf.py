@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from compress.checkpoint import check, head_dim, load_tokenizer, weight_files
-from compress.export.formats import check_config
+from compress.export.formats import check_config, codes_of
 from compress.export.gguf_tokenizer import write_tokenizer
-from compress.quant.codes import Quantized, is_quantized, load_quantized, verified
+from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
 from compress.score.size import gguf_size, tensor_shapes
 
@@ -47,18 +47,16 @@ _BACK = {short: name for name, short in _NAMES.items()}
 def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]:
     """Writes `checkpoint` as `out_file` in `type`, one of TYPES or MIXED; returns `size_bytes`, `params`, `bits_per_weight`.
 
-    With `quant.safetensors` in the checkpoint, its codes and scales are written as they are. ValueError: a type that is
+    With `quant.safetensors` in the checkpoint, its codes and scales are written as they are. ValueError: a type that is unknown or
     not their grid, MIXED without codes, an architecture, tensor or tokenizer without a place in the file, values that the type can't hold.
     """
     import gguf
 
-    if type not in (*TYPES, MIXED):
-        raise ValueError(f"export of {checkpoint}: type {type!r} is unknown; allowed: {', '.join(TYPES)}, {MIXED}")
     check(checkpoint)
-    made = _codes(checkpoint, type)
+    made = codes_of(checkpoint, f"gguf:{type}")
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     part = out_file.with_name(out_file.name + ".part")
-    held = [(q.grid.upper(), q.codes.numel()) for q in (made or {}).values()]
+    held = [(q.grid.upper(), q.codes.numel()) for q in made.values()]
     most = max(TYPES, key=lambda kind: sum(count for grid, count in held if grid == kind)) if held else type
     writer = _described(checkpoint, config, most, part)
     for name, raw, kind in _packed(checkpoint, type, made, config):
@@ -130,7 +128,7 @@ def _interleave(heads: int, rows: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _packed(checkpoint: Path, type: str, made: dict[str, Quantized] | None, config: Any) -> Iterator[tuple[str, np.ndarray, str]]:
+def _packed(checkpoint: Path, type: str, made: dict[str, Quantized], config: Any) -> Iterator[tuple[str, np.ndarray, str]]:
     """(HF name, bytes or values as the writer takes them, ggml type) of every tensor of the checkpoint."""
     d, q, kv = head_dim(config), config.num_attention_heads, config.num_key_value_heads
     orders = {"q_proj": _interleave(q, q * d), "k_proj": _interleave(kv, kv * d)} if architecture(config) == "llama" else {}
@@ -143,28 +141,11 @@ def _packed(checkpoint: Path, type: str, made: dict[str, Quantized] | None, conf
                 rows = orders.get(name.split(".")[-2], slice(None))
                 if w.ndim == 1:
                     yield name, w.numpy()[rows], "F32"
-                elif made is None:
-                    yield name, _encode(name, w, type)[rows], type
-                else:
+                elif made:
                     q = verified(name, w, made)
                     yield name, GRIDS[q.grid].pack(q.codes, q.scales).numpy()[rows], q.grid.upper()
-
-
-def _codes(checkpoint: Path, type: str) -> dict[str, Quantized] | None:
-    """The checkpoint's codes, None when it has none. ValueError when they are not of the type."""
-    if not is_quantized(checkpoint):
-        if type == MIXED:
-            raise ValueError(f"{checkpoint} is not quantized: {MIXED} writes each matrix in the type of its codes; choose one of {', '.join(TYPES)}")
-        return None
-    made = load_quantized(checkpoint)
-    found = sorted({q.grid.upper() for q in made.values()})
-    if not set(found) <= (TYPES.keys() if type == MIXED else {type}):
-        fits = "compressed_tensors" if set(found) - TYPES.keys() else found[0] if len(found) == 1 else MIXED
-        raise ValueError(
-            f"{checkpoint}: its codes are on the grid {', '.join(found).lower()!r}, the type asked for is {type}; "
-            f"export it as {fits}, or export the unquantized parent"
-        )
-    return made
+                else:
+                    yield name, _encode(name, w, type)[rows], type
 
 
 def _encode(name: str, w: Tensor, type: str) -> np.ndarray:

@@ -21,17 +21,21 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
 
 
-def _split(regex: str) -> dict[str, Any]:
-    cut = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [cut, {**_BYTE_LEVEL, "use_regex": False}]}
+def split(regex: str) -> dict[str, Any]:
+    """The rule that makes a piece of every match, as `tokenizers` writes it."""
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def _sequence(regex: str) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": [split(regex), {**_BYTE_LEVEL, "use_regex": False}]}
 
 
 # tokenizer.ggml.pre -> the pre-tokenizer as `tokenizers` writes it
 PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "gpt-2": _BYTE_LEVEL,
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]},
-    "llama-bpe": _split(_WORDS + r"\p{N}{1,3}" + _SYMBOLS + _TAIL),
-    "qwen2": _split(_WORDS + r"\p{N}" + _SYMBOLS + _TAIL),
+    "llama-bpe": _sequence(_WORDS + r"\p{N}{1,3}" + _SYMBOLS + _TAIL),
+    "qwen2": _sequence(_WORDS + r"\p{N}" + _SYMBOLS + _TAIL),
 }
 
 

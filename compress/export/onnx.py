@@ -30,8 +30,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.checkpoint import TOKENIZER_FILES, check, head_dim, weight_files
-from compress.export.formats import FORMATS, check_config
-from compress.quant.codes import Quantized, is_quantized, load_quantized, verified
+from compress.export.formats import check_config, codes_of
+from compress.export.gguf_tokenizer import split
+from compress.quant.codes import Quantized, verified
 from compress.score.onnxruntime import CONFIG, MODEL, OnnxRuntime, wheel
 
 DATA = "model.onnx.data"
@@ -58,7 +59,7 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]
     check_architecture(config)
     if not (checkpoint / "tokenizer.json").is_file():
         raise ValueError(f"{checkpoint} has no tokenizer.json, the only kind that ONNX Runtime GenAI reads; export it as Hugging Face")
-    made, about = _codes(checkpoint), _genai_config(checkpoint, config)
+    made, about = codes_of(checkpoint, "onnx"), _genai_config(checkpoint, config)
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     with ExitStack() as stack:
@@ -86,16 +87,6 @@ def check_architecture(config: Any) -> None:
     """ValueError when the graph can't compute what a transformers config says."""
     allowed = {"model_type": ARCHITECTURES, "rope_type": ROPES, "hidden_act": ("silu",), "sliding_window": (None,)}
     check_config(config, "ONNX", "leave onnx out of export.files", **allowed)
-
-
-def _codes(checkpoint: Path) -> dict[str, Quantized]:
-    made, grids = load_quantized(checkpoint) if is_quantized(checkpoint) else {}, FORMATS["onnx"].types[""].grids
-    if other := sorted({q.grid for q in made.values()} - set(grids)):
-        raise ValueError(
-            f"{checkpoint}: codes on the grid {', '.join(other)} can't be written as ONNX exactly; allowed: {', '.join(grids)}; "
-            "quantize the unquantized parent on one of these, or export as GGUF"
-        )
-    return made
 
 
 class Graph:
@@ -254,16 +245,16 @@ def _only_splits(file: Path) -> None:
     Without this SmolLM2's "\\n\\n1" was [198, 198, 33], not [1116, 33]. A file with nothing to rewrite keeps its bytes.
     """
     state = json.loads(file.read_text(encoding="utf-8"))
-    old = state.get("pre_tokenizer") or {}
-    rules: list[dict[str, Any]] = []
-    for rule in old.get("pretokenizers", [old]):
-        digits = rule.get("type") == "Digits" and rule["individual_digits"]
-        if digits or (rule.get("type") == "ByteLevel" and rule.get("use_regex", True)):
-            rules.append({"type": "Split", "pattern": {"Regex": r"\p{N}" if digits else _GPT2}, "behavior": "Isolated", "invert": False})
-            rules += [] if digits else [rule | {"use_regex": False}]
+    whole = state.get("pre_tokenizer") or {}
+    old, rules = whole.get("pretokenizers", [whole]), []
+    for rule in old:
+        if rule.get("type") == "Digits" and rule["individual_digits"]:
+            rules.append(split(r"\p{N}"))
+        elif rule.get("type") == "ByteLevel" and rule.get("use_regex", True):
+            rules += [split(_GPT2), rule | {"use_regex": False}]
         else:
             rules.append(rule)
-    if rules != old.get("pretokenizers", [old]):
+    if rules != old:
         state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": rules}
         file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 

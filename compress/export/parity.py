@@ -53,8 +53,8 @@ def twin_of(checkpoint: Path, name: str) -> Any:
     if is_quantized(checkpoint) or not kind:
         return model
     with torch.no_grad():
-        for matrix, home, _ in quantizable(model):
-            weight: Any = home.weight
+        for matrix, home in quantizable(model).items():
+            weight = home.weight
             weight.copy_(weight.half().float() if kind == "F16" else (grid := GRIDS[kind.lower()]).decode(*grid.encode(weight, matrix)))
     return model
 

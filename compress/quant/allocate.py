@@ -34,7 +34,7 @@ def options(model: Any, ids_RL: Tensor, grids: Collection[str], kept: Path, labe
 
     Damages in the file `kept` are not measured again. ValueError, naming the matrix, when no grid takes its rows.
     """
-    matrices: dict[str, Any] = {name: home for name, home, _ in quantizable(model)}
+    matrices = quantizable(model)
     able = {name: [grid for grid in grids if home.weight.shape[-1] % GRIDS[grid].block == 0] for name, home in matrices.items()}
     for name in (name for name, some in able.items() if not some):
         rows = f"{name} has rows of {matrices[name].weight.shape[-1]}"

@@ -70,10 +70,9 @@ def groups_of(block: Any) -> list[Group]:
     ]
 
 
-def gain(norm: Any, width: int) -> Tensor:
+def gain(norm: Any) -> Tensor:
     """(C,): what a norm multiplies each channel by. Gemma's norms store it less one."""
-    ones = torch.ones(1, width, dtype=norm.weight.dtype, device=norm.weight.device)
-    plain = (norm(ones)[0] - norm.weight).abs().mean() < 0.5
+    plain = (norm(torch.ones_like(norm.weight)[None])[0] - norm.weight).abs().mean() < 0.5
     return norm.weight if plain else norm.weight + 1
 
 
@@ -87,7 +86,7 @@ def fold(group: Group, s_C: Tensor) -> None:
         if maker.bias is not None:
             maker.bias.div_(s_K)
     else:
-        whole_C = gain(maker, len(s_C))
+        whole_C = gain(maker)
         maker.weight.add_(whole_C / s_C - whole_C)
     for reader in group.readers.values():
         reader.weight.mul_(s_C)

@@ -23,6 +23,7 @@ from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of, s
 from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.gptq import gptq
 from compress.quant.grids import GRIDS
+from compress.stages.context import Context
 from compress.store import write_whole
 from compress.train.forward import block_inputs
 
@@ -36,8 +37,8 @@ class _Stop(Exception):
 class Stream:
     """The calibration text in front of a block: `states`, tensors (ROWS, L, H), and the keywords each block is called with."""
 
-    def __init__(self, model: Any, ids_BL: Tensor, dtype: torch.dtype) -> None:
-        self.model, self.ids_BL, self.dtype, self.blocks = model, ids_BL, dtype, model.model.layers
+    def __init__(self, model: Any, ids_BL: Tensor, precision: str) -> None:
+        self.model, self.ids_BL, self.precision, self.blocks = model, ids_BL, precision, model.model.layers
         self.keywords = block_inputs(model, ids_BL[:1])[1]
         self.enter()
 
@@ -55,8 +56,8 @@ class Stream:
                     self.model.model(rows, use_cache=False)
 
     def cast(self) -> torch.autocast:
-        """Products in `dtype`; the stream itself stays fp32."""
-        return torch.autocast(self.ids_BL.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """Products in bf16 unless the precision is fp32; the stream itself stays fp32."""
+        return torch.autocast(self.ids_BL.device.type, torch.bfloat16, enabled=self.precision != "fp32")
 
     def call(self, index: int, x_BLH: Tensor) -> Tensor:
         """What a block makes of its input."""
@@ -96,15 +97,6 @@ class Stream:
         return total.gram_CC
 
 
-def balanced(index: int, stream: Stream, layout: dict[str, str], how: str) -> list[Group]:
-    """Fold one block's groups for their grids, all of them measured on the weights as they are; `how` is awq or smoothquant."""
-    groups = groups_of(stream.blocks[index])
-    for group, inputs in zip(groups, stream.inputs(index, groups), strict=True):
-        name = f"model.layers.{index}.{next(iter(group.readers))}.weight"
-        fold(group, awq_scales(group, inputs, GRIDS[layout[name]], name) if how == "awq" else smoothquant_scales(group, inputs))
-    return groups
-
-
 class Blockwise:
     """One model on its way to the grids of `layout` (grid by state-dict name); the options are those of `stages/ptq.py`.
 
@@ -126,9 +118,8 @@ class Blockwise:
         before = weight.detach().clone()
         self.made[name] = bake(weight, Quantized(self.layout[name], codes, scales))
         if self.keep:
-            self.whole[name] = before.cpu().clone()
-        power = before.square().sum(dtype=torch.float64)
-        self.lost += torch.stack([before.sub_(weight.detach()).square_().sum(dtype=torch.float64), power]).cpu()
+            self.whole[name] = before.cpu()
+        self.lost += torch.stack([w.square().sum(dtype=torch.float64) for w in (before - weight, before)]).cpu()
 
     def round(self, name: str, weight: Any, gram_CC: Tensor | None = None) -> None:
         """Round one matrix by the method, given its inputs' second moments where they are known."""
@@ -151,23 +142,23 @@ class Blockwise:
     @torch.no_grad()
     def plain(self) -> None:
         """Every matrix by itself, without data."""
-        for name, home, _ in quantizable(self.model):
+        for name, home in quantizable(self.model).items():
             self.round(name, home.weight)
 
     @torch.no_grad()
-    def calibrated(self, ids_BL: Tensor, work: Path, log: Callable[[str], None], dtype: torch.dtype = torch.float32) -> None:
-        """Every matrix behind what is quantized before it, on ids (B, L); finished pieces lie in `work`. `dtype`: of the forward's products."""
-        (first, embedding), *heads = [(name, home) for name, home, _ in quantizable(self.model) if not name.startswith("model.layers.")]
-        stream, started, fresh = Stream(self.model, ids_BL, dtype), time.monotonic(), 0
+    def calibrated(self, ctx: Context, sequences: int) -> None:
+        """Every matrix behind what is quantized before it, on so many rows of calibration text; finished pieces lie in `ctx.work`."""
+        (first, embedding), *heads = [pair for pair in quantizable(self.model).items() if not pair[0].startswith("model.layers.")]
+        stream, started, fresh = Stream(self.model, ctx.calibration(sequences), ctx.precision), time.monotonic(), 0
         reference = list(stream.states) if self.autoround else []
-        self._kept(work / "embeddings.safetensors", embedding, lambda: self._embedding(first, embedding, stream, tied=not heads))
+        self._kept(ctx.work / "embeddings.safetensors", embedding, partial(self._embedding, first, embedding, stream, tied=not heads))
         stream.enter()
         for index, block in enumerate(stream.blocks):
-            reference = wanted = [stream.call(index, x_BLH) for x_BLH in reference]
-            fresh += self._kept(work / f"block-{index:04d}.safetensors", block, lambda i=index, w=wanted: self._block(i, stream, w))  # type: ignore[misc]
+            reference = [stream.call(index, x_BLH) for x_BLH in reference]
+            fresh += self._kept(ctx.work / f"block-{index:04d}.safetensors", block, partial(self._block, index, stream, reference))
             stream.advance(index)
             left = (time.monotonic() - started) / max(1, fresh) * (len(stream.blocks) - index - 1)
-            log(f"block {index + 1}/{len(stream.blocks)} quantized  {left:,.0f} s left")
+            ctx.log(f"{ctx.label}: block {index + 1}/{len(stream.blocks)} quantized  {left:,.0f} s left")
         for name, head in heads:
             self.round(name, head.weight, stream.final_gram())
 
@@ -179,7 +170,12 @@ class Blockwise:
     def _block(self, index: int, stream: Stream, wanted: list[Tensor]) -> None:
         """Balance and round one block. `wanted`: its output in the unquantized model, where that is needed."""
         block, prefix = stream.blocks[index], f"model.layers.{index}."
-        groups = groups_of(block) if self.balance == "none" else balanced(index, stream, self.layout, self.balance)
+        groups = groups_of(block)
+        if self.balance != "none":  # all of them measured on the weights as they are
+            for group, inputs in zip(groups, stream.inputs(index, groups), strict=True):
+                name = f"{prefix}{next(iter(group.readers))}.weight"
+                awq = self.balance == "awq"
+                fold(group, awq_scales(group, inputs, GRIDS[self.layout[name]], name) if awq else smoothquant_scales(group, inputs))
         if self.autoround is not None:
             with stream.cast():
                 learned = self.autoround(block, stream.keywords[index], stream.states, wanted)

@@ -5,9 +5,8 @@ A quantized checkpoint is a plain fp32 one whose matrices equal what these codes
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,22 +32,22 @@ class Quantized(NamedTuple):
         return GRIDS[self.grid].decode(self.codes, self.scales)
 
 
-def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """(state-dict name, home, all modules sharing it) of each Linear and Embedding weight; a tied one once, first name.
+def quantizable(model: nn.Module) -> dict[str, Any]:
+    """The Linear or Embedding of each weight matrix, by its state-dict name; a tied one once, under its first name.
 
     ValueError when another parameter has two or more dimensions: it could not be packed.
     """
-    found: dict[int, tuple[str, nn.Module, list[nn.Module]]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            weight = cast(Tensor, module._parameters["weight"])
-            found.setdefault(id(weight), (f"{path}.weight" if path else "weight", module, []))[2].append(module)
+    homes: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and id(parameter) not in found:
+        path, _, kind = name.rpartition(".")
+        home = model.get_submodule(path)
+        if kind == "weight" and isinstance(home, (nn.Linear, nn.Embedding)):
+            homes[name] = home
+        elif parameter.dim() > 1:
             raise ValueError(
                 f"{name} with shape {tuple(parameter.shape)} belongs to no Linear or Embedding: only those can be quantized; use another architecture"
             )
-    yield from found.values()
+    return homes
 
 
 def verified(name: str, w: Tensor, made: dict[str, Quantized]) -> Quantized:

@@ -22,7 +22,6 @@ quantized tensor, whatever its forward does, while `state_dict` and `parameters`
 (`<module>.quant_scales`). The subclass can't be pickled or deep-copied; call `finish` first.
 """
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -33,34 +32,40 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.grids import GRIDS, Grid
 
+PARTS = ("weight", "quant_shift", "quant_a", "quant_b")  # what may be trained of a module
+
 
 class _Snapped:
     """One master weight on its grid: the values, and the graph node that leads back to the master."""
 
-    def __init__(self, home: nn.Module, grid: Grid, steps: list[int]) -> None:
-        self.home, self.grid, self.steps = home, grid, steps
+    def __init__(self, home: Any, modules: list[nn.Module], grid: Grid, scales: Tensor) -> None:
+        self.home, self.modules, self.grid, self.scales = home, modules, grid, scales  # those that `values` are made with
         self.key: tuple[int, ...] = ()
         self.values = torch.empty(0)
-        self.scales = torch.empty(0)  # as `values` were made with
         self.linked: Tensor | None = None
 
-    def parts(self) -> dict[str, nn.Parameter | None]:
-        """What is trained, by name."""
-        return {name: self.home._parameters.get(name) for name in ("weight", "quant_shift", "quant_a", "quant_b")}
+    def parts(self) -> list[Any]:
+        """PARTS, None where there is none."""
+        return [self.home._parameters.get(name) for name in PARTS]
 
     @torch.no_grad()
     def master(self) -> Tensor:
         """fp32 (R, C): W, or W + B A with adapters."""
-        w, _, a, b = (cast(Tensor, part) for part in self.parts().values())
+        w, _, a, b = self.parts()
         return w.detach() if a is None else torch.addmm(w, b, a)
 
-    def tensor(self, _: Any = None) -> Tensor:
-        """fp32 (R, C): the quantized weight, recomputed only when the master or the scales have changed."""
-        parts, scales = list(self.parts().values()), cast(Tensor, self.home._buffers["quant_scales"])
-        w = cast(nn.Parameter, parts[0])
-        key = (id(w), w.data_ptr(), id(scales), scales._version, self.steps[0], *(-1 if part is None else part._version for part in parts))
+    @torch.no_grad()
+    def learned(self) -> Tensor:
+        """fp16 (R, C / block): the scales as the shift has moved them."""
+        scales, shift = self.home.quant_scales, self.parts()[1]
+        return scales if shift is None else (scales.float() * shift.exp()).half()
+
+    def tensor(self, _: nn.Module) -> Tensor:
+        """fp32 (R, C): the quantized weight, as a property of modules; recomputed only when the master or the scales have changed."""
+        parts, scales = self.parts(), self.home.quant_scales
+        key = (id(parts[0]), parts[0].data_ptr(), id(scales), scales._version, *(-1 if part is None else part._version for part in parts))
         if key != self.key:
-            self.scales = learned(scales, parts[1])
+            self.scales = self.learned()
             with torch.inference_mode(False), torch.no_grad():
                 master = self.master()
                 if self.values.shape != master.shape or self.values.device != master.device:
@@ -84,19 +89,13 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """From d loss / d values (R, C) to those of the parts that need it: (R, C), (R, C / block), (r, C), (R, r)."""
         snapped, needed = ctx.snapped, ctx.needs_input_grad
-        w, (_, _, a, b) = snapped.master(), snapped.parts().values()
+        w, (_, _, a, b) = snapped.master(), snapped.parts()
         inside, shift = snapped.grid.unclipped(w, snapped.scales, grad), None
         if needed[1]:
             blocks = [t.reshape(-1, snapped.grid.length(t.shape[1])) for t in (grad, snapped.values, inside, w)]
             shift = (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(snapped.scales.shape)
-        low = (b.T @ inside, inside @ a.T) if a is not None and b is not None else (None, None)
+        low = (None, None) if a is None else (b.T @ inside, inside @ a.T)
         return inside if needed[0] else None, shift, *low, None
-
-
-@torch.no_grad()
-def learned(scales: Tensor, shift: Tensor | None) -> Tensor:
-    """fp16 (R, C / block): the scales as the shift has moved them."""
-    return scales if shift is None else (scales.float() * shift.exp()).half()
 
 
 def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round", rank: int = 0, start: dict[str, Quantized] | None = None) -> None:
@@ -110,9 +109,9 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
     """
     if hasattr(model, "fake_quant"):
         raise ValueError("the model is fake-quantized already: call finish before attaching again")
-    chosen = []
-    for name, home, modules in quantizable(model):
-        weight = cast(Tensor, home.weight)
+    snaps: dict[str, _Snapped] = {}
+    for name, home in quantizable(model).items():
+        weight = home.weight
         if weight.dtype != torch.float32:
             raise ValueError(f"{name} is {weight.dtype}: masters must be fp32; load the model as torch.float32")
         grid = GRIDS[grids if isinstance(grids, str) else grids[name]]
@@ -120,42 +119,39 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
             found = start[name].scales.to(weight.device)
         else:
             found = grid.search(weight, name=name) if scales == "search" and grid.searches else grid.encode(weight, name)[1]
-        chosen.append((grid, (name, home, modules), found))
-    steps, snaps = [0], []
-    for grid, (_, home, modules), found in chosen:
-        home.register_buffer("quant_scales", found)
-        if scales == "learned" and grid.searches:
-            home.register_parameter("quant_shift", nn.Parameter(torch.zeros_like(found, dtype=torch.float32)))
+        snaps[name] = _Snapped(home, [module for module in model.modules() if module._parameters.get("weight") is weight], grid, found)
+    for snapped in snaps.values():
+        home = snapped.home
+        home.register_buffer("quant_scales", snapped.scales)
+        if scales == "learned" and snapped.grid.searches:
+            home.quant_shift = nn.Parameter(torch.zeros_like(snapped.scales, dtype=torch.float32))
         if rank:
-            weight = cast(nn.Parameter, home._parameters["weight"]).requires_grad_(False)
-            home.register_parameter("quant_a", nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5)))
-            home.register_parameter("quant_b", nn.Parameter(weight.new_zeros(len(weight), rank)))
-        snaps.append(_Snapped(home, grid, steps))
-        quantized = property(partial(_Snapped.tensor, snaps[-1]))
-        for module in modules:
+            weight = home.weight.requires_grad_(False)
+            home.quant_a = nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5))
+            home.quant_b = nn.Parameter(weight.new_zeros(len(weight), rank))
+        for module in snapped.modules:
             kind = type(module)
-            module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), {"weight": quantized, "unquantized": kind})
+            module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), {"weight": property(snapped.tensor), "unquantized": kind})
 
-    def count(*_: Any) -> None:
-        steps[0] += 1
+    def stepped(*_: Any) -> None:
+        for snapped in snaps.values():
+            snapped.key = ()
 
-    hook = register_optimizer_step_post_hook(count)
-    model.fake_quant = SimpleNamespace(places=[place for _, place, _ in chosen], snaps=snaps, hook=hook)  # type: ignore[assignment]
+    model.fake_quant = SimpleNamespace(snaps=snaps, hook=register_optimizer_step_post_hook(stepped))  # type: ignore[assignment]
 
 
 def finish(model: nn.Module) -> dict[str, Quantized]:
     """Bake decode(codes) into the weights, undo everything `attach` added, return what `save_quantized` takes."""
     attached: Any = model.fake_quant
     made: dict[str, Quantized] = {}
-    for (name, home, modules), snapped in zip(attached.places, attached.snaps, strict=True):
-        master, scales = snapped.master(), learned(cast(Tensor, home._buffers["quant_scales"]), snapped.parts()["quant_shift"])
-        for module in modules:
+    for name, snapped in attached.snaps.items():
+        home, grid, master, scales = snapped.home, snapped.grid, snapped.master(), snapped.learned()
+        for module in snapped.modules:
             module.__class__ = type(module).unquantized
-        del home._buffers["quant_scales"]
-        for part in ("quant_shift", "quant_a", "quant_b"):
+        del home.quant_scales
+        for part in PARTS[1:]:
             home._parameters.pop(part, None)
-        weight, grid = cast(nn.Parameter, home.weight).requires_grad_(True), snapped.grid
-        made[name] = bake(weight, Quantized(grid.name, grid.codes(master, scales), scales))
+        made[name] = bake(home.weight.requires_grad_(True), Quantized(grid.name, grid.codes(master, scales), scales))
     attached.hook.remove()
     del model.fake_quant
     return made

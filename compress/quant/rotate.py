@@ -77,7 +77,7 @@ def rotate(model: Any, seed: int) -> str:
         _turn(block.self_attn.o_proj, q, rows=True)
         _turn(block.mlp.down_proj, q, rows=True)
     for norm, readers in norms:
-        whole = gain(norm, len(q)).clone()
+        whole = gain(norm).clone()
         norm.weight.add_(1 - whole)
         for reader in readers:
             reader.weight.mul_(whole)

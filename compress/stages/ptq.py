@@ -38,7 +38,6 @@ class Allocation:
     calibration_sequences: int = 1  # on which the damage of each matrix is measured: a second one doubles the time
 
     def __post_init__(self) -> None:
-        self.grids = [GridName(grid) for grid in self.grids]
         wrong = [grid.value for grid in self.grids if grid.startswith("int")]
         if self.file_bytes < 0 or self.calibration_sequences < 1 or not self.grids or wrong:
             raise ValueError(
@@ -77,7 +76,7 @@ class OnGrid:
         from compress.quant.codes import quantizable
 
         if not self.allocate.file_bytes:
-            return {name: self.grid.value for name, _, _ in quantizable(model)}
+            return dict.fromkeys(quantizable(model), self.grid.value)
         text, label = ctx.calibration(self.allocate.calibration_sequences), f"{ctx.label}, damage of each matrix"
         measured = options(model, text, [g.value for g in self.allocate.grids], ctx.work / "damages.json", label, ctx.log)
         return choose(measured, self.allocate.file_bytes - ctx.file_overhead(parent))
@@ -106,11 +105,6 @@ class Ptq(OnGrid):
     iterations: int = 50  # autoround: steps a block
 
     def __post_init__(self) -> None:
-        for key, kind in (("grid", GridName), ("scales", Scales), ("method", Method), ("balance", Balance)):
-            value = getattr(self, key)
-            if value not in list(kind):
-                raise ValueError(f"ptq.{key} is {value!r}: choose one of {', '.join(kind)}")
-            setattr(self, key, kind(value))
         self.check_grid("ptq")
         if self.method is Method.autoround and self.layout_name != "q4_0":
             raise ValueError(
@@ -118,7 +112,7 @@ class Ptq(OnGrid):
             )
         gptq, autoround = self.method is Method.gptq, self.method is Method.autoround
         for key, used in (("calibration_sequences", self.passes > 0), ("iterations", autoround), ("damping", gptq)):
-            value, default = getattr(self, key), Ptq.__dataclass_fields__[key].default
+            value, default = getattr(self, key), getattr(Ptq, key)
             if value != default and not used:
                 raise ValueError(f"ptq.{key} is {value}: nothing uses it with method={self.method}, balance={self.balance}; leave it at {default}")
             if key != "damping" and value < 1:
@@ -145,8 +139,6 @@ class Ptq(OnGrid):
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Quantize `parent` into `out`. ValueError when the parent is quantized already or does not fit the grid or the method."""
-        import torch
-
         from compress.checkpoint import load_model
         from compress.quant.autoround import rounder
         from compress.quant.blockwise import Blockwise
@@ -162,12 +154,11 @@ class Ptq(OnGrid):
         layout, search = self.layout(model, parent, ctx), self.scales is Scales.search
         work = Blockwise(model, layout, method=self.method, search=search, balance=self.balance, damping=self.damping, autoround=autoround)
         if self.passes:
-            dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
-            work.calibrated(ctx.calibration(self.calibration_sequences), ctx.work, lambda line: ctx.log(f"{ctx.label}: {line}"), dtype)
+            work.calibrated(ctx, self.calibration_sequences)
         else:
             work.plain()
         save_quantized(model, out, parent, work.made)
-        total = sum(parameter.numel() for parameter in model.parameters())
+        total = model.num_parameters()
         numel = {name: made.codes.numel() for name, made in work.made.items()}
         bits = sum(count * GRIDS[layout[name]].bits_per_weight for name, count in numel.items()) + (total - sum(numel.values())) * 32
         error, power = work.lost.tolist()

@@ -80,14 +80,12 @@ class Qat(Optimization, OnGrid):
 
     def start(self, model: Any, parent: Path, ctx: Context) -> tuple[dict[str, str], dict[str, Quantized] | None]:
         """Put an fp32 model where training starts: the grid of each matrix, and where they were searched its scales."""
-        import torch
-
         from compress.quant.blockwise import Blockwise
 
-        layout, dtype = self.layout(model, parent, ctx), torch.float32 if ctx.precision == "fp32" else torch.bfloat16
+        layout = self.layout(model, parent, ctx)
         if self.balance is Balance.none:
             return layout, None
         work = Blockwise(model, layout, search=self.scales is not Scales.round, balance=self.balance.value, keep=True)
-        work.calibrated(ctx.calibration(self.calibration_sequences), ctx.work, lambda line: ctx.log(f"{ctx.label}: {line}"), dtype)
+        work.calibrated(ctx, self.calibration_sequences)
         work.restore()
         return layout, work.made

@@ -17,7 +17,6 @@ operations, so plain threads scale. The cuts, and so the results, do not depend 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -85,11 +84,12 @@ class Grid:
 
     def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
         """(R, C), (R, C / block * stored) -> (R, C / block * bytes per block) uint8: the rows of a GGUF."""
-        return torch.cat(self.parts(*self._blocks(codes, scales)), dim=1).view(len(codes), -1)
+        blocks = codes.reshape(-1, self.length(codes.shape[1]))
+        return torch.cat(self.parts(blocks, scales.reshape(len(blocks), -1)), dim=1).view(len(codes), -1)
 
     def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
         """(N, block), (N, stored) -> the bytes of each block, uint8, in pieces (N, any)."""
-        raise NotImplementedError
+        raise ValueError(f"grid {self.name} is not llama.cpp's and has no bytes in a GGUF; export compressed_tensors")
 
     def search(self, w: Tensor, importance: Tensor | None = None, name: str = "weight") -> Tensor:
         """fp32 (R, C) -> scales of less squared error than `plain`'s, on grids that have such a search."""
@@ -98,67 +98,56 @@ class Grid:
     def encode(self, w: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
         """fp32 (R, C) -> codes (R, C), scales of plain rounding; on llama.cpp's grids what its quantizer writes, bit for bit."""
         self.check(w, name)
-        x = w.detach().float().reshape(-1, self.length(w.shape[1]))
-        codes = torch.empty(x.shape, dtype=self.dtype, device=w.device)
-        scales = torch.empty((len(x), self.stored), dtype=torch.float16, device=w.device)
+        codes = w.new_empty(w.shape, dtype=self.dtype)
+        scales = w.new_empty(len(w), w.shape[1] // self.length(w.shape[1]) * self.stored, dtype=torch.float16)
 
-        def work(s: slice) -> None:
-            codes[s], scales[s] = self.plain(x[s])
+        def work(x: Tensor, q: Tensor, stored: Tensor) -> None:
+            q[:], stored[:] = self.plain(x)
 
-        self._each(x, work)
-        return codes.view(w.shape), scales.view(w.shape[0], -1)
+        self._each(work, w.detach().float(), codes, scales)
+        return codes, scales
 
     def codes(self, w: Tensor, scales: Tensor) -> Tensor:
         """(R, C), scales whose steps have either sign -> (R, C) stored codes, the nearest on that grid."""
-        x, rows = self._blocks(w.detach().float(), scales)
-        codes = torch.empty(x.shape, dtype=self.dtype, device=w.device)
+        codes = w.new_empty(w.shape, dtype=self.dtype)
 
-        def work(s: slice) -> None:
-            q = self._quotient(x[s], *self.levels(rows[s])).clamp_(self.low, self.high)
-            codes[s] = (q.add_(self.offset) if self.offset else q).flatten(1)
+        def work(x: Tensor, stored: Tensor, out: Tensor) -> None:
+            q = self._quotient(x, *self.levels(stored)).clamp_(self.low, self.high)
+            out[:] = (q.add_(self.offset) if self.offset else q).flatten(1)
 
-        self._each(x, work)
-        return codes.view(w.shape)
+        self._each(work, w.detach().float(), scales, codes)
+        return codes
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """(R, C), scales -> fp32 (R, C): what every reader of the file computes."""
-        q, rows = self._blocks(codes, scales)
-        out = torch.empty(q.shape, dtype=torch.float32, device=codes.device)
+        values = codes.new_empty(codes.shape, dtype=torch.float32)
 
-        def work(s: slice) -> None:
-            out[s] = q[s]
-            self._value(self._grouped(out[s]).sub_(self.offset), *self.levels(rows[s]))
+        def work(q: Tensor, stored: Tensor, out: Tensor) -> None:
+            self._value(self._grouped(out.copy_(q)).sub_(self.offset), *self.levels(stored))
 
-        self._each(q, work)
-        return out.view(codes.shape)
+        self._each(work, codes, scales, values)
+        return values
 
-    def snap(self, w: Tensor, scales: Tensor, out: Tensor) -> None:
-        """decode(codes(w, scales), scales) into `out` fp32 (R, C), in one pass over memory."""
-        x, rows = self._blocks(w.detach(), scales)
-        y = out.view(x.shape)
+    def snap(self, w: Tensor, scales: Tensor, values: Tensor) -> None:
+        """decode(codes(w, scales), scales) into `values` fp32 (R, C), in one pass over memory."""
 
-        def work(s: slice) -> None:
-            step, floor = self.levels(rows[s])
-            q = self._quotient(x[s], step, floor, self._grouped(y[s]))
-            self._value(q.clamp_(self.low, self.high), step, floor)
+        def work(x: Tensor, stored: Tensor, out: Tensor) -> None:
+            step, floor = self.levels(stored)
+            self._value(self._quotient(x, step, floor, self._grouped(out)).clamp_(self.low, self.high), step, floor)
 
-        self._each(x, work)
+        self._each(work, w.detach(), scales, values)
 
     def unclipped(self, w: Tensor, scales: Tensor, grad: Tensor) -> Tensor:
         """`grad` (R, C) where rounding (w - floor) / step stays inside the range of codes, 0 elsewhere."""
-        x, rows = self._blocks(w.detach(), scales)
-        g, out = grad.reshape(x.shape), torch.empty_like(x)
+        passed = w.new_empty(w.shape)
 
-        def work(s: slice) -> None:
-            q = self._quotient(x[s], *self.levels(rows[s])).flatten(1)
+        def work(x: Tensor, stored: Tensor, g: Tensor, out: Tensor) -> None:
+            q = self._quotient(x, *self.levels(stored)).flatten(1)
             inside = q.clamp(self.low, self.high).eq_(q)  # 1.0 or 0.0: several times faster than a mask of bools
-            torch.mul(g[s], inside, out=out[s])
+            torch.mul(g, inside, out=out)
 
-        self._each(x, work)
-        return out.view(w.shape)
-
-    def _blocks(self, x: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        return x.reshape(-1, self.length(x.shape[1])), scales.reshape(-1, self.stored)
+        self._each(work, w.detach(), scales, grad, passed)
+        return passed
 
     def _grouped(self, x: Tensor) -> Tensor:
         """(N, block) -> (N, block / group, group), the same memory."""
@@ -177,20 +166,22 @@ class Grid:
         if floor is not None:
             q.add_(floor)
 
-    def _each(self, x: Tensor, work: Callable[[slice], None]) -> None:
-        """`work` without gradient on pieces of the (N, block) rows of `x`, on all threads; on anything but a CPU on all rows at once."""
-        rows, size = len(x), max(1, GRAIN // x.shape[1])
-        on_cpu = x.device.type == "cpu"
-        threads, piece = min(torch.get_num_threads(), -(-rows // size)), size if on_cpu else max(rows, 1)
+    def _each(self, work: Callable[..., None], matrix: Tensor, *others: Tensor) -> None:
+        """`work` without gradient on pieces (N, any) of the blocks of a matrix (R, C) and of what belongs to them, on all threads; on anything
+        but a CPU on all blocks at once. What is written must be contiguous."""
+        length = self.length(matrix.shape[1])
+        blocks, size = matrix.numel() // length, max(1, GRAIN // length)
+        tensors = [tensor.reshape(blocks, -1) for tensor in (matrix, *others)]
+        on_cpu = matrix.device.type == "cpu"
+        threads, piece = min(torch.get_num_threads(), -(-blocks // size)), size if on_cpu else max(blocks, 1)
 
         def span(start: int, stop: int) -> None:
             with torch.inference_mode(False), torch.no_grad():  # both are thread-local
                 for at in range(start, stop, piece):
-                    work(slice(at, min(at + piece, stop)))
+                    work(*(tensor[at : min(at + piece, stop)] for tensor in tensors))
 
         if threads <= 1 or not on_cpu:
-            span(0, rows)
+            span(0, blocks)
             return
-        bounds = [min(rows, -(-rows // piece) * i // threads * piece) for i in range(threads + 1)]
-        for done in [_pool(threads).submit(span, *pair) for pair in pairwise(bounds)]:
-            done.result()
+        bounds = [min(blocks, -(-blocks // piece) * i // threads * piece) for i in range(threads + 1)]
+        list(_pool(threads).map(span, bounds[:-1], bounds[1:]))  # raises what a piece raised

@@ -58,21 +58,19 @@ class OneScale(Grid):
     def search(self, w: Tensor, importance: Tensor | None = None, name: str = "weight") -> Tensor:
         """fp32 (R, C) -> fp16 scales (R, C / block) of least squared error; `importance` >= 0, (C,) or (R, C), weights."""
         self.check(w, name)
-        x = w.detach().float().reshape(-1, self.length(w.shape[1]))
-        h = None if importance is None else importance.detach().float().reshape(-1, x.shape[1])
-        scales = torch.empty((len(x),), dtype=torch.float16, device=w.device)
+        scales = w.new_empty(len(w), w.shape[1] // self.length(w.shape[1]), dtype=torch.float16)
+        h = (w.new_ones(w.shape[1]) if importance is None else importance.detach().float()).reshape(-1, self.length(w.shape[1]))
 
-        def work(s: slice) -> None:
-            part = None if h is None else h[torch.arange(s.start, s.stop, device=w.device) % len(h)].t().contiguous()
-            scales[s] = self._search(x[s], part)
+        def work(x: Tensor, number: Tensor, out: Tensor) -> None:
+            out[:, 0] = self._search(x, h[number[:, 0] % len(h)].t().contiguous())
 
-        self._each(x, work)
-        return scales.view(w.shape[0], -1)
+        self._each(work, w.detach().float(), torch.arange(scales.numel(), device=w.device), scales)
+        return scales
 
-    def _search(self, rows: Tensor, h: Tensor | None) -> Tensor:
+    def _search(self, rows: Tensor, h: Tensor) -> Tensor:
         """(N, block), (block, N) -> (N,) fp16. Works on columns: sums over a block are then sums of vectors."""
         x = rows.t().contiguous()
-        hx = x if h is None else h * x
+        hx = h * x
         peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]
         top, best = torch.zeros_like(peak), torch.zeros_like(peak)
         for target in self.targets:
@@ -86,18 +84,16 @@ class OneScale(Grid):
         errors = torch.stack([self._error(x, h, option.float()) for option in options])
         return options.gather(0, errors.argmin(0, keepdim=True))[0]
 
-    def _fit(self, x: Tensor, hx: Tensor, h: Tensor | None, inv: Tensor) -> tuple[Tensor, Tensor]:
+    def _fit(self, x: Tensor, hx: Tensor, h: Tensor, inv: Tensor) -> tuple[Tensor, Tensor]:
         """Gain and least-squares scale of the codes that `inv` gives, each (N,)."""
         q = (x * inv).round_().clamp_(self.low, self.high)
         xq = (hx * q).sum(0)
-        qq = q.square_().sum(0) if h is None else q.square_().mul_(h).sum(0)
-        scale = (xq / qq).nan_to_num_(0.0, 0.0, 0.0)
+        scale = (xq / q.square_().mul_(h).sum(0)).nan_to_num_(0.0, 0.0, 0.0)
         return xq * scale, scale
 
-    def _error(self, x: Tensor, h: Tensor | None, scale: Tensor) -> Tensor:
+    def _error(self, x: Tensor, h: Tensor, scale: Tensor) -> Tensor:
         """(N,): the squared error of a stored scale with its own nearest codes."""
-        gap = (x * inverse(scale)).round_().clamp_(self.low, self.high).mul_(scale).sub_(x).square_()
-        return gap.sum(0) if h is None else gap.mul_(h).sum(0)
+        return (x * inverse(scale)).round_().clamp_(self.low, self.high).mul_(scale).sub_(x).square_().mul_(h).sum(0)
 
 
 class Q4_0(OneScale):

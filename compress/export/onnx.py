@@ -33,6 +33,7 @@ from compress.checkpoint import TOKENIZER_FILES, check, head_dim, weight_files
 from compress.export.formats import FORMATS, check_config
 from compress.quant.codes import Quantized, is_quantized, load_quantized, verified
 from compress.score.onnxruntime import CONFIG, MODEL, OnnxRuntime, wheel
+from compress.score.size import size
 
 DATA = "model.onnx.data"
 BLOCK = 32
@@ -45,7 +46,7 @@ _FP32 = "/fp32"  # what a Cast adds to a tensor's name
 
 
 def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]:
-    """Writes `checkpoint` as the new directory `out`, of the one type there is; returns what `onnx_size` does. Nothing is rounded.
+    """Writes `checkpoint` as the new directory `out`, of the one type there is; returns its `size`. Nothing is rounded.
 
     ValueError, and no `out`: it exists; an architecture, grid, rope type, activation or tensor has no place in the graph; tokenizer.json or
     the end token is missing; codes are not what model.safetensors holds.
@@ -79,7 +80,7 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]
             shutil.copyfile(checkpoint / name, part / name)
     _only_splits(part / "tokenizer.json")
     os.replace(part, out)
-    return onnx_size(out)
+    return size(out)
 
 
 def check_architecture(config: Any) -> None:
@@ -290,12 +291,6 @@ def decode_onnx(folder: Path) -> dict[str, Tensor]:
         name = codes.partition(".codes")[0]
         decoded[name if name not in decoded or torch.equal(decoded[name], value) else f"{name} (other)"] = value
     return decoded
-
-
-def onnx_size(folder: Path) -> dict[str, float]:
-    """`params`, `size_bytes`, `bits_per_weight` of an exported directory, graph, configuration and tokenizer included in the bytes."""
-    size_bytes, params = sum(file.stat().st_size for file in folder.iterdir()), sum(w.numel() for w in decode_onnx(folder).values())
-    return {"params": params, "size_bytes": size_bytes, "bits_per_weight": 8 * size_bytes / params}
 
 
 # For export/formats.py; parity asks for prompts and texts of at most 1,024 tokens.

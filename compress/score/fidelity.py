@@ -100,12 +100,10 @@ def perplexities(items: Items) -> Paired:
 def closeness(reference: States, student: States, rows: int = 1) -> dict[str, Any]:
     """{"kl", "top1"} of the student to the reference, and "kl_rows", "top1_rows": the means of each of `rows` rows of equal length.
     ValueError when vocabularies or lengths differ."""
-    vocabularies, tokens = zip(*((len(s.head.weight_VH), len(s.hidden_NH)) for s in (reference, student)), strict=True)
-    if len(set(vocabularies)) > 1 or len(set(tokens)) > 1:
-        raise ValueError(
-            f"the models can't be compared: vocabularies {vocabularies[0]} and {vocabularies[1]}, "
-            f"{tokens[0]} and {tokens[1]} held-out tokens; both must use the same tokenizer"
-        )
+    (words, tokens), (other_words, other_tokens) = ((len(s.head.weight_VH), len(s.hidden_NH)) for s in (reference, student))
+    if (words, tokens) != (other_words, other_tokens):
+        what = f"vocabularies {words} and {other_words}, {tokens} and {other_tokens} held-out tokens"
+        raise ValueError(f"the models can't be compared: {what}; both must use the same tokenizer")
     parts = []
     for reference_CH, student_CH in zip(reference.hidden_NH.split(CHUNK), student.hidden_NH.split(CHUNK), strict=True):
         log_p, log_q = reference.head.logits(reference_CH).log_softmax(-1), student.head.logits(student_CH).log_softmax(-1)

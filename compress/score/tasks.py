@@ -176,8 +176,9 @@ def rescore(lm: Any, rows: Sequence[dict[str, Any]]) -> TaskResult:
     rows, items = [row for row in rows if row["rule"] != "text"], []
     pairs: list[tuple[str, str]] = []
     for row in rows:
-        contexts = [row["context"]] * len(row["choices"]) if isinstance(row["context"], str) else row["context"]
-        pairs += zip(contexts, row["choices"], strict=True) if row["rule"] != "rolling" else ()
+        if row["rule"] != "rolling":
+            contexts = [row["context"]] * len(row["choices"]) if isinstance(row["context"], str) else row["context"]
+            pairs += zip(contexts, row["choices"], strict=True)
     answers = iter(lm.loglikelihood([_asked(*pair) for pair in pairs]))
     totals = iter(lm.loglikelihood_rolling([_asked(row["choices"][0]) for row in rows if row["rule"] == "rolling"]))
     for row in rows:
@@ -275,10 +276,10 @@ def _local(name: str, index: Mapping[str, Any], data_dir: Path) -> dict[str, dic
         splits = ", ".join(f"{config[key]}.jsonl" for key in SPLIT_KEYS if config.get(key))
         raise ValueError(f"{folder} has no <split>.jsonl; the task needs one of {splits} with the hub's fields {', '.join(fields)}")
     for split, rows in files.items():
+        needed = fields or list(rows[0])
         for number, row in enumerate(rows, 1):
-            if lacking := [field for field in fields or rows[0] if field not in row]:
-                needs = f"task {name} needs {', '.join(fields or rows[0])}"
-                raise ValueError(f"{folder / split}.jsonl, line {number}: the field {lacking[0]!r} is missing; {needs}")
+            if lacking := [field for field in needed if field not in row]:
+                raise ValueError(f"{folder / split}.jsonl, line {number}: the field {lacking[0]!r} is missing; task {name} needs {', '.join(needed)}")
     if group is None:
         return {name: files}
     parts: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))

@@ -31,25 +31,25 @@ import torch
 from gguf.quants import dequantize
 from make_golden import LLAMA_FTYPE, QUANTIZE
 
-from compress.checkpoint import load_model
+from compress.checkpoint import best_device, load_model
 from compress.export.formats import parse
 from compress.export.gguf import export_gguf, overhead_bytes, read_fields
 from compress.export.parity import figures as parity_figures
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.quant.grids import GRIDS
-from compress.score.fidelity import CHUNK, States, checkpoint_head, checkpoint_hidden, closeness
+from compress.score.fidelity import CHUNK, States, checkpoint_head, closeness, hidden_of
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
 from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.score.scorer import HEADS, RUNTIMES
-from compress.score.size import gguf_size
+from compress.score.size import size
 from compress.stages.context import Context
 from compress.stages.ptq import Allocation, Balance, GridName, Method, Ptq, Scales
 from compress.stages.qat import Qat
 from compress.store import Store, write_json
 from compress.teacher import open_teacher
 from compress.train.data import Packed, pack
-from compress.train.forward import head_of, hidden_states
+from compress.train.forward import head_of
 
 LENGTH, HELD_OUT = 512, 8  # held-out sequences of each text
 Q4_K_M = 15  # llama.cpp's number of that mixture
@@ -109,7 +109,7 @@ def file_row(file: Path, full: dict[str, States], held: dict[str, Packed], check
             states[name] = States(torch.cat(llama.hidden_states(data.ids[:HELD_OUT, :-1].tolist())), head)
     finally:
         llama.close()
-    row = gguf_size(file) | closeness_to(full, states, held) | measure_latency(file, "llama.cpp", TIMING)["scores"]
+    row = size(file) | closeness_to(full, states, held) | measure_latency(file, "llama.cpp", TIMING)["scores"]
     row["k_quant"] = row["kl_nats/topics"] * 4 ** row["bits_per_weight"]
     if checkpoint:
         row |= parity_figures(checkpoint, file, f"gguf:{kind}", held["topics"].ids[:HELD_OUT], states["topics"], available_threads())
@@ -120,8 +120,7 @@ def torch_row(model: Any, size_bytes: float, full: dict[str, States], held: dict
     """A model in a format that no file for llama.cpp has, computed in torch."""
     head, states = head_of(model).detach().to(torch.float32), {}
     for name, data in held.items():
-        with torch.inference_mode():
-            states[name] = States(torch.cat([hidden_states(model, row[None, :-1].long()).float() for row in data.ids[:HELD_OUT]]), head)
+        states[name] = States(hidden_of(model, data.ids[:HELD_OUT]).float(), head)
     bits = 8 * size_bytes / sum(p.numel() for p in load_model(Path(model.config._name_or_path)).parameters())
     row = closeness_to(full, states, held) | {"size_bytes": size_bytes, "bits_per_weight": bits}
     return row | {"k_quant": row["kl_nats/topics"] * 4**bits}
@@ -183,8 +182,8 @@ class Bench:
         (work / "data").mkdir(exist_ok=True)
         self.model = open_teacher(options.source, None, Store(work / "store"), say).path
         self.text, self.held, self.train = texts(work, self.model, options.data)
-        head = checkpoint_head(self.model)
-        self.full = {name: States(checkpoint_hidden(self.model, data, HELD_OUT), head) for name, data in self.held.items()}
+        model, head = load_model(self.model).to(best_device()), checkpoint_head(self.model)  # type: ignore[arg-type]
+        self.full = {name: States(hidden_of(model, data.ids[:HELD_OUT]), head) for name, data in self.held.items()}
         self.rows: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
 
     def add(self, name: str, make: Callable[[], dict[str, float]]) -> None:
@@ -241,7 +240,7 @@ class Bench:
     def hidden(self, folder: Path, runtime: str) -> list[torch.Tensor]:
         data = self.held["topics"]
         if runtime == "torch":
-            return [checkpoint_hidden(folder, data, HELD_OUT)]
+            return [hidden_of(load_model(folder).to(best_device()), data.ids[:HELD_OUT])]  # type: ignore[arg-type]
         with closing(RUNTIMES[runtime](folder, available_threads(), LENGTH + 8)) as opened:
             return opened.hidden_states(data.ids[:HELD_OUT, :-1].tolist())
 

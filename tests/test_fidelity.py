@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from compress.checkpoint import check, load_model, load_tokenizer, weight_files
-from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, ratio_interval, text_intervals
+from compress.score.fidelity import States, bits_per_byte, checkpoint_head, closeness, hidden_of, perplexities, ratio_interval
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.train.data import pack
@@ -37,7 +37,7 @@ def noisy(teacher, folder):
 
 
 def states(path, data, rows):
-    return States(checkpoint_hidden(path, data, rows), checkpoint_head(path))
+    return States(hidden_of(load_model(path), data.ids[:rows]), checkpoint_head(path))
 
 
 def test_kl_and_agreement_equal_float64_logits(tiny_teacher, heldout, tmp_path):
@@ -67,7 +67,8 @@ def test_perplexities_of_documents_have_intervals_over_documents():
     rows = zip(nats, words, count, strict=True)
     items = [{"task": "wikitext", "doc_id": i, "logliks": [-a], "words": w, "bytes": b} for i, (a, w, b) in enumerate(rows)]
     alone = {"task": "page", "doc_id": 0, "logliks": [-3.0], "words": 1, "bytes": 4}
-    found = text_intervals([*items, alone, {"task": "facts", "doc_id": 0, "correct": True, "logliks": [-1.0]}])
+    scores, found, _ = perplexities([*items, alone, {"task": "facts", "doc_id": 0, "correct": True, "logliks": [-1.0]}])
+    assert scores["byte_perplexity/page"] == pytest.approx(math.exp(3 / 4)) and scores["bits_per_byte/page"] == pytest.approx(0.75 / math.log(2))
     assert set(found) == {"word_perplexity/wikitext", "byte_perplexity/wikitext", "bits_per_byte/wikitext"}, "of one document nothing is known"
     for name, value in (
         ("word_perplexity", math.exp(124 / 44)),
@@ -75,7 +76,7 @@ def test_perplexities_of_documents_have_intervals_over_documents():
         ("bits_per_byte", 124 / 226 / math.log(2)),
     ):
         low, high = found[f"{name}/wikitext"]
-        assert low < value < high
+        assert low < value < high and scores[f"{name}/wikitext"] == pytest.approx(value)
     assert found["bits_per_byte/wikitext"] == pytest.approx([math.log2(x) for x in found["byte_perplexity/wikitext"]])
     # linearised by hand: residuals a - r w, their standard error over the mean of w, times t of 2 degrees of freedom
     ratio, w = 124 / 44, np.array(words)
@@ -96,7 +97,7 @@ def test_intervals_over_few_rows_cover_the_truth_where_percentiles_do_not():
 
 def test_bits_per_byte_is_cross_entropy_over_the_labels_text(tiny_teacher, heldout):
     tokenizer = load_tokenizer(tiny_teacher)
-    ours, (low, high) = bits_per_byte(states(tiny_teacher, heldout, 5), heldout, 5, tokenizer)
+    ours, (low, high) = bits_per_byte(states(tiny_teacher, heldout, 5), heldout.ids[:5], tokenizer)
     assert low < ours < high
     ids = heldout.ids[:5].long()
     with torch.inference_mode():

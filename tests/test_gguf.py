@@ -32,7 +32,7 @@ from compress.quant.grids import GRIDS
 from compress.score.latency import Timing, measure
 from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.score.lm import served_lm
-from compress.score.size import gguf_size
+from compress.score.size import size
 from compress.teacher import find_packaged, import_gguf
 
 TEXT = ["The cat sat on the mat in 2024, and 17 dogs didn't!", "  def f(x):\n    return x + 1\n\n1. one\n"] * 20
@@ -127,7 +127,7 @@ def test_codes_of_a_quantized_checkpoint_reach_the_file_unchanged(checkpoint, tm
     assert_same(decode_gguf(*read_fields(tmp_path / "m.gguf")), load_file(student / "model.safetensors"))
     assert facts["size_bytes"] == (tmp_path / "m.gguf").stat().st_size
     assert facts["params"] == sum(w.numel() for w in load_file(student / "model.safetensors").values())
-    assert facts == gguf_size(tmp_path / "m.gguf") and not list(tmp_path.glob("*.part"))
+    assert facts == size(tmp_path / "m.gguf") and not list(tmp_path.glob("*.part"))
 
 
 def test_f16_holds_the_halved_weights(checkpoint, tmp_path):

@@ -19,12 +19,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from compress.checkpoint import TOKENIZER_FILES, load_model, load_tokenizer, save_model
 from compress.export.gguf_tokenizer import PRE_TOKENIZERS
-from compress.export.onnx import decode_onnx, export_onnx, onnx_size
+from compress.export.onnx import decode_onnx, export_onnx
 from compress.export.parity import greedy, strings, top1_beyond_gap
 from compress.score.fidelity import States, closeness
 from compress.score.latency import Timing, measure
 from compress.score.lm import served_lm
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
+from compress.score.size import size
 from compress.stages.ptq import GridName, Ptq
 from compress.teacher import find_packaged, import_gguf
 from compress.train.data import pack
@@ -145,9 +146,9 @@ def test_a_changed_byte_and_a_changed_checkpoint_are_found(tmp_path):
 
 def test_size_counts_a_tied_matrix_once_and_every_file(q4):
     checkpoint, folder = q4
-    size = onnx_size(folder)
-    assert size["params"] == sum(tensor.numel() for tensor in wanted(checkpoint).values())
-    assert size["size_bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    found = size(folder)
+    assert found["params"] == sum(tensor.numel() for tensor in wanted(checkpoint).values())
+    assert found["size_bytes"] == sum(file.stat().st_size for file in folder.iterdir())
 
 
 def test_the_tokenizer_of_the_directory_cuts_as_the_checkpoints(q4):

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_gguf import tiny_checkpoint
 
-from compress.checkpoint import load_tokenizer
+from compress.checkpoint import load_model, load_tokenizer
 from compress.export.compressed_tensors import export_compressed_tensors
 from compress.export.gguf import decode_gguf, export_gguf, read_fields
 from compress.export.parity import GREEDY, TOP1_GAP, greedy, parity, strings, top1_beyond_gap, twin_of, values_differing
-from compress.score.fidelity import States, checkpoint_head, checkpoint_hidden
+from compress.score.fidelity import States, checkpoint_head, hidden_of
 from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.stages.ptq import GridName, Ptq
 from compress.train.forward import Head
@@ -133,8 +132,8 @@ def test_a_thousand_strings_come_from_the_held_out_text(parent):
 
 def packed(checkpoint: Path, folder: Path) -> dict[str, float]:
     """Parity of a compressed-tensors directory, its states computed as the scorer does."""
-    hidden = checkpoint_hidden(folder, SimpleNamespace(ids=ROWS), len(ROWS))
-    return parity(checkpoint, folder, "compressed_tensors", ROWS, States(hidden, checkpoint_head(folder)), 1)
+    states = States(hidden_of(load_model(folder), ROWS), checkpoint_head(folder))
+    return parity(checkpoint, folder, "compressed_tensors", ROWS, states, 1)
 
 
 def test_a_packed_directory_is_the_checkpoint_to_the_last_bit(quantized, tmp_path):

@@ -26,7 +26,7 @@ from compress.export.formats import check_config, codes_of
 from compress.export.gguf_tokenizer import write_tokenizer
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
-from compress.score.size import gguf_size, tensor_shapes
+from compress.score.size import size, tensor_shapes
 
 # ggml type of the matrices -> llama_ftype, the file's main type
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18}
@@ -67,7 +67,7 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     writer.write_tensors_to_file()
     writer.close()
     os.replace(part, out_file)
-    return gguf_size(out_file)
+    return size(out_file)
 
 
 def _described(checkpoint: Path, config: Any, type: str, file: Path) -> Any:

@@ -34,6 +34,7 @@ from compress.export.formats import check_config, codes_of
 from compress.export.gguf_tokenizer import split
 from compress.quant.codes import Quantized, verified
 from compress.score.onnxruntime import CONFIG, MODEL, OnnxRuntime, wheel
+from compress.score.size import size
 
 DATA = "model.onnx.data"
 BLOCK = 32
@@ -46,7 +47,7 @@ _FP32 = "/fp32"  # what a Cast adds to a tensor's name
 
 
 def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]:
-    """Writes `checkpoint` as the new directory `out`, of the one type there is; returns what `onnx_size` does. Nothing is rounded.
+    """Writes `checkpoint` as the new directory `out`, of the one type there is; returns its `size`. Nothing is rounded.
 
     ValueError, and no `out`: it exists; an architecture, grid, rope type, activation or tensor has no place in the graph; tokenizer.json or
     the end token is missing; codes are not what model.safetensors holds.
@@ -80,7 +81,7 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]
             shutil.copyfile(checkpoint / name, part / name)
     _only_splits(part / "tokenizer.json")
     os.replace(part, out)
-    return onnx_size(out)
+    return size(out)
 
 
 def check_architecture(config: Any) -> None:
@@ -281,12 +282,6 @@ def decode_onnx(folder: Path) -> dict[str, Tensor]:
         name = codes.partition(".codes")[0]
         decoded[name if name not in decoded or torch.equal(decoded[name], value) else f"{name} (other)"] = value
     return decoded
-
-
-def onnx_size(folder: Path) -> dict[str, float]:
-    """`params`, `size_bytes`, `bits_per_weight` of an exported directory, graph, configuration and tokenizer included in the bytes."""
-    size_bytes, params = sum(file.stat().st_size for file in folder.iterdir()), sum(w.numel() for w in decode_onnx(folder).values())
-    return {"params": params, "size_bytes": size_bytes, "bits_per_weight": 8 * size_bytes / params}
 
 
 # For export/formats.py; parity asks for prompts and texts of at most 1,024 tokens.

@@ -27,7 +27,7 @@ from compress.checkpoint import best_device, load_model, load_tokenizer
 from compress.export.formats import parse
 from compress.quant.codes import is_quantized, quantizable
 from compress.quant.grids import GRIDS
-from compress.score.fidelity import CHUNK, States, closeness
+from compress.score.fidelity import CHUNK, States, closeness, hidden_of
 from compress.train.forward import head_of, hidden_states
 
 EXACT_LIMITS = {"parity_kl_nats": 1e-5, "parity_greedy_gap_nats": 1e-3}
@@ -117,9 +117,7 @@ def figures(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: S
     """Those of the module's docstring. `heldout` (R, L + 1) ids are those whose states `shipped` (R L, H) the file gave."""
     twin, tokenizer = twin_of(checkpoint, name), load_tokenizer(checkpoint)
     twin.to(best_device())
-    with torch.inference_mode():
-        hidden_NH = torch.cat([hidden_states(twin, row[None, :-1].long().to(twin.device)).cpu() for row in heldout])
-    states = States(hidden_NH, head_of(twin.to("cpu")).detach())
+    states = States(hidden_of(twin, heldout), head_of(twin.to("cpu")).detach())
     measured = {"parity_kl_nats": closeness(states, shipped)["kl"], "parity_top1_beyond_gap": top1_beyond_gap(states, shipped)}
     reloaded: Reloaded = parse(name)[0].module.reload(file, threads)
     prompt = heldout[0, :32].tolist()

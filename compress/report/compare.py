@@ -39,10 +39,10 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         if self.interval is None:
             return self.signed(self.value) if self.value else "the same"
-        spread = f"95% interval {self.signed(self.interval[0])} to {self.signed(self.interval[1])}" + (
-            f", p {self.p:.2g}" if self.p is not None else ""
-        )
-        return f"{self.signed(self.value)} ({spread})" + (": no difference shown" if self.interval[0] <= 0 <= self.interval[1] else "")
+        low, high = self.interval
+        p = "" if self.p is None else f", p {self.p:.2g}"
+        shown = ": no difference shown" if low <= 0 <= high else ""
+        return f"{self.signed(self.value)} (95% interval {self.signed(low)} to {self.signed(high)}{p}){shown}"
 
 
 class Flip(NamedTuple):

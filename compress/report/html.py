@@ -15,32 +15,20 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compress.report import compare, picture, records, table
-from compress.report.picture import CSS, lines_svg
+from compress.report.picture import lines_svg
 from compress.report.records import Run
 from compress.report.table import COLUMN
 
 
 def write_html(runs: list[Run], out: Path, speeds: Sequence[str] = ()) -> None:
     """Write the report of `runs` (at least one; several are compared with the first) and what was found of their `speeds` to the file `out`."""
-    if not runs:
-        raise ValueError("a report needs at least one run, got none; make one with `compress run RECIPE`")
     page = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page.globals.update(
-        css=CSS,
-        picture=picture,
-        records=records,
-        table=table,
-        summary=_summary,
-        times=_times,
-        training=_training,
-        speeds=speeds,
-        compare=compare,
-    )
+    page.globals.update(compare=compare, picture=picture, records=records, table=table, summary=_summary, times=_times, training=_training)
     page.filters.update(family=picture.family, pretty=lambda config: json.dumps(config, indent=2, ensure_ascii=False))
     page.tests["finite"] = lambda value: isinstance(value, int | float) and math.isfinite(value)
-    Path(out).write_text(page.get_template("report.html.j2").render(runs=runs), encoding="utf-8")
+    Path(out).write_text(page.get_template("report.html.j2").render(runs=runs, speeds=speeds), encoding="utf-8")
 
 
 def _times(info: dict[str, Any]) -> list[str]:

@@ -109,15 +109,10 @@ def size_accuracy_latency(runs: Sequence[Run]) -> str:
     for measure, up in ((COLUMN["kept"], 1), (COLUMN["kl_to_teacher"], -1)):
         points = _points(runs, measure)
         if len(points) > 1:
-            mark_front(points, up)
+            for p, on in zip(points, undominated([(p.mb, -up * p.y) for p in points]), strict=True):
+                p.front = on
             return _svg(points, measure, up, "wide", 960, 470) + _svg(points, measure, up, "narrow", 380, 440)
     return ""
-
-
-def mark_front(points: Sequence[Point], up: int) -> None:
-    """Set `front` where no other point is at most as large and at least as good, and better in one of the two."""
-    for p, on in zip(points, undominated([(p.mb, -up * p.y) for p in points]), strict=True):
-        p.front = on
 
 
 def _points(runs: Sequence[Run], measure: Column) -> list[Point]:

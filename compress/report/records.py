@@ -89,7 +89,7 @@ def load_run(path: Path | str) -> Run:
         raise ValueError(f"no run at {path}: it has no run.json; a run is a folder runs/<recipe>/<time>/ written by "
                          "`compress run RECIPE`; name such a folder, or `<recipe>` for its newest run")  # fmt: skip
     info = _read(path / "run.json", RUN_KEYS)
-    slots, records = info["slots"], []
+    slots = info["slots"]
     found = {file: _read(file, RECORD_KEYS) for file in path.glob("[0-9]*-*/record.json")}
     if not found:  # a committed run: its records in one file, without folders
         found = {
@@ -105,8 +105,7 @@ def load_run(path: Path | str) -> Run:
         for verdict in record["verdicts"]:
             if not isinstance(verdict, dict) or verdict.get("verdict") not in VERDICTS or "sentence" not in verdict:
                 raise ValueError(f"malformed {file}: verdict {verdict!r}, allowed: a sentence and one of {VERDICTS}")
-        records.append(record)
-    records.sort(key=lambda record: slots.index(record["slot"]))
+    records = sorted(found.values(), key=lambda record: slots.index(record["slot"]))
     names = [r["slot"] for r in records]
     if len(set(names)) < len(names):
         raise ValueError(f"malformed run {path}: two records for one slot in {names}; remove the stale folder")

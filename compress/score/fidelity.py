@@ -4,8 +4,12 @@
     top1_agree         = share of positions where both put the same token first
     bits_per_byte      = -sum log2 q(label) / bytes of the labels' text     (comparable across tokenizers)
 
-All are ratios r = sum_s a_s / sum_s b_s over the rows of packed held-out text (of a task that scores documents, over these; its perplexities are
-exp r), and come with a 95% interval: r +- t_{S-1} se, se the spread of r over resamples of the S rows (Rubin's bootstrap: weights
+All are ratios r = sum_s a_s / sum_s b_s over the rows of packed held-out text, and so are those of a task that scores documents of s nats, w words
+and b bytes in all, over documents,
+
+    word_perplexity = exp(s / w)    byte_perplexity = exp(s / b)    bits_per_byte = s / (b ln 2)
+
+They come with a 95% interval: r +- t_{S-1} se, se the spread of r over resamples of the S rows (Rubin's bootstrap: weights
 Dirichlet(1, ..., 1), whose variance (S + 1) / (S - 1) unbiases). Not the percentiles: for the few rows of a quick evaluation they are far too
 narrow (Hesterberg 2015, Am. Stat. 69; of 1,000 samples of 4 rows they covered 77%, this 93%). A row is not quite a document: one cut in two
 lies in neighbouring rows.
@@ -17,7 +21,7 @@ Legend: N tokens, H hidden, V vocabulary, C tokens a chunk.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +32,8 @@ from safetensors import safe_open
 from scipy.stats import t
 from torch import Tensor
 
-from compress.checkpoint import best_device, load_model, read_config, weight_files
-from compress.train.data import Packed
+from compress.checkpoint import load_model, read_config, weight_files
+from compress.score.paired import Items, Paired
 from compress.train.forward import Head, head_of, hidden_states, scale_and_softcap
 
 CHUNK = 256
@@ -44,11 +48,9 @@ class States:
 
 
 @torch.inference_mode()
-def checkpoint_hidden(model_dir: Path, data: Packed, sequences: int) -> Tensor:
-    """Final hidden states (N, H) in fp32 of the first `sequences` held-out rows, computed one row at a time."""
-    model: Any = load_model(model_dir)
-    model.to(best_device())
-    return torch.cat([hidden_states(model, row[None, :-1].long().to(model.device)).cpu() for row in data.ids[:sequences]])
+def hidden_of(model: Any, ids_SL: Tensor) -> Tensor:
+    """Final hidden states (N, H), in the model's type but on the CPU, of rows of ids whose last is only a label; one row at a time."""
+    return torch.cat([hidden_states(model, row[None, :-1].long().to(model.device)).cpu() for row in ids_SL])
 
 
 def checkpoint_head(model_dir: Path) -> Head:
@@ -76,15 +78,21 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float] | 
     return max(0.0, float(middle - reach)), float(middle + reach)
 
 
-def text_intervals(items: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Of word_perplexity, byte_perplexity and bits_per_byte of every task whose items are whole documents: with logliks, words and bytes."""
-    found = {}
+def perplexities(items: Items) -> Paired:
+    """word_perplexity, byte_perplexity and bits_per_byte of every task whose items are whole documents (logliks, words, bytes), with intervals
+    over documents where there are several."""
+    found = Paired({}, {}, [])
     for task in {item["task"] for item in items if "words" in item}:
         own = [item for item in items if item["task"] == task]
-        for figure, unit in (("word_perplexity", "words"), ("byte_perplexity", "bytes")) if len(own) > 1 else ():
-            low, high = ratio_interval([-item["logliks"][0] for item in own], [item[unit] for item in own])
-            found[f"{figure}/{task}"] = math.exp(low), math.exp(high)
-            found[f"bits_per_byte/{task}"] = low / math.log(2), high / math.log(2)  # of the last unit, bytes
+        nats = [-item["logliks"][0] for item in own]
+        for unit in ("word", "byte"):
+            counts = [item[f"{unit}s"] for item in own]
+            rate = sum(nats) / sum(counts)
+            found.scores.update({f"{unit}_perplexity/{task}": float(np.exp(rate)), f"bits_per_byte/{task}": rate / math.log(2)})  # bytes come last
+            if len(own) > 1:
+                low, high = ratio_interval(nats, counts)
+                found.intervals[f"{unit}_perplexity/{task}"] = math.exp(low), math.exp(high)
+                found.intervals[f"bits_per_byte/{task}"] = low / math.log(2), high / math.log(2)
     return found
 
 
@@ -92,12 +100,10 @@ def text_intervals(items: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float,
 def closeness(reference: States, student: States, rows: int = 1) -> dict[str, Any]:
     """{"kl", "top1"} of the student to the reference, and "kl_rows", "top1_rows": the means of each of `rows` rows of equal length.
     ValueError when vocabularies or lengths differ."""
-    vocabularies, tokens = zip(*((len(s.head.weight_VH), len(s.hidden_NH)) for s in (reference, student)), strict=True)
-    if len(set(vocabularies)) > 1 or len(set(tokens)) > 1:
-        raise ValueError(
-            f"the models can't be compared: vocabularies {vocabularies[0]} and {vocabularies[1]}, "
-            f"{tokens[0]} and {tokens[1]} held-out tokens; both must use the same tokenizer"
-        )
+    (words, tokens), (other_words, other_tokens) = ((len(s.head.weight_VH), len(s.hidden_NH)) for s in (reference, student))
+    if (words, tokens) != (other_words, other_tokens):
+        what = f"vocabularies {words} and {other_words}, {tokens} and {other_tokens} held-out tokens"
+        raise ValueError(f"the models can't be compared: {what}; both must use the same tokenizer")
     parts = []
     for reference_CH, student_CH in zip(reference.hidden_NH.split(CHUNK), student.hidden_NH.split(CHUNK), strict=True):
         log_p, log_q = reference.head.logits(reference_CH).log_softmax(-1), student.head.logits(student_CH).log_softmax(-1)
@@ -108,9 +114,9 @@ def closeness(reference: States, student: States, rows: int = 1) -> dict[str, An
 
 
 @torch.inference_mode()
-def bits_per_byte(states: States, data: Packed, sequences: int, tokenizer: Any) -> tuple[float, tuple[float, float]]:
+def bits_per_byte(states: States, ids_SL: Tensor, tokenizer: Any) -> tuple[float, tuple[float, float]]:
     """Cross-entropy of the held-out labels in bits over the bytes of their text, and its interval over rows."""
-    labels_SL = data.ids[:sequences, 1:].long()
+    labels_SL = ids_SL[:, 1:].long()
     bytes_S = [max(1, len(tokenizer.decode(row, skip_special_tokens=True).encode())) for row in labels_SL]
     nats = []
     for hidden_CH, labels_C in zip(states.hidden_NH.split(CHUNK), labels_SL.flatten().split(CHUNK), strict=True):

@@ -67,7 +67,7 @@ class LlamaCpp:
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Hidden states after the final norm, (L, H) fp32 per prompt of L token ids. ValueError: empty or too long.
 
-        A prompt's result does not depend on what else is in the list: the kernels give the same bits in any batch.
+        The kernels for quantized weights round by batch, so a prompt's states may depend a little on what else is in the list.
         """
         import torch
         from more_itertools import constrained_batches
@@ -85,10 +85,9 @@ class LlamaCpp:
         """Token ids by llama.cpp's own tokenizer, special tokens in the text recognised, none added."""
         return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
 
-    def generate(self, prompt: str | Sequence[int], n: int, stop: Sequence[str] = ()) -> str:
+    def generate(self, prompt: Sequence[int], n: int, stop: Sequence[str] = ()) -> str:
         """Greedy continuation of at most `n` tokens as text, ended by EOS or a string of `stop` (which is cut off)."""
-        prompt = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-        return self._post("/completion", GREEDY | {"prompt": prompt, "n_predict": n, "stop": list(stop)})["content"]
+        return self._post("/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "stop": list(stop)})["content"]
 
     def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]:
         """Greedy continuation of at most `n` token ids, ended by EOS."""

@@ -110,10 +110,10 @@ class OnnxRuntime:
         """All of `tokens`."""
         return list(self.tokens(prompt, n))
 
-    def generate(self, prompt: str | Sequence[int], n: int, stop: Sequence[str] = ()) -> str:
+    def generate(self, prompt: Sequence[int], n: int, stop: Sequence[str] = ()) -> str:
         """Greedy continuation of at most `n` tokens as text, ended by an end token or a string of `stop` (which is cut off)."""
         text, stream, ends = "", self._tokenizer.create_stream(), self.eos_ids()
-        for token in self.tokens(self.tokenize(prompt) if isinstance(prompt, str) else prompt, n):
+        for token in self.tokens(prompt, n):
             if token not in ends:
                 text += stream.decode(token)
             if found := [text.index(s) for s in stop if s in text]:

@@ -79,7 +79,8 @@ def holm(p_by_task: Mapping[str, float]) -> dict[str, float]:
 
 
 def accuracy(items: Items, level: float = 0.95) -> Paired:
-    """acc/<task>, acc_stderr/<task>, n/<task> and acc, the mean over tasks, of one model's items, with intervals of the accuracies."""
+    """acc/<task>, acc_stderr/<task> = sqrt(acc (1 - acc) / (n - 1)) as lm-eval reports it, n/<task>, and acc, the mean over tasks, of one model's
+    items, with intervals of the accuracies."""
     found, column = Paired({}, {}, []), []
     for index, (task, docs) in enumerate(sorted(_by_task(items).items())):
         n, right = len(docs), sum(docs.values())

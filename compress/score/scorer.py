@@ -6,7 +6,7 @@ functions with the same batch size, dtype (fp32), prompts and held-out tokens; l
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -24,23 +24,21 @@ from compress.budget import is_accuracy
 from compress.checkpoint import Model, best_device, load_model, load_tokenizer, read_config, tokenizer_digest
 from compress.config import Eval
 from compress.export import formats
-from compress.export.onnx import onnx_size
 from compress.export.parity import parity
-from compress.score.fidelity import States, bits_per_byte, checkpoint_head, checkpoint_hidden, closeness, ratio_interval, text_intervals
+from compress.score.fidelity import States, bits_per_byte, checkpoint_head, closeness, hidden_of, perplexities, ratio_interval
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
 from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
 from compress.score.paired import Paired, accuracy, paired_scores
-from compress.score.sequential import NOTHING, asked_in_parts, until_certain
-from compress.score.size import gguf_size, size
+from compress.score.sequential import asked_in_parts, until_certain
+from compress.score.size import size
 from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.data import Packed
 
 RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
 HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}
-SIZES: dict[str, Any] = {"torch": size, "llama.cpp": gguf_size, "onnxruntime": onnx_size}
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,9 @@ class Scorer:
         self, store: Store, settings: Eval, heldout: Packed, tokenizer_dir: Path, threads: int, requests: list[dict[str, Any]] | None = None
     ) -> None:
         """`requests`: a bundle's rendered items, scored instead of the settings' tasks."""
-        self.store, self.settings, self.heldout, self.tokenizer_dir, self.threads = store, settings, heldout, tokenizer_dir, threads
-        self.requests = requests
-        self.sequences = min(settings.heldout_sequences, len(heldout.ids))
-        if self.sequences < 2:
+        self.store, self.settings, self.tokenizer_dir, self.threads, self.requests = store, settings, tokenizer_dir, threads, requests
+        self.ids_SL = heldout.ids[: settings.heldout_sequences]
+        if len(self.ids_SL) < 2:
             raise ValueError(f"data.heldout holds {len(heldout.ids)} row; an interval needs at least 2: add text or lower data.seq_len")
         self.data_dir = Path(settings.data_dir).expanduser() if settings.data_dir else None
         folders = [local_folder(name, place) for place in (configs_dir() / "tasks", self.data_dir) if place for name in settings.tasks]
@@ -98,7 +95,7 @@ class Scorer:
         """kl_to_teacher and top1_agree, beside any `reference`, on the held-out text, with intervals over its rows; from the store if it is there."""
         path = self.store.root / "scores" / f"{student.key}-{reference.key}.json"
         if not path.is_file():
-            write_json(path, closeness(self._states(reference), self._states(student), self.sequences))
+            write_json(path, closeness(self._states(reference), self._states(student), len(self.ids_SL)))
         near = json.loads(path.read_text())
         spread = {"kl_to_teacher": ratio_interval(near["kl_rows"]), "top1_agree": ratio_interval(near["top1_rows"])}
         return Paired({"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}, spread, [])
@@ -109,8 +106,7 @@ class Scorer:
         depends = sha256_json([checkpoint.key, tokenizer_digest(checkpoint.model.path), name, packages])[:32]
         path = self.store.root / "scores" / f"{shipped.key}-{depends}.parity.json"
         if not path.is_file():
-            rows = self.heldout.ids[: self.sequences]
-            write_json(path, parity(checkpoint.model.path, shipped.model.path, name, rows, self._states(shipped), self.threads))
+            write_json(path, parity(checkpoint.model.path, shipped.model.path, name, self.ids_SL, self._states(shipped), self.threads))
         return json.loads(path.read_text())
 
     def beside(self, student: Measured, teacher: Measured, parent: Measured | None) -> Paired:
@@ -135,27 +131,28 @@ class Scorer:
         from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
 
         s, head, tokenizer = self.settings, HEADS[model.runtime](model.path), load_tokenizer(self.tokenizer_dir)
-        context = min(s.context_tokens, read_config(self.tokenizer_dir).get("max_position_embeddings") or s.context_tokens)  # in every runtime
+        longest = read_config(self.tokenizer_dir).get("max_position_embeddings") or sys.maxsize
+        context = min(s.context_tokens, longest)  # in every runtime
         with ExitStack() as stack:
             if model.runtime == "torch":
-                hidden_NH = checkpoint_hidden(model.path, self.heldout, self.sequences)
                 loaded: Any = load_model(model.path)
-                lm = torch_lm(loaded.to(best_device()), tokenizer, s.batch_size, context)
+                hidden_NH = hidden_of(loaded.to(best_device()), self.ids_SL)
+                lm = torch_lm(loaded, tokenizer, s.batch_size, context)
             else:
-                opened = stack.enter_context(closing(RUNTIMES[model.runtime](model.path, self.threads, max(self.heldout.ids.shape[1] + 8, context))))
-                hidden_NH = torch.cat(opened.hidden_states(self.heldout.ids[: self.sequences, :-1].tolist()))
+                opened = stack.enter_context(closing(RUNTIMES[model.runtime](model.path, self.threads, max(self.ids_SL.shape[1] + 8, context))))
+                hidden_NH = torch.cat(opened.hidden_states(self.ids_SL[:, :-1].tolist()))
                 lm = served_lm(opened, head, tokenizer, s.batch_size, context)
             write_whole(self._states_path(key), safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
-            bits, spread = bits_per_byte(States(hidden_NH, head), self.heldout, self.sequences, tokenizer)
+            bits, spread = bits_per_byte(States(hidden_NH, head), self.ids_SL, tokenizer)
             result, level = self._tasks(lm, tasks, early)
-        own = accuracy(result.items, level)
-        longest = read_config(self.tokenizer_dir).get("max_position_embeddings", math.inf) - s.new_tokens
-        lengths = tuple(length for length in s.prompt_lengths if length <= longest)
+        own, pages = accuracy(result.items, level), perplexities(result.items)
+        lengths = tuple(length for length in s.prompt_lengths if length + s.new_tokens <= longest)
         how = Timing(s.prompt_tokens, s.new_tokens, s.repeats, self.threads, s.processes, lengths, tuple(s.batch_sizes))
         timed = measure_latency(model.path, model.runtime, how)
-        scores = {"bits_per_byte/heldout": bits, "heldout_rows": self.sequences} | result.scores | own.scores | SIZES[model.runtime](model.path)
-        intervals = {"bits_per_byte/heldout": spread} | own.intervals | text_intervals(result.items) | timed["intervals"]
-        return timed | {"scores": scores | timed["scores"], "intervals": intervals, "level": level, "items": result.items, "chance": result.chance}
+        scores = {"bits_per_byte/heldout": bits, "heldout_rows": len(self.ids_SL)} | size(model.path)
+        scores |= result.scores | own.scores | pages.scores | timed["scores"]
+        intervals = {"bits_per_byte/heldout": spread} | own.intervals | pages.intervals | timed["intervals"]
+        return timed | {"scores": scores, "intervals": intervals, "level": level, "items": result.items, "chance": result.chance}
 
     def _tasks(self, lm: Any, tasks: list[str], early: tuple[Any, ...] | None) -> tuple[TaskResult, float]:
         """What `lm` answers, and the level of the intervals over items."""
@@ -164,7 +161,7 @@ class Scorer:
         if tasks and self.requests is not None:
             return rescore(lm, self.requests), 0.95
         if early is None:
-            return (score(tasks) if tasks else NOTHING), 0.95
+            return score(tasks), 0.95
         items, chance, limits = early
         whole = [task for task in tasks if task not in asked_in_parts(items)]
-        return until_certain(partial(rescore, lm), items, chance, limits, score(whole) if whole else NOTHING)
+        return until_certain(partial(rescore, lm), items, chance, limits, score(whole))

@@ -1,10 +1,8 @@
 """Tasks through lm-eval, and scored items as plain rows that can be scored again without any task's code.
 
-For an item with context x and options y_1..y_K the choice is argmax_k log p(y_k | x), `acc` the share of right choices, `acc_stderr` =
-sqrt(acc (1 - acc) / (n - 1)) (what lm-eval reports). A last word is right when greedy decoding would write it, a written answer when the task's
-first filter finds the reference in it. Documents of s nats, w words and b bytes in all give
-
-    word_perplexity = exp(s / w)    byte_perplexity = exp(s / b)    bits_per_byte = s / (b ln 2)
+For an item with context x and options y_1..y_K the choice is argmax_k log p(y_k | x), `acc` the share of right choices. A last word is right when
+greedy decoding would write it, a written answer when the task's first filter finds the reference in it. Intervals of accuracies and all that is
+said of whole documents follow from the items (score/paired.py, accuracy; score/fidelity.py, perplexities).
 
 truthfulqa_mc2 (share of probability on true answers, its `acc`) and crows_pairs (share of pairs whose stereotype is the likelier sentence) have a
 figure that is no accuracy above chance. Theirs, and truthfulqa_mc1's, are reported as drift/<task> = student's figure - teacher's.
@@ -21,10 +19,10 @@ import functools
 import importlib.util
 import json
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -58,7 +56,7 @@ _KINDS = {"multiple_choice": "argmax", "loglikelihood": "greedy", "loglikelihood
 
 
 class TaskResult(NamedTuple):
-    """`scores`: acc/<task>, acc_stderr/<task>, n/<task>, or the task's own figures. `chance`: accuracy of guessing.
+    """`scores`: n/<task>, and acc/<task> or the task's own figure. `chance`: accuracy of guessing.
 
     `items`: a dict each. What was asked: task, doc_id, rule, context (one, or one a choice), choices, gold. What came: logliks, choice, text, and
     correct, value, or words and bytes.
@@ -117,33 +115,30 @@ def evaluate(
             own = task.get_config("num_fewshot")
             task.set_config("num_fewshot", own or 0 if num_fewshot is None or own == 0 else num_fewshot)
             task.set_fewshot_seed(1234)  # lm-eval's own default
-        n = sum(len(task.eval_docs) for task in parts.values())
-        # Evenly spaced: files are often sorted by kind, and their first items are no sample.
-        even = [i * n // limit for i in range(limit)] if limit and limit < n else None
-        items += _score(lm, name, parts, even)
-    return _summary(items) if not perturbations else _with_perturbations(lm, _summary(items), perturbations)
+        items += _score(lm, name, parts, limit)
+    return _with_perturbations(lm, _summary(items), perturbations) if items and perturbations else _summary(items)
 
 
-def _score(lm: Any, name: str, parts: dict[str, Any], chosen: Sequence[int] | None) -> list[dict[str, Any]]:
+def _score(lm: Any, name: str, parts: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
     """Items of one task, made of lm-eval's tasks `parts`; doc_id counts through all of them."""
     import lm_eval
     import lm_eval.api.task
     from tqdm import tqdm
 
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None)  # bars redraw themselves; a log file wants lines
-    starts = dict(zip(parts, np.cumsum([0, *(len(task.eval_docs) for task in parts.values())]).tolist(), strict=False))
-    picked = None
-    if chosen is not None:
-        picked = {part: [i - starts[part] for i in chosen if 0 <= i - starts[part] < len(task.eval_docs)] for part, task in parts.items()}
-        picked = {part: docs for part, docs in picked.items() if docs}
-        parts = {part: parts[part] for part in picked}
+    *starts, n = np.cumsum([0, *(len(task.eval_docs) for task in parts.values())]).tolist()
+    start_of, picked = dict(zip(parts, starts, strict=True)), None
+    if limit and limit < n:
+        even = [i * n // limit for i in range(limit)]  # files are often sorted by kind, and their first items are no sample
+        picked = {part: [i - start_of[part] for i in even if 0 <= i - start_of[part] < len(task.eval_docs)] for part, task in parts.items()}
+        parts = {part: task for part, task in parts.items() if picked[part]}
     # Not simple_evaluate: around this same call it reseeds Python, numpy and torch, and runs git and lscpu every time.
     output = lm_eval.evaluate(lm, {"tasks": parts}, samples=picked, bootstrap_iters=0, log_samples=True)
     items = []
     for part, task in parts.items():
         first = next(iter(task.instances[0].filtered_resps))  # lm-eval scores by each filter; the first counts
         found = sorted((s for s in output["samples"][part] if s["filter"] == first), key=lambda s: s["doc_id"])
-        items += [{"task": name, "doc_id": starts[part] + sample["doc_id"]} | _item(name, task, sample) for sample in found]
+        items += [{"task": name, "doc_id": start_of[part] + sample["doc_id"]} | _item(name, task, sample) for sample in found]
     return items
 
 
@@ -178,48 +173,39 @@ def _judged(name: str, logliks: list[float], value: float, rule: str) -> dict[st
 def rescore(lm: Any, rows: Sequence[dict[str, Any]]) -> TaskResult:
     """Score rendered items again: dicts as in `TaskResult.items`, whose answers are not looked at. No task is loaded. Written answers are left out:
     telling right from wrong takes their task's own filter."""
-    rows, pairs = [row for row in rows if row["rule"] != "text"], []
-    for i, row in enumerate(rows):
-        contexts = [row["context"]] * len(row["choices"]) if isinstance(row["context"], str) else row["context"]
-        pairs += [(i, args) for args in zip(contexts, row["choices"], strict=True) if row["rule"] != "rolling"]
-    answers: dict[int, list[tuple[float, bool]]] = defaultdict(list)
-    for (i, _), answer in zip(pairs, lm.loglikelihood([_asked(args) for _, args in pairs]), strict=True):
-        answers[i].append(answer)
-    whole = [i for i, row in enumerate(rows) if row["rule"] == "rolling"]
-    totals = dict(zip(whole, lm.loglikelihood_rolling([_asked((rows[i]["choices"][0],)) for i in whole]), strict=True))
-    items = []
-    for i, row in enumerate(rows):
-        if i in totals:
-            items.append(row | {"logliks": [totals[i]]})
-            continue
-        logliks, greedy = map(list, zip(*answers[i], strict=True))
-        items.append(row | _judged(row["task"], logliks, RULES[row["rule"]](logliks, greedy, row["gold"]), row["rule"]))
+    rows, items = [row for row in rows if row["rule"] != "text"], []
+    pairs: list[tuple[str, str]] = []
+    for row in rows:
+        if row["rule"] != "rolling":
+            contexts = [row["context"]] * len(row["choices"]) if isinstance(row["context"], str) else row["context"]
+            pairs += zip(contexts, row["choices"], strict=True)
+    answers = iter(lm.loglikelihood([_asked(*pair) for pair in pairs]))
+    totals = iter(lm.loglikelihood_rolling([_asked(row["choices"][0]) for row in rows if row["rule"] == "rolling"]))
+    for row in rows:
+        if row["rule"] == "rolling":
+            items.append(row | {"logliks": [next(totals)]})
+        else:
+            logliks, greedy = map(list, zip(*islice(answers, len(row["choices"])), strict=True))
+            items.append(row | _judged(row["task"], logliks, RULES[row["rule"]](logliks, greedy, row["gold"]), row["rule"]))
     return _summary(items)
 
 
-def _asked(args: tuple[str, ...]) -> Any:
+def _asked(*args: str) -> Any:
     """What an lm-eval model is handed: of no task."""
     return SimpleNamespace(args=args, task_name=None, doc_id=None)
 
 
 def _summary(items: list[dict[str, Any]]) -> TaskResult:
-    result, by_task = TaskResult({}, items, {}), defaultdict(list)
+    by_task = defaultdict(list)
     for item in items:
         by_task[item["task"]].append(item)
+    result = TaskResult({f"n/{task}": len(own) for task, own in by_task.items()}, items, {})
     for task, own in by_task.items():
-        n, first = len(own), own[0]
-        result.scores[f"n/{task}"] = n
-        if "correct" in first:
-            acc = sum(item["correct"] for item in own) / n
-            result.scores.update({f"acc/{task}": acc, f"acc_stderr/{task}": math.sqrt(acc * (1 - acc) / max(n - 1, 1))})
-            result.chance[task] = sum(1 / len(item["logliks"]) for item in own) / n if first["rule"] == "argmax" else 0.0
-        elif "value" in first:
-            result.scores[f"{DRIFTS[task]}/{task}"] = sum(item["value"] for item in own) / n
-        else:
-            nats, words, count = -sum(i["logliks"][0] for i in own), sum(i["words"] for i in own), sum(i["bytes"] for i in own)
-            figures = {"word_perplexity": float(np.exp(nats / words)), "byte_perplexity": float(np.exp(nats / count))}
-            figures["bits_per_byte"] = nats / count / math.log(2)
-            result.scores.update({f"{figure}/{task}": value for figure, value in figures.items()})
+        if "value" in own[0]:
+            result.scores[f"{DRIFTS[task]}/{task}"] = sum(item["value"] for item in own) / len(own)
+        if "correct" in own[0]:
+            result.scores[f"acc/{task}"] = sum(item["correct"] for item in own) / len(own)
+            result.chance[task] = sum(1 / len(item["logliks"]) for item in own) / len(own) if own[0]["rule"] == "argmax" else 0.0
     return result
 
 
@@ -290,10 +276,10 @@ def _local(name: str, index: Mapping[str, Any], data_dir: Path) -> dict[str, dic
         splits = ", ".join(f"{config[key]}.jsonl" for key in SPLIT_KEYS if config.get(key))
         raise ValueError(f"{folder} has no <split>.jsonl; the task needs one of {splits} with the hub's fields {', '.join(fields)}")
     for split, rows in files.items():
+        needed = fields or list(rows[0])
         for number, row in enumerate(rows, 1):
-            if lacking := [field for field in fields or rows[0] if field not in row]:
-                needs = f"task {name} needs {', '.join(fields or rows[0])}"
-                raise ValueError(f"{folder / split}.jsonl, line {number}: the field {lacking[0]!r} is missing; {needs}")
+            if lacking := [field for field in needed if field not in row]:
+                raise ValueError(f"{folder / split}.jsonl, line {number}: the field {lacking[0]!r} is missing; task {name} needs {', '.join(needed)}")
     if group is None:
         return {name: files}
     parts: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))

@@ -163,3 +163,20 @@ def test_fixed_size_intervals_of_kept_cover_the_truth_in_2000_pairs(sizes, flips
         passed += low >= true_kept(design)  # a limit exactly where the truth is
     assert allowed[0] <= covered / 2000 <= allowed[1], covered / 2000
     assert passed / 2000 <= 0.065, passed / 2000
+
+
+def test_the_interval_of_a_mean_over_rows_is_students():
+    rows = [0.3, 0.5, 0.45, 0.7, 0.52]
+    expected = stats.t.interval(0.95, 4, np.mean(rows), stats.sem(rows))
+    np.testing.assert_allclose(paired.ratio_interval(rows), expected, atol=0.01)
+    assert paired.ratio_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0)), "rows in proportion leave nothing uncertain"
+
+
+def test_intervals_over_few_rows_cover_the_truth_where_percentiles_do_not():
+    rng, covered, percentile = np.random.default_rng(5), 0, 0
+    for rows in rng.lognormal(-(0.25**2) / 2, 0.25, (1000, 4)):  # a mean of 1, rows that differ by a quarter
+        low, high = paired.ratio_interval(rows.tolist())
+        covered += low <= 1 <= high
+        low, high = np.quantile(rng.multinomial(4, [0.25] * 4, 1000) @ rows / 4, [0.025, 0.975])
+        percentile += low <= 1 <= high
+    assert covered >= 920 and percentile < 850

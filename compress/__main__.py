@@ -104,15 +104,15 @@ def score(arguments: list[str]) -> int:
     scorer, teacher = session.open_scorer(**parts)
     reference = scorer.measure(teacher)
     measured = scorer.measure(model, against=reference, limits=[limits.limits])
-    relative, intervals, excluded = scorer.beside(measured, reference, None)
-    scores, intervals = measured.scores | relative, measured.intervals | intervals
+    near = scorer.beside(measured, reference, None)
+    scores, intervals = measured.scores | near.scores, measured.intervals | near.intervals
     table = Table("metric", "value", "teacher")
     for name in sorted(scores):
         mine, other = scores[name], reference.scores.get(name)
         table.add_row(name, budget.human(name, mine), "" if other is None else budget.human(name, other))
     Console().print(table)
-    if excluded:
-        print(f"left out of kept, because the teacher is not above chance there: {', '.join(excluded)}")
+    if near.excluded:
+        print(f"left out of kept, because the teacher is not above chance there: {', '.join(near.excluded)}")
     return _judge(scores, intervals, limits)
 
 

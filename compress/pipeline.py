@@ -63,8 +63,9 @@ def conclude(
     verdicts = [v for some, own in zip(wanted, (True, shipped), strict=True) for v in budget.judge(scores, intervals, some, enforced=own)]
     record: dict[str, Any] = {
         "slot": slot, "technique": technique, "runtime": model.runtime, "parent": parent.record["slot"] if parent else None,
-        "digest": model.digest, "scores": scores, "intervals": intervals, "excluded_tasks": excluded, "verdicts": verdicts,
-        "latency": measured.latency, "seconds": {"stage": seconds, "score": time.monotonic() - start}, "key": key, "reused": False,
+        "digest": model.digest, "scores": scores, "intervals": intervals, "rows": measured.rows | dict(near.rows),
+        "excluded_tasks": excluded, "verdicts": verdicts, "latency": measured.latency,
+        "seconds": {"stage": seconds, "score": time.monotonic() - start}, "key": key, "reused": False,
         "metrics": session.store.stage_json(key)["metrics"] if key else {}, "stage_config": {},
     } | made  # fmt: skip
     if curve is not None:

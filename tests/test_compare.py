@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_records import ROWS, write_run
+from scipy import stats
 
 from compress.__main__ import main
 from compress.report.compare import Difference, accuracy_differences, differences, flips, speed_sentence
 from compress.report.html import write_html
 from compress.report.records import folder_of, load_run, open_run
+from compress.score.paired import ratio_interval
 
 TEXT = 'Which is right? <script>alert("x")</script> ' + "a-very-long-word" * 12
 
@@ -42,6 +44,7 @@ def runs(tmp_path):
         write_items(run, "teacher", answers([1] * 80))
     (second.path / "bundle").mkdir()
     (second.path / "bundle" / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers([1] * 80)))
+    (second.path / "bundle" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in second.rows(second.final, "items")))
     return first, second
 
 
@@ -104,6 +107,23 @@ def test_intervals_of_both_sides_make_the_interval_of_the_difference(runs):
     assert str(Difference("latency_ms_p50", -0.0312)) == "-0.0312 ms"
 
 
+def test_figures_of_the_same_text_are_paired_row_by_row(runs):
+    first, second = runs
+    hard = np.linspace(0.1, 1.2, 8)  # rows differ by far more than the two models do
+    better = hard - np.array([0.02, 0.03, 0.02, 0.025, 0.03, 0.02, 0.025, 0.03])
+    for run, rows in ((first, hard), (second, better)):
+        run.final["scores"] |= {"kl_to_teacher": rows.mean(), "bits_per_byte/heldout": rows.sum() / 80}
+        run.final["rows"] = {"kl_to_teacher": [rows.tolist()], "bits_per_byte/heldout": [rows.tolist(), [10] * 8]}
+        run.final["intervals"] = {name: ratio_interval(*own) for name, own in run.final["rows"].items()}
+    found = {one.metric: one for one in differences(first, second)}
+    lost = stats.t.interval(0.95, 7, np.mean(better - hard), stats.sem(better - hard))
+    assert found["kl_to_teacher"].interval == pytest.approx(lost, abs=2e-4)
+    assert found["bits_per_byte/heldout"].interval == pytest.approx([x / 10 for x in lost], abs=2e-5)
+    second.final["rows"]["bits_per_byte/heldout"][1] = [11] * 8  # of another text
+    apart = {one.metric: one for one in differences(first, second)}["bits_per_byte/heldout"].interval
+    assert apart is not None and apart[0] < -0.04 < 0.04 < apart[1]
+
+
 def test_flips_begin_with_the_surest_mistake_and_carry_the_text():
     first, other = answers([1, 1, 1, 0]), answers([0, 1, 0, 1])
     other[2] |= {"context": "Which?", "choices": [" yes", " no"]}
@@ -128,6 +148,8 @@ def test_runs_slots_and_bundles_stand_side_by_side(runs, tmp_path, capfd):
     (second.path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
     bundle = open_run(str(second.path / "bundle"))
     assert bundle.final["runtime"] == "llama.cpp" and bundle.final["scores"] == second.final["scores"]
+    assert [row["correct"] for row in bundle.rows(bundle.final, "items")] == [row["correct"] for row in second.rows(second.final, "items")]
+    assert bundle.rows(bundle.final, "steps") == [] != bundle.rows(bundle.records[0], "items")
     names = [str(first.path), f"{second.path}/heal", f"{second.path}/bundle"]
     assert main(["compare", *names, "--html", str(tmp_path / "page.html")]) == 0
     out = capfd.readouterr().out

@@ -87,7 +87,7 @@ def test_paired_scores_names_what_the_teacher_does_not_know_and_averages_the_res
     guess = np.arange(100) % 4 == 0
     teacher = items("facts", t1) + items("arithmetic", t2) + items("riddles", guess)
     student = items("facts", s1) + items("arithmetic", s2)[::-1] + items("riddles", ~guess)  # the order of items is free
-    scores, intervals, excluded = paired.paired_scores(student, teacher, {"facts": 0.25, "arithmetic": 0.25, "riddles": 0.25})
+    scores, intervals, excluded, _ = paired.paired_scores(student, teacher, {"facts": 0.25, "arithmetic": 0.25, "riddles": 0.25})
     assert excluded == ["riddles"] and "kept/riddles" not in scores and scores["flips/riddles"] == 1
     assert scores["kept"] == pytest.approx((scores["kept/facts"] + scores["kept/arithmetic"]) / 2)
     assert scores["flips/facts"] == pytest.approx(np.mean(s1 != t1))
@@ -112,7 +112,7 @@ def test_a_higher_level_is_wider():
 @pytest.mark.parametrize(("share", "chance"), [(4, 0.25), (101, 0.0)], ids=["guessing", "never right at what can't be guessed"])
 def test_without_a_usable_task_there_is_no_kept(share, chance):
     guess = np.arange(1, 101) % share == 0
-    scores, intervals, excluded = paired.paired_scores(items("a", guess), items("a", guess), {"a": chance})
+    scores, intervals, excluded, _ = paired.paired_scores(items("a", guess), items("a", guess), {"a": chance})
     assert "kept" not in scores and "kept" not in intervals and excluded == ["a"]
 
 
@@ -163,3 +163,20 @@ def test_fixed_size_intervals_of_kept_cover_the_truth_in_2000_pairs(sizes, flips
         passed += low >= true_kept(design)  # a limit exactly where the truth is
     assert allowed[0] <= covered / 2000 <= allowed[1], covered / 2000
     assert passed / 2000 <= 0.065, passed / 2000
+
+
+def test_the_interval_of_a_mean_over_rows_is_students():
+    rows = [0.3, 0.5, 0.45, 0.7, 0.52]
+    expected = stats.t.interval(0.95, 4, np.mean(rows), stats.sem(rows))
+    np.testing.assert_allclose(paired.ratio_interval(rows), expected, atol=0.01)
+    assert paired.ratio_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0)), "rows in proportion leave nothing uncertain"
+
+
+def test_intervals_over_few_rows_cover_the_truth_where_percentiles_do_not():
+    rng, covered, percentile = np.random.default_rng(5), 0, 0
+    for rows in rng.lognormal(-(0.25**2) / 2, 0.25, (1000, 4)):  # a mean of 1, rows that differ by a quarter
+        low, high = paired.ratio_interval(rows.tolist())
+        covered += low <= 1 <= high
+        low, high = np.quantile(rng.multinomial(4, [0.25] * 4, 1000) @ rows / 4, [0.025, 0.975])
+        percentile += low <= 1 <= high
+    assert covered >= 920 and percentile < 850

@@ -176,6 +176,9 @@ def test_accept_scores_the_requests_in_the_bundle_without_their_tasks(smoke, tmp
     assert {row["task"] for row in rows} == {"grammar"}
     assert all(row["context"] == "" and len(row["logliks"]) == len(row["choices"]) == 2 and row["gold"] in (0, 1) for row in rows)
     manifest = json.loads((bundle / "manifest.json").read_text())
+    answers = [json.loads(line) for line in (bundle / "answers.jsonl").read_text().splitlines()]
+    assert [row["doc_id"] for row in answers] == [row["doc_id"] for row in rows] and manifest["rows"]["kl_to_teacher"]
+    assert sum(row["correct"] for row in answers) / len(answers) == manifest["scores"]["acc/grammar"]
     manifest["config"]["eval"]["tasks"] = ["known_nowhere"]
     manifest["config"]["budget"]["limits"] = {
         "acc/grammar": {"min": 0.0, "max": None, "why": ""},

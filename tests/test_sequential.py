@@ -17,7 +17,7 @@ def answering(student):
 
     def ask(rows):
         looks.append(len(rows))
-        return TaskResult({"acc/a": 0.5}, [by_key[row["task"], row["doc_id"]] for row in rows], {"a": 0.25})
+        return TaskResult({"acc/a": 0.5}, [by_key[row["task"], row["doc_id"]] for row in rows], {"a": 0.25}, {})
 
     return ask, looks
 
@@ -34,7 +34,7 @@ def test_the_levels_spend_five_percent_by_the_cube_of_the_share():
 def test_a_clear_verdict_stops_at_a_quarter_and_says_so():
     teacher, student = items("a", np.arange(400) % 10 != 0), items("a", np.arange(400) % 10 > 1)
     ask, looks = answering(student)
-    rest = TaskResult({"word_perplexity/text": 20.0}, [], {})
+    rest = TaskResult({"word_perplexity/text": 20.0}, [], {}, {})
     result, level = sequential.until_certain(ask, teacher, {"a": 0.25}, [{"kept": Limit(min=0.3), "size_bytes": Limit(max=1)}, {}], rest)
     assert looks == [100] and level == sequential.LOOKS[0][1]
     assert result.scores == {"word_perplexity/text": 20.0, "items_left/a": 300}, "scores of half-answered tasks are left out"

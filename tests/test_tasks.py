@@ -320,6 +320,9 @@ def test_perturbed_contexts_are_scored_and_tasks_without_one_are_named(lm, tmp_p
     for name in ("typos", "truncation"):
         for task in ("arc_easy", "winogrande"):
             assert result.scores[f"drop/{task}@{name}"] == result.scores[f"acc/{task}"] - result.scores[f"acc/{task}@{name}"]
+            low, high = result.intervals[f"drop/{task}@{name}"]
+            assert -1 <= low <= result.scores[f"drop/{task}@{name}"] <= high <= 1 and low < high
+            assert result.intervals[f"acc/{task}@{name}"][1] <= 1
         assert f"acc/blimp@{name}" not in result.scores
     assert len(result.items) == 36 and result.scores == tasks.evaluate(
         lm, ["arc_easy", "blimp", "winogrande"], data_dir=tmp_path, perturbations=["typos", "truncation"]

@@ -6,6 +6,7 @@ README.md         model card: score table, verdicts, lineage, licences
 manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
 requests.jsonl    every scored item as it was put to the teacher (context, choices, gold) and what it answered (logliks), so that accuracy
                   kept can be measured again without any task's code
+answers.jsonl     the same items as the judged file answered them, so that `compress compare` can name what got better or worse
 SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 
 from compress.checkpoint import sha256_file
 from compress.export import formats
-from compress.report.records import Run
+from compress.report.records import Run, folder_of
 from compress.report.table import markdown_table, verdict_lines
 from compress.store import STAGE_JSON, commit, file_table, write_json
 
@@ -35,11 +36,12 @@ def write_bundle(final: Path, run: Run, checkpoint: Path, files: list[Any], teac
     source = json.loads((teacher.path / "source.json").read_text()) if (teacher.path / "source.json").is_file() else {}
     origin = {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest} | source
     first = next(r for r in run.records if r["slot"] == "teacher")
-    shutil.copyfile(run.path / f"{first['index']:02d}-teacher" / "items.jsonl", part / "requests.jsonl")
     judged = files[0].record if files else run.final
+    for record, name in ((first, "requests.jsonl"), (judged, "answers.jsonl")):
+        shutil.copyfile(folder_of(run.path, record) / "items.jsonl", part / name)
     manifest = {
         "schema": 1, "run": run.info["name"], "budget": "PASS" if passed else "FAIL", "teacher": origin, "config": run.info["config"],
-        "judged": files[0].model.path.name if files else "hf", "scores": judged["scores"], "verdicts": judged["verdicts"],
+        "judged": files[0].model.path.name if files else "hf", **{key: judged[key] for key in ("scores", "intervals", "rows", "verdicts")},
         "machine": run.info["machine"], "versions": run.info["versions"], "git_sha": run.info["git_sha"],
         "lineage": [{k: r[k] for k in ("slot", "technique", "parent", "digest", "key", "stage_config", "metrics")} for r in run.records],
         "files": file_table(part),

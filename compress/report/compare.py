@@ -1,7 +1,8 @@
 r"""Candidates beside the first: whether they may be compared, by how much each number differs, and which items got worse.
 
-Accuracy is paired item by item (`score/paired.py`): the bootstrap's 95% interval, and exact McNemar's p, for tasks corrected after Holm. Other
-numbers with an interval on both sides: d = b - a within (MOVER; Zou & Donner 2008, Statistics in Medicine 27, section 2)
+Accuracy is paired item by item (`score/paired.py`): the bootstrap's 95% interval, and exact McNemar's p, for tasks corrected after Holm. KL, top-1
+agreement and bits per byte are paired row by row of the held-out text. Other numbers with an interval on both sides, and these where records keep
+no rows: d = b - a within (MOVER; Zou & Donner 2008, Statistics in Medicine 27, section 2)
 
     d - sqrt((b - b_low)^2 + (a_high - a)^2),   d + sqrt((b_high - b)^2 + (a - a_low)^2),
 
@@ -12,10 +13,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from compress import budget
-from compress.report.records import Run
+from compress.report.records import Record, Run
 from compress.report.table import COLUMN
-from compress.score.paired import paired_scores
+from compress.score.paired import paired_scores, ratio_interval
 
 Items = Sequence[Mapping[str, Any]]
 # What a score does not depend on: how surely times are known, and training text.
@@ -81,11 +84,19 @@ def differences(first: Run, other: Run) -> list[Difference]:
         x, y = a["scores"].get(name), b["scores"].get(name)
         if x is None or y is None or (("_ms" in name or name == "tok_per_sec") and not timed):
             continue
-        (x_low, x_high), (y_low, y_high) = (record.get("intervals", {}).get(name, (None, None)) for record in (a, b))
-        known = None not in (x_low, y_low)
-        limits = (y - x - math.hypot(y - y_low, x_high - x), y - x + math.hypot(y_high - y, x - x_low)) if known else None
-        found.append(Difference(name, y - x, limits))
+        found.append(Difference(name, y - x, _limits(name, a, b)))
     return found + accuracy_differences(first.rows(a, "items"), other.rows(b, "items"))
+
+
+def _limits(name: str, a: Record, b: Record) -> tuple[float, float] | None:
+    """The 95% interval of b - a in one score, None where an interval is missing."""
+    mine, other = (record.get("rows", {}).get(name, []) for record in (a, b))
+    if mine and other and mine[1:] == other[1:] and len(mine[0]) == len(other[0]):  # the same text
+        return ratio_interval(np.subtract(other[0], mine[0]).tolist(), mine[1] if mine[1:] else None, -math.inf)
+    if not all(name in record.get("intervals", {}) for record in (a, b)):
+        return None
+    (x, x_low, x_high), (y, y_low, y_high) = ((record["scores"][name], *record["intervals"][name]) for record in (a, b))
+    return y - x - math.hypot(y - y_low, x_high - x), y - x + math.hypot(y_high - y, x - x_low)
 
 
 def accuracy_differences(first: Items, other: Items) -> list[Difference]:

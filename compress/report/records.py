@@ -44,9 +44,10 @@ class Run:
         return next((r for r in self.records if r["slot"] == self.chosen), judged(self.records))
 
     def rows(self, record: Record, what: str) -> list[dict[str, Any]]:
-        """Rows of a record's `items` (answers) or `steps` (training curve), empty where they were not kept; of a bundle, the teacher's answers."""
-        bundled = self.path / "requests.jsonl" if (record["technique"], what) == ("teacher", "items") else Path()
-        return _rows(folder_of(self.path, record) / f"{what}.jsonl") or _rows(bundled)
+        """Rows of a record's `items` (answers) or `steps` (training curve), empty where they were not kept; of a bundle, both sides' answers."""
+        if "judged" in self.info:
+            return _rows(self.path / ("requests.jsonl" if record["technique"] == "teacher" else "answers.jsonl")) if what == "items" else []
+        return _rows(folder_of(self.path, record) / f"{what}.jsonl")
 
     def model(self) -> tuple[Path, str]:
         """Weights or file of `final`, and the runtime that it is for. ValueError when they are not here."""
@@ -140,7 +141,7 @@ def _load_bundle(path: Path) -> Run:
     made = judged(manifest["lineage"])
     runtime = {"export_gguf": "llama.cpp", "export_onnx": "onnxruntime"}.get(made["technique"], "torch")
     records = [r | {"scores": {}, "verdicts": []} for r in manifest["lineage"] if r["slot"] == "teacher"]
-    records += [made | {key: manifest.get(key, {}) for key in ("scores", "intervals", "verdicts")} | {"runtime": runtime}]
+    records += [made | {key: manifest.get(key, {}) for key in ("scores", "intervals", "rows", "verdicts")} | {"runtime": runtime}]
     return Run(path, manifest | {"name": f"{manifest['run']}/bundle", "recipe": manifest["run"].partition("/")[0]}, records)
 
 

@@ -9,10 +9,8 @@ and b bytes in all, over documents,
 
     word_perplexity = exp(s / w)    byte_perplexity = exp(s / b)    bits_per_byte = s / (b ln 2)
 
-They come with a 95% interval: r +- t_{S-1} se, se the spread of r over resamples of the S rows (Rubin's bootstrap: weights
-Dirichlet(1, ..., 1), whose variance (S + 1) / (S - 1) unbiases). Not the percentiles: for the few rows of a quick evaluation they are far too
-narrow (Hesterberg 2015, Am. Stat. 69; of 1,000 samples of 4 rows they covered 77%, this 93%). A row is not quite a document: one cut in two
-lies in neighbouring rows.
+They come with a 95% interval over rows or documents (score/paired.py, ratio_interval). A row is not quite a document: one cut in two lies in
+neighbouring rows.
 
 A model is kept as its final hidden states and its head weight, from which all logits follow: 2.3 kB a token at H = 576 instead of
 197 kB of logits, and the same two tensors come out of transformers and of llama.cpp. Everything is fp32, the reference's too.
@@ -21,7 +19,6 @@ Legend: N tokens, H hidden, V vocabulary, C tokens a chunk.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from scipy.stats import t
 from torch import Tensor
 
 from compress.checkpoint import load_model, read_config, weight_files
-from compress.score.paired import Items, Paired
+from compress.score.paired import Items, Paired, ratio_interval
 from compress.train.forward import Head, head_of, hidden_states, scale_and_softcap
 
 CHUNK = 256
@@ -66,16 +62,6 @@ def checkpoint_head(model_dir: Path) -> Head:
     if weight_VH is None:
         raise ValueError(f"{model_dir} has neither lm_head.weight nor model.embed_tokens.weight; only decoder-only models can be scored")
     return Head(weight_VH, found.get("lm_head.bias"), **scale_and_softcap(read_config(model_dir)))
-
-
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float] | None = None) -> tuple[float, float]:
-    """95% interval of sum a_s / sum b_s, none negative, over S >= 2 rows or documents; without `denominators` of the mean of a_s."""
-    a_S, count = np.asarray(numerators, float), len(numerators)
-    b_S = np.ones(count) if denominators is None else np.asarray(denominators, float)
-    weights_RS = np.random.default_rng(0).dirichlet(np.ones(count), 10_000)
-    error = np.std(weights_RS @ a_S / (weights_RS @ b_S)) * math.sqrt((count + 1) / (count - 1))
-    middle, reach = a_S.sum() / b_S.sum(), float(t.ppf(0.975, count - 1)) * error
-    return max(0.0, float(middle - reach)), float(middle + reach)
 
 
 def perplexities(items: Items) -> Paired:
@@ -114,12 +100,11 @@ def closeness(reference: States, student: States, rows: int = 1) -> dict[str, An
 
 
 @torch.inference_mode()
-def bits_per_byte(states: States, ids_SL: Tensor, tokenizer: Any) -> tuple[float, tuple[float, float]]:
-    """Cross-entropy of the held-out labels in bits over the bytes of their text, and its interval over rows."""
+def bits_and_bytes(states: States, ids_SL: Tensor, tokenizer: Any) -> tuple[list[float], list[int]]:
+    """Cross-entropy of the held-out labels in bits, and the bytes of their text, of each row."""
     labels_SL = ids_SL[:, 1:].long()
     bytes_S = [max(1, len(tokenizer.decode(row, skip_special_tokens=True).encode())) for row in labels_SL]
     nats = []
     for hidden_CH, labels_C in zip(states.hidden_NH.split(CHUNK), labels_SL.flatten().split(CHUNK), strict=True):
         nats.append(torch.nn.functional.cross_entropy(states.head.logits(hidden_CH), labels_C, reduction="none").double())
-    bits_S = (torch.cat(nats).view(len(bytes_S), -1).sum(1) / math.log(2)).tolist()
-    return sum(bits_S) / sum(bytes_S), ratio_interval(bits_S, bytes_S)
+    return (torch.cat(nats).view(len(bytes_S), -1).sum(1) / math.log(2)).tolist(), bytes_S

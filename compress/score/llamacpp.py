@@ -74,7 +74,7 @@ class LlamaCpp:
 
         runs = maximal(prompts, self.ctx_len)
         states: dict[tuple[int, ...], Tensor] = {}
-        for batch in constrained_batches(sorted(set(runs.values()), key=len), self.ctx_len * _PARALLEL):  # bounds the size of an answer
+        for batch in constrained_batches(sorted(set(runs.values()), key=lambda ids: (len(ids), ids)), self.ctx_len * _PARALLEL):  # bounds an answer
             answer = self._post("/embedding", {"content": batch})
             for ids, entry in zip(batch, sorted(answer, key=lambda entry: entry["index"]), strict=True):
                 states[ids] = torch.tensor(entry["embedding"], dtype=torch.float32)

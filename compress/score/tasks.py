@@ -212,11 +212,11 @@ def _summary(items: list[dict[str, Any]]) -> TaskResult:
 
 
 def _with_perturbations(lm: Any, clean: TaskResult, names: Sequence[str]) -> TaskResult:
-    """Adds the same items with their contexts perturbed. Tasks without a context are named, not scored again; so are written answers."""
-    asked = [item for item in clean.items if item["rule"] in RULES and item["context"]]
+    """Adds the same items with their contexts perturbed. Tasks without a context or an accuracy, and written answers, are named and left out."""
+    asked = [item for item in clean.items if item["rule"] in RULES and item["context"] and f"acc/{item['task']}" in clean.scores]
     reached = {item["task"] for item in asked}
     if left := sorted({item["task"] for item in clean.items} - reached):
-        logging.getLogger(__name__).warning("perturbations leave these tasks as they are, for want of a context before choices: %s", ", ".join(left))
+        logging.getLogger(__name__).warning("perturbations leave these tasks as they are, for want of an accuracy or a context: %s", ", ".join(left))
     for name in names:
         again = rescore(lm, [item | {"context": perturbed(item["context"], name)} for item in asked])
         own, lost = accuracy(again.items), paired_scores(again.items, asked, clean.chance)

@@ -39,7 +39,9 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         Eval(perturbations=["typo"])
 
 
-@pytest.mark.parametrize(("name", "value", "least"), [("new_tokens", 1, 2), ("heldout_sequences", 1, 2), ("repeats", 0, 1), ("batch_sizes", [4, 0], 1)])
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("new_tokens", 1, 2), ("heldout_sequences", 1, 2), ("repeats", 0, 1), ("batch_sizes", [4, 0], 1)]
+)
 def test_settings_that_give_no_figure_are_refused_before_work_starts(name, value, least):
     with pytest.raises(ConfigError, match=rf"eval\.{name}={re.escape(str(value))} must be at least {least}"):
         Eval(**{name: value})

@@ -159,7 +159,7 @@ class RunDir:
         self.about: dict[str, Any] = {
             "schema": 1, "recipe": self.path.parent.name, "name": name, "started": now(), "finished": None, "exit": None,
             "git_sha": machine.git_sha(), "versions": machine.versions(), "machine": machine.describe(session.threads),
-            "config": plain(asdict(session.recipe)), "slots": [], "keys": [],
+            "config": plain(asdict(session.recipe)), "digests": session.scorer.digests, "slots": [], "keys": [],
         }  # fmt: skip
         self.trackers = [open_tracker(sink, self.path, project=track.project) for sink in track.sinks]
         self.write()

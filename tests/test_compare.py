@@ -66,6 +66,14 @@ def test_other_settings_are_refused_by_name_and_other_precision_is_not(runs, tmp
         assert said in capfd.readouterr().err
     second = change(runs[1], eval={"limit": 100, "repeats": 20, "processes": 5}, data={"heldout": ["a"], "train": ["z"]})
     assert main(["compare", str(first.path), str(second.path), *page]) == 0
+    for run in (first, second):
+        change(run, eval={"data_dir": str(run.path)}, data={"heldout": [str(run.path)]})
+        (run.path / "run.json").write_text(json.dumps(load_run(run.path).info | {"digests": {"the tasks' files": "aa"}}))
+    assert main(["compare", str(first.path), str(second.path), *page]) == 0, "files of other names that hold the same"
+    (second.path / "run.json").write_text(json.dumps(load_run(second.path).info | {"digests": {"the tasks' files": "bb"}}))
+    assert main(["compare", str(first.path), str(second.path), *page]) == 3
+    assert "the digest of the tasks' files is 'aa' in demo/2026-11-21T03-30-00 and 'bb' in" in capfd.readouterr().err
+    (second.path / "run.json").write_text((first.path / "run.json").read_text().replace(first.name, second.name))
     file = second.path / "00-teacher" / "record.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"digest": "another"}))
     assert main(["compare", str(first.path), str(second.path), *page]) == 3

@@ -43,6 +43,7 @@ def write_bundle(final: Path, run: Run, checkpoint: Path, files: list[Any], teac
         "schema": 1, "run": run.info["name"], "budget": "PASS" if passed else "FAIL", "teacher": origin, "config": run.info["config"],
         "judged": files[0].model.path.name if files else "hf", **{key: judged[key] for key in ("scores", "intervals", "rows", "verdicts")},
         "machine": run.info["machine"], "versions": run.info["versions"], "git_sha": run.info["git_sha"],
+        "digests": run.info["digests"],
         "lineage": [{k: r[k] for k in ("slot", "technique", "parent", "digest", "key", "stage_config", "metrics")} for r in run.records],
         "files": file_table(part),
     }  # fmt: skip

@@ -65,7 +65,10 @@ def check_same_settings(runs: Sequence[Run]) -> None:
 
     def settings(run: Run) -> dict[str, Any]:
         own = {f"{group}.{name}": value for group in ("eval", "data") for name, value in run.info.get("config", {}).get(group, {}).items()}
-        return {name: own[name] for name in own if name not in NO_MATTER} | ({"the teacher's digest": run.teacher["digest"]} if run.teacher else {})
+        digests = {f"the digest of {what}": value for what, value in run.info.get("digests", {}).items()}
+        idle = NO_MATTER | ({"eval.data_dir", "data.heldout"} if digests else set())  # files count by what they hold, not by their names
+        digests |= {"the teacher's digest": run.teacher["digest"]} if run.teacher else {}
+        return {name: own[name] for name in own if name not in idle} | digests
 
     first = settings(runs[0])
     for run in runs[1:]:

@@ -71,10 +71,12 @@ class Scorer:
             raise ValueError(f"data.heldout holds {len(heldout.ids)} row; an interval needs at least 2: add text or lower data.seq_len")
         self.data_dir = Path(settings.data_dir).expanduser() if settings.data_dir else None
         folders = [local_folder(name, place) for place in (configs_dir() / "tasks", self.data_dir) if place for name in settings.tasks]
+        tasks = sha256_json({folder.name: file_table(folder) for folder in folders if folder.is_dir()})
+        self.digests = {"the tasks' files": tasks, "the held-out text": heldout.digest}
         own = vars(settings) | {
             "tasks": tuple(settings.tasks), "data_dir": self.data_dir, "threads": threads,
             "requests": requests and sha256_json(requests),
-            "tasks_digest": sha256_json({folder.name: file_table(folder) for folder in folders if folder.is_dir()}),
+            "tasks_digest": tasks,
             "machine": sha256_json(machine.describe(threads))[:16],
         }  # fmt: skip
         self.depends = {name: str(value) for name, value in own.items()}, heldout.digest, __version__

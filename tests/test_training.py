@@ -144,12 +144,17 @@ def test_distillation_brings_the_student_closer(context, tmp_path):
 
 
 def test_sigterm_from_another_thread_saves_and_stops(context, tmp_path):
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    killer, given = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGTERM)), batches_of(context)
+
+    def batches(step, micro):
+        if step == 3:  # by now the handlers are in place, however busy the machine
+            killer.start()
+        return given(step, micro)
+
     old = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        timer.start()
         with pytest.raises(Interrupted):
-            train(student(context), make_loss(Mix(1.0, 0.0)), batches_of(context), **arguments(tmp_path / "w", 100_000))
+            train(student(context), make_loss(Mix(1.0, 0.0)), batches, **arguments(tmp_path / "w", 100_000))
         assert len(list((tmp_path / "w").glob("state-*"))) == 1
     finally:
         signal.signal(signal.SIGTERM, old)

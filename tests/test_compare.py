@@ -73,6 +73,10 @@ def test_other_settings_are_refused_by_name_and_other_precision_is_not(runs, tmp
     (second.path / "run.json").write_text(json.dumps(load_run(second.path).info | {"digests": {"the tasks' files": "bb"}}))
     assert main(["compare", str(first.path), str(second.path), *page]) == 3
     assert "the digest of the tasks' files is 'aa' in demo/2026-11-21T03-30-00 and 'bb' in" in capfd.readouterr().err
+    older = {key: value for key, value in second.info.items() if key != "digests"} | {"config": {"data": {"heldout": ["other text"]}}}
+    (second.path / "run.json").write_text(json.dumps(older))
+    assert main(["compare", str(first.path), str(second.path), *page]) == 3, "a run that knows no digests is told by its files' names"
+    assert "data.heldout is " in capfd.readouterr().err
     (second.path / "run.json").write_text((first.path / "run.json").read_text().replace(first.name, second.name))
     file = second.path / "00-teacher" / "record.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"digest": "another"}))
@@ -165,6 +169,12 @@ def test_runs_slots_and_bundles_stand_side_by_side(runs, tmp_path, capfd):
     assert "  latency_ms_p50           +10.9 ms" in out
     page = (tmp_path / "page.html").read_text()
     assert "3 candidates compared" in page and page.count("What differs: ") == 2
+
+
+def test_without_a_file_the_slot_that_ships_is_the_final_one(tmp_path):
+    run = load_run(write_run(tmp_path, rows=[row for row in ROWS if row[0] != "gguf"]))
+    assert run.final == run.records[-1] and run.final["slot"] != "heal"
+    assert change(run, ship="heal").final["slot"] == "heal"
 
 
 def test_the_committed_demo_can_be_compared(runs, tmp_path, capfd):

@@ -202,6 +202,8 @@ def test_a_signal_path_without_its_package_is_refused_before_work(tmp_path, monk
     [
         ("stages.heal.divergence=jsd", "divergence=jsd needs all of the teacher's probabilities; set signal.scheme to hidden or online"),
         ("stages.heal.hidden_weight=0.1", "needs the teacher's hidden states; set signal.scheme to hidden or online"),
+        ("stages.qat.grid=q9_0", "stages.qat.grid: Invalid value 'q9_0', expected one of [q4_0, "),
+        ("stages.qat.scales=best", "stages.qat.scales: Invalid value 'best', expected one of [round, search, learned]"),
         ("stages.heal.features.layers=1", "features need the teacher's inner states on given text; set signal.scheme=online"),
         ("stages.heal.features.blocks=1", "features.blocks trains every block by itself; set kl_weight, ce_weight, hidden_weight"),
         ("stages.heal.signal.threshold=2", "signal.threshold=2.0 must be in"),

@@ -10,6 +10,8 @@ from compress.config import Limit
 from compress.score import paired, sequential
 from compress.score.tasks import TaskResult, evaluate, rescore
 
+NO_REST = TaskResult({}, [], {}, {})  # tasks that can't be asked in parts
+
 
 def answering(student):
     """What stands for a model that answered `student` (all its items), and how many items it was asked at every look."""
@@ -55,7 +57,7 @@ def test_a_clear_verdict_stops_at_a_quarter_and_says_so():
 def test_as_long_as_a_limit_is_open_all_items_are_asked(limits):
     teacher, student = items("a", np.arange(400) % 10 != 0), items("a", np.arange(400) % 10 > 1)
     ask, looks = answering(student)
-    result, level = sequential.until_certain(ask, teacher, {"a": 0.25}, [limits])
+    result, level = sequential.until_certain(ask, teacher, {"a": 0.25}, [limits], NO_REST)
     assert looks == [100] * 4 and level == sequential.LOOKS[-1][1] and result.scores == {}
     assert sorted(result.items, key=lambda item: item["doc_id"]) == student
 
@@ -64,7 +66,7 @@ def test_a_task_the_teacher_knows_is_not_left_out_because_of_its_first_items():
     """Its lower bound is above chance on all 200 items, not on a quarter of them: kept must mean the same at every look."""
     teacher = items("a", np.arange(200) % 5 != 0) + items("b", np.arange(200) % 5 < 2)
     ask, looks = answering(items("a", np.zeros(200)) + items("b", np.zeros(200)))
-    result, level = sequential.until_certain(ask, teacher, {"a": 0.25, "b": 0.25}, [{"kept": Limit(min=0.9)}])
+    result, level = sequential.until_certain(ask, teacher, {"a": 0.25, "b": 0.25}, [{"kept": Limit(min=0.9)}], NO_REST)
     assert looks == [100], "clear enough to stop"
     assert paired.paired_scores(result.items, teacher, {"a": 0.25, "b": 0.25}, level, partial=True).excluded == []
 
@@ -78,7 +80,7 @@ def simulated():
         cell = rng.choice(4, size=n, p=shares)
         limit = truth + rng.uniform(-0.8, 0.8) * (number % 3 > 0)
         teacher, (ask, _) = items("a", cell >= 2), answering(items("a", cell % 2))
-        result, level = sequential.until_certain(ask, teacher, {"a": chance}, [{"kept": Limit(min=limit)}])
+        result, level = sequential.until_certain(ask, teacher, {"a": chance}, [{"kept": Limit(min=limit)}], NO_REST)
         low, high = paired.paired_scores(result.items, teacher, {"a": chance}, level, partial=True).intervals.get("kept", (-np.inf, np.inf))
         rows.append((limit == truth, low <= truth <= high, low >= limit, len(result.items) / n))
     return np.array(rows)
@@ -107,7 +109,7 @@ def test_items_asked_look_by_look_get_the_answers_of_the_full_evaluation(tiny_te
 
     lm = torch_lm(load_model(tiny_teacher), load_tokenizer(tiny_teacher), 8)
     full = evaluate(lm, ["grammar", "facts"], 24)
-    result, _ = sequential.until_certain(lambda rows: rescore(lm, rows), full.items, full.chance, [{"kept": Limit(min=2.0)}])
+    result, _ = sequential.until_certain(lambda rows: rescore(lm, rows), full.items, full.chance, [{"kept": Limit(min=2.0)}], NO_REST)
     mine = {(item["task"], item["doc_id"]): item for item in result.items}
     assert len(mine) == len(result.items) == 48
     for item in full.items:

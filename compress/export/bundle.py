@@ -6,7 +6,8 @@ README.md         model card: score table, verdicts, lineage, licences
 manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
 requests.jsonl    every scored item as it was put to the teacher (context, choices, gold) and what it answered (logliks), so that accuracy
                   kept can be measured again without any task's code
-answers.jsonl     the same items as the judged file answered them, so that `compress compare` can name what got better or worse
+answers.jsonl     what the judged file answered to these (where it could stop early, to those it was asked), so that `compress compare` can
+                  name what got better or worse
 SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
 """
 

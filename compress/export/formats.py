@@ -98,10 +98,9 @@ def check_grid(name: str, what: str, grid: str | None) -> None:
     if grid is None and not type.rounds:
         raise ConfigError(f"export.files={name} writes codes, and {what} has none; ship a ptq or qat slot on {', '.join(type.grids)}")
     if grid is not None and grid not in type.grids:
-        fits = ", ".join(other for other in NAMES if grid in parse(other)[2].grids)
         raise ConfigError(
             f"export.files={name} would re-round {what}, which is on the grid {grid}, and holds only {', '.join(type.grids) or 'no grid'}; "
-            + (f"export it as {fits}" if fits else "no file holds that grid: ship the checkpoint itself with export=none")
+            f"export it as {', '.join(other for other in NAMES if grid in parse(other)[2].grids)}"
         )
 
 

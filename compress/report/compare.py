@@ -63,10 +63,12 @@ class Flip(NamedTuple):
 def check_same_settings(runs: Sequence[Run]) -> None:
     """ValueError naming the setting in which one was scored differently from the first; what only one of them knows is left out."""
 
+    held = all("digests" in run.info for run in runs)  # then files count by what they hold, not by their names
+    idle = NO_MATTER | ({"eval.data_dir", "data.heldout"} if held else set())
+
     def settings(run: Run) -> dict[str, Any]:
         own = {f"{group}.{name}": value for group in ("eval", "data") for name, value in run.info.get("config", {}).get(group, {}).items()}
         digests = {f"the digest of {what}": value for what, value in run.info.get("digests", {}).items()}
-        idle = NO_MATTER | ({"eval.data_dir", "data.heldout"} if digests else set())  # files count by what they hold, not by their names
         digests |= {"the teacher's digest": run.teacher["digest"]} if run.teacher else {}
         return {name: own[name] for name in own if name not in idle} | digests
 

@@ -40,8 +40,8 @@ class Run:
 
     @property
     def final(self) -> Record:
-        """The slot that was asked for, or what the budget judges: the first file that ships, else the last slot."""
-        return next((r for r in self.records if r["slot"] == self.chosen), judged(self.records))
+        """The slot that was asked for, or what the budget judges."""
+        return next((r for r in self.records if r["slot"] == self.chosen), judged(self.records, self.info))
 
     def rows(self, record: Record, what: str) -> list[dict[str, Any]]:
         """Rows of a record's `items` (answers) or `steps` (training curve), empty where they were not kept; of a bundle, both sides' answers."""
@@ -62,9 +62,11 @@ def folder_of(run_dir: Path, record: Record) -> Path:
     return run_dir / f"{record.get('index', 0):02d}-{record['slot']}"
 
 
-def judged(records: Sequence[Record]) -> Record:
-    """What the budget judges: the first file that ships, else the last slot."""
-    return next((r for r in records if r["technique"].startswith("export_")), records[-1])
+def judged(records: Sequence[Record], info: Record) -> Record:
+    """What the budget judges: the first file that ships, else the slot that the run's `config` ships, else the last one."""
+    ship = info.get("config", {}).get("ship")
+    found = [r for r in records if r["technique"].startswith("export_")] or [r for r in records if r["slot"] == ship]
+    return next(iter(found), records[-1])
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -138,7 +140,7 @@ def open_run(name: str, runs_dir: Path | str = "runs") -> Run:
 def _load_bundle(path: Path) -> Run:
     """A bundle as a run of two records: the teacher, and the file that was judged."""
     manifest = _read(path / "manifest.json", {"run": str, "judged": str, "scores": dict, "verdicts": list, "lineage": list, "config": dict})
-    made = judged(manifest["lineage"])
+    made = judged(manifest["lineage"], manifest)
     runtime = {"export_gguf": "llama.cpp", "export_onnx": "onnxruntime"}.get(made["technique"], "torch")
     records = [r | {"scores": {}, "verdicts": []} for r in manifest["lineage"] if r["slot"] == "teacher"]
     records += [made | {key: manifest.get(key, {}) for key in ("scores", "intervals", "rows", "verdicts")} | {"runtime": runtime}]

@@ -77,7 +77,7 @@ def perplexities(items: Items) -> Paired:
             found.scores.update({f"{unit}_perplexity/{task}": float(np.exp(rate)), f"bits_per_byte/{task}": rate / math.log(2)})  # bytes come last
             if len(own) > 1:
                 low, high = ratio_interval(nats, counts)
-                found.intervals[f"{unit}_perplexity/{task}"] = math.exp(low), math.exp(high)
+                found.intervals[f"{unit}_perplexity/{task}"] = float(np.exp(low)), float(np.exp(high))
                 found.intervals[f"bits_per_byte/{task}"] = low / math.log(2), high / math.log(2)
     return found
 

@@ -74,9 +74,8 @@ class Scorer:
         tasks = sha256_json({folder.name: file_table(folder) for folder in folders if folder.is_dir()})
         self.digests = {"the tasks' files": tasks, "the held-out text": heldout.digest}
         own = vars(settings) | {
-            "tasks": tuple(settings.tasks), "data_dir": self.data_dir, "threads": threads,
-            "requests": requests and sha256_json(requests),
-            "tasks_digest": tasks,
+            "schema": 2, "tasks": tuple(settings.tasks), "data_dir": self.data_dir, "threads": threads,
+            "requests": requests and sha256_json(requests), "tasks_digest": tasks,
             "machine": sha256_json(machine.describe(threads))[:16],
         }  # fmt: skip
         self.depends = {name: str(value) for name, value in own.items()}, heldout.digest, __version__
@@ -119,6 +118,7 @@ class Scorer:
         if parent is not None:
             other = self.compare(student, parent)
             near.scores["kl_to_parent"], near.intervals["kl_to_parent"] = other.scores["kl_to_teacher"], other.intervals["kl_to_teacher"]
+            near = near._replace(rows={**near.rows, "kl_to_parent": other.rows["kl_to_teacher"]})
         if not student.items:
             return near
         paired = paired_scores(student.items, teacher.items, teacher.chance, student.level, partial=self.settings.stop_early)

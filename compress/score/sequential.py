@@ -27,7 +27,6 @@ from compress.score.paired import Items, accuracy, paired_scores
 from compress.score.tasks import TaskResult
 
 LOOKS = ((0.25, 0.999219), (0.5, 0.994227), (0.75, 0.981693), (1.0, 0.957572))  # share of the items, level; tests derive them again
-NOTHING = TaskResult({}, [], {}, {})
 
 
 def asked_in_parts(items: Items) -> dict[str, list[Any]]:
@@ -41,7 +40,7 @@ def asked_in_parts(items: Items) -> dict[str, list[Any]]:
 
 def until_certain(
     ask: Callable[[list[Any]], TaskResult], teacher_items: Items, chance: Mapping[str, float], limits: Sequence[Mapping[str, Any]],
-    rest: TaskResult = NOTHING,
+    rest: TaskResult,
 ) -> tuple[TaskResult, float]:  # fmt: skip
     """What is known at the look that decides every accuracy limit in `limits`, and that look's level. `ask(rows)` scores items of the teacher's
     anew (`score/tasks.py`, rescore), `rest` holds the student's other tasks. After an early stop, items_left/<task> counts those not asked."""

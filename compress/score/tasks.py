@@ -221,10 +221,10 @@ def _with_perturbations(lm: Any, clean: TaskResult, names: Sequence[str]) -> Tas
         again = rescore(lm, [item | {"context": perturbed(item["context"], name)} for item in asked])
         own, lost = accuracy(again.items), paired_scores(again.items, asked, clean.chance)
         for task in sorted(reached):
-            key, acc, drop = f"acc/{task}", f"acc/{task}@{name}", f"drop/{task}@{name}"
-            clean.scores[acc], clean.scores[drop] = again.scores[key], clean.scores[key] - again.scores[key]
+            key, acc, drop, points = f"acc/{task}", f"acc/{task}@{name}", f"drop/{task}@{name}", f"points_lost/{task}"
+            clean.scores[acc], clean.scores[drop] = again.scores[key], lost.scores.get(points, clean.scores[key] - again.scores[key])
             if key in own.intervals:  # right and wrong answers, not shares of probability
-                clean.intervals[acc], clean.intervals[drop] = own.intervals[key], lost.intervals[f"points_lost/{task}"]
+                clean.intervals[acc], clean.intervals[drop] = own.intervals[key], lost.intervals[points]
     return clean
 
 

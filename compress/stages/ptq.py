@@ -58,11 +58,11 @@ class OnGrid:
     def check_grid(self, stage: str) -> None:
         """ValueError when the grid, or a stage without training, has no such scales (of a mixture one grid that has them is enough) or balance."""
         grids = set(self.allocate.grids) if self.allocate.file_bytes else {self.grid}
-        if self.scales is not Scales.round and not grids & set(SEARCHED):
+        if self.scales != Scales.round and not grids & set(SEARCHED):
             raise ValueError(f"{stage}.scales is {self.scales}: grid {self.grid} has none, only {', '.join(SEARCHED)}; use scales=round")
-        if self.scales is Scales.learned and stage != "qat":
+        if self.scales == Scales.learned and stage != "qat":
             raise ValueError(f"{stage}.scales is learned: nothing is trained there; use round or search, or the qat stage")
-        if self.balance is Balance.smoothquant and "8" not in self.layout_name:
+        if self.balance == Balance.smoothquant and "8" not in self.layout_name:
             raise ValueError(f"{stage}.balance is smoothquant: it is for grids of 8 bits, got {self.layout_name}; use balance=awq")
 
     @property
@@ -106,11 +106,11 @@ class Ptq(OnGrid):
 
     def __post_init__(self) -> None:
         self.check_grid("ptq")
-        if self.method is Method.autoround and self.layout_name != "q4_0":
+        if self.method == Method.autoround and self.layout_name != "q4_0":
             raise ValueError(
                 f"ptq.method is autoround: its symmetric 4-bit blocks of 32 are those of grid q4_0, got {self.layout_name}; use method=gptq"
             )
-        gptq, autoround = self.method is Method.gptq, self.method is Method.autoround
+        gptq, autoround = self.method == Method.gptq, self.method == Method.autoround
         for key, used in (("calibration_sequences", self.passes > 0), ("iterations", autoround), ("damping", gptq)):
             value, default = getattr(self, key), getattr(Ptq, key)
             if value != default and not used:
@@ -125,7 +125,7 @@ class Ptq(OnGrid):
         """How often the calibration text goes through the model: 0 where no data is needed."""
         trained = -(-24 * self.iterations // max(1, self.calibration_sequences))  # batches of 8, forward and backward
         rounding = {Method.nearest: 0, Method.gptq: 6, Method.autoround: 3 + trained}[self.method]
-        return rounding + (2 if self.balance is not Balance.none else 0)
+        return rounding + (2 if self.balance != Balance.none else 0)
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result: the parent's, unchanged. ValueError when its rows don't divide into blocks, or its layers have other names."""
@@ -147,11 +147,11 @@ class Ptq(OnGrid):
         from compress.quant.rotate import rotate
 
         check_parent(self, parent, "round")
-        autoround = rounder(self.iterations, ctx.seed) if self.method is Method.autoround else None
+        autoround = rounder(self.iterations, ctx.seed) if self.method == Method.autoround else None
         model = load_model(parent)
         if self.rotate and (obstacle := rotate(model, ctx.seed)):
             ctx.log(f"{ctx.label}: values rotated; the residual stream is left as it is: {obstacle}")
-        layout, search = self.layout(model, parent, ctx), self.scales is Scales.search
+        layout, search = self.layout(model, parent, ctx), self.scales == Scales.search
         work = Blockwise(model, layout, method=self.method, search=search, balance=self.balance, damping=self.damping, autoround=autoround)
         if self.passes:
             work.calibrated(ctx, self.calibration_sequences)

@@ -42,7 +42,7 @@ class Qat(Optimization, OnGrid):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_grid("qat")
-        if self.calibration_sequences < 1 or (self.balance is Balance.none and self.calibration_sequences != 16):
+        if self.calibration_sequences < 1 or (self.balance == Balance.none and self.calibration_sequences != 16):
             raise ConfigError(f"qat.calibration_sequences={self.calibration_sequences} must be at least 1, and is used by balance only")
         if self.rank < 0:
             raise ConfigError(f"qat.rank={self.rank} must be 0 (every weight is trained) or above")
@@ -50,7 +50,7 @@ class Qat(Optimization, OnGrid):
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""
         self.check_rows(config)
-        if self.balance is not Balance.none or self.allocate.file_bytes:
+        if self.balance != Balance.none or self.allocate.file_bytes:
             check_architecture(config, "balanced or allocated")
         return config
 
@@ -83,9 +83,9 @@ class Qat(Optimization, OnGrid):
         from compress.quant.blockwise import Blockwise
 
         layout = self.layout(model, parent, ctx)
-        if self.balance is Balance.none:
+        if self.balance == Balance.none:
             return layout, None
-        work = Blockwise(model, layout, search=self.scales is not Scales.round, balance=self.balance.value, keep=True)
+        work = Blockwise(model, layout, search=self.scales != Scales.round, balance=self.balance.value, keep=True)
         work.calibrated(ctx, self.calibration_sequences)
         work.restore()
         return layout, work.made

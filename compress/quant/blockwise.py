@@ -23,7 +23,6 @@ from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of, s
 from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.gptq import gptq
 from compress.quant.grids import GRIDS
-from compress.stages.context import Context
 from compress.store import write_whole
 from compress.train.forward import block_inputs
 
@@ -146,19 +145,19 @@ class Blockwise:
             self.round(name, home.weight)
 
     @torch.no_grad()
-    def calibrated(self, ctx: Context, sequences: int) -> None:
-        """Every matrix behind what is quantized before it, on so many rows of calibration text; finished pieces lie in `ctx.work`."""
+    def calibrated(self, ids_BL: Tensor, work: Path, precision: str, log: Callable[[str], None]) -> None:
+        """Every matrix behind what is quantized before it, on ids (B, L) in the run's precision; finished pieces lie in `work`."""
         (first, embedding), *heads = [pair for pair in quantizable(self.model).items() if not pair[0].startswith("model.layers.")]
-        stream, started, fresh = Stream(self.model, ctx.calibration(sequences), ctx.precision), time.monotonic(), 0
+        stream, started, fresh = Stream(self.model, ids_BL, precision), time.monotonic(), 0
         reference = list(stream.states) if self.autoround else []
-        self._kept(ctx.work / "embeddings.safetensors", embedding, partial(self._embedding, first, embedding, stream, tied=not heads))
+        self._kept(work / "embeddings.safetensors", embedding, partial(self._embedding, first, embedding, stream, tied=not heads))
         stream.enter()
         for index, block in enumerate(stream.blocks):
             reference = [stream.call(index, x_BLH) for x_BLH in reference]
-            fresh += self._kept(ctx.work / f"block-{index:04d}.safetensors", block, partial(self._block, index, stream, reference))
+            fresh += self._kept(work / f"block-{index:04d}.safetensors", block, partial(self._block, index, stream, reference))
             stream.advance(index)
             left = (time.monotonic() - started) / max(1, fresh) * (len(stream.blocks) - index - 1)
-            ctx.log(f"{ctx.label}: block {index + 1}/{len(stream.blocks)} quantized  {left:,.0f} s left")
+            log(f"block {index + 1}/{len(stream.blocks)} quantized  {left:,.0f} s left")
         for name, head in heads:
             self.round(name, head.weight, stream.final_gram())
 

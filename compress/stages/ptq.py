@@ -154,7 +154,7 @@ class Ptq(OnGrid):
         layout, search = self.layout(model, parent, ctx), self.scales == Scales.search
         work = Blockwise(model, layout, method=self.method, search=search, balance=self.balance, damping=self.damping, autoround=autoround)
         if self.passes:
-            work.calibrated(ctx, self.calibration_sequences)
+            work.calibrated(ctx.calibration(self.calibration_sequences), ctx.work, ctx.precision, lambda line: ctx.log(f"{ctx.label}: {line}"))
         else:
             work.plain()
         save_quantized(model, out, parent, work.made)

@@ -86,6 +86,6 @@ class Qat(Optimization, OnGrid):
         if self.balance == Balance.none:
             return layout, None
         work = Blockwise(model, layout, search=self.scales != Scales.round, balance=self.balance.value, keep=True)
-        work.calibrated(ctx, self.calibration_sequences)
+        work.calibrated(ctx.calibration(self.calibration_sequences), ctx.work, ctx.precision, lambda line: ctx.log(f"{ctx.label}: {line}"))
         work.restore()
         return layout, work.made

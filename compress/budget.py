@@ -14,12 +14,20 @@ from typing import Any
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 ACCURACY = ("kept", "acc", "flips", "points_lost")  # over all tasks, or one: acc/TASK
-HELDOUT = ("kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout")
+OPEN = (
+    "open/right", "open/kept", "open/loops", "open/loops_gained", "open/ended", "open/ended_lost", "open/plausible", "open/choice_gap",
+)  # fmt: skip
+HELDOUT = ("kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte")  # over all held-out texts, or one: kl_to_teacher/TEXT
 
 
 def is_accuracy(metric: str) -> bool:
     """Whether a metric is counted in items of the tasks."""
     return metric.partition("/")[0] in ACCURACY
+
+
+def is_heldout(metric: str) -> bool:
+    """Whether a metric is measured on held-out text."""
+    return metric.partition("/")[0] in HELDOUT
 
 
 def human(metric: str, value: float) -> str:
@@ -32,20 +40,28 @@ def human(metric: str, value: float) -> str:
         return f"{value:,.1f} ms"
     if metric == "tok_per_sec":
         return f"{value:,.0f} tokens/s"
-    if metric.startswith("points_lost"):
+    if metric.startswith("points_lost") or metric in ("open/loops_gained", "open/ended_lost", "open/choice_gap"):
         return f"{100 * value:.1f} points"
-    if is_accuracy(metric) or metric == "top1_agree":
+    if is_accuracy(metric) or metric.startswith("top1_agree") or (metric in OPEN and metric != "open/plausible"):
         return f"{100 * value:.1f}%"
     return f"{value:.4g}"
 
 
 def counted(metric: str, scores: Mapping[str, float]) -> tuple[int, int]:
     """How many items or rows a metric is measured on, 0 when not known, and how many items an early stop left out."""
+    if metric in OPEN:
+        return round(scores.get("n/open_kept" if metric == "open/kept" else "n/open", 0)), 0
     if not is_accuracy(metric):
-        return round(scores.get("heldout_rows", 0)) if metric in HELDOUT else 0, 0
+        text = metric.partition("/")[2]
+        return round(scores.get(f"heldout_rows/{text}", scores.get("heldout_rows", 0))) if is_heldout(metric) else 0, 0
     tasks = [metric.partition("/")[2]] if "/" in metric else [name[4:] for name in scores if name.startswith("acc/")]
     n, left = (round(sum(scores.get(f"{what}/{task}", 0) for task in tasks)) for what in ("n", "items_left"))
     return n, left
+
+
+def _unit(metric: str) -> str:
+    """What a metric's sample consists of."""
+    return "held-out rows" if is_heldout(metric) else "prompts" if metric in OPEN else "items"
 
 
 def what_decides(n: int, unit: str, value: float, span: tuple[float, float], bound: float) -> str:
@@ -78,7 +94,7 @@ def judge(
             relation = {PASS: "is within", FAIL: "violates", INCONCLUSIVE: "can't be told from"}[word]
             sentence = f"{name} {human(name, value)}{spread} {relation} the limit of {side} {human(name, bound)}"
             if word == INCONCLUSIVE:
-                sentence += f"; {what_decides(n, 'held-out rows' if name in HELDOUT else 'items', value, (low, high), bound)}"
+                sentence += f"; {what_decides(n, _unit(name), value, (low, high), bound)}"
         verdict = {"limit": name, "bound": bound, "op": op, "value": value, "enforced": enforced, "why": limit.why}
         verdicts.append(verdict | {"verdict": word, "sentence": sentence})
     return verdicts

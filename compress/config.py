@@ -5,6 +5,7 @@ A YAML binds to its schema with `defaults: [/schema/NAME@_here_]`; unknown keys 
 what a type can't say. A recipe can't name code: `STAGES` is the only way from a name to code.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from compress.budget import ACCURACY, is_accuracy
+from compress.budget import ACCURACY, HELDOUT, OPEN, is_accuracy, is_heldout
 from compress.errors import ConfigError, nearest
 from compress.export import formats
 from compress.score.perturb import PERTURBATIONS
@@ -21,11 +22,12 @@ from compress.track import TRACKERS
 
 LIMIT_METRICS = (
     "size_bytes", "params", "bits_per_weight", "latency_ms_p50", "latency_ms_p95", "ttft_ms_p50", "tok_per_sec", "peak_rss_bytes",
-    *ACCURACY, "kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout",
+    *ACCURACY, *OPEN, "kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte/heldout",
 )  # fmt: skip
 PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
 PARALLEL = ("none", "ddp", "fsdp2")
 Packing = StrEnum("Packing", ["stream", "documents"])  # what a token of training text sees: its row, or its own document
+ChatLabels = StrEnum("ChatLabels", ["all", "answers"])  # which tokens of a chat in data.train are learned
 
 
 @dataclass
@@ -42,10 +44,11 @@ class Data:
 
     train: list[str] = field(default_factory=list)
     chat: list[str] = field(default_factory=list)
-    heldout: list[str] = field(default_factory=list)  # another domain, never trained on: closeness to the teacher is measured here
+    heldout: list[str] = field(default_factory=list)  # never trained on: closeness to the teacher is measured on each, by name
     seq_len: int = 512
     weights: list[float] = field(default_factory=list)  # each train source's share of the tokens; empty: all documents alike
     packing: Packing = Packing.stream
+    chat_labels: ChatLabels = ChatLabels.all  # of data.train; data.chat, which nobody but the text teaches, always learns the answers
 
     def __post_init__(self) -> None:
         if self.seq_len < 8:
@@ -57,6 +60,20 @@ class Data:
         both = set(self.train + self.chat) & set(self.heldout)
         if both:
             raise ConfigError(f"data.heldout shares {sorted(both)} with the training data; held-out text must never be trained on")
+
+    def heldout_names(self) -> dict[str, str]:
+        """What the figures of a held-out text are called -> its source: a file's stem, the last part of a hub dataset's name, `topics` of
+        embedded:topics; numbered from the second on where two agree."""
+        named: dict[str, str] = {}
+        for source in self.heldout:
+            kind, _, rest = source.partition(":")
+            given = {"embedded": rest.removesuffix("_heldout"), "hub": re.split("[:@]", rest)[0].rpartition("/")[2], "generated": kind}
+            name = base = given.get(kind) or re.split(r"[/\\]", source)[-1].partition(".")[0]
+            number = 2
+            while name in named:
+                name, number = f"{base}_{number}", number + 1
+            named[name] = source
+        return named
 
 
 @dataclass
@@ -71,11 +88,15 @@ class Eval:
     stop_early: bool = False  # a student's tasks end once every accuracy limit is decided; the teacher's never
     batch_size: int = 32
     context_tokens: int = 1024  # that a model sees at once in tasks, in every runtime; what is longer loses its beginning
-    heldout_sequences: int = 8
+    heldout_sequences: int = 8  # of each held-out text
+    open_prompts: list[str] = field(default_factory=lambda: ["embedded"])  # asked of every model (`compress/score/open.py`): "embedded", a
+    # JSON Lines file, or a file's name below data_dir; empty: nothing is asked
+    open_limit: int | None = None  # prompts of each file
     prompt_tokens: int = 128
     new_tokens: int = 32
     repeats: int = 5  # in each of so many fresh processes, which are the sample of the intervals
     processes: int = 5
+    time_stages: bool = False  # times of stages that do not ship, too
     prompt_lengths: list[int] = field(default_factory=list)  # the time to the first token of these as well, where the model takes them
     batch_sizes: list[int] = field(default_factory=list)  # sequences decoded together, for throughput
 
@@ -88,6 +109,8 @@ class Eval:
         for name in self.perturbations:
             if name not in PERTURBATIONS:
                 raise ConfigError(f"eval.perturbations={name!r} is no perturbation; {nearest(name, PERTURBATIONS)}")
+        if self.open_limit is not None and self.open_limit < 1:
+            raise ConfigError(f"eval.open_limit={self.open_limit} must be at least 1; to ask nothing set eval.open_prompts=[]")
         if self.stop_early and self.perturbations:
             raise ConfigError("eval.stop_early=true leaves items out, eval.perturbations needs them all: set one of the two")
 
@@ -115,8 +138,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, limit in self.all():
-            if name not in LIMIT_METRICS and not is_accuracy(name):
-                raise ConfigError(f"budget limit {name!r} is no metric; {nearest(name, LIMIT_METRICS)}, {'/TASK, '.join(ACCURACY)}/TASK")
+            if name not in LIMIT_METRICS and not is_accuracy(name) and not (is_heldout(name) and "/" in name):
+                known = f"{'/TASK, '.join(ACCURACY)}/TASK, {'/TEXT, '.join(HELDOUT)}/TEXT"
+                raise ConfigError(f"budget limit {name!r} is no metric; {nearest(name, LIMIT_METRICS)}, {known}")
             if name.startswith("points_lost") and (limit.max or limit.min or 0) > 1:
                 raise ConfigError(f"budget limit {name!r} is {limit.max or limit.min}, a share of all items; two points are 0.02")
 
@@ -124,9 +148,14 @@ class Budget:
         """Every limit by its metric, those of slots too."""
         return [pair for limits in (self.limits, *self.slots.values()) for pair in limits.items()]
 
-    def check(self, eval: Eval) -> None:
-        """ConfigError for a limit on a task that is not scored, and for an early stop without a limit that could bring it about."""
+    def check(self, eval: Eval, heldout: list[str]) -> None:
+        """ConfigError for a limit on a task, a `heldout` text or open answers that are not scored, and for an early stop without a limit
+        that could bring it about."""
         for name, _ in self.all():
+            if is_heldout(name) and "/" in name and (text := name.partition("/")[2]) not in ("heldout", *heldout):
+                raise ConfigError(f"budget limit {name!r} is on a text that data.heldout does not name; {nearest(text, heldout)}")
+            if name in OPEN and not eval.open_prompts:
+                raise ConfigError(f"budget limit {name!r} is on open answers, and eval.open_prompts is empty; set it to [embedded] or drop the limit")
             task = name.partition("/")[2].partition("@")[0]
             if is_accuracy(name) and task and task not in eval.tasks:
                 raise ConfigError(f"budget limit {name!r} is on a task that eval.tasks does not name; {nearest(task, eval.tasks)}")
@@ -209,7 +238,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.pipeline:
             raise ConfigError("pipeline is empty; name at least one slot of stages")
-        self.budget.check(self.eval)
+        self.budget.check(self.eval, list(self.data.heldout_names()))
         seen = {"teacher"}
         for slot, parent in self.steps():
             if slot not in self.stages:
@@ -230,6 +259,8 @@ class Recipe:
         for slot in [*self.budget.slots, shipped]:
             if slot not in seen:
                 raise ConfigError(f"budget.slots or ship names {slot!r}; {nearest(slot, seen)}")
+        if not self.export.files and getattr(self.stages.get(shipped), "keep", "always") != "always":
+            raise ConfigError(f"stages.{shipped}.keep=better on what ships needs a file in export.files, which is made of what is kept; add one")
         for name in self.export.files:
             formats.check_grid(name, f"slot {shipped!r}", getattr(self.stages.get(shipped), "layout_name", None))
 

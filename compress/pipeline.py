@@ -21,10 +21,11 @@ from compress.export.bundle import write_bundle
 from compress.report.html import write_html
 from compress.report.records import load_run
 from compress.report.table import print_table, stage_table, verdict_lines
+from compress.score import payoff
 from compress.score.paired import Paired
 from compress.score.scorer import Measured
 from compress.session import RunDir, Session, check_shapes, log, now, plain, thinned
-from compress.stages.optimization import Optimization
+from compress.stages.optimization import Keep, Optimization
 from compress.store import sha256_json
 from compress.train import parallel
 
@@ -46,18 +47,18 @@ def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[
 
 def conclude(
     session: Session, folder: RunDir, slot: str, technique: str, model: Model, parent: Measured | None = None, *,
-    key: str = "", tasks: bool = True, shipped: bool = False, proven: str = "", seconds: float = 0.0, curve: list[dict[str, Any]] | None = None,
+    key: str = "", tasks: bool = True, whole: bool = False, shipped: bool = False, proven: str = "", seconds: float = 0.0, curve: list[dict[str, Any]] | None = None,
     **made: Any,
 ) -> Measured:  # fmt: skip
     """Measure a model, put it beside teacher and parent, judge it, and record it with how it was `made`, in the store under `key` if it was.
 
     Limits written for the slot are enforced; the budget's own limits are enforced on what ships and show the distance elsewhere.
-    `proven`: the name of a file in `export.files` that must be its parent's weights. The trackers get the whole `curve`, the record a thinned one.
+    `whole`: asked every open prompt, and timed. `proven`: the name of a file in `export.files` that must be its parent's weights. The trackers get the whole `curve`, the record a thinned one.
     """
     log(f"{slot}: scoring ({model.runtime})")
     start, limits = time.monotonic(), session.recipe.budget
     teacher, wanted = session.done.get("teacher"), [limits.slots.get(slot, {}), limits.limits]
-    measured = session.scorer.measure(model, tasks=tasks, against=teacher, limits=wanted)
+    measured = session.scorer.measure(model, tasks=tasks, whole=whole, against=teacher, limits=wanted)
     near = session.scorer.beside(measured, teacher, parent) if teacher else Paired({}, {}, [])
     scores, intervals, excluded = measured.scores | near.scores, measured.intervals | near.intervals, near.excluded
     verdicts = [v for some, own in zip(wanted, (True, shipped), strict=True) for v in budget.judge(scores, intervals, some, enforced=own)]
@@ -70,9 +71,26 @@ def conclude(
     } | made  # fmt: skip
     if curve is not None:
         record["curve"] = thinned(curve)
+    if note := payoff_note(session, slot, measured, near, parent):
+        record["payoff"] = note
     if parent and proven:
         record["metrics"] |= session.scorer.parity(measured, parent, proven)
     return replace(measured, record=folder.add(record, measured, curve or []))
+
+
+def payoff_note(session: Session, slot: str, measured: Measured, near: Paired, parent: Measured | None) -> dict[str, Any]:
+    """Whether a stage that bought nothing but quality paid, said at once; {} for other stages. `kept`: whose weights go on."""
+    stage, teacher = session.recipe.stages.get(slot), session.done.get("teacher")
+    if not isinstance(stage, Optimization) or stage.leaves_a_grid or parent is None or teacher is None:
+        return {}
+    limits = session.recipe.budget
+    metrics = [*limits.slots.get(slot, {}), *limits.limits]
+    before = parent.record.get("rows", {}) if parent is not teacher else {}
+    found = payoff.changes(measured, parent, near.rows, before, teacher, metrics)
+    told, better = payoff.sentence(found), payoff.paid(found)
+    kept = slot if better or stage.keep is Keep.always else parent.record["slot"]
+    log(f"{slot} {told}" + ("" if kept == slot else f"; keep=better: {kept} goes on in its place"))
+    return {"paid": better, "sentence": told, "kept": kept}
 
 
 def plan(recipe: Recipe) -> int:
@@ -124,7 +142,7 @@ def _slots(session: Session, folder: RunDir) -> int:
     recipe = session.recipe
     if session.teacher.path.parent == session.store.root / "entries":
         folder.name_key(session.teacher.path.name)
-    session.done["teacher"] = conclude(session, folder, "teacher", "teacher", session.teacher)
+    session.done["teacher"] = conclude(session, folder, "teacher", "teacher", session.teacher, whole=True)
     for slot, parent_slot in recipe.steps():
         parent, technique = session.done[parent_slot], recipe.technique(slot)
         inputs = session.inputs(slot, parent.model.digest)
@@ -134,10 +152,13 @@ def _slots(session: Session, folder: RunDir) -> int:
         log(f"{slot}: {technique} from {parent_slot}" + (" (reused from the store)" if reused else ""))
         path = session.store.entry(key) if reused else build(session, slot, parent, key, inputs)
         note: dict[str, Any] = {"seconds": 0.0, "curve": []} | session.store.note(key)
-        session.done[slot] = conclude(
-            session, folder, slot, technique, model_of(path), parent, key=key, shipped=slot == recipe.shipped_slot() and not recipe.export.files,
+        ships = slot == recipe.shipped_slot() and not recipe.export.files
+        done = conclude(
+            session, folder, slot, technique, model_of(path), parent, key=key, whole=ships, shipped=ships,
             reused=reused, stage_config=plain(asdict(recipe.stages[slot])), **note,
         )  # fmt: skip
+        kept = done.record.get("payoff", {}).get("kept", slot)
+        session.done[slot] = done if kept == slot else parent
     return ship(session, folder)
 
 
@@ -146,7 +167,7 @@ def ship(session: Session, folder: RunDir) -> int:
     recipe = session.recipe
     source = session.done[recipe.shipped_slot()]
     if session.teacher.gguf and any(formats.parse(name)[0].runtime == "llama.cpp" for name in recipe.export.files):
-        conclude(session, folder, "teacher_gguf", "teacher", model_of(session.teacher.gguf), tasks=False)
+        conclude(session, folder, "teacher_gguf", "teacher", model_of(session.teacher.gguf), tasks=False, whole=True)
     shipped = [_export(session, folder, source, name, first=number == 0) for number, name in enumerate(recipe.export.files)]
     verdicts = [verdict for record in folder.records for verdict in record["verdicts"]]
     code = EXIT_BUDGET if budget.failed(verdicts, strict=recipe.budget.strict) else EXIT_OK
@@ -175,4 +196,4 @@ def _export(session: Session, folder: RunDir, source: Measured, name: str, *, fi
     folder.name_key(key)
     path = session.store.build(key, inputs, lambda out, work: format.module.write(source.model.path, out / file, type)) / file
     seconds = time.monotonic() - start
-    return conclude(session, folder, *formats.slot_of(name), model_of(path), source, key=key, shipped=first, proven=name, seconds=seconds)
+    return conclude(session, folder, *formats.slot_of(name), model_of(path), source, key=key, whole=first, shipped=first, proven=name, seconds=seconds)

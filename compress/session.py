@@ -22,7 +22,8 @@ from compress.errors import ConfigError
 from compress.export import formats
 from compress.export.gguf import overhead_bytes
 from compress.report.records import folder_of
-from compress.score.scorer import Measured, Scorer
+from compress.score.open import Prompt
+from compress.score.scorer import Measured, Scorer, open_prompts
 from compress.score.tasks import check_tasks
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization
@@ -45,14 +46,16 @@ def plain(value: Any) -> Any:
 
 
 def open_scorer(
-    teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str, requests: list[dict[str, Any]] | None = None
-) -> tuple[Scorer, Model]:
-    """A scorer outside a run: what `compress score` and, with the bundle's `requests`, `compress accept` use."""
+    teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str, requests: list[dict[str, Any]] | None = None,
+    prompts: list[Prompt] | None = None,
+) -> tuple[Scorer, Model]:  # fmt: skip
+    """A scorer outside a run: what `compress score` and, with the bundle's `requests` and open `prompts`, `compress accept` use."""
     threads = trainer.threads or machine.available_threads()
     torch.set_num_threads(threads)
     home = Store(Path(store))
     opened = open_teacher(teacher.source, teacher.revision, home, log)
-    return Scorer(home, eval, pack(data.heldout, opened.path, data.seq_len, home.root / "data"), opened.path, threads, requests), opened
+    heldout = {name: pack([source], opened.path, data.seq_len, home.root / "data") for name, source in data.heldout_names().items()}
+    return Scorer(home, eval, heldout, opened.path, threads, requests, prompts), opened
 
 
 class Session:
@@ -64,6 +67,7 @@ class Session:
         for name in recipe.track.sinks:
             check_tracker(name)
         check_tasks(recipe.eval.tasks)
+        open_prompts(recipe.eval)  # a prompt file that can't be used is refused before anything is imported
         world = parallel.world()
         if world > 1 and recipe.trainer.parallel == "none":
             raise ConfigError(f"{world} processes were started, but trainer.parallel=none; use trainer=ddp or trainer=fsdp2")
@@ -92,22 +96,24 @@ class Session:
     @cached_property
     def text(self) -> Packed:
         d = self.recipe.data
-        return self._pack(d.train, weights=d.weights, packing=d.packing.value)
+        return self._pack(d.train, weights=d.weights, packing=d.packing.value, chat_labels=d.chat_labels.value)
 
     @cached_property
     def chat(self) -> Packed:
         if not self.recipe.data.chat:
             raise ValueError("the recipe's lora stage wants chat data, but data.chat is empty; name a source or set data=text on the stage")
-        return self._pack(self.recipe.data.chat, packing=self.recipe.data.packing.value)
+        return self._pack(self.recipe.data.chat, packing=self.recipe.data.packing.value, chat_labels="answers")
 
     @cached_property
     def scorer(self) -> Scorer:
-        return Scorer(self.store, self.recipe.eval, self._pack(self.recipe.data.heldout), self.teacher.path, self.threads)
+        heldout = {name: self._pack([source]) for name, source in self.recipe.data.heldout_names().items()}
+        return Scorer(self.store, self.recipe.eval, heldout, self.teacher.path, self.threads)
 
     def inputs(self, slot: str, parent_digest: str) -> dict[str, Any]:
         """All that determines a stage's weights; its digest is the stage's key."""
         stage, versions = self.recipe.stages[slot], machine.versions()
         config = plain(asdict(stage))
+        config.pop("keep", None)  # decides what goes on, not what is made
         if where := config.get("signal", {}).pop("path", None):  # who made a signal in a folder of its own counts, not where it is
             config["signal"]["made_with"] = made_with(where)
         return {
@@ -180,7 +186,7 @@ class RunDir:
         folder = folder_of(self.path, record)
         folder.mkdir()
         write_json(folder / "record.json", record)
-        for name, rows in (("items", measured.items), ("steps", curve)):
+        for name, rows in (("items", measured.items), ("steps", curve), ("open", measured.answers)):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "weights").symlink_to(os.path.relpath(measured.model.path, folder))
         self.records.append(record)

@@ -17,12 +17,13 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
 
 GREEDY = {"temperature": 0, "cache_prompt": False}
 _PARALLEL = 4  # sequences that the server decodes together: short prompts fill a batch
+
+
+class Answer(NamedTuple):
+    """Token ids that were generated, the end token left out; their text; whether the model ended by itself."""
+
+    ids: list[int]
+    text: str
+    ended: bool
 
 
 class LlamaCpp:
@@ -89,6 +98,35 @@ class LlamaCpp:
         """Greedy continuation of at most `n` tokens as text, ended by EOS or a string of `stop` (which is cut off)."""
         return self._post("/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "stop": list(stop)})["content"]
 
+    def chat_prompt(self, turns: Sequence[dict[str, str]]) -> str:
+        """A conversation rendered for an answer by the chat template inside the file, as llama.cpp reads it. ValueError: it fails."""
+        return self._post("/apply-template", {"messages": list(turns)})["prompt"]
+
+    def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
+        """Greedy answers of at most `n` tokens to rendered prompts, cut into tokens by llama.cpp as in a deployment (with BOS where the file
+        asks for it), decoded together: one request holds them all, so that they are batched in the same way every time."""
+        found = self._post("/completion", GREEDY | {"prompt": list(prompts), "n_predict": n, "return_tokens": True})
+        found = found if isinstance(found, list) else [found]
+        return [_answer(one) for one in sorted(found, key=lambda one: one["index"])]
+
+    def sample(self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int], **how: float) -> list[Answer]:
+        """Sampled continuations of at most `n` tokens, each with a seed of its own; `how`: temperature, top_p, top_k."""
+
+        def one(ids: Sequence[int], seed: int) -> Answer:
+            body = {"min_p": 0.0, "cache_prompt": False, "return_tokens": True, "prompt": list(ids), "n_predict": n, "seed": seed}
+            return _answer(self._post("/completion", body | how))
+
+        with ThreadPoolExecutor(max(1, len(prompts))) as pool:
+            return list(pool.map(one, prompts, seeds))
+
+    def stream(self, prompt: str, n: int) -> Iterator[str]:
+        """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come."""
+        body = GREEDY | {"prompt": prompt, "n_predict": n, "stream": True}
+        with closing(self._request("/completion", body)) as connection:
+            for line in connection.getresponse():
+                if line.startswith(b"data: {"):
+                    yield json.loads(line[6:])["content"]
+
     def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]:
         """Greedy continuation of at most `n` token ids, ended by EOS."""
         return self._post("/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "return_tokens": True})["tokens"]
@@ -108,15 +146,26 @@ class LlamaCpp:
         """Stops the server and frees the model."""
         self._server = None
 
+    def _request(self, path: str, body: dict[str, Any]) -> http.client.HTTPConnection:
+        """A request that was sent. One connection each: the server drops idle ones."""
+        connection = http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        return connection
+
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        """One request, one connection: the server drops idle ones. ValueError: the server refuses."""
-        with closing(http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))) as connection:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        """The answer to one request. ValueError: the server refuses."""
+        with closing(self._request(path, body)) as connection:
             response = connection.getresponse()
             answer = json.loads(response.read())
         if response.status != 200:
             raise ValueError(f"llama.cpp with {self.gguf}: {path} refused: {answer.get('error', answer)}")
         return answer
+
+
+def _answer(found: dict[str, Any]) -> Answer:
+    """An answer of the server, which counts the end token in."""
+    ended = found["stop_type"] == "eos"
+    return Answer(found["tokens"][:-1] if ended else found["tokens"], found["content"], ended)
 
 
 def maximal(prompts: Sequence[Sequence[int]], ctx_len: int) -> dict[tuple[int, ...], tuple[int, ...]]:

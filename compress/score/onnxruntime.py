@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.score.llamacpp import maximal
+from compress.score.llamacpp import Answer, maximal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,6 +89,28 @@ class OnnxRuntime:
         """The ids that end a text, as genai_config.json says."""
         ends = self.about["eos_token_id"]
         return set(ends) if isinstance(ends, list) else {ends}
+
+    def chat_prompt(self, turns: Sequence[dict[str, str]]) -> str:
+        """A conversation rendered for an answer by the directory's own chat template, as GenAI reads it. ValueError: it fails."""
+        try:
+            return self._tokenizer.apply_chat_template(json.dumps(list(turns)), add_generation_prompt=True)
+        except RuntimeError as error:
+            raise ValueError(f"{self.folder}: ONNX Runtime GenAI can't apply the chat template ({error}); mend it and export again") from error
+
+    def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
+        """Greedy answers of at most `n` tokens to rendered prompts, one by one."""
+        found, ends = [], self.eos_ids()
+        for prompt in prompts:
+            ids = self.generate_ids(self.tokenize(prompt), n)
+            ended = bool(ids) and ids[-1] in ends
+            kept = ids[:-1] if ended else ids
+            found.append(Answer(kept, self._tokenizer.decode(kept), ended))
+        return found
+
+    def stream(self, prompt: str, n: int) -> Iterator[str]:
+        """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come."""
+        pieces, ends = self._tokenizer.create_stream(), self.eos_ids()
+        yield from (pieces.decode(token) for token in self.tokens(self.tokenize(prompt), n) if token not in ends)
 
     def tensors(self) -> dict[str, Tensor]:
         """HF state-dict name -> fp32 tensor, decoded from the file."""

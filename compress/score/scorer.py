@@ -1,11 +1,15 @@
 """Everything measured of one model, kept by what it depends on: (weights digest, evaluation digest, runtime, machine).
 
-`Scorer.measure` gives the numbers a model has by itself (tasks, bits per byte, size, latency, memory); `Scorer.compare` those it has only
-beside another (KL, top-1 agreement, accuracy kept, flips). Teacher, every stage and the shipped file go through the same two
-functions with the same batch size, dtype (fp32), prompts and held-out tokens; latency runs in a process of its own, in the shipping type.
+`Scorer.measure` gives the numbers a model has by itself (tasks, open answers, bits per byte, size, latency, memory); `Scorer.compare` those
+it has only beside another (KL, top-1 agreement), `Scorer.beside` all that it has beside its teacher (accuracy and answers kept, flips). Teacher,
+every stage and the shipped file go through the same functions with the same batch size, dtype (fp32), prompts and held-out tokens; latency
+runs in a process of its own, in the shipping type. Stages in between are asked a fixed quarter of the open prompts and are not timed.
+
+Closeness is measured on each held-out text, by name, and over all their rows.
 """
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -15,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -30,12 +35,14 @@ from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
 from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.score.onnxruntime import OnnxRuntime, onnx_head
+from compress.score.open import Prompt, answered, as_row, beside_teacher, choice_gap, own_scores, plausible, prompts_of_eval
 from compress.score.paired import Paired, accuracy, paired_scores, ratio_interval
 from compress.score.sequential import asked_in_parts, until_certain
 from compress.score.size import size
 from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.data import Packed
+from compress.train.written import prompt_ids
 
 RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
 HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}
@@ -54,54 +61,90 @@ class Measured:
     intervals: dict[str, tuple[float, float]]
     latency: dict[str, Any]
     rows: dict[str, list[list[float]]]  # of figures of text: arguments of `ratio_interval`
+    answers: list[dict[str, Any]] = field(default_factory=list)  # to the open prompts, rows of score/open.py
     level: float = 0.95  # of intervals over items: higher where an early stop made looks of its own (score/sequential.py)
     record: dict[str, Any] = field(default_factory=dict)
+
+
+def open_prompts(settings: Eval) -> list[Prompt]:
+    """The open prompts of evaluation settings. ValueError as `score.open.read_prompts`."""
+    return prompts_of_eval(settings.open_prompts, settings.data_dir, settings.open_limit)
+
+
+def _files_beside(model: Model) -> str:
+    """Digest of a directory's tokenizer, chat template and generation config; empty for a file, whose own digest covers them."""
+    if not model.path.is_dir():
+        return ""
+    ends = model.path / "generation_config.json"
+    return sha256_json([tokenizer_digest(model.path), ends.read_text(encoding="utf-8") if ends.is_file() else None])
 
 
 class Scorer:
     """Scores models by the settings of an `Eval`; finished ones are read back by settings, tasks' files, text, threads and machine."""
 
     def __init__(
-        self, store: Store, settings: Eval, heldout: Packed, tokenizer_dir: Path, threads: int, requests: list[dict[str, Any]] | None = None
-    ) -> None:
-        """`requests`: a bundle's rendered items, scored instead of the settings' tasks."""
+        self, store: Store, settings: Eval, heldout: Mapping[str, Packed], tokenizer_dir: Path, threads: int,
+        requests: list[dict[str, Any]] | None = None, prompts: list[Prompt] | None = None,
+    ) -> None:  # fmt: skip
+        """`heldout`: texts by name. `requests`, `prompts`: a bundle's rendered items and open prompts, in place of the settings' own."""
         self.store, self.settings, self.tokenizer_dir, self.threads, self.requests = store, settings, tokenizer_dir, threads, requests
-        self.ids_SL = heldout.ids[: settings.heldout_sequences]
-        if len(self.ids_SL) < 2:
-            raise ValueError(f"data.heldout holds {len(heldout.ids)} row; an interval needs at least 2: add text or lower data.seq_len")
+        self.prompts = open_prompts(settings) if prompts is None else prompts
+        parts = {name: text.ids[: settings.heldout_sequences] for name, text in heldout.items()}
+        for name, ids_SL in parts.items():
+            if len(ids_SL) < 2:
+                got = f"data.heldout's {name} holds {len(ids_SL)} row"
+                raise ValueError(f"{got}; an interval needs at least 2: add text or lower data.seq_len")
+        self.ids_SL = torch.cat(list(parts.values()))
+        ends = np.cumsum([0, *map(len, parts.values())]).tolist()
+        self.texts = {name: slice(ends[i], ends[i + 1]) for i, name in enumerate(parts)}  # name -> its rows of ids_SL
+
+        # What scores depend on: a change in any of these makes new ones.
         self.data_dir = Path(settings.data_dir).expanduser() if settings.data_dir else None
         folders = [local_folder(name, place) for place in (configs_dir() / "tasks", self.data_dir) if place for name in settings.tasks]
         tasks = sha256_json({folder.name: file_table(folder) for folder in folders if folder.is_dir()})
-        self.digests = {"the tasks' files": tasks, "the held-out text": heldout.digest}
+        asked = sha256_json([as_row(prompt) for prompt in self.prompts])
+        text = sha256_json({name: packed.digest for name, packed in heldout.items()})
+        self.digests = {"the tasks' files": tasks, "the open prompts": asked, "the held-out text": text}
         own = vars(settings) | {
-            "schema": 2, "tasks": tuple(settings.tasks), "data_dir": self.data_dir, "threads": threads,
-            "requests": requests and sha256_json(requests), "tasks_digest": tasks,
+            "schema": 3, "tasks": tuple(settings.tasks), "data_dir": self.data_dir, "threads": threads,
+            "requests": requests and sha256_json(requests), "tasks_digest": tasks, "open_prompts": asked,
             "machine": sha256_json(machine.describe(threads))[:16],
         }  # fmt: skip
-        self.depends = {name: str(value) for name, value in own.items()}, heldout.digest, __version__
+        self.depends = {name: str(value) for name, value in own.items()}, text, __version__
 
-    def measure(self, model: Model, *, tasks: bool = True, against: Measured | None = None, limits: Sequence[Mapping[str, Any]] = ()) -> Measured:
-        """The model's own scores, from the store if they are there. `tasks=False` leaves the tasks out; with `eval.stop_early` they go on only
-        until every accuracy limit in `limits` on the comparison with the teacher, `against`, is decided."""
+    def measure(
+        self, model: Model, *, tasks: bool = True, whole: bool = True, against: Measured | None = None, limits: Sequence[Mapping[str, Any]] = ()
+    ) -> Measured:
+        """The model's own scores, from the store if they are there.
+
+        `tasks=False` leaves the tasks out; with `eval.stop_early` they go on only until every accuracy limit in `limits` on the comparison with
+        the teacher, `against`, is decided. `whole=False`, for what does not ship: a quarter of the open prompts, and no times.
+        """
         own, text, ours = self.depends
         early = (against.items, against.chance, limits) if against and tasks and self.settings.stop_early else None
         until = early and against and [against.key, [[n, some[n].max, some[n].min] for some in limits for n in some if is_accuracy(n)]]
+        beside = _files_beside(model)  # what decides how it is asked and where it ends
         # The weights' digest comes first: by it gc knows whose scores these are.
-        key = f"{model.digest[:16]}-{sha256_json([model.digest, model.runtime, own, tasks, text, ours, until])[:32]}"
+        named = [model.digest, model.runtime, beside, own, tasks, whole, text, ours, until]
+        key = f"{model.digest[:16]}-{sha256_json(named)[:32]}"
         path = self.store.root / "scores" / f"{key}.json"
         if not (path.is_file() and self._states_path(key).is_file()):
-            write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else [], early))
+            write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else [], early, whole=whole))
         return Measured(model, key, **json.loads(path.read_text()))
 
     def compare(self, student: Measured, reference: Measured) -> Paired:
-        """kl_to_teacher and top1_agree, beside any `reference`, on the held-out text, with intervals over its rows; from the store if it is there."""
+        """kl_to_teacher and top1_agree, beside any `reference`, on the held-out texts, each and together, with intervals over rows; from the
+        store if it is there."""
         path = self.store.root / "scores" / f"{student.key}-{reference.key}.json"
         if not path.is_file():
             write_json(path, closeness(self._states(reference), self._states(student), len(self.ids_SL)))
-        near = json.loads(path.read_text())
-        rows = {"kl_to_teacher": [near["kl_rows"]], "top1_agree": [near["top1_rows"]]}
-        spread = {name: ratio_interval(*row) for name, row in rows.items()}
-        return Paired({"kl_to_teacher": near["kl"], "top1_agree": near["top1"]}, spread, [], rows)
+        near, found = json.loads(path.read_text()), Paired({}, {}, [], {})
+        rows: dict[str, list[list[float]]] = {}
+        for name, values_S in (("kl_to_teacher", near["kl_rows"]), ("top1_agree", near["top1_rows"])):
+            rows |= {name: [values_S]} | {f"{name}/{text}": [values_S[part]] for text, part in self.texts.items()}
+        for name, (values,) in rows.items():
+            found.scores[name], found.intervals[name] = math.fsum(values) / len(values), ratio_interval(values)
+        return found._replace(rows=rows)
 
     def parity(self, shipped: Measured, checkpoint: Measured, name: str) -> dict[str, float]:
         """What `export/parity.py` measures of a file, `name` in `export.files`, and its checkpoint, from the store if it is there."""
@@ -115,15 +158,37 @@ class Scorer:
     def beside(self, student: Measured, teacher: Measured, parent: Measured | None) -> Paired:
         """A student beside its teacher and, for the KL, its parent."""
         near = self.compare(student, teacher)
+        rows = dict(near.rows)
         if parent is not None:
             other = self.compare(student, parent)
-            near.scores["kl_to_parent"], near.intervals["kl_to_parent"] = other.scores["kl_to_teacher"], other.intervals["kl_to_teacher"]
-            near = near._replace(rows={**near.rows, "kl_to_parent": other.rows["kl_to_teacher"]})
+            for name in [name for name in other.scores if name.startswith("kl_to_teacher")]:
+                renamed = name.replace("kl_to_teacher", "kl_to_parent")
+                near.scores[renamed], near.intervals[renamed], rows[renamed] = other.scores[name], other.intervals[name], other.rows[name]
+        if student.answers and teacher.answers:
+            scores, intervals = beside_teacher(student.answers, teacher.answers)
+            near.scores.update(scores)
+            near.intervals.update(intervals)
+            if told := self._plausible(student, teacher):
+                near.scores["open/plausible"], near.intervals["open/plausible"] = told["value"], told["interval"]
+        near = near._replace(rows=rows)
         if not student.items:
             return near
         paired = paired_scores(student.items, teacher.items, teacher.chance, student.level, partial=self.settings.stop_early)
         scores = near.scores | paired.scores | drift(student.scores, teacher.scores)
         return Paired(scores, near.intervals | paired.intervals, paired.excluded, near.rows)
+
+    def _plausible(self, student: Measured, teacher: Measured) -> dict[str, Any]:
+        """What the teacher finds of the student's answers, from the store if it is there; {} where the teacher is not a torch checkpoint."""
+        from compress.score.lm import torch_lm  # lm-eval takes seconds to import
+
+        path = self.store.root / "scores" / f"{student.key}-{teacher.key}.open.json"
+        if teacher.model.runtime != "torch":
+            return {}
+        if not path.is_file():
+            tokenizer = load_tokenizer(teacher.model.path)
+            lm = torch_lm(load_model(teacher.model.path).to(best_device()), tokenizer, self.settings.batch_size)
+            write_json(path, plausible(student.answers, teacher.answers, lm, tokenizer))
+        return json.loads(path.read_text())
 
     def _states_path(self, key: str) -> Path:
         return self.store.root / "scores" / f"{key}.states.safetensors"
@@ -131,7 +196,7 @@ class Scorer:
     def _states(self, measured: Measured) -> States:
         return States(safetensors.torch.load_file(self._states_path(measured.key))["hidden"], HEADS[measured.model.runtime](measured.model.path))
 
-    def _own_scores(self, model: Model, key: str, tasks: list[str], early: tuple[Any, ...] | None) -> dict[str, Any]:
+    def _own_scores(self, model: Model, key: str, tasks: list[str], early: tuple[Any, ...] | None, *, whole: bool) -> dict[str, Any]:
         from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
 
         s, head, tokenizer = self.settings, HEADS[model.runtime](model.path), load_tokenizer(self.tokenizer_dir)
@@ -149,18 +214,51 @@ class Scorer:
             write_whole(self._states_path(key), safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
             bits_S, bytes_S = bits_and_bytes(States(hidden_NH, head), self.ids_SL, tokenizer)
             result, level = self._tasks(lm, tasks, early)
+            picked = self._choice_form(lm, tokenizer)
         own, pages = accuracy(result.items, level), perplexities(result.items)
+        scores: dict[str, float] = {"heldout_rows": len(self.ids_SL)} | size(model.path)
+        intervals: dict[str, Any] = {}
+        rows: dict[str, list[list[float]]] = {}
+
+        # Bits per byte of each held-out text, and of all.
+        for name, part in {"heldout": slice(None), **self.texts}.items():
+            bits, count = bits_S[part], bytes_S[part]
+            scores |= {f"bits_per_byte/{name}": sum(bits) / sum(count), f"heldout_rows/{name}": len(bits)}
+            rows[f"bits_per_byte/{name}"], intervals[f"bits_per_byte/{name}"] = [bits, count], ratio_interval(bits, count)
+
+        # What it says when it is asked.
+        prompts = self.prompts if whole else [prompt for prompt in self.prompts if prompt.in_quarter]
+        answers = answered(model, prompts, self.threads) if prompts else []
+        if answers:
+            asked, spread = own_scores(answers)
+            gap, gap_spread = choice_gap(picked, answers)
+            scores, intervals = scores | asked | gap, intervals | spread | gap_spread
+
+        # Times, in processes of their own.
         lengths = tuple(length for length in s.prompt_lengths if length + s.new_tokens <= longest)
         how = Timing(s.prompt_tokens, s.new_tokens, s.repeats, self.threads, s.processes, lengths, tuple(s.batch_sizes))
-        timed = measure_latency(model.path, model.runtime, how)
-        scores = {"bits_per_byte/heldout": sum(bits_S) / sum(bytes_S), "heldout_rows": len(self.ids_SL)} | size(model.path)
+        timed: dict[str, Any] = {"scores": {}, "intervals": {}, "latency": {}}
+        if whole or s.time_stages:
+            timed = measure_latency(model.path, model.runtime, how)
         scores |= result.scores | own.scores | pages.scores | timed["scores"]
-        intervals = {"bits_per_byte/heldout": ratio_interval(bits_S, bytes_S)} | own.intervals | pages.intervals
-        intervals |= result.intervals | timed["intervals"]
-        rows = {"bits_per_byte/heldout": [bits_S, bytes_S]}
+        intervals |= own.intervals | pages.intervals | result.intervals | timed["intervals"]
         return timed | {
             "scores": scores, "intervals": intervals, "rows": rows, "level": level, "items": result.items, "chance": result.chance,
+            "answers": answers,
         }  # fmt: skip
+
+    def _choice_form(self, lm: Any, tokenizer: Any) -> dict[str, bool]:
+        """Id -> whether the model finds the right one of four answers the likeliest, of the fixed quarter's facts."""
+        facts = [prompt for prompt in self.prompts if prompt.choices and prompt.in_quarter]
+        requests = []
+        for prompt in facts:
+            turns = [{"role": "user", "content": prompt.prompt}]
+            context = prompt_ids(tokenizer, turns) if tokenizer.chat_template else tokenizer(prompt.prompt + "\n")["input_ids"]
+            for choice in (prompt.answer, *prompt.choices):
+                requests.append((("", ""), context, tokenizer(choice, add_special_tokens=False)["input_ids"]))
+        logliks = [loglik for loglik, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)] if requests else []
+        starts, ends = np.cumsum([0] + [1 + len(p.choices) for p in facts])[:-1], np.cumsum([1 + len(p.choices) for p in facts])
+        return {p.id: int(np.argmax(logliks[a:b])) == 0 for p, a, b in zip(facts, starts, ends, strict=True)}
 
     def _tasks(self, lm: Any, tasks: list[str], early: tuple[Any, ...] | None) -> tuple[TaskResult, float]:
         """What `lm` answers, and the level of the intervals over items."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # how the teacher is seen: kept signals (`compress/distill/signal.py`), or the teacher run at every step
 SchemeName = StrEnum("SchemeName", ["sampled", "topk", "hidden", "full", "online"])
+Keep = StrEnum("Keep", ["always", "better"])  # which weights go on: the stage's, or its parent's where it did not pay
 TeacherLoad = StrEnum("TeacherLoad", ["plain", "nf4", "int8"])  # how its weights are held meanwhile
 Schedule = StrEnum("Schedule", ["cosine", "wsd"])  # how the learning rate falls (`compress/train/loop.py`)
 
@@ -84,6 +85,7 @@ class Optimization:
     validations: int = 0  # measurements of the loss on the last rows of the text, which are then not trained on; the best weights ship
     validation_sequences: int = 8
     patience: int = 0  # measurements without a better one that end the stage; 0: never
+    keep: Keep = Keep.always  # better: where the stage did not pay (`compress/score/payoff.py`), later slots and what ships take its parent
 
     def __post_init__(self) -> None:
         for name in ("tokens", "epochs", "batch_sequences", "micro_batch_sequences", "lr", "grad_clip", "validation_sequences"):
@@ -93,6 +95,11 @@ class Optimization:
             raise ConfigError(f"warmup_fraction={self.warmup_fraction} must be in [0, 1) and decay_fraction={self.decay_fraction} in (0, 1]")
         if self.validations < 0 or self.patience < 0 or (self.patience and not self.validations):
             raise ConfigError(f"validations={self.validations}, patience={self.patience}: neither below 0, and patience needs validations")
+
+    @property
+    def leaves_a_grid(self) -> bool:
+        """Whether the stage's weights are quantized: it buys bytes, and need not be better than its parent."""
+        return False
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Training keeps the shape."""

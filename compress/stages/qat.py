@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import ConfigError
 from compress.prune.shape import check_architecture
 from compress.stages.context import Context
-from compress.stages.optimization import Optimization, SchemeName, Signal
+from compress.stages.optimization import Keep, Optimization, SchemeName, Signal
 from compress.stages.ptq import Balance, OnGrid, Scales
 
 if TYPE_CHECKING:
@@ -42,10 +42,17 @@ class Qat(Optimization, OnGrid):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_grid("qat")
+        if self.keep != Keep.always:
+            raise ConfigError(f"qat.keep={self.keep}: its parent has no codes to ship; use keep=always")
         if self.calibration_sequences < 1 or (self.balance == Balance.none and self.calibration_sequences != 16):
             raise ConfigError(f"qat.calibration_sequences={self.calibration_sequences} must be at least 1, and is used by balance only")
         if self.rank < 0:
             raise ConfigError(f"qat.rank={self.rank} must be 0 (every weight is trained) or above")
+
+    @property
+    def leaves_a_grid(self) -> bool:
+        """Rounding is what it is for."""
+        return True
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""

@@ -5,7 +5,8 @@ shuffled once, with a fixed seed, before they are joined: the first n sequences 
 calibration and the teacher's signal all read. With weights, the source that is furthest behind its share of the tokens comes next, until
 that one is used up: nothing is repeated.
 
-`mask` marks the labels that count: everything in plain text, only the answers in chat. With packing "documents" a token sees its own document
+`mask` marks the labels that count: everything in plain text; in chat everything too when a student learns from a teacher, who has an opinion
+on every token, or only the answers (`chat_labels`). With packing "documents" a token sees its own document
 only (positions start again at each), and its first token, which nothing announces, is no label; with "stream" a row is one text. Epoch e of
 training is a permutation seeded by (seed, e), so that resuming needs no replay.
 
@@ -14,15 +15,12 @@ A *source* of documents is one string:
 embedded:docstrings      docstrings of the running Python's standard library (PSF licence), read with `ast`, never imported
 embedded:topics          `pydoc_data.topics`, the language reference's help texts (PSF licence)
 embedded:docstring_chat  question and answer pairs made of the docstrings' first paragraphs
+embedded:conversations   what the embedded teacher wrote out of nothing (`configs/conversations/README.md`), in its own chat template
+embedded:conversations_heldout   the last tenth of these, which the source above leaves out: never trained on
 PATH                     .txt (documents split at blank lines), .jsonl / .json lines or .parquet with `text`, `messages`, or a
                          `prompt|question` / `answer|response|completion` pair
 hub:NAME[@CONFIG]:SPLIT:FIELD   a hub dataset (FIELD as above; needs the network)
-generated:COUNTxTOKENS:PROMPTS  what the teacher writes itself on the first COUNT documents of another source
-
-The last is sequence-level distillation (arXiv 1606.07947, section 3.2), data-free where no text is at hand. Of plain text the teacher
-continues the first PROMPT_TOKENS tokens by up to TOKENS; in a chat it answers the questions anew, turn by turn. It samples at temperature 1
-from the TOP_P nucleus (arXiv 1904.09751): greedy text repeats itself. What is written is kept in the store, piece by piece, each seeded by
-its number, so that an interrupted run goes on where it stopped. On a GPU vLLM writes, where it is installed.
+generated:COUNTxTOKENS:PROMPTS  what the teacher writes itself, out of nothing or on prompts (`train/written.py`)
 
 Legend: S sequences, L positions, R rows of a batch.
 """
@@ -32,13 +30,12 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import lzma
 import re
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -49,16 +46,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from compress.checkpoint import best_device, digest, load_model, load_tokenizer, tokenizer_digest
-from compress.machine import fast_dtype
+from compress.assets import configs_dir
+from compress.checkpoint import load_tokenizer, tokenizer_digest
 from compress.store import sha256_json, write_whole
+from compress.train.written import Document, generated
 
-Document = str | list[dict[str, str]]
 SKIPPED_MODULES = ("test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "__pycache__")
 MIN_CHARACTERS = 80  # shorter docstrings are one-line summaries that teach little and cost an EOS each
-PROMPT_TOKENS, TOP_P = 32, 0.95
-AT_ONCE = {"transformers": 16, "vllm": 512}  # documents of a piece
-Sample = Callable[[list[list[int]], int, int], list[str]]  # prompts' ids, tokens at most, seed -> texts
+HELDOUT_SHARE = 0.1  # of the embedded conversations
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 and label mask bool of one document
 DOCUMENTS_AT_ONCE = 1000  # tokenised together
 
@@ -100,10 +95,26 @@ def _docstring_chat() -> list[Document]:
     return chats
 
 
+def conversations_file() -> Path:
+    """The conversations that ship with the package."""
+    return configs_dir() / "conversations" / "conversations.jsonl.xz"
+
+
+@cache
+def _conversations() -> tuple[list[Document], list[Document]]:
+    """Those to train on and those held out."""
+    with lzma.open(conversations_file(), "rt", encoding="utf-8") as lines:
+        rows: list[Document] = [json.loads(line)["messages"] for line in lines]
+    kept = len(rows) - round(HELDOUT_SHARE * len(rows))
+    return rows[:kept], rows[kept:]
+
+
 EMBEDDED: dict[str, Callable[[], list[Document]]] = {
     "docstrings": lambda: [text for _, text in _docstrings()],
     "topics": lambda: [text.strip() for _, text in sorted(topics.items())],
     "docstring_chat": _docstring_chat,
+    "conversations": lambda: _conversations()[0],
+    "conversations_heldout": lambda: _conversations()[1],
 }
 
 
@@ -171,92 +182,6 @@ def _from_file(path: Path) -> list[Document]:
     raise ValueError(f"data file {path} ends in {path.suffix!r}; allowed: .txt, .jsonl, .json (one object a line), .parquet")
 
 
-def generated(source: str, teacher: Path, folder: Path, log: Callable[[str], None]) -> list[Document]:
-    """The documents of a `generated:` source. ValueError when it is malformed or its prompts are too few."""
-    match = re.fullmatch(r"generated:(\d+)x(\d+):(.+)", source)
-    if not match:
-        raise ValueError(f"data source {source!r} is not generated:COUNTxTOKENS:PROMPTS, as in generated:200x128:embedded:docstrings")
-    count, tokens, prompts = int(match[1]), int(match[2]), documents(match[3])[: int(match[1])]
-    if len(prompts) < count or not tokens:
-        wanted = f"data source {source!r} wants {count} prompts and {tokens} tokens"
-        raise ValueError(f"{wanted}; {match[3]} has {len(prompts)} documents, tokens start at 1")
-    engine = "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
-    key = sha256_json([digest(teacher), prompts, tokens, PROMPT_TOKENS, TOP_P, engine, AT_ONCE[engine]])[:32]
-    whole = folder / f"generated-{key}.jsonl"
-    if not whole.is_file():
-        _write(whole.with_suffix(".part"), prompts, tokens, teacher, engine, log)
-        whole.with_suffix(".part").replace(whole)
-    return [json.loads(line) for line in whole.read_text(encoding="utf-8").splitlines()]
-
-
-def _write(part: Path, prompts: list[Document], tokens: int, teacher: Path, engine: str, log: Callable[[str], None]) -> None:
-    """Append what is missing to `part`, a piece at a time; a torn last piece is written again."""
-    lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.is_file() else []
-    piece, begun = AT_ONCE[engine], time.monotonic()
-    done = len([line for line in lines if line.endswith("\n")]) // piece * piece
-    part.write_text("".join(lines[:done]), encoding="utf-8")
-    tokenizer = load_tokenizer(teacher)
-    sample = _vllm(teacher, tokenizer) if engine == "vllm" else _transformers(teacher, tokenizer)
-    for start in range(done, len(prompts), piece):
-        some = prompts[start : start + piece]
-        made = [_answered(sample, tokenizer, d, tokens, start + i) if isinstance(d, list) else None for i, d in enumerate(some)]
-        texts = iter(_continued(sample, tokenizer, [d for d in some if isinstance(d, str)], tokens, start))
-        with part.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(next(texts) if document is None else document) + "\n" for document in made)
-        written = start + len(some)
-        left = (time.monotonic() - begun) / (written - done) * (len(prompts) - written)
-        log(f"teacher writes {written}/{len(prompts)} documents, {left:.0f} s left")
-
-
-def _transformers(teacher: Path, tokenizer: Any) -> Sample:
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model: Any = load_model(teacher, torch.bfloat16 if fast_dtype() == "bf16" else torch.float32)
-    model.to(best_device())
-
-    @torch.inference_mode()
-    def sample(prompts: list[list[int]], tokens: int, seed: int) -> list[str]:
-        torch.manual_seed(seed)
-        batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-        how = {"do_sample": True, "top_p": TOP_P, "top_k": 0, "temperature": 1.0, "pad_token_id": tokenizer.pad_token_id}
-        out = model.generate(**batch, max_new_tokens=tokens, **how)
-        return [tokenizer.decode(row, skip_special_tokens=True) for row in out[:, batch["input_ids"].shape[1] :]]
-
-    return sample
-
-
-def _vllm(teacher: Path, tokenizer: Any) -> Sample:
-    from vllm import LLM, SamplingParams
-
-    engine = LLM(str(teacher), dtype="bfloat16")
-
-    def sample(prompts: list[list[int]], tokens: int, seed: int) -> list[str]:
-        each = [SamplingParams(temperature=1.0, top_p=TOP_P, max_tokens=tokens, seed=seed + i) for i in range(len(prompts))]
-        done = engine.generate([{"prompt_token_ids": ids} for ids in prompts], each, use_tqdm=False)
-        return [tokenizer.decode(one.outputs[0].token_ids, skip_special_tokens=True) for one in done]
-
-    return sample
-
-
-def _continued(sample: Sample, tokenizer: Any, texts: list[str], tokens: int, seed: int) -> list[str]:
-    if not texts:
-        return []
-    prompts = [ids[:PROMPT_TOKENS] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-    return [tokenizer.decode(ids) + text for ids, text in zip(prompts, sample(prompts, tokens, seed), strict=True)]
-
-
-def _answered(sample: Sample, tokenizer: Any, turns: list[dict[str, str]], tokens: int, seed: int) -> list[dict[str, str]]:
-    """The same questions with the teacher's own answers."""
-    said: list[dict[str, str]] = []
-    for turn in turns:
-        if turn["role"] == "assistant":
-            rendered = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-            turn = turn | {"content": sample([ids], tokens, seed + len(said))[0].strip()}
-        said.append(turn)
-    return said
-
-
 @dataclass(frozen=True)
 class Packed:
     """ids (S, L+1) int32, mask (S, L+1) bool, the digest that names them; first (S, L+1) bool marks documents' first tokens."""
@@ -291,29 +216,39 @@ def _permutation(seed: int, epoch: int, size: int) -> list[int]:
     return torch.randperm(size, generator=generator).tolist()
 
 
-def _shuffled(tokenizer: Any, texts: list[Document]) -> Iterator[Tokens]:
+def _shuffled(tokenizer: Any, texts: list[Document], chat_labels: str) -> Iterator[Tokens]:
     """Ids and label mask of each document, EOS included, in an order that is always the same."""
     order = _permutation(0, 0, len(texts))
     for start in range(0, len(order), DOCUMENTS_AT_ONCE):
         some = [texts[i] for i in order[start : start + DOCUMENTS_AT_ONCE]]
-        plain = [document for document in some if isinstance(document, str)]
-        encoded = iter(tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else [])
+
+        # Plain text, and chats of which every token is a label, are tokenised together.
+        whole = [d if isinstance(d, str) else _rendered(tokenizer, d) for d in some if isinstance(d, str) or chat_labels == "all"]
+        encoded = iter(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"] if whole else [])
         for document in some:
             if isinstance(document, str):
                 ids = np.array([*next(encoded), tokenizer.eos_token_id], dtype=np.int32)
-                yield ids, np.ones(len(ids), dtype=bool)
+            elif chat_labels == "all":
+                ids = np.array(next(encoded), dtype=np.int32)
             else:
                 yield _chat_tokens(tokenizer, document)
+                continue
+            yield ids, np.ones(len(ids), dtype=bool)
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """A chat as text. ValueError when the teacher has no template for it."""
+    if not tokenizer.chat_template:
+        raise ValueError("chat data was given, but the teacher's tokenizer has no chat template; use plain text sources")
+    return tokenizer.apply_chat_template(turns, tokenize=False)
 
 
 def _chat_tokens(tokenizer: Any, turns: list[dict[str, str]]) -> Tokens:
-    if not tokenizer.chat_template:
-        raise ValueError("chat data was given, but the teacher's tokenizer has no chat template; use plain text sources")
+    """Ids of a chat, and which of them are an answer's."""
     ids: list[int] = []
     mask: list[bool] = []
     for turn in range(len(turns)):  # the ids that a turn adds to the rendered prefix belong to that turn
-        rendered = tokenizer.apply_chat_template(turns[: turn + 1], tokenize=False)
-        now = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+        now = tokenizer(_rendered(tokenizer, turns[: turn + 1]), add_special_tokens=False, verbose=False)["input_ids"]
         mask += [turns[turn]["role"] == "assistant"] * (len(now) - len(ids))
         ids = now
     return np.array(ids, dtype=np.int32), np.array(mask, dtype=bool)
@@ -332,14 +267,21 @@ def _mixed(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[To
 
 
 def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, weights: list[float] | None = None, packing: str = "stream",
-         log: Callable[[str], None] = lambda message: None) -> Packed:  # fmt: skip
-    """`sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content. ValueError when they don't fill one sequence."""
-    texts = [generated(s, teacher, cache_dir, log) if s.startswith("generated:") else documents(s) for s in sources]
-    named = {"tokenizer": tokenizer_digest(teacher), "texts": sha256_json(texts), "seq_len": seq_len, "weights": weights or [], "schema": 2}
+         chat_labels: str = "all", log: Callable[[str], None] = lambda message: None) -> Packed:  # fmt: skip
+    """`sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content. ValueError when they don't fill one sequence.
+
+    `chat_labels`: "all" tokens of a chat count as labels, or only the "answers".
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    texts = [generated(s, teacher, cache_dir, log, documents) if s.startswith("generated:") else documents(s) for s in sources]
+    named = {
+        "tokenizer": tokenizer_digest(teacher), "texts": sha256_json(texts), "seq_len": seq_len, "weights": weights or [],
+        "chat_labels": chat_labels, "schema": 3,
+    }  # fmt: skip
     path = cache_dir / f"{sha256_json(named)}.safetensors"
     if not path.is_file():
         tokenizer = load_tokenizer(teacher)
-        streams = [_shuffled(tokenizer, source) for source in (texts if weights else [list(chain(*texts))])]
+        streams = [_shuffled(tokenizer, source, chat_labels) for source in (texts if weights else [list(chain(*texts))])]
         pairs = list(_mixed(streams, weights or [1.0]))
         ids, mask = (np.concatenate(column) for column in zip(*pairs, strict=True))
         first = np.zeros(len(ids), dtype=bool)

@@ -1,0 +1,291 @@
+r"""Open answers: what a model says when it is asked, checked by rule and put beside what its teacher says.
+
+Likelihood tasks and KL can't see a student that answers in circles: pruned models pass multiple choice and fail in open generation ("the
+benchmark illusion", arXiv 2606.17609). So every model answers short prompts greedily, in at most ANSWER_TOKENS tokens, through its own chat
+template (score/talk.py), and an answer is right when all checks of its prompt hold:
+
+    must_contain       every member occurs, as a word, in any case; of a member that is a list, any of its strings
+    must_not_contain   none of these strings occurs
+    pattern            a regular expression is found (any case, ^ and $ at lines), within PATTERN_SECONDS
+    exact              the whole answer is one of these, but for case, white space and punctuation around it
+
+Of one model, shares of its prompts with Jeffreys' interval (score/paired.py):
+
+    open/right     checks hold          open/loops   it repeats itself (train/repetition.py)
+    open/ended     it stopped by itself
+
+Beside the teacher, on the same prompts, paired:
+
+    open/kept          of what the teacher gets right, the share that the model gets right; Jeffreys' interval. Undecided where the teacher
+                       gets fewer than TEACHER_RIGHT right
+    open/loops_gained  loops minus the teacher's     open/ended_lost   the teacher's ended minus the model's, both with the paired interval
+    open/plausible     nats a token by which the teacher finds the model's answers less likely than its own, the mean over prompts of
+                       (log p_T(own) / tokens - log p_T(answer) / tokens), on the fixed quarter; Student's interval. About 0: it says what
+                       its teacher would. An answer's end counts as a token where it ended
+    open/choice_gap    accuracy of picking the right one of four minus open/right, on the facts that can be asked in both forms: how much
+                       the likelihood form flatters
+
+Intermediate stages answer the fixed quarter of the prompts whose number is divisible by 4; teacher and what ships answer all.
+"""
+
+import json
+import math
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex
+from scipy.stats import beta
+
+from compress.assets import configs_dir
+from compress.checkpoint import Model
+from compress.errors import nearest
+from compress.score.paired import bootstrap, cells, interval, ratio_interval
+from compress.score.talk import has_template, open_speaker, prompts_of
+from compress.train.repetition import loops
+
+ANSWER_TOKENS = 64
+TEACHER_RIGHT = 20  # right answers of a teacher below which a share of them says nothing
+PATTERN_SECONDS = 0.2
+FLAGS = regex.IGNORECASE | regex.MULTILINE
+CHECKS = ("must_contain", "must_not_contain", "pattern", "exact")
+KEYS = ("id", "kind", "prompt", *CHECKS, "choices", "answer")
+EDGES = string.punctuation + string.whitespace + "“”‘’«»。"
+Answers = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A user's turn, and what makes an answer right. `choices`: wrong ones for the choice form, `answer` the right one."""
+
+    id: str
+    prompt: str
+    kind: str = "own"
+    must_contain: list[Any] = field(default_factory=list)
+    must_not_contain: list[str] = field(default_factory=list)
+    pattern: str = ""
+    exact: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
+    answer: str = ""
+
+    @property
+    def in_quarter(self) -> bool:
+        """Whether it is in the fixed quarter: the number that its id ends in is divisible by 4."""
+        number = re.search(r"(\d+)$", self.id)
+        return bool(number) and int(number[1]) % 4 == 0
+
+    def is_right(self, answer: str) -> bool:
+        """Whether every check holds. TimeoutError when the pattern runs away."""
+        text = answer.strip()
+        groups = [member if isinstance(member, list) else [member] for member in self.must_contain]
+        if not all(any(_has_word(text, word) for word in group) for group in groups):
+            return False
+        if any(word.lower() in text.lower() for word in self.must_not_contain):
+            return False
+        if self.exact and _bare(text) not in [_bare(form) for form in self.exact]:
+            return False
+        return not self.pattern or bool(regex.search(self.pattern, text, FLAGS, timeout=PATTERN_SECONDS))
+
+
+def _has_word(text: str, word: str) -> bool:
+    """Whether `word` occurs with no letter or digit before or behind it."""
+    return bool(re.search(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", text, re.IGNORECASE))
+
+
+def _bare(text: str) -> str:
+    """Lower case, single spaces, no punctuation around it."""
+    return " ".join(text.lower().split()).strip(EDGES)
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """The prompts of a JSON Lines file. ValueError naming file, line and key: not JSON, a key that is unknown or of the wrong type, no
+    check, an id twice, a pattern that does not compile or runs away on a short text."""
+    if not file.is_file():
+        raise ValueError(f"eval.open_prompts: {file} does not exist; name a JSON Lines file with `prompt` and one of {', '.join(CHECKS)} a line")
+    prompts: list[Prompt] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            prompts.append(_prompt(line, f"{file}, line {number}", number))
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt; write one JSON object a line with `prompt` and one of {', '.join(CHECKS)}")
+    ids = [prompt.id for prompt in prompts]
+    if twice := sorted({name for name in ids if ids.count(name) > 1}):
+        raise ValueError(f"{file}: the id {twice[0]!r} is there twice; give each prompt one of its own")
+    return prompts
+
+
+def _prompt(line: str, where: str, number: int) -> Prompt:
+    """One line of a prompt file, checked."""
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}); one JSON object a line is needed") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise ValueError(f"{where}: `prompt` must be a text that is not empty")
+    if unknown := sorted(row.keys() - set(KEYS)):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; {nearest(unknown[0], KEYS)}")
+    row["id"] = str(row.get("id", number))
+    for name in ("must_contain", "must_not_contain", "exact"):
+        if isinstance(row.get(name), str):
+            row[name] = [row[name]]
+    prompt = Prompt(**row)
+    groups = [member if isinstance(member, list) else [member] for member in prompt.must_contain]
+    strings = [word for group in groups for word in group] + [*prompt.must_not_contain, *prompt.exact, prompt.pattern, prompt.kind]
+    if not all(isinstance(word, str) for word in strings) or not all(groups) or "" in strings[: -2]:
+        raise ValueError(f"{where}: checks are texts or lists of texts, none of them empty")
+    if not (prompt.must_contain or prompt.pattern or prompt.exact):
+        raise ValueError(f"{where}: nothing says which answer is right; give must_contain, pattern or exact")
+    try:
+        for text in (prompt.prompt, prompt.prompt * 20, "a" * 2000, "1" * 2000, " " * 2000, "a b" * 700 + "!"):
+            prompt.is_right(text)
+    except (regex.error, re.error) as error:
+        raise ValueError(f"{where}: pattern {prompt.pattern!r} does not compile ({error})") from error
+    except TimeoutError as error:
+        raise ValueError(f"{where}: pattern {prompt.pattern!r} runs away; take nested repeats such as (a+)+ out of it") from error
+    return prompt
+
+
+def embedded_file() -> Path:
+    """The prompts that ship with the package."""
+    return configs_dir() / "open" / "prompts.jsonl"
+
+
+def prompts_of_eval(open_prompts: Sequence[str], data_dir: str | None, limit: int | None) -> list[Prompt]:
+    """The prompts that `eval.open_prompts` names, up to `limit` of each: "embedded", a file, or a file's name below `data_dir`.
+    ValueError as `read_prompts`, and when two files give one id."""
+    found: dict[str, Prompt] = {}
+    for name in open_prompts:
+        near = Path(data_dir).expanduser() / "open" / f"{name}.jsonl" if data_dir else Path(name)
+        file = embedded_file() if name == "embedded" else near if near.is_file() else Path(name).expanduser()
+        for prompt in read_prompts(file)[:limit]:
+            if prompt.id in found:
+                raise ValueError(f"{file}: the id {prompt.id!r} is in another file of eval.open_prompts too; give each prompt one of its own")
+            found[prompt.id] = prompt
+    return list(found.values())
+
+
+def answered(model: Model, prompts: Sequence[Prompt], threads: int) -> list[dict[str, Any]]:
+    """What a model says to each prompt, as rows {id, kind, prompt, answer, ids, ended, loops, right}. ValueError when it can't be asked.
+
+    A pattern that runs away on an answer makes it not right; such rows say `timed_out`.
+    """
+    with open_speaker(model, threads) as speaker:
+        texts = prompts_of(speaker, [prompt.prompt for prompt in prompts], has_template(model))
+        said = speaker.answers(texts, ANSWER_TOKENS)
+    rows = []
+    for prompt, answer in zip(prompts, said, strict=True):
+        row: dict[str, Any] = {"id": prompt.id, "kind": prompt.kind, "prompt": prompt.prompt, "answer": answer.text, "ids": answer.ids}
+        row |= {"ended": answer.ended, "loops": loops(answer.text), "right": False}
+        try:
+            row["right"] = prompt.is_right(answer.text)
+        except TimeoutError:
+            row["timed_out"] = True
+        rows.append(row)
+    return rows
+
+
+def choice_gap(picked: Mapping[str, bool], answers: Answers) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """open/choice_gap of one model: `picked` says by id whether it chose the right one of four; with the paired interval."""
+    by_id = {row["id"]: bool(row["right"]) for row in answers}
+    both = [name for name in picked if name in by_id]
+    if not both:
+        return {}, {}
+    value, spread = difference_of_flags(np.array([picked[name] for name in both]), np.array([by_id[name] for name in both]))
+    return {"open/choice_gap": value}, {"open/choice_gap": spread}
+
+
+def difference_of_flags(mine: np.ndarray, its: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """The mean of `mine` minus that of `its`, flags (N,) of the same prompts, with the paired interval of score/paired.py."""
+    draws = bootstrap(cells(mine, its))
+    value = float(mine.mean() - its.mean())
+    low, high = interval(draws[:, 1] - draws[:, 2])
+    return value, (min(low, value), max(high, value))
+
+
+def own_scores(answers: Answers) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """open/right, open/loops, open/ended of one model's answers, the number of them as n/open, and their intervals."""
+    scores: dict[str, float] = {"n/open": len(answers)}
+    spread: dict[str, tuple[float, float]] = {}
+    for name in ("right", "loops", "ended"):
+        count = sum(bool(row[name]) for row in answers)
+        scores[f"open/{name}"] = count / len(answers)
+        spread[f"open/{name}"] = _jeffreys(count, len(answers))
+    return scores, spread
+
+
+def beside_teacher(answers: Answers, teacher: Answers) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """open/kept, open/loops_gained, open/ended_lost of a model's answers beside its teacher's, and n/open_kept, what the teacher gets right.
+    ValueError when a prompt was put to the model alone."""
+    by_id = {row["id"]: row for row in teacher}
+    if lacking := [row["id"] for row in answers if row["id"] not in by_id or by_id[row["id"]]["prompt"] != row["prompt"]]:
+        raise ValueError(f"open prompts {lacking[:3]} were put to one of the models only; score both with the same eval.open_prompts")
+    pairs = [(row, by_id[row["id"]]) for row in answers]
+    known = [mine for mine, its in pairs if its["right"]]
+    scores: dict[str, float] = {"n/open_kept": len(known)}
+    spread: dict[str, tuple[float, float]] = {}
+    if len(known) >= TEACHER_RIGHT:
+        both = sum(row["right"] for row in known)
+        scores["open/kept"], spread["open/kept"] = both / len(known), _jeffreys(both, len(known))
+    loops_mine, loops_its = (np.array([bool(pair[side]["loops"]) for pair in pairs]) for side in (0, 1))
+    scores["open/loops_gained"], spread["open/loops_gained"] = difference_of_flags(loops_mine, loops_its)
+    ended_mine, ended_its = (np.array([bool(pair[side]["ended"]) for pair in pairs]) for side in (0, 1))
+    scores["open/ended_lost"], spread["open/ended_lost"] = difference_of_flags(ended_its, ended_mine)
+    return scores, spread
+
+
+def _jeffreys(count: int, n: int) -> tuple[float, float]:
+    """Jeffreys' interval of a share, 95%, which always holds the share itself."""
+    low, high = beta.ppf([0.025, 0.975], count + 0.5, n - count + 0.5)
+    return (0.0 if count == 0 else float(low)), (1.0 if count == n else float(high))
+
+
+def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> dict[str, Any]:
+    """{"value", "interval"} of open/plausible over the prompts that both answered with at least a token; {} where fewer than two did.
+
+    `lm`: the teacher as an `score.lm.LM`, with its HF `tokenizer`: an answer counts in the teacher's own tokens.
+    """
+    from compress.train.written import prompt_ids
+
+    by_id = {row["id"]: row for row in teacher}
+    requests, owners = [], []
+    for row in answers:
+        if row["id"] not in by_id or not Prompt(row["id"], row["prompt"]).in_quarter:
+            continue
+        turns = [{"role": "user", "content": row["prompt"]}]
+        context = prompt_ids(tokenizer, turns) if tokenizer.chat_template else tokenizer(row["prompt"] + "\n")["input_ids"]
+        for side in (by_id[row["id"]], row):
+            ids = tokenizer(side["answer"], add_special_tokens=False, verbose=False)["input_ids"]
+            ids += [tokenizer.eos_token_id] * side["ended"]
+            requests.append((("", ""), context, ids))
+        owners.append(row["id"])
+    pairs = [pair for pair in zip(requests[::2], requests[1::2], strict=True) if pair[0][2] and pair[1][2]]
+    if len(pairs) < 2:
+        return {}
+    found = lm._loglikelihood_tokens([request for pair in pairs for request in pair], disable_tqdm=True)
+    means = [logprob / len(request[2]) for (logprob, _), request in zip(found, [r for pair in pairs for r in pair], strict=True)]
+    lost = [own - mine for own, mine in zip(means[::2], means[1::2], strict=True)]
+    return {"value": math.fsum(lost) / len(lost), "interval": ratio_interval(lost, least=-math.inf)}
+
+
+def worst_first(answers: Answers, teacher: Answers) -> list[dict[str, Any]]:
+    """Both answers to each prompt, worst first: what the teacher got right and the model loops on, then what it got wrong, then
+    other loops, then the rest; rows {id, kind, prompt, teacher, student, teacher_right, right, loops, ended}."""
+    by_id = {row["id"]: row for row in teacher}
+    rows = []
+    for row in answers:
+        its = by_id.get(row["id"])
+        if its is not None:
+            rows.append({
+                "id": row["id"], "kind": row["kind"], "prompt": row["prompt"], "teacher": its["answer"], "student": row["answer"],
+                "teacher_right": its["right"], "right": row["right"], "loops": row["loops"], "ended": row["ended"],
+            })  # fmt: skip
+    return sorted(rows, key=lambda r: (-(r["teacher_right"] and not r["right"]) * (1 + r["loops"]), -r["loops"], r["right"], r["id"]))
+
+
+def as_row(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as a line of a prompt file: only what it has."""
+    return {key: value for key, value in asdict(prompt).items() if value}

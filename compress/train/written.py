@@ -1,0 +1,416 @@
+"""Text that the teacher writes itself: conversations out of nothing, or continuations of given prompts.
+
+generated:COUNTxTOKENS:PROMPTS   Sequence-level distillation (arXiv 1606.07947, section 3.2): of plain text the teacher continues the
+                                 first PROMPT_TOKENS tokens by up to TOKENS; in a chat it answers the questions anew, turn by turn.
+generated:COUNTxTOKENS:nothing   An instruct teacher gets nothing but the start of a user's turn, writes the question and then answers
+                                 it in up to TOKENS tokens (Magpie, arXiv 2406.08464, section 2.1). It has learned on such turns, so what
+                                 comes is near what it was trained on: the best stand-in for data that nobody has any more. Left to
+                                 itself a small teacher mostly plans trips and launches products, so OPENED of the conversations begin
+                                 with one to five given words (`configs/conversations/openings.txt`). A base model writes from BOS.
+
+It samples from the TOP_P nucleus (arXiv 1904.09751): plain text at temperature 1, questions at QUESTION_TEMPERATURE, above which a small
+teacher asks for things that are not, answers at ANSWER_TEMPERATURE, near what it says when asked. Of the conversations out of nothing those are kept that ended by themselves, do not loop, are not too short,
+resemble no earlier question and share no phrase with what students are evaluated on (`Filter`).
+
+What is written is kept in the store, piece by piece, so that an interrupted run goes on where it stopped; every conversation has a seed
+of its own, which its row names. llama.cpp writes on a CPU, from a Q8_0 file of the teacher; vLLM on a GPU where it is installed, else
+transformers. Batched floating-point sums differ between engines and machines, and with them now and then a word.
+"""
+
+import json
+import random
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import cache
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from compress import machine
+from compress.assets import configs_dir
+from compress.checkpoint import best_device, digest, load_model, load_tokenizer
+from compress.machine import fast_dtype
+from compress.store import sha256_json
+from compress.train.repetition import loops
+
+Document = str | list[dict[str, str]]
+Log = Callable[[str], None]
+
+PROMPT_TOKENS = 32  # of a plain document, which the teacher continues
+TOP_P, TOP_K = 0.95, 50
+QUESTION_TEMPERATURE, ANSWER_TEMPERATURE = 0.8, 0.5
+QUESTION_TOKENS = 64
+OPENED = 0.85  # share of the conversations out of nothing that begin with given words
+SECOND_TURN = 0.2  # share of them with a second question
+AT_ONCE = {"transformers": 16, "vllm": 512, "llama.cpp": 384}  # documents of a piece
+SLOTS = 96  # conversations that llama.cpp decodes together: 340 tokens/s on two cores, 290 with 48
+CONTEXT_TOKENS = 1024  # of a conversation, template included, that llama.cpp holds
+FUTILE_PIECES = 20  # pieces in a row without a usable conversation that end the attempt
+
+
+class Said(NamedTuple):
+    """What an author wrote behind a prompt, and whether it ended by itself."""
+
+    text: str
+    ended: bool
+
+
+class Author(Protocol):
+    """A teacher that writes: prompts (ids), tokens at most, temperature, a seed each -> what it wrote behind each.
+
+    `slots`: calls that it serves at the same time; 1 where a call's own prompts are the batch.
+    """
+
+    slots: int
+
+    def write(self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]) -> list[Said]: ...
+    def close(self) -> None: ...
+
+
+class TransformersAuthor:
+    """Any checkpoint, in bf16 where the machine is faster so. One seed, the first, counts for a batch."""
+
+    slots = 1
+
+    def __init__(self, teacher: Path) -> None:
+        self.tokenizer: Any = load_tokenizer(teacher)
+        self.tokenizer.padding_side = "left"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.model: Any = load_model(teacher, torch.bfloat16 if fast_dtype() == "bf16" else torch.float32)
+        self.model.to(best_device())
+
+    @torch.inference_mode()
+    def write(self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]) -> list[Said]:
+        torch.manual_seed(seeds[0])
+        pad = self.tokenizer.pad_token_id
+        batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
+        how = {"do_sample": True, "top_p": TOP_P, "top_k": TOP_K, "temperature": temperature, "pad_token_id": pad}
+        out = self.model.generate(**batch, max_new_tokens=tokens, **how)
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        rows = out[:, batch["input_ids"].shape[1] :].tolist()
+        return [Said(self.tokenizer.decode(row, skip_special_tokens=True), bool(ends & set(row))) for row in rows]
+
+    def close(self) -> None:
+        self.model = None
+
+
+class VllmAuthor:
+    """vLLM, for a GPU."""
+
+    slots = 1
+
+    def __init__(self, teacher: Path) -> None:
+        from vllm import LLM
+
+        self.tokenizer: Any = load_tokenizer(teacher)
+        self.engine: Any = LLM(str(teacher), dtype="bfloat16")
+
+    def write(self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]) -> list[Said]:
+        from vllm import SamplingParams
+
+        how = {"temperature": temperature, "top_p": TOP_P, "top_k": TOP_K, "max_tokens": tokens}
+        each = [SamplingParams(seed=seed, **how) for seed in seeds]
+        done = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], each, use_tqdm=False)
+        texts = [self.tokenizer.decode(one.outputs[0].token_ids, skip_special_tokens=True) for one in done]
+        return [Said(text, one.outputs[0].finish_reason == "stop") for text, one in zip(texts, done, strict=True)]
+
+    def close(self) -> None:
+        self.engine = None
+
+
+class LlamaCppAuthor:
+    """llama.cpp on a Q8_0 file of the teacher, which is written into `folder` once: five times as fast as torch on a CPU."""
+
+    slots = SLOTS
+
+    def __init__(self, teacher: Path, folder: Path) -> None:
+        from compress.export.gguf import export_gguf
+        from compress.score.llamacpp import LlamaCpp
+
+        file = folder / f"author-{digest(teacher)[:32]}.gguf"
+        if not file.is_file():
+            export_gguf(teacher, file, "Q8_0")
+        self.server = LlamaCpp(file, machine.available_threads(), CONTEXT_TOKENS, SLOTS, embedding=False)
+
+    def write(self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]) -> list[Said]:
+        answers = self.server.sample(prompts, tokens, seeds, temperature=temperature, top_p=TOP_P, top_k=TOP_K)
+        return [Said(answer.text, answer.ended) for answer in answers]
+
+    def close(self) -> None:
+        self.server.close()
+
+
+def engine_for(teacher: Path) -> str:
+    """What writes here: vllm, llama.cpp where the teacher's architecture has a place in a GGUF, or transformers."""
+    from transformers import AutoConfig
+
+    from compress.export import gguf
+
+    if torch.cuda.is_available():
+        return "vllm" if find_spec("vllm") else "transformers"
+    try:
+        gguf.check_architecture(AutoConfig.from_pretrained(teacher, local_files_only=True))
+    except ValueError:
+        return "transformers"
+    return "llama.cpp"
+
+
+def open_author(engine: str, teacher: Path, folder: Path) -> Author:
+    """The teacher as an author in one of the three engines."""
+    if engine == "llama.cpp":
+        return LlamaCppAuthor(teacher, folder)
+    return VllmAuthor(teacher) if engine == "vllm" else TransformersAuthor(teacher)
+
+
+def parse(source: str) -> tuple[int, int, str]:
+    """(documents, tokens each at most, prompts) of a `generated:` source. ValueError when it is malformed."""
+    match = re.fullmatch(r"generated:(\d+)x(\d+):(.+)", source)
+    if not match or not int(match[1]) or not int(match[2]):
+        raise ValueError(
+            f"data source {source!r} is not generated:COUNTxTOKENS:PROMPTS with numbers above 0, "
+            "as in generated:200x128:embedded:docstrings or generated:500x160:nothing"
+        )
+    return int(match[1]), int(match[2]), match[3]
+
+
+def generated(source: str, teacher: Path, folder: Path, log: Log, read: Callable[[str], list[Document]]) -> list[Document]:
+    """The documents of a `generated:` source; `read` gives those of another one. ValueError when it is malformed, its prompts are too few,
+    or the teacher writes nothing usable."""
+    count, tokens, name = parse(source)
+    if name == "nothing":
+        return [row.get("messages") or row["text"] for row in from_nothing(count, tokens, teacher, folder, log)]
+    prompts = read(name)[:count]
+    if len(prompts) < count:
+        raise ValueError(f"data source {source!r} wants {count} prompts; {name} has {len(prompts)} documents: ask for at most that many")
+    engine = "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
+    key = sha256_json([digest(teacher), prompts, tokens, PROMPT_TOKENS, TOP_P, TOP_K, engine, AT_ONCE[engine]])[:32]
+    whole = folder / f"generated-{key}.jsonl"
+    if not whole.is_file():
+        part = whole.with_suffix(".part")
+        _continue_all(part, prompts, tokens, teacher, engine, log)
+        part.replace(whole)
+    return [json.loads(line) for line in whole.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _continue_all(part: Path, prompts: list[Document], tokens: int, teacher: Path, engine: str, log: Log) -> None:
+    """Append what is missing to `part`, a piece at a time; a torn last piece is written again."""
+    lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.is_file() else []
+    piece, begun = AT_ONCE[engine], time.monotonic()
+    done = len(lines) // piece * piece
+    part.write_text("".join(line + "\n" for line in lines[:done]), encoding="utf-8")
+    tokenizer = load_tokenizer(teacher)
+    with closing(open_author(engine, teacher, part.parent)) as author:
+        for start in range(done, len(prompts), piece):
+            some = prompts[start : start + piece]
+            chats = [_answered(author, tokenizer, d, tokens, start + i) if isinstance(d, list) else None for i, d in enumerate(some)]
+            texts = iter(_continued(author, tokenizer, [d for d in some if isinstance(d, str)], tokens, start))
+            with part.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(next(texts) if chat is None else chat) + "\n" for chat in chats)
+            written = start + len(some)
+            left = (time.monotonic() - begun) / (written - done) * (len(prompts) - written)
+            log(f"teacher writes {written}/{len(prompts)} documents, {left:.0f} s left")
+
+
+def _continued(author: Author, tokenizer: Any, texts: list[str], tokens: int, seed: int) -> list[str]:
+    if not texts:
+        return []
+    prompts = [ids[:PROMPT_TOKENS] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    said = author.write(prompts, tokens, 1.0, [seed + i for i in range(len(prompts))])
+    return [tokenizer.decode(ids) + one.text for ids, one in zip(prompts, said, strict=True)]
+
+
+def _answered(author: Author, tokenizer: Any, turns: list[dict[str, str]], tokens: int, seed: int) -> list[dict[str, str]]:
+    """The same questions with the teacher's own answers."""
+    said: list[dict[str, str]] = []
+    for turn in turns:
+        if turn["role"] == "assistant":
+            answer = author.write([prompt_ids(tokenizer, said)], tokens, 1.0, [seed + len(said)])[0]
+            turn = turn | {"content": answer.text.strip()}
+        said.append(turn)
+    return said
+
+
+def prompt_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation rendered for an answer."""
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+# ---- out of nothing ----
+
+
+@cache
+def openings() -> tuple[str, ...]:
+    """The given first words of questions."""
+    return tuple(line for line in (configs_dir() / "conversations" / "openings.txt").read_text(encoding="utf-8").split("\n") if line)
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Words and numbers in lower case, without punctuation."""
+    return tuple(re.findall(r"[^\W_]+", text.lower()))
+
+
+@cache
+def evaluation_texts() -> tuple[str, ...]:
+    """What students are asked in the embedded tasks and open prompts: nothing like it may be trained on."""
+    rows = []
+    for file in [*sorted((configs_dir() / "tasks").glob("*/*.jsonl")), *sorted((configs_dir() / "open").glob("*.jsonl"))]:
+        rows += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    texts = [text for row in rows for text in (row.get("query"), row.get("prompt")) if text]
+    return tuple(texts + [text for row in rows if not row.get("query") for text in row.get("choices", []) if len(text.split()) > 3])
+
+
+class Filter:
+    """Why a conversation is not kept, in a word; what is kept is remembered.
+
+    unended    the teacher did not stop by itself
+    looping    a turn repeats itself (`repetition.loops`)
+    short      a question of fewer than 3 words or an answer without a word
+    evaluated  it shares PHRASE words in a row with a text that students are evaluated on, or holds a shorter such text whole
+    duplicate  more than ALIKE of its first question's word triples, of both together, are those of an earlier question
+    """
+
+    PHRASE, ALIKE = 8, 0.7
+
+    def __init__(self, avoid: Sequence[str] = ()) -> None:
+        self.phrases: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+        for text in avoid:
+            words = words_of(text)
+            size = min(self.PHRASE, len(words))
+            if size > 2:
+                self.phrases[size].update(_grams(words, size))
+        self.holders: dict[tuple[str, ...], list[int]] = defaultdict(list)  # of each triple, the questions that hold it
+        self.triples: list[int] = []  # how many triples each question has
+
+    def reason(self, turns: Sequence[str], ended: bool) -> str:
+        """Empty when the conversation of these turns, question first, is to be kept."""
+        if not ended:
+            return "unended"
+        if any(loops(turn) for turn in turns):
+            return "looping"
+        words = [words_of(turn) for turn in turns]
+        if any(len(turn) < (3 if i % 2 == 0 else 1) for i, turn in enumerate(words)):
+            return "short"
+        if any(gram in grams for turn in words for size, grams in self.phrases.items() for gram in _grams(turn, size)):
+            return "evaluated"
+        triples = set(_grams(words[0], 3))
+        shared = Counter(holder for triple in triples for holder in self.holders.get(triple, ()))
+        if any(count / (len(triples) + self.triples[i] - count) > self.ALIKE for i, count in shared.items()):
+            return "duplicate"
+        for triple in triples:
+            self.holders[triple].append(len(self.triples))
+        self.triples.append(len(triples))
+        return ""
+
+
+def _grams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
+    return (tuple(words[i : i + size]) for i in range(len(words) - size + 1))
+
+
+def from_nothing(count: int, tokens: int, teacher: Path, folder: Path, log: Log) -> list[dict[str, Any]]:
+    """`count` rows {"messages" or "text", "seed", "opening", "teacher", "engine"} that the teacher wrote, in the order of their seeds.
+
+    Kept in `folder` piece by piece: a piece is its rows and a line {"next_seed", "rejected"}, so a torn one is written again.
+    ValueError when FUTILE_PIECES pieces in a row hold nothing usable.
+    """
+    engine, avoid = engine_for(teacher), evaluation_texts()
+    about = [digest(teacher), tokens, engine, AT_ONCE[engine], openings(), avoid, QUESTION_TOKENS, OPENED, SECOND_TURN, QUESTION_TEMPERATURE, ANSWER_TEMPERATURE]
+    part = folder / f"conversations-{sha256_json([*about, TOP_P, TOP_K])[:32]}.jsonl"  # a larger COUNT goes on with it
+    whole, torn = [], []
+    seed, futile, rejected = 0, 0, Counter[str]()
+    accept = Filter(avoid)
+    for line in part.read_text(encoding="utf-8").split("\n")[:-1] if part.is_file() else []:
+        row = json.loads(line)
+        torn.append(row)
+        if "next_seed" in row:
+            seed, rejected = row["next_seed"], Counter(row["rejected"])
+            whole, torn = whole + torn, []
+    part.write_text("".join(json.dumps(row) + "\n" for row in whole), encoding="utf-8")
+    rows = [row for row in whole if "next_seed" not in row]
+    for row in rows:
+        accept.reason([turn["content"] for turn in row["messages"]] if "messages" in row else [row["text"]], True)
+    if len(rows) >= count:
+        return rows[:count]
+    tokenizer, first, begun = load_tokenizer(teacher), len(rows), time.monotonic()
+    with closing(open_author(engine, teacher, folder)) as author:
+        while len(rows) < count:
+            seeds = list(range(seed, seed + AT_ONCE[engine]))
+            made = _piece(author, tokenizer, tokens, seeds)
+            kept = []
+            for row in made:
+                turns = [turn["content"] for turn in row["messages"]] if "messages" in row else [row["text"]]
+                why = accept.reason(turns, row.pop("ended"))
+                kept += [row | {"teacher": digest(teacher)[:16], "engine": engine}] if not why else []
+                rejected[why] += bool(why)
+            seed, rows = seeds[-1] + 1, rows + kept
+            with part.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in [*kept, {"next_seed": seed, "rejected": dict(rejected)}])
+            futile = 0 if kept else futile + 1
+            if futile == FUTILE_PIECES:
+                raise ValueError(f"{teacher}: of {seed} conversations {len(rows)} are usable, none of the last ones; {dict(+rejected)}: "
+                                 "allow more tokens, or give text of your own in data.train")  # fmt: skip
+            left = (time.monotonic() - begun) / max(1, len(rows) - first) * (count - len(rows))
+            log(f"teacher writes out of nothing: {len(rows)}/{count} kept, {seed - len(rows)} not ({_told(rejected)}), {max(0.0, left):.0f} s left")
+    return rows[:count]
+
+
+def _told(rejected: Counter[str]) -> str:
+    return ", ".join(f"{why} {number}" for why, number in rejected.most_common() if number)
+
+
+def _piece(author: Author, tokenizer: Any, tokens: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """A conversation for each seed, in their order: where the author has several slots each goes its own way, else all together."""
+    parts = [[seed] for seed in seeds] if author.slots > 1 else [list(seeds)]
+    with ThreadPoolExecutor(author.slots) as pool:
+        return list(chain.from_iterable(pool.map(lambda part: _written(author, tokenizer, tokens, part), parts)))
+
+
+def _written(author: Author, tokenizer: Any, tokens: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """A conversation for each seed, or without a chat template a text, as rows that say whether the teacher `ended` them."""
+    if not tokenizer.chat_template:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        said = author.write([[start]] * len(seeds), tokens, 1.0, seeds)
+        return [{"text": one.text.strip(), "seed": seed, "opening": "", "ended": one.ended} for seed, one in zip(seeds, said, strict=True)]
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        draw = random.Random(seed)
+        opening = draw.choice(openings()) if draw.random() < OPENED else ""
+        rows.append({"messages": [], "seed": seed, "opening": opening, "ended": True, "turns": 2 if draw.random() < SECOND_TURN else 1})
+    for turn in (1, 2):
+        asked = [row for row in rows if row["ended"] and row["turns"] >= turn]
+        _say(author, asked, "user", QUESTION_TOKENS, QUESTION_TEMPERATURE, lambda row, first=turn == 1: _question_ids(tokenizer, row, first))
+        answering = [row for row in asked if row["ended"]]
+        _say(author, answering, "assistant", tokens, ANSWER_TEMPERATURE, lambda row: prompt_ids(tokenizer, row["messages"]))
+    for row in rows:
+        del row["turns"]
+    return rows
+
+
+def _say(author: Author, rows: list[dict[str, Any]], role: str, tokens: int, temperature: float,
+         prompt: Callable[[dict[str, Any]], list[int]]) -> None:  # fmt: skip
+    """Let the teacher write the next turn of every row."""
+    if not rows:
+        return
+    said = author.write([prompt(row) for row in rows], tokens, temperature, [row["seed"] for row in rows])
+    for row, one in zip(rows, said, strict=True):
+        opening = row["opening"] if role == "user" and not row["messages"] else ""
+        row["messages"].append({"role": role, "content": (opening + one.text).strip()})
+        row["ended"] = one.ended
+
+
+def _question_ids(tokenizer: Any, row: dict[str, Any], first: bool) -> list[int]:
+    """Token ids up to where the words of the next user turn begin, and its opening."""
+    mark = "\ue000question\ue000"
+    rendered = tokenizer.apply_chat_template([*row["messages"], {"role": "user", "content": mark}], tokenize=False)
+    before, found, _ = rendered.partition(mark)
+    if not found:
+        raise ValueError("the teacher's chat template drops what the user says; use plain text in data.train, or mend the template")
+    return tokenizer(before + (row["opening"] if first else ""), add_special_tokens=False, verbose=False)["input_ids"]

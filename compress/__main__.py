@@ -22,6 +22,8 @@ HELP = """compress: turn a teacher language model into a student that fits a bud
   compress list                         recipes, stages and every option, with one line each
   compress score MODEL [--budget NAME] [--teacher T] [KEY=VALUE ...]
                                         score any checkpoint directory or GGUF file, also one made elsewhere
+  compress ask RUN|BUNDLE|MODEL [QUESTION] [--alone] [--json] [--tokens N]
+                                        talk to what was made, its teacher beside it; without QUESTION, a conversation
   compress compare RUN [RUN ...] [--html FILE] [--speed]
                                         stages of one run, or runs, stages (RUN/SLOT) and bundles side by side; writes one HTML page
   compress sync RUN --to wandb          copy a finished run's records into a tracker
@@ -91,6 +93,7 @@ def score(arguments: list[str]) -> int:
     from compress import session
     from compress.checkpoint import model_of
     from compress.launch import without_recipe
+    from compress.report.answers import in_pairs, printed
 
     parser = _Parser(prog="compress score")
     parser.add_argument("model", type=Path)
@@ -113,7 +116,30 @@ def score(arguments: list[str]) -> int:
     Console().print(table)
     if near.excluded:
         print(f"left out of kept, because the teacher is not above chance there: {', '.join(near.excluded)}")
+    if worst := in_pairs(reference.answers, measured.answers)[:5]:
+        print("\n".join(["the worst answers:", *map(printed, worst), ""]))
     return _judge(scores, intervals, limits)
+
+
+def ask(arguments: list[str]) -> int:
+    """Talk to a run, a bundle or any model, its teacher beside it."""
+    usage = "compress ask RUN|BUNDLE|MODEL [QUESTION] [--tokens N] [--alone] [--json] [--store DIR]"
+    parser = _Parser(prog="compress ask", usage=usage)
+    names = "a run, a stage of it as RUN/SLOT, a bundle; or a checkpoint or ONNX directory, a GGUF file"
+    question = "without a QUESTION: a conversation, or from a pipe a question a line"
+    parser.add_argument("target", nargs="+", help=f"{names}; {question}", metavar="RUN|BUNDLE|MODEL")
+    parser.add_argument("--tokens", type=int, default=256, help="at most so many an answer")
+    parser.add_argument("--alone", action="store_true", help="leave the teacher out")
+    parser.add_argument("--json", action="store_true", help="a line of JSON a question")
+    store = "where a bundle's teacher is imported to"
+    parser.add_argument("--store", type=Path, default=Path("runs/.store"), help=store)
+    options = parser.parse_intermixed_args(arguments)
+    from compress import ask as conversation
+
+    target, *words = options.target
+    how = options.tokens, options.alone, options.json, options.store
+    conversation.ask(target, " ".join(words) if words else None, *how)
+    return EXIT_OK
 
 
 def compare(arguments: list[str]) -> int:
@@ -180,11 +206,16 @@ def verify(arguments: list[str]) -> int:
 
 
 def accept(arguments: list[str]) -> int:
-    """Measure a bundle's budget again on this machine. The teacher is used when it can be had, for the KL."""
+    """Measure a bundle's budget again on this machine. The teacher is used when it can be had, for
+    the KL; its answers are in the bundle."""
+    from dataclasses import replace
+
     from compress import session
     from compress.checkpoint import model_of
     from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
     from compress.export.bundle import verify_bundle
+    from compress.report.records import bundle_rows
+    from compress.score.open import beside_teacher, read_prompts
     from compress.score.paired import Paired, paired_scores
 
     parser = _Parser(prog="compress accept")
@@ -200,17 +231,24 @@ def accept(arguments: list[str]) -> int:
     if left := sorted({row["task"] for row in requests if row["rule"] == "text"}):
         print(f"not scored again, because only the task's own code can tell a right answer: {', '.join(left)}", file=sys.stderr)
     requests = [row for row in requests if row["rule"] != "text"]
-    how, reference = (Data(**config["data"]), Eval(**config["eval"]), Trainer(), options.store, requests), None
+    asked = options.bundle / "open_prompts.jsonl"
+    prompts = read_prompts(asked) if asked.is_file() else []
+    said = bundle_rows(options.bundle, "teacher", "open")
+    data, settings, reference = Data(**config["data"]), Eval(**config["eval"]), None
+    how = data, settings, Trainer(), options.store, requests, prompts
     try:
         scorer, teacher = session.open_scorer(Teacher(**config["teacher"]), *how)
         if teacher.digest == manifest["teacher"]["digest"]:
-            reference = scorer.measure(teacher, tasks=False)
+            reference = scorer.measure(teacher, tasks=False, whole=False)
     except ValueError as error:
         print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)
         scorer, _ = session.open_scorer(Teacher(str(options.bundle.absolute() / "hf")), *how)  # for its tokenizer
     measured = scorer.measure(model)
     paired = paired_scores(measured.items, requests, measured.chance) if requests else Paired({}, {}, [])
-    near = scorer.compare(measured, reference) if reference else Paired({}, {}, [])
+    if reference:
+        near = scorer.beside(replace(measured, items=[]), replace(reference, answers=said), None)
+    else:
+        near = Paired(*beside_teacher(measured.answers, said), []) if said else Paired({}, {}, [])
     scores, intervals = measured.scores | paired.scores | near.scores, measured.intervals | paired.intervals | near.intervals
     return _judge(scores, intervals, limits, "the bundle's recipe set no limits; nothing to accept")
 
@@ -235,7 +273,7 @@ def gc(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    "run": run, "list": list_all, "score": score, "compare": compare, "sync": sync, "verify": verify, "accept": accept, "gc": gc,
+    "run": run, "list": list_all, "score": score, "ask": ask, "compare": compare, "sync": sync, "verify": verify, "accept": accept, "gc": gc,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 ACCURACY = ("kept", "acc", "flips", "points_lost")  # over all tasks, or one: acc/TASK
 OPEN = (
     "open/right", "open/kept", "open/loops", "open/loops_gained", "open/ended", "open/ended_lost", "open/plausible", "open/choice_gap",
+    "open/form_differing",
 )  # fmt: skip
 HELDOUT = ("kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte")  # over all held-out texts, or one: kl_to_teacher/TEXT
 
@@ -50,7 +51,8 @@ def human(metric: str, value: float) -> str:
 def counted(metric: str, scores: Mapping[str, float]) -> tuple[int, int]:
     """How many items or rows a metric is measured on, 0 when not known, and how many items an early stop left out."""
     if metric in OPEN:
-        return round(scores.get("n/open_kept" if metric == "open/kept" else "n/open", 0)), 0
+        count = {"open/kept": "n/open_kept", "open/plausible": "", "open/choice_gap": ""}.get(metric, "n/open")
+        return round(scores.get(count, 0)), 0
     if not is_accuracy(metric):
         text = metric.partition("/")[2]
         return round(scores.get(f"heldout_rows/{text}", scores.get("heldout_rows", 0))) if is_heldout(metric) else 0, 0

@@ -229,7 +229,7 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
     try:
         composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
         parts: dict[str, Any] = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
-        parts["budget"].check(parts["eval"])
+        parts["budget"].check(parts["eval"], list(parts["data"].heldout_names()))
         return parts | {"store": composed.store}
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error

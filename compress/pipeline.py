@@ -24,6 +24,7 @@ from compress.report.table import print_table, stage_table, verdict_lines
 from compress.score import payoff
 from compress.score.paired import Paired
 from compress.score.scorer import Measured
+from compress.score.talk import has_template
 from compress.session import RunDir, Session, check_shapes, log, now, plain, thinned
 from compress.stages.optimization import Keep, Optimization
 from compress.store import sha256_json
@@ -71,6 +72,9 @@ def conclude(
     } | made  # fmt: skip
     if curve is not None:
         record["curve"] = thinned(curve)
+    if measured.answers and not has_template(model):
+        record["open_form"] = "plain"  # asked without a chat template
+        log(f"{slot}: no chat template; the open prompts are put as plain text")
     if note := payoff_note(session, slot, measured, near, parent):
         record["payoff"] = note
     if parent and proven:
@@ -174,7 +178,10 @@ def ship(session: Session, folder: RunDir) -> int:
     folder.about |= {"exit": code, "finished": now()}
     folder.write()
     finished = load_run(folder.path)
-    bundle = write_bundle(folder.path / "bundle", finished, source.model.path, shipped, session.teacher, passed=code == EXIT_OK)
+    bundle = write_bundle(
+        folder.path / "bundle", finished, source.model.path, shipped, session.teacher, passed=code == EXIT_OK,
+        prompts=session.scorer.prompts,
+    )
     write_html([finished], folder.path / "report.html")
     print_table(stage_table(finished.records))
     print("\n".join(verdict_lines(finished.records)))
@@ -196,4 +203,5 @@ def _export(session: Session, folder: RunDir, source: Measured, name: str, *, fi
     folder.name_key(key)
     path = session.store.build(key, inputs, lambda out, work: format.module.write(source.model.path, out / file, type)) / file
     seconds = time.monotonic() - start
-    return conclude(session, folder, *formats.slot_of(name), model_of(path), source, key=key, whole=first, shipped=first, proven=name, seconds=seconds)
+    slot, technique = formats.slot_of(name)
+    return conclude(session, folder, slot, technique, model_of(path), source, key=key, whole=first, shipped=first, proven=name, seconds=seconds)

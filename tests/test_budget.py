@@ -85,13 +85,15 @@ def test_only_enforced_failures_fail_and_strict_counts_inconclusive():
         ({"point_lost": Limit(max=0.1)}, {}, "'point_lost' is no metric; did you mean 'points_lost'"),
         ({"points_lost/facts": Limit(max=2)}, {"tasks": ["facts"]}, "'points_lost/facts' is 2, a share of all items; two points are 0.02"),
         ({"kept/grammr": Limit(min=0.5)}, {"tasks": ["facts", "grammar"]}, "on a task that eval.tasks does not name; did you mean 'grammar'"),
+        ({"kl_to_teacher/topic": Limit(max=1)}, {}, "on a text that data.heldout does not name; did you mean 'topics'"),
+        ({"open/kept": Limit(min=0.8)}, {"open_prompts": []}, "is on open answers, and eval.open_prompts is empty"),
         ({"size_bytes": Limit(max=1)}, {"stop_early": True}, "no limit of the budget is on kept, acc, flips, points_lost"),
     ],
 )
 @pytest.mark.parametrize("slot", [True, False])
 def test_limits_that_can_mean_nothing_are_refused_before_work(limits, settings, message, slot):
     with pytest.raises(ConfigError, match=message):
-        Budget({} if slot else limits, {"heal": limits} if slot else {}).check(Eval(**settings))
+        Budget({} if slot else limits, {"heal": limits} if slot else {}).check(Eval(**settings), ["topics"])
 
 
 def test_a_limit_needs_exactly_one_bound():

@@ -9,11 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_records import ROWS, write_run
+from fake_records import ASKED, PROMPTS, ROWS, ask, write_run
 from scipy import stats
 
 from compress.__main__ import main
-from compress.report.compare import Difference, accuracy_differences, differences, flips, speed_sentence
+from compress.report.compare import (
+    Difference,
+    accuracy_differences,
+    differences,
+    flips,
+    open_differences,
+    speed_sentence,
+)
 from compress.report.html import write_html
 from compress.report.records import folder_of, load_run, open_run
 from compress.score.paired import ratio_interval
@@ -146,6 +153,113 @@ def test_flips_begin_with_the_surest_mistake_and_carry_the_text():
     assert (found[0].right, found[0].wrong) == ("choice 0", "choice 1") and (found[2].text, found[2].right, found[2].wrong) == ("", "A x", "B x")
 
 
+def flags(name, values):
+    return [
+        {"id": f"own-{i:03d}", "prompt": "?", "right": True} | {name: bool(v)}
+        for i, v in enumerate(values)
+    ]
+
+
+def test_open_answers_are_paired_prompt_by_prompt():
+    first, other = flags("loops", [0] * 90 + [1] * 10), flags("loops", [0] * 80 + [1] * 20)
+    for rows in (first, other):
+        for row in rows:
+            row["ended"] = True
+    found = {one.metric: one for one in open_differences(first, other[:99], [])}
+    assert found["open/loops"].value == pytest.approx(10 / 99) and "open/kept" not in found
+    error = np.sqrt((10 / 99 - (10 / 99) ** 2) / 99)  # of a paired mean: ten changed, all one way
+    ends = 10 / 99 - 1.96 * error, 10 / 99 + 1.96 * error
+    assert found["open/loops"].interval == pytest.approx(ends, abs=0.02)
+    assert found["open/right"].value == 0 and "no difference shown" in str(found["open/right"])
+    assert str(found["open/loops"]).startswith("+10.1 points (95% interval +")
+    assert open_differences(first, [], []) == []
+
+
+def test_open_kept_is_over_what_the_teacher_gets_right():
+    """Of 40 prompts the teacher gets 20 right: the first of two all of these and no other, the
+    second 15 of these and all others."""
+    teacher = flags("right", [1] * 20 + [0] * 20)
+    first = flags("right", [1] * 20 + [0] * 20)
+    other = flags("right", [1] * 15 + [0] * 5 + [1] * 20)
+    for row in [*first, *other]:
+        row |= {"loops": False, "ended": True}
+    found = {one.metric: one.value for one in open_differences(first, other, teacher)}
+    assert found["open/kept"] == pytest.approx(-0.25)
+    assert found["open/right"] == pytest.approx(15 / 40)
+    fewer = {one.metric for one in open_differences(first[1:], other, teacher)}
+    assert "open/kept" not in fewer, "19 right ones are too few"
+
+
+def test_differences_of_runs_hold_the_paired_answers_and_those_of_each_text(runs):
+    first, second = runs
+    ask(first.path)
+    ask(second.path, [one[3] if i % 2 else one[4] for i, one in enumerate(ASKED)])
+    for path in (first.path, second.path):
+        file = path / "07-gguf" / "record.json"
+        record = json.loads(file.read_text())
+        record["scores"] |= {"kl_to_teacher/a": 1.0, "kl_to_teacher/b": 2.0, "top1_agree/a": 0.5}
+        file.write_text(json.dumps(record))
+    first, second = load_run(first.path), load_run(second.path)
+    found = {one.metric: one for one in differences(first, second)}
+    names = list(found)
+    assert names.index("open/right") < names.index("open/kept") < names.index("kept")
+    assert "open/ended" in names
+    before, after = (
+        [row["right"] for row in run.rows(run.final, "open")] for run in (first, second)
+    )
+    gained = sum(after) - sum(before)
+    assert gained == 5 and found["open/right"].value == pytest.approx(gained / len(PROMPTS))
+    assert {"kl_to_teacher/a", "kl_to_teacher/b", "top1_agree/a"} <= found.keys()
+    assert "top1_agree/b" not in found
+    for path in (first.path, second.path):  # committed runs have no rows
+        (path / "07-gguf" / "open.jsonl").unlink()
+    apart = {one.metric: one for one in differences(first, second)}["open/right"]
+    assert apart.value == pytest.approx(gained / len(PROMPTS)), "by the records' own intervals"
+    assert np.ptp(apart.interval) > np.ptp(found["open/right"].interval)
+
+
+def test_answers_that_got_worse_are_listed_with_both_texts(runs, tmp_path):
+    first, second = runs
+    ask(first.path)
+    said = [
+        "a <b>worse</b> answer" if i in (6, 7) else one[3] if i == 1 else one[4]
+        for i, one in enumerate(ASKED)
+    ]
+    ask(second.path, said)
+    write_html([load_run(first.path), load_run(second.path)], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    section = page[page.index("Answers that changed: ") :].partition("</section>")[0]
+    assert f"Answers that changed: {second.name}" in section
+    assert "1 got worse, 1 better." in section
+    assert ASKED[7][1] in section and "The sum is 10." in section
+    assert "a &lt;b&gt;worse&lt;/b&gt; answer" in section
+    assert ASKED[6][1] not in section, "wrong in both"
+    write_html([load_run(first.path), load_run(first.path)], tmp_path / "page.html")
+    assert "Answers that changed: " not in (tmp_path / "page.html").read_text()
+
+
+def test_runs_that_were_asked_other_things_are_refused(runs, tmp_path, capfd):
+    page = ["--html", str(tmp_path / "page.html")]
+
+    def settings(run, prompts, limit, digest, stages=False):
+        asked = {"open_prompts": prompts, "open_limit": limit, "time_stages": stages}
+        info = change(run, eval=asked, data={}).info | {"digests": {"the open prompts": digest}}
+        (run.path / "run.json").write_text(json.dumps(info))
+        return str(run.path)
+
+    one = settings(runs[0], ["embedded"], None, "aa")
+    for prompts, limit, said in (
+        (["mine"], None, "eval.open_prompts is ['embedded'] in"),
+        (["embedded"], 8, "eval.open_limit is None in"),
+        (["embedded"], None, "the digest of the open prompts is 'aa' in"),
+    ):
+        assert main(["compare", one, settings(runs[1], prompts, limit, "bb"), *page]) == 3
+        assert said in capfd.readouterr().err
+    other = settings(runs[1], ["bundle/open_prompts.jsonl"], 240, "aa", stages=True)
+    code = main(["compare", one, other, *page])
+    assert code == 0, "the same prompts by another name; times of stages don't matter"
+
+
 def test_a_speed_up_whose_interval_holds_1_is_no_difference(runs):
     said = speed_sentence(*runs, "latency_ms_p50", (1.02, 0.97, 1.08))
     assert said.startswith("a further token: no difference shown, demo/2026-11-22T09-00-00 is 1.02 times as fast (95% interval 0.97 to 1.08)")
@@ -199,7 +313,9 @@ f.onload = () => {
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 @pytest.mark.parametrize("width", [360, 1280])
 def test_in_chromium_the_page_fits_and_the_keyboard_reaches_everything(runs, tmp_path, width):
-    first, second = runs
+    for run, said in zip(runs, (None, [TEXT * 3] * len(ASKED)), strict=True):
+        ask(run.path, said)
+    first, second = (load_run(run.path) for run in runs)
     write_html([first, second], tmp_path / "page.html", ["a further token: no difference shown"])
     (tmp_path / "probe.html").write_text(PROBE % width)
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile"]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from compress.checkpoint import load_model, load_tokenizer
-from compress.train.data import EMBEDDED, documents, generated, pack
+from compress.train.data import EMBEDDED, documents, pack
 from compress.train.forward import hidden_states
 
 
@@ -42,12 +40,40 @@ def test_packed_rows_hold_whole_text_and_are_cached(tiny_teacher, tmp_path):
 def test_chat_counts_only_answers(tiny_teacher, tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(json.dumps({"question": "Where is the red fox?", "answer": f"Under tree {i}."}) for i in range(30)))
-    packed = pack([str(path)], tiny_teacher, 32, tmp_path)
+    packed = pack([str(path)], tiny_teacher, 32, tmp_path, chat_labels="answers")
     tokenizer = load_tokenizer(tiny_teacher)
     learned = tokenizer.decode(packed.ids.flatten()[packed.mask.flatten()])
     assert "Under tree" in learned
     assert "red fox" not in learned
     assert "red fox" in tokenizer.decode(packed.ids.flatten())
+
+
+def test_a_student_of_a_teacher_learns_every_token_of_a_chat(tiny_teacher, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    rows = [{"question": "Where is the red fox?", "answer": f"Under tree {i}."} for i in range(30)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    whole, answers = (
+        pack([str(path)], tiny_teacher, 32, tmp_path, chat_labels=labels) for labels in ("all", "answers")
+    )
+    assert whole.mask.all() and torch.equal(whole.ids, answers.ids)
+    assert whole.digest != answers.digest
+
+
+def test_the_last_tenth_of_the_conversations_is_held_out():
+    train, heldout = documents("embedded:conversations"), documents("embedded:conversations_heldout")
+    assert len(heldout) == round((len(train) + len(heldout)) / 10)
+    asked = {chat[0]["content"] for chat in train}
+    assert not asked & {chat[0]["content"] for chat in heldout}
+    assert all([turn["role"] for turn in chat][:2] == ["user", "assistant"] for chat in train)
+
+
+def test_no_conversation_shares_a_phrase_with_what_students_are_evaluated_on():
+    from compress.train.written import Filter, evaluation_texts
+
+    accept = Filter(evaluation_texts())
+    chats = documents("embedded:conversations") + documents("embedded:conversations_heldout")
+    reasons = [accept.reason([turn["content"] for turn in chat], True) for chat in chats]
+    assert set(reasons) == {""}
 
 
 def test_every_epoch_reads_every_row_once_in_another_order(tiny_teacher, tmp_path):
@@ -119,7 +145,7 @@ def test_bad_files_are_refused_by_name(tmp_path, name, content, message):
 
 
 def test_unknown_embedded_and_malformed_hub_sources_are_refused():
-    with pytest.raises(ValueError, match="embedded sources are docstring_chat, docstrings, topics"):
+    with pytest.raises(ValueError, match="embedded sources are conversations, conversations_heldout, docstring_chat, docstrings"):
         documents("embedded:novels")
     with pytest.raises(ValueError, match=r"is not hub:NAME\[@CONFIG\]:SPLIT:FIELD"):
         documents("hub:name")
@@ -137,65 +163,3 @@ def test_parquet_rows_are_documents(tmp_path):
     path = tmp_path / "t.parquet"
     datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(path)
     assert documents(str(path)) == ["one", "two"]
-
-
-def chatty(folder):
-    path = folder / "chat.jsonl"
-    path.write_text("\n".join(json.dumps({"question": f"What is {i}?", "answer": "given"}) for i in range(3)))
-    return path
-
-
-def test_the_teacher_writes_on_prompts_once_and_the_same_again_after_an_interruption(tiny_teacher, tmp_path):
-    prompts = source(tmp_path, "alpha", 40, " ".join(["hello to everyone here"] * 12))
-    name, said = f"generated:20x8:{prompts}", []
-    first = generated(name, tiny_teacher, tmp_path, said.append)
-    assert len(first) == 20 and [line.partition(",")[0] for line in said] == ["teacher writes 16/20 documents", "teacher writes 20/20 documents"]
-    tokenizer = load_tokenizer(tiny_teacher)
-    begun = [tokenizer.decode(tokenizer(text)["input_ids"][:32]) for text in documents(prompts)[:20]]
-    assert all(text.startswith(start) for text, start in zip(first, begun, strict=True))
-    assert len({text[len(start) :] for text, start in zip(first, begun, strict=True)}) > 15
-
-    whole = next(tmp_path.glob("generated-*.jsonl"))
-    lines = whole.read_text().splitlines(keepends=True)
-    whole.with_suffix(".part").write_text("".join(lines[:16]) + lines[16][:10])
-    whole.unlink()
-    said.clear()
-    assert generated(name, tiny_teacher, tmp_path, said.append) == first and said == ["teacher writes 20/20 documents, 0 s left"]
-    said.clear()
-    assert generated(name, tiny_teacher, tmp_path, said.append) == first and said == []
-
-
-def test_the_teacher_answers_chats_anew(tiny_teacher, tmp_path):
-    made = generated(f"generated:3x6:{chatty(tmp_path)}", tiny_teacher, tmp_path, print)
-    assert [chat[0]["content"] for chat in made] == ["What is 0?", "What is 1?", "What is 2?"]
-    assert all(chat[1]["role"] == "assistant" and chat[1]["content"] != "given" for chat in made)
-    assert len(pack([f"generated:3x6:{chatty(tmp_path)}"], tiny_teacher, 16, tmp_path).ids) >= 1
-
-
-def test_with_a_mocked_gpu_and_a_mocked_vllm_the_prompts_go_there_seeded_one_by_one(tiny_teacher, tmp_path, monkeypatch):
-    asked = []
-
-    class LLM:
-        def __init__(self, path, dtype):
-            assert path == str(tiny_teacher) and dtype == "bfloat16"
-
-        def generate(self, prompts, each, use_tqdm):
-            asked.extend(zip(prompts, each, strict=True))
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[40, 41])]) for _ in prompts]
-
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("compress.train.data.find_spec", lambda name: name == "vllm")
-    made = generated("generated:3x6:embedded:docstrings", tiny_teacher, tmp_path, print)
-    tokenizer = load_tokenizer(tiny_teacher)
-    assert [params.seed for _, params in asked] == [0, 1, 2] and {params.max_tokens for _, params in asked} == {6}
-    assert made == [tokenizer.decode(prompt["prompt_token_ids"]) + tokenizer.decode([40, 41]) for prompt, _ in asked]
-    assert all(len(prompt["prompt_token_ids"]) == 32 for prompt, _ in asked)
-
-
-@pytest.mark.parametrize(
-    ("rest", "message"), [("many:embedded:topics", "is not generated:COUNTxTOKENS:PROMPTS"), ("9999x8:embedded:topics", "wants 9999 prompts")]
-)
-def test_malformed_generated_sources_are_refused(tiny_teacher, tmp_path, rest, message):
-    with pytest.raises(ValueError, match=message):
-        generated(f"generated:{rest}", tiny_teacher, tmp_path, print)

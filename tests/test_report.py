@@ -8,7 +8,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from fake_records import ROWS, write_run
+from fake_records import ASKED, PROMPTS, ROWS, ask, write_run
 from rich.console import Console
 
 from compress.report.html import write_html
@@ -119,7 +119,7 @@ def test_piped_table_has_every_number_whole_and_no_colours(run):
     assert "\x1b" not in text and "…" not in text
     for number in ("134.5", "233.6", "4.64", "0.8120", "68.1%", "1.702", "83.9%", "138.6", "7.20", "INCONCLUSIVE"):
         assert number in text
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 105
 
 
 def test_terminal_table_mutes_differences_against_the_teacher(run):
@@ -131,7 +131,9 @@ def test_columns_absent_everywhere_are_left_out(run):
         del record["scores"]["kept"]
     assert "kept" not in printed(stage_table(run.records)) and "kept" not in markdown_table(run.records)
     del run.records[3]["scores"]["kl_to_teacher"]
-    assert re.search(r"heal +distill +97.3 +194.7 +16.00 +- ", printed(stage_table(run.records)))
+    assert re.search(
+        r"heal +97.3 +194.7 +16.00 +- .*\n distill ", printed(stage_table(run.records))
+    )
 
 
 def test_verdicts_are_words_where_enforced_and_distances_elsewhere(run, tmp_path):
@@ -163,6 +165,24 @@ def test_the_front_marks_what_nothing_beats_in_bytes_and_in_milliseconds(run):
     for record in run.records:
         del record["scores"]["kl_to_teacher"]
     assert not any(fronts(run.records)) and "front" not in printed(compare_table([run, run]))
+
+
+def test_open_columns_stand_before_accuracy_kept(run):
+    ask(run.path)
+    records = load_run(run.path).records
+    heads = markdown_table(records).splitlines()[0]
+    assert "| bits/byte | open right | loops | open kept | kept |" in heads
+    lines = printed(stage_table(records)).splitlines()
+    gguf = next(line for line in lines if line.startswith(" gguf"))
+    assert re.search(r" 63\.3% +6\.7% 65\.5% +83\.9% ", gguf)
+    assert max(map(len, lines)) <= 125
+
+
+def test_a_technique_stands_below_its_slot_unless_they_are_called_the_same(run):
+    lines = printed(stage_table(run.records)).splitlines()
+    assert sum("prune_depth" in line for line in lines) == 1
+    heal = [line.startswith(" heal ") for line in lines].index(True)
+    assert lines[heal + 1].startswith(" distill ")
 
 
 # --------------------------------------------------------------------- page
@@ -302,3 +322,104 @@ def test_lines_go_down_the_page_as_values_fall():
     assert list(x) == sorted(x) and list(y) == sorted(y)
     assert y[1] - y[0] == pytest.approx(y[2] - y[1], abs=0.2)
     assert lines_svg({"a": [(0, 1.0)]}, "step", "loss") == ""
+
+
+# ----------------------------------------------------- what they say when asked
+
+
+def section_of(page: Page, title: str) -> list[str]:
+    """The visible texts of one section that are not white space."""
+    texts = [text.strip() for text in page.texts if text.strip()]
+    start = texts.index(title)
+    ends = [i for i, text in enumerate(texts) if i > start and text in ("Stages", "Training")]
+    return texts[start : ends[0]]
+
+
+def test_the_page_shows_the_worst_ten_answers_and_the_rest_folded(run, tmp_path):
+    ask(run.path)
+    texts = section_of(page_of([load_run(run.path)], tmp_path), "What they say when asked")
+    assert "Asked 30 questions, the teacher answers 29 rightly, the student 19;" in texts[2]
+    assert "it keeps 65.5% (95% interval 47." in texts[2]
+    assert "6.7% of its answers repeat themselves (the teacher's 0.0%)" in texts[2]
+    first = [ASKED[1][1], "facts-001", "teacher", "right", ASKED[1][3]]
+    assert texts[3:8] == first
+    assert texts[8:13] == ["gguf", "wrong", "loops", "not ended", ASKED[1][4]]
+    folded = texts.index("The other 20 answers")
+    prompts = [prompt.prompt for prompt in PROMPTS]
+    shown = [text for text in texts if text in prompts]
+    assert len([text for text in texts[:folded] if text in prompts]) == 10
+    assert sorted(shown) == sorted(prompts)
+    assert "(nothing)" in texts and not any("plain text" in text for text in texts)
+
+
+def test_few_answers_are_not_folded_and_none_make_no_section(run, tmp_path):
+    assert "What they say when asked" not in page_of([run], tmp_path).texts
+    ask(run.path)
+    for folder in ("00-teacher", "07-gguf"):
+        file = run.path / folder / "open.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:10]))
+    texts = section_of(page_of([load_run(run.path)], tmp_path), "What they say when asked")
+    assert not any(text.startswith("The other") for text in texts)
+    for folder in ("00-teacher", "07-gguf"):  # a committed run: figures without rows
+        (run.path / folder / "open.jsonl").unlink()
+    texts = section_of(page_of([load_run(run.path)], tmp_path), "What they say when asked")
+    assert len(texts) == 3 and texts[2].startswith("Asked 30 questions")
+
+
+def test_the_page_says_who_was_asked_in_plain_text(run, tmp_path):
+    ask(run.path)
+    whole = load_run(run.path)
+    whole.final["open_form"] = "plain"
+    texts = section_of(page_of([whole], tmp_path), "What they say when asked")
+    assert "Without a chat template, and so asked in plain text: gguf." in texts[1]
+
+
+def test_hostile_answers_stay_text_on_the_page(run, tmp_path):
+    said = f"{HOSTILE}\n</p></section>`code` <img src=x onerror=alert(1)> {{{{ 7 * 7 }}}}\u202e"
+    ask(run.path, [said] * len(ASKED))
+    page = page_of([load_run(run.path)], tmp_path)
+    assert said in page.texts and not {"script", "img"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert ("dir", "auto") in page.attributes, "what turns a text's direction stays in its block"
+
+
+def test_answers_that_are_no_text_do_not_stop_the_page(run, tmp_path):
+    ask(run.path, ["a lone surrogate: \ud800 \x00 end"] * len(ASKED))
+    page_of([load_run(run.path)], tmp_path)
+    assert "a lone surrogate: ?" in (tmp_path / "report.html").read_text()
+
+
+def test_cards_name_open_answers_before_accuracy(run, tmp_path):
+    assert "Open answers kept" not in page_of([run], tmp_path).texts
+    ask(run.path)
+    texts = page_of([load_run(run.path)], tmp_path).texts
+    assert texts.index("Open answers kept") < texts.index("Accuracy kept")
+    assert texts[texts.index("Open answers kept") + 1] == "65.5% "
+    lead = "65.5% of the teacher's right open answers are kept; 83.9% of the"
+    assert any(lead in text for text in texts)
+
+
+def test_stages_that_did_not_pay_are_marked_and_what_went_on_is_named(run, tmp_path):
+    assert ("class", "payoffs") not in page_of([run], tmp_path).attributes
+    run.records[3]["payoff"] = {"paid": True, "sentence": "paid: kept better", "kept": "heal"}
+    told = "did not pay: <b>worse</b>"
+    run.records[4]["payoff"] = {"paid": False, "sentence": told, "kept": "heal"}
+    write_html([run], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "<li><b>heal</b>: paid: kept better</li>" in text
+    unpaid = "did not pay: &lt;b&gt;worse&lt;/b&gt;; heal went on in its place"
+    assert f'<li class="INCONCLUSIVE"><b>lora</b>: {unpaid}</li>' in text
+
+
+def test_closeness_has_a_group_of_bars_for_each_text_where_there_are_several(run, tmp_path):
+    for record in run.records:
+        record["scores"]["kl_to_teacher/topics"] = 2 * record["scores"]["kl_to_teacher"]
+    assert "caption" not in page_of([run], tmp_path).tags, "one text: what it says is what all say"
+    for record in run.records[1:]:
+        record["scores"]["kl_to_teacher/<code>"] = record["scores"]["kl_to_teacher"]
+    page = page_of([run], tmp_path)
+    assert page.tags.count("caption") == 2 and {"topics", "<code>"} <= set(page.texts)
+    widths = [float(v[:-1]) for k, v in page.attributes if k == "width" and v.endswith("%")]
+    kls = [r["scores"]["kl_to_teacher"] for r in run.records]
+    both = [*kls[1:], *(2 * kl for kl in kls)]  # on one scale
+    assert widths == pytest.approx([100 * kl / max(both) for kl in both], abs=0.01)

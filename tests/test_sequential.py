@@ -133,8 +133,8 @@ def test_a_scorer_stops_a_student_early_beside_its_teacher_and_reads_it_back(tin
     (tmp_path / "student").mkdir()
     PruneDepth(blocks=1, calibration_sequences=2).run(tiny_teacher, tmp_path / "student", make_context(tiny_teacher, tmp_path))
     limits = [{"points_lost": Limit(max=0.9)}, {"kl_to_teacher": Limit(max=1e-9)}]
-    how = {"tasks": ["grammar", "facts"], "limit": 80, "heldout_sequences": 4, "prompt_tokens": 8, "new_tokens": 2, "repeats": 1}
-    store, text = Store(tmp_path / "store"), pack(["embedded:topics"], tiny_teacher, 32, tmp_path)
+    how = {"tasks": ["grammar", "facts"], "limit": 80, "heldout_sequences": 4, "prompt_tokens": 8, "new_tokens": 2, "repeats": 1, "open_limit": 8}
+    store, text = Store(tmp_path / "store"), {"topics": pack(["embedded:topics"], tiny_teacher, 32, tmp_path)}
     early, whole = (Scorer(store, Eval(**how, stop_early=stop), text, tiny_teacher, 1) for stop in (True, False))
     teacher = early.measure(model_of(tiny_teacher))
     assert teacher.scores["n/grammar"] == 80 and teacher.level == 0.95

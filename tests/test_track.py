@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from fake_records import write_run
+from fake_records import ASKED, PROMPTS, ask, write_run
 
 from compress.__main__ import main
 from compress.report.records import load_run
@@ -31,6 +31,7 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     path = write_run(tmp_path / "runs")
+    ask(path, judged="03-heal")
     for slot, rights in (("00-teacher", (1, 1, 0)), ("03-heal", (1, 0, 1))):
         items = [
             {"task": "grammar", "doc_id": i, "correct": bool(right), "choice": 1 - right, "logliks": [-5.0, -4.0]} for i, right in enumerate(rights)
@@ -119,6 +120,14 @@ def test_wandb_offline_files_hold_the_record_and_no_secret(run, tmp_path, monkey
     table = next(h for h in history if "flips/path" in h)
     stored = json.loads(next(run.path.rglob(Path(table["flips/path"]).name)).read_text())
     assert stored["data"] == [["grammar", 1, "worse", 4.0, "", "choice 0", "choice 1"], ["grammar", 2, "better", 1.0, "", "choice 0", "choice 1"]]
+    table = next(h for h in history if "open/path" in h)
+    stored = json.loads(next(run.path.rglob(Path(table["open/path"]).name)).read_text())
+    columns = "id kind prompt teacher student teacher_right right loops ended"
+    assert stored["columns"] == columns.split() and len(stored["data"]) == len(PROMPTS)
+    loop = ["facts-001", *ASKED[1][:2], *ASKED[1][3:]]
+    assert stored["data"][0] == [*loop, True, False, True, False]
+    gguf_history = [items(h.item) for h in of_kind(by_slot["gguf"], "history")]
+    assert not [h for h in gguf_history if "open/path" in h], "it was not asked"
     assert entry.ref == (run.path / "07-gguf/weights/model.safetensors").as_uri() and entry.digest and entry.size == 64
 
     everything = [p for p in tmp_path.rglob("*") if p.is_file()]

@@ -7,6 +7,9 @@ no rows: d = b - a within (MOVER; Zou & Donner 2008, Statistics in Medicine 27, 
     d - sqrt((b - b_low)^2 + (a_high - a)^2),   d + sqrt((b_high - b)^2 + (a - a_low)^2),
 
 right for independent estimates and too wide for ones that move together. A difference whose interval contains 0 is not shown.
+
+Open answers are paired prompt by prompt (`score/open.py`), `open/kept` over those that the teacher
+gets right.
 """
 
 import math
@@ -18,11 +21,17 @@ import numpy as np
 from compress import budget
 from compress.report.records import Record, Run
 from compress.report.table import COLUMN
+from compress.score.open import TEACHER_RIGHT, difference_of_flags
 from compress.score.paired import paired_scores, ratio_interval
 
 Items = Sequence[Mapping[str, Any]]
-# What a score does not depend on: how surely times are known, and training text.
-NO_MATTER = {"eval.repeats", "eval.processes", "eval.prompt_lengths", "eval.batch_sizes", "data.train", "data.chat", "data.weights", "data.packing"}
+# What a score does not depend on: how surely times are known and of what, and training text.
+NO_MATTER = {
+    "eval.repeats", "eval.processes", "eval.prompt_lengths", "eval.batch_sizes", "eval.time_stages",
+    "data.train", "data.chat", "data.weights", "data.packing",
+}  # fmt: skip
+# Metric -> the flag that it is a share of.
+OPEN = {"open/kept": "right", "open/right": "right", "open/loops": "loops", "open/ended": "ended"}
 SPEEDS = {"latency_ms_p50": "a further token", "ttft_ms_p50": "the first token"}
 
 
@@ -65,6 +74,9 @@ def check_same_settings(runs: Sequence[Run]) -> None:
 
     held = all("digests" in run.info for run in runs)  # then files count by what they hold, not by their names
     idle = NO_MATTER | ({"eval.data_dir", "data.heldout"} if held else set())
+    prompts = {run.info.get("digests", {}).get("the open prompts") for run in runs}
+    if len(prompts) == 1 and None not in prompts:  # the same ones, however they were named
+        idle |= {"eval.open_prompts", "eval.open_limit"}
 
     def settings(run: Run) -> dict[str, Any]:
         own = {f"{group}.{name}": value for group in ("eval", "data") for name, value in run.info.get("config", {}).get(group, {}).items()}
@@ -85,12 +97,40 @@ def differences(first: Run, other: Run) -> list[Difference]:
     """All numbers that both final records hold, in the order of the tables, then accuracies; no times of different machines."""
     a, b, found = first.final, other.final, []
     timed = first.info.get("machine") == other.info.get("machine")
-    for name in [*COLUMN, *sorted(key for key in a["scores"] if key.startswith("kept/"))]:
+    known = first.rows(first.teacher, "open") if first.teacher else []
+    answered = open_differences(first.rows(a, "open"), other.rows(b, "open"), known)
+    asked = {one.metric: one for one in answered}
+    kept = sorted(key for key in a["scores"] if key.startswith("kept/"))
+    for name in [*COLUMN, "open/ended", *_texts(a), *kept]:
         x, y = a["scores"].get(name), b["scores"].get(name)
-        if x is None or y is None or (("_ms" in name or name == "tok_per_sec") and not timed):
-            continue
-        found.append(Difference(name, y - x, _limits(name, a, b)))
+        if name in asked:
+            found.append(asked[name])
+        elif None not in (x, y) and (timed or not ("_ms" in name or name == "tok_per_sec")):
+            found.append(Difference(name, y - x, _limits(name, a, b)))
     return found + accuracy_differences(first.rows(a, "items"), other.rows(b, "items"))
+
+
+def _texts(record: Record) -> list[str]:
+    """The figures of each held-out text, where there are several."""
+    texts = [key.partition("/")[2] for key in record["scores"] if key.startswith("kl_to_teacher/")]
+    names = ("kl_to_teacher", "top1_agree", "bits_per_byte") if len(texts) > 1 else ()
+    return [f"{name}/{text}" for name in names for text in texts]
+
+
+def open_differences(first: Items, other: Items, teacher: Items) -> list[Difference]:
+    """The shares in OPEN over the prompts that both sides answered; open/kept over those of them
+    that the teacher gets right, where they are enough."""
+    before = {row["id"]: row for row in first}
+    right = {row["id"] for row in teacher if row["right"]}
+    pairs, found = [(row, before[row["id"]]) for row in other if row["id"] in before], []
+    for metric, flag in OPEN.items():
+        some, least = pairs, 1
+        if metric == "open/kept":
+            some, least = [pair for pair in pairs if pair[0]["id"] in right], TEACHER_RIGHT
+        if len(some) >= least:
+            mine, its = (np.array([bool(pair[side][flag]) for pair in some]) for side in (0, 1))
+            found.append(Difference(metric, *difference_of_flags(mine, its)))
+    return found
 
 
 def _limits(name: str, a: Record, b: Record) -> tuple[float, float] | None:

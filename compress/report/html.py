@@ -8,16 +8,17 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from compress.report import compare, picture, records, table
+from compress.report import answers, compare, picture, records, table
 from compress.report.picture import lines_svg
 from compress.report.records import Run
-from compress.report.table import COLUMN
+from compress.report.table import COLUMN, Column
 
 
 def write_html(runs: list[Run], out: Path, speeds: Sequence[str] = ()) -> None:
@@ -25,10 +26,13 @@ def write_html(runs: list[Run], out: Path, speeds: Sequence[str] = ()) -> None:
     page = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page.globals.update(compare=compare, picture=picture, records=records, table=table, summary=_summary, times=_times, training=_training)
+    page.globals.update(answers=answers, compare=compare, picture=picture)
+    page.globals.update(records=records, table=table)
+    page.globals.update(closeness=_closeness, summary=_summary, times=_times, training=_training)
     page.filters.update(family=picture.family, pretty=lambda config: json.dumps(config, indent=2, ensure_ascii=False))
     page.tests["finite"] = lambda value: isinstance(value, int | float) and math.isfinite(value)
-    Path(out).write_text(page.get_template("report.html.j2").render(runs=runs, speeds=speeds), encoding="utf-8")
+    text = page.get_template("report.html.j2").render(runs=runs, speeds=speeds)
+    Path(out).write_text(text, encoding="utf-8", errors="replace")
 
 
 def _times(info: dict[str, Any]) -> list[str]:
@@ -50,9 +54,22 @@ def _summary(run: Run) -> str:
     for key, form in (("params", "{} M parameters became {} M"), ("size_bytes", "{} MB became {} MB")):
         if COLUMN[key].value(teacher) is not None and COLUMN[key].value(final) is not None:
             said.append(form.format(COLUMN[key].text(teacher), COLUMN[key].text(final)))
+    if COLUMN["open/kept"].value(final) is not None:
+        kept = COLUMN["open/kept"].text(final)
+        said.append(f"{kept} of the teacher's right open answers are kept")
     if COLUMN["kept"].value(final) is not None:
         said.append(f"{COLUMN['kept'].text(final)} of the accuracy above chance is kept")
     return f"{'; '.join(said)} ({final['slot']})." if said else f"Last slot: {final['slot']}."
+
+
+def _closeness(run: Run) -> list[tuple[str, Column]]:
+    """The KL on each held-out text, by name, where there are several; else over all of the text."""
+    whole = COLUMN["kl_to_teacher"]
+    named = {key for record in run.records for key in record["scores"]}
+    keys = sorted(key for key in named if key.startswith("kl_to_teacher/"))
+    if len(keys) < 2:
+        return [("", whole)]
+    return [(key.partition("/")[2], replace(whole, key=key)) for key in keys]
 
 
 def _training(run: Run) -> str:

@@ -44,9 +44,11 @@ class Run:
         return next((r for r in self.records if r["slot"] == self.chosen), judged(self.records, self.info))
 
     def rows(self, record: Record, what: str) -> list[dict[str, Any]]:
-        """Rows of a record's `items` (answers) or `steps` (training curve), empty where they were not kept; of a bundle, both sides' answers."""
+        """Rows of a record's `items` (answers to tasks), `open` (answers to open prompts) or
+        `steps` (training curve), empty where they were not kept; of a bundle, both sides' answers."""
         if "judged" in self.info:
-            return _rows(self.path / ("requests.jsonl" if record["technique"] == "teacher" else "answers.jsonl")) if what == "items" else []
+            side = "teacher" if record["technique"] == "teacher" else "student"
+            return bundle_rows(self.path, side, what)
         return _rows(folder_of(self.path, record) / f"{what}.jsonl")
 
     def model(self) -> tuple[Path, str]:
@@ -60,6 +62,26 @@ class Run:
 def folder_of(run_dir: Path, record: Record) -> Path:
     """The folder NN-<slot> of a record."""
     return run_dir / f"{record.get('index', 0):02d}-{record['slot']}"
+
+
+def bundle_rows(bundle: Path, side: str, what: str) -> list[dict[str, Any]]:
+    """What a bundle's "teacher" or "student" answered, to the tasks (`items`) or the open prompts
+    (`open`), as rows of a run's folders. ValueError when they are malformed."""
+    if what == "items":
+        return _rows(bundle / ("requests.jsonl" if side == "teacher" else "answers.jsonl"))
+    if what != "open":
+        return []
+    try:
+        shared = {
+            row["id"]: {"id": row["id"], "kind": row.get("kind", "own"), "prompt": row["prompt"]}
+            for row in _rows(bundle / "open_prompts.jsonl")
+        }
+        return [shared[row["id"]] | row[side] for row in _rows(bundle / "open_answers.jsonl")]
+    except (KeyError, TypeError) as error:
+        where = "open_prompts.jsonl or open_answers.jsonl"
+        raise ValueError(
+            f"malformed {bundle}: {error} is missing in {where}; copy the bundle again"
+        ) from error
 
 
 def judged(records: Sequence[Record], info: Record) -> Record:

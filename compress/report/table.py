@@ -1,7 +1,8 @@
 """Records as tables: the terminal (rich), the README and the model card (Markdown). One list of columns serves all.
 
 A cell is a value and, in a muted second line, its difference from a reference: the teacher's record within a run, the first run's in a
-comparison. KL, agreement and accuracy kept already compare with the teacher, so they carry a difference only between runs.
+comparison; a slot has its technique or its run there. KL, agreement and accuracy kept already
+compare with the teacher, so they carry a difference only between runs.
 """
 
 import math
@@ -60,10 +61,10 @@ COLUMNS = (
     Column("kl_to_teacher", "KL to\nteacher", 4, ratio=False),
     Column("top1_agree", "top-1\nagree", 1, 100, ratio=False, suffix="%"),
     Column("bits_per_byte/heldout", "bits/\nbyte", 3, ratio=False, against_teacher=True),
-    Column("kept", "kept", 1, 100, ratio=False, suffix="%"),
-    Column("open/kept", "open\nkept", 1, 100, ratio=False, suffix="%"),
     Column("open/right", "open\nright", 1, 100, ratio=False, suffix="%"),
     Column("open/loops", "loops", 1, 100, ratio=False, suffix="%"),
+    Column("open/kept", "open\nkept", 1, 100, ratio=False, suffix="%"),
+    Column("kept", "kept", 1, 100, ratio=False, suffix="%"),
     Column("tok_per_sec", "tok/s", 1, against_teacher=True),
     Column("ttft_ms_p50", "TTFT\n(ms)", 1, against_teacher=True),
     Column("latency_ms_p50", "ms/tok\np50", 2, against_teacher=True),
@@ -115,12 +116,14 @@ def verdict_lines(records: Sequence[Record]) -> list[str]:
 
 def stage_table(records: Sequence[Record]) -> Table:
     """One row per slot, differences against the teacher."""
-    return _table("technique", [(r["slot"], r["technique"], r, teacher_of(records, r.get("runtime", "torch"))) for r in records], False)
+    teachers = [teacher_of(records, r.get("runtime", "torch")) for r in records]
+    rows = zip(records, teachers, strict=True)
+    return _table([(r["slot"], r["technique"], r, teacher) for r, teacher in rows], False)
 
 
 def compare_table(runs: Sequence[Run]) -> Table:
     """Several runs: what was asked for of each, or what ships; differences against the first."""
-    return _table("run", [(run.final["slot"], run.name, run.final, runs[0].final) for run in runs], True)
+    return _table([(run.final["slot"], run.name, run.final, runs[0].final) for run in runs], True)
 
 
 def markdown_table(records: Sequence[Record]) -> str:
@@ -139,10 +142,10 @@ def print_table(table: Table, console: Console | None = None) -> None:
     (console or Console()).print(table, soft_wrap=True)
 
 
-def _table(second: str, rows: Sequence[tuple[str, str, Record, Record | None]], between_runs: bool) -> Table:
-    """Rows of (slot, what stands in the column `second`, record, reference)."""
+def _table(rows: Sequence[tuple[str, str, Record, Record | None]], between_runs: bool) -> Table:
+    """Rows of (slot, what stands below it, record, reference)."""
     columns = columns_of([record for _, _, record, _ in rows])
-    table = Table("slot", second, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table = Table("slot", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for column in columns:
         table.add_column(column.head, justify="right")
     table.add_column("verdict")
@@ -152,5 +155,6 @@ def _table(second: str, rows: Sequence[tuple[str, str, Record, Record | None]], 
         word = standing(record)
         style = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}.get(word, "dim")
         cells.append(Text.assemble((word, style), (f"\nfront: {mark}" if mark and between_runs else "", "dim")))
-        table.add_row(Text(slot, "bold"), Text(name), *cells)
+        below = f"\n{name}" if name != slot else ""
+        table.add_row(Text.assemble((slot, "bold"), (below, "dim")), *cells)
     return table

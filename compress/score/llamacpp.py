@@ -17,7 +17,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import lru_cache
@@ -39,6 +39,13 @@ class Answer(NamedTuple):
 
     ids: list[int]
     text: str
+    ended: bool
+
+
+class Ending(NamedTuple):
+    """What a stream returns: tokens that were generated, the end token left out; whether the model ended by itself."""
+
+    tokens: int
     ended: bool
 
 
@@ -102,6 +109,10 @@ class LlamaCpp:
         """A conversation rendered for an answer by the chat template inside the file, as llama.cpp reads it. ValueError: it fails."""
         return self._post("/apply-template", {"messages": list(turns)})["prompt"]
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a rendered prompt as a deployment's server cuts it: with BOS where the file asks for it."""
+        return self._post("/tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"]
+
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
         """Greedy answers of at most `n` tokens to rendered prompts, cut into tokens by llama.cpp as in a deployment (with BOS where the file
         asks for it), decoded together: one request holds them all, so that they are batched in the same way every time."""
@@ -119,13 +130,19 @@ class LlamaCpp:
         with ThreadPoolExecutor(max(1, len(prompts))) as pool:
             return list(pool.map(one, prompts, seeds))
 
-    def stream(self, prompt: str, n: int) -> Iterator[str]:
-        """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come."""
+    def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
+        """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come. ValueError: the server refuses."""
         body = GREEDY | {"prompt": prompt, "n_predict": n, "stream": True}
+        found: dict[str, Any] = {}
         with closing(self._request("/completion", body)) as connection:
             for line in connection.getresponse():
-                if line.startswith(b"data: {"):
-                    yield json.loads(line[6:])["content"]
+                if (event := line.removeprefix(b"data: ")).startswith(b"{"):
+                    found = json.loads(event)
+                    yield found.get("content", "")
+        if "stop_type" not in found:
+            raise ValueError(f"llama.cpp with {self.gguf}: /completion refused: {found.get('error', found)}")
+        ended = found["stop_type"] == "eos"
+        return Ending(found["tokens_predicted"] - ended, ended)
 
     def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]:
         """Greedy continuation of at most `n` token ids, ended by EOS."""
@@ -143,13 +160,16 @@ class LlamaCpp:
         return [1000 * (after - before) for before, after in pairwise(times)]
 
     def close(self) -> None:
-        """Stops the server and frees the model."""
+        """Stops the server and frees the model. A server that is stopped before its loop runs would never end: its slots are asked for first."""
+        if self._server is not None:
+            with closing(self._request("/slots", method="GET")) as connection:
+                connection.getresponse().read()
         self._server = None
 
-    def _request(self, path: str, body: dict[str, Any]) -> http.client.HTTPConnection:
+    def _request(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> http.client.HTTPConnection:
         """A request that was sent. One connection each: the server drops idle ones."""
         connection = http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
         return connection
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:

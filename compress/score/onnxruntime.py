@@ -13,13 +13,13 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.score.llamacpp import Answer, maximal
+from compress.score.llamacpp import Answer, Ending, maximal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +97,10 @@ class OnnxRuntime:
         except RuntimeError as error:
             raise ValueError(f"{self.folder}: ONNX Runtime GenAI can't apply the chat template ({error}); mend it and export again") from error
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a rendered prompt by GenAI's own tokenizer."""
+        return self.tokenize(prompt)
+
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
         """Greedy answers of at most `n` tokens to rendered prompts, one by one."""
         found, ends = [], self.eos_ids()
@@ -107,10 +111,15 @@ class OnnxRuntime:
             found.append(Answer(kept, self._tokenizer.decode(kept), ended))
         return found
 
-    def stream(self, prompt: str, n: int) -> Iterator[str]:
+    def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
         """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come."""
-        pieces, ends = self._tokenizer.create_stream(), self.eos_ids()
-        yield from (pieces.decode(token) for token in self.tokens(self.tokenize(prompt), n) if token not in ends)
+        pieces, ends, count = self._tokenizer.create_stream(), self.eos_ids(), 0
+        for token in self.tokens(self.tokenize(prompt), n):
+            if token in ends:
+                return Ending(count, True)
+            count += 1
+            yield pieces.decode(token)
+        return Ending(count, False)
 
     def tensors(self) -> dict[str, Tensor]:
         """HF state-dict name -> fp32 tensor, decoded from the file."""

@@ -22,6 +22,8 @@ Beside the teacher, on the same prompts, paired:
     open/plausible     nats a token by which the teacher finds the model's answers less likely than its own, the mean over prompts of
                        (log p_T(own) / tokens - log p_T(answer) / tokens), on the fixed quarter; Student's interval. About 0: it says what
                        its teacher would. An answer's end counts as a token where it ended
+    open/form_differing   share of the prompts that reach the model as other token ids than its teacher: a template that lost
+                       something, a doubled BOS, another tokenizer. Exact, no interval
     open/choice_gap    accuracy of picking the right one of four minus open/right, on the facts that can be asked in both forms: how much
                        the likelihood form flatters
 
@@ -46,6 +48,7 @@ from compress.checkpoint import Model
 from compress.errors import nearest
 from compress.score.paired import bootstrap, cells, interval, ratio_interval
 from compress.score.talk import has_template, open_speaker, prompts_of
+from compress.store import sha256_json
 from compress.train.repetition import loops
 
 ANSWER_TOKENS = 64
@@ -75,8 +78,8 @@ class Prompt:
     @property
     def in_quarter(self) -> bool:
         """Whether it is in the fixed quarter: the number that its id ends in is divisible by 4."""
-        number = re.search(r"(\d+)$", self.id)
-        return bool(number) and int(number[1]) % 4 == 0
+        number = re.search(r"\d+$", self.id)
+        return number is not None and int(number[0]) % 4 == 0
 
     def is_right(self, answer: str) -> bool:
         """Whether every check holds. TimeoutError when the pattern runs away."""
@@ -88,7 +91,9 @@ class Prompt:
             return False
         if self.exact and _bare(text) not in [_bare(form) for form in self.exact]:
             return False
-        return not self.pattern or bool(regex.search(self.pattern, text, FLAGS, timeout=PATTERN_SECONDS))
+        return not self.pattern or bool(
+            regex.search(self.pattern, text, FLAGS, timeout=PATTERN_SECONDS)
+        )
 
 
 def _has_word(text: str, word: str) -> bool:
@@ -105,16 +110,22 @@ def read_prompts(file: Path) -> list[Prompt]:
     """The prompts of a JSON Lines file. ValueError naming file, line and key: not JSON, a key that is unknown or of the wrong type, no
     check, an id twice, a pattern that does not compile or runs away on a short text."""
     if not file.is_file():
-        raise ValueError(f"eval.open_prompts: {file} does not exist; name a JSON Lines file with `prompt` and one of {', '.join(CHECKS)} a line")
+        raise ValueError(
+            f"eval.open_prompts: {file} does not exist; name a JSON Lines file with `prompt` and one of {', '.join(CHECKS)} a line"
+        )
     prompts: list[Prompt] = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             prompts.append(_prompt(line, f"{file}, line {number}", number))
     if not prompts:
-        raise ValueError(f"{file} holds no prompt; write one JSON object a line with `prompt` and one of {', '.join(CHECKS)}")
+        raise ValueError(
+            f"{file} holds no prompt; write one JSON object a line with `prompt` and one of {', '.join(CHECKS)}"
+        )
     ids = [prompt.id for prompt in prompts]
     if twice := sorted({name for name in ids if ids.count(name) > 1}):
-        raise ValueError(f"{file}: the id {twice[0]!r} is there twice; give each prompt one of its own")
+        raise ValueError(
+            f"{file}: the id {twice[0]!r} is there twice; give each prompt one of its own"
+        )
     return prompts
 
 
@@ -123,8 +134,14 @@ def _prompt(line: str, where: str, number: int) -> Prompt:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}); one JSON object a line is needed") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise ValueError(
+            f"{where} is not JSON ({error}); one JSON object a line is needed"
+        ) from error
+    if (
+        not isinstance(row, dict)
+        or not isinstance(row.get("prompt"), str)
+        or not row["prompt"].strip()
+    ):
         raise ValueError(f"{where}: `prompt` must be a text that is not empty")
     if unknown := sorted(row.keys() - set(KEYS)):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; {nearest(unknown[0], KEYS)}")
@@ -134,18 +151,36 @@ def _prompt(line: str, where: str, number: int) -> Prompt:
             row[name] = [row[name]]
     prompt = Prompt(**row)
     groups = [member if isinstance(member, list) else [member] for member in prompt.must_contain]
-    strings = [word for group in groups for word in group] + [*prompt.must_not_contain, *prompt.exact, prompt.pattern, prompt.kind]
-    if not all(isinstance(word, str) for word in strings) or not all(groups) or "" in strings[: -2]:
+    strings = [word for group in groups for word in group] + [
+        *prompt.must_not_contain,
+        *prompt.exact,
+        prompt.pattern,
+        prompt.kind,
+    ]
+    if not all(isinstance(word, str) for word in strings) or not all(groups) or "" in strings[:-2]:
         raise ValueError(f"{where}: checks are texts or lists of texts, none of them empty")
     if not (prompt.must_contain or prompt.pattern or prompt.exact):
-        raise ValueError(f"{where}: nothing says which answer is right; give must_contain, pattern or exact")
+        raise ValueError(
+            f"{where}: nothing says which answer is right; give must_contain, pattern or exact"
+        )
     try:
-        for text in (prompt.prompt, prompt.prompt * 20, "a" * 2000, "1" * 2000, " " * 2000, "a b" * 700 + "!"):
+        for text in (
+            prompt.prompt,
+            prompt.prompt * 20,
+            "a" * 2000,
+            "1" * 2000,
+            " " * 2000,
+            "a b" * 700 + "!",
+        ):
             prompt.is_right(text)
     except (regex.error, re.error) as error:
-        raise ValueError(f"{where}: pattern {prompt.pattern!r} does not compile ({error})") from error
+        raise ValueError(
+            f"{where}: pattern {prompt.pattern!r} does not compile ({error})"
+        ) from error
     except TimeoutError as error:
-        raise ValueError(f"{where}: pattern {prompt.pattern!r} runs away; take nested repeats such as (a+)+ out of it") from error
+        raise ValueError(
+            f"{where}: pattern {prompt.pattern!r} runs away; take nested repeats such as (a+)+ out of it"
+        ) from error
     return prompt
 
 
@@ -154,31 +189,50 @@ def embedded_file() -> Path:
     return configs_dir() / "open" / "prompts.jsonl"
 
 
-def prompts_of_eval(open_prompts: Sequence[str], data_dir: str | None, limit: int | None) -> list[Prompt]:
+def prompts_of_eval(
+    open_prompts: Sequence[str], data_dir: str | None, limit: int | None
+) -> list[Prompt]:
     """The prompts that `eval.open_prompts` names, up to `limit` of each: "embedded", a file, or a file's name below `data_dir`.
     ValueError as `read_prompts`, and when two files give one id."""
     found: dict[str, Prompt] = {}
     for name in open_prompts:
         near = Path(data_dir).expanduser() / "open" / f"{name}.jsonl" if data_dir else Path(name)
-        file = embedded_file() if name == "embedded" else near if near.is_file() else Path(name).expanduser()
+        file = (
+            embedded_file()
+            if name == "embedded"
+            else near
+            if near.is_file()
+            else Path(name).expanduser()
+        )
         for prompt in read_prompts(file)[:limit]:
             if prompt.id in found:
-                raise ValueError(f"{file}: the id {prompt.id!r} is in another file of eval.open_prompts too; give each prompt one of its own")
+                raise ValueError(
+                    f"{file}: the id {prompt.id!r} is in another file of eval.open_prompts too; give each prompt one of its own"
+                )
             found[prompt.id] = prompt
     return list(found.values())
 
 
 def answered(model: Model, prompts: Sequence[Prompt], threads: int) -> list[dict[str, Any]]:
-    """What a model says to each prompt, as rows {id, kind, prompt, answer, ids, ended, loops, right}. ValueError when it can't be asked.
+    """What a model says to each prompt, as rows {id, kind, prompt, form, answer, ids, ended, loops,
+    right}; `form` names the prompt's token ids. ValueError when it can't be asked.
 
     A pattern that runs away on an answer makes it not right; such rows say `timed_out`.
     """
     with open_speaker(model, threads) as speaker:
         texts = prompts_of(speaker, [prompt.prompt for prompt in prompts], has_template(model))
+        forms = [sha256_json(speaker.prompt_ids(text))[:16] for text in texts]
         said = speaker.answers(texts, ANSWER_TOKENS)
     rows = []
-    for prompt, answer in zip(prompts, said, strict=True):
-        row: dict[str, Any] = {"id": prompt.id, "kind": prompt.kind, "prompt": prompt.prompt, "answer": answer.text, "ids": answer.ids}
+    for prompt, form, answer in zip(prompts, forms, said, strict=True):
+        row: dict[str, Any] = {
+            "id": prompt.id,
+            "kind": prompt.kind,
+            "prompt": prompt.prompt,
+            "form": form,
+            "answer": answer.text,
+            "ids": answer.ids,
+        }
         row |= {"ended": answer.ended, "loops": loops(answer.text), "right": False}
         try:
             row["right"] = prompt.is_right(answer.text)
@@ -188,13 +242,17 @@ def answered(model: Model, prompts: Sequence[Prompt], threads: int) -> list[dict
     return rows
 
 
-def choice_gap(picked: Mapping[str, bool], answers: Answers) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+def choice_gap(
+    picked: Mapping[str, bool], answers: Answers
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """open/choice_gap of one model: `picked` says by id whether it chose the right one of four; with the paired interval."""
     by_id = {row["id"]: bool(row["right"]) for row in answers}
     both = [name for name in picked if name in by_id]
     if not both:
         return {}, {}
-    value, spread = difference_of_flags(np.array([picked[name] for name in both]), np.array([by_id[name] for name in both]))
+    value, spread = difference_of_flags(
+        np.array([picked[name] for name in both]), np.array([by_id[name] for name in both])
+    )
     return {"open/choice_gap": value}, {"open/choice_gap": spread}
 
 
@@ -217,12 +275,20 @@ def own_scores(answers: Answers) -> tuple[dict[str, float], dict[str, tuple[floa
     return scores, spread
 
 
-def beside_teacher(answers: Answers, teacher: Answers) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+def beside_teacher(
+    answers: Answers, teacher: Answers
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """open/kept, open/loops_gained, open/ended_lost of a model's answers beside its teacher's, and n/open_kept, what the teacher gets right.
     ValueError when a prompt was put to the model alone."""
     by_id = {row["id"]: row for row in teacher}
-    if lacking := [row["id"] for row in answers if row["id"] not in by_id or by_id[row["id"]]["prompt"] != row["prompt"]]:
-        raise ValueError(f"open prompts {lacking[:3]} were put to one of the models only; score both with the same eval.open_prompts")
+    if lacking := [
+        row["id"]
+        for row in answers
+        if row["id"] not in by_id or by_id[row["id"]]["prompt"] != row["prompt"]
+    ]:
+        raise ValueError(
+            f"open prompts {lacking[:3]} were put to one of the models only; score both with the same eval.open_prompts"
+        )
     pairs = [(row, by_id[row["id"]]) for row in answers]
     known = [mine for mine, its in pairs if its["right"]]
     scores: dict[str, float] = {"n/open_kept": len(known)}
@@ -230,10 +296,19 @@ def beside_teacher(answers: Answers, teacher: Answers) -> tuple[dict[str, float]
     if len(known) >= TEACHER_RIGHT:
         both = sum(row["right"] for row in known)
         scores["open/kept"], spread["open/kept"] = both / len(known), _jeffreys(both, len(known))
-    loops_mine, loops_its = (np.array([bool(pair[side]["loops"]) for pair in pairs]) for side in (0, 1))
-    scores["open/loops_gained"], spread["open/loops_gained"] = difference_of_flags(loops_mine, loops_its)
-    ended_mine, ended_its = (np.array([bool(pair[side]["ended"]) for pair in pairs]) for side in (0, 1))
-    scores["open/ended_lost"], spread["open/ended_lost"] = difference_of_flags(ended_its, ended_mine)
+    scores["open/form_differing"] = sum(mine["form"] != its["form"] for mine, its in pairs) / len(pairs)
+    loops_mine, loops_its = (
+        np.array([bool(pair[side]["loops"]) for pair in pairs]) for side in (0, 1)
+    )
+    scores["open/loops_gained"], spread["open/loops_gained"] = difference_of_flags(
+        loops_mine, loops_its
+    )
+    ended_mine, ended_its = (
+        np.array([bool(pair[side]["ended"]) for pair in pairs]) for side in (0, 1)
+    )
+    scores["open/ended_lost"], spread["open/ended_lost"] = difference_of_flags(
+        ended_its, ended_mine
+    )
     return scores, spread
 
 
@@ -256,17 +331,30 @@ def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> di
         if row["id"] not in by_id or not Prompt(row["id"], row["prompt"]).in_quarter:
             continue
         turns = [{"role": "user", "content": row["prompt"]}]
-        context = prompt_ids(tokenizer, turns) if tokenizer.chat_template else tokenizer(row["prompt"] + "\n")["input_ids"]
+        context = (
+            prompt_ids(tokenizer, turns)
+            if tokenizer.chat_template
+            else tokenizer(row["prompt"] + "\n")["input_ids"]
+        )
         for side in (by_id[row["id"]], row):
             ids = tokenizer(side["answer"], add_special_tokens=False, verbose=False)["input_ids"]
             ids += [tokenizer.eos_token_id] * side["ended"]
             requests.append((("", ""), context, ids))
         owners.append(row["id"])
-    pairs = [pair for pair in zip(requests[::2], requests[1::2], strict=True) if pair[0][2] and pair[1][2]]
+    pairs = [
+        pair
+        for pair in zip(requests[::2], requests[1::2], strict=True)
+        if pair[0][2] and pair[1][2]
+    ]
     if len(pairs) < 2:
         return {}
-    found = lm._loglikelihood_tokens([request for pair in pairs for request in pair], disable_tqdm=True)
-    means = [logprob / len(request[2]) for (logprob, _), request in zip(found, [r for pair in pairs for r in pair], strict=True)]
+    found = lm._loglikelihood_tokens(
+        [request for pair in pairs for request in pair], disable_tqdm=True
+    )
+    means = [
+        logprob / len(request[2])
+        for (logprob, _), request in zip(found, [r for pair in pairs for r in pair], strict=True)
+    ]
     lost = [own - mine for own, mine in zip(means[::2], means[1::2], strict=True)]
     return {"value": math.fsum(lost) / len(lost), "interval": ratio_interval(lost, least=-math.inf)}
 
@@ -283,7 +371,15 @@ def worst_first(answers: Answers, teacher: Answers) -> list[dict[str, Any]]:
                 "id": row["id"], "kind": row["kind"], "prompt": row["prompt"], "teacher": its["answer"], "student": row["answer"],
                 "teacher_right": its["right"], "right": row["right"], "loops": row["loops"], "ended": row["ended"],
             })  # fmt: skip
-    return sorted(rows, key=lambda r: (-(r["teacher_right"] and not r["right"]) * (1 + r["loops"]), -r["loops"], r["right"], r["id"]))
+    return sorted(
+        rows,
+        key=lambda r: (
+            -(r["teacher_right"] and not r["right"]) * (1 + r["loops"]),
+            -r["loops"],
+            r["right"],
+            r["id"],
+        ),
+    )
 
 
 def as_row(prompt: Prompt) -> dict[str, Any]:

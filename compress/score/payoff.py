@@ -36,7 +36,9 @@ class Change(NamedTuple):
         return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference"
 
     def __str__(self) -> str:
-        spread = f"95% interval {_signed(self.metric, self.low)} to {_signed(self.metric, self.high)}"
+        spread = (
+            f"95% interval {_signed(self.metric, self.low)} to {_signed(self.metric, self.high)}"
+        )
         return f"{self.metric} {self.word} ({_signed(self.metric, self.gain)}, {spread})"
 
 
@@ -51,15 +53,29 @@ def changes(student: Any, parent: Any, student_rows: Mapping[str, Any], parent_r
     `student`, `parent`, `teacher`: `Measured`; the rows: of `Paired.rows` beside the teacher.
     """
     named = [name for name in metrics if _is_quality(name)] or list(DEFAULT)
-    found = [_change(name, student, parent, student_rows, parent_rows, teacher) for name in dict.fromkeys(named)]
+    found = [
+        _change(name, student, parent, student_rows, parent_rows, teacher)
+        for name in dict.fromkeys(named)
+    ]
     return [change for change in found if change is not None]
 
 
 def _is_quality(metric: str) -> bool:
-    return metric.startswith("open/") or is_accuracy(metric) or (is_heldout(metric) and not metric.startswith("kl_to_parent"))
+    return (
+        metric.startswith("open/")
+        or is_accuracy(metric)
+        or (is_heldout(metric) and not metric.startswith("kl_to_parent"))
+    )
 
 
-def _change(metric: str, student: Any, parent: Any, student_rows: Mapping[str, Any], parent_rows: Mapping[str, Any], teacher: Any) -> Change | None:
+def _change(
+    metric: str,
+    student: Any,
+    parent: Any,
+    student_rows: Mapping[str, Any],
+    parent_rows: Mapping[str, Any],
+    teacher: Any,
+) -> Change | None:
     sign = -1.0 if metric.partition("/")[0] in LESS_IS_BETTER or metric in LESS_IS_BETTER else 1.0
     if metric.startswith("open/"):
         gain, spread = _answers_gained(metric, student.answers, parent.answers, teacher.answers)
@@ -80,8 +96,9 @@ def _change(metric: str, student: Any, parent: Any, student_rows: Mapping[str, A
         if mine is None or its is None or mine[1:] != its[1:]:
             return None
         lost = (np.asarray(mine[0]) - np.asarray(its[0])).tolist()
-        low, high = ratio_interval(lost, *mine[1:], least=-np.inf)
-        gain, spread = sum(lost) / (sum(mine[1]) if mine[1:] else len(lost)), (low, high)
+        weights = mine[1] if len(mine) > 1 else None
+        spread = ratio_interval(lost, weights, least=-np.inf)
+        gain = sum(lost) / (sum(weights) if weights else len(lost))
     low, high = sorted(sign * end for end in spread)
     return Change(metric, sign * gain, low, high)
 
@@ -92,7 +109,11 @@ def _answers_gained(metric: str, student: Any, parent: Any, teacher: Any) -> tup
             "open/ended": "ended", "open/ended_lost": "ended"}.get(metric)  # fmt: skip
     its = {row["id"]: row for row in parent}
     right = {row["id"] for row in teacher if row["right"]} if metric == "open/kept" else its.keys()
-    both = [(bool(row[flag]), bool(its[row["id"]][flag])) for row in student if flag and row["id"] in its and row["id"] in right]
+    both = [
+        (bool(row[flag]), bool(its[row["id"]][flag]))
+        for row in student
+        if flag and row["id"] in its and row["id"] in right
+    ]
     if not both:
         return None, None
     return difference_of_flags(*(np.array(column) for column in zip(*both, strict=True)))

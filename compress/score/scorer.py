@@ -186,7 +186,8 @@ class Scorer:
             return {}
         if not path.is_file():
             tokenizer = load_tokenizer(teacher.model.path)
-            lm = torch_lm(load_model(teacher.model.path).to(best_device()), tokenizer, self.settings.batch_size)
+            loaded: Any = load_model(teacher.model.path)
+            lm = torch_lm(loaded.to(best_device()), tokenizer, self.settings.batch_size)
             write_json(path, plausible(student.answers, teacher.answers, lm, tokenizer))
         return json.loads(path.read_text())
 
@@ -222,7 +223,7 @@ class Scorer:
 
         # Bits per byte of each held-out text, and of all.
         for name, part in {"heldout": slice(None), **self.texts}.items():
-            bits, count = bits_S[part], bytes_S[part]
+            bits, count = bits_S[part], [float(b) for b in bytes_S[part]]
             scores |= {f"bits_per_byte/{name}": sum(bits) / sum(count), f"heldout_rows/{name}": len(bits)}
             rows[f"bits_per_byte/{name}"], intervals[f"bits_per_byte/{name}"] = [bits, count], ratio_interval(bits, count)
 

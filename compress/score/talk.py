@@ -8,18 +8,18 @@ llama.cpp and ONNX Runtime speak in score/llamacpp.py and score/onnxruntime.py; 
 Legend: B prompts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from more_itertools import chunked
 
 from compress.checkpoint import Model, best_device, load_model, load_tokenizer
-from compress.score.llamacpp import Answer, LlamaCpp
+from compress.score.llamacpp import Answer, Ending, LlamaCpp
 from compress.score.onnxruntime import OnnxRuntime
 from compress.train.forward import use_cpu_kernels
 
@@ -32,19 +32,30 @@ class Speaker(Protocol):
     """A model in its runtime. `chat_prompt` renders turns {"role", "content"} for an answer; ValueError where its template fails."""
 
     def chat_prompt(self, turns: Turns) -> str: ...
-    def answers(self, prompts: Sequence[str], n: int) -> list[Answer]: ...  # greedy, at most n tokens each
-    def stream(self, prompt: str, n: int) -> Iterator[str]: ...  # pieces of one greedy answer
+    def prompt_ids(self, prompt: str) -> list[int]: ...  # what the model sees
+    def answers(
+        self, prompts: Sequence[str], n: int
+    ) -> list[Answer]: ...  # greedy, at most n tokens each
+    def stream(
+        self, prompt: str, n: int
+    ) -> Generator[str, None, Ending]: ...  # pieces of one greedy answer
     def close(self) -> None: ...
 
 
 def rendered(tokenizer: Any, turns: Turns, where: Path) -> str:
     """Turns as an HF tokenizer's chat template renders them for an answer. ValueError when it fails or renders nothing of what was said."""
     try:
-        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: its chat template fails ({error}); mend chat_template in the tokenizer's files") from error
+        text = tokenizer.apply_chat_template(
+            list(turns), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ValueError(
+            f"{where}: its chat template fails ({error}); mend chat_template in the tokenizer's files"
+        ) from error
     if turns[-1]["content"].strip() not in text:
-        raise ValueError(f"{where}: its chat template drops what the user says; mend chat_template in the tokenizer's files")
+        raise ValueError(
+            f"{where}: its chat template drops what the user says; mend chat_template in the tokenizer's files"
+        )
     return text
 
 
@@ -55,19 +66,22 @@ class TorchSpeaker:
         self.path = path
         self.tokenizer: Any = load_tokenizer(path)
         self.tokenizer.padding_side = "left"
-        self.model: Any = load_model(path).to(best_device())
+        model: Any = load_model(path)
+        self.model: Any = model.to(best_device())
         use_cpu_kernels(self.model)
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends]) - {None}
         if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
+            self.tokenizer.pad_token = (
+                self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
+            )
 
     def chat_prompt(self, turns: Turns) -> str:
         return rendered(self.tokenizer, turns, self.path)
 
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
         """In batches of TOGETHER, the longest first, padded on the left."""
-        ids_B = [self._ids(prompt) for prompt in prompts]
+        ids_B = [self.prompt_ids(prompt) for prompt in prompts]
         order = sorted(range(len(ids_B)), key=lambda i: -len(ids_B[i]))
         found: dict[int, Answer] = {}
         for some in chunked(order, TOGETHER):
@@ -76,31 +90,53 @@ class TorchSpeaker:
                 found[i] = self._answer(row)
         return [found[i] for i in range(len(prompts))]
 
-    def stream(self, prompt: str, n: int) -> Iterator[str]:
-        """By transformers' own streamer; the model runs in a thread of its own."""
+    def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
+        """By transformers' own streamer; the model runs in a thread of its own, which stops when the stream is closed."""
         from transformers import TextIteratorStreamer
 
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        batch = self.tokenizer.pad({"input_ids": [self._ids(prompt)]}, return_tensors="pt")
+        streamer, closed = (
+            TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            Event(),
+        )
+        batch = self.tokenizer.pad({"input_ids": [self.prompt_ids(prompt)]}, return_tensors="pt")
+        stop = [
+            lambda ids_BL, scores, **_: torch.full(
+                ids_BL.shape[:1], closed.is_set(), device=ids_BL.device
+            )
+        ]
         with ThreadPoolExecutor(1) as pool:
-            done = pool.submit(self._generate, batch, n, streamer=streamer)
-            done.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))  # also when it failed
-            yield from (piece for piece in streamer if piece)
-            done.result()
+            done = pool.submit(self._generate, batch, n, streamer=streamer, stopping_criteria=stop)
+            done.add_done_callback(
+                lambda _: streamer.text_queue.put(streamer.stop_signal)
+            )  # also when it failed
+            try:
+                yield from (piece for piece in streamer if piece)
+            finally:
+                closed.set()
+            answer = self._answer(done.result()[0])
+        return Ending(len(answer.ids), answer.ended)
 
     def close(self) -> None:
         self.model = None
 
-    def _ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, text: str) -> list[int]:
         """Token ids of a rendered prompt; a chat template writes its own BOS."""
-        return self.tokenizer(prompt, add_special_tokens=not self.tokenizer.chat_template, verbose=False)["input_ids"]
+        return self.tokenizer(
+            text, add_special_tokens=not self.tokenizer.chat_template, verbose=False
+        )["input_ids"]
 
     @torch.inference_mode()
     def _generate(self, batch: Any, n: int, **how: Any) -> list[list[int]]:
         """Token ids behind each prompt of a padded batch."""
         batch = batch.to(self.model.device)
         length = batch["input_ids"].shape[1]
-        plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": self.tokenizer.pad_token_id}
+        plain = {
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
         out = self.model.generate(**batch, max_new_tokens=n, max_length=None, **plain, **how)
         return out[:, length:].tolist()
 
@@ -111,16 +147,22 @@ class TorchSpeaker:
         return Answer(ids, self.tokenizer.decode(ids, skip_special_tokens=True), end is not None)
 
 
-SPEAKERS: dict[str, Callable[[Path, int], Speaker]] = {
-    "torch": lambda path, threads: TorchSpeaker(path),
-    "llama.cpp": lambda path, threads: LlamaCpp(path, threads, CONTEXT_TOKENS, TOGETHER, embedding=False),
-    "onnxruntime": lambda path, threads: OnnxRuntime(path, threads, CONTEXT_TOKENS),
+SPEAKERS: dict[str, Callable[[Path, int, int, int], Speaker]] = {
+    "torch": lambda path, threads, context, together: TorchSpeaker(path),
+    "llama.cpp": lambda path, threads, context, together: LlamaCpp(
+        path, threads, context, together, embedding=False
+    ),
+    "onnxruntime": lambda path, threads, context, together: OnnxRuntime(path, threads, context),
 }
 
 
-def open_speaker(model: Model, threads: int) -> AbstractContextManager[Speaker]:
-    """A model in its own runtime, closed at the end of a `with` block. ValueError when the runtime can't load it."""
-    return closing(SPEAKERS[model.runtime](model.path, threads))
+def open_speaker(
+    model: Model, threads: int, context: int = CONTEXT_TOKENS, together: int = TOGETHER
+) -> AbstractContextManager[Speaker]:
+    """A model in its own runtime for `together` questions of `context` tokens with their answers, closed at the end of a `with` block.
+
+    ValueError when the runtime can't load it."""
+    return closing(SPEAKERS[model.runtime](model.path, threads, context, together))
 
 
 def has_template(model: Model) -> bool:

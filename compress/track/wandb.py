@@ -1,7 +1,8 @@
 """Weights & Biases, offline unless there is an account: `wandb sync RUN/wandb/offline-run-*` uploads later.
 
 Group = the run's name, job type = the slot, one W&B run per stage, opened when the stage's record exists and closed at once. History:
-`train/*` over `train/step`, the table `flips` of answers that changed, then one row of `score/*` and `stage/*`. Summary: `verdict` and one
+`train/*` over `train/step`, the tables `flips` of answers that changed and `open` of what was said
+to open prompts, then one row of `score/*` and `stage/*`. Summary: `verdict` and one
 `verdict/<limit>` with its sentence. Weights are reference artifacts: a path and checksums, never a copy, with their parent's digest.
 W&B would by itself collect sys.argv, the list of packages, the git remote (which can hold a token), the source file, the machine and
 the console. Secrets live there, so all of it is off.
@@ -20,8 +21,11 @@ from requests.utils import get_netrc_auth
 
 from compress.report.compare import Flip, flips
 from compress.report.records import Record, folder_of, load_run, worst
+from compress.score.open import worst_first
 from compress.track import Tracker
 
+# Columns of the table `open`.
+OPEN = ("id", "kind", "prompt", "teacher", "student", "teacher_right", "right", "loops", "ended")
 SECONDS_TO_CONNECT, SECONDS_TO_UPLOAD = 20, 30  # after that the tracker is given up, not the run
 
 
@@ -55,6 +59,10 @@ class Wandb(Tracker):
                 run.log({f"train/{key}": value for key, value in row.items()})
             if whole.teacher and (changed := flips(whole.rows(whole.teacher, "items"), whole.rows(record, "items"))):
                 run.log({"flips": wandb.Table(list(Flip._fields), [list(flip) for flip in changed])})
+            teacher_said = whole.rows(whole.teacher, "open") if whole.teacher else []
+            if said := worst_first(whole.rows(record, "open"), teacher_said):
+                rows = [[row[key] for key in OPEN] for row in said]
+                run.log({"open": wandb.Table(list(OPEN), rows)})
             named = {"score/{}": record["scores"], "stage/{}": record.get("metrics", {}), "stage/{}_seconds": record.get("seconds", {})}
             run.log({form.format(key): value for form, values in named.items() for key, value in values.items()})
             run.summary["verdict"] = worst([record]) or "none enforced"

@@ -145,7 +145,8 @@ def _probabilities(q_BHLD: Tensor, k_BKLD: Tensor, mask: Tensor | None, scale: f
         if mask is None:
             by_head[..., start:].add_(torch.full((end - start, end - start), -torch.inf, dtype=scores.dtype).triu_(1))
         else:
-            by_head.masked_fill_(~mask[:, :, part, :end], -torch.inf)
+            # The least number, not -inf: a query that sees nothing, as padding on the left, must not become NaN, which spreads to all others.
+            by_head.masked_fill_(~mask[:, :, part, :end], torch.finfo(scores.dtype).min)
         yield part, end, scores.softmax(-1), q
 
 
@@ -201,7 +202,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 def use_cpu_kernels(model: Any) -> None:
     """Let a transformers model, peft-wrapped or not, compute this way where it can; the choice is not saved with the model.
 
-    Rows of an attention mask must keep at least one key. What does not use torch's attention, or another norm than Llama's, keeps its own.
+    What does not use torch's attention, or another norm than Llama's, keeps its own.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

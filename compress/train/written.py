@@ -8,9 +8,10 @@ generated:COUNTxTOKENS:nothing   An instruct teacher gets nothing but the start 
                                  itself a small teacher mostly plans trips and launches products, so OPENED of the conversations begin
                                  with one to five given words (`configs/conversations/openings.txt`). A base model writes from BOS.
 
-It samples from the TOP_P nucleus (arXiv 1904.09751): plain text at temperature 1, questions at QUESTION_TEMPERATURE, above which a small
-teacher asks for things that are not, answers at ANSWER_TEMPERATURE, near what it says when asked. Of the conversations out of nothing those are kept that ended by themselves, do not loop, are not too short,
-resemble no earlier question and share no phrase with what students are evaluated on (`Filter`).
+It samples from the TOP_P nucleus (arXiv 1904.09751): plain text at temperature 1, questions at
+QUESTION_TEMPERATURE, above which a small teacher asks for things that do not exist, answers at ANSWER_TEMPERATURE,
+near what it says when asked. Of the conversations out of nothing those are kept that ended by themselves, do not loop,
+are not too short, resemble no earlier question and share no phrase with what students are evaluated on (`Filter`).
 
 What is written is kept in the store, piece by piece, so that an interrupted run goes on where it stopped; every conversation has a seed
 of its own, which its row names. llama.cpp writes on a CPU, from a Q8_0 file of the teacher; vLLM on a GPU where it is installed, else
@@ -25,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -45,9 +46,9 @@ Log = Callable[[str], None]
 
 PROMPT_TOKENS = 32  # of a plain document, which the teacher continues
 TOP_P, TOP_K = 0.95, 50
-QUESTION_TEMPERATURE, ANSWER_TEMPERATURE = 0.8, 0.5
+QUESTION_TEMPERATURE, ANSWER_TEMPERATURE = 0.7, 0.4
 QUESTION_TOKENS = 64
-OPENED = 0.85  # share of the conversations out of nothing that begin with given words
+OPENED = 0.9  # share of the conversations out of nothing that begin with given words
 SECOND_TURN = 0.2  # share of them with a second question
 AT_ONCE = {"transformers": 16, "vllm": 512, "llama.cpp": 384}  # documents of a piece
 SLOTS = 96  # conversations that llama.cpp decodes together: 340 tokens/s on two cores, 290 with 48
@@ -70,7 +71,9 @@ class Author(Protocol):
 
     slots: int
 
-    def write(self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]) -> list[Said]: ...
+    def write(
+        self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[Said]: ...
     def close(self) -> None: ...
 
 
@@ -83,20 +86,35 @@ class TransformersAuthor:
         self.tokenizer: Any = load_tokenizer(teacher)
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model: Any = load_model(teacher, torch.bfloat16 if fast_dtype() == "bf16" else torch.float32)
-        self.model.to(best_device())
+        self.model: Any = load_model(
+            teacher, torch.bfloat16 if fast_dtype() == "bf16" else torch.float32
+        )
+        self.model = self.model.to(best_device())
 
     @torch.inference_mode()
-    def write(self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]) -> list[Said]:
+    def write(
+        self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[Said]:
         torch.manual_seed(seeds[0])
         pad = self.tokenizer.pad_token_id
-        batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
-        how = {"do_sample": True, "top_p": TOP_P, "top_k": TOP_K, "temperature": temperature, "pad_token_id": pad}
+        batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(
+            self.model.device
+        )
+        how = {
+            "do_sample": True,
+            "top_p": TOP_P,
+            "top_k": TOP_K,
+            "temperature": temperature,
+            "pad_token_id": pad,
+        }
         out = self.model.generate(**batch, max_new_tokens=tokens, **how)
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
         rows = out[:, batch["input_ids"].shape[1] :].tolist()
-        return [Said(self.tokenizer.decode(row, skip_special_tokens=True), bool(ends & set(row))) for row in rows]
+        return [
+            Said(self.tokenizer.decode(row, skip_special_tokens=True), bool(ends & set(row)))
+            for row in rows
+        ]
 
     def close(self) -> None:
         self.model = None
@@ -113,14 +131,24 @@ class VllmAuthor:
         self.tokenizer: Any = load_tokenizer(teacher)
         self.engine: Any = LLM(str(teacher), dtype="bfloat16")
 
-    def write(self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]) -> list[Said]:
+    def write(
+        self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[Said]:
         from vllm import SamplingParams
 
         how = {"temperature": temperature, "top_p": TOP_P, "top_k": TOP_K, "max_tokens": tokens}
         each = [SamplingParams(seed=seed, **how) for seed in seeds]
-        done = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], each, use_tqdm=False)
-        texts = [self.tokenizer.decode(one.outputs[0].token_ids, skip_special_tokens=True) for one in done]
-        return [Said(text, one.outputs[0].finish_reason == "stop") for text, one in zip(texts, done, strict=True)]
+        done = self.engine.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], each, use_tqdm=False
+        )
+        texts = [
+            self.tokenizer.decode(one.outputs[0].token_ids, skip_special_tokens=True)
+            for one in done
+        ]
+        return [
+            Said(text, one.outputs[0].finish_reason == "stop")
+            for text, one in zip(texts, done, strict=True)
+        ]
 
     def close(self) -> None:
         self.engine = None
@@ -138,10 +166,16 @@ class LlamaCppAuthor:
         file = folder / f"author-{digest(teacher)[:32]}.gguf"
         if not file.is_file():
             export_gguf(teacher, file, "Q8_0")
-        self.server = LlamaCpp(file, machine.available_threads(), CONTEXT_TOKENS, SLOTS, embedding=False)
+        self.server = LlamaCpp(
+            file, machine.available_threads(), CONTEXT_TOKENS, SLOTS, embedding=False
+        )
 
-    def write(self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]) -> list[Said]:
-        answers = self.server.sample(prompts, tokens, seeds, temperature=temperature, top_p=TOP_P, top_k=TOP_K)
+    def write(
+        self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[Said]:
+        answers = self.server.sample(
+            prompts, tokens, seeds, temperature=temperature, top_p=TOP_P, top_k=TOP_K
+        )
         return [Said(answer.text, answer.ended) for answer in answers]
 
     def close(self) -> None:
@@ -181,17 +215,26 @@ def parse(source: str) -> tuple[int, int, str]:
     return int(match[1]), int(match[2]), match[3]
 
 
-def generated(source: str, teacher: Path, folder: Path, log: Log, read: Callable[[str], list[Document]]) -> list[Document]:
+def generated(
+    source: str, teacher: Path, folder: Path, log: Log, read: Callable[[str], list[Document]]
+) -> list[Document]:
     """The documents of a `generated:` source; `read` gives those of another one. ValueError when it is malformed, its prompts are too few,
     or the teacher writes nothing usable."""
     count, tokens, name = parse(source)
     if name == "nothing":
-        return [row.get("messages") or row["text"] for row in from_nothing(count, tokens, teacher, folder, log)]
+        return [
+            row.get("messages") or row["text"]
+            for row in from_nothing(count, tokens, teacher, folder, log)
+        ]
     prompts = read(name)[:count]
     if len(prompts) < count:
-        raise ValueError(f"data source {source!r} wants {count} prompts; {name} has {len(prompts)} documents: ask for at most that many")
+        raise ValueError(
+            f"data source {source!r} wants {count} prompts; {name} has {len(prompts)} documents: ask for at most that many"
+        )
     engine = "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
-    key = sha256_json([digest(teacher), prompts, tokens, PROMPT_TOKENS, TOP_P, TOP_K, engine, AT_ONCE[engine]])[:32]
+    key = sha256_json(
+        [digest(teacher), prompts, tokens, PROMPT_TOKENS, TOP_P, TOP_K, engine, AT_ONCE[engine]]
+    )[:32]
     whole = folder / f"generated-{key}.jsonl"
     if not whole.is_file():
         part = whole.with_suffix(".part")
@@ -200,7 +243,9 @@ def generated(source: str, teacher: Path, folder: Path, log: Log, read: Callable
     return [json.loads(line) for line in whole.read_text(encoding="utf-8").split("\n") if line]
 
 
-def _continue_all(part: Path, prompts: list[Document], tokens: int, teacher: Path, engine: str, log: Log) -> None:
+def _continue_all(
+    part: Path, prompts: list[Document], tokens: int, teacher: Path, engine: str, log: Log
+) -> None:
     """Append what is missing to `part`, a piece at a time; a torn last piece is written again."""
     lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.is_file() else []
     piece, begun = AT_ONCE[engine], time.monotonic()
@@ -210,24 +255,40 @@ def _continue_all(part: Path, prompts: list[Document], tokens: int, teacher: Pat
     with closing(open_author(engine, teacher, part.parent)) as author:
         for start in range(done, len(prompts), piece):
             some = prompts[start : start + piece]
-            chats = [_answered(author, tokenizer, d, tokens, start + i) if isinstance(d, list) else None for i, d in enumerate(some)]
-            texts = iter(_continued(author, tokenizer, [d for d in some if isinstance(d, str)], tokens, start))
+            chats = [
+                _answered(author, tokenizer, d, tokens, start + i) if isinstance(d, list) else None
+                for i, d in enumerate(some)
+            ]
+            texts = iter(
+                _continued(
+                    author, tokenizer, [d for d in some if isinstance(d, str)], tokens, start
+                )
+            )
             with part.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(next(texts) if chat is None else chat) + "\n" for chat in chats)
+                file.writelines(
+                    json.dumps(next(texts) if chat is None else chat) + "\n" for chat in chats
+                )
             written = start + len(some)
             left = (time.monotonic() - begun) / (written - done) * (len(prompts) - written)
             log(f"teacher writes {written}/{len(prompts)} documents, {left:.0f} s left")
 
 
-def _continued(author: Author, tokenizer: Any, texts: list[str], tokens: int, seed: int) -> list[str]:
+def _continued(
+    author: Author, tokenizer: Any, texts: list[str], tokens: int, seed: int
+) -> list[str]:
     if not texts:
         return []
-    prompts = [ids[:PROMPT_TOKENS] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    prompts = [
+        ids[:PROMPT_TOKENS]
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
     said = author.write(prompts, tokens, 1.0, [seed + i for i in range(len(prompts))])
     return [tokenizer.decode(ids) + one.text for ids, one in zip(prompts, said, strict=True)]
 
 
-def _answered(author: Author, tokenizer: Any, turns: list[dict[str, str]], tokens: int, seed: int) -> list[dict[str, str]]:
+def _answered(
+    author: Author, tokenizer: Any, turns: list[dict[str, str]], tokens: int, seed: int
+) -> list[dict[str, str]]:
     """The same questions with the teacher's own answers."""
     said: list[dict[str, str]] = []
     for turn in turns:
@@ -250,7 +311,13 @@ def prompt_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
 @cache
 def openings() -> tuple[str, ...]:
     """The given first words of questions."""
-    return tuple(line for line in (configs_dir() / "conversations" / "openings.txt").read_text(encoding="utf-8").split("\n") if line)
+    return tuple(
+        line
+        for line in (configs_dir() / "conversations" / "openings.txt")
+        .read_text(encoding="utf-8")
+        .split("\n")
+        if line
+    )
 
 
 def words_of(text: str) -> tuple[str, ...]:
@@ -262,10 +329,22 @@ def words_of(text: str) -> tuple[str, ...]:
 def evaluation_texts() -> tuple[str, ...]:
     """What students are asked in the embedded tasks and open prompts: nothing like it may be trained on."""
     rows = []
-    for file in [*sorted((configs_dir() / "tasks").glob("*/*.jsonl")), *sorted((configs_dir() / "open").glob("*.jsonl"))]:
+    for file in [
+        *sorted((configs_dir() / "tasks").glob("*/*.jsonl")),
+        *sorted((configs_dir() / "open").glob("*.jsonl")),
+    ]:
         rows += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     texts = [text for row in rows for text in (row.get("query"), row.get("prompt")) if text]
-    return tuple(texts + [text for row in rows if not row.get("query") for text in row.get("choices", []) if len(text.split()) > 3])
+    return tuple(
+        texts
+        + [
+            text
+            for row in rows
+            if not row.get("query")
+            for text in row.get("choices", [])
+            if len(text.split()) > 3
+        ]
+    )
 
 
 class Filter:
@@ -287,7 +366,9 @@ class Filter:
             size = min(self.PHRASE, len(words))
             if size > 2:
                 self.phrases[size].update(_grams(words, size))
-        self.holders: dict[tuple[str, ...], list[int]] = defaultdict(list)  # of each triple, the questions that hold it
+        self.holders: dict[tuple[str, ...], list[int]] = defaultdict(
+            list
+        )  # of each triple, the questions that hold it
         self.triples: list[int] = []  # how many triples each question has
 
     def reason(self, turns: Sequence[str], ended: bool) -> str:
@@ -299,11 +380,19 @@ class Filter:
         words = [words_of(turn) for turn in turns]
         if any(len(turn) < (3 if i % 2 == 0 else 1) for i, turn in enumerate(words)):
             return "short"
-        if any(gram in grams for turn in words for size, grams in self.phrases.items() for gram in _grams(turn, size)):
+        if any(
+            gram in grams
+            for turn in words
+            for size, grams in self.phrases.items()
+            for gram in _grams(turn, size)
+        ):
             return "evaluated"
         triples = set(_grams(words[0], 3))
         shared = Counter(holder for triple in triples for holder in self.holders.get(triple, ()))
-        if any(count / (len(triples) + self.triples[i] - count) > self.ALIKE for i, count in shared.items()):
+        if any(
+            count / (len(triples) + self.triples[i] - count) > self.ALIKE
+            for i, count in shared.items()
+        ):
             return "duplicate"
         for triple in triples:
             self.holders[triple].append(len(self.triples))
@@ -315,80 +404,153 @@ def _grams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
     return (tuple(words[i : i + size]) for i in range(len(words) - size + 1))
 
 
-def from_nothing(count: int, tokens: int, teacher: Path, folder: Path, log: Log) -> list[dict[str, Any]]:
-    """`count` rows {"messages" or "text", "seed", "opening", "teacher", "engine"} that the teacher wrote, in the order of their seeds.
+def from_nothing(
+    count: int, tokens: int, teacher: Path, folder: Path, log: Log
+) -> list[dict[str, Any]]:
+    """`count` rows {"messages" or "text", "seed", "opening", "teacher", "engine"} that the teacher
+    wrote, in the order of their seeds, kept in `folder` piece by piece.
 
-    Kept in `folder` piece by piece: a piece is its rows and a line {"next_seed", "rejected"}, so a torn one is written again.
     ValueError when FUTILE_PIECES pieces in a row hold nothing usable.
     """
     engine, avoid = engine_for(teacher), evaluation_texts()
-    about = [digest(teacher), tokens, engine, AT_ONCE[engine], openings(), avoid, QUESTION_TOKENS, OPENED, SECOND_TURN, QUESTION_TEMPERATURE, ANSWER_TEMPERATURE]
-    part = folder / f"conversations-{sha256_json([*about, TOP_P, TOP_K])[:32]}.jsonl"  # a larger COUNT goes on with it
-    whole, torn = [], []
-    seed, futile, rejected = 0, 0, Counter[str]()
+    # What decides a row's text. A larger COUNT goes on with the same file.
+    about = [
+        *(digest(teacher), tokens, engine, AT_ONCE[engine], openings(), avoid, QUESTION_TOKENS),
+        *(OPENED, SECOND_TURN, QUESTION_TEMPERATURE, ANSWER_TEMPERATURE, TOP_P, TOP_K),
+    ]
+    kept = Kept(folder / f"conversations-{sha256_json(about)[:32]}.jsonl")
     accept = Filter(avoid)
-    for line in part.read_text(encoding="utf-8").split("\n")[:-1] if part.is_file() else []:
-        row = json.loads(line)
-        torn.append(row)
-        if "next_seed" in row:
-            seed, rejected = row["next_seed"], Counter(row["rejected"])
-            whole, torn = whole + torn, []
-    part.write_text("".join(json.dumps(row) + "\n" for row in whole), encoding="utf-8")
-    rows = [row for row in whole if "next_seed" not in row]
-    for row in rows:
-        accept.reason([turn["content"] for turn in row["messages"]] if "messages" in row else [row["text"]], True)
-    if len(rows) >= count:
-        return rows[:count]
-    tokenizer, first, begun = load_tokenizer(teacher), len(rows), time.monotonic()
+    for row in kept.rows:
+        accept.reason(_turns(row), True)
+    if len(kept.rows) >= count:
+        return kept.rows[:count]
+
+    tokenizer, first, begun, futile = load_tokenizer(teacher), len(kept.rows), time.monotonic(), 0
     with closing(open_author(engine, teacher, folder)) as author:
-        while len(rows) < count:
-            seeds = list(range(seed, seed + AT_ONCE[engine]))
-            made = _piece(author, tokenizer, tokens, seeds)
-            kept = []
-            for row in made:
-                turns = [turn["content"] for turn in row["messages"]] if "messages" in row else [row["text"]]
-                why = accept.reason(turns, row.pop("ended"))
-                kept += [row | {"teacher": digest(teacher)[:16], "engine": engine}] if not why else []
-                rejected[why] += bool(why)
-            seed, rows = seeds[-1] + 1, rows + kept
-            with part.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in [*kept, {"next_seed": seed, "rejected": dict(rejected)}])
-            futile = 0 if kept else futile + 1
+        while len(kept.rows) < count:
+            seeds = list(range(kept.next_seed, kept.next_seed + AT_ONCE[engine]))
+            usable = []
+            for row in _piece(author, tokenizer, tokens, seeds):
+                why = accept.reason(_turns(row), row.pop("ended"))
+                kept.rejected[why] += bool(why)
+                if not why:
+                    usable.append(row | {"teacher": digest(teacher)[:16], "engine": engine})
+            kept.add(usable, seeds[-1] + 1)
+
+            futile = 0 if usable else futile + 1
             if futile == FUTILE_PIECES:
-                raise ValueError(f"{teacher}: of {seed} conversations {len(rows)} are usable, none of the last ones; {dict(+rejected)}: "
-                                 "allow more tokens, or give text of your own in data.train")  # fmt: skip
-            left = (time.monotonic() - begun) / max(1, len(rows) - first) * (count - len(rows))
-            log(f"teacher writes out of nothing: {len(rows)}/{count} kept, {seed - len(rows)} not ({_told(rejected)}), {max(0.0, left):.0f} s left")
-    return rows[:count]
+                raise ValueError(
+                    f"{teacher}: of {kept.next_seed} conversations {len(kept.rows)} are usable, none of "
+                    f"the last ones ({kept.told()}); allow more tokens, or name text in data.train"
+                )
+            rate = (time.monotonic() - begun) / max(1, len(kept.rows) - first)
+            left = max(0.0, rate * (count - len(kept.rows)))
+            log(
+                f"teacher writes: {len(kept.rows)}/{count} kept; not: {kept.told()}; {left:.0f} s left"
+            )
+    return kept.rows[:count]
 
 
-def _told(rejected: Counter[str]) -> str:
-    return ", ".join(f"{why} {number}" for why, number in rejected.most_common() if number)
+class Kept:
+    """The rows written so far, in a file: a piece is its rows and a line {"next_seed", "rejected"},
+    so that one that was torn by a kill is written again."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: list[dict[str, Any]] = []
+        self.next_seed = 0
+        self.rejected: Counter[str] = Counter()  # reason of `Filter` -> conversations
+        whole: list[dict[str, Any]] = []
+        piece: list[dict[str, Any]] = []
+        for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []:
+            row = json.loads(line)
+            piece.append(row)
+            if "next_seed" in row:
+                self.next_seed, self.rejected = row["next_seed"], Counter(row["rejected"])
+                whole, piece = whole + piece, []
+        self.rows = [row for row in whole if "next_seed" not in row]
+        file.write_text("".join(json.dumps(row) + "\n" for row in whole), encoding="utf-8")
+
+    def add(self, usable: list[dict[str, Any]], next_seed: int) -> None:
+        """Append a piece."""
+        self.rows, self.next_seed = self.rows + usable, next_seed
+        end = {"next_seed": next_seed, "rejected": dict(self.rejected)}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in [*usable, end])
+
+    def told(self) -> str:
+        """How many were rejected, by reason."""
+        reasons = [f"{why} {number}" for why, number in self.rejected.most_common() if number]
+        return ", ".join(reasons) or "none"
 
 
-def _piece(author: Author, tokenizer: Any, tokens: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def _turns(row: dict[str, Any]) -> list[str]:
+    """What is said in a row, turn by turn."""
+    return [turn["content"] for turn in row["messages"]] if "messages" in row else [row["text"]]
+
+
+def _piece(
+    author: Author, tokenizer: Any, tokens: int, seeds: Sequence[int]
+) -> list[dict[str, Any]]:
     """A conversation for each seed, in their order: where the author has several slots each goes its own way, else all together."""
     parts = [[seed] for seed in seeds] if author.slots > 1 else [list(seeds)]
     with ThreadPoolExecutor(author.slots) as pool:
-        return list(chain.from_iterable(pool.map(lambda part: _written(author, tokenizer, tokens, part), parts)))
+        return list(
+            chain.from_iterable(
+                pool.map(lambda part: _written(author, tokenizer, tokens, part), parts)
+            )
+        )
 
 
-def _written(author: Author, tokenizer: Any, tokens: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def _written(
+    author: Author, tokenizer: Any, tokens: int, seeds: Sequence[int]
+) -> list[dict[str, Any]]:
     """A conversation for each seed, or without a chat template a text, as rows that say whether the teacher `ended` them."""
     if not tokenizer.chat_template:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        start = (
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        )
         said = author.write([[start]] * len(seeds), tokens, 1.0, seeds)
-        return [{"text": one.text.strip(), "seed": seed, "opening": "", "ended": one.ended} for seed, one in zip(seeds, said, strict=True)]
+        return [
+            {"text": one.text.strip(), "seed": seed, "opening": "", "ended": one.ended}
+            for seed, one in zip(seeds, said, strict=True)
+        ]
     rows: list[dict[str, Any]] = []
     for seed in seeds:
         draw = random.Random(seed)
         opening = draw.choice(openings()) if draw.random() < OPENED else ""
-        rows.append({"messages": [], "seed": seed, "opening": opening, "ended": True, "turns": 2 if draw.random() < SECOND_TURN else 1})
+        rows.append(
+            {
+                "messages": [],
+                "seed": seed,
+                "opening": opening,
+                "ended": True,
+                "turns": 2 if draw.random() < SECOND_TURN else 1,
+            }
+        )
     for turn in (1, 2):
         asked = [row for row in rows if row["ended"] and row["turns"] >= turn]
-        _say(author, asked, "user", QUESTION_TOKENS, QUESTION_TEMPERATURE, lambda row, first=turn == 1: _question_ids(tokenizer, row, first))
+        _say(
+            author,
+            asked,
+            "user",
+            QUESTION_TOKENS,
+            QUESTION_TEMPERATURE,
+            partial(_question_ids, tokenizer),
+        )
         answering = [row for row in asked if row["ended"]]
-        _say(author, answering, "assistant", tokens, ANSWER_TEMPERATURE, lambda row: prompt_ids(tokenizer, row["messages"]))
+        _say(
+            author,
+            answering,
+            "assistant",
+            tokens,
+            ANSWER_TEMPERATURE,
+            lambda row: prompt_ids(tokenizer, row["messages"]),
+        )
+        if turn == 2:  # a second turn that fails is dropped, not the conversation
+            for row in asked:
+                if not row["ended"]:
+                    row["messages"], row["ended"] = row["messages"][:2], True
     for row in rows:
         del row["turns"]
     return rows
@@ -399,18 +561,28 @@ def _say(author: Author, rows: list[dict[str, Any]], role: str, tokens: int, tem
     """Let the teacher write the next turn of every row."""
     if not rows:
         return
-    said = author.write([prompt(row) for row in rows], tokens, temperature, [row["seed"] for row in rows])
+    said = author.write(
+        [prompt(row) for row in rows], tokens, temperature, [row["seed"] for row in rows]
+    )
     for row, one in zip(rows, said, strict=True):
         opening = row["opening"] if role == "user" and not row["messages"] else ""
         row["messages"].append({"role": role, "content": (opening + one.text).strip()})
         row["ended"] = one.ended
 
 
-def _question_ids(tokenizer: Any, row: dict[str, Any], first: bool) -> list[int]:
+def _question_ids(tokenizer: Any, row: dict[str, Any]) -> list[int]:
     """Token ids up to where the words of the next user turn begin, and its opening."""
     mark = "\ue000question\ue000"
-    rendered = tokenizer.apply_chat_template([*row["messages"], {"role": "user", "content": mark}], tokenize=False)
+    rendered = tokenizer.apply_chat_template(
+        [*row["messages"], {"role": "user", "content": mark}], tokenize=False
+    )
     before, found, _ = rendered.partition(mark)
     if not found:
-        raise ValueError("the teacher's chat template drops what the user says; use plain text in data.train, or mend the template")
-    return tokenizer(before + (row["opening"] if first else ""), add_special_tokens=False, verbose=False)["input_ids"]
+        raise ValueError(
+            "the teacher's chat template drops what the user says; use plain text in data.train, or mend the template"
+        )
+    return tokenizer(
+        before + ("" if row["messages"] else row["opening"]),
+        add_special_tokens=False,
+        verbose=False,
+    )["input_ids"]

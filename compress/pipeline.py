@@ -48,13 +48,14 @@ def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[
 
 def conclude(
     session: Session, folder: RunDir, slot: str, technique: str, model: Model, parent: Measured | None = None, *,
-    key: str = "", tasks: bool = True, whole: bool = False, shipped: bool = False, proven: str = "", seconds: float = 0.0, curve: list[dict[str, Any]] | None = None,
-    **made: Any,
+    key: str = "", tasks: bool = True, whole: bool = False, shipped: bool = False, proven: str = "",
+    seconds: float = 0.0, curve: list[dict[str, Any]] | None = None, **made: Any,
 ) -> Measured:  # fmt: skip
     """Measure a model, put it beside teacher and parent, judge it, and record it with how it was `made`, in the store under `key` if it was.
 
     Limits written for the slot are enforced; the budget's own limits are enforced on what ships and show the distance elsewhere.
-    `whole`: asked every open prompt, and timed. `proven`: the name of a file in `export.files` that must be its parent's weights. The trackers get the whole `curve`, the record a thinned one.
+    `whole`: asked every open prompt, and timed. `proven`: the name of a file in `export.files` that must be its parent's weights.
+    The trackers get the whole `curve`, the record a thinned one.
     """
     log(f"{slot}: scoring ({model.runtime})")
     start, limits = time.monotonic(), session.recipe.budget

@@ -111,7 +111,7 @@ class Bench:
         near, near_spread = beside_teacher(answers, self.truth)
         scores = own | near
         verdicts = budget.judge(scores, spread | near_spread, self.limits, enforced=True)
-        row = {key: round(scores[key], 4) for key in scores if key.startswith("open/")}
+        row: dict[str, Any] = {key: round(scores[key], 4) for key in scores if key.startswith("open/")}
         row["failed"] = [v["limit"] for v in verdicts if v["verdict"] == budget.FAIL]
         row["open"] = [v["limit"] for v in verdicts if v["verdict"] == budget.INCONCLUSIVE]
         print(f"{name:<26} kept {row.get('open/kept', float('nan')):.3f}  loops {row['open/loops']:.3f}  "
@@ -130,13 +130,10 @@ def demo_of_old(bench: Bench) -> Path:
         context = bench.context(["embedded:docstrings"])
         cut, healed = bench.folder("old_cut"), bench.folder("old_healed")
         PruneDepth(blocks=10).run(bench.teacher, cut, context)
-        how = {
-            "batch_sequences": 2,
-            "micro_batch_sequences": 2,
-            "lr": 1e-3,
-            "train_embeddings": False,
-        }
-        Distill(tokens=30_000, **how).run(cut, healed, context)
+        stage = Distill(
+            tokens=30_000, lr=1e-3, batch_sequences=2, micro_batch_sequences=2, train_embeddings=False
+        )
+        stage.run(cut, healed, context)
         export_gguf(healed, file, "Q4_0")
     return file
 
@@ -184,7 +181,7 @@ def lora_twice(bench: Bench) -> Path:
         before, after = load_model(bench.teacher), load_model(merged)
         with torch.no_grad():
             for old, new in zip(before.parameters(), after.parameters(), strict=True):
-                new += new - old
+                new.add_(new - old)
         twice = bench.folder("lora_twice")
         save_model(after, twice, merged)
         export_gguf(twice, file, "Q8_0")

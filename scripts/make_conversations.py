@@ -19,7 +19,8 @@ from compress.checkpoint import load_tokenizer
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.train.data import conversations_file
-from compress.train.written import Filter, evaluation_texts, from_nothing
+from compress.train.text_filter import Filter, evaluation_texts
+from compress.train.written import from_nothing
 
 STEP = 500  # conversations asked for at a time
 KEYS = ("messages", "seed", "opening", "teacher", "engine")

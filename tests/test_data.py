@@ -68,7 +68,7 @@ def test_the_last_tenth_of_the_conversations_is_held_out():
 
 
 def test_no_conversation_shares_a_phrase_with_what_students_are_evaluated_on():
-    from compress.train.written import Filter, evaluation_texts
+    from compress.train.text_filter import Filter, evaluation_texts
 
     accept = Filter(evaluation_texts())
     chats = documents("embedded:conversations") + documents("embedded:conversations_heldout")

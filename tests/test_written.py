@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from compress.checkpoint import load_tokenizer
-from compress.train import written
+from compress.train import authors, written
+from compress.train.authors import Said
 from compress.train.data import documents, pack
-from compress.train.written import Filter, Said, from_nothing, words_of
+from compress.train.text_filter import Filter, evaluation_texts, words_of
+from compress.train.written import from_nothing
 
 
 def generated(source, teacher, folder, log):
@@ -142,7 +144,7 @@ def scripted(monkeypatch):
         author = Scripted(say)
         monkeypatch.setattr(written, "open_author", lambda engine, teacher, folder: author)
         monkeypatch.setattr(written, "engine_for", lambda teacher: "transformers")
-        monkeypatch.setitem(written.AT_ONCE, "transformers", 8)
+        monkeypatch.setitem(authors.AT_ONCE, "transformers", 8)
         return author
 
     return use
@@ -236,10 +238,10 @@ def test_a_base_model_writes_texts_from_bos(tiny_teacher, tmp_path, scripted, mo
 
 
 def test_llama_cpp_writes_on_a_cpu_each_with_its_own_seed(tiny_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(written, "SLOTS", 4)
-    monkeypatch.setattr(written.LlamaCppAuthor, "slots", 4)
-    assert written.engine_for(tiny_teacher) == "llama.cpp"
-    author = written.open_author("llama.cpp", tiny_teacher, tmp_path)
+    monkeypatch.setattr(authors, "SLOTS", 4)
+    monkeypatch.setattr(authors.LlamaCppAuthor, "slots", 4)
+    assert authors.engine_for(tiny_teacher) == "llama.cpp"
+    author = authors.open_author("llama.cpp", tiny_teacher, tmp_path)
     try:
         prompt = load_tokenizer(tiny_teacher)("the language")["input_ids"]
         first = author.write([prompt] * 3, 8, 1.0, [1, 2, 1])
@@ -290,7 +292,7 @@ def test_words_are_compared_without_case_and_punctuation():
 
 
 def test_what_students_are_evaluated_on_is_known():
-    texts = written.evaluation_texts()
+    texts = evaluation_texts()
     assert "The capital of France is" in texts and len(texts) > 600
     files = [
         json.loads(line)["prompt"]

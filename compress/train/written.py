@@ -14,194 +14,40 @@ near what it says when asked. Of the conversations out of nothing those are kept
 are not too short, resemble no earlier question and share no phrase with what students are evaluated on (`Filter`).
 
 What is written is kept in the store, piece by piece, so that an interrupted run goes on where it stopped; every conversation has a seed
-of its own, which its row names. llama.cpp writes on a CPU, from a Q8_0 file of the teacher; vLLM on a GPU where it is installed, else
-transformers. Batched floating-point sums differ between engines and machines, and with them now and then a word.
+of its own, which its row names (`train/authors.py`: in which engine).
 """
 
 import json
 import random
 import re
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 
-from compress import machine
 from compress.assets import configs_dir
-from compress.checkpoint import best_device, digest, load_model, load_tokenizer
-from compress.machine import fast_dtype
+from compress.checkpoint import digest, load_tokenizer
 from compress.store import sha256_json
-from compress.train.repetition import loops
+from compress.train.authors import AT_ONCE, TOP_K, TOP_P, Author, engine_for, open_author
+from compress.train.text_filter import Filter, evaluation_texts
 
 Document = str | list[dict[str, str]]
 Log = Callable[[str], None]
 
 PROMPT_TOKENS = 32  # of a plain document, which the teacher continues
-TOP_P, TOP_K = 0.95, 50
 QUESTION_TEMPERATURE, ANSWER_TEMPERATURE = 0.7, 0.4
 QUESTION_TOKENS = 64
 OPENED = 0.9  # share of the conversations out of nothing that begin with given words
 SECOND_TURN = 0.2  # share of them with a second question
-AT_ONCE = {"transformers": 16, "vllm": 512, "llama.cpp": 384}  # documents of a piece
-SLOTS = 96  # conversations that llama.cpp decodes together: 340 tokens/s on two cores, 290 with 48
-CONTEXT_TOKENS = 1024  # of a conversation, template included, that llama.cpp holds
 FUTILE_PIECES = 20  # pieces in a row without a usable conversation that end the attempt
-
-
-class Said(NamedTuple):
-    """What an author wrote behind a prompt, and whether it ended by itself."""
-
-    text: str
-    ended: bool
-
-
-class Author(Protocol):
-    """A teacher that writes: prompts (ids), tokens at most, temperature, a seed each -> what it wrote behind each.
-
-    `slots`: calls that it serves at the same time; 1 where a call's own prompts are the batch.
-    """
-
-    slots: int
-
-    def write(
-        self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
-    ) -> list[Said]: ...
-    def close(self) -> None: ...
-
-
-class TransformersAuthor:
-    """Any checkpoint, in bf16 where the machine is faster so. One seed, the first, counts for a batch."""
-
-    slots = 1
-
-    def __init__(self, teacher: Path) -> None:
-        self.tokenizer: Any = load_tokenizer(teacher)
-        self.tokenizer.padding_side = "left"
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model: Any = load_model(
-            teacher, torch.bfloat16 if fast_dtype() == "bf16" else torch.float32
-        )
-        self.model = self.model.to(best_device())
-
-    @torch.inference_mode()
-    def write(
-        self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
-    ) -> list[Said]:
-        torch.manual_seed(seeds[0])
-        pad = self.tokenizer.pad_token_id
-        batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(
-            self.model.device
-        )
-        how = {
-            "do_sample": True,
-            "top_p": TOP_P,
-            "top_k": TOP_K,
-            "temperature": temperature,
-            "pad_token_id": pad,
-        }
-        out = self.model.generate(**batch, max_new_tokens=tokens, **how)
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        rows = out[:, batch["input_ids"].shape[1] :].tolist()
-        return [
-            Said(self.tokenizer.decode(row, skip_special_tokens=True), bool(ends & set(row)))
-            for row in rows
-        ]
-
-    def close(self) -> None:
-        self.model = None
-
-
-class VllmAuthor:
-    """vLLM, for a GPU."""
-
-    slots = 1
-
-    def __init__(self, teacher: Path) -> None:
-        from vllm import LLM
-
-        self.tokenizer: Any = load_tokenizer(teacher)
-        self.engine: Any = LLM(str(teacher), dtype="bfloat16")
-
-    def write(
-        self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
-    ) -> list[Said]:
-        from vllm import SamplingParams
-
-        how = {"temperature": temperature, "top_p": TOP_P, "top_k": TOP_K, "max_tokens": tokens}
-        each = [SamplingParams(seed=seed, **how) for seed in seeds]
-        done = self.engine.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], each, use_tqdm=False
-        )
-        texts = [
-            self.tokenizer.decode(one.outputs[0].token_ids, skip_special_tokens=True)
-            for one in done
-        ]
-        return [
-            Said(text, one.outputs[0].finish_reason == "stop")
-            for text, one in zip(texts, done, strict=True)
-        ]
-
-    def close(self) -> None:
-        self.engine = None
-
-
-class LlamaCppAuthor:
-    """llama.cpp on a Q8_0 file of the teacher, which is written into `folder` once: five times as fast as torch on a CPU."""
-
-    slots = SLOTS
-
-    def __init__(self, teacher: Path, folder: Path) -> None:
-        from compress.export.gguf import export_gguf
-        from compress.score.llamacpp import LlamaCpp
-
-        file = folder / f"author-{digest(teacher)[:32]}.gguf"
-        if not file.is_file():
-            export_gguf(teacher, file, "Q8_0")
-        self.server = LlamaCpp(
-            file, machine.available_threads(), CONTEXT_TOKENS, SLOTS, embedding=False
-        )
-
-    def write(
-        self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
-    ) -> list[Said]:
-        answers = self.server.sample(
-            prompts, tokens, seeds, temperature=temperature, top_p=TOP_P, top_k=TOP_K
-        )
-        return [Said(answer.text, answer.ended) for answer in answers]
-
-    def close(self) -> None:
-        self.server.close()
-
-
-def engine_for(teacher: Path) -> str:
-    """What writes here: vllm, llama.cpp where the teacher's architecture has a place in a GGUF, or transformers."""
-    from transformers import AutoConfig
-
-    from compress.export import gguf
-
-    if torch.cuda.is_available():
-        return "vllm" if find_spec("vllm") else "transformers"
-    try:
-        gguf.check_architecture(AutoConfig.from_pretrained(teacher, local_files_only=True))
-    except ValueError:
-        return "transformers"
-    return "llama.cpp"
-
-
-def open_author(engine: str, teacher: Path, folder: Path) -> Author:
-    """The teacher as an author in one of the three engines."""
-    if engine == "llama.cpp":
-        return LlamaCppAuthor(teacher, folder)
-    return VllmAuthor(teacher) if engine == "vllm" else TransformersAuthor(teacher)
 
 
 def parse(source: str) -> tuple[int, int, str]:
@@ -318,90 +164,6 @@ def openings() -> tuple[str, ...]:
         .split("\n")
         if line
     )
-
-
-def words_of(text: str) -> tuple[str, ...]:
-    """Words and numbers in lower case, without punctuation."""
-    return tuple(re.findall(r"[^\W_]+", text.lower()))
-
-
-@cache
-def evaluation_texts() -> tuple[str, ...]:
-    """What students are asked in the embedded tasks and open prompts: nothing like it may be trained on."""
-    rows = []
-    for file in [
-        *sorted((configs_dir() / "tasks").glob("*/*.jsonl")),
-        *sorted((configs_dir() / "open").glob("*.jsonl")),
-    ]:
-        rows += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    texts = [text for row in rows for text in (row.get("query"), row.get("prompt")) if text]
-    return tuple(
-        texts
-        + [
-            text
-            for row in rows
-            if not row.get("query")
-            for text in row.get("choices", [])
-            if len(text.split()) > 3
-        ]
-    )
-
-
-class Filter:
-    """Why a conversation is not kept, in a word; what is kept is remembered.
-
-    unended    the teacher did not stop by itself
-    looping    a turn repeats itself (`repetition.loops`)
-    short      a question of fewer than 3 words or an answer without a word
-    evaluated  it shares PHRASE words in a row with a text that students are evaluated on, or holds a shorter such text whole
-    duplicate  more than ALIKE of its first question's word triples, of both together, are those of an earlier question
-    """
-
-    PHRASE, ALIKE = 8, 0.7
-
-    def __init__(self, avoid: Sequence[str] = ()) -> None:
-        self.phrases: dict[int, set[tuple[str, ...]]] = defaultdict(set)
-        for text in avoid:
-            words = words_of(text)
-            size = min(self.PHRASE, len(words))
-            if size > 2:
-                self.phrases[size].update(_grams(words, size))
-        self.holders: dict[tuple[str, ...], list[int]] = defaultdict(
-            list
-        )  # of each triple, the questions that hold it
-        self.triples: list[int] = []  # how many triples each question has
-
-    def reason(self, turns: Sequence[str], ended: bool) -> str:
-        """Empty when the conversation of these turns, question first, is to be kept."""
-        if not ended:
-            return "unended"
-        if any(loops(turn) for turn in turns):
-            return "looping"
-        words = [words_of(turn) for turn in turns]
-        if any(len(turn) < (3 if i % 2 == 0 else 1) for i, turn in enumerate(words)):
-            return "short"
-        if any(
-            gram in grams
-            for turn in words
-            for size, grams in self.phrases.items()
-            for gram in _grams(turn, size)
-        ):
-            return "evaluated"
-        triples = set(_grams(words[0], 3))
-        shared = Counter(holder for triple in triples for holder in self.holders.get(triple, ()))
-        if any(
-            count / (len(triples) + self.triples[i] - count) > self.ALIKE
-            for i, count in shared.items()
-        ):
-            return "duplicate"
-        for triple in triples:
-            self.holders[triple].append(len(self.triples))
-        self.triples.append(len(triples))
-        return ""
-
-
-def _grams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
-    return (tuple(words[i : i + size]) for i in range(len(words) - size + 1))
 
 
 def from_nothing(

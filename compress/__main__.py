@@ -239,7 +239,7 @@ def accept(arguments: list[str]) -> int:
     try:
         scorer, teacher = session.open_scorer(Teacher(**config["teacher"]), *how)
         if teacher.digest == manifest["teacher"]["digest"]:
-            reference = scorer.measure(teacher, tasks=False, whole=False)
+            reference = scorer.measure(teacher, tasks=False, asked="none", timed=False)
     except ValueError as error:
         print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)
         scorer, _ = session.open_scorer(Teacher(str(options.bundle.absolute() / "hf")), *how)  # for its tokenizer

@@ -48,19 +48,19 @@ def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[
 
 def conclude(
     session: Session, folder: RunDir, slot: str, technique: str, model: Model, parent: Measured | None = None, *,
-    key: str = "", tasks: bool = True, whole: bool = False, shipped: bool = False, proven: str = "",
+    key: str = "", tasks: bool = True, asked: str = "quarter", timed: bool = False, shipped: bool = False, proven: str = "",
     seconds: float = 0.0, curve: list[dict[str, Any]] | None = None, **made: Any,
 ) -> Measured:  # fmt: skip
     """Measure a model, put it beside teacher and parent, judge it, and record it with how it was `made`, in the store under `key` if it was.
 
     Limits written for the slot are enforced; the budget's own limits are enforced on what ships and show the distance elsewhere.
-    `whole`: asked every open prompt, and timed. `proven`: the name of a file in `export.files` that must be its parent's weights.
+    `asked`: which open prompts, as `Scorer.measure` takes it. `proven`: the name of a file in `export.files` that must be its parent's weights.
     The trackers get the whole `curve`, the record a thinned one.
     """
     log(f"{slot}: scoring ({model.runtime})")
     start, limits = time.monotonic(), session.recipe.budget
     teacher, wanted = session.done.get("teacher"), [limits.slots.get(slot, {}), limits.limits]
-    measured = session.scorer.measure(model, tasks=tasks, whole=whole, against=teacher, limits=wanted)
+    measured = session.scorer.measure(model, tasks=tasks, asked=asked, timed=timed, against=teacher, limits=wanted)
     near = session.scorer.beside(measured, teacher, parent) if teacher else Paired({}, {}, [])
     scores, intervals, excluded = measured.scores | near.scores, measured.intervals | near.intervals, near.excluded
     verdicts = [v for some, own in zip(wanted, (True, shipped), strict=True) for v in budget.judge(scores, intervals, some, enforced=own)]
@@ -147,7 +147,7 @@ def _slots(session: Session, folder: RunDir) -> int:
     recipe = session.recipe
     if session.teacher.path.parent == session.store.root / "entries":
         folder.name_key(session.teacher.path.name)
-    session.done["teacher"] = conclude(session, folder, "teacher", "teacher", session.teacher, whole=True)
+    session.done["teacher"] = conclude(session, folder, "teacher", "teacher", session.teacher, asked="all", timed=True)
     for slot, parent_slot in recipe.steps():
         parent, technique = session.done[parent_slot], recipe.technique(slot)
         inputs = session.inputs(slot, parent.model.digest)
@@ -159,7 +159,7 @@ def _slots(session: Session, folder: RunDir) -> int:
         note: dict[str, Any] = {"seconds": 0.0, "curve": []} | session.store.note(key)
         ships = slot == recipe.shipped_slot() and not recipe.export.files
         done = conclude(
-            session, folder, slot, technique, model_of(path), parent, key=key, whole=ships, shipped=ships,
+            session, folder, slot, technique, model_of(path), parent, key=key, asked="all" if ships else "quarter", timed=ships, shipped=ships,
             reused=reused, stage_config=plain(asdict(recipe.stages[slot])), **note,
         )  # fmt: skip
         kept = done.record.get("payoff", {}).get("kept", slot)
@@ -172,7 +172,7 @@ def ship(session: Session, folder: RunDir) -> int:
     recipe = session.recipe
     source = session.done[recipe.shipped_slot()]
     if session.teacher.gguf and any(formats.parse(name)[0].runtime == "llama.cpp" for name in recipe.export.files):
-        conclude(session, folder, "teacher_gguf", "teacher", model_of(session.teacher.gguf), tasks=False, whole=True)
+        conclude(session, folder, "teacher_gguf", "teacher", model_of(session.teacher.gguf), tasks=False, timed=True)
     shipped = [_export(session, folder, source, name, first=number == 0) for number, name in enumerate(recipe.export.files)]
     verdicts = [verdict for record in folder.records for verdict in record["verdicts"]]
     code = EXIT_BUDGET if budget.failed(verdicts, strict=recipe.budget.strict) else EXIT_OK
@@ -193,9 +193,9 @@ def ship(session: Session, folder: RunDir) -> int:
 
 
 def _export(session: Session, folder: RunDir, source: Measured, name: str, *, first: bool) -> Measured:
-    """One shipped file: written through the store, scored in its runtime, proven to be its checkpoint, judged by the budget if it is the first.
+    """One shipped file: written through the store, timed in its runtime and proven to be its checkpoint.
 
-    All are scored in full, also when their tensors are those of the checkpoint: only files of the same bytes share scores.
+    The first one is scored in full and judged by the budget. Others hold the same numbers, which parity proves: they are not asked again.
     """
     format, type, _ = formats.parse(name)
     tokenizer, versions = tokenizer_digest(source.model.path), machine.versions()
@@ -205,4 +205,7 @@ def _export(session: Session, folder: RunDir, source: Measured, name: str, *, fi
     path = session.store.build(key, inputs, lambda out, work: format.module.write(source.model.path, out / file, type)) / file
     seconds = time.monotonic() - start
     slot, technique = formats.slot_of(name)
-    return conclude(session, folder, slot, technique, model_of(path), source, key=key, whole=first, shipped=first, proven=name, seconds=seconds)
+    return conclude(
+        session, folder, slot, technique, model_of(path), source, key=key, tasks=first, asked="all" if first else "none", timed=True,
+        shipped=first, proven=name, seconds=seconds,
+    )  # fmt: skip

@@ -185,7 +185,7 @@ class Asker(Scorer):
     def __init__(self, prompts, said):
         self.prompts, self.said, self.asked = prompts, said, []
 
-    def measure(self, model, *, tasks=True, whole=True, **_):
+    def measure(self, model, *, tasks=True, **_):
         self.asked.append((model.path.name, tasks, whole))
         prompts = [p for p in self.prompts if whole or p.in_quarter]
         texts = dict(zip([p.id for p in PROMPTS], self.said, strict=True))

@@ -113,23 +113,24 @@ class Scorer:
         self.depends = {name: str(value) for name, value in own.items()}, text, __version__
 
     def measure(
-        self, model: Model, *, tasks: bool = True, whole: bool = True, against: Measured | None = None, limits: Sequence[Mapping[str, Any]] = ()
-    ) -> Measured:
+        self, model: Model, *, tasks: bool = True, asked: str = "all", timed: bool = True, against: Measured | None = None,
+        limits: Sequence[Mapping[str, Any]] = (),
+    ) -> Measured:  # fmt: skip
         """The model's own scores, from the store if they are there.
 
         `tasks=False` leaves the tasks out; with `eval.stop_early` they go on only until every accuracy limit in `limits` on the comparison with
-        the teacher, `against`, is decided. `whole=False`, for what does not ship: a quarter of the open prompts, and no times.
+        the teacher, `against`, is decided. `asked`: all open prompts, the fixed quarter, or none.
         """
         own, text, ours = self.depends
         early = (against.items, against.chance, limits) if against and tasks and self.settings.stop_early else None
         until = early and against and [against.key, [[n, some[n].max, some[n].min] for some in limits for n in some if is_accuracy(n)]]
         beside = _files_beside(model)  # what decides how it is asked and where it ends
         # The weights' digest comes first: by it gc knows whose scores these are.
-        named = [model.digest, model.runtime, beside, own, tasks, whole, text, ours, until]
+        named = [model.digest, model.runtime, beside, own, tasks, asked, timed, text, ours, until]
         key = f"{model.digest[:16]}-{sha256_json(named)[:32]}"
         path = self.store.root / "scores" / f"{key}.json"
         if not (path.is_file() and self._states_path(key).is_file()):
-            write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else [], early, whole=whole))
+            write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else [], early, asked, timed=timed))
         return Measured(model, key, **json.loads(path.read_text()))
 
     def compare(self, student: Measured, reference: Measured) -> Paired:
@@ -168,7 +169,8 @@ class Scorer:
             scores, intervals = beside_teacher(student.answers, teacher.answers)
             near.scores.update(scores)
             near.intervals.update(intervals)
-            if told := self._plausible(student, teacher):
+            every = len(student.answers) == len(teacher.answers)  # not of stages in between: it takes the teacher six seconds
+            if every and (told := self._plausible(student, teacher)):
                 near.scores["open/plausible"], near.intervals["open/plausible"] = told["value"], told["interval"]
         near = near._replace(rows=rows)
         if not student.items:
@@ -197,7 +199,7 @@ class Scorer:
     def _states(self, measured: Measured) -> States:
         return States(safetensors.torch.load_file(self._states_path(measured.key))["hidden"], HEADS[measured.model.runtime](measured.model.path))
 
-    def _own_scores(self, model: Model, key: str, tasks: list[str], early: tuple[Any, ...] | None, *, whole: bool) -> dict[str, Any]:
+    def _own_scores(self, model: Model, key: str, tasks: list[str], early: tuple[Any, ...] | None, asked: str, *, timed: bool) -> dict[str, Any]:
         from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
 
         s, head, tokenizer = self.settings, HEADS[model.runtime](model.path), load_tokenizer(self.tokenizer_dir)
@@ -215,7 +217,7 @@ class Scorer:
             write_whole(self._states_path(key), safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
             bits_S, bytes_S = bits_and_bytes(States(hidden_NH, head), self.ids_SL, tokenizer)
             result, level = self._tasks(lm, tasks, early)
-            picked = self._choice_form(lm, tokenizer)
+            picked = self._choice_form(lm, tokenizer) if asked != "none" else {}
         own, pages = accuracy(result.items, level), perplexities(result.items)
         scores: dict[str, float] = {"heldout_rows": len(self.ids_SL)} | size(model.path)
         intervals: dict[str, Any] = {}
@@ -228,22 +230,22 @@ class Scorer:
             rows[f"bits_per_byte/{name}"], intervals[f"bits_per_byte/{name}"] = [bits, count], ratio_interval(bits, count)
 
         # What it says when it is asked.
-        prompts = self.prompts if whole else [prompt for prompt in self.prompts if prompt.in_quarter]
+        prompts = {"all": self.prompts, "quarter": [p for p in self.prompts if p.in_quarter], "none": []}[asked]
         answers = answered(model, prompts, self.threads) if prompts else []
         if answers:
-            asked, spread = own_scores(answers)
+            said, spread = own_scores(answers)
             gap, gap_spread = choice_gap(picked, answers)
-            scores, intervals = scores | asked | gap, intervals | spread | gap_spread
+            scores, intervals = scores | said | gap, intervals | spread | gap_spread
 
         # Times, in processes of their own.
         lengths = tuple(length for length in s.prompt_lengths if length + s.new_tokens <= longest)
         how = Timing(s.prompt_tokens, s.new_tokens, s.repeats, self.threads, s.processes, lengths, tuple(s.batch_sizes))
-        timed: dict[str, Any] = {"scores": {}, "intervals": {}, "latency": {}}
-        if whole or s.time_stages:
-            timed = measure_latency(model.path, model.runtime, how)
-        scores |= result.scores | own.scores | pages.scores | timed["scores"]
-        intervals |= own.intervals | pages.intervals | result.intervals | timed["intervals"]
-        return timed | {
+        times: dict[str, Any] = {"scores": {}, "intervals": {}, "latency": {}}
+        if timed or s.time_stages:
+            times = measure_latency(model.path, model.runtime, how)
+        scores |= result.scores | own.scores | pages.scores | times["scores"]
+        intervals |= own.intervals | pages.intervals | result.intervals | times["intervals"]
+        return times | {
             "scores": scores, "intervals": intervals, "rows": rows, "level": level, "items": result.items, "chance": result.chance,
             "answers": answers,
         }  # fmt: skip

@@ -21,6 +21,7 @@ from compress.session import Session
 
 EFFICIENCY = 0.5  # assumed share of the square matrix product's rate that a whole training step reaches; on the cautious side
 TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
+ANSWER_SECONDS = 15.0  # to ask a quarter of the open prompts, on two cores and 135M parameters: 14.5 in torch, 26 for all in llama.cpp
 
 
 class Cost(NamedTuple):
@@ -51,7 +52,7 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
     recipe, rate = session.recipe, rate * EFFICIENCY
     e, seq_len = recipe.eval, recipe.data.seq_len
     sizes = {slot: params_of(config) for slot, config in shapes.items()}
-    score_tokens = TASK_TOKENS * bool(e.tasks) + e.heldout_sequences * seq_len
+    score_tokens = TASK_TOKENS * bool(e.tasks) + e.heldout_sequences * seq_len * len(recipe.data.heldout)
     whole = sizes["teacher"]
     costs = [Cost("teacher", "teacher", whole, 2 * whole * score_tokens * 3 / rate + 10, 4 * whole, 5 * whole)]
     for slot, parent in recipe.steps():
@@ -61,7 +62,7 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
         teacher = {"distill": whole, "qat": sizes[parent]}.get(recipe.technique(slot), 0)
         calibration = getattr(stage, "calibration_sequences", 0) * seq_len * max(1, getattr(stage, "blocks", 1)) * getattr(stage, "passes", 1)
         work = 6 * params * tokens + 2 * teacher * tokens + 2 * sizes[parent] * calibration
-        scoring = 2 * params * score_tokens * 3 / rate + 10
+        scoring = 2 * params * score_tokens * 3 / rate + 10 + ANSWER_SECONDS * bool(e.open_prompts) * params / 135e6
         memory = (16 if tokens else 8) * params + batch_tokens * shapes[slot]["num_hidden_layers"] * shapes[slot]["hidden_size"] * 34 * bool(tokens)
         weight_bytes = (4 if recipe.technique(slot) in ("ptq", "qat") else 2) + 12 * bool(tokens)
         disk = weight_bytes * params + _signal_bytes_per_token(stage, shapes["teacher"]) * tokens

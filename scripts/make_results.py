@@ -1,5 +1,6 @@
 """Commit-sized record of a run: `python scripts/make_results.py runs/demo/<time> results/demo` copies run.json and every record.json,
-writes the table as Markdown, and puts the same table between the README's markers. Weights, items and paths of this machine stay behind.
+writes the table as Markdown and both sides' open answers, and puts the same table and three of the answers between the README's markers.
+Weights, items and paths of this machine stay behind.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from pathlib import Path
 
 from compress.report.records import load_run
 from compress.report.table import markdown_table, verdict_lines
+from compress.score.open import worst_first
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+SHOWN = ("facts-006", "lists-020", "arithmetic-002")  # of the half that is reported; chosen before they were answered
 
 
 def main(run_dir: str, out: str) -> None:
@@ -23,10 +26,24 @@ def main(run_dir: str, out: str) -> None:
     (folder / "records.jsonl").write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in run.records))
     table = "\n".join([markdown_table(run.records), "", *[f"- {line}" for line in verdict_lines(run.records)]])
     (folder / "table.md").write_text(table + "\n")
+    said = worst_first(run.rows(run.final, "open"), run.rows(run.teacher, "open")) if run.teacher else []
+    (folder / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     text = README.read_text()
-    pattern = re.compile(r"(<!-- table: made by scripts/make_results.py -->\n).*?(<!-- end of table -->)", re.DOTALL)
-    assert pattern.search(text), "the README has lost the markers of its table"
-    README.write_text(pattern.sub(lambda match: match[1] + table + "\n" + match[2], text))
+    for name, content in (("table", table), ("answers", answers_block(said))):
+        pattern = re.compile(rf"(<!-- {name}: made by scripts/make_results.py -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        assert pattern.search(text), f"the README has lost the markers of its {name}"
+        text = pattern.sub(lambda match, content=content: match[1] + content + "\n" + match[2], text)
+    README.write_text(text)
+
+
+def answers_block(said: list[dict]) -> str:
+    """The SHOWN prompts with both answers, as Markdown."""
+    by_id = {row["id"]: row for row in said}
+    lines = ["| asked | teacher | student |", "|---|---|---|"]
+    for row in (by_id[name] for name in SHOWN if name in by_id):
+        cells = [" ".join(row[side].split()).replace("|", "\\|").replace("<", "&lt;") for side in ("prompt", "teacher", "student")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

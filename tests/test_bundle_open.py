@@ -185,9 +185,9 @@ class Asker(Scorer):
     def __init__(self, prompts, said):
         self.prompts, self.said, self.asked = prompts, said, []
 
-    def measure(self, model, *, tasks=True, **_):
-        self.asked.append((model.path.name, tasks, whole))
-        prompts = [p for p in self.prompts if whole or p.in_quarter]
+    def measure(self, model, *, tasks=True, asked="all", **_):
+        self.asked.append((model.path.name, tasks, asked))
+        prompts = self.prompts if asked == "all" else []
         texts = dict(zip([p.id for p in PROMPTS], self.said, strict=True))
         rows = open_rows(prompts, [texts[p.id] for p in prompts])
         scores, spread = own_scores(rows) if rows else ({}, {})
@@ -233,10 +233,8 @@ def test_accept_asks_the_bundle_s_prompts_again(tmp_path, accepted, has_teacher)
         "open/kept 72.4% (95% interval 54.6% to 86.0%) is within the limit of at least 30.0%" in out
     )
     assert "PASS         open/loops 3.3%" in out and "PASS         open/right 70.0%" in out
-    assert scorer.asked[-1] == ("model-Q4_0.gguf", True, True)
-    assert scorer.asked[:-1] == [("hf", False, False)] * has_teacher, (
-        "the teacher's times are not needed"
-    )
+    assert scorer.asked[-1] == ("model-Q4_0.gguf", True, "all")
+    assert scorer.asked[:-1] == [("hf", False, "none")] * has_teacher
 
 
 def test_accept_fails_what_got_worse(tmp_path, accepted):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from compress.__main__ import VERBS
@@ -39,6 +40,14 @@ def test_every_verb_is_in_the_readme():
 def test_the_table_is_that_of_the_committed_record():
     records = [json.loads(line) for line in (ROOT / "results" / "demo" / "records.jsonl").read_text().splitlines()]
     assert markdown_table(records) in README
+
+
+def test_the_answers_are_those_of_the_committed_record():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from make_results import answers_block
+
+    rows = [json.loads(line) for line in (ROOT / "results" / "demo" / "open.jsonl").read_text().splitlines()]
+    assert answers_block(rows) in README and answers_block(rows).count("\n") == 4
 
 
 def test_no_file_of_the_package_is_long():

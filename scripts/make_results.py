@@ -31,8 +31,9 @@ def main(run_dir: str, out: str) -> None:
     text = README.read_text()
     for name, content in (("table", table), ("answers", answers_block(said))):
         pattern = re.compile(rf"(<!-- {name}: made by scripts/make_results.py -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        assert pattern.search(text), f"the README has lost the markers of its {name}"
-        text = pattern.sub(lambda match, content=content: match[1] + content + "\n" + match[2], text)
+        found = pattern.search(text)
+        assert found, f"the README has lost the markers of its {name}"
+        text = text[: found.start()] + found[1] + content + "\n" + found[2] + text[found.end() :]
     README.write_text(text)
 
 

@@ -80,6 +80,15 @@ def test_accuracy_is_paired_item_by_item():
     assert told(model(known=90), model(), ["kept"]) == []
 
 
+def test_where_tasks_stopped_early_the_items_that_both_answered_count():
+    whole, stopped = model(known=90), model(known=60)
+    stopped.items = stopped.items[:80]
+    (change,) = told(whole, stopped, ["kept"])
+    assert change.gain == pytest.approx(20 / 80)
+    (change,) = told(stopped, whole, ["kept"])
+    assert change.gain == pytest.approx(-20 / 80)
+
+
 def test_a_budget_without_measures_of_quality_means_answers_and_closeness():
     mine, its = {"kl_to_teacher": [[0.1, 0.2]]}, {"kl_to_teacher": [[0.2, 0.3]]}
     assert [c.metric for c in told(model(right=9), model(right=9), ["size_bytes"], mine, its)] == [

@@ -84,7 +84,9 @@ def _change(
     elif is_accuracy(metric):
         if not student.items or not parent.items:
             return None
-        paired = paired_scores(student.items, parent.items, student.chance)
+        # Where tasks stop early, one of the two may have answered items that the other has not.
+        mine, its = _common(student.items, parent.items), _common(parent.items, student.items)
+        paired = paired_scores(mine, its, student.chance)
         task = metric.partition("/")[2]
         name = f"points_lost/{task}" if task else "points_lost"
         if name not in paired.scores:
@@ -92,15 +94,21 @@ def _change(
         low, high = paired.intervals[name]
         return Change(metric, -paired.scores[name], -high, -low)
     else:
-        mine, its = (rows.get(metric) for rows in (student_rows, parent_rows))
-        if mine is None or its is None or mine[1:] != its[1:]:
+        own, before = (rows.get(metric) for rows in (student_rows, parent_rows))
+        if own is None or before is None or own[1:] != before[1:]:
             return None
-        lost = (np.asarray(mine[0]) - np.asarray(its[0])).tolist()
-        weights = mine[1] if len(mine) > 1 else None
+        lost = (np.asarray(own[0]) - np.asarray(before[0])).tolist()
+        weights = own[1] if len(own) > 1 else None
         spread = ratio_interval(lost, weights, least=-np.inf)
         gain = sum(lost) / (sum(weights) if weights else len(lost))
     low, high = sorted(sign * end for end in spread)
     return Change(metric, sign * gain, low, high)
+
+
+def _common(items: Any, other: Any) -> list[Any]:
+    """Those of `items` that are answered in `other` too."""
+    answered = {(item["task"], item["doc_id"]) for item in other}
+    return [item for item in items if (item["task"], item["doc_id"]) in answered]
 
 
 def _answers_gained(metric: str, student: Any, parent: Any, teacher: Any) -> tuple[Any, Any]:

@@ -119,7 +119,7 @@ class VllmAuthor:
 
 
 class LlamaCppAuthor:
-    """llama.cpp on a Q8_0 file of the teacher, which is written into `folder` once: five times as fast as torch on a CPU."""
+    """llama.cpp on a Q8_0 file of the teacher, which is written into `folder` once."""
 
     slots = SLOTS
 

@@ -1,0 +1,162 @@
+"""One door per file format: whatever a parser raises becomes one sentence that names the file, the line and what to do.
+
+Every file that somebody else may have written is read here: text, JSON, JSON Lines, YAML and safetensors. A header that claims more
+bytes than its file has, a document nested too deep to be read and an alias that multiplies itself are refused before memory is taken.
+"""
+
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+HEADER_BYTES = 100_000_000  # the most that safetensors itself reads of a header
+YAML_BYTES = 1_000_000  # of a recipe or an option file; ours have a few thousand
+YAML_NODES = 100_000  # values in one, aliases written out
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+class TensorPlace(NamedTuple):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str  # as the format calls it: F32, BF16, I8, ...
+    shape: tuple[int, ...]
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes, unpacked when it ends in .gz. ValueError when it is no file, or its packing is damaged."""
+    if not path.is_file():
+        what = "is a directory, not a file" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {what}; check the path")
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no whole gzip file ({error}); copy it again") from error
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text without its byte order mark. ValueError naming the file and the line that is not UTF-8."""
+    data = read_bytes(path)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        hint = f"convert it, as in: iconv -f latin1 -t utf-8 {path.name} > {path.stem}-utf8{path.suffix}"
+        raise ValueError(f"{path}, line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); {hint}") from error
+
+
+def parse_json(text: str, where: object) -> Any:
+    """A JSON value. ValueError that begins with `where` and says what is wrong with it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where} is not JSON ({error.msg}, {place}); mend it or copy it again") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deep to be read; flatten it or copy it again") from error
+    except ValueError as error:  # integers of thousands of digits
+        raise ValueError(f"{where} can't be read as JSON ({error}); mend it or copy it again") from error
+
+
+def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
+    """A JSON file's value, which must be of `kind`. ValueError naming the file otherwise."""
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(one.__name__ for one in kinds)
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, needed: {wanted}; copy the file again")
+    return value
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """("FILE, line N", value) of every line that is not blank. Lines end at a line feed alone: JSON strings may hold U+2028 and the like.
+
+    ValueError naming the file and the line that is not JSON.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where)
+
+
+def _nodes(value: Any, known: dict[int, int]) -> int:
+    """How many values a YAML tree has once its aliases are written out. RecursionError for one that holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = -1
+        below = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_nodes(one, known) for one in below)
+    if known[id(value)] < 0:
+        raise RecursionError
+    return known[id(value)]
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file's plain data. ValueError naming the file: no YAML, too long, too deep, or multiplied by aliases."""
+    text = read_text(path)
+    if len(text) > YAML_BYTES:
+        raise ValueError(f"{path} has {len(text):,} characters, at most {YAML_BYTES:,} are read; split it")
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """Plain data of a YAML text. ValueError that begins with `where`."""
+    try:
+        tree = yaml.safe_load(text)
+        nodes = _nodes(tree, {})
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{where} is not plain YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deep to be read, or holds itself; flatten it") from error
+    if nodes > YAML_NODES:
+        raise ValueError(f"{where} has {nodes:,} values once its aliases are written out, at most {YAML_NODES:,} are read; write it plainly")
+    return tree
+
+
+def tensor_places(path: Path) -> dict[str, TensorPlace]:
+    """Name -> dtype and shape of a safetensors file, from its header alone.
+
+    ValueError naming the file: no safetensors, cut short, or a header that does not fit the file's bytes.
+    """
+    again = "copy it again, or convert it to safetensors"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_BYTES):
+            raise ValueError(f"{path} is no whole safetensors file ({size:,} bytes, its header claims {length:,}); {again}")
+        raw = file.read(length)
+    try:
+        header = parse_json(raw.decode(), f"{path}: the header")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no safetensors file (its header is not UTF-8); {again}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is no safetensors file (its header is no JSON object); {again}")
+    header.pop("__metadata__", None)
+    places, spans = {}, []
+    for name, about in header.items():
+        try:
+            dtype, shape, (start, end) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
+            whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            fits = whole and (dtype not in ITEM_BYTES or math.prod(shape) * ITEM_BYTES[dtype] == end - start)
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"{path}: the header's entry for {name!r} makes no sense; {again}")
+        places[name] = TensorPlace(dtype, shape)
+        spans.append((start, end))
+    position = 0
+    for start, end in sorted(spans):
+        if start != position or end < start:
+            raise ValueError(f"{path}: tensors overlap or leave holes at byte {start:,}; {again}")
+        position = end
+    if position != size - 8 - length:
+        raise ValueError(f"{path} has {size - 8 - length:,} bytes of tensors where its header claims {position:,}; {again}")
+    return places

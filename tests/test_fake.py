@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compress.checkpoint import load_model
 from compress.quant import codes, fake
 from compress.quant.grids import GRIDS
+from compress.quant.grids.nonlinear import NUMBERS
 
 EMBED, UP = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
 
@@ -53,12 +54,14 @@ def _oracle(w: torch.Tensor, scales: torch.Tensor, grad: torch.Tensor, name: str
     """Value and master gradient of the clipped straight-through estimator, one element at a time."""
     value, back = torch.zeros_like(w, dtype=torch.float64), torch.zeros_like(w, dtype=torch.float64)
     low, high = GRIDS[name].low, GRIDS[name].high
+    numbers = NUMBERS if name == "iq4_nl" else range(low, high + 1)
+    below, above = (11.5, 12.0) if name == "iq4_nl" else (0.5, 0.5)  # half the gap to the next number inside
     for row in range(w.shape[0]):
         for column in range(w.shape[1]):
             s, floor = _levels(name, scales, row, column)
-            q = round((w[row, column].item() - floor) / s)
-            value[row, column] = s * min(max(q, low), high) + floor
-            back[row, column] = grad[row, column].item() if low <= q <= high else 0.0
+            q = (w[row, column].item() - floor) / s
+            value[row, column] = s * min(numbers, key=lambda n: abs(n - q)) + floor
+            back[row, column] = grad[row, column].item() if low - below <= q <= high + above else 0.0
     return value, back
 
 
@@ -101,7 +104,11 @@ def test_learned_scales_get_the_gradient_of_lsq_written_with_autograd_in_float64
     t = torch.zeros_like(moved).requires_grad_()
     scale = moved * t.exp()
     ratio = w / scale
-    value = scale * (ratio + (ratio.round() - ratio).detach()).clamp(grid.low, grid.high)
+    numbers = torch.tensor(NUMBERS if name == "iq4_nl" else range(grid.low, grid.high + 1)).double()
+    nearest = numbers[(ratio.detach()[..., None] - numbers).abs().argmin(-1)]
+    ends = (-138.5, 125.0) if name == "iq4_nl" else (grid.low - 0.5, grid.high + 0.5)
+    inside = (ratio >= ends[0]) & (ratio <= ends[1])
+    value = scale * torch.where(inside, ratio + (nearest - ratio).detach(), nearest)
     (value * upstream.double().view(w.shape)).sum().backward()
     assert torch.allclose(layer.weight.double(), value.detach().view_as(master), rtol=1e-6, atol=0)
     assert torch.allclose(master.grad.double(), w.grad.view_as(master), rtol=1e-5, atol=1e-7)
@@ -285,7 +292,7 @@ def test_damaged_or_missing_codes_are_refused(tmp_path):
         with pytest.raises(ValueError, match="does not hold a grid, codes and scales of each matrix"):
             codes.load_quantized(tmp_path)
     save_file(one | {"a.scales": torch.zeros(1, 1)}, tmp_path / codes.FILE, metadata={"grids": '{"a": "q9"}'})
-    with pytest.raises(ValueError, match="a says grid 'q9': known grids are q4_0, q4_1, q5_0, q8_0, q4_k, q6_k, int4_g32"):
+    with pytest.raises(ValueError, match="a says grid 'q9': known grids are q4_0, iq4_nl, q4_1, q5_0, q8_0, q4_k, q6_k, int4_g32"):
         codes.load_quantized(tmp_path)
 
 

@@ -46,7 +46,7 @@ class Format:
         return importlib.import_module(self.source)
 
 
-_ROUNDED = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5, "Q5_0": 5.5, "Q4_K": 4.5, "Q6_K": 6.5625}  # bits a weight
+_ROUNDED = {"Q4_0": 4.5, "IQ4_NL": 4.5, "Q4_1": 5.0, "Q8_0": 8.5, "Q5_0": 5.5, "Q4_K": 4.5, "Q6_K": 6.5625}  # bits a weight
 _INTEGERS = ("q4_0", "q8_0", *(grid.value for grid in GridName if grid.startswith("int")))
 FORMATS: dict[str, Format] = {
     "gguf": Format(

@@ -48,8 +48,8 @@ def gptq(w_RC: Tensor, gram_CC: Tensor, grid: Grid, damping: float, search: bool
         error_KR = torch.empty_like(block_KR)  # (w - q) / U_jj
         for j, w_R in enumerate(block_KR):
             s_R, f_R = step[:, j // group, 0], 0.0 if floor is None else floor[:, j // group, 0]
-            q_R = ((w_R - f_R) * inverse(s_R)).round_().clamp_(grid.low, grid.high)
-            codes_CR[start + j] = q_R + grid.offset
+            q_R = grid.rounded((w_R - f_R) * inverse(s_R))
+            codes_CR[start + j] = grid.stored_codes(q_R.clone())
             torch.sub(w_R, q_R.mul_(s_R).add_(f_R), out=error_KR[j]).div_(upper_CC[start + j, start + j])
             block_KR[j + 1 :].addr_(upper_CC[start + j, start + j + 1 : stop], error_KR[j], alpha=-1)
         left_CR[stop:].addmm_(upper_CC[start:stop, stop:].T, error_KR, alpha=-1)

@@ -17,7 +17,7 @@ from compress.stages.context import Context
 
 # the grids of `compress.quant.grids.GRIDS`, named here because reading the configuration must not import torch
 GridName = StrEnum("GridName", [
-    "q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q6_k", "int4_g32", "int4_g64", "int4_g128", "int4_asym_g32", "int4_asym_g64", "int4_asym_g128",
+    "q4_0", "iq4_nl", "q4_1", "q5_0", "q8_0", "q4_k", "q6_k", "int4_g32", "int4_g64", "int4_g128", "int4_asym_g32", "int4_asym_g64", "int4_asym_g128",
     "int8_g32", "int8_g64", "int8_g128", "int8",
 ])  # fmt: skip
 Method = StrEnum("Method", ["nearest", "gptq", "autoround"])  # how codes are chosen
@@ -26,7 +26,7 @@ Scales = StrEnum("Scales", ["round", "search", "learned"])  # how a block's scal
 # row lengths must be multiples
 BLOCK = {grid: 256 if grid.endswith("_k") else int(grid.rpartition("_g")[2]) if "_g" in grid else 32 for grid in GridName} | {GridName.int8: 1}
 # grids of one scale; Q4_K and Q6_K search in their plain rounding already
-SEARCHED = tuple(grid for grid in GridName if grid in ("q4_0", "q5_0", "q8_0", "int8") or grid.startswith(("int4_g", "int8_g")))
+SEARCHED = tuple(grid for grid in GridName if grid in ("q4_0", "iq4_nl", "q5_0", "q8_0", "int8") or grid.startswith(("int4_g", "int8_g")))
 
 
 @dataclass

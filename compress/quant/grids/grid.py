@@ -2,7 +2,8 @@
 
     value = step * q + floor      in fp32, in this order: the multiplication is rounded, then the addition
 
-q is an integer in low..high and the stored code is q + offset. `group` neighbours share one step and one floor (0 on symmetric grids). What the
+q is an integer in low..high and the stored code is q + offset, but on non-linear grids (nonlinear.py), where a code names one of a few
+such integers. `group` neighbours share one step and one floor (0 on symmetric grids). What the
 file keeps of a block besides its codes is one row of `scales`, fp16: all of it is fp16 in the file too, or wider, or an integer of at most 8
 bits, which fp16 holds exactly. `levels` turns that row into steps and floors.
 
@@ -78,6 +79,22 @@ class Grid:
         """(N, block) fp32 -> (N, block) codes, (N, stored) numbers of the format's own rounding without an importance matrix."""
         raise NotImplementedError
 
+    def rounded(self, q: Tensor) -> Tensor:
+        """(x - floor) / step -> the grid's nearest numbers q, in place."""
+        return q.round_().clamp_(self.low, self.high)
+
+    def inside(self, q: Tensor) -> Tensor:
+        """(x - floor) / step -> 1.0 where rounding it stays in the range of codes, else 0.0; overwrites q."""
+        return q.round_().clamp(self.low, self.high).eq_(q)  # several times faster than a mask of bools
+
+    def stored_codes(self, q: Tensor) -> Tensor:
+        """Numbers q -> the codes that are stored, in place."""
+        return q.add_(self.offset) if self.offset else q
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        """Stored codes, fp32 -> numbers q, in place."""
+        return codes.sub_(self.offset)
+
     def levels(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, stored) -> the steps and the floors of its groups, each fp32 (N, block / group, 1); None: no floor."""
         return stored.float().unsqueeze(-1), None
@@ -112,8 +129,8 @@ class Grid:
         codes = w.new_empty(w.shape, dtype=self.dtype)
 
         def work(x: Tensor, stored: Tensor, out: Tensor) -> None:
-            q = self._quotient(x, *self.levels(stored)).clamp_(self.low, self.high)
-            out[:] = (q.add_(self.offset) if self.offset else q).flatten(1)
+            q = self.rounded(self._quotient(x, *self.levels(stored)))
+            out[:] = self.stored_codes(q).flatten(1)
 
         self._each(work, w.detach().float(), scales, codes)
         return codes
@@ -123,7 +140,7 @@ class Grid:
         values = codes.new_empty(codes.shape, dtype=torch.float32)
 
         def work(q: Tensor, stored: Tensor, out: Tensor) -> None:
-            self._value(self._grouped(out.copy_(q)).sub_(self.offset), *self.levels(stored))
+            self._value(self.numbers(self._grouped(out.copy_(q))), *self.levels(stored))
 
         self._each(work, codes, scales, values)
         return values
@@ -133,7 +150,7 @@ class Grid:
 
         def work(x: Tensor, stored: Tensor, out: Tensor) -> None:
             step, floor = self.levels(stored)
-            self._value(self._quotient(x, step, floor, self._grouped(out)).clamp_(self.low, self.high), step, floor)
+            self._value(self.rounded(self._quotient(x, step, floor, self._grouped(out))), step, floor)
 
         self._each(work, w.detach(), scales, values)
 
@@ -142,9 +159,7 @@ class Grid:
         passed = w.new_empty(w.shape)
 
         def work(x: Tensor, stored: Tensor, g: Tensor, out: Tensor) -> None:
-            q = self._quotient(x, *self.levels(stored)).flatten(1)
-            inside = q.clamp(self.low, self.high).eq_(q)  # 1.0 or 0.0: several times faster than a mask of bools
-            torch.mul(g, inside, out=out)
+            torch.mul(g, self.inside(self._quotient(x, *self.levels(stored))).flatten(1), out=out)
 
         self._each(work, w.detach(), scales, grad, passed)
         return passed
@@ -154,11 +169,11 @@ class Grid:
         return x.view(len(x), -1, self.group or x.shape[1])
 
     def _quotient(self, x: Tensor, step: Tensor, floor: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """(N, block) -> round((x - floor) / step), not yet clamped, (N, block / group, group)."""
+        """(N, block) -> (x - floor) / step, not yet rounded, (N, block / group, group)."""
         over = inverse(step)
         if floor is None:
-            return torch.mul(self._grouped(x), over, out=out).round_()
-        return torch.sub(self._grouped(x), floor, out=out).mul_(over).round_()
+            return torch.mul(self._grouped(x), over, out=out)
+        return torch.sub(self._grouped(x), floor, out=out).mul_(over)
 
     def _value(self, q: Tensor, step: Tensor, floor: Tensor | None) -> None:
         """q -> step * q + floor, in place."""

@@ -31,10 +31,10 @@ from torch import Tensor
 from compress.quant.grids.grid import Grid, ratio
 from compress.quant.grids.llamacpp import as_bytes, halves
 
-_EPS = 1e-15  # llama.cpp's GROUP_MAX_EPS
+EPS = 1e-15  # llama.cpp's GROUP_MAXEPS
 
 
-def _in_order(terms: Tensor) -> Tensor:
+def in_order(terms: Tensor) -> Tensor:
     """(K, ...) -> (...): the fp32 sum of a C loop over K."""
     total = terms[0].clone()
     for term in terms[1:]:
@@ -64,8 +64,8 @@ class Q4_K(Grid):
 
     def _fit(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(32, G) -> codes (32, G), scales (1, G), minima (1, G), those with their sign turned."""
-        w = (_in_order(x * x) / 32).double().sqrt().float() + x.abs()  # torch's fp32 root can be a bit off
-        sum_w, sum_x = _in_order(torch.stack([w, w * x], dim=1))
+        w = (in_order(x * x) / 32).double().sqrt().float() + x.abs()  # torch's fp32 root can be a bit off
+        sum_w, sum_x = in_order(torch.stack([w, w * x], dim=1))
         least, most = x.amin(0).clamp(max=0.0), x.amax(0)
         constant = most == least
         over = ratio(15.0, most - least)
@@ -74,7 +74,7 @@ class Q4_K(Grid):
         for start in torch.arange(21, dtype=torch.float32).mul_(0.1).sub_(1.0).add_(15.0).tolist():
             q = self._codes(x, least, ratio(start, most - least))
             wq = w * q
-            sum_q, sum_qq, sum_xq = _in_order(torch.stack([wq, wq * q, wq * x], dim=1))
+            sum_q, sum_qq, sum_xq = in_order(torch.stack([wq, wq * q, wq * x], dim=1))
             det = sum_w * sum_qq - sum_q * sum_q
             line = (sum_w * sum_xq - sum_x * sum_q) / det
             floor = (sum_qq * sum_x - sum_q * sum_xq) / det
@@ -91,7 +91,7 @@ class Q4_K(Grid):
         return (x - least).mul_(over).round_().clamp_(0, 15)
 
     def _error(self, x: Tensor, w: Tensor, q: Tensor, scale: Tensor, least: Tensor) -> Tensor:
-        return _in_order((scale * q).add_(least).sub_(x).square_().mul_(w))
+        return in_order((scale * q).add_(least).sub_(x).square_().mul_(w))
 
     def levels(self, stored: Tensor) -> tuple[Tensor, Tensor]:
         unit, scale, least = stored.float()[..., None].split([2, 8, 8], dim=1)
@@ -115,7 +115,7 @@ class Q6_K(Grid):
         groups = x.view(-1, self.group)
         codes, scale = (part.t().reshape(len(x), 16, -1) for part in self._fit(groups.t().contiguous()))
         top = scale.gather(1, scale.abs().argmax(1, keepdim=True))
-        over = torch.where(top.abs() < _EPS, 0.0, ratio(-128.0, top))
+        over = torch.where(top.abs() < EPS, 0.0, ratio(-128.0, top))
         small = (scale * over).round_().clamp_(max=127).add_(0.0)  # an integer has no -0
         stored = torch.cat([ratio(1.0, over), small], dim=1)[..., 0]
         step, _ = self.levels(stored.half())
@@ -130,12 +130,12 @@ class Q6_K(Grid):
         codes, scale, gain = torch.zeros_like(x), torch.zeros_like(peak), torch.full_like(peak, -1.0)
         for k in (0, *range(-9, 0), *range(1, 10)):
             q = (x * ratio(-(torch.tensor(0.1) * k + 32.0).item(), peak)).round_().clamp_(self.low, self.high)
-            xq, qq = _in_order(torch.stack([w * x * q, w * q * q], dim=1))
+            xq, qq = in_order(torch.stack([w * x * q, w * q * q], dim=1))
             better = (qq > 0) & (xq * xq > gain * qq)
             codes = torch.where(better, q + self.offset, codes)
             scale = torch.where(better, xq / qq, scale)
             gain = torch.where(better, scale * xq, gain)
-        zero = peak.abs() < _EPS
+        zero = peak.abs() < EPS
         return torch.where(zero, 0.0, codes), torch.where(zero, 0.0, scale)[None]
 
     def levels(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -86,14 +86,14 @@ class OneScale(Grid):
 
     def _fit(self, x: Tensor, hx: Tensor, h: Tensor, inv: Tensor) -> tuple[Tensor, Tensor]:
         """Gain and least-squares scale of the codes that `inv` gives, each (N,)."""
-        q = (x * inv).round_().clamp_(self.low, self.high)
+        q = self.rounded(x * inv)
         xq = (hx * q).sum(0)
         scale = (xq / q.square_().mul_(h).sum(0)).nan_to_num_(0.0, 0.0, 0.0)
         return xq * scale, scale
 
     def _error(self, x: Tensor, h: Tensor, scale: Tensor) -> Tensor:
         """(N,): the squared error of a stored scale with its own nearest codes."""
-        return (x * inverse(scale)).round_().clamp_(self.low, self.high).mul_(scale).sub_(x).square_().mul_(h).sum(0)
+        return self.rounded(x * inverse(scale)).mul_(scale).sub_(x).square_().mul_(h).sum(0)
 
 
 class Q4_0(OneScale):

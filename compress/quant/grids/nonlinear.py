@@ -1,0 +1,80 @@
+"""llama.cpp's IQ4_NL: 4 bits that name one of sixteen uneven numbers, bit for bit.
+
+Source: ggml/src/ggml-quants.c, `quantize_iq4_nl`, `dequantize_row_iq4_nl`. A block of 32 holds d, an fp16 scale, then
+16 bytes as in Q4_0: the bytes of Q4_0, 4.5 bits a weight, but
+
+    value = d * NUMBERS[code]        the numbers lie closer where weights of a bell shape are more frequent
+
+    plain rounding, without an importance matrix: with m the first element of largest magnitude, the scales m / t for
+    t = 127, -134, -133, ..., -120 are tried in this order; each gives codes and, refitted with the weights' squares as
+    importance, s = sum(x^2 x q) / sum(x^2 q^2), of which the one of largest gain stays. Codes are those nearest to it in
+    fp32, ties upwards; only then is it rounded to fp16. Sums run in C's order, without fused multiply-adds.
+
+`search` tries both ends of the range, weighs by what it is given, and refits to the stored fp16 scale (llamacpp.py).
+"""
+
+import torch
+from torch import Tensor
+
+from compress.quant.grids.grid import inverse, ratio
+from compress.quant.grids.kquants import EPS, in_order
+from compress.quant.grids.llamacpp import OneScale, as_bytes, halves
+
+NUMBERS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _tables() -> tuple[Tensor, Tensor]:
+    """Nearest number and its code, for every half from the first number to the last: no midpoint lies between two halves."""
+    numbers = torch.tensor(NUMBERS, dtype=torch.float32)
+    steps = torch.arange(2 * NUMBERS[0], 2 * NUMBERS[-1] + 1) / 2
+    code = torch.bucketize(steps, (numbers[1:] + numbers[:-1]) / 2, right=True)
+    return numbers[code], code.float()
+
+
+class IQ4_NL(OneScale):
+    """4 bits that name one of NUMBERS, and an fp16 scale for 32 weights. q is the number, not the code."""
+
+    name, bits_per_weight, largest = "iq4_nl", 4.5, 65504.0 * 113
+    low, high = NUMBERS[0], NUMBERS[-1]
+    targets = tuple(float(end + k) for end in (low, high) for k in range(-27, 28, 9))
+    nearest_number, nearest_code = _tables()
+
+    def rule(self, x: Tensor) -> Tensor:
+        return self.plain(x)[1]
+
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        columns = x.t().contiguous()
+        peak = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
+        weight = columns * columns
+        scale, best = torch.zeros_like(peak), torch.zeros_like(peak)
+        for attempt, target in enumerate((127.0, *range(self.low - 7, self.low + 8))):
+            over = ratio(1.0, -peak / self.low) if attempt == 0 else ratio(float(target), peak)
+            q = self.rounded(columns * over)
+            wq = weight * q
+            xq, qq = in_order(torch.stack([wq * columns, wq * q], dim=1))
+            better = (qq > 0) & (xq * xq > best * qq) if attempt else torch.ones_like(peak, dtype=torch.bool)
+            scale = torch.where(better, ratio(xq, qq), scale)
+            best = torch.where(better, scale * xq, best)
+        scale = torch.where(peak.abs() < EPS, 0.0, scale)[:, None]
+        return self.stored_codes(self.rounded(x * inverse(scale))), scale
+
+    def rounded(self, q: Tensor) -> Tensor:
+        return self._looked_up(self.nearest_number, q)
+
+    def inside(self, q: Tensor) -> Tensor:
+        ends = self.low - 11.5, self.high + 12.0  # half a gap beyond the outermost numbers, as on even grids
+        return q.clamp(*ends).eq_(q)
+
+    def stored_codes(self, q: Tensor) -> Tensor:
+        return self._looked_up(self.nearest_code, q)
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        return codes.copy_(torch.tensor(NUMBERS, dtype=torch.float32, device=codes.device)[codes.int()])
+
+    def _looked_up(self, table: Tensor, q: Tensor) -> Tensor:
+        """The table's entry for every number of q, any shape, in place. Doubling and rounding down are exact."""
+        index = q.mul_(2).floor_().clamp_(2 * self.low, 2 * self.high).sub_(2 * self.low).int()
+        return q.copy_(table.to(q.device).index_select(0, index.flatten()).view(q.shape))
+
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        return [as_bytes(scales), halves(codes.view(-1, 2, 16))]

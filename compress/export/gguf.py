@@ -21,10 +21,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from compress.checkpoint import check, head_dim, load_tokenizer, weight_files
+from compress.checkpoint import check, head_dim, load_tokenizer, read_config, weight_files
 from compress.export.formats import check_config, codes_of
-from compress.export.gguf_tokenizer import write_tokenizer
+from compress.export.gguf_tokenizer import pre_name, write_tokenizer
 from compress.gguf_header import read_header
+from compress.loading import meta_model
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
 from compress.score.size import size, tensor_shapes
@@ -112,6 +113,13 @@ def architecture(config: Any) -> str:
     """The GGUF architecture of a transformers config. ValueError when there is none."""
     check_config(config, "GGUF", "export compressed_tensors", model_type=tuple(ARCHITECTURES), rope_type=("default",), sliding_window=(None,))
     return ARCHITECTURES[config.model_type]
+
+
+def check_teacher(path: Path) -> None:
+    """ValueError when a teacher has a tokenizer or tensors that no student of it could bring into a GGUF."""
+    pre_name(load_tokenizer(path))
+    for name, _ in meta_model(read_config(path)).named_parameters():
+        _renamed(name, _NAMES, f"tensor {name} has no place in a GGUF; export this model as compressed_tensors")
 
 
 def _renamed(name: str, table: dict[str, str], refusal: str) -> str:

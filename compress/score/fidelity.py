@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compress.checkpoint import load_model, read_config, weight_files
+from compress.checkpoint import config_object, load_model, read_config, weight_files
 from compress.loading import head_place, is_packed
 from compress.score.paired import Items, Paired, ratio_interval
 from compress.train.forward import Head, head_of, hidden_states, scale_and_softcap
@@ -60,7 +60,7 @@ def checkpoint_head(model_dir: Path) -> Head:
     for file in weight_files(model_dir):
         with safe_open(file, "pt") as held:
             tensors |= {name: held.get_tensor(name).float() for name in {*names} & set(held.keys())}
-    return Head(tensors[names[0]], tensors.get(names[1] or ""), **scale_and_softcap(config))
+    return Head(tensors[names[0]], tensors.get(names[1] or ""), **scale_and_softcap(config_object(config).to_dict()))
 
 
 def perplexities(items: Items) -> Paired:

@@ -26,10 +26,18 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from compress.doors import read_json
-from compress.errors import is_disk, is_memory
 from compress.gguf_header import check_file
 from compress.loaded import check_complete, check_forward
-from compress.loading import WEIGHTS, check_directory, check_weights, config_object, read_config, weight_files
+from compress.loading import (
+    WEIGHTS,
+    check_directory,
+    check_weights,
+    config_object,
+    is_of_input,
+    one_line,
+    read_config,
+    weight_files,
+)
 from compress.store import sha256_file
 
 __all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # of compress/loading.py, found here by their users
@@ -38,8 +46,8 @@ TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-_looked: dict[Path, tuple[Any, ...]] = {}  # directories that `check` found whole, with the state of their files then
-_proven: dict[Path, tuple[Any, ...]] = {}  # the same, of those whose model was loaded and compared with itself
+_looked: set[tuple[Any, ...]] = set()  # states of files that `check` found to be whole checkpoints; a renamed directory keeps its own
+_proven: set[tuple[Any, ...]] = set()  # of those whose model was loaded and compared with itself
 transformers_logging.disable_progress_bar()
 
 
@@ -58,25 +66,25 @@ def check(path: Path) -> None:
     if not any((path / name).is_file() for name in names):
         raise ValueError(f"{path} has no tokenizer (none of {', '.join(names)}); copy the tokenizer's files beside the weights")
     state = _state([path / "config.json", *files])
-    if _looked.get(path.absolute()) == state:
+    if state in _looked:
         return
     if not check_weights(path):
         _prove(path, _opened(path, torch.float32, "plain"))
-    _looked[path.absolute()] = state
+    _looked.add(state)
 
 
 def _state(files: list[Path]) -> tuple[Any, ...]:
     """What changes when one of the files does."""
     states = [(file.name, file.stat()) for file in files]
-    return tuple((name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states)
+    return tuple((name, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 def _prove(path: Path, model: PreTrainedModel) -> None:
     """`check_forward`, once for every checkpoint in this process."""
     state = _state([path / "config.json", *weight_files(path)])
-    if _proven.get(path.absolute()) != state:
+    if state not in _proven:
         check_forward(path, model)
-        _proven[path.absolute()] = state
+        _proven.add(state)
 
 
 def digest(path: Path) -> str:
@@ -147,10 +155,9 @@ def _opened(path: Path, dtype: torch.dtype, load: str) -> PreTrainedModel:
             attn_implementation="sdpa" if sdpa else "eager", output_loading_info=True, **packed,
         )  # fmt: skip
     except Exception as error:  # whatever a family's own code raises about a file
-        if is_memory(error) or is_disk(error):
+        if not is_of_input(error):
             raise
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: transformers can't open architecture {classes}: {what[:500]}") from error
+        raise ValueError(f"{path}: transformers can't open architecture {classes}: {one_line(error)}") from error
     check_complete(path, info)
     return model.eval()
 
@@ -172,14 +179,13 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights. ValueError naming its folder, and the file when one is damaged."""
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except BaseException as error:  # `tokenizers` panics with one that is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException" or is_memory(error):
+    except BaseException as error:
+        if not is_of_input(error):
             raise
         for file in _tokenizer_files(path):
             if file.suffix == ".json":
                 read_json(file)
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: its tokenizer can't be opened ({what[:300]}); copy the tokenizer's files again") from error
+        raise ValueError(f"{path}: its tokenizer can't be opened ({one_line(error)}); copy the tokenizer's files again") from error
 
 
 def token_count(tokenizer: Any) -> int:

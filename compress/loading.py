@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compress.doors import TensorPlace, read_json, tensor_places
+from compress.errors import is_disk, is_memory
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON_BYTES = 50_000_000  # of a config or an index; real ones have a few megabytes at most
@@ -43,6 +44,18 @@ SCALED_KEY = re.compile(r"logit|lm_head_mult|mup|dim_model_base|temperature")
 SCALED_FAMILIES = ("cohere", "cohere2", "gemma2", "gemma3_text", "granite", "hyperclovax", "minicpm3", "nanochat")
 
 Table = dict[str, tuple[Path, TensorPlace]]  # name of a tensor -> the file that holds it, and its place
+
+
+def is_of_input(error: BaseException) -> bool:
+    """Whether a library gave up on what it was given: any error but of memory or disk; Rust panics with one that is no Exception."""
+    kind = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    return kind and not is_memory(error) and not is_disk(error)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, in one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -74,10 +87,10 @@ def config_object(config: dict[str, Any], where: object = "the config") -> Any:
     values = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
     try:
         return AutoConfig.for_model(config["model_type"], **values)
-    except MemoryError:
-        raise
     except Exception as error:  # whatever a family's own checks raise
-        raise ValueError(f"{where} is no config of a {config['model_type']} model: {_line(error)}; copy it again") from error
+        if not is_of_input(error):
+            raise
+        raise ValueError(f"{where} is no config of a {config['model_type']} model: {one_line(error)}; copy it again") from error
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -163,7 +176,8 @@ def check_weights(path: Path) -> bool:
             raise ValueError(f"{path}: config.json says {model.num_parameters():,} parameters, its weights hold fewer; they are not of one model")
     else:
         lacking, left = _difference(model, table)
-        if packed := [name for name in left if name.endswith(PACKED_SUFFIXES)]:
+        packed = [name for name in left if name.endswith(PACKED_SUFFIXES)]
+        if packed := packed or [name for name in table if name not in left and "F" not in table[name][1].dtype and name.endswith("weight")]:
             raise ValueError(f"{path}: the weights are quantized already (they hold {packed[0]}); give the unquantized checkpoint they were made of")
         if lacking and model.num_parameters() > elements:
             tied = f"; if the head is the embedding, set tie_word_embeddings to true in {path / 'config.json'}"
@@ -181,10 +195,10 @@ def meta_model(config: dict[str, Any], most_modules: int = MOST_MODULES) -> Any:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), _at_most(most_modules):
             return AutoModelForCausalLM.from_config(about, attn_implementation="eager")
-    except MemoryError:
-        raise
     except Exception as error:
-        raise ValueError(f"the config is of no {config['model_type']} model that can be built ({_line(error)}); copy config.json again") from error
+        if not is_of_input(error):
+            raise
+        raise ValueError(f"the config is of no {config['model_type']} model that can be built ({one_line(error)}); copy config.json again") from error
 
 
 def head_place(path: Path) -> tuple[str, str | None] | None:
@@ -200,12 +214,6 @@ def head_place(path: Path) -> tuple[str, str | None] | None:
 def _check_bytes(file: Path) -> None:
     if (size := file.stat().st_size) > JSON_BYTES:
         raise ValueError(f"{file} has {size:,} bytes, at most {JSON_BYTES:,} are read; copy it again")
-
-
-def _line(error: Exception) -> str:
-    """What an error of a library says, in one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def _without_kernels(config: dict[str, Any], file: Path) -> dict[str, Any]:

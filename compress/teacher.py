@@ -30,7 +30,7 @@ from compress.checkpoint import Model, check, check_tokens, digest, load_tokeniz
 from compress.export.gguf import decode_gguf, hf_name, read_fields
 from compress.export.gguf_tokenizer import read_tokenizer
 from compress.gguf_header import SCALARS, STRING, Items, check_file
-from compress.loading import meta_model
+from compress.loading import is_of_input, meta_model, one_line
 from compress.store import Store, sha256_file, sha256_json
 from compress.train.data import documents
 
@@ -47,6 +47,8 @@ def open_teacher(source: str, revision: str | None, store: Store, log: Callable[
     """Find, import or download; `gguf` is the file it came from, if it is one. ValueError naming what is missing and what to give instead."""
     gguf: Path | None = None
     made: dict[str, Any] = {}
+    if not source.strip():
+        raise ValueError("teacher source is empty; give a checkpoint directory, a .gguf file or a hub id (owner/name)")
     if source.startswith("random:"):
         seed = source.removeprefix("random:")
         if not seed.isdigit():
@@ -158,7 +160,12 @@ def import_gguf(gguf: Path, out: Path) -> None:
     check_importable(gguf)
     fields, packed = read_fields(gguf)
     out.mkdir(parents=True, exist_ok=True)
-    special = read_tokenizer(fields, out)
+    try:
+        special = read_tokenizer(fields, out)
+    except BaseException as error:
+        if isinstance(error, ValueError) or not is_of_input(error):
+            raise
+        raise ValueError(f"{gguf}: its tokenizer can't be rebuilt ({one_line(error)}); use the model's Hugging Face checkpoint") from error
     tensors = decode_gguf(fields, packed)
     config = _config(fields, special, tied="lm_head.weight" not in tensors)
     for name, parameter in meta_model(config.to_dict()).named_parameters():

@@ -76,7 +76,7 @@ def array(kind: int, count: int, rest: bytes = b"") -> bytes:
         (header(1, 0, text("t") + struct.pack("<IQIQ", 1, 32, 777, 0)), "tensor 't' is of type 777"),
         (header(1, 0, text("t") + struct.pack("<IQIQ", 1, 33, 2, 0)), r"tensor 't' of shape \(33,\) can't begin"),
         (header(1, 0, text("t") + struct.pack("<IQIQ", 1, 32, 0, 1 << 63)), "tensor 't' ends at byte"),
-        (header(2, 0, text("a") + struct.pack("<IQIQ", 1, 8, 0, 0) + text("b") + struct.pack("<IQIQ", 1, 8, 0, 0) + bytes(99)), "'b' overlaps another"),
+        (header(2, 0, b"".join(text(name) + struct.pack("<IQIQ", 1, 8, 0, 0) for name in "ab") + bytes(99)), "'b' overlaps another"),
         (header(0, 0, bytes(64)), "names no general.architecture"),
     ],
 )

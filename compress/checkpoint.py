@@ -9,41 +9,46 @@ import importlib.util
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
+from compress.doors import read_json
+from compress.gguf_header import check_file
+from compress.loaded import check_complete, check_forward
+from compress.loading import (
+    WEIGHTS,
+    check_directory,
+    check_weights,
+    config_object,
+    is_of_input,
+    one_line,
+    read_config,
+    weight_files,
+)
 from compress.store import sha256_file
+
+__all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # of compress/loading.py, found here by their users
 
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_looked: set[tuple[Any, ...]] = set()  # states of files that `check` found to be whole checkpoints; a renamed directory keeps its own
+_proven: set[tuple[Any, ...]] = set()  # of those whose model was loaded and compared with itself
 transformers_logging.disable_progress_bar()
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """`config.json` as a dict. ValueError when it is missing, no JSON, or names code to run."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{path} is not a checkpoint: config.json is missing; give a Hugging Face model directory")
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy the checkpoint again") from error
-    if "auto_map" in config:
-        raise ValueError(f"{file} has an auto_map: the model needs remote code, which is never run; convert it to a stock architecture")
-    return config
-
-
-def config_object(config: dict[str, Any]) -> Any:
-    """A config.json's content as the transformers config of its architecture."""
-    return AutoConfig.for_model(config["model_type"], **{k: v for k, v in config.items() if k not in ("model_type", "transformers_version")})
 
 
 def head_dim(config: Any) -> int:
@@ -51,30 +56,35 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in name order. ValueError when missing or when an index leaves the directory."""
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if not (path / INDEX).is_file():
-        other = sorted(p.name for p in path.glob("*.bin"))
-        hint = f" ({', '.join(other)} is pickle and is not read; convert it to safetensors)" if other else ""
-        raise ValueError(f"{path} has no {WEIGHTS}{hint}")
-    names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-    for name in names:
-        if PurePosixPath(name).name != name or not (path / name).is_file():
-            raise ValueError(f"{path / INDEX} names the shard {name!r}: shards must be files of that directory")
-    return [path / name for name in names]
-
-
 def check(path: Path) -> None:
     """Refuse what cannot be opened. ValueError naming the directory and what is missing."""
     if not path.is_dir():
         raise ValueError(f"{path} does not exist or is not a directory; give a checkpoint directory, a GGUF file or a hub id")
-    read_config(path)
-    weight_files(path)
+    check_directory(path)
+    files = weight_files(path)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((path / name).is_file() for name in names):
         raise ValueError(f"{path} has no tokenizer (none of {', '.join(names)}); copy the tokenizer's files beside the weights")
+    state = _state([path / "config.json", *files])
+    if state in _looked:
+        return
+    if not check_weights(path):
+        _prove(path, _opened(path, torch.float32, "plain"))
+    _looked.add(state)
+
+
+def _state(files: list[Path]) -> tuple[Any, ...]:
+    """What changes when one of the files does."""
+    states = [(file.name, file.stat()) for file in files]
+    return tuple((name, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
+def _prove(path: Path, model: PreTrainedModel) -> None:
+    """`check_forward`, once for every checkpoint in this process."""
+    state = _state([path / "config.json", *weight_files(path)])
+    if state not in _proven:
+        check_forward(path, model)
+        _proven.add(state)
 
 
 def digest(path: Path) -> str:
@@ -93,8 +103,12 @@ class Model:
 
 
 def model_of(path: Path) -> Model:
-    """A GGUF file or an exported ONNX directory, identified by its bytes, or a checkpoint directory, ready to be scored. ValueError as `check`."""
+    """A GGUF file or an exported ONNX directory, identified by its bytes, or a checkpoint directory, ready to be scored.
+
+    ValueError as `check` and `gguf_header.check_file`.
+    """
     if path.is_file():
+        check_file(path)
         return Model(path.absolute(), sha256_file(path), "llama.cpp")
     if (path / "genai_config.json").is_file():
         return Model(path.absolute(), _digest_of(sorted(path.iterdir())), "onnxruntime")
@@ -112,20 +126,39 @@ def _digest_of(files: list[Path]) -> str:
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32, load: str = "plain") -> PreTrainedModel:
-    """The model of a checkpoint directory in eval mode, SDPA attention; on the CPU when `load` is plain.
+    """The model of a checkpoint directory in eval mode, SDPA attention where the family has it; on the CPU when `load` is plain.
 
-    `load` = "nf4" holds the linear layers in bitsandbytes' 4-bit, "int8" in torchao's 8-bit weights. ValueError as `check`.
+    `load` = "nf4" holds the linear layers in bitsandbytes' 4-bit, "int8" in torchao's 8-bit weights. ValueError as `check`, and when
+    tensors are missing or foreign, or hidden states times head are not the model's own logits (`compress/loaded.py`).
     """
     check(path)
+    model = _opened(path, dtype, load)
+    if load == "plain":
+        _prove(path, model)
+    return model
+
+
+def open_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint that `load_model` opened before, without another look at it: for measuring its time and memory."""
+    check_directory(path)
+    return _opened(path, dtype, "plain")
+
+
+def _opened(path: Path, dtype: torch.dtype, load: str) -> PreTrainedModel:
     packed = {} if load == "plain" else {"quantization_config": _packed_weights(load)}
+    classes = read_config(path)["architectures"]
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        sdpa = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
+        model, info = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            attn_implementation="sdpa", **packed,
+            attn_implementation="sdpa" if sdpa else "eager", output_loading_info=True, **packed,
         )  # fmt: skip
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: transformers can't open architecture {read_config(path).get('architectures')}: {error}") from error
+    except Exception as error:  # whatever a family's own code raises about a file
+        if not is_of_input(error):
+            raise
+        raise ValueError(f"{path}: transformers can't open architecture {classes}: {one_line(error)}") from error
+    check_complete(path, info)
     return model.eval()
 
 
@@ -143,8 +176,31 @@ def _packed_weights(load: str) -> Any:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights."""
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    """The tokenizer beside the weights. ValueError naming its folder, and the file when one is damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except BaseException as error:
+        if not is_of_input(error):
+            raise
+        for file in _tokenizer_files(path):
+            if file.suffix == ".json":
+                read_json(file)
+        raise ValueError(f"{path}: its tokenizer can't be opened ({one_line(error)}); copy the tokenizer's files again") from error
+
+
+def token_count(tokenizer: Any) -> int:
+    """The highest id of a tokenizer and one more: rows that an embedding needs. Ids may have gaps, and `len` counts tokens."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_tokens(path: Path, tokenizer: Any) -> None:
+    """ValueError when a checkpoint's tokenizer gives ids that its embedding has no row for."""
+    ids, rows = token_count(tokenizer), int(read_config(path)["vocab_size"])
+    if not 0 < ids <= rows:
+        raise ValueError(
+            f"{path}: the tokenizer has ids up to {ids - 1:,}, the model embeds {rows:,} tokens; take the tokenizer that belongs to it, or resize "
+            "the embedding"
+        )
 
 
 def best_device() -> torch.device:
@@ -181,3 +237,6 @@ def copy_beside(checkpoint: Path, out: Path) -> None:
     for file in [checkpoint / "generation_config.json", *_tokenizer_files(checkpoint)]:
         if file.is_file():
             shutil.copyfile(file, out / file.name)
+    for file in sorted(checkpoint.glob("additional_chat_templates/*.jinja")):
+        (out / file.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(file, out / file.parent.name / file.name)

@@ -28,6 +28,7 @@ class TensorPlace(NamedTuple):
 
     dtype: str  # as the format calls it: F32, BF16, I8, ...
     shape: tuple[int, ...]
+    start: int  # byte of the file that its values begin at
 
 
 def read_bytes(path: Path) -> bytes:
@@ -150,7 +151,7 @@ def tensor_places(path: Path) -> dict[str, TensorPlace]:
             fits = False
         if not fits:
             raise ValueError(f"{path}: the header's entry for {name!r} makes no sense; {again}")
-        places[name] = TensorPlace(dtype, shape)
+        places[name] = TensorPlace(dtype, shape, 8 + length + start)
         spans.append((start, end))
     position = 0
     for start, end in sorted(spans):

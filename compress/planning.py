@@ -12,11 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 from torch.utils.benchmark import Timer
-from transformers import AutoModelForCausalLM
 
-from compress.checkpoint import config_object
 from compress.errors import ResourceError
 from compress.export import formats
+from compress.loading import meta_model
 from compress.session import Session
 
 EFFICIENCY = 0.5  # assumed share of the square matrix product's rate that a whole training step reaches; on the cautious side
@@ -37,8 +36,7 @@ class Cost(NamedTuple):
 
 def params_of(config: dict[str, Any]) -> int:
     """Parameters of a HF config, counted on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config_object(config)).num_parameters()
+    return meta_model(config).num_parameters()
 
 
 def matmul_flops_per_sec(n: int = 1024, seconds: float = 0.5) -> float:

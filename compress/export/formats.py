@@ -5,6 +5,7 @@ imported when it is used, since reading the configuration comes here:
 
     write(checkpoint, out, type) -> metrics     reload(file, threads) -> a `Reloaded` of export/parity.py
     check_architecture(config)                  ValueError when an architecture, as a transformers config, has no place in it
+    check_teacher(path)                         optional: ValueError when a teacher's tokenizer or tensors have none
 """
 
 import importlib

@@ -21,9 +21,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from compress.checkpoint import check, head_dim, load_tokenizer, weight_files
+from compress.checkpoint import check, head_dim, load_tokenizer, read_config, weight_files
 from compress.export.formats import check_config, codes_of
-from compress.export.gguf_tokenizer import write_tokenizer
+from compress.export.gguf_tokenizer import pre_name, write_tokenizer
+from compress.gguf_header import read_header
+from compress.loading import meta_model
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
 from compress.score.size import size, tensor_shapes
@@ -113,6 +115,13 @@ def architecture(config: Any) -> str:
     return ARCHITECTURES[config.model_type]
 
 
+def check_teacher(path: Path) -> None:
+    """ValueError when a teacher has a tokenizer or tensors that no student of it could bring into a GGUF."""
+    pre_name(load_tokenizer(path))
+    for name, _ in meta_model(read_config(path)).named_parameters():
+        _renamed(name, _NAMES, f"tensor {name} has no place in a GGUF; export this model as compressed_tensors")
+
+
 def _renamed(name: str, table: dict[str, str], refusal: str) -> str:
     """A tensor's name by `table`, the number of its block in place of {}. ValueError, the refusal, when it is not in there."""
     stem, _, suffix = name.rpartition(".")
@@ -159,11 +168,10 @@ def _encode(name: str, w: Tensor, type: str) -> np.ndarray:
 
 
 def read_fields(file: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Metadata of a GGUF as plain Python values, and its tensors as `gguf.ReaderTensor`. ValueError: not a GGUF."""
+    """Metadata of a GGUF as plain Python values, and its tensors as `gguf.ReaderTensor`. ValueError as `gguf_header.read_header`."""
     import gguf
 
-    if not file.is_file():
-        raise ValueError(f"{file}: no such GGUF file")
+    read_header(file)  # the reader below allocates what a header claims
 
     class Reader(gguf.GGUFReader):
         """Reads through a plain array: slicing a memmap object 1.5 million times takes 2 s, a view of it 0.5 s."""
@@ -171,8 +179,16 @@ def read_fields(file: Path) -> tuple[dict[str, Any], list[Any]]:
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
 
-    reader = Reader(file)
-    return {key: field.contents() for key, field in reader.fields.items()}, list(reader.tensors)
+    try:
+        reader = Reader(file)
+        return {key: field.contents() for key, field in reader.fields.items()}, list(reader.tensors)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{file} can't be read as a GGUF ({error}); copy it again") from error
+
+
+def hf_name(tensor: str) -> str:
+    """The HF name of a GGUF's tensor. ValueError when it has none here."""
+    return _renamed(tensor, _BACK, f"GGUF tensor {tensor} is unknown; allowed: {', '.join(_BACK)}")
 
 
 def decode_gguf(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]:
@@ -182,18 +198,21 @@ def decode_gguf(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]
     """
     import gguf
 
-    arch = fields["general.architecture"]
+    arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES.values():
         raise ValueError(f"the GGUF's architecture {arch!r} can't be decoded; allowed: llama, qwen2")
+    names = {tensor.name: hf_name(tensor.name) for tensor in tensors}  # all, before any is decoded
     decoded = {}
     for tensor in tensors:
         w = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=True)
         kind = tensor.name.split(".")[-2]
         if arch == "llama" and kind in ("attn_q", "attn_k"):
-            heads = fields["llama.attention.head_count" + ("_kv" if kind == "attn_k" else "")]
+            heads = fields["llama.attention.head_count"]
+            heads = fields.get("llama.attention.head_count_kv", heads) if kind == "attn_k" else heads
+            if type(heads) is not int or heads < 1 or len(w) % (2 * heads):
+                raise ValueError(f"GGUF tensor {tensor.name} of {len(w)} rows can't be of {heads} heads; copy the file again")
             w = w[np.argsort(_interleave(heads, len(w)))]
-        name = _renamed(tensor.name, _BACK, f"GGUF tensor {tensor.name} is unknown; allowed: {', '.join(_BACK)}")
-        decoded[name] = torch.from_numpy(w)
+        decoded[names[tensor.name]] = torch.from_numpy(w)
     return decoded
 
 

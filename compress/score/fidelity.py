@@ -28,7 +28,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compress.checkpoint import load_model, read_config, weight_files
+from compress.checkpoint import config_object, load_model, read_config, weight_files
+from compress.loading import head_place, is_packed
 from compress.score.paired import Items, Paired, ratio_interval
 from compress.train.forward import Head, head_of, hidden_states, scale_and_softcap
 
@@ -50,18 +51,16 @@ def hidden_of(model: Any, ids_SL: Tensor) -> Tensor:
 
 
 def checkpoint_head(model_dir: Path) -> Head:
-    """The fp32 head of a checkpoint, read without building the model unless its weights are packed."""
-    if "quantization_config" in read_config(model_dir):
+    """The fp32 head of a checkpoint, read without loading the model unless its weights are packed or have other names in the file."""
+    config = read_config(model_dir)
+    names = None if is_packed(config) else head_place(model_dir)
+    if names is None:
         return head_of(load_model(model_dir)).detach()
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in weight_files(model_dir):
-        with safe_open(file, "pt") as tensors:
-            wanted = {"lm_head.weight", "lm_head.bias", "model.embed_tokens.weight"} & set(tensors.keys())
-            found |= {name: tensors.get_tensor(name).float() for name in wanted}
-    weight_VH = found.get("lm_head.weight", found.get("model.embed_tokens.weight"))
-    if weight_VH is None:
-        raise ValueError(f"{model_dir} has neither lm_head.weight nor model.embed_tokens.weight; only decoder-only models can be scored")
-    return Head(weight_VH, found.get("lm_head.bias"), **scale_and_softcap(read_config(model_dir)))
+        with safe_open(file, "pt") as held:
+            tensors |= {name: held.get_tensor(name).float() for name in {*names} & set(held.keys())}
+    return Head(tensors[names[0]], tensors.get(names[1] or ""), **scale_and_softcap(config_object(config).to_dict()))
 
 
 def perplexities(items: Items) -> Paired:

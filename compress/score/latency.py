@@ -164,10 +164,10 @@ def _torch(model_dir: Path, threads: int) -> tuple[Generate, int]:
     """A checkpoint, in bf16: the type that weights ship in."""
     import torch
 
-    from compress.checkpoint import load_model
+    from compress.checkpoint import open_model
 
     torch.set_num_threads(threads)
-    model = load_model(model_dir, torch.bfloat16)
+    model = open_model(model_dir, torch.bfloat16)
 
     @torch.inference_mode()
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:

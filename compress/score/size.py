@@ -7,22 +7,22 @@ import json
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from compress.checkpoint import read_config, weight_files
+from compress.doors import tensor_places
 from compress.score.onnxruntime import CONFIG
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of a safetensors file's floating-point tensors, and of what compressed-tensors packed. ValueError when it is damaged."""
-    try:
+    places = tensor_places(file)
+    plain = {name: place.shape for name, place in places.items() if "F" in place.dtype and not name.endswith(".weight_scale")}
+    # Of a packed matrix the shape is a tensor by itself, and scales are no parameters.
+    packed: dict[str, tuple[int, ...]] = {}
+    if shapes := [name for name in places if name.endswith(".weight_shape")]:
         with safe_open(file, "pt") as tensors:
-            held = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (the handle is no mapping)
-            # Of a packed matrix the shape is a tensor by itself, and scales are no parameters.
-            packed = {name: tuple(shape[:].tolist()) for name, shape in held.items() if name.endswith(".weight_shape")}
-            plain = {name: tuple(t.get_shape()) for name, t in held.items() if "F" in t.get_dtype() and not name.endswith(".weight_scale")}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}; {file.stat().st_size} bytes in all); copy it again") from error
+            packed = {name: tuple(tensors.get_tensor(name).tolist()) for name in shapes}
     return packed | plain
 
 

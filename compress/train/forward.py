@@ -84,8 +84,21 @@ class Head:
 
 
 def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json says of the logits besides the weight: Granite divides them, Cohere multiplies them, Gemma 2 caps them."""
-    scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
+    """What a transformers config, as a dict with its defaults, says of the logits besides the weight, as transformers 5's own families read it.
+
+    Cohere and Falcon H1 multiply them, HyperCLOVA X too, under the key by which Granite divides them; MiniCPM 3 divides
+    them by a ratio of widths; Gemma and NanoChat cap them. Keys of other families are not followed: `compress/loaded.py`
+    compares each model with itself.
+    """
+    family, scale = str(config.get("model_type", "")), 1.0
+    if family.startswith("cohere"):
+        scale *= float(config.get("logit_scale") or 1.0)
+    if family == "falcon_h1":
+        scale *= float(config.get("lm_head_multiplier") or 1.0)
+    if family == "minicpm3":
+        scale *= float(config["dim_model_base"]) / float(config["hidden_size"])
+    elif scaling := config.get("logits_scaling"):
+        scale *= float(scaling) if family == "hyperclovax" else 1.0 / float(scaling)
     return {"scale": scale, "softcap": config.get("final_logit_softcapping")}
 
 

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.checkpoint import Model, check, digest, load_tokenizer, save_model
+from compress.checkpoint import Model, check, digest, save_model
+from compress.ends import end_ids
 from compress.export.gguf import decode_gguf, read_fields
 from compress.export.gguf_tokenizer import read_tokenizer
 from compress.store import Store, sha256_file, sha256_json
@@ -76,8 +77,7 @@ def open_teacher(source: str, revision: str | None, store: Store, log: Callable[
         inputs = {"teacher": made, "schema": IMPORT_SCHEMA}
         path = store.build(sha256_json(inputs), inputs, make)
     check(path)
-    if load_tokenizer(path).eos_token_id is None:
-        raise ValueError(f"{path}: the tokenizer has no EOS token, so documents can't be told apart; set eos_token in tokenizer_config.json")
+    end_ids(path)  # ends that can't be, or none at all, are refused here
     return Model(path, digest(path), gguf=gguf)
 
 

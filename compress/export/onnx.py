@@ -29,7 +29,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compress.checkpoint import TOKENIZER_FILES, check, head_dim, weight_files
+from compress.checkpoint import GENERATION, check, copy_tokenizer, head_dim, weight_files
+from compress.doors import read_json
+from compress.ends import as_value, end_ids
 from compress.export.formats import check_config, codes_of
 from compress.export.gguf_tokenizer import split
 from compress.quant.codes import Quantized, verified
@@ -76,9 +78,7 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]
             model = _decoder(Graph(onnx, data, weights, made), config)
     onnx.save(model, part / MODEL)
     (part / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, part / name)
+    copy_tokenizer(checkpoint, part)
     _only_splits(part / "tokenizer.json")
     os.replace(part, out)
     return size(out)
@@ -219,13 +219,12 @@ def _rotary_tables(graph: Graph, config: Any) -> tuple[str, str]:
 
 
 def _genai_config(checkpoint: Path, config: Any) -> dict[str, Any]:
-    """genai_config.json: greedy unless asked otherwise; special ids are generation_config.json's where it has them."""
-    file = checkpoint / "generation_config.json"
-    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ids |= {key: value for key, value in (json.loads(file.read_text()) if file.is_file() else {}).items() if key in ids and value is not None}
-    if (end := ids["eos_token_id"]) is None:
-        raise ValueError(f"{checkpoint}: no eos_token_id in generation_config.json or config.json, so text would never end; add it")
-    ids["pad_token_id"] = next(i for i in (ids["pad_token_id"], end[0] if isinstance(end, list) else end) if i is not None)
+    """genai_config.json: greedy unless asked otherwise; bos and pad are generation_config.json's where it has them."""
+    file = checkpoint / GENERATION
+    about, ends = read_json(file) if file.is_file() else {}, end_ids(checkpoint)
+    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "pad_token_id")}
+    ids |= {key: about[key] for key in ids if about.get(key) is not None}
+    ids |= {"eos_token_id": as_value(ends), "pad_token_id": ends[0] if ids["pad_token_id"] is None else ids["pad_token_id"]}
     kinds = ("key", "value")
     decoder = {
         "filename": MODEL, "session_options": {}, "head_size": head_dim(config), "hidden_size": config.hidden_size,

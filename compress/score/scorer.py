@@ -28,6 +28,7 @@ from compress.assets import configs_dir
 from compress.budget import is_accuracy
 from compress.checkpoint import Model, best_device, load_model, load_tokenizer, read_config, tokenizer_digest
 from compress.config import Eval
+from compress.ends import obey
 from compress.export import formats
 from compress.export.parity import parity
 from compress.score.fidelity import States, bits_and_bytes, checkpoint_head, closeness, hidden_of, perplexities
@@ -209,6 +210,7 @@ class Scorer:
             if model.runtime == "torch":
                 loaded: Any = load_model(model.path)
                 hidden_NH = hidden_of(loaded.to(best_device()), self.ids_SL)
+                obey(loaded, model.path)
                 lm = torch_lm(loaded, tokenizer, s.batch_size, context)
             else:
                 opened = stack.enter_context(closing(RUNTIMES[model.runtime](model.path, self.threads, max(self.ids_SL.shape[1] + 8, context))))

@@ -19,6 +19,7 @@ import torch
 from more_itertools import chunked
 
 from compress.checkpoint import Model, best_device, load_model, load_tokenizer
+from compress.ends import obey
 from compress.score.llamacpp import Answer, Ending, LlamaCpp
 from compress.score.onnxruntime import OnnxRuntime
 from compress.train.forward import use_cpu_kernels
@@ -60,7 +61,7 @@ def rendered(tokenizer: Any, turns: Turns, where: Path) -> str:
 
 
 class TorchSpeaker:
-    """A checkpoint directory as transformers runs it, its generation_config.json obeyed but for sampling."""
+    """A checkpoint directory as transformers runs it, its generation_config.json obeyed but for sampling; it ends where compress/ends.py says."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,8 +70,7 @@ class TorchSpeaker:
         model: Any = load_model(path)
         self.model: Any = model.to(best_device())
         use_cpu_kernels(self.model)
-        ends = self.model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+        self.ends = obey(self.model, path, self.tokenizer)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = (
                 self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)

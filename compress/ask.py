@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from compress.checkpoint import Model, model_of, read_config
+from compress.checkpoint import Model, model_of, read_config, weights_digest
 from compress.errors import ConfigError, ResourceError, nearest
 from compress.export.gguf import read_fields
 from compress.report.records import Run, folder_of, open_run
@@ -250,7 +250,7 @@ def _teacher_of_bundle(run: Run, store: Path) -> Model:
             "name the run to ask both"
         )
     teacher = open_teacher(source, None, Store(store), _note)
-    if teacher.digest != run.info["teacher"]["digest"]:
+    if run.info["teacher"]["digest"] not in (teacher.digest, weights_digest(teacher.path)):  # older bundles name the weights
         raise ValueError(f"the teacher {source!r} on this machine is not the one of the bundle")
     return teacher
 

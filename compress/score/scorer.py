@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,15 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from compress import __version__, machine
+from compress import machine
 from compress.assets import configs_dir
 from compress.budget import is_accuracy
-from compress.checkpoint import Model, best_device, load_model, load_tokenizer, read_config, tokenizer_digest
+from compress.checkpoint import Model, best_device, load_model, load_tokenizer, read_config
 from compress.config import Eval
 from compress.ends import obey
 from compress.export import formats
 from compress.export.parity import parity
+from compress.keys import OF_RUNTIME, SCORES, sources_digest, versions_of
 from compress.score.fidelity import States, bits_and_bytes, checkpoint_head, closeness, hidden_of, perplexities
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
@@ -47,6 +47,15 @@ from compress.train.written import prompt_ids
 
 RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
 HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}
+# Whose formulas scores are: with what they import, or alone where that leads through half of the package.
+SOURCES = (
+    "compress.score.fidelity", "compress.score.lm", "compress.score.sequential", "compress.checkpoint", "compress.score.scorer:",
+    "compress.score.open:", "compress.score.talk:", "compress.score.latency:", "compress.score.size:", "compress.train.repetition:",
+)  # fmt: skip
+SOURCES_OF_RUNTIME = {
+    "torch": (), "llama.cpp": ("compress.score.llamacpp:", "compress.export.gguf:"),
+    "onnxruntime": ("compress.score.onnxruntime:", "compress.score.llamacpp:", "compress.export.onnx:"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,14 +79,6 @@ class Measured:
 def open_prompts(settings: Eval) -> list[Prompt]:
     """The open prompts of evaluation settings. ValueError as `score.open.read_prompts`."""
     return prompts_of_eval(settings.open_prompts, settings.data_dir, settings.open_limit)
-
-
-def _files_beside(model: Model) -> str:
-    """Digest of a directory's tokenizer, chat template and generation config; empty for a file, whose own digest covers them."""
-    if not model.path.is_dir():
-        return ""
-    ends = model.path / "generation_config.json"
-    return sha256_json([tokenizer_digest(model.path), ends.read_text(encoding="utf-8") if ends.is_file() else None])
 
 
 class Scorer:
@@ -111,7 +112,7 @@ class Scorer:
             "requests": requests and sha256_json(requests), "tasks_digest": tasks, "open_prompts": asked,
             "machine": sha256_json(machine.describe(threads))[:16],
         }  # fmt: skip
-        self.depends = {name: str(value) for name, value in own.items()}, text, __version__
+        self.settings_named = {name: str(value) for name, value in own.items()} | {"text": text}
 
     def measure(
         self, model: Model, *, tasks: bool = True, asked: str = "all", timed: bool = True, against: Measured | None = None,
@@ -122,17 +123,20 @@ class Scorer:
         `tasks=False` leaves the tasks out; with `eval.stop_early` they go on only until every accuracy limit in `limits` on the comparison with
         the teacher, `against`, is decided. `asked`: all open prompts, the fixed quarter, or none.
         """
-        own, text, ours = self.depends
         early = (against.items, against.chance, limits) if against and tasks and self.settings.stop_early else None
         until = early and against and [against.key, [[n, some[n].max, some[n].min] for some in limits for n in some if is_accuracy(n)]]
-        beside = _files_beside(model)  # what decides how it is asked and where it ends
-        # The weights' digest comes first: by it gc knows whose scores these are.
-        named = [model.digest, model.runtime, beside, own, tasks, asked, timed, text, ours, until]
+        # The model's digest comes first: by it gc knows whose scores these are.
+        named = [model.digest, model.runtime, self.depends(model.runtime), tasks, asked, timed, until]
         key = f"{model.digest[:16]}-{sha256_json(named)[:32]}"
         path = self.store.root / "scores" / f"{key}.json"
         if not (path.is_file() and self._states_path(key).is_file()):
             write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else [], early, asked, timed=timed))
         return Measured(model, key, **json.loads(path.read_text()))
+
+    def depends(self, runtime: str) -> list[Any]:
+        """What scores depend on besides the model and what is asked of it: settings, texts and tasks, sources, and versions of what computes."""
+        ours = sources_digest(*SOURCES, *SOURCES_OF_RUNTIME[runtime])
+        return [self.settings_named, ours, versions_of(*SCORES, *OF_RUNTIME[runtime])]
 
     def compare(self, student: Measured, reference: Measured) -> Paired:
         """kl_to_teacher and top1_agree, beside any `reference`, on the held-out texts, each and together, with intervals over rows; from the
@@ -150,8 +154,7 @@ class Scorer:
 
     def parity(self, shipped: Measured, checkpoint: Measured, name: str) -> dict[str, float]:
         """What `export/parity.py` measures of a file, `name` in `export.files`, and its checkpoint, from the store if it is there."""
-        packages = [version(package.replace("_", "-")) for package in formats.parse(name)[0].packages]
-        depends = sha256_json([checkpoint.key, tokenizer_digest(checkpoint.model.path), name, packages])[:32]
+        depends = sha256_json([checkpoint.key, name, sources_digest("compress.export.parity", formats.parse(name)[0].source)])[:32]
         path = self.store.root / "scores" / f"{shipped.key}-{depends}.parity.json"
         if not path.is_file():
             write_json(path, parity(checkpoint.model.path, shipped.model.path, name, self.ids_SL, self._states(shipped), self.threads))

@@ -14,7 +14,9 @@ import torch
 from compress import machine
 from compress.checkpoint import best_device, digest, load_model, load_tokenizer
 from compress.ends import end_ids, obey
+from compress.keys import sources_digest
 from compress.machine import fast_dtype
+from compress.store import sha256_json
 
 TOP_P, TOP_K = 0.95, 50
 AT_ONCE = {"transformers": 16, "vllm": 512, "llama.cpp": 384}  # documents of a piece
@@ -129,7 +131,8 @@ class LlamaCppAuthor:
         from compress.export.gguf import export_gguf
         from compress.score.llamacpp import LlamaCpp
 
-        file = folder / f"author-{digest(teacher)[:32]}.gguf"
+        made = sha256_json([digest(teacher), sources_digest("compress.export.gguf")])
+        file = folder / f"author-{made[:32]}.gguf"
         if not file.is_file():
             export_gguf(teacher, file, "Q8_0")
         self.server = LlamaCpp(

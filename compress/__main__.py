@@ -105,6 +105,8 @@ def score(arguments: list[str]) -> int:
     model = model_of(options.model)
     limits = parts.pop("budget")
     scorer, teacher = session.open_scorer(**parts)
+    for remark in scorer.check_tokenizer(model):
+        print(remark, file=sys.stderr)
     reference = scorer.measure(teacher)
     measured = scorer.measure(model, against=reference, limits=[limits.limits])
     near = scorer.beside(measured, reference, None)

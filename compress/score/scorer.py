@@ -25,7 +25,7 @@ import torch
 from compress import machine
 from compress.assets import configs_dir
 from compress.budget import is_accuracy
-from compress.checkpoint import Model, best_device, load_model, load_tokenizer, read_config
+from compress.checkpoint import Model, best_device, load_model, load_tokenizer, read_config, tokenizer_digest
 from compress.config import Eval
 from compress.ends import obey
 from compress.export import formats
@@ -40,10 +40,11 @@ from compress.score.open import Prompt, answered, as_row, beside_teacher, choice
 from compress.score.paired import Paired, accuracy, paired_scores, ratio_interval
 from compress.score.sequential import asked_in_parts, until_certain
 from compress.score.size import size
+from compress.score.talk import question_ids
 from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.data import Packed
-from compress.train.written import prompt_ids
+from compress.vocabulary import check_same
 
 RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
 HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}
@@ -107,8 +108,10 @@ class Scorer:
         asked = sha256_json([as_row(prompt) for prompt in self.prompts])
         text = sha256_json({name: packed.digest for name, packed in heldout.items()})
         self.digests = {"the tasks' files": tasks, "the open prompts": asked, "the held-out text": text}
-        own = vars(settings) | {
-            "schema": 3, "tasks": tuple(settings.tasks), "data_dir": self.data_dir, "threads": threads,
+        self.longest = read_config(tokenizer_dir).get("max_position_embeddings") or sys.maxsize  # tokens that a model sees
+        own = {name: value for name, value in vars(settings).items() if name != "data_dir"} | {  # what lies there counts, not where it is
+            "schema": 4, "tasks": tuple(settings.tasks), "threads": threads,
+            "tokenizer": tokenizer_digest(tokenizer_dir), "longest": self.longest,
             "requests": requests and sha256_json(requests), "tasks_digest": tasks, "open_prompts": asked,
             "machine": sha256_json(machine.describe(threads))[:16],
         }  # fmt: skip
@@ -130,8 +133,16 @@ class Scorer:
         key = f"{model.digest[:16]}-{sha256_json(named)[:32]}"
         path = self.store.root / "scores" / f"{key}.json"
         if not (path.is_file() and self._states_path(key).is_file()):
+            self.check_tokenizer(model)
             write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else [], early, asked, timed=timed))
         return Measured(model, key, **json.loads(path.read_text()))
+
+    def check_tokenizer(self, model: Model) -> list[str]:
+        """Refuse a model of other tokens before anything is scored; what else differs from the teacher's tokenizer, as sentences.
+
+        ValueError as `vocabulary.check_same`.
+        """
+        return check_same(model, self.tokenizer_dir)
 
     def depends(self, runtime: str) -> list[Any]:
         """What scores depend on besides the model and what is asked of it: settings, texts and tasks, sources, and versions of what computes."""
@@ -207,8 +218,7 @@ class Scorer:
         from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
 
         s, head, tokenizer = self.settings, HEADS[model.runtime](model.path), load_tokenizer(self.tokenizer_dir)
-        longest = read_config(self.tokenizer_dir).get("max_position_embeddings") or sys.maxsize
-        context = min(s.context_tokens, longest)  # in every runtime
+        context = min(s.context_tokens, self.longest)  # in every runtime
         with ExitStack() as stack:
             if model.runtime == "torch":
                 loaded: Any = load_model(model.path)
@@ -243,7 +253,7 @@ class Scorer:
             scores, intervals = scores | said | gap, intervals | spread | gap_spread
 
         # Times, in processes of their own.
-        lengths = tuple(length for length in s.prompt_lengths if length + s.new_tokens <= longest)
+        lengths = tuple(length for length in s.prompt_lengths if length + s.new_tokens <= self.longest)
         how = Timing(s.prompt_tokens, s.new_tokens, s.repeats, self.threads, s.processes, lengths, tuple(s.batch_sizes))
         times: dict[str, Any] = {"scores": {}, "intervals": {}, "latency": {}}
         if timed or s.time_stages:
@@ -260,8 +270,7 @@ class Scorer:
         facts = [prompt for prompt in self.prompts if prompt.choices and prompt.in_quarter]
         requests = []
         for prompt in facts:
-            turns = [{"role": "user", "content": prompt.prompt}]
-            context = prompt_ids(tokenizer, turns) if tokenizer.chat_template else tokenizer(prompt.prompt + "\n")["input_ids"]
+            context = question_ids(tokenizer, prompt.prompt)
             for choice in (prompt.answer, *prompt.choices):
                 requests.append((("", ""), context, tokenizer(choice, add_special_tokens=False)["input_ids"]))
         logliks = [loglik for loglik, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)] if requests else []

@@ -154,8 +154,9 @@ def _packed_weights(load: str) -> Any:
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights; one that names no end of its own gets the model's."""
+    ends = [i for ids in in_files(path).values() for i in ids]  # before transformers reads them: it refuses in many lines
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    if tokenizer.eos_token_id is None and (ends := [i for ids in in_files(path).values() for i in ids]):
+    if tokenizer.eos_token_id is None and ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer
 

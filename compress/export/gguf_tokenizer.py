@@ -103,7 +103,7 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence
     for name in ("bos", "eos", "unk", "pad", "eot", "eom"):
         if (index := ids.get(name)) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
-    _write_templates(writer, tokenizer.chat_template)
+    _write_templates(writer, templates_of(tokenizer.chat_template))
 
 
 def _end_keys(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
@@ -116,11 +116,16 @@ def _end_keys(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
     return dict(zip(("eos", "eot", "eom"), order, strict=False))
 
 
-def _write_templates(writer: Any, templates: str | dict[str, str] | None) -> None:
-    """Adds one chat template, or several by name. ValueError when none of several is the default."""
+def templates_of(templates: str | dict[str, str] | None) -> dict[str, str]:
+    """A tokenizer's chat templates by name; a single one is the default. ValueError when none of several is."""
     named = templates if isinstance(templates, dict) else {"default": templates} if templates else {}
     if named and "default" not in named:
         raise ValueError(f"the tokenizer has the chat templates {', '.join(sorted(named))}, and none is called default; name one so")
+    return named
+
+
+def _write_templates(writer: Any, named: dict[str, str]) -> None:
+    """Adds the chat templates."""
     names = sorted(name for name in named if name != "default")
     for name in names:
         writer.add_string(f"tokenizer.chat_template.{name}", named[name])

@@ -105,6 +105,8 @@ def score(arguments: list[str]) -> int:
     model = model_of(options.model)
     limits = parts.pop("budget")
     scorer, teacher = session.open_scorer(**parts)
+    for remark in scorer.check_tokenizer(model):
+        print(remark, file=sys.stderr)
     reference = scorer.measure(teacher)
     measured = scorer.measure(model, against=reference, limits=[limits.limits])
     near = scorer.beside(measured, reference, None)
@@ -211,7 +213,7 @@ def accept(arguments: list[str]) -> int:
     from dataclasses import replace
 
     from compress import session
-    from compress.checkpoint import model_of
+    from compress.checkpoint import model_of, weights_digest
     from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
     from compress.export.bundle import verify_bundle
     from compress.report.records import bundle_rows
@@ -238,7 +240,7 @@ def accept(arguments: list[str]) -> int:
     how = data, settings, Trainer(), options.store, requests, prompts
     try:
         scorer, teacher = session.open_scorer(Teacher(**config["teacher"]), *how)
-        if teacher.digest == manifest["teacher"]["digest"]:
+        if manifest["teacher"]["digest"] in (teacher.digest, weights_digest(teacher.path)):  # older bundles name the weights
             reference = scorer.measure(teacher, tasks=False, asked="none", timed=False)
     except ValueError as error:
         print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)

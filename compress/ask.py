@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from compress.checkpoint import Model, model_of, read_config
+from compress.checkpoint import Model, model_of, read_config, weights_digest
 from compress.errors import ConfigError, ResourceError, nearest
 from compress.export.gguf import read_fields
 from compress.report.records import Run, folder_of, open_run
 from compress.score.llamacpp import Ending
-from compress.score.talk import Speaker, has_template, open_speaker
+from compress.score.talk import Speaker, has_template, open_speaker, plain_text
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.train.repetition import loops
@@ -65,7 +65,7 @@ class Voice:
         """Turns by the model's chat template, or as lines of plain text."""
         if self.templated:
             return self.speaker.chat_prompt(turns)
-        return "".join(turn["content"] + "\n" for turn in turns)
+        return plain_text(turns)
 
     def prompt(self, question: str, n: int) -> tuple[list[Turn], str]:
         """A question behind as many of the last turns as leave room for `n` tokens, and its prompt.
@@ -250,7 +250,7 @@ def _teacher_of_bundle(run: Run, store: Path) -> Model:
             "name the run to ask both"
         )
     teacher = open_teacher(source, None, Store(store), _note)
-    if teacher.digest != run.info["teacher"]["digest"]:
+    if run.info["teacher"]["digest"] not in (teacher.digest, weights_digest(teacher.path)):  # older bundles name the weights
         raise ValueError(f"the teacher {source!r} on this machine is not the one of the bundle")
     return teacher
 

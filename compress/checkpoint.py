@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from compress.doors import read_json
+from compress.ends import as_ids, as_value, end_ids, in_files
 from compress.gguf_header import check_file
 from compress.loaded import check_complete, check_forward
 from compress.loading import (
@@ -48,6 +49,8 @@ TOKENIZER_FILES: tuple[str, ...] = (
 )  # fmt: skip
 _looked: set[tuple[Any, ...]] = set()  # states of files that `check` found to be whole checkpoints; a renamed directory keeps its own
 _proven: set[tuple[Any, ...]] = set()  # of those whose model was loaded and compared with itself
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja: chat templates beside the default one
+GENERATION = "generation_config.json"
 transformers_logging.disable_progress_bar()
 
 
@@ -88,8 +91,13 @@ def _prove(path: Path, model: PreTrainedModel) -> None:
 
 
 def digest(path: Path) -> str:
-    """sha256 over config and weights of a checkpoint: what its numbers depend on."""
-    return _digest_of([path / "config.json", *weight_files(path)])
+    """sha256 over a checkpoint: config, weights, and every file that is copied beside them."""
+    return _digest_of(path, [path / "config.json", *weight_files(path), *_beside(path)])
+
+
+def weights_digest(path: Path) -> str:
+    """sha256 over config and weights of a checkpoint: what its hidden states depend on."""
+    return _digest_of(path, [path / "config.json", *weight_files(path)])
 
 
 @dataclass(frozen=True)
@@ -111,18 +119,19 @@ def model_of(path: Path) -> Model:
         check_file(path)
         return Model(path.absolute(), sha256_file(path), "llama.cpp")
     if (path / "genai_config.json").is_file():
-        return Model(path.absolute(), _digest_of(sorted(path.iterdir())), "onnxruntime")
+        return Model(path.absolute(), _digest_of(path, sorted(file for file in path.rglob("*") if file.is_file())), "onnxruntime")
     check(path)
     return Model(path.absolute(), digest(path))
 
 
 def tokenizer_digest(path: Path) -> str:
-    """sha256 over the tokenizer's files: what token ids depend on."""
-    return _digest_of(_tokenizer_files(path))
+    """sha256 over the tokenizer's files, chat templates included: what token ids depend on."""
+    return _digest_of(path, tokenizer_files(path))
 
 
-def _digest_of(files: list[Path]) -> str:
-    return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()
+def _digest_of(folder: Path, files: list[Path]) -> str:
+    lines = [f"{file.relative_to(folder).as_posix()} {sha256_file(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32, load: str = "plain") -> PreTrainedModel:
@@ -176,16 +185,23 @@ def _packed_weights(load: str) -> Any:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights. ValueError naming its folder, and the file when one is damaged."""
+    """The tokenizer beside the weights; one that names no end of its own gets the model's.
+
+    ValueError naming its folder, and the file when one is damaged.
+    """
+    ends = [i for ids in in_files(path).values() for i in ids]  # before transformers reads them: it refuses in many lines
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except BaseException as error:
         if not is_of_input(error):
             raise
-        for file in _tokenizer_files(path):
+        for file in tokenizer_files(path):
             if file.suffix == ".json":
                 read_json(file)
         raise ValueError(f"{path}: its tokenizer can't be opened ({one_line(error)}); copy the tokenizer's files again") from error
+    if tokenizer.eos_token_id is None and ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    return tokenizer
 
 
 def token_count(tokenizer: Any) -> int:
@@ -208,12 +224,20 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _tokenizer_files(path: Path) -> list[Path]:
-    return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files of a checkpoint's tokenizer: those of TOKENIZER_FILES that are there, and further chat templates."""
+    files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    return files + sorted((path / MORE_TEMPLATES).glob("*.jinja"))
+
+
+def _beside(path: Path) -> list[Path]:
+    """What `copy_beside` copies."""
+    return [path / GENERATION] * (path / GENERATION).is_file() + tokenizer_files(path)
 
 
 def save_model(model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write `model` as a plain checkpoint: floats cast to `dtype`, tied tensors once, tokenizer files copied from `tokenizer_from`.
+    """Write `model` as a plain checkpoint: floats cast to `dtype`, tied tensors once, tokenizer files copied from `tokenizer_from`, whose ends
+    config.json names.
 
     Float stages save bf16; quantized stages save fp32, because their values fit no smaller float (Q4_0: fp16 scale times code).
     """
@@ -227,16 +251,30 @@ def save_model(model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: t
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "quantization_config")}
     config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
+    if tokenizer_from != out:
+        config["eos_token_id"] = as_value(end_ids(tokenizer_from))
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if tokenizer_from != out:
         copy_beside(tokenizer_from, out)
 
 
 def copy_beside(checkpoint: Path, out: Path) -> None:
-    """Copy what lies beside weights and config, byte for byte: the tokenizer's files and generation_config.json."""
-    for file in [checkpoint / "generation_config.json", *_tokenizer_files(checkpoint)]:
-        if file.is_file():
-            shutil.copyfile(file, out / file.name)
-    for file in sorted(checkpoint.glob("additional_chat_templates/*.jinja")):
-        (out / file.parent.name).mkdir(exist_ok=True)
-        shutil.copyfile(file, out / file.parent.name / file.name)
+    """Copy what lies beside weights and config, byte for byte: the tokenizer's files and generation_config.json.
+
+    A generation_config.json that lacks one of the checkpoint's ends is written with all of them: its readers look nowhere else.
+    """
+    copy_tokenizer(checkpoint, out)
+    if not (checkpoint / GENERATION).is_file():
+        return
+    shutil.copyfile(checkpoint / GENERATION, out / GENERATION)
+    about, ends = read_json(checkpoint / GENERATION), end_ids(checkpoint)
+    if set(as_ids(about.get("eos_token_id"), checkpoint / GENERATION)) != set(ends):
+        (out / GENERATION).write_text(json.dumps(about | {"eos_token_id": as_value(ends)}, indent=2) + "\n")
+
+
+def copy_tokenizer(checkpoint: Path, out: Path) -> None:
+    """Copy the tokenizer's files, chat templates included, byte for byte."""
+    for file in tokenizer_files(checkpoint):
+        copy = out / file.relative_to(checkpoint)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)

@@ -12,12 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from compress import budget, machine, planning
-from compress.checkpoint import Model, model_of, tokenizer_digest
+from compress import budget, planning
+from compress.checkpoint import Model, model_of
 from compress.config import Recipe
 from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
 from compress.export import formats
 from compress.export.bundle import write_bundle
+from compress.keys import EXPORTS, sources_digest, versions_of
 from compress.report.html import write_html
 from compress.report.records import load_run
 from compress.report.table import print_table, stage_table, verdict_lines
@@ -192,14 +193,20 @@ def ship(session: Session, folder: RunDir) -> int:
     return code
 
 
+def export_inputs(name: str, model: Model) -> dict[str, Any]:
+    """All that determines the bytes of a file, `name` in `export.files`, of a checkpoint; its digest is the file's key."""
+    format = formats.parse(name)[0]
+    versions = versions_of(*EXPORTS, *format.packages)
+    return {"export": name, "checkpoint": model.digest, "versions": versions, "sources": sources_digest(format.source), "schema": 4}
+
+
 def _export(session: Session, folder: RunDir, source: Measured, name: str, *, first: bool) -> Measured:
     """One shipped file: written through the store, timed in its runtime and proven to be its checkpoint.
 
     The first one is scored in full and judged by the budget. Others hold the same numbers, which parity proves: they are not asked again.
     """
     format, type, _ = formats.parse(name)
-    tokenizer, versions = tokenizer_digest(source.model.path), machine.versions()
-    inputs = {"export": name, "weights": source.model.digest, "tokenizer": tokenizer, "versions": versions, "schema": 3}
+    inputs = export_inputs(name, source.model)
     file, key, start = format.file.format(type=type), sha256_json(inputs), time.monotonic()
     folder.name_key(key)
     path = session.store.build(key, inputs, lambda out, work: format.module.write(source.model.path, out / file, type)) / file

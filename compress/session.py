@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from compress import machine
-from compress.assets import PACKAGE
 from compress.checkpoint import Model, best_device, config_object, read_config
 from compress.config import Data, Eval, Recipe, Teacher, Trainer
 from compress.distill.signal import made_with
 from compress.errors import ConfigError
 from compress.export import formats
 from compress.export.gguf import overhead_bytes
+from compress.keys import WEIGHTS, sources_digest, versions_of
 from compress.loading import meta_model
 from compress.quant.codes import quantizable
 from compress.report.records import folder_of
@@ -30,7 +30,7 @@ from compress.score.tasks import check_tasks
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization
 from compress.stages.ptq import OnGrid
-from compress.store import Store, sources_digest, write_json
+from compress.store import Store, write_json
 from compress.teacher import open_teacher
 from compress.track import check as check_tracker
 from compress.track import open_tracker
@@ -114,7 +114,10 @@ class Session:
 
     def inputs(self, slot: str, parent_digest: str) -> dict[str, Any]:
         """All that determines a stage's weights; its digest is the stage's key."""
-        stage, versions = self.recipe.stages[slot], machine.versions()
+        stage = self.recipe.stages[slot]
+        sources = [type(stage).__module__, "compress.session:Session"]  # the class cuts the text that stages are calibrated on
+        if getattr(stage, "layout_name", "") == "mixed":  # the room left for weights is what `overhead_bytes` leaves
+            sources.append("compress.export.gguf")
         config = plain(asdict(stage))
         config.pop("keep", None)  # decides what goes on, not what is made
         if where := config.get("signal", {}).pop("path", None):  # who made a signal in a folder of its own counts, not where it is
@@ -124,8 +127,7 @@ class Session:
             "data": self.text.digest, "chat": self.chat.digest if uses_chat(stage) else None, "seq_len": self.recipe.data.seq_len,
             "seed": self.recipe.seed, "precision": self.precision, "threads": self.threads, "world": parallel.world(),
             "trainer": [self.recipe.trainer.parallel, self.recipe.trainer.activation_checkpointing],
-            "device": str(best_device()), "sources": sources_digest(PACKAGE),
-            "versions": {name: versions[name] for name in ("torch", "transformers")},
+            "device": str(best_device()), "sources": sources_digest(*sources), "versions": versions_of(*WEIGHTS),
         }  # fmt: skip
 
     def context(self, slot: str, work: Path, curve: list[dict[str, float]]) -> Context:

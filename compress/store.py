@@ -37,13 +37,6 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def sources_digest(package: Path) -> str:
-    """sha256 over the package's sources that decide weights: a changed formula never reuses old weights."""
-    rooms = ("stages", "train", "distill", "prune", "quant")
-    files = sorted(file for room in rooms for file in (package / room).rglob("*.py")) + [package / "checkpoint.py"]
-    return sha256_json([[str(file.relative_to(package)), sha256_file(file)] for file in files])
-
-
 def fsync(path: Path) -> None:
     """Flush a file or a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)

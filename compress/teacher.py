@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compress.checkpoint import Model, check, check_tokens, digest, load_tokenizer, save_model
+from compress.ends import end_ids
 from compress.export.gguf import decode_gguf, hf_name, read_fields
 from compress.export.gguf_tokenizer import read_tokenizer
 from compress.gguf_header import SCALARS, STRING, Items, check_file
@@ -81,10 +82,8 @@ def open_teacher(source: str, revision: str | None, store: Store, log: Callable[
         inputs = {"teacher": made, "schema": IMPORT_SCHEMA}
         path = store.build(sha256_json(inputs), inputs, make)
     check(path)
-    tokenizer = load_tokenizer(path)
-    check_tokens(path, tokenizer)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{path}: the tokenizer has no EOS token, so documents can't be told apart; set eos_token in tokenizer_config.json")
+    end_ids(path)  # ends that can't be, or none at all, are refused here
+    check_tokens(path, load_tokenizer(path))
     return Model(path, digest(path), gguf=gguf)
 
 

@@ -41,9 +41,10 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load, save
 from torch import Tensor
 
-from compress.checkpoint import best_device, digest, load_model, load_tokenizer, tokenizer_digest
+from compress.checkpoint import best_device, load_model, load_tokenizer, tokenizer_digest, weights_digest
 from compress.distill.losses import Bucket, Dense, Sparse, Target
 from compress.errors import ResourceError
+from compress.keys import SIGNALS, sources_digest, versions_of
 from compress.store import sha256_json, write_whole
 from compress.train import parallel
 from compress.train.data import Packed
@@ -179,7 +180,7 @@ def as_target(batch: dict[str, Tensor], head: Head | None) -> Target | None:
 
 
 def made_with(folder: str | None = None) -> dict[str, Any]:
-    """What a signal's last bits depend on besides its meta: recorded, part of a stage's key, no reason to refuse a folder.
+    """What a signal's numbers depend on besides its meta: recorded, part of a stage's key, no reason to refuse a folder.
 
     Of the signal in `folder` if there is one, else of one made here and now.
     """
@@ -187,7 +188,9 @@ def made_with(folder: str | None = None) -> dict[str, Any]:
         fs, path = fsspec.core.url_to_fs(folder)
         if fs.exists(f"{path}/meta.json"):
             return dict(json.loads(fs.cat_file(f"{path}/meta.json"))["made_with"])
-    return {"threads": torch.get_num_threads(), "device": best_device().type, "torch": torch.__version__}
+    sources = sources_digest("compress.distill.signal:", "compress.train.forward", "compress.checkpoint")
+    here = {"threads": torch.get_num_threads(), "device": best_device().type}
+    return here | {"sources": sources, "versions": versions_of(*SIGNALS)}
 
 
 class Signals:
@@ -199,7 +202,7 @@ class Signals:
         self.teacher, self.data, self.scheme, self.log, self.load = teacher, data, scheme, log, load
         fields = {"sampled": ("threshold", "temperature"), "topk": ("top", "temperature")}.get(scheme.name, ())  # that decide a scheme's bytes
         self.meta: dict[str, Any] = {
-            "schema": 2, "scheme": scheme.name, **{field: getattr(scheme, field) for field in fields}, "teacher": digest(teacher),
+            "schema": 2, "scheme": scheme.name, **{field: getattr(scheme, field) for field in fields}, "teacher": weights_digest(teacher),
             "teacher_load": load, "tokenizer": tokenizer_digest(teacher), "data": data.digest, "seed": seed,
             "rows_per_shard": ROWS_PER_SHARD, "precision": "fp32" if precision == "fp32" else "bf16",
         }  # fmt: skip
@@ -218,6 +221,8 @@ class Signals:
             if found.get(key) != asked:
                 made = f"was made with another {key}: it has {found.get(key)!r}, this run needs {asked!r}"
                 raise ValueError(f"the teacher signal in {self.folder} {made}; give signal.path an empty folder, or change what differs")
+        if differing := [name for name, value in made_with().items() if found["made_with"].get(name, value) != value]:
+            self.log(f"the teacher signal in {self.folder} was made with other {', '.join(differing)} than here; it is used as it is")
 
     def _put(self, name: str, data: bytes) -> None:
         """A file that appears whole: object stores do that by themselves."""

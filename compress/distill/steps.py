@@ -38,6 +38,7 @@ from compress.train import parallel
 from compress.train.data import Packed
 from compress.train.forward import Head, head_of, hidden_states, use_cpu_kernels
 from compress.train.loop import Batch, LossFunction
+from compress.vocabulary import difference, of_tokenizer
 
 if TYPE_CHECKING:
     from compress.stages.distill import Features
@@ -167,8 +168,9 @@ def common_vocabulary(student: Path, teacher: Path) -> int:
     """
     sizes = [int(read_config(path)["vocab_size"]) for path in (student, teacher)]
     ids = len(load_tokenizer(teacher))
-    if tokenizer_digest(student) != tokenizer_digest(teacher) and load_tokenizer(student).get_vocab() != load_tokenizer(teacher).get_vocab():
-        raise ValueError(f"{student} and {teacher} have different tokenizers; distillation compares probabilities of the same ids")
+    same = tokenizer_digest(student) == tokenizer_digest(teacher)
+    if not same and (told := difference(*(of_tokenizer(load_tokenizer(path)) for path in (student, teacher)))):
+        raise ValueError(f"{student} and {teacher} have different tokenizers; distillation compares probabilities of the same ids, and {told}")
     if min(sizes) < ids:
         raise ValueError(f"{student} and {teacher} have heads of {sizes[0]} and {sizes[1]} rows, their tokenizer has {ids} ids; both need as many")
     return ids

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.checkpoint import WEIGHTS, check, copy_beside, load_model, load_tokenizer, read_config, weight_files
+from compress.ends import as_ids, as_value, end_ids
 from compress.export.formats import codes_of
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
@@ -55,6 +56,7 @@ def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> di
     scheme = {"targets": ["Linear", "Embedding"], "weights": weights}
     layout = QuantizationConfig(config_groups={"group_0": scheme}, format="pack-quantized", quantization_status="compressed", ignore=[])
     config = read_config(checkpoint) | {"quantization_config": layout.model_dump() | {"dequantize": True, "version": __version__}}
+    config["eos_token_id"] = as_value(end_ids(checkpoint))
     out.mkdir(parents=True)
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -96,8 +98,10 @@ class ReloadedDirectory:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def eos_ids(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id
-        return set(ends if isinstance(ends, list) else [ends])
+        return set(as_ids(self.model.generation_config.eos_token_id, "the directory's generation config"))
+
+    def ends_at(self, token: int) -> bool:
+        return token in self.eos_ids()
 
     def close(self) -> None:
         self.model = None

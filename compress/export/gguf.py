@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from compress.checkpoint import check, head_dim, load_tokenizer, read_config, weight_files
+from compress.ends import end_ids
 from compress.export.formats import check_config, codes_of
 from compress.export.gguf_tokenizer import pre_name, write_tokenizer
 from compress.gguf_header import read_header
@@ -92,7 +93,8 @@ def _described(checkpoint: Path, config: Any, type: str, file: Path) -> Any:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    write_tokenizer(writer, load_tokenizer(checkpoint), config.vocab_size)
+    tokenizer = load_tokenizer(checkpoint)
+    write_tokenizer(writer, tokenizer, config.vocab_size, end_ids(checkpoint, tokenizer))
     return writer
 
 
@@ -225,12 +227,14 @@ class ReloadedGguf:
         self.fields, self.listed = read_fields(file)
         llama = LlamaCpp(file, threads, 512, 1, embedding=False)
         self.generate_ids, self.tokenize, self.close = llama.generate_ids, llama.tokenize, llama.close
+        self.ends_at = llama.ends_at
 
     def tensors(self) -> dict[str, Tensor]:
         return decode_gguf(self.fields, self.listed)
 
     def eos_ids(self) -> set[int]:
-        return {self.fields.get("tokenizer.ggml.eos_token_id", -1)}
+        keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+        return {self.fields[key] for key in keys if key in self.fields}
 
 
 write, reload, check_architecture = export_gguf, ReloadedGguf, architecture  # for export/formats.py

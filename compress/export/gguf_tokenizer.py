@@ -5,15 +5,27 @@ llama.cpp holds the rules behind the name. `PRE_TOKENIZERS` is our copy of those
 refused on import, rules that are not in it are refused on export. A guess would give other token ids, hence another model. ("\\n\\n1" is [1116,
 33] for SmolLM2; without its digit splitter it becomes [198, 198, 33].)
 
+Of the ends of a text llama.cpp reads three: eos, eot (of a turn) and eom (of a message). Some more it knows by their names (ENDS_BY_NAME).
+Of several chat templates the default one is tokenizer.chat_template, the others are there by name.
+
 Left out: SentencePiece and Unigram tokenizers, and normalizers other than Qwen2's NFC, which llama.cpp does not apply.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.ends import turn_end
+
 # llama.cpp's src/llama-vocab.cpp, llama_token_type
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+
+# Special tokens at which llama.cpp ends a text although no key of the file says so (seen by forcing each; tests/test_ends.py).
+ENDS_BY_NAME = frozenset((
+    "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<EOT>", "[EOT]", "</s>", "<eos>", "[EOS]",
+    "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>", "<|call|>",
+))  # fmt: skip
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,8 +80,11 @@ def _rules(pre_tokenizer: Any) -> Any:
     return json.loads(json.dumps(pre_tokenizer), object_hook=rule)
 
 
-def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
-    """Adds vocabulary, merges, types, special tokens and chat template of an HF tokenizer to a `gguf.GGUFWriter`."""
+def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence[int]) -> None:
+    """Adds vocabulary, merges, types, special tokens, `ends` of texts and chat templates of an HF tokenizer to a `gguf.GGUFWriter`.
+
+    ValueError: what llama.cpp would read otherwise, or has no place for.
+    """
     pre = pre_name(tokenizer)
     vocab = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(vocab) >= vocab_size:
@@ -84,11 +99,40 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
     writer.add_add_space_prefix(False)
-    for name in ("bos", "eos", "unk", "pad"):
-        if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")} | _end_keys(tokenizer, ends)
+    for name in ("bos", "eos", "unk", "pad", "eot", "eom"):
+        if (index := ids.get(name)) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    _write_templates(writer, templates_of(tokenizer.chat_template))
+
+
+def _end_keys(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
+    """eos, eot, eom -> id: the tokenizer's end, then the turn's, then those that llama.cpp does not know by name."""
+    closing = turn_end(tokenizer)
+    unknown = {i for i in ends if tokenizer.convert_ids_to_tokens(i) not in ENDS_BY_NAME}
+    order = sorted(ends, key=lambda i: (i != ends[0], i != closing, i not in unknown, i))
+    if left := unknown.intersection(order[3:]):
+        raise ValueError(f"texts end at {len(ends)} tokens; a GGUF has keys for three, and llama.cpp does not know {sorted(left)} by name")
+    return dict(zip(("eos", "eot", "eom"), order, strict=False))
+
+
+def templates_of(templates: str | dict[str, str] | None) -> dict[str, str]:
+    """A tokenizer's chat templates by name; a single one is the default. ValueError when none of several is."""
+    named = templates if isinstance(templates, dict) else {"default": templates} if templates else {}
+    if named and "default" not in named:
+        raise ValueError(f"the tokenizer has the chat templates {', '.join(sorted(named))}, and none is called default; name one so")
+    return named
+
+
+def _write_templates(writer: Any, named: dict[str, str]) -> None:
+    """Adds the chat templates."""
+    names = sorted(name for name in named if name != "default")
+    for name in names:
+        writer.add_string(f"tokenizer.chat_template.{name}", named[name])
+    if names:  # gguf's own function takes them from a set, in another order every time
+        writer.add_array("tokenizer.chat_templates", names)
+    if named:
+        writer.add_chat_template(named["default"])
 
 
 def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
@@ -118,7 +162,9 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
     length = fields.get(f"{fields['general.architecture']}.context_length")
     special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=length, **special)
-    tokenizer.chat_template = fields.get("tokenizer.chat_template")
+    default, names = fields.get("tokenizer.chat_template"), fields.get("tokenizer.chat_templates", [])
+    more = {name: fields[f"tokenizer.chat_template.{name}"] for name in names if f"tokenizer.chat_template.{name}" in fields}
+    tokenizer.chat_template = {"default": default} | more if default and more else default
     tokenizer.save_pretrained(out)
     file = out / "tokenizer_config.json"
     config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}

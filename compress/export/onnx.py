@@ -2,7 +2,8 @@
 
     model.onnx, model.onnx.data   the graph, and its tensors one after the other
     genai_config.json             what GenAI asks of a model: names, shapes, ids
-    tokenizer files               the checkpoint's, byte for byte but for cutting rules in tokenizer.json that GenAI does not read
+    tokenizer files               the checkpoint's, byte for byte but for what GenAI does not read: cutting rules in tokenizer.json, and
+                                  several chat templates in tokenizer_config.json, which get files of their own
 
 The graph is the one GenAI's own builder makes of a Llama, with one more output, `hidden_states` after the final norm; the builder is
 not used, because its quantizer would round again. All arithmetic is fp32. q4_0 matrices become nodes that hold our codes, com.microsoft
@@ -17,6 +18,7 @@ Shapes: L length, N outputs, K inputs, V vocabulary, D head width.
 
 import json
 import os
+import re
 import shutil
 from contextlib import ExitStack
 from functools import partial
@@ -29,9 +31,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compress.checkpoint import TOKENIZER_FILES, check, head_dim, weight_files
+from compress.checkpoint import GENERATION, MORE_TEMPLATES, check, copy_tokenizer, head_dim, load_tokenizer, weight_files
+from compress.doors import read_json
+from compress.ends import as_value, end_ids
 from compress.export.formats import check_config, codes_of
-from compress.export.gguf_tokenizer import split
+from compress.export.gguf_tokenizer import split, templates_of
 from compress.quant.codes import Quantized, verified
 from compress.score.onnxruntime import CONFIG, MODEL, OnnxRuntime, wheel
 from compress.score.size import size
@@ -76,10 +80,9 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]
             model = _decoder(Graph(onnx, data, weights, made), config)
     onnx.save(model, part / MODEL)
     (part / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, part / name)
+    copy_tokenizer(checkpoint, part)
     _only_splits(part / "tokenizer.json")
+    _templates_apart(part)
     os.replace(part, out)
     return size(out)
 
@@ -219,13 +222,12 @@ def _rotary_tables(graph: Graph, config: Any) -> tuple[str, str]:
 
 
 def _genai_config(checkpoint: Path, config: Any) -> dict[str, Any]:
-    """genai_config.json: greedy unless asked otherwise; special ids are generation_config.json's where it has them."""
-    file = checkpoint / "generation_config.json"
-    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ids |= {key: value for key, value in (json.loads(file.read_text()) if file.is_file() else {}).items() if key in ids and value is not None}
-    if (end := ids["eos_token_id"]) is None:
-        raise ValueError(f"{checkpoint}: no eos_token_id in generation_config.json or config.json, so text would never end; add it")
-    ids["pad_token_id"] = next(i for i in (ids["pad_token_id"], end[0] if isinstance(end, list) else end) if i is not None)
+    """genai_config.json: greedy unless asked otherwise; bos and pad are generation_config.json's where it has them."""
+    file = checkpoint / GENERATION
+    about, ends = read_json(file) if file.is_file() else {}, end_ids(checkpoint)
+    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "pad_token_id")}
+    ids |= {key: about[key] for key in ids if about.get(key) is not None}
+    ids |= {"eos_token_id": as_value(ends), "pad_token_id": ends[0] if ids["pad_token_id"] is None else ids["pad_token_id"]}
     kinds = ("key", "value")
     decoder = {
         "filename": MODEL, "session_options": {}, "head_size": head_dim(config), "hidden_size": config.hidden_size,
@@ -238,6 +240,24 @@ def _genai_config(checkpoint: Path, config: Any) -> dict[str, Any]:
     model = {"type": config.model_type, "context_length": length, "vocab_size": config.vocab_size, "decoder": decoder}
     search = {"do_sample": False, "max_length": length, "past_present_share_buffer": True}
     return {"model": model | {key: value for key, value in ids.items() if value is not None}, "search": search}
+
+
+def _templates_apart(folder: Path) -> None:
+    """Writes a tokenizer_config.json's list of chat templates as files, the default one as chat_template.jinja: transformers reads both,
+    GenAI fails on a list. ValueError: none is the default, or a name is no file's."""
+    file = folder / "tokenizer_config.json"
+    about = read_json(file) if file.is_file() else {}
+    if not isinstance(about.get("chat_template"), list):
+        return
+    named = templates_of(load_tokenizer(folder).chat_template)
+    del about["chat_template"]
+    file.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MORE_TEMPLATES).mkdir(exist_ok=True)
+    for name, template in named.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"the tokenizer's chat template {name!r} can't be a file; name it with letters, digits, _, . and -")
+        place = folder / "chat_template.jinja" if name == "default" else folder / MORE_TEMPLATES / f"{name}.jinja"
+        place.write_text(template, encoding="utf-8")
 
 
 def _only_splits(file: Path) -> None:

@@ -11,7 +11,8 @@ that torch runs; others: integer types of llama.cpp, whose kernels round activat
     parity_greedy_tokens_count  greedy tokens of the file, of GREEDY, before the first that the twin would not have said
     parity_greedy_gap_nats      by how much the twin preferred its own token there, 0 without such a place: at most 1e-3 where exact, else told only
     parity_strings_differing    held-out strings that the runtime's tokenizer and the checkpoint's cut differently: 0
-    parity_eos_differing_flag   1 unless the file ends where the checkpoint's tokenizer and config say, and nowhere that config does not: 0
+    parity_eos_differing_flag   1 unless texts of the file end at every special token that ends the checkpoint's (compress/ends.py), at one
+                                at least that each of its files names, and the file names no other end: 0
 
 Legend: N tokens, C tokens a chunk, V vocabulary.
 """
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import best_device, load_model, load_tokenizer
+from compress.ends import in_files, is_special, turn_end
 from compress.export.formats import parse
 from compress.quant.codes import is_quantized, quantizable
 from compress.quant.grids import GRIDS
@@ -43,7 +45,8 @@ class Reloaded(Protocol):
     def tensors(self) -> dict[str, Tensor]: ...  # HF state-dict name -> fp32, as decoded from the file; without a tied head
     def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]: ...  # greedy continuation, ended by EOS
     def tokenize(self, text: str) -> list[int]: ...  # by the file's tokenizer, nothing added
-    def eos_ids(self) -> set[int]: ...  # at which generation ends
+    def eos_ids(self) -> set[int]: ...  # at which generation ends, as the file says
+    def ends_at(self, token: int) -> bool: ...  # whether generation ends at it
     def close(self) -> None: ...  # frees what the runtime holds
 
 
@@ -125,12 +128,19 @@ def figures(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: S
         measured["parity_values_differing"] = values_differing(twin, reloaded.tensors())
         written = reloaded.generate_ids(prompt, GREEDY)
         differing = sum(reloaded.tokenize(s) != tokenizer.encode(s, add_special_tokens=False) for s in strings(tokenizer, heldout))
-        found = reloaded.eos_ids()
+        measured["parity_eos_differing_flag"] = float(not _ends_agree(checkpoint, tokenizer, reloaded))
     finally:
         reloaded.close()
     measured["parity_greedy_tokens_count"], measured["parity_greedy_gap_nats"] = greedy(twin, written, prompt)
-    ends = twin.config.eos_token_id  # one id, or several of which the tokenizer's must be one
-    allowed = set(ends if isinstance(ends, list) else [ends])
     measured["parity_strings_differing"] = differing
-    measured["parity_eos_differing_flag"] = float(not {tokenizer.eos_token_id} <= found <= allowed)
     return measured
+
+
+def _ends_agree(checkpoint: Path, tokenizer: Any, reloaded: Reloaded) -> bool:
+    """Whether the file ends texts where its checkpoint does."""
+    places = in_files(checkpoint) | {"tokenizer": [tokenizer.eos_token_id], "template": [turn_end(tokenizer)]}
+    named = [set(ids) - {None} for ids in places.values()]
+    wanted = set[int]().union(*named)
+    reached = {i for i in wanted if reloaded.ends_at(i)}
+    special = {i for i in wanted if is_special(tokenizer, i)}
+    return special <= reached and reloaded.eos_ids() <= wanted and all(ids & reached for ids in named if ids)

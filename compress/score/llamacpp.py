@@ -148,6 +148,11 @@ class LlamaCpp:
         """Greedy continuation of at most `n` token ids, ended by EOS."""
         return self._post("/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "return_tokens": True})["tokens"]
 
+    def ends_at(self, token: int) -> bool:
+        """Whether a text ends at a token: it is made to come next, and llama.cpp says why it stopped."""
+        body = GREEDY | {"prompt": [token], "n_predict": 2, "logit_bias": [[token, 1000.0]]}
+        return self._post("/completion", body)["stop_type"] == "eos"
+
     def token_times(self, body: dict[str, Any]) -> list[float]:
         """Milliseconds of each token of a streamed completion, the first counted from the request."""
 

@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.ends import as_ids
 from compress.score.llamacpp import Answer, Ending, maximal
 
 if TYPE_CHECKING:
@@ -87,8 +88,11 @@ class OnnxRuntime:
 
     def eos_ids(self) -> set[int]:
         """The ids that end a text, as genai_config.json says."""
-        ends = self.about["eos_token_id"]
-        return set(ends) if isinstance(ends, list) else {ends}
+        return set(as_ids(self.about["eos_token_id"], self.folder / CONFIG))
+
+    def ends_at(self, token: int) -> bool:
+        """Whether a text ends at a token."""
+        return token in self.eos_ids()
 
     def chat_prompt(self, turns: Sequence[dict[str, str]]) -> str:
         """A conversation rendered for an answer by the directory's own chat template, as GenAI reads it. ValueError: it fails."""
@@ -176,4 +180,4 @@ def timer(folder: Path, threads: int) -> tuple[Callable[[int, int, int], list[fl
         times += [time.perf_counter() for _ in runtime.tokens(prompt, count, min_length=prompt_tokens + count, batch_size=batch)]
         return [1000 * (after - before) for before, after in pairwise(times)]
 
-    return generate, sum(file.stat().st_size for file in folder.iterdir())
+    return generate, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -47,7 +47,7 @@ from compress.assets import configs_dir
 from compress.checkpoint import Model
 from compress.errors import nearest
 from compress.score.paired import bootstrap, cells, interval, ratio_interval
-from compress.score.talk import has_template, open_speaker, prompts_of
+from compress.score.talk import has_template, open_speaker, prompts_of, question_ids
 from compress.store import sha256_json
 from compress.train.repetition import loops
 
@@ -323,19 +323,12 @@ def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> di
 
     `lm`: the teacher as an `score.lm.LM`, with its HF `tokenizer`: an answer counts in the teacher's own tokens.
     """
-    from compress.train.written import prompt_ids
-
     by_id = {row["id"]: row for row in teacher}
     requests, owners = [], []
     for row in answers:
         if row["id"] not in by_id or not Prompt(row["id"], row["prompt"]).in_quarter:
             continue
-        turns = [{"role": "user", "content": row["prompt"]}]
-        context = (
-            prompt_ids(tokenizer, turns)
-            if tokenizer.chat_template
-            else tokenizer(row["prompt"] + "\n")["input_ids"]
-        )
+        context = question_ids(tokenizer, row["prompt"])
         for side in (by_id[row["id"]], row):
             ids = tokenizer(side["answer"], add_special_tokens=False, verbose=False)["input_ids"]
             ids += [tokenizer.eos_token_id] * side["ended"]

@@ -6,6 +6,9 @@ measure that the budget limits, stage and parent are compared on the same items,
     better, worse    the interval of the difference excludes 0
     no difference    it does not
 
+Limits on the tasks (kept, flips, points_lost, acc) are all about how many items are right: what a stage changed of that is told in points of
+`acc`, over all tasks or of one, whichever of them the budget names.
+
 A stage pays when it made something better and nothing worse. A budget that names no such measure is read as naming open/kept and kl_to_teacher.
 """
 
@@ -52,12 +55,18 @@ def changes(student: Any, parent: Any, student_rows: Mapping[str, Any], parent_r
 
     `student`, `parent`, `teacher`: `Measured`; the rows: of `Paired.rows` beside the teacher.
     """
-    named = [name for name in metrics if _is_quality(name)] or list(DEFAULT)
+    named = [_measured(name) for name in metrics if _is_quality(name)] or list(DEFAULT)
     found = [
         _change(name, student, parent, student_rows, parent_rows, teacher)
         for name in dict.fromkeys(named)
     ]
     return [change for change in found if change is not None]
+
+
+def _measured(metric: str) -> str:
+    """What is compared where a budget limits `metric`: of the tasks accuracy, `acc` or `acc/TASK`."""
+    name, slash, task = metric.partition("/")
+    return f"acc{slash}{task}" if is_accuracy(name) else metric
 
 
 def _is_quality(metric: str) -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,15 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from compress import __version__, machine
+from compress import machine
 from compress.assets import configs_dir
 from compress.budget import is_accuracy
 from compress.checkpoint import Model, best_device, load_model, load_tokenizer, read_config, tokenizer_digest
 from compress.config import Eval
+from compress.ends import obey
 from compress.export import formats
 from compress.export.parity import parity
+from compress.keys import OF_RUNTIME, SCORES, sources_digest, versions_of
 from compress.score.fidelity import States, bits_and_bytes, checkpoint_head, closeness, hidden_of, perplexities
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
@@ -39,13 +40,23 @@ from compress.score.open import Prompt, answered, as_row, beside_teacher, choice
 from compress.score.paired import Paired, accuracy, paired_scores, ratio_interval
 from compress.score.sequential import asked_in_parts, until_certain
 from compress.score.size import size
+from compress.score.talk import question_ids
 from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.data import Packed
-from compress.train.written import prompt_ids
+from compress.vocabulary import check_same
 
 RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
 HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}
+# Whose formulas scores are: with what they import, or alone where that leads through half of the package.
+SOURCES = (
+    "compress.score.fidelity", "compress.score.lm", "compress.score.sequential", "compress.checkpoint", "compress.score.scorer:",
+    "compress.score.open:", "compress.score.talk:", "compress.score.latency:", "compress.score.size:", "compress.train.repetition:",
+)  # fmt: skip
+SOURCES_OF_RUNTIME = {
+    "torch": (), "llama.cpp": ("compress.score.llamacpp:", "compress.export.gguf:"),
+    "onnxruntime": ("compress.score.onnxruntime:", "compress.score.llamacpp:", "compress.export.onnx:"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,14 +80,6 @@ class Measured:
 def open_prompts(settings: Eval) -> list[Prompt]:
     """The open prompts of evaluation settings. ValueError as `score.open.read_prompts`."""
     return prompts_of_eval(settings.open_prompts, settings.data_dir, settings.open_limit)
-
-
-def _files_beside(model: Model) -> str:
-    """Digest of a directory's tokenizer, chat template and generation config; empty for a file, whose own digest covers them."""
-    if not model.path.is_dir():
-        return ""
-    ends = model.path / "generation_config.json"
-    return sha256_json([tokenizer_digest(model.path), ends.read_text(encoding="utf-8") if ends.is_file() else None])
 
 
 class Scorer:
@@ -105,12 +108,14 @@ class Scorer:
         asked = sha256_json([as_row(prompt) for prompt in self.prompts])
         text = sha256_json({name: packed.digest for name, packed in heldout.items()})
         self.digests = {"the tasks' files": tasks, "the open prompts": asked, "the held-out text": text}
-        own = vars(settings) | {
-            "schema": 3, "tasks": tuple(settings.tasks), "data_dir": self.data_dir, "threads": threads,
+        self.longest = read_config(tokenizer_dir).get("max_position_embeddings") or sys.maxsize  # tokens that a model sees
+        own = {name: value for name, value in vars(settings).items() if name != "data_dir"} | {  # what lies there counts, not where it is
+            "schema": 4, "tasks": tuple(settings.tasks), "threads": threads,
+            "tokenizer": tokenizer_digest(tokenizer_dir), "longest": self.longest,
             "requests": requests and sha256_json(requests), "tasks_digest": tasks, "open_prompts": asked,
             "machine": sha256_json(machine.describe(threads))[:16],
         }  # fmt: skip
-        self.depends = {name: str(value) for name, value in own.items()}, text, __version__
+        self.settings_named = {name: str(value) for name, value in own.items()} | {"text": text}
 
     def measure(
         self, model: Model, *, tasks: bool = True, asked: str = "all", timed: bool = True, against: Measured | None = None,
@@ -121,17 +126,28 @@ class Scorer:
         `tasks=False` leaves the tasks out; with `eval.stop_early` they go on only until every accuracy limit in `limits` on the comparison with
         the teacher, `against`, is decided. `asked`: all open prompts, the fixed quarter, or none.
         """
-        own, text, ours = self.depends
         early = (against.items, against.chance, limits) if against and tasks and self.settings.stop_early else None
         until = early and against and [against.key, [[n, some[n].max, some[n].min] for some in limits for n in some if is_accuracy(n)]]
-        beside = _files_beside(model)  # what decides how it is asked and where it ends
-        # The weights' digest comes first: by it gc knows whose scores these are.
-        named = [model.digest, model.runtime, beside, own, tasks, asked, timed, text, ours, until]
+        # The model's digest comes first: by it gc knows whose scores these are.
+        named = [model.digest, model.runtime, self.depends(model.runtime), tasks, asked, timed, until]
         key = f"{model.digest[:16]}-{sha256_json(named)[:32]}"
         path = self.store.root / "scores" / f"{key}.json"
         if not (path.is_file() and self._states_path(key).is_file()):
+            self.check_tokenizer(model)
             write_json(path, self._own_scores(model, key, self.settings.tasks if tasks else [], early, asked, timed=timed))
         return Measured(model, key, **json.loads(path.read_text()))
+
+    def check_tokenizer(self, model: Model) -> list[str]:
+        """Refuse a model of other tokens before anything is scored; what else differs from the teacher's tokenizer, as sentences.
+
+        ValueError as `vocabulary.check_same`.
+        """
+        return check_same(model, self.tokenizer_dir)
+
+    def depends(self, runtime: str) -> list[Any]:
+        """What scores depend on besides the model and what is asked of it: settings, texts and tasks, sources, and versions of what computes."""
+        ours = sources_digest(*SOURCES, *SOURCES_OF_RUNTIME[runtime])
+        return [self.settings_named, ours, versions_of(*SCORES, *OF_RUNTIME[runtime])]
 
     def compare(self, student: Measured, reference: Measured) -> Paired:
         """kl_to_teacher and top1_agree, beside any `reference`, on the held-out texts, each and together, with intervals over rows; from the
@@ -149,8 +165,7 @@ class Scorer:
 
     def parity(self, shipped: Measured, checkpoint: Measured, name: str) -> dict[str, float]:
         """What `export/parity.py` measures of a file, `name` in `export.files`, and its checkpoint, from the store if it is there."""
-        packages = [version(package.replace("_", "-")) for package in formats.parse(name)[0].packages]
-        depends = sha256_json([checkpoint.key, tokenizer_digest(checkpoint.model.path), name, packages])[:32]
+        depends = sha256_json([checkpoint.key, name, sources_digest("compress.export.parity", formats.parse(name)[0].source)])[:32]
         path = self.store.root / "scores" / f"{shipped.key}-{depends}.parity.json"
         if not path.is_file():
             write_json(path, parity(checkpoint.model.path, shipped.model.path, name, self.ids_SL, self._states(shipped), self.threads))
@@ -203,12 +218,12 @@ class Scorer:
         from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
 
         s, head, tokenizer = self.settings, HEADS[model.runtime](model.path), load_tokenizer(self.tokenizer_dir)
-        longest = read_config(self.tokenizer_dir).get("max_position_embeddings") or sys.maxsize
-        context = min(s.context_tokens, longest)  # in every runtime
+        context = min(s.context_tokens, self.longest)  # in every runtime
         with ExitStack() as stack:
             if model.runtime == "torch":
                 loaded: Any = load_model(model.path)
                 hidden_NH = hidden_of(loaded.to(best_device()), self.ids_SL)
+                obey(loaded, model.path)
                 lm = torch_lm(loaded, tokenizer, s.batch_size, context)
             else:
                 opened = stack.enter_context(closing(RUNTIMES[model.runtime](model.path, self.threads, max(self.ids_SL.shape[1] + 8, context))))
@@ -238,7 +253,7 @@ class Scorer:
             scores, intervals = scores | said | gap, intervals | spread | gap_spread
 
         # Times, in processes of their own.
-        lengths = tuple(length for length in s.prompt_lengths if length + s.new_tokens <= longest)
+        lengths = tuple(length for length in s.prompt_lengths if length + s.new_tokens <= self.longest)
         how = Timing(s.prompt_tokens, s.new_tokens, s.repeats, self.threads, s.processes, lengths, tuple(s.batch_sizes))
         times: dict[str, Any] = {"scores": {}, "intervals": {}, "latency": {}}
         if timed or s.time_stages:
@@ -255,8 +270,7 @@ class Scorer:
         facts = [prompt for prompt in self.prompts if prompt.choices and prompt.in_quarter]
         requests = []
         for prompt in facts:
-            turns = [{"role": "user", "content": prompt.prompt}]
-            context = prompt_ids(tokenizer, turns) if tokenizer.chat_template else tokenizer(prompt.prompt + "\n")["input_ids"]
+            context = question_ids(tokenizer, prompt.prompt)
             for choice in (prompt.answer, *prompt.choices):
                 requests.append((("", ""), context, tokenizer(choice, add_special_tokens=False)["input_ids"]))
         logliks = [loglik for loglik, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)] if requests else []

@@ -39,6 +39,10 @@ def size(path: Path) -> dict[str, float]:
     return {"params": params, "size_bytes": size_bytes, "bits_per_weight": 8 * size_bytes / params}
 
 
+def _all_files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
 def _params_and_files(path: Path) -> tuple[int, list[Path]]:
     if path.is_file():
         from compress.export.gguf import read_fields
@@ -47,9 +51,9 @@ def _params_and_files(path: Path) -> tuple[int, list[Path]]:
     if (path / CONFIG).is_file():
         from compress.export.onnx import decode_onnx
 
-        return sum(weight.numel() for weight in decode_onnx(path).values()), list(path.iterdir())
+        return sum(weight.numel() for weight in decode_onnx(path).values()), _all_files(path)
     config, files = read_config(path), weight_files(path)
     shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
     if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in shapes:
         shapes.pop("lm_head.weight", None)
-    return sum(math.prod(shape) for shape in shapes.values()), list(path.iterdir()) if "quantization_config" in config else files
+    return sum(math.prod(shape) for shape in shapes.values()), _all_files(path) if "quantization_config" in config else files

@@ -19,9 +19,11 @@ import torch
 from more_itertools import chunked
 
 from compress.checkpoint import Model, best_device, load_model, load_tokenizer
+from compress.ends import obey
 from compress.score.llamacpp import Answer, Ending, LlamaCpp
 from compress.score.onnxruntime import OnnxRuntime
 from compress.train.forward import use_cpu_kernels
+from compress.train.written import prompt_ids
 
 CONTEXT_TOKENS = 512  # of a question with its answer
 TOGETHER = 32  # questions that are answered together: the rest waits
@@ -60,7 +62,7 @@ def rendered(tokenizer: Any, turns: Turns, where: Path) -> str:
 
 
 class TorchSpeaker:
-    """A checkpoint directory as transformers runs it, its generation_config.json obeyed but for sampling."""
+    """A checkpoint directory as transformers runs it, its generation_config.json obeyed but for sampling; it ends where compress/ends.py says."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,8 +71,7 @@ class TorchSpeaker:
         model: Any = load_model(path)
         self.model: Any = model.to(best_device())
         use_cpu_kernels(self.model)
-        ends = self.model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+        self.ends = obey(self.model, path, self.tokenizer)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = (
                 self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
@@ -120,10 +121,7 @@ class TorchSpeaker:
         self.model = None
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt; a chat template writes its own BOS."""
-        return self.tokenizer(
-            text, add_special_tokens=not self.tokenizer.chat_template, verbose=False
-        )["input_ids"]
+        return text_ids(self.tokenizer, text)
 
     @torch.inference_mode()
     def _generate(self, batch: Any, n: int, **how: Any) -> list[list[int]]:
@@ -165,6 +163,22 @@ def open_speaker(
     return closing(SPEAKERS[model.runtime](model.path, threads, context, together))
 
 
+def plain_text(turns: Turns) -> str:
+    """Turns as a model without a chat template is asked them: each a line."""
+    return "".join(turn["content"] + "\n" for turn in turns)
+
+
+def question_ids(tokenizer: Any, question: str) -> list[int]:
+    """Token ids of a question for an answer, as an HF tokenizer's model is asked it."""
+    turns = [{"role": "user", "content": question}]
+    return prompt_ids(tokenizer, turns) if tokenizer.chat_template else text_ids(tokenizer, plain_text(turns))
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a rendered prompt; a chat template writes its own BOS."""
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"]
+
+
 def has_template(model: Model) -> bool:
     """Whether a chat template ships with the model."""
     if model.runtime == "llama.cpp":
@@ -176,6 +190,5 @@ def has_template(model: Model) -> bool:
 
 def prompts_of(speaker: Speaker, questions: Sequence[str], templated: bool) -> list[str]:
     """Questions as the model wants them: rendered by its chat template, or as lines of plain text."""
-    if not templated:
-        return [question + "\n" for question in questions]
-    return [speaker.chat_prompt([{"role": "user", "content": question}]) for question in questions]
+    asked = [[{"role": "user", "content": question}] for question in questions]
+    return [speaker.chat_prompt(turns) if templated else plain_text(turns) for turns in asked]

@@ -13,7 +13,10 @@ import torch
 
 from compress import machine
 from compress.checkpoint import best_device, digest, load_model, load_tokenizer
+from compress.ends import end_ids, obey
+from compress.keys import sources_digest
 from compress.machine import fast_dtype
+from compress.store import sha256_json
 
 TOP_P, TOP_K = 0.95, 50
 AT_ONCE = {"transformers": 16, "vllm": 512, "llama.cpp": 384}  # documents of a piece
@@ -54,6 +57,7 @@ class TransformersAuthor:
         dtype = torch.bfloat16 if fast_dtype() == "bf16" else torch.float32
         model: Any = load_model(teacher, dtype)
         self.model: Any = model.to(best_device())
+        self.ends = obey(self.model, teacher, self.tokenizer)
 
     @torch.inference_mode()
     def write(
@@ -72,11 +76,9 @@ class TransformersAuthor:
             "pad_token_id": pad,
         }
         out = self.model.generate(**batch, max_new_tokens=tokens, **how)
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
         rows = out[:, batch["input_ids"].shape[1] :].tolist()
         return [
-            Said(self.tokenizer.decode(row, skip_special_tokens=True), bool(ends & set(row)))
+            Said(self.tokenizer.decode(row, skip_special_tokens=True), bool(self.ends & set(row)))
             for row in rows
         ]
 
@@ -94,13 +96,15 @@ class VllmAuthor:
 
         self.tokenizer: Any = load_tokenizer(teacher)
         self.engine: Any = LLM(str(teacher), dtype="bfloat16")
+        self.ends = end_ids(teacher, self.tokenizer)
 
     def write(
         self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
     ) -> list[Said]:
         from vllm import SamplingParams
 
-        how = {"temperature": temperature, "top_p": TOP_P, "top_k": TOP_K, "max_tokens": tokens}
+        how: dict[str, Any] = {"temperature": temperature, "top_p": TOP_P, "top_k": TOP_K}
+        how |= {"max_tokens": tokens, "stop_token_ids": self.ends}
         each = [SamplingParams(seed=seed, **how) for seed in seeds]
         done = self.engine.generate(
             [{"prompt_token_ids": ids} for ids in prompts], each, use_tqdm=False
@@ -127,7 +131,8 @@ class LlamaCppAuthor:
         from compress.export.gguf import export_gguf
         from compress.score.llamacpp import LlamaCpp
 
-        file = folder / f"author-{digest(teacher)[:32]}.gguf"
+        made = sha256_json([digest(teacher), sources_digest("compress.export.gguf")])
+        file = folder / f"author-{made[:32]}.gguf"
         if not file.is_file():
             export_gguf(teacher, file, "Q8_0")
         self.server = LlamaCpp(

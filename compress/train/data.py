@@ -47,8 +47,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from compress.assets import configs_dir
-from compress.checkpoint import load_tokenizer, tokenizer_digest
-from compress.store import sha256_json, write_whole
+from compress.checkpoint import load_tokenizer
+from compress.keys import token_inputs
+from compress.store import sha256_file, sha256_json, write_whole
 from compress.train.written import Document, generated
 
 SKIPPED_MODULES = ("test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "__pycache__")
@@ -275,7 +276,7 @@ def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, we
     cache_dir.mkdir(parents=True, exist_ok=True)
     texts = [generated(s, teacher, cache_dir, log, documents) if s.startswith("generated:") else documents(s) for s in sources]
     named = {
-        "tokenizer": tokenizer_digest(teacher), "texts": sha256_json(texts), "seq_len": seq_len, "weights": weights or [],
+        "tokens": token_inputs(teacher), "texts": sha256_json(texts), "seq_len": seq_len, "weights": weights or [],
         "chat_labels": chat_labels, "schema": 3,
     }  # fmt: skip
     path = cache_dir / f"{sha256_json(named)}.safetensors"
@@ -291,5 +292,5 @@ def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, we
             raise ValueError(f"{sources} hold {len(ids)} tokens, one sequence needs {seq_len + 1}; add text or lower data.seq_len")
         write_whole(path, save({name: torch.from_numpy(column[:count]) for name, column in (("ids", ids), ("mask", mask), ("first", first))}))
     ids_SL, mask_SL, first_SL = (load_file(path)[name].view(-1, seq_len + 1) for name in ("ids", "mask", "first"))
-    name = sha256_json([path.stem, packing])
+    name = sha256_json([sha256_file(path), packing])  # of what came out: a newer tokenizer that cuts alike changes nothing
     return Packed(ids_SL, mask_SL, name) if packing == "stream" else Packed(ids_SL, mask_SL & ~first_SL, name, first_SL)

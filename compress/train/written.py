@@ -35,6 +35,7 @@ import torch
 
 from compress.assets import configs_dir
 from compress.checkpoint import digest, load_tokenizer
+from compress.keys import author_inputs
 from compress.store import sha256_json
 from compress.train.authors import AT_ONCE, TOP_K, TOP_P, Author, engine_for, open_author
 from compress.train.text_filter import Filter, evaluation_texts
@@ -79,7 +80,7 @@ def generated(
         )
     engine = "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
     key = sha256_json(
-        [digest(teacher), prompts, tokens, PROMPT_TOKENS, TOP_P, TOP_K, engine, AT_ONCE[engine]]
+        [author_inputs(teacher), prompts, tokens, PROMPT_TOKENS, TOP_P, TOP_K, engine, AT_ONCE[engine]]
     )[:32]
     whole = folder / f"generated-{key}.jsonl"
     if not whole.is_file():
@@ -177,7 +178,7 @@ def from_nothing(
     engine, avoid = engine_for(teacher), evaluation_texts()
     # What decides a row's text. A larger COUNT goes on with the same file.
     about = [
-        *(digest(teacher), tokens, engine, AT_ONCE[engine], openings(), avoid, QUESTION_TOKENS),
+        *(author_inputs(teacher), tokens, engine, AT_ONCE[engine], openings(), avoid, QUESTION_TOKENS),
         *(OPENED, SECOND_TURN, QUESTION_TEMPERATURE, ANSWER_TEMPERATURE, TOP_P, TOP_K),
     ]
     kept = Kept(folder / f"conversations-{sha256_json(about)[:32]}.jsonl")

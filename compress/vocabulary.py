@@ -1,0 +1,83 @@
+"""Whether two models mean the same by a token id. Only then can one be scored, compared or taught in the other's tokens.
+
+Compared are the token of every id, added and special ones included, and the rules by which text becomes tokens: merges of BPE, scores of
+Unigram. Chat templates, ends and padding may differ: they change what a model is asked, not what an id means.
+"""
+
+import json
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compress.checkpoint import Model, load_tokenizer, tokenizer_digest
+
+UNUSED = 5  # llama.cpp's type of a token that fills a gap
+
+
+class Vocabulary(NamedTuple):
+    """What decides the meaning of ids; `rules` is empty where a file does not hold them."""
+
+    tokens: dict[int, str]
+    rules: list[tuple[Any, ...]]
+
+
+def of_tokenizer(tokenizer: Any) -> Vocabulary:
+    """The vocabulary of an HF tokenizer."""
+    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model: dict[str, Any] = json.loads(backend.to_str())["model"] if backend is not None else {}
+    vocab = model.get("vocab", [])
+    rules = model.get("merges") or (vocab if isinstance(vocab, list) else [])
+    return Vocabulary(tokens, [_merge(rule) for rule in rules])
+
+
+def of_gguf(file: Path) -> Vocabulary:
+    """The vocabulary inside a GGUF, without what only fills it up."""
+    from compress.export.gguf import read_fields
+
+    fields = read_fields(file)[0]
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    kinds = fields.get("tokenizer.ggml.token_type", [0] * len(tokens))
+    named = {i: token for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind != UNUSED and token != f"[PAD{i}]"}
+    return Vocabulary(named, [_merge(rule) for rule in fields.get("tokenizer.ggml.merges", [])])
+
+
+def _merge(rule: Any) -> tuple[Any, ...]:
+    """A merge, written as a pair or as two words with a space between."""
+    return tuple(rule.split(" ", 1) if isinstance(rule, str) else rule)
+
+
+def difference(mine: Vocabulary, other: Vocabulary) -> str:
+    """The first id, or else the first rule, in which two vocabularies differ, as words; "" where they don't."""
+    for i in sorted(mine.tokens.keys() | other.tokens.keys()):
+        if mine.tokens.get(i) != other.tokens.get(i):
+            here, there = (repr(side.tokens[i]) if i in side.tokens else "no token" for side in (mine, other))
+            return f"id {i} is {here} in the one and {there} in the other"
+    if mine.rules and other.rules:
+        for number, rules in enumerate(zip_longest(mine.rules, other.rules), 1):
+            if rules[0] != rules[1]:
+                return f"rule {number} is {_words(rules[0])} in the one and {_words(rules[1])} in the other"
+    return ""
+
+
+def _words(rule: tuple[Any, ...] | None) -> str:
+    return "missing" if rule is None else " + ".join(map(repr, rule))
+
+
+def check_same(model: Model, tokenizer_dir: Path) -> list[str]:
+    """Refuse a model whose ids mean something else than in the checkpoint directory `tokenizer_dir`; what else differs, as sentences.
+
+    ValueError naming the first differing id.
+    """
+    if model.path.is_dir() and tokenizer_digest(model.path) == tokenizer_digest(tokenizer_dir):
+        return []
+    theirs = load_tokenizer(tokenizer_dir)
+    ours = load_tokenizer(model.path) if model.path.is_dir() else None
+    if told := difference(of_tokenizer(ours) if ours else of_gguf(model.path), of_tokenizer(theirs)):
+        next_step = "give the teacher whose tokens the model was made for, with --teacher"
+        raise ValueError(f"{model.path} and {tokenizer_dir} have different tokenizers: {told}, so scores in these ids mean nothing; {next_step}")
+    if ours is None:
+        return []
+    facts = {"chat template": "chat_template", "end token": "eos_token", "first token": "bos_token"}
+    differing = [name for name, key in facts.items() if getattr(ours, key) != getattr(theirs, key)]
+    return [f"{model.path} has the teacher's tokens, and another {name}: each model is asked by its own" for name in differing]

@@ -22,6 +22,7 @@ from compress.errors import ConfigError, ResourceError, nearest
 from compress.export.gguf import read_fields
 from compress.report.records import Run, folder_of, open_run
 from compress.score.llamacpp import Ending
+from compress.score.onnx_folder import genai_config
 from compress.score.talk import Speaker, has_template, open_speaker
 from compress.store import Store
 from compress.teacher import open_teacher
@@ -265,8 +266,7 @@ def context_of(model: Model) -> int | None:
         return config.get("max_position_embeddings") or config.get("n_positions")
     try:
         if model.runtime == "onnxruntime":
-            about = json.loads((model.path / "genai_config.json").read_text())
-            return about["model"].get("context_length")
+            return int(genai_config(model.path)["model"]["context_length"])
         fields, _ = read_fields(model.path)
         return fields.get(f"{fields['general.architecture']}.context_length")
     except (ValueError, LookupError) as error:

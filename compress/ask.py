@@ -243,7 +243,10 @@ def _teacher(run: Run, store: Path) -> Model:
 
 def _teacher_of_bundle(run: Run, store: Path) -> Model:
     """The teacher that a bundle's recipe names, opened as for a run. ValueError: it is not here."""
-    source = str(run.info["config"].get("teacher", {}).get("source", ""))
+    named, origin = run.info["config"].get("teacher"), run.info.get("teacher")
+    if not isinstance(named, dict) or not isinstance(origin, dict):
+        raise ValueError(f"{run.path / 'manifest.json'} does not say what its teacher is")
+    source = str(named.get("source", ""))
     here = source.startswith(("packaged:", "random:")) or source.endswith(".gguf")
     if not here and not Path(source).expanduser().is_dir():
         raise ValueError(
@@ -251,7 +254,7 @@ def _teacher_of_bundle(run: Run, store: Path) -> Model:
             "name the run to ask both"
         )
     teacher = open_teacher(source, None, Store(store), _note)
-    if teacher.digest != run.info["teacher"]["digest"]:
+    if teacher.digest != origin.get("digest"):
         raise ValueError(f"the teacher {source!r} on this machine is not the one of the bundle")
     return teacher
 

@@ -4,8 +4,10 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +29,13 @@ HELP = """compress: turn a teacher language model into a student that fits a bud
   compress compare RUN [RUN ...] [--html FILE] [--speed]
                                         stages of one run, or runs, stages (RUN/SLOT) and bundles side by side; writes one HTML page
   compress sync RUN --to wandb          copy a finished run's records into a tracker
-  compress verify BUNDLE                check every byte of a bundle
-  compress accept BUNDLE                measure the bundle's budget again, on this machine
+  compress verify BUNDLE [--sha256 HEX] check every byte of a bundle: that it is unchanged, not who wrote it
+  compress accept BUNDLE [--hub] [--local]
+                                        measure the bundle's budget again, on this machine; --hub may ask the hub for teacher
+                                        and text that it names, --local may open files outside the bundle
   compress gc [--store DIR] [--yes]     empty the store of what no run names
 
+--debug with any verb shows where in the program an error came from
 exit codes: 0 ok, 2 configuration, 3 input or integrity, 4 budget violated, 5 memory, disk or lock, 130/143 signals
 """
 
@@ -103,6 +108,10 @@ def score(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     parts = without_recipe([f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides])
     model = model_of(options.model)
+    if model.runtime == "onnxruntime":
+        from compress.score.onnx_folder import check_folder
+
+        check_folder(model.path)  # before the teacher is scored
     limits = parts.pop("budget")
     scorer, teacher = session.open_scorer(**parts)
     for remark in scorer.check_tokenizer(model):
@@ -196,63 +205,42 @@ def sync(arguments: list[str]) -> int:
 
 
 def verify(arguments: list[str]) -> int:
-    """Check every byte of a bundle."""
-    from compress.export.bundle import verify_bundle
+    """Check every byte of a bundle, and that its manifest agrees with itself."""
+    from compress.export.bundle import SUMS, sums_digest, verify_bundle
 
     parser = _Parser(prog="compress verify")
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--sha256", metavar="HEX", help=f"of {SUMS}, as its sender said over another channel")
     options = parser.parse_args(arguments)
-    manifest = verify_bundle(options.bundle)
+    manifest = verify_bundle(options.bundle, _digest(options.sha256))
     print(f"{options.bundle}: {len(manifest['files']) + 2} files verified; run {manifest['run']}, budget {manifest['budget']}")
+    print("unchanged since it was written; this does not prove who wrote it")
+    digest = sums_digest(options.bundle)
+    told = "as was given" if options.sha256 else "compare it with what its sender says over another channel, or give it as --sha256"
+    print(f"sha256 of {SUMS}: {digest} ({told})")
     return EXIT_OK
 
 
+def _digest(text: str | None) -> str | None:
+    """A sha256 in hex as it was given. ConfigError when it is none."""
+    if text is not None and not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise ConfigError(f"--sha256 {text!r} is not a sha256: 64 hexadecimal digits are needed")
+    return text
+
+
 def accept(arguments: list[str]) -> int:
-    """Measure a bundle's budget again on this machine. The teacher is used when it can be had, for
-    the KL; its answers are in the bundle."""
-    from dataclasses import replace
-
-    from compress import session
-    from compress.checkpoint import model_of, weights_digest
-    from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
-    from compress.export.bundle import verify_bundle
-    from compress.report.records import bundle_rows
-    from compress.score.open import beside_teacher, read_prompts
-    from compress.score.paired import Paired, paired_scores
-
+    """Measure a bundle's budget again on this machine."""
     parser = _Parser(prog="compress accept")
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--store", default="runs/.store")
+    parser.add_argument("--store", default="runs/.store", help="where scores and a teacher made of a package are kept")
+    parser.add_argument("--hub", action="store_true", help="ask the hub for teacher and text that the bundle names")
+    parser.add_argument("--local", action="store_true", help="open files and folders of this machine that the bundle names")
+    parser.add_argument("--sha256", metavar="HEX", help="of SHA256SUMS, as its sender said over another channel")
     options = parser.parse_args(arguments)
-    manifest = verify_bundle(options.bundle)
-    config = manifest["config"]
-    limits = Budget({name: Limit(**limit) for name, limit in config["budget"]["limits"].items()}, {}, config["budget"]["strict"])
-    model = model_of(options.bundle / manifest["judged"])
-    print(f"verified; measuring {manifest['judged']} on this machine", file=sys.stderr)
-    requests = [json.loads(line) for line in (options.bundle / "requests.jsonl").read_text().splitlines()]
-    if left := sorted({row["task"] for row in requests if row["rule"] == "text"}):
-        print(f"not scored again, because only the task's own code can tell a right answer: {', '.join(left)}", file=sys.stderr)
-    requests = [row for row in requests if row["rule"] != "text"]
-    asked = options.bundle / "open_prompts.jsonl"
-    prompts = read_prompts(asked) if asked.is_file() else []
-    said = bundle_rows(options.bundle, "teacher", "open")
-    data, settings, reference = Data(**config["data"]), Eval(**config["eval"]), None
-    how = data, settings, Trainer(), options.store, requests, prompts
-    try:
-        scorer, teacher = session.open_scorer(Teacher(**config["teacher"]), *how)
-        if manifest["teacher"]["digest"] in (teacher.digest, weights_digest(teacher.path)):  # older bundles name the weights
-            reference = scorer.measure(teacher, tasks=False, asked="none", timed=False)
-    except ValueError as error:
-        print(f"the teacher can't be had here ({error}); limits on KL stay undecided", file=sys.stderr)
-        scorer, _ = session.open_scorer(Teacher(str(options.bundle.absolute() / "hf")), *how)  # for its tokenizer
-    measured = scorer.measure(model)
-    paired = paired_scores(measured.items, requests, measured.chance) if requests else Paired({}, {}, [])
-    if reference:
-        near = scorer.beside(replace(measured, items=[]), replace(reference, answers=said), None)
-    else:
-        near = Paired(*beside_teacher(measured.answers, said), []) if said else Paired({}, {}, [])
-    scores, intervals = measured.scores | paired.scores | near.scores, measured.intervals | paired.intervals | near.intervals
-    return _judge(scores, intervals, limits, "the bundle's recipe set no limits; nothing to accept")
+    digest = _digest(options.sha256)
+    from compress.accept import accept
+
+    return accept(options.bundle, options.store, hub=options.hub, local=options.local, sha256=digest)
 
 
 def gc(arguments: list[str]) -> int:
@@ -288,29 +276,45 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return EXIT_OK
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about their own next versions: noise to our users
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import which faster kernels it lacks; peft imports it always
     try:
-        if arguments[0] not in VERBS:
-            raise ConfigError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], VERBS)}")
+        if not arguments or arguments[0] not in VERBS:
+            raise ConfigError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], VERBS)}" if arguments else "name a verb; see `compress --help`")
         return VERBS[arguments[0]](arguments[1:])
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives until the process ends)
         return EXIT_OK
+    except SystemExit:
+        raise
     except BaseException as error:
-        code = exit_code(error)
-        if code == 1 or isinstance(error, SystemExit):
-            raise
-        text = str(error)
-        if is_disk(error):
-            text = f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to go on"
-        elif is_memory(error):
-            text = f"out of memory ({text.partition(chr(10))[0] or 'MemoryError'}); lower micro_batch_sequences or eval.batch_size"
-        elif isinstance(error, KeyboardInterrupt | Interrupted):
-            text = "interrupted; repeat the command to go on"
-        print(f"compress: {text}", file=sys.stderr)
-        return code
+        if debug:
+            traceback.print_exc()
+        sentence = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in _sentence(error))
+        print(f"compress: {sentence}", file=sys.stderr)
+        return exit_code(error)
+
+
+def _sentence(error: BaseException) -> str:
+    """What went wrong, and what to do next."""
+    text = str(error)
+    if is_disk(error):
+        return f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to go on"
+    if is_memory(error):
+        return f"out of memory ({text.partition(chr(10))[0] or 'MemoryError'}); lower micro_batch_sequences or eval.batch_size"
+    if isinstance(error, KeyboardInterrupt | Interrupted):
+        return "interrupted; repeat the command to go on"
+    if isinstance(error, RecursionError):
+        return "something that was given is nested too deep to be read, or goes round in a circle; flatten it (--debug shows where)"
+    line = " ".join(text.split())[:500]
+    if exit_code(error) == 1:
+        return f"this is a bug of compress: {type(error).__name__}: {line}; run again with --debug and report it"
+    if not isinstance(error, ValueError | ResourceError | OSError | FloatingPointError):  # of a library that read something damaged
+        return f"what was given can't be read ({type(error).__name__}: {line}); copy it again, or give another (--debug shows where)"
+    return text or f"{type(error).__name__} without a word; run again with --debug and report it"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from compress.errors import ConfigError, ResourceError, nearest
 from compress.export.gguf import read_fields
 from compress.report.records import Run, folder_of, open_run
 from compress.score.llamacpp import Ending
+from compress.score.onnx_folder import genai_config
 from compress.score.talk import Speaker, has_template, open_speaker, plain_text
 from compress.store import Store
 from compress.teacher import open_teacher
@@ -242,7 +243,10 @@ def _teacher(run: Run, store: Path) -> Model:
 
 def _teacher_of_bundle(run: Run, store: Path) -> Model:
     """The teacher that a bundle's recipe names, opened as for a run. ValueError: it is not here."""
-    source = str(run.info["config"].get("teacher", {}).get("source", ""))
+    named, origin = run.info["config"].get("teacher"), run.info.get("teacher")
+    if not isinstance(named, dict) or not isinstance(origin, dict):
+        raise ValueError(f"{run.path / 'manifest.json'} does not say what its teacher is")
+    source = str(named.get("source", ""))
     here = source.startswith(("packaged:", "random:")) or source.endswith(".gguf")
     if not here and not Path(source).expanduser().is_dir():
         raise ValueError(
@@ -250,7 +254,7 @@ def _teacher_of_bundle(run: Run, store: Path) -> Model:
             "name the run to ask both"
         )
     teacher = open_teacher(source, None, Store(store), _note)
-    if run.info["teacher"]["digest"] not in (teacher.digest, weights_digest(teacher.path)):  # older bundles name the weights
+    if origin.get("digest") not in (teacher.digest, weights_digest(teacher.path)):  # older bundles name the weights
         raise ValueError(f"the teacher {source!r} on this machine is not the one of the bundle")
     return teacher
 
@@ -265,8 +269,7 @@ def context_of(model: Model) -> int | None:
         return config.get("max_position_embeddings") or config.get("n_positions")
     try:
         if model.runtime == "onnxruntime":
-            about = json.loads((model.path / "genai_config.json").read_text())
-            return about["model"].get("context_length")
+            return int(genai_config(model.path)["model"]["context_length"])
         fields, _ = read_fields(model.path)
         return fields.get(f"{fields['general.architecture']}.context_length")
     except (ValueError, LookupError) as error:

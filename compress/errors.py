@@ -9,6 +9,10 @@ from collections.abc import Iterable
 
 EXIT_OK, EXIT_CONFIG, EXIT_INPUT, EXIT_BUDGET, EXIT_RESOURCES, EXIT_SIGINT, EXIT_SIGTERM = 0, 2, 3, 4, 5, 130, 143
 
+# What libraries raise of damaged files and templates that are programs, by name: importing them takes long.
+DAMAGED = {"SafetensorError", "TemplateError"}
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
 
 class ConfigError(ValueError):
     """The recipe, an override or the command line can't be meant like this (exit 2)."""
@@ -50,7 +54,9 @@ def exit_code(error: BaseException) -> int:
         return EXIT_CONFIG
     if isinstance(error, ResourceError) or is_disk(error) or is_memory(error):
         return EXIT_RESOURCES
-    return EXIT_INPUT if isinstance(error, ValueError | FloatingPointError | FileNotFoundError) else 1
+    if {kind.__name__ for kind in type(error).__mro__} & DAMAGED or getattr(error, "errno", None) in NO_FILE:
+        return EXIT_INPUT
+    return EXIT_INPUT if isinstance(error, ValueError | FloatingPointError | FileNotFoundError | RecursionError) else 1
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -3,20 +3,25 @@
 Hydra runs `_target_` nodes below its own `hydra` key before the program's main (callbacks, launchers, log handlers), and the resolver
 `oc.env` would copy secrets into records. So recipes, their --config-dir and all overrides are first read as plain data and refused when
 they hold `_target_`, `oc.env` or any `hydra` key outside ALLOWED_HYDRA; while composing, the resolver is disabled and the composed
-`hydra` node is compared with the one a trusted recipe gives.
+`hydra` node, of every job of a sweep, is compared with the one a trusted recipe gives.
 """
 
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -24,16 +29,22 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from compress.assets import configs_dir, recipes_dir
-from compress.config import SCHEMAS, register
+from compress.config import register, schema_named
 from compress.errors import ConfigError, nearest
+from compress.recipe_text import ALLOWED_HYDRA, check_override, own_folder, refuse
 
-ALLOWED_HYDRA = ("run.dir", "sweep.dir", "sweep.subdir", "job.name", "sweeper.params")
 FLAGS = (  # of Hydra's; its argparse would take any abbreviation of these, and of those that choose another file
     "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m",
     "--config-dir", "-cd", "--info", "-i",
 )  # fmt: skip
 LONG_FLAGS = {"-cd": "--config-dir", "-c": "--cfg", "-p": "--package"}  # of the flags that take a value
-OVERRIDE = re.compile(r"^(~|\+\+|\+)?(?P<key>[^=@]+)(@[^=]*)?(=|$)", re.DOTALL)
+MOST_JOBS = 1_000  # of a sweep
+COMPOSE_SECONDS = 30  # a recipe takes a tenth of one; defaults and interpolations can double at every step
+HELP = {"--help", "-h", "--hydra-help", "--info", "-i", "--version"}
+# Of the composed `hydra` node: what is allowed to differ, and what Hydra itself writes there.
+VARYING = (
+    *ALLOWED_HYDRA, "runtime", "overrides", "mode", "searchpath", "job.config_name", "job.override_dirname", "job.id", "job.num",
+)  # fmt: skip
 
 
 def recipe_names(folder: Path) -> list[str]:
@@ -41,69 +52,11 @@ def recipe_names(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every key of nested dicts and lists."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        here = f"{path}.{key}" if path else str(key)
-        yield here, value
-        yield from _walk(value, here)
-
-
-def _refuse(what: str, where: object) -> None:
-    raise ConfigError(
-        f"{where} holds {what}; a recipe is data and can't name code, the environment or Hydra's internals. "
-        f"Allowed below hydra: {', '.join(ALLOWED_HYDRA)}"
-    )
-
-
-def check_text(text: str, where: object) -> None:
-    """Refuse what Hydra or OmegaConf could execute, in one YAML document. ConfigError naming the file and the key."""
-    header = re.search(r"^\s*#\s*@package\s+(\S+)", text, re.MULTILINE)
-    if header and header.group(1).split(".")[0] == "hydra":
-        _refuse("the package hydra", where)
-    if re.search(r"oc\s*\.\s*env", text):
-        _refuse("the resolver oc.env", where)
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {error}") from error
-    for path, value in _walk(tree):
-        first, *rest = path.split(".")
-        below = ".".join(rest)
-        if "_target_" in (first, *rest):
-            _refuse("_target_", f"{where}, key {path}")
-        if first == "defaults" and rest:
-            entry = value if isinstance(value, str) and rest[-1].isdigit() else below
-            if re.search(r"(^|[\s/.@])hydra([/.@]|$)", entry):
-                _refuse(f"the defaults entry {entry!r}", where)
-        allowed = any(f"{rule}.".startswith(f"{below}.") or below.startswith(f"{rule}.") for rule in ALLOWED_HYDRA)
-        if first == "hydra" and rest and not allowed:
-            _refuse(f"the key {path}", where)
-
-
-def check_override(override: str) -> None:
-    """Refuse an override of the command line that Hydra could execute."""
-    if "_target_" in override:
-        _refuse("_target_", f"override {override!r}")
-    if re.search(r"oc\s*\.\s*env", override):
-        _refuse("the resolver oc.env", f"override {override!r}")
-    match = OVERRIDE.match(override)
-    key = match["key"].strip() if match else override
-    hydra = re.split(r"[./@]", key)[0] == "hydra" or "@hydra" in override.split("=")[0]
-    if hydra and key.removeprefix("hydra.") not in ALLOWED_HYDRA and not key.startswith("hydra.sweeper.params."):
-        _refuse(f"the key {key}", f"override {override!r}")
-
-
 def check_arguments(recipe: str, arguments: list[str]) -> tuple[Path, Path | None]:
     """Refuse an unknown recipe, executable content and refused flags before Hydra starts.
 
     `arguments` as `flags_first` leaves them. Returns the recipe's folder, and the user's own if there is one.
     """
-    folders = [argument.removeprefix("--config-dir=") for argument in arguments if argument.startswith("--config-dir=")]
-    if len(folders) > 1 or "" in folders or not all(Path(folder).is_dir() for folder in folders):
-        raise ConfigError(f"--config-dir {', '.join(map(repr, folders))} is not one directory; give the one folder that holds your recipes")
-    own = Path(folders[0]).resolve() if folders else None
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("-") and flag not in FLAGS:
@@ -112,13 +65,7 @@ def check_arguments(recipe: str, arguments: list[str]) -> tuple[Path, Path | Non
             )
         if not argument.startswith("-"):
             check_override(argument)
-    if own:
-        if link := next((path for path in own.rglob("*") if path.is_symlink() and path.is_dir()), None):
-            raise ConfigError(f"--config-dir {own} holds a link to another folder, {link.name}, which is not checked; put the files there")
-        for file in sorted(own.rglob("*.y*ml")):
-            if "hydra" in file.relative_to(own).parts[:-1]:
-                _refuse("a folder named hydra", own)
-            check_text(file.read_text(), file)
+    own = own_folder(arguments)
     folder = own if own and (own / f"{recipe}.yaml").is_file() else recipes_dir()
     if not re.fullmatch(r"[\w.-]+", recipe) or not (folder / f"{recipe}.yaml").is_file():
         names = recipe_names(recipes_dir()) + (recipe_names(own) if own else [])
@@ -136,6 +83,12 @@ def flags_first(arguments: list[str]) -> list[str]:
     return sorted(joined, key=lambda argument: not argument.startswith("-"))  # keeps the order within both kinds
 
 
+def quoted(value: str) -> str:
+    """A text as the value of an override: Hydra and OmegaConf read back every character of it."""
+    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no interpolation
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), plain) + "'"
+
+
 def expand_teacher(arguments: list[str]) -> list[str]:
     """`teacher=PATH_OR_HUB_ID` becomes `teacher=custom teacher.source=...` unless it is an option of configs/teacher/."""
     options = recipe_names(configs_dir() / "teacher")
@@ -144,8 +97,8 @@ def expand_teacher(arguments: list[str]) -> list[str]:
         value = argument.removeprefix("teacher=")
         if value == argument or value in options:
             expanded.append(argument)
-        elif os.sep in value or value.endswith(".gguf") or Path(value).exists():
-            expanded += ["teacher=custom", f"teacher.source='{value}'"]
+        elif value and (os.sep in value or value.endswith(".gguf") or Path(value).exists()):
+            expanded += ["teacher=custom", f"teacher.source={quoted(value)}"]
         else:
             raise ConfigError(f"teacher={value!r} is neither an option nor a path nor a hub id (owner/name); {nearest(value, options)}")
     return expanded
@@ -172,26 +125,101 @@ def compose(name: str, folder: Path, overrides: list[str]) -> Any:
         return hydra.compose(name, overrides, return_hydra_config=True)
 
 
-def _check_composed(folder: Path, recipe: str, overrides: list[str]) -> None:
-    """Compose without running anything: what Hydra would instantiate must be its own defaults, and the recipe must make sense."""
+@contextmanager
+def _in_time(recipe: str) -> Iterator[None]:
+    """ConfigError when composing takes COMPOSE_SECONDS, or goes round in a circle."""
+    timed = threading.current_thread() is threading.main_thread()
 
-    def instantiated(config: Any) -> Any:
-        node: Any = OmegaConf.to_container(config.hydra, resolve=False)
-        node["sweeper"].pop("params", None)
-        job = {key: node["job"][key] for key in ("env_set", "env_copy", "chdir")}
-        return job | {key: node[key] for key in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging", "hydra_help", "help", "env")}
+    def late(*_: Any) -> None:
+        raise ConfigError(f"recipe {recipe!r} is not composed after {COMPOSE_SECONDS} s; its defaults or interpolations multiply: write them plainly")
 
-    program = compose(recipe, folder, overrides)
-    if instantiated(program) != instantiated(compose("base", configs_dir(), [])):
-        _refuse("settings of Hydra's launcher, sweeper, callbacks or logging", f"recipe {recipe!r}")
-    with open_dict(program):
-        program.pop("hydra")
+    before = signal.signal(signal.SIGALRM, late) if timed else None
+    if timed:
+        signal.setitimer(signal.ITIMER_REAL, COMPOSE_SECONDS)
     try:
-        OmegaConf.to_object(program)
-    except OmegaConfBaseException:
-        raise
-    except ValueError as error:  # a dataclass's own check; OmegaConf appends where it happened
-        raise ConfigError(str(error).partition("\n    full_key")[0]) from error
+        yield
+    except RecursionError as error:
+        raise ConfigError(f"recipe {recipe!r} goes round in a circle, in its defaults or interpolations, or is nested too deep") from error
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def _trusted(composed: Any) -> dict[str, Any]:
+    """The composed `hydra` node without what a recipe may say and what Hydra writes there."""
+    node: Any = OmegaConf.to_container(composed.hydra, resolve=False)
+    for *path, last in (name.split(".") for name in VARYING):
+        table = node
+        for key in path:
+            table = table.get(key) or {}
+        table.pop(last, None)
+    return node
+
+
+@cache
+def _ours() -> dict[str, Any]:
+    """The same of configs/base.yaml."""
+    return _trusted(compose("base", configs_dir(), []))
+
+
+def _check_hydra(composed: Any, recipe: str, own: Path | None) -> None:
+    """Refuse a composed config whose `hydra` node is not the one of configs/base.yaml."""
+    searched = [f"file://{own}"] if own else []
+    if _trusted(composed) != _ours() or list(composed.hydra.searchpath) not in ([], searched):
+        refuse("settings of Hydra's launcher, sweeper, callbacks, jobs or logging", f"recipe {recipe!r}")
+
+
+def _jobs(composed: Any, overrides: list[str], recipe: str) -> list[list[str]]:
+    """The overrides of every job of a sweep, as Hydra's basic sweeper makes them. ConfigError: refused ones, or too many jobs."""
+    params = OmegaConf.to_container(composed.hydra.sweeper, resolve=True).get("params") or {}  # type: ignore[union-attr]
+    if not isinstance(params, dict):
+        raise ConfigError(f"hydra.sweeper.params of recipe {recipe!r} must be a table of KEY: VALUES, got {params!r}")
+    written = [f"{key}={value}" for key, value in params.items()] + overrides
+    for text in written:
+        check_override(text)
+    choices: dict[str, list[str]] = {}
+    jobs = 1
+    for override in OverridesParser.create().parse_overrides(written):
+        key, swept = override.get_key_element(), override.is_discrete_sweep()
+        values = list(islice(override.sweep_string_iterator(), MOST_JOBS + 1)) if swept else [override.get_value_element_as_str()]
+        choices[key] = [f"{key}={value}" for value in values]
+    for some in choices.values():
+        jobs *= len(some)
+    if jobs > MOST_JOBS:
+        raise ConfigError(f"the sweep has more than {MOST_JOBS:,} jobs; sweep fewer values, or in several commands")
+    return [list(job) for job in product(*choices.values())]
+
+
+def _check_composed(folder: Path, recipe: str, overrides: list[str], own: Path | None, flags: set[str]) -> None:
+    """Compose without running anything: what Hydra would instantiate must be its own, and the recipe, or every job of a sweep, must make sense."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    groups = {path.name for path in configs_dir().iterdir() if path.is_dir()}
+    for override in parsed:
+        if override.key_or_group in groups and not override.is_sweep_override() and isinstance(override.value(), bool | int | float | None):
+            options = recipe_names(configs_dir() / override.key_or_group)
+            raise ConfigError(f"{override.input_line} names no option of {override.key_or_group}; allowed: {', '.join(options)}")
+    where = [f"hydra.searchpath=[{quoted(f'file://{own}')}]"] if own else []  # where --config-dir puts it
+    swept = bool({"-m", "--multirun"} & flags)
+    fixed = [text for text, override in zip(overrides, parsed, strict=True) if not (swept and override.is_sweep_override())]
+    with _in_time(recipe):
+        program = compose(recipe, folder, fixed + where)
+        _check_hydra(program, recipe, own)
+    for job in _jobs(program, overrides, recipe) if swept else [fixed]:
+        with _in_time(recipe):
+            composed = compose(recipe, folder, job + where) if swept else program
+            if swept:
+                _check_hydra(composed, recipe, own)
+            if HELP & flags:
+                continue
+            with open_dict(composed):
+                composed.pop("hydra")
+            try:
+                OmegaConf.to_object(composed)
+            except OmegaConfBaseException:
+                raise
+            except ValueError as error:  # a dataclass's own check; OmegaConf appends where it happened
+                raise ConfigError(str(error).partition("\n    full_key")[0]) from error
 
 
 def explain(error: Exception) -> str:
@@ -207,16 +235,20 @@ def explain(error: Exception) -> str:
     if key := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text):
         if "To append to your config use" in text and "reference_type=Dict" in text:
             return f"{key[1]!r} is not in this table yet; write +{text.partition('config use +')[2].splitlines()[0]} to add it"
-        schema = next((s for s in SCHEMAS.values() if s.__name__ == key[2]), None)
+        schema = schema_named(key[2])
         return f"unknown key {full[1] if full else key[1]!r}; {nearest(key[1], getattr(schema, '__dataclass_fields__', {}))}"
-    if option := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+    if wrong := re.search(r"\w+ is not a subclass of (\w+)\. value: (.*)", text):
+        fields = ", ".join(getattr(schema_named(wrong[1]), "__dataclass_fields__", {}))
+        return f"{full[1] if full else wrong[1]} can't be {wrong[2].partition(' | ')[0]}; it is a table, allowed in it: {fields}"
+    if option := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         folder = configs_dir() / option[1]
         if folder.is_dir():
             return f"{option[1]}={option[2]!r} is no option; {nearest(option[2], recipe_names(folder))}"
         return f"group {option[1]!r} does not exist; {nearest(option[1], groups)}"
     if group := re.search(r"Could not override '([^']+)'", text):
         return f"{group[1]!r} is no key or group of this recipe; {nearest(group[1], groups)}"
-    lines = [line for line in re.split(r" \| |\n", text) if "could not be converted" in line or "Invalid value" in line]
+    telling = ("could not be converted", "Invalid value", "Cannot assign")
+    lines = [line for line in re.split(r" \| |\n", text) if any(words in line for words in telling)]
     first = (lines or text.splitlines() or [type(error).__name__])[0].split(" | ")[0]
     return f"{full[1]}: {first}" if full and full[1] not in first else first
 
@@ -229,7 +261,10 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
     try:
         composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
         parts: dict[str, Any] = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
+        parts["eval"].check_data_dir()
         parts["budget"].check(parts["eval"], list(parts["data"].heldout_names()))
+        if not composed.store.strip():
+            raise ConfigError("store is empty; name a directory, as in store=runs/.store")
         return parts | {"store": composed.store}
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
@@ -245,12 +280,17 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     folder, own = check_arguments(recipe, arguments)
     arguments = expand_teacher(arguments)
     codes = [0]
+    failures: list[Exception] = []
 
     def job(composed: Any) -> None:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
             command = ["run", recipe, *([f"--config-dir={own}"] if own else []), *HydraConfig.get().overrides.task]
             codes.append(task(OmegaConf.to_object(composed), run_dir, command))
+        except Exception as error:  # Hydra would print its own line about it
+            if failures:
+                print(f"compress: {run_dir.name}: {error}", file=sys.stderr)
+            failures.append(error)
         finally:
             for folder in (run_dir, run_dir.parent, run_dir.parent.parent):  # Hydra made them; a refused run leaves nothing
                 if folder.is_dir() and not any(folder.iterdir()):
@@ -260,13 +300,13 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     ours = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # no log files, and no library is set to talk
     ours += [] if any(a.startswith("hydra.job.name=") for a in arguments) else [f"hydra.job.name={recipe}"]
     sys.argv = ["compress run " + recipe, *arguments, *ours]
-    plain = [a for a in arguments if not a.startswith("-") and "=" in a]
-    plain += [f"hydra.searchpath=['file://{own}']"] if own else []  # where --config-dir puts it
     try:
         trust_hydra()
-        if not {"-m", "--multirun", "--help", "-h", "--hydra-help", "--info", "-i"} & set(arguments):
-            _check_composed(folder, recipe, plain)
+        overrides = [a for a in arguments if not a.startswith("-")]
+        _check_composed(folder, recipe, overrides, own, {a for a in arguments if a.startswith("-")})
         hydra.main(version_base="1.3", config_path=str(folder), config_name=recipe)(job)()
+        if failures:
+            raise failures[0]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return max(codes)

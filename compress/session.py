@@ -90,7 +90,7 @@ class Session:
     def open_data(self) -> None:
         """Read all text before work starts: a missing or empty source is refused here."""
         _ = self.text, self.scorer  # cached properties: asking is reading
-        if any(uses_chat(stage) for stage in self.recipe.stages.values()):
+        if any(uses_chat(self.recipe.stages[slot]) for slot, _ in self.recipe.steps()):
             _ = self.chat
 
     def _pack(self, sources: list[str], **how: Any) -> Packed:

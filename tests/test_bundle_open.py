@@ -36,7 +36,9 @@ def made(tmp_path, said=None, prompts=PROMPTS, asked=True, **record):
     run = load_run(folder)
     for one in run.records:
         one |= {"rows": {}, "intervals": one.get("intervals", {})}
-    run.final.update(record)
+    limits = {name: Limit(**limit) for name, limit in LIMITS.items()}
+    scores, intervals = run.final["scores"], run.final["intervals"]
+    run.final.update({"verdicts": judge(scores, intervals, limits, enforced=True)} | record)
     run.info["digests"] = {}
     run.info["config"] |= {
         "teacher": {"source": "random:0"}, "export": {"files": ["gguf:Q4_0"]},

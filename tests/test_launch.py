@@ -13,7 +13,7 @@ import pytest
 from compress.__main__ import main
 from compress.assets import configs_dir, recipes_dir
 from compress.errors import ConfigError
-from compress.launch import check_override, check_text
+from compress.recipe_text import check_override, check_text
 
 REPO_RECIPES = sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 

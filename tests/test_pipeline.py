@@ -181,11 +181,11 @@ def test_a_checksum_file_that_leaves_the_bundle_is_refused(smoke, tmp_path, capf
     assert "made to mislead" in capfd.readouterr().err
 
 
-def test_accept_measures_the_budget_again(smoke):
+def test_a_bundle_without_limits_can_not_be_accepted(smoke):
     folder, _ = smoke
     done = compress(folder, "accept", str(newest_full(folder) / "bundle"))
-    assert done.returncode == 0, done.stderr
-    assert "no limits" in done.stdout
+    assert done.returncode == 2, done.stderr
+    assert "has no limits: its recipe set none, so there is nothing to accept" in done.stderr
 
 
 def test_accept_scores_the_requests_in_the_bundle_without_their_tasks(smoke, tmp_path):

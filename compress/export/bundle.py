@@ -16,14 +16,17 @@ SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
 """
 
 import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compress.checkpoint import sha256_file
 from compress.export import formats
+from compress.export.manifest import read_manifest
 from compress.report import answers
 from compress.report.records import Run, folder_of
 from compress.report.table import markdown_table, verdict_lines
@@ -31,7 +34,8 @@ from compress.score.open import Answers, Prompt, as_row
 from compress.store import STAGE_JSON, commit, file_table, write_json
 
 SUMS = "SHA256SUMS"
-LINE = re.compile(r"^([0-9a-f]{64}) [ *](.+)$")
+LINE = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)
+SUMS_BYTES = 10_000_000  # a line is some hundred
 # Of a record; the last one where it was asked.
 LINEAGE = ("slot", "technique", "parent", "digest", "key", "stage_config", "metrics", "open_form")
 WORST, GOOD = 5, 3  # answers in the model card
@@ -135,28 +139,74 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
     return "\n".join(lines)
 
 
-def verify_bundle(bundle: Path) -> dict[str, Any]:
-    """Compare every byte with SHA256SUMS. Returns the manifest. ValueError naming every file that differs, lacks or does not belong."""
+def sums_digest(bundle: Path) -> str:
+    """sha256 of SHA256SUMS, which stands for all of the bundle's bytes: to compare over another channel."""
+    return sha256_file(bundle / SUMS)
+
+
+def read_sums(bundle: Path) -> dict[str, str]:
+    """Name -> sha256 as SHA256SUMS says. ValueError for a line that `sha256sum -c` would read otherwise, or not at all."""
     sums = bundle / SUMS
-    if not sums.is_file():
-        raise ValueError(f"{bundle} is no bundle: {SUMS} is missing; give the folder bundle/ of a run")
+    if not stat.S_ISREG(sums.lstat().st_mode if os.path.lexists(sums) else 0):
+        raise ValueError(f"{bundle} is no bundle: {SUMS} is missing or no plain file; give the folder bundle/ of a run")
+    if sums.stat().st_size > SUMS_BYTES:
+        raise ValueError(f"{sums} has {sums.stat().st_size:,} bytes, at most {SUMS_BYTES:,} are read; copy the bundle again from its source")
+    *lines, rest = sums.read_bytes().split(b"\n")
     expected: dict[str, str] = {}
-    for number, line in enumerate(sums.read_text().splitlines(), 1):
-        match = LINE.match(line)
-        if not match or PurePosixPath(match[2]).is_absolute() or ".." in PurePosixPath(match[2]).parts:
-            raise ValueError(f"{sums}, line {number} is not 'sha256  relative/name': {line!r}; the bundle was damaged or made to mislead")
-        expected[match[2]] = match[1]
-    found = {str(p.relative_to(bundle)): p for p in bundle.rglob("*") if p.is_symlink() or p.is_file()}
-    found.pop(SUMS)
-    bad = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    bad += [f"{name} is not in {SUMS}" for name in sorted(found.keys() - expected.keys())]
-    for name in sorted(expected.keys() & found.keys()):
-        if found[name].is_symlink():
-            bad.append(f"{name} is a symbolic link")
-        elif sha256_file(found[name]) != expected[name]:
-            bad.append(f"{name} was changed")
+    for number, line in enumerate([*lines, rest] if rest else lines, 1):
+        match = LINE.fullmatch(line.decode("utf-8", "surrogateescape"))
+        name = match[2] if match else ""
+        whole = match and number <= len(lines) and name.isprintable() and "\\" not in name
+        if not whole or str(PurePosixPath(name)) != name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            shown = line.decode("utf-8", "replace")[:200]
+            raise ValueError(
+                f"{sums}, line {number} is not 'sha256  relative/name' and a line feed: {shown!r}; the bundle was damaged or made to mislead"
+            )
+        if name in expected or name == SUMS:
+            raise ValueError(f"{sums}, line {number} names {name!r} again; the bundle was damaged or made to mislead")
+        expected[name] = line[:64].decode()
+    return expected
+
+
+def _strangers(bundle: Path) -> tuple[dict[str, Path], list[str]]:
+    """The bundle's plain files by name, and a sentence on everything else in it."""
+    files: dict[str, Path] = {}
+    bad: list[str] = []
+    waiting = [bundle]
+    while waiting:
+        folder = waiting.pop()
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if not entries and folder != bundle:
+            bad.append(f"{folder.relative_to(bundle)} is an empty folder, which no bundle has")
+        for entry in entries:
+            name = str(Path(entry.path).relative_to(bundle))
+            if entry.is_symlink():
+                bad.append(f"{name} is a symbolic link")
+            elif entry.is_dir():
+                waiting.append(Path(entry.path))
+            elif entry.is_file():
+                files[name] = Path(entry.path)
+            else:
+                bad.append(f"{name} is no plain file")
+    return files, bad
+
+
+def verify_bundle(bundle: Path, sha256: str | None = None) -> dict[str, Any]:
+    """Compare every byte with SHA256SUMS, and the manifest with the files and with itself. Returns the manifest.
+
+    `sha256`: of SHA256SUMS, as its sender said. ValueError naming every file that differs, lacks or does not belong, or the key of the manifest.
+    """
+    expected = read_sums(bundle)
+    if sha256 is not None and (got := sums_digest(bundle)) != sha256.lower():
+        raise ValueError(f"{bundle / SUMS} has the sha256 {got}, not {sha256.lower()}: it is not the bundle that was meant; ask its sender")
+    files, bad = _strangers(bundle)
+    files.pop(SUMS, None)
+    linked = {sentence.partition(" is ")[0] for sentence in bad}
+    bad += [f"{name} is missing" for name in sorted(expected.keys() - files.keys() - linked)]
+    bad += [f"{name} is not in {SUMS}" for name in sorted(files.keys() - expected.keys())]
+    bad += [f"{name} was changed" for name in sorted(expected.keys() & files.keys()) if sha256_file(files[name]) != expected[name]]
     if bad:
-        raise ValueError(f"{bundle} does not verify: {'; '.join(bad)}. Copy the bundle again from its source")
+        raise ValueError(f"{bundle} does not verify: {'; '.join(sorted(bad))}. Copy the bundle again from its source")
     if "manifest.json" not in expected:
         raise ValueError(f"{bundle} has no manifest.json; copy the bundle again from its source")
-    return dict(json.loads((bundle / "manifest.json").read_text()))
+    return read_manifest(bundle, expected)

@@ -162,6 +162,10 @@ def open_run(name: str, runs_dir: Path | str = "runs") -> Run:
 def _load_bundle(path: Path) -> Run:
     """A bundle as a run of two records: the teacher, and the file that was judged."""
     manifest = _read(path / "manifest.json", {"run": str, "judged": str, "scores": dict, "verdicts": list, "lineage": list, "config": dict})
+    if re.fullmatch(r"\.*|.*/.*", manifest["judged"], re.DOTALL):
+        raise ValueError(f"malformed {path / 'manifest.json'}: 'judged' is {manifest['judged']!r}, allowed: a file or folder of the bundle")
+    if not manifest["lineage"] or not all(isinstance(r, dict) and {"slot", "technique"} <= r.keys() for r in manifest["lineage"]):
+        raise ValueError(f"malformed {path / 'manifest.json'}: 'lineage', allowed: slots with their techniques; copy the bundle again")
     made = judged(manifest["lineage"], manifest)
     runtime = {"export_gguf": "llama.cpp", "export_onnx": "onnxruntime"}.get(made["technique"], "torch")
     records = [r | {"scores": {}, "verdicts": []} for r in manifest["lineage"] if r["slot"] == "teacher"]

@@ -4,6 +4,9 @@ Both open the same model.onnx. Hidden states of all positions are an output of t
 is not computed for them; logits = h W^T with the head decoded from the file, in fp32, as for llama.cpp. Generation goes the way a
 deployment does: GenAI's generator, its tokenizer, the end tokens of genai_config.json.
 
+A directory may come from anybody, and genai_config.json can name a shared library, other files and other providers. So
+score/onnx_folder.py reads both files first, and refuses whatever export/onnx.py does not write, before ONNX Runtime sees the directory.
+
 torch is imported where it is needed: `python -m compress.score.latency` measures peak memory. Shapes: L length, H hidden.
 """
 
@@ -47,9 +50,11 @@ class OnnxRuntime:
 
     def __init__(self, folder: Path, threads: int, ctx_len: int) -> None:
         self.folder, self.threads, self.ctx_len = folder, threads, ctx_len
+        from compress.score.onnx_folder import check_folder
+
+        self.about: dict[str, Any] = check_folder(folder)["model"]
         genai = self._genai = wheel("onnxruntime_genai")
         try:
-            self.about: dict[str, Any] = json.loads((folder / CONFIG).read_text())["model"]
             config = genai.Config(str(folder))
             config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
             self._model = genai.Model(config)
@@ -164,8 +169,10 @@ class OnnxRuntime:
 def onnx_head(folder: Path) -> Head:
     """The fp32 head as decoded from the file: the lm_head's own weight, or the tied embedding."""
     from compress.export.onnx import decode_onnx
+    from compress.score.onnx_folder import check_folder
     from compress.train.forward import Head
 
+    check_folder(folder)
     decoded = decode_onnx(folder)
     return Head(decoded.get("lm_head.weight", decoded["model.embed_tokens.weight"]))
 

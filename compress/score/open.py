@@ -34,6 +34,7 @@ import json
 import math
 import re
 import string
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ from scipy.stats import beta
 
 from compress.assets import configs_dir
 from compress.checkpoint import Model
+from compress.doors import read_text
 from compress.errors import nearest
 from compress.score.paired import bootstrap, cells, interval, ratio_interval
 from compress.score.talk import has_template, open_speaker, prompts_of, question_ids
@@ -54,6 +56,9 @@ from compress.train.repetition import loops
 ANSWER_TOKENS = 64
 TEACHER_RIGHT = 20  # right answers of a teacher below which a share of them says nothing
 PATTERN_SECONDS = 0.2
+PATTERN_CHARACTERS = 2000
+PATTERNS_SECONDS = 60.0  # all of a file's on the short texts; the package's own take a second
+SHORT_TEXTS = ("a" * 2000, "1" * 2000, " " * 2000, "a b" * 700 + "!")  # on which a pattern is tried
 FLAGS = regex.IGNORECASE | regex.MULTILINE
 CHECKS = ("must_contain", "must_not_contain", "pattern", "exact")
 KEYS = ("id", "kind", "prompt", *CHECKS, "choices", "answer")
@@ -114,9 +119,15 @@ def read_prompts(file: Path) -> list[Prompt]:
             f"eval.open_prompts: {file} does not exist; name a JSON Lines file with `prompt` and one of {', '.join(CHECKS)} a line"
         )
     prompts: list[Prompt] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+    end = time.monotonic() + PATTERNS_SECONDS
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if line.strip():
             prompts.append(_prompt(line, f"{file}, line {number}", number))
+        if time.monotonic() > end:
+            raise ValueError(
+                f"{file}, line {number}: the patterns so far took {PATTERNS_SECONDS:.0f} s on short texts; "
+                "make them simpler, or the file shorter"
+            )
     if not prompts:
         raise ValueError(
             f"{file} holds no prompt; write one JSON object a line with `prompt` and one of {', '.join(CHECKS)}"
@@ -133,7 +144,7 @@ def _prompt(line: str, where: str, number: int) -> Prompt:
     """One line of a prompt file, checked."""
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} is not JSON ({error}); one JSON object a line is needed"
         ) from error
@@ -149,29 +160,28 @@ def _prompt(line: str, where: str, number: int) -> Prompt:
     for name in ("must_contain", "must_not_contain", "exact"):
         if isinstance(row.get(name), str):
             row[name] = [row[name]]
+    for name in (*CHECKS, "choices", "kind", "answer"):
+        one = name in ("pattern", "kind", "answer")
+        if not isinstance(row.get(name, "" if one else []), str if one else list):
+            wanted = "a text" if one else "a list of texts"
+            raise ValueError(f"{where}: {name!r} must be {wanted}, not {row[name]!r}")
+    if len(row.get("pattern", "")) > PATTERN_CHARACTERS:
+        raise ValueError(f"{where}: a pattern has at most {PATTERN_CHARACTERS:,} characters")
     prompt = Prompt(**row)
     groups = [member if isinstance(member, list) else [member] for member in prompt.must_contain]
     strings = [word for group in groups for word in group] + [
         *prompt.must_not_contain,
         *prompt.exact,
-        prompt.pattern,
-        prompt.kind,
+        *prompt.choices,
     ]
-    if not all(isinstance(word, str) for word in strings) or not all(groups) or "" in strings[:-2]:
+    if not all(isinstance(word, str) for word in strings) or not all(groups) or "" in strings:
         raise ValueError(f"{where}: checks are texts or lists of texts, none of them empty")
     if not (prompt.must_contain or prompt.pattern or prompt.exact):
         raise ValueError(
             f"{where}: nothing says which answer is right; give must_contain, pattern or exact"
         )
     try:
-        for text in (
-            prompt.prompt,
-            prompt.prompt * 20,
-            "a" * 2000,
-            "1" * 2000,
-            " " * 2000,
-            "a b" * 700 + "!",
-        ):
+        for text in (prompt.prompt, prompt.prompt * 20, *SHORT_TEXTS):
             prompt.is_right(text)
     except (regex.error, re.error) as error:
         raise ValueError(

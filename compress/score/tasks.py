@@ -17,7 +17,6 @@ Scores depend on batch size and dtype: the caller fixes both. Nothing is cached 
 import difflib
 import functools
 import importlib.util
-import json
 import logging
 import re
 from collections import defaultdict
@@ -32,6 +31,7 @@ import yaml
 from scipy.special import softmax
 
 from compress.assets import configs_dir
+from compress.doors import json_lines
 from compress.errors import ConfigError
 from compress.score.paired import Interval, accuracy, paired_scores
 from compress.score.perturb import perturbed
@@ -88,11 +88,10 @@ def check_tasks(names: Sequence[str]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON Lines file. ValueError naming file and line when one is not a JSON object, or when there is none."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object ({error}); write one object per line") from error
+    for where, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is not a JSON object but a {type(row).__name__}; write one object per line")
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path} is empty; a task needs at least one item")
     return rows

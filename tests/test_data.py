@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from compress.checkpoint import load_model, load_tokenizer
-from compress.train.data import EMBEDDED, documents, pack
+from compress.train.data import pack
+from compress.train.embedded import EMBEDDED
 from compress.train.forward import hidden_states
+from compress.train.sources import documents
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from compress.probe import check_tokenizer
 from compress.store import sha256_file
 
 TOKENIZER_FILES: tuple[str, ...] = (
@@ -143,7 +144,8 @@ def _packed_weights(load: str) -> Any:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights."""
+    """The tokenizer beside the weights. ValueError when its patterns fail on some text (`compress/probe.py`)."""
+    check_tokenizer(path / "tokenizer.json")
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 

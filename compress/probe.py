@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 from compress.confined import Failure, Limits, ask
-from compress.store import sha256_file
 
 LIMITS = Limits(seconds=10.0, memory_bytes=4 << 30)  # a vocabulary of 262,144 ids takes 0.5 GB
 RUN = 1000  # characters: a pattern that takes their third power runs into Oniguruma's own limit of 10 million steps
@@ -22,16 +21,16 @@ NAMED = 80  # characters of the patterns that are tried at most
 def check_tokenizer(file: Path) -> None:
     """ValueError naming a tokenizer.json whose patterns end or outlast the process; nothing for a file without patterns."""
     if file.is_file():
-        _check(file, sha256_file(file))
+        _check(file, file.stat().st_mtime_ns, file.stat().st_size)
 
 
 @cache
-def _check(file: Path, digest: str, limits: Limits = LIMITS) -> None:
+def _check(file: Path, changed: int, size: int) -> None:
     patterns = re.findall(rb'"Regex"\s*:\s*("(?:[^"\\]|\\.)*")', file.read_bytes())
     if not patterns:
         return
     for text, answer in zip(
-        texts := runs(patterns), ask("tokenize", texts, limits, file=str(file)), strict=False
+        texts := runs(patterns), ask("tokenize", texts, LIMITS, file=str(file)), strict=False
     ):
         if isinstance(answer, Failure) and (answer.ended or "PanicException" in answer.why):
             raise ValueError(

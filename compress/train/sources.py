@@ -87,7 +87,7 @@ def _from_file(path: Path, log: Log) -> list[Document]:
     except (OSError, ValueError):  # a name that is too long for any file
         there = False
     if not there:
-        name = re.sub(r"//[^/@\s]*@", "//", str(path)[:200])  # without the password of a URL
+        name = re.sub(r":/+[^/@\s]*@", "://", str(path)[:200])  # without the password of a URL
         what = (
             "is a directory; name the files in it"
             if len(str(path)) < 1000 and path.is_dir()

@@ -197,6 +197,9 @@ def test_text_that_teaches_no_answer_at_all_is_refused(tiny_teacher, tmp_path):
 # ---- text that is read more often than was asked for ----
 
 
+VALIDATED = Distill(tokens=3200, epochs=2, validations=1, validation_sequences=5)
+
+
 def session_of(stage, sequences, reread="tell"):
     from compress.config import Data, Reread
 
@@ -211,7 +214,7 @@ def session_of(stage, sequences, reread="tell"):
         (Distill(tokens=3200), 100, ""),
         (Distill(tokens=3200, epochs=10), 10, ""),
         (Distill(tokens=3200), 40, "tokens=3200 read each of 40 sequences of text 2.5 times, epochs=1 asks for 1: .* set tokens to at most 1280"),
-        (Distill(tokens=3200, epochs=2, validations=1, validation_sequences=5), 45, "40 sequences of text 2.5 times, epochs=2 asks for 2: .* 2560"),
+        (VALIDATED, 45, "tokens=3200 read each of 40 sequences of text 2.5 times, epochs=2 asks for 2: .* 2560"),
         (PruneWidth(ffn=64, calibration_sequences=16), 16, ""),
         (PruneWidth(ffn=64, calibration_sequences=17), 16, "calibration_sequences=17, the text has 16 sequences: .* at most 16"),
     ],

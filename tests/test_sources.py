@@ -33,8 +33,6 @@ def jsonl(folder, *rows, name="rows.jsonl"):
 )
 def test_files_of_every_usual_kind_hold_the_same_documents(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    if name == "plain.TXT":
-        (tmp_path / name).write_bytes(content.replace(b"\r", b""))
     assert documents(str(tmp_path / name)) == ["one", "two"]
 
 

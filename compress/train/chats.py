@@ -23,8 +23,9 @@ from compress.train.tokens import encode
 Turns = Sequence[dict[str, Any]]
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 and label mask bool of one document
 Span = tuple[int, int]  # characters or tokens, from, up to
-TOGETHER = 64  # chats of a request
-LIMITS = Limits()  # of these together
+TOGETHER = 64  # chats of a request, which share its limits
+CHARACTERS = 2_000_000  # of these together
+LIMITS = Limits()  # of a request
 MARK = "\ue000answer\ue000"  # private characters, which no text and no template has
 
 
@@ -81,25 +82,34 @@ def _rendered(
             "chat data was given, but the teacher's tokenizer has no chat template; use plain text sources"
         )
     special = tokenizer.special_tokens_map
-    for start in range(0, len(chats), TOGETHER):
-        some = chats[start : start + TOGETHER]
+    for some in _requests(chats):
         items = []
         for chat in some:
             tools = getattr(chat, "tools", None)
             turns = [
                 {key: value for key, value in turn.items() if value is not None} for turn in chat
             ]
-            items.append(
-                {
-                    "turns": turns,
-                    "tools": tools,
-                    "template": tokenizer.get_chat_template(tools=tools),
-                }
-            )
+            template = tokenizer.get_chat_template(tools=tools)
+            items.append({"turns": turns, "tools": tools, "template": template})
         answers = ask("render", items, limits, special=special, generation=generation)
         if isinstance(answers[-1], Failure) and answers[-1].ended:
             raise ValueError(_told(some[len(answers) - 1], answers[-1]))
         yield from answers
+
+
+def _requests(chats: Sequence[Turns]) -> Iterator[list[Turns]]:
+    """Chats that are rendered together: at most TOGETHER, and CHARACTERS or one."""
+    some: list[Turns] = []
+    size = 0
+    for chat in chats:
+        length = sum(len(turn.get("content") or "") for turn in chat)
+        if some and (len(some) == TOGETHER or size + length > CHARACTERS):
+            yield some
+            some, size = [], 0
+        some.append(chat)
+        size += length
+    if some:
+        yield some
 
 
 def chat_tokens(tokenizer: Any, chats: Sequence[Chat], limits: Limits = LIMITS) -> list[Tokens]:

@@ -99,7 +99,8 @@ def _from_file(path: Path, log: Log) -> list[Document]:
         suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
     )
     if kind == ".txt":
-        return [part.strip() for part in read_text(path).split("\n\n") if part.strip()]
+        text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+        return [part.strip() for part in text.split("\n\n") if part.strip()]
     if kind in (".jsonl", ".json"):
         return [document(row, where) for where, row in _whole(_json_rows(path), log)]
     if kind == ".parquet" and suffixes[-1] == kind:

@@ -39,6 +39,7 @@ from compress.loading import (
     read_config,
     weight_files,
 )
+from compress.probe import check_tokenizer
 from compress.store import sha256_file
 
 __all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # of compress/loading.py, found here by their users
@@ -187,8 +188,9 @@ def _packed_weights(load: str) -> Any:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights; one that names no end of its own gets the model's.
 
-    ValueError naming its folder, and the file when one is damaged.
+    ValueError naming its folder, and the file when one is damaged or its patterns fail on some text (`compress/probe.py`).
     """
+    check_tokenizer(path / "tokenizer.json")
     ends = [i for ids in in_files(path).values() for i in ids]  # before transformers reads them: it refuses in many lines
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

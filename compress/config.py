@@ -30,6 +30,7 @@ PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
 PARALLEL = ("none", "ddp", "fsdp2")
 Packing = StrEnum("Packing", ["stream", "documents"])  # what a token of training text sees: its row, or its own document
 ChatLabels = StrEnum("ChatLabels", ["all", "answers"])  # which tokens of a chat in data.train are learned
+Reread = StrEnum("Reread", ["tell", "refuse"])  # what happens where a stage wants more text than there is
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Teacher:
 
 @dataclass
 class Data:
-    """Which text trains, calibrates and judges; sources as in `compress/train/data.py`."""
+    """Which text trains, calibrates and judges; sources as in `compress/train/sources.py`."""
 
     train: list[str] = field(default_factory=list)
     chat: list[str] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Data:
     weights: list[float] = field(default_factory=list)  # each train source's share of the tokens; empty: all documents alike
     packing: Packing = Packing.stream
     chat_labels: ChatLabels = ChatLabels.all  # of data.train; data.chat, which nobody but the text teaches, always learns the answers
+    reread: Reread = Reread.tell  # of a stage whose tokens are more than its text has: read it more often and say so, or end before work starts
 
     def __post_init__(self) -> None:
         if self.seq_len < 8:

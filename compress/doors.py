@@ -7,6 +7,7 @@ bytes than its file has, a document nested too deep to be read and an alias that
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ import yaml
 from compress.errors import nearest
 
 HEADER_BYTES = 100_000_000  # the most that safetensors itself reads of a header
+JSON_DEPTH = 100  # of values inside values in a row of data
+HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs
 YAML_BYTES = 1_000_000  # of a recipe or an option file; ours have a few thousand
 YAML_NODES = 100_000  # values in one, aliases written out
 ITEM_BYTES = {
@@ -86,15 +89,34 @@ def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
     return value
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, text: str | None = None) -> Iterator[tuple[str, Any]]:
     """("FILE, line N", value) of every line that is not blank. Lines end at a line feed alone: JSON strings may hold U+2028 and the like.
 
-    ValueError naming the file and the line that is not JSON.
+    `text`: the file's, where it was read before. ValueError naming the file and the line that is not JSON.
     """
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate((read_text(path) if text is None else text).split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             yield where, parse_json(line, where)
+
+
+def without_halves(value: Any, depth: int = 0) -> Any:
+    """A JSON value with U+FFFD for each half of a surrogate pair: JSON can escape it (\\ud83d), UTF-8 and tokenizers can't hold it.
+
+    What has none comes back as it is, the very object. RecursionError for a value nested more than JSON_DEPTH deep.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else HALVES.sub("\ufffd", value) if HALVES.search(value) else value
+    if not isinstance(value, dict | list):
+        return value
+    if depth == JSON_DEPTH:
+        raise RecursionError(f"nested more than {JSON_DEPTH} deep")
+    if isinstance(value, dict):
+        pairs = {without_halves(key): without_halves(one, depth + 1) for key, one in value.items()}
+        same = all(key in value and one is value[key] for key, one in pairs.items())
+        return value if same else pairs
+    rows = [without_halves(one, depth + 1) for one in value]
+    return value if all(one is old for one, old in zip(rows, value, strict=True)) else rows
 
 
 def _nodes(value: Any, known: dict[int, int]) -> int:

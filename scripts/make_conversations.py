@@ -18,7 +18,7 @@ from typing import Any
 from compress.checkpoint import load_tokenizer
 from compress.store import Store
 from compress.teacher import open_teacher
-from compress.train.data import conversations_file
+from compress.train.embedded import conversations_file
 from compress.train.text_filter import Filter, evaluation_texts
 from compress.train.written import from_nothing
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from compress.checkpoint import load_model, load_tokenizer
-from compress.train.data import EMBEDDED, documents, pack
+from compress.session import Session
+from compress.stages.distill import Distill
+from compress.stages.prune_width import PruneWidth
+from compress.train.data import pack
+from compress.train.embedded import EMBEDDED
 from compress.train.forward import hidden_states
+from compress.train.sources import documents
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -163,3 +171,68 @@ def test_parquet_rows_are_documents(tmp_path):
     path = tmp_path / "t.parquet"
     datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(path)
     assert documents(str(path)) == ["one", "two"]
+
+
+def test_sequences_without_a_label_are_left_out_and_counted(tiny_teacher, tmp_path):
+    path, said = tmp_path / "chat.jsonl", []
+    question = "Where does the river go when the water rises above the old wall? " * 12
+    path.write_text("".join(json.dumps({"question": f"{i} {question}", "answer": "Yes."}) + "\n" for i in range(8)))
+    for packing in ("stream", "documents"):
+        packed = pack([str(path)], tiny_teacher, 32, tmp_path, chat_labels="answers", packing=packing, log=said.append)
+        batch = packed.batch(list(range(len(packed.ids))))
+        assert batch["mask"].any(1).all() and 8 <= len(packed.ids) <= 16
+    whole = pack([str(path)], tiny_teacher, 32, tmp_path)
+    assert whole.mask.all() and len(whole.ids) > 50
+    left_out = len(whole.ids) - len(packed.ids)
+    assert f"{path}: {left_out} of {len(whole.ids)} sequences hold no token of an answer and are left out" in said
+
+
+def test_text_that_teaches_no_answer_at_all_is_refused(tiny_teacher, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": f"Where is the fox {i}?"}]}) + "\n" for i in range(20)))
+    with pytest.raises(ValueError, match=r"chat.jsonl.*: none of \d+ sequences holds a token of an answer.*; give chats with assistant turns"):
+        pack([str(path)], tiny_teacher, 32, tmp_path, chat_labels="answers")
+
+
+# ---- text that is read more often than was asked for ----
+
+
+VALIDATED = Distill(tokens=3200, epochs=2, validations=1, validation_sequences=5)
+
+
+def session_of(stage, sequences, reread="tell"):
+    from compress.config import Data, Reread
+
+    data = Data(train=["a"], heldout=["b"], seq_len=32, reread=Reread(reread))
+    text = SimpleNamespace(ids=torch.zeros(sequences, 33))
+    return SimpleNamespace(recipe=SimpleNamespace(stages={"heal": stage}, data=data), text=text, chat=text)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sequences", "message"),
+    [
+        (Distill(tokens=3200), 100, ""),
+        (Distill(tokens=3200, epochs=10), 10, ""),
+        (Distill(tokens=3200), 40, "tokens=3200 read each of 40 sequences of text 2.5 times, epochs=1 asks for 1: .* set tokens to at most 1280"),
+        (VALIDATED, 45, "tokens=3200 read each of 40 sequences of text 2.5 times, epochs=2 asks for 2: .* 2560"),
+        (PruneWidth(ffn=64, calibration_sequences=16), 16, ""),
+        (PruneWidth(ffn=64, calibration_sequences=17), 16, "calibration_sequences=17, the text has 16 sequences: .* at most 16"),
+    ],
+)
+def test_too_short_a_text_is_told_or_refused_before_work_starts(capsys, stage, sequences, message):
+    Session._check_length(session_of(stage, sequences), "heal")
+    told = capsys.readouterr().err
+    assert re.search(f"heal: {message}", told) if message else not told
+    if message:
+        with pytest.raises(ValueError, match=f"heal: {message}.*; or set data.reread=tell"):
+            Session._check_length(session_of(stage, sequences, "refuse"), "heal")
+    else:
+        Session._check_length(session_of(stage, sequences, "refuse"), "heal")
+
+
+def test_a_stage_records_how_often_it_read_its_text(context, tiny_teacher, tmp_path):
+    (tmp_path / "short.txt").write_text("\n\n".join(f"Sentence number {i} is short." for i in range(16)))
+    text = pack([str(tmp_path / "short.txt")], tiny_teacher, 32, tmp_path)
+    stage = Distill(tokens=32 * 4 * 5)
+    metrics = stage.run(tiny_teacher, tmp_path / "out", dataclasses.replace(context, text=lambda: text))
+    assert metrics["readings_count"] == pytest.approx(20 / len(text.ids), abs=0.01) and metrics["readings_count"] > 1

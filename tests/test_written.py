@@ -12,7 +12,8 @@ import pytest
 from compress.checkpoint import load_tokenizer
 from compress.train import authors, written
 from compress.train.authors import Said
-from compress.train.data import documents, pack
+from compress.train.data import pack
+from compress.train.sources import documents
 from compress.train.text_filter import Filter, evaluation_texts, words_of
 from compress.train.written import from_nothing
 

@@ -22,6 +22,7 @@ from compress.checkpoint import Model, best_device, load_model, load_tokenizer
 from compress.ends import obey
 from compress.score.llamacpp import Answer, Ending, LlamaCpp
 from compress.score.onnxruntime import OnnxRuntime
+from compress.train.chats import render
 from compress.train.forward import use_cpu_kernels
 from compress.train.written import prompt_ids
 
@@ -47,10 +48,8 @@ class Speaker(Protocol):
 def rendered(tokenizer: Any, turns: Turns, where: Path) -> str:
     """Turns as an HF tokenizer's chat template renders them for an answer. ValueError when it fails or renders nothing of what was said."""
     try:
-        text = tokenizer.apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template is a program: it may raise anything
+        text = render(tokenizer, [turns], generation=True)[0]
+    except ValueError as error:
         raise ValueError(
             f"{where}: its chat template fails ({error}); mend chat_template in the tokenizer's files"
         ) from error

@@ -113,6 +113,22 @@ class Optimization:
         """Distinct sequences read: those of one epoch."""
         return -(-self.steps(seq_len) * self.batch_sequences // self.epochs)
 
+    def readings(self, seq_len: int, sequences: int) -> float:
+        """How often each sequence is read where the text has so many: `epochs`, or more where it has too few."""
+        there = max(1, sequences - self.validation_sequences * bool(self.validations))
+        return self.steps(seq_len) * self.batch_sequences / min(self.sequences(seq_len), there)
+
+    def told_readings(self, seq_len: int, sequences: int) -> str:
+        """What is wrong where the text is too short for `epochs` readings; empty where it is long enough."""
+        there = sequences - self.validation_sequences * bool(self.validations)
+        if self.sequences(seq_len) <= max(1, there):
+            return ""
+        most = max(1, there) * self.epochs * seq_len
+        return (
+            f"tokens={self.tokens} read each of {max(1, there)} sequences of text {self.readings(seq_len, sequences):.1f} times, "
+            f"epochs={self.epochs} asks for {self.epochs}: add text to the data, or set tokens to at most {most}"
+        )
+
     def optimize(self, model: Any, mix: Mix, data: Packed, source: TeacherSource | None, ctx: Context, *, vocabulary: int | None = None,
                  wrap_batches: Callable[[Any], Any] = lambda batches: batches,
                  wrap_loss: Callable[[Any], Any] = lambda loss: loss) -> dict[str, float]:  # fmt: skip
@@ -144,5 +160,6 @@ class Optimization:
         tenth = max(1, len(losses) // 10)
         return {
             "steps_count": len(losses), "tokens_count": len(losses) * self.batch_sequences * ctx.seq_len,
+            "readings_count": round(self.readings(ctx.seq_len, len(data.ids)), 2),
             "loss_first_nats": sum(losses[:tenth]) / tenth, "loss_last_nats": sum(losses[-tenth:]) / tenth,
         } | result.outcome  # fmt: skip

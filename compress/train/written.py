@@ -38,9 +38,10 @@ from compress.checkpoint import digest, load_tokenizer
 from compress.keys import author_inputs
 from compress.store import sha256_json
 from compress.train.authors import AT_ONCE, TOP_K, TOP_P, Author, engine_for, open_author
+from compress.train.chats import Chat, Document, Turns, content, render
 from compress.train.text_filter import Filter, evaluation_texts
+from compress.train.tokens import opening
 
-Document = str | list[dict[str, str]]
 Log = Callable[[str], None]
 
 PROMPT_TOKENS = 32  # of a plain document, which the teacher continues
@@ -59,6 +60,11 @@ def parse(source: str) -> tuple[int, int, str]:
             f"data source {source!r} is not generated:COUNTxTOKENS:PROMPTS with numbers above 0, "
             "as in generated:200x128:embedded:docstrings or generated:500x160:nothing"
         )
+    if match[3].startswith("generated:"):
+        raise ValueError(
+            f"data source {source[:80]!r} asks for text on prompts that are to be written themselves; "
+            "write the prompts first, or name text that is there"
+        )
     return int(match[1]), int(match[2]), match[3]
 
 
@@ -69,9 +75,12 @@ def generated(
     or the teacher writes nothing usable."""
     count, tokens, name = parse(source)
     if name == "nothing":
+        rows = from_nothing(count, tokens, teacher, folder, log)
         return [
-            row.get("messages") or row["text"]
-            for row in from_nothing(count, tokens, teacher, folder, log)
+            Chat(row["messages"], where=f"{source}, row {number}")
+            if row.get("messages")
+            else row["text"]
+            for number, row in enumerate(rows, 1)
         ]
     prompts = read(name)[:count]
     if len(prompts) < count:
@@ -79,15 +88,20 @@ def generated(
             f"data source {source!r} wants {count} prompts; {name} has {len(prompts)} documents: ask for at most that many"
         )
     engine = "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
+    asked = [content(prompt) for prompt in prompts]
     key = sha256_json(
-        [author_inputs(teacher), prompts, tokens, PROMPT_TOKENS, TOP_P, TOP_K, engine, AT_ONCE[engine]]
+        [author_inputs(teacher), asked, tokens, PROMPT_TOKENS, TOP_P, TOP_K, engine, AT_ONCE[engine]]
     )[:32]
     whole = folder / f"generated-{key}.jsonl"
     if not whole.is_file():
         part = whole.with_suffix(".part")
         _continue_all(part, prompts, tokens, teacher, engine, log)
         part.replace(whole)
-    return [json.loads(line) for line in whole.read_text(encoding="utf-8").split("\n") if line]
+    said: list[Any] = [json.loads(line) for line in whole.read_text("utf-8").split("\n") if line]
+    answered: list[Document] = []
+    for prompt, row in zip(prompts, said, strict=True):
+        answered.append(prompt.part(row) if isinstance(prompt, Chat) else row)
+    return answered
 
 
 def _continue_all(
@@ -103,7 +117,7 @@ def _continue_all(
         for start in range(done, len(prompts), piece):
             some = prompts[start : start + piece]
             chats = [
-                _answered(author, tokenizer, d, tokens, start + i) if isinstance(d, list) else None
+                _answered(author, tokenizer, d, tokens, start + i) if isinstance(d, Chat) else None
                 for i, d in enumerate(some)
             ]
             texts = iter(
@@ -129,16 +143,15 @@ def _continued(
         ids[:PROMPT_TOKENS]
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     ]
-    said = author.write(prompts, tokens, 1.0, [seed + i for i in range(len(prompts))])
+    begun = [[*opening(tokenizer), *ids] for ids in prompts]
+    said = author.write(begun, tokens, 1.0, [seed + i for i in range(len(prompts))])
     return [tokenizer.decode(ids) + one.text for ids, one in zip(prompts, said, strict=True)]
 
 
-def _answered(
-    author: Author, tokenizer: Any, turns: list[dict[str, str]], tokens: int, seed: int
-) -> list[dict[str, str]]:
+def _answered(author: Author, tokenizer: Any, chat: Chat, tokens: int, seed: int) -> Chat:
     """The same questions with the teacher's own answers."""
-    said: list[dict[str, str]] = []
-    for turn in turns:
+    said = chat.part([])
+    for turn in chat:
         if turn["role"] == "assistant":
             answer = author.write([prompt_ids(tokenizer, said)], tokens, 1.0, [seed + len(said)])[0]
             turn = turn | {"content": answer.text.strip()}
@@ -146,9 +159,9 @@ def _answered(
     return said
 
 
-def prompt_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
+def prompt_ids(tokenizer: Any, turns: Turns) -> list[int]:
     """Token ids of a conversation rendered for an answer."""
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    rendered = render(tokenizer, [turns], generation=True)[0]
     return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -336,9 +349,8 @@ def _say(author: Author, rows: list[dict[str, Any]], role: str, tokens: int, tem
 def _question_ids(tokenizer: Any, row: dict[str, Any]) -> list[int]:
     """Token ids up to where the words of the next user turn begin, and its opening."""
     mark = "\ue000question\ue000"
-    rendered = tokenizer.apply_chat_template(
-        [*row["messages"], {"role": "user", "content": mark}], tokenize=False
-    )
+    turns = [*row["messages"], {"role": "user", "content": mark}]
+    rendered = render(tokenizer, [turns])[0]
     before, found, _ = rendered.partition(mark)
     if not found:
         raise ValueError(

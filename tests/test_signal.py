@@ -93,7 +93,7 @@ def test_what_heads_leave_is_kept_whatever_their_own_rounding(name, certain):
             torch.testing.assert_close(weights.sum(-1), torch.ones(L, dtype=torch.float64), rtol=1e-6, atol=1e-6)
     rest = float(p[2:].sum())
     assert float(total[1]) == pytest.approx(rest, rel=2e-3)
-    assert float(total[0]) == pytest.approx(1 - rest, abs=1e-3 * rest)
+    assert float(total[0]) == pytest.approx(1 - rest, abs=1e-3 * rest + 1e-7)
 
 
 def test_the_kl_of_a_certain_teacher_to_itself_is_not_negative():

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo smoke test test-slow lint clean
+.PHONY: setup demo smoke test test-slow test-mutants lint clean
 
 setup: .venv/.installed
 
@@ -24,6 +24,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
+
+test-mutants: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -127,6 +127,94 @@ def test_fp32_is_within_1e_5_of_float64(name):
     assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-5
 
 
+@pytest.mark.parametrize(("beta", "temperature"), [(0.5, 1.0), (0.3, 0.5)])
+def test_jsd_is_finite_where_an_id_is_impossible_to_both(beta, temperature):
+    spread = torch.tensor([[0.0, -110.0, -1.0, 3.0], [0.0, -112.0, 2.0, 1.0]], dtype=torch.float64)
+    labels, mask, mix, made = torch.zeros(1).long(), torch.ones(1).bool(), Mix(1.0, 0.0, "jsd", temperature, beta), []
+    for dtype in (torch.float32, torch.float64):
+        z, t = (row[None].to(dtype) for row in spread)
+        h = z.clone().requires_grad_()
+        loss = head_loss(h, Head(torch.eye(4, dtype=dtype)), labels, mask, Dense(t, None), mix)
+        loss.backward()
+        made.append((loss.double(), h.grad.double()))
+    z = spread[:1].clone().requires_grad_()
+    expected = divergence(z, spread[1:], mix).sum()
+    expected.backward()
+    for loss, gradient in made:
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(gradient, z.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kl_weight", "ce_weight"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.4)])
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+def test_padding_of_the_students_head_is_held_down(name, kl_weight, ce_weight):
+    hidden, weight, bias, labels, mask, teacher_hidden, teacher_weight = example()
+    shared, mix, results = 30, Mix(kl_weight, ce_weight, name, jsd_beta=0.3), []
+    labels, t = labels % shared, teacher_hidden @ teacher_weight[:shared].T
+    for fused in (True, False):
+        h, w, b = (x.clone().requires_grad_() for x in (hidden, weight, bias))
+        if fused:
+            target = Dense(teacher_hidden, Head(teacher_weight[:shared]))
+            loss = head_loss(h, Head(w, b, softcap=3.0), labels, mask, target, mix, 4, shared=shared)
+        else:
+            z = oracle_logits(h, w, b, 1.0, 3.0)
+            outside = -(z.softmax(-1)[:, :shared].sum(-1)).log()
+            ce = F.cross_entropy(z[:, :shared], labels, reduction="none") + outside
+            kl = divergence(z[:, :shared], t, mix) + outside
+            if name == "forward_kl":  # as over the whole head, where the teacher gives padding nothing
+                p = torch.cat([t.softmax(-1), torch.zeros(N, V - shared, dtype=t.dtype)], 1)
+                torch.testing.assert_close(kl, torch.special.xlogy(p, p).sum(-1) - (p * z.log_softmax(-1)).sum(-1))
+            loss = ((kl_weight * kl + ce_weight * ce) * mask).sum()
+        loss.backward()
+        results.append([loss.detach(), h.grad, w.grad, b.grad])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_chunks_of_a_bf16_head_add_up_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, teacher = (torch.randn(*shape, generator=generator) for shape in ((2048, 8), (40, 8), (2048, 40)))
+    labels, mask, bias = torch.zeros(2048).long(), torch.ones(2048).bool(), torch.zeros(40)
+    errors = {}
+    for chunk in (2048, 8):
+        made = []
+        for dtype in (torch.bfloat16, torch.float64):
+            h, w, b = (x.bfloat16().to(dtype).requires_grad_() for x in (hidden, weight, bias))
+            head_loss(h, Head(w, b), labels, mask, Dense(teacher.to(dtype), None), Mix(0.7, 0.4), chunk).backward()
+            assert w.grad.dtype == b.grad.dtype == dtype
+            made.append(torch.cat([w.grad.flatten(), b.grad]).double())
+        errors[chunk] = float((made[0] - made[1]).norm() / made[1].norm())
+    assert errors[8] < 1.5 * errors[2048] < 0.02
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: there products of bf16 come out in fp32")
+def test_logits_on_a_gpu_are_not_rounded_to_bf16():
+    h, w = (torch.randn(*shape, device="cuda").bfloat16() * 3 for shape in ((64, 256), (512, 256)))
+    made = losses._products(h, Head(w))
+    torch.testing.assert_close(made.double(), h.double() @ w.double().T, rtol=1e-4, atol=1e-3)
+
+
+def test_without_gradients_no_buffer_for_one_is_made():
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            made.extend(tuple(t.shape) for t in tensors if t.data_ptr() not in given)
+            return out
+
+    h, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((20, 6), (50, 6), (50,)))
+    given = {x.data_ptr() for x in (h, w, b)}
+    target = Dense(torch.randn(20, 6), Head(torch.randn(50, 6)))
+    arguments = (torch.zeros(20).long(), torch.ones(20).bool(), target, Mix(0.7, 0.4), 4)
+    with_gradients = head_loss(h, Head(w, b), *arguments)
+    with Watch(), torch.no_grad():
+        loss = head_loss(h, Head(w, b), *arguments)
+    assert torch.equal(loss, with_gradients) and not loss.requires_grad
+    assert not {(50, 6), (20, 6), (50,)} & set(made)
+
+
 def test_repeated_teacher_ids_add_up():
     hidden, weight, _, labels, mask, _, _ = example()
     one = Sparse(torch.full((N, 1), 4), torch.ones(N, 1), torch.zeros(N))

@@ -66,6 +66,40 @@ def test_two_processes_give_the_losses_of_one_and_resume_after_a_killed_rank(kin
     assert all(torch.equal(tensor, weights[name]) for name, tensor in result(tmp_path / "b")[1].items())
 
 
+@pytest.mark.parametrize("precision", ["bf16", "bf16_stochastic"])
+def test_shards_train_in_bf16_as_one_process_does(precision, tiny_teacher, tmp_path):
+    made = []
+    for kind, world in (("none", 1), ("fsdp2", 2)):
+        codes, outputs = launch(f"{kind}-{precision}", tmp_path / kind, tiny_teacher, steps=3, world=world)
+        assert set(codes) == {0}, outputs
+        made.append(result(tmp_path / kind)[0])
+    assert made[1]["sharded"] == made[1]["parameters"]
+    assert made[0]["types"] == made[1]["types"] == ["torch.float32"]  # the teacher's probabilities, which add up to 1
+    for ours, theirs in zip(made[1]["curve"], made[0]["curve"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)
+
+
+def test_ranks_that_write_text_of_their_own_round_alike(tiny_teacher, tmp_path):
+    codes, outputs = launch("ddp-rollouts-bf16_stochastic", tmp_path, tiny_teacher, steps=2)
+    assert codes == [0, 0], outputs
+    first, second = result(tmp_path)[1], load_file(tmp_path / "rank1.safetensors")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_a_rank_waits_for_another_longer_than_any_stage_takes(monkeypatch):
+    from compress.train import parallel
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    with parallel.group():
+        group = torch.distributed.distributed_c10d._get_default_group()
+        assert group._get_backend(torch.device("cpu")).options._timeout.days >= 7
+
+
 def test_a_sharded_teacher_gives_the_losses_of_a_whole_one(tiny_teacher, tmp_path):
     curves = []
     for kind, world in (("none-online", 1), ("fsdp2-online", 2)):

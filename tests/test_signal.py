@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+from compress.checkpoint import load_model
 from compress.distill.losses import Dense, Mix, head_loss
 from compress.distill.signal import Scheme, Signals, as_target, decode, encode, sample
 from compress.errors import ResourceError
+from compress.stages.optimization import Signal
 from compress.train.forward import Head
 
 L, H, V = 11, 6, 300
@@ -33,7 +35,7 @@ def test_samples_are_unbiased_with_no_more_than_the_multinomial_spread():
     for _ in range(trials):
         made = sample(logits.clone(), tau, torch.rand(1, generator=generator, dtype=torch.float64))
         heads, draws = int(made["heads"]), int(made["draws"])
-        rest = 1 - made["probs"].double().sum()
+        rest = made["rest"].double()[0]
         weights = torch.cat([made["probs"].double(), (rest / draws).expand(draws)])
         mean.index_add_(0, made["ids"], weights / trials)
     tail = torch.where(p >= tau, 0.0, p)
@@ -72,6 +74,37 @@ def test_the_mean_gradient_over_64_draws_differs_from_the_full_one_by_less_than_
     predicted = (draws.var(0).sum() / 64).sqrt()
     assert (draws.mean(0) - exact).norm() < 1.5 * predicted
     assert predicted / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("name", ["sampled", "topk"])
+@pytest.mark.parametrize("certain", [0.9998, 0.99995, 0.51])
+def test_what_heads_leave_is_kept_whatever_their_own_rounding(name, certain):
+    p = torch.cat([torch.tensor([certain, 0.995 - certain if certain < 0.9 else 0.0], dtype=torch.float64), torch.full((298,), 0.0)])
+    p[2:] = (1 - p.sum()) / 298
+    hidden, head, draws = torch.ones(L, 1), Head(p.clamp_min(1e-30).log().float()[:, None]), 200
+    total = torch.zeros(2, dtype=torch.float64)
+    for seed in range(draws):
+        batch = draw(hidden, head, Scheme(name, top=2), seed)
+        weights = batch["probs"].double()
+        is_head = batch["ids"] < 2
+        kept = (weights * is_head).sum(-1)
+        total += torch.stack([kept.mean(), (weights * ~is_head).sum(-1).mean() if name == "sampled" else 1 - kept.mean()]) / draws
+        if name == "sampled":
+            torch.testing.assert_close(weights.sum(-1), torch.ones(L, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    rest = float(p[2:].sum())
+    assert float(total[1]) == pytest.approx(rest, rel=2e-3)
+    assert float(total[0]) == pytest.approx(1 - rest, abs=1e-3 * rest + 1e-7)
+
+
+def test_the_kl_of_a_certain_teacher_to_itself_is_not_negative():
+    logits = torch.full((1, V), -14.2)  # the first has 0.9998
+    logits[0, 0] = 0.0
+    hidden, head = torch.ones(L, 1), Head(logits.T)
+    target = as_target(draw(hidden, head, Scheme("sampled")), None)
+    loss = head_loss(hidden, head, torch.zeros(L).long(), torch.ones(L).bool(), target, Mix())
+    p = logits.double().softmax(-1)[0]
+    assert p[0] == pytest.approx(0.9998, abs=1e-5)
+    assert float(loss) / L == pytest.approx(0.0, abs=1e-5 - float((p * p.log()).sum()) * 5e-4)  # entropy is kept in fp16
 
 
 def test_a_scheme_of_all_ids_gives_the_exact_gradient():
@@ -127,6 +160,25 @@ def test_two_processes_make_the_shards_of_one(context, tmp_path, monkeypatch):
         open_signals(context, tmp_path / "two").make(64)
     names = [sorted(p.name for p in (tmp_path / which).glob("*.safetensors")) for which in ("one", "two")]
     assert names[0] == names[1] and len(names[0]) == 4
+
+
+def test_a_teacher_in_int8_is_moved_to_the_device(context, tmp_path, monkeypatch):
+    from compress.distill import signal
+
+    monkeypatch.setattr(signal, "best_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(signal, "load_model", lambda path, dtype, load: load_model(path, dtype))
+    model, head = open_signals(context, tmp_path / "s", load="int8")._open_teacher()
+    assert model.device.type == head.weight_VH.device.type == "meta"
+
+
+def test_listings_are_read_again_once_every_process_has_written(context, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    done = []
+    monkeypatch.setattr("compress.train.parallel.wait", lambda: done.append("waited"))
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: done.append(path))
+    signals = Signal(path="memory://listed").open(context, context.teacher, context.text(), 16)
+    assert done == ["waited", signals.folder]
 
 
 def test_making_goes_on_where_it_stopped(context, tmp_path):

@@ -7,10 +7,14 @@ With student logits z and teacher logits t, q = softmax(z / T), p = softmax(t / 
     forward_kl       D = sum_v p (log p - log q)             dD/dz = (q - p) / T
     reverse_kl       D = sum_v q (log q - log p)             g = log q - log p
     jsd              D = b KL(p || m) + (1 - b) KL(q || m),  g = (1 - b) log(q / m)      (arXiv 2306.13649, section 3)
-                         m = b p + (1 - b) q
+                         m = b p + (1 - b) q, in logarithms: where p and q both underflow, m would be 0
     total_variation  D = 1/2 sum_v |p - q|                   g = 1/2 sign(q - p)
 
-where dD/dz = q (g - sum_v q g) / T. The teacher comes in one of three forms:
+where dD/dz = q (g - sum_v q g) / T. A student's head may have more rows than the two models share ids: padding, which the teacher never
+gives. Both weights then also act on -log of the mass that softmax(z) leaves to the shared ids, which is what forward KL and cross-entropy
+over the whole head come to, and is finite for the others too; all else is computed on the shared ids.
+
+The teacher comes in one of three forms:
 
     Sparse   K ids with weights w, an unbiased picture of p, and p's entropy H: forward_kl = -sum_k w_k log q_k - H
     Bucket   the K most probable ids; the rest is one more outcome: forward KL of the K + 1 outcomes
@@ -20,12 +24,14 @@ As the gradient is known in closed form, the forward pass computes it chunk by c
 (N, H) and d loss / d W (V, H); backward multiplies them by the incoming scalar. Memory is one chunk of logits, not N x V. A
 chunk's matrix products want many tokens (each adds a whole V x H product to d W), its softmax wants few, that stay in the
 cache: hence two sizes. Measured on 2 cores, 2048 x 576 x 49152, bf16: the head took 1.01 s with 512 tokens at once, 0.75 s with 32.
+Sums over chunks are fp32 where the weight is shorter: in bf16, of 8 significant bits, later chunks would be rounded away.
 
 Legend: N tokens, H hidden, V vocabulary, K teacher ids a token, C tokens a chunk, c tokens of it at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -92,7 +98,7 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, head: Head, labels_N: Tensor, counted_N: Tensor,
-                target: Target | None, mix: Mix, chunk: int, into_VH: Tensor | None) -> Tensor:  # fmt: skip
+                target: Target | None, mix: Mix, chunk: int, into_VH: Tensor | None, shared: int) -> Tensor:  # fmt: skip
         device = hidden_NH.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
@@ -102,26 +108,36 @@ class _FusedHead(torch.autograd.Function):
                 target = Dense(target.hidden_NH.to(compute), target.head.to(compute))
             d_hidden = torch.empty_like(hidden_NH) if need_h else None
             empty = torch.empty_like if len(hidden_NH) else torch.zeros_like  # the first chunk overwrites it
-            d_weight = (empty(weight_VH) if into_VH is None else into_VH) if need_w else None
-            d_bias = torch.zeros_like(bias_V) if bias_V is not None and need_b else None
+            summed = torch.promote_types(weight_VH.dtype, torch.float32)
+            d_weight = (empty(weight_VH, dtype=summed) if into_VH is None else into_VH) if need_w else None
+            d_bias = torch.zeros_like(bias_V, dtype=summed) if bias_V is not None and need_b else None
             total = hidden_NH.new_zeros((), dtype=torch.float64)
             for start in range(0, len(hidden_NH), chunk):
                 part = slice(start, start + chunk)
                 h_CH = hidden_NH[part].to(compute)
-                grad_CV = h_CH @ head.weight_VH.T
-                total += _to_gradient(grad_CV, head, labels_N[part], counted_N[part], _reader(target, part), mix, d_bias)
+                product_CV = _products(h_CH, head)
+                total += _to_gradient(product_CV, head, labels_N[part], counted_N[part], _reader(target, part), mix, d_bias, shared)
+                grad_CV = product_CV.to(compute)
                 if d_hidden is not None:
                     d_hidden[part] = grad_CV @ head.weight_VH
                 if d_weight is not None:
                     _add_product(d_weight, grad_CV, h_CH, fresh=into_VH is None and start == 0)
-        ctx.save_for_backward(d_hidden, d_weight if into_VH is None else None, d_bias)
+        d_weight = None if into_VH is not None or d_weight is None else d_weight.to(weight_VH.dtype)
+        ctx.save_for_backward(d_hidden, d_weight, None if d_bias is None or bias_V is None else d_bias.to(bias_V.dtype))
         return total.to(torch.float32 if compute != torch.float64 else torch.float64)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         scale = grad_outputs[0]
         one = scale.device.type == "cpu" and float(scale) == 1.0  # asking a GPU would wait for it
-        return (*(grad if one or grad is None else grad.mul_(scale) for grad in ctx.saved_tensors), None, None, None, None, None, None, None)
+        return (*(grad if one or grad is None else grad.mul_(scale) for grad in ctx.saved_tensors), *[None] * 8)
+
+
+def _products(h_CH: Tensor, head: Head) -> Tensor:
+    """h W^T (C, V) in the type of both; on a GPU from bf16 or fp16 in fp32, as its cores sum them: logits of 16 to 32 lie 0.125 apart in bf16."""
+    if h_CH.is_cuda and h_CH.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(h_CH, head.weight_VH.T, out_dtype=torch.float32)
+    return h_CH @ head.weight_VH.T
 
 
 def _add_product(d_weight_VH: Tensor, grad_CV: Tensor, h_CH: Tensor, fresh: bool) -> None:
@@ -142,12 +158,12 @@ def _reader(target: Any, part: slice) -> Callable[[slice], Any]:
     head, hidden_CH = target.head, target.hidden_NH[part]
     if head is None:
         return lambda at: hidden_CH[at]
-    products_CV = hidden_CH @ head.weight_VH.T
+    products_CV = _products(hidden_CH, head)
     return lambda at: head.finish(products_CV[at])
 
 
 def _to_gradient(product_CV: Tensor, head: Head, labels_C: Tensor, counted_C: Tensor, target_at: Callable[[slice], Any], mix: Mix,
-                 d_bias: Tensor | None) -> Tensor:  # fmt: skip
+                 d_bias: Tensor | None, shared: int) -> Tensor:  # fmt: skip
     """Overwrite a chunk's products by d loss / d product; the weighted loss sum. `d_bias` (V,) is added to."""
     total = product_CV.new_zeros((), dtype=torch.float64)
     step = CACHED_TOKENS if product_CV.device.type == "cpu" else len(product_CV)
@@ -155,13 +171,28 @@ def _to_gradient(product_CV: Tensor, head: Head, labels_C: Tensor, counted_C: Te
         part = slice(start, start + step)
         logits_cV = head.finish(product_CV[part])
         kept_cV = logits_cV.clone() if head.softcap is not None else logits_cV
-        loss, grad_cV = _gradient(logits_cV, labels_C[part], counted_C[part], target_at(part), mix)
+        loss, grad_cV = _on_shared(logits_cV, labels_C[part], counted_C[part], target_at(part), mix, shared)
         grad_cV = head.back(grad_cV, kept_cV)
         if d_bias is not None:
             d_bias += grad_cV.sum(0)
         product_CV[part] = grad_cV
         total += loss
     return total
+
+
+def _on_shared(logits_CV: Tensor, labels_C: Tensor, counted_C: Tensor, target: Any, mix: Mix, shared: int) -> tuple[Tensor, Tensor]:
+    """`_gradient` on the shared ids, and what the mass behind them costs. Overwrites its logits."""
+    if shared == logits_CV.shape[1]:
+        return _gradient(logits_CV, labels_C, counted_C, target, mix)
+    weight_C = (mix.kl_weight + mix.ce_weight) * counted_C
+    log_q_CV = logits_CV.log_softmax(-1)
+    log_mass_C1 = log_q_CV[:, :shared].logsumexp(-1, keepdim=True)
+    grad_CV = log_q_CV.exp()
+    grad_CV[:, :shared] -= (log_q_CV[:, :shared] - log_mass_C1).exp()
+    grad_CV *= weight_C[:, None]
+    loss, shared_grad_CV = _gradient(logits_CV[:, :shared].contiguous(), labels_C, counted_C, target, mix)
+    grad_CV[:, :shared] += shared_grad_CV
+    return loss - (weight_C * log_mass_C1[:, 0]).double().sum(), grad_CV
 
 
 def _gradient(logits_CV: Tensor, labels_C: Tensor, counted_C: Tensor, target: Any, mix: Mix) -> tuple[Tensor, Tensor]:
@@ -236,7 +267,7 @@ def _dense(logits_CV: Tensor, teacher_CV: Tensor, kl_C: Tensor, mix: Mix) -> tup
             loss_C = torch.linalg.vecdot(q_CV, g_CV)
         elif mix.divergence == "jsd":
             p_CV = log_p_CV.exp()
-            log_m_CV = (beta * p_CV + (1 - beta) * q_CV).log()
+            log_m_CV = torch.logaddexp(log_p_CV + math.log(beta), log_q_CV + math.log1p(-beta))
             g_CV = (1 - beta) * (log_q_CV - log_m_CV)
             loss_C = beta * torch.linalg.vecdot(p_CV, log_p_CV - log_m_CV) + torch.linalg.vecdot(q_CV, g_CV)
         else:
@@ -248,18 +279,23 @@ def _dense(logits_CV: Tensor, teacher_CV: Tensor, kl_C: Tensor, mix: Mix) -> tup
 
 
 def head_loss(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tensor, target: Target | None, mix: Mix, chunk: int = CHUNK_TOKENS,
-              into_VH: Tensor | None = None) -> Tensor:  # fmt: skip
+              into_VH: Tensor | None = None, shared: int | None = None) -> Tensor:  # fmt: skip
     """Sum over the masked tokens of the loss in the module's docstring, in nats.
 
     hidden (N, H) after the final norm, labels (N,) int64, mask (N,) bool. Logits are computed in the autocast type when autocast
-    is on, else in the weight's type; softmax and sums are fp32 (fp64 for fp64 input). ValueError when the mix can't be had from the target.
+    is on, else in the weight's type; softmax and sums are fp32 (fp64 for fp64 input). The first `shared` rows of the head stand for ids that
+    teacher and labels may have, the rest is padding. Without gradients no buffer for one is made. ValueError when the mix can't be had
+    from the target.
 
     With `into_VH`, the head weight's own `.grad` of earlier micro-batches, d loss / d W is added there at once, and backward, which must
     then be called with gradient 1, leaves it alone: a V x H buffer and two passes over it less (as Megatron's gradient accumulation fusion).
     """
     mix.check(target)
     real = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-    return _FusedHead.apply(hidden_NH, head.weight_VH, head.bias_V, head, labels_N, mask_N.to(real), target, mix, chunk, into_VH)
+    if not torch.is_grad_enabled():  # a parameter still asks for its gradient inside of an autograd function
+        hidden_NH, head = hidden_NH.detach(), head.detach()
+    rows = len(head.weight_VH) if shared is None else shared
+    return _FusedHead.apply(hidden_NH, head.weight_VH, head.bias_V, head, labels_N, mask_N.to(real), target, mix, chunk, into_VH, rows)
 
 
 def hidden_mse(student_NH: Tensor, teacher_NH: Tensor, mask_N: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ A scheme says how distributions are written down, `encode` and `decode` being pu
              threshold spends bytes where they lower the variance: certain tokens take one id, flat ones up to 1 / tau.
              (Ordering the ids by similar head rows before drawing was tried: no smaller gradient error.)
     topk     the K most probable ids and probabilities; the rest becomes one bucket (biased, for comparison)
+
+             r itself is kept in fp16 beside the heads, and all are scaled to add up to 1 where they are read: a head rounded to 1 would
+             leave no tail, and 1 minus rounded heads is off by up to 2e-4 where r may be as small.
     hidden   final hidden states as int8, one fp16 scale per GROUP; times the teacher's head they are all logits
     full     all logits in fp16 (tests only: 2 V bytes a token)
 
@@ -41,7 +44,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load, save
 from torch import Tensor
 
-from compress.checkpoint import best_device, load_model, load_tokenizer, tokenizer_digest, weights_digest
+from compress.checkpoint import best_device, load_model, load_tokenizer, token_count, tokenizer_digest, weights_digest
 from compress.distill.losses import Bucket, Dense, Sparse, Target
 from compress.errors import ResourceError
 from compress.keys import SIGNALS, sources_digest, versions_of
@@ -83,8 +86,9 @@ def encode(hidden_LH: Tensor, head: Head, scheme: Scheme, generator: torch.Gener
         if scheme.name == "full":
             parts.append({"logits": logits_CV.half()})
         elif scheme.name == "topk":
-            p_CK, ids_CK = logits_CV.softmax(-1).topk(min(scheme.top, logits_CV.shape[1] - 1))
-            parts.append({"ids": ids_CK, "probs": p_CK.half()})
+            p_CV = logits_CV.softmax(-1)
+            p_CK, ids_CK = p_CV.topk(min(scheme.top, logits_CV.shape[1] - 1))
+            parts.append({"ids": ids_CK, "probs": p_CK.half(), "rest": p_CV.scatter_(1, ids_CK, 0.0).sum(-1).half()})
         else:
             u_C = torch.rand(len(chunk), generator=generator, dtype=torch.float64).to(logits_CV.device)
             parts.append(sample(logits_CV, scheme.threshold, u_C))
@@ -100,7 +104,7 @@ def encode(hidden_LH: Tensor, head: Head, scheme: Scheme, generator: torch.Gener
 def sample(logits_CV: Tensor, tau: float, u_C: Tensor) -> Shard:
     """`sampled` of fp32 logits with one uniform u in [0, 1) a token.
 
-    heads, draws (C,) uint8; ids of heads, then of draws, token by token; fp16 probabilities of the heads; entropy (C,) fp16.
+    heads, draws (C,) uint8; ids of heads, then of draws, token by token; fp16 probabilities of the heads; rest, entropy (C,) fp16.
     """
     tokens, device = len(logits_CV), logits_CV.device
     max_C1 = logits_CV.amax(-1, keepdim=True)
@@ -111,8 +115,8 @@ def sample(logits_CV: Tensor, tau: float, u_C: Tensor) -> Shard:
     head_token, head_column = (p_CV >= tau).nonzero(as_tuple=True)
     head_p = p_CV[head_token, head_column].half()
     p_CV[head_token, head_column] = 0.0
-    kept_C = torch.zeros(tokens, dtype=torch.float64, device=device).index_add_(0, head_token, head_p.double())
-    draws_C = ((1 - kept_C).clamp_min(0) / tau).ceil().long().clamp_max(255)
+    rest_C = p_CV.sum(-1).half()
+    draws_C = (rest_C.double() / tau).ceil().long().clamp_max(255)
     draw_token = torch.repeat_interleave(torch.arange(tokens, device=device), draws_C)
     first_C = draws_C.cumsum(0) - draws_C
     number = torch.arange(len(draw_token), device=device) - first_C[draw_token]
@@ -122,7 +126,7 @@ def sample(logits_CV: Tensor, tau: float, u_C: Tensor) -> Shard:
     heads_C = torch.bincount(head_token, minlength=tokens)
     return {
         "heads": heads_C.to(torch.uint8), "draws": draws_C.to(torch.uint8), "ids": column[by_token],
-        "probs": head_p, "entropy": entropy_C.clamp_min(0).half(),
+        "probs": head_p, "rest": rest_C, "entropy": entropy_C.clamp_min(0).half(),
     }  # fmt: skip
 
 
@@ -147,19 +151,20 @@ def decode(rows: list[Shard], scheme: Scheme) -> dict[str, Tensor]:
     if scheme.name == "hidden":
         codes, scales = joined["codes"], joined["scales"].float()
         return {"teacher_hidden": codes.float() * scales.repeat_interleave(GROUP, 1)[:, : codes.shape[1]]}
-    ids, probs = joined["ids_low"].view(torch.int16).long() & 0xFFFF, joined["probs"].float()
+    ids, probs, rest_N = joined["ids_low"].view(torch.int16).long() & 0xFFFF, joined["probs"].float(), joined["rest"].float()
     if "ids_high" in joined:
         ids += joined["ids_high"].long() << 16
     if scheme.name == "topk":
-        return {"ids": ids, "probs": probs}
+        return {"ids": ids, "probs": probs / (probs.sum(-1) + rest_N)[:, None]}
     heads_N, draws_N = joined["heads"].long(), joined["draws"].long()
     count_N, tokens = heads_N + draws_N, torch.arange(len(heads_N))
     token = torch.repeat_interleave(tokens, count_N)
     place = torch.arange(len(ids)) - (count_N.cumsum(0) - count_N)[token]
     is_head = place < heads_N[token]
     kept_N = torch.zeros(len(heads_N)).index_add_(0, token[is_head], probs)
-    p = ((1 - kept_N).clamp_min(0) / draws_N.clamp_min(1))[token]
+    p = (rest_N / draws_N.clamp_min(1))[token]
     p[is_head] = probs
+    p /= (kept_N + rest_N)[token]
     shape = (len(heads_N), max(1, int(count_N.max())))
     return {
         "ids": torch.zeros(shape, dtype=torch.long).index_put_((token, place), ids),
@@ -202,7 +207,7 @@ class Signals:
         self.teacher, self.data, self.scheme, self.log, self.load = teacher, data, scheme, log, load
         fields = {"sampled": ("threshold", "temperature"), "topk": ("top", "temperature")}.get(scheme.name, ())  # that decide a scheme's bytes
         self.meta: dict[str, Any] = {
-            "schema": 2, "scheme": scheme.name, **{field: getattr(scheme, field) for field in fields}, "teacher": weights_digest(teacher),
+            "schema": 3, "scheme": scheme.name, **{field: getattr(scheme, field) for field in fields}, "teacher": weights_digest(teacher),
             "teacher_load": load, "tokenizer": tokenizer_digest(teacher), "data": data.digest, "seed": seed,
             "rows_per_shard": ROWS_PER_SHARD, "precision": "fp32" if precision == "fp32" else "bf16",
         }  # fmt: skip
@@ -262,6 +267,10 @@ class Signals:
             left = (time.monotonic() - start) / done * (len(missing) - done)
             self.log(f"teacher signal {done}/{len(missing)} shards, {size / self._tokens(number):.0f} bytes a token, {left:.0f} s left")
 
+    def refresh(self) -> None:
+        """Forget listings of the folder: file systems far away keep them, and other processes have written there since."""
+        self.fs.invalidate_cache(self.folder)
+
     def bytes_per_token(self) -> float:
         """Bytes of all shards over their tokens."""
         present = self._present()
@@ -292,9 +301,9 @@ class Signals:
         """The teacher and its head, of which a copy stays where `teacher_head` gives it."""
         model: Any = load_model(self.teacher, torch.float32 if self.meta["precision"] == "fp32" else torch.bfloat16, self.load)
         use_cpu_kernels(model)
-        if self.load == "plain":
-            model.to(best_device())
-        head = head_of(model).detach().first(min(model.config.vocab_size, len(load_tokenizer(self.teacher))))
+        model.to(best_device())
+        head = head_of(model).detach()
+        head = head.first(min(len(head.weight_VH), token_count(load_tokenizer(self.teacher))))
         if self.scheme.name == "hidden":
             self._head = replace(head, weight_VH=head.weight_VH.clone())
         return model, head

@@ -31,7 +31,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from compress.checkpoint import best_device, head_dim, load_tokenizer, read_config, tokenizer_digest
+from compress.checkpoint import best_device, head_dim, load_tokenizer, read_config, token_count, tokenizer_digest
 from compress.distill.losses import Mix, head_loss, hidden_mse
 from compress.distill.signal import Signals, as_target
 from compress.train import parallel
@@ -130,28 +130,32 @@ def one_batch(data: Packed, source: TeacherSource | None, rows: list[int]) -> Ba
     return data.batch(rows) | (source.read(rows) if source else {})
 
 
-def with_rollouts(batches: Batches, model: Any, teacher: OnlineTeacher, *, share: float, prompt_tokens: int, eos: int, seed: int) -> Batches:
-    """`batches`, in a `share` of the steps with the student's own text behind each row's prompt."""
+def with_rollouts(batches: Batches, model: Any, teacher: OnlineTeacher, *, share: float, prompt_tokens: int, eos: int, seed: int,
+                  vocabulary: int | None = None) -> Batches:  # fmt: skip
+    """`batches`, in a `share` of the steps with the student's own text behind each row's prompt, of the first `vocabulary` ids."""
+    rows = int(model.config.vocab_size)
+    padding = list(range(min(rows, vocabulary or rows), rows)) or None
 
     def mixed(step: int, micro: int) -> list[Batch]:
         made = batches(step, micro)
         if random.Random(f"{seed} {step}").random() >= share:
             return made
-        torch.manual_seed((seed * 1_000_003 + step) * 1009 + parallel.rank())
-        return [_own_text(model, teacher, batch["inputs"], prompt_tokens, eos) for batch in made]
+        with torch.random.fork_rng():  # what is drawn behind, as stochastic rounding, is to be the same on every rank
+            torch.manual_seed((seed * 1_000_003 + step) * 1009 + parallel.rank())
+            return [_own_text(model, teacher, batch["inputs"], prompt_tokens, eos, padding) for batch in made]
 
     return mixed
 
 
 @torch.no_grad()
-def _own_text(model: Any, teacher: OnlineTeacher, inputs_RL: Tensor, prompt_tokens: int, eos: int) -> Batch:
+def _own_text(model: Any, teacher: OnlineTeacher, inputs_RL: Tensor, prompt_tokens: int, eos: int, padding: list[int] | None) -> Batch:
     length, device = inputs_RL.shape[1], next(model.parameters()).device
     prompt_RP = inputs_RL[:, :prompt_tokens].to(device)
     training = model.training
     model.eval()
     ids = model.generate(
         input_ids=prompt_RP, attention_mask=torch.ones_like(prompt_RP), max_new_tokens=length + 1 - prompt_tokens, do_sample=True, top_k=0,
-        top_p=1.0, temperature=1.0, eos_token_id=eos, pad_token_id=eos, use_cache=True,
+        top_p=1.0, temperature=1.0, eos_token_id=eos, pad_token_id=eos, suppress_tokens=padding, use_cache=True,
     )  # fmt: skip
     model.train(training)
     ids = torch.nn.functional.pad(ids, (0, length + 1 - ids.shape[1]), value=eos)  # all rows may have ended early
@@ -162,12 +166,12 @@ def _own_text(model: Any, teacher: OnlineTeacher, inputs_RL: Tensor, prompt_toke
 
 
 def common_vocabulary(student: Path, teacher: Path) -> int:
-    """Ids of the tokenizer that both models share; heads may be padded, and padded differently, behind them.
+    """Rows of both heads that the ids of their tokenizer need; heads may be padded, and padded differently, behind them.
 
-    ValueError when the tokenizers differ, or when a head has fewer rows than the tokenizer has ids.
+    ValueError when the tokenizers differ, or when a head has fewer rows than that.
     """
     sizes = [int(read_config(path)["vocab_size"]) for path in (student, teacher)]
-    ids = len(load_tokenizer(teacher))
+    ids = token_count(load_tokenizer(teacher))
     same = tokenizer_digest(student) == tokenizer_digest(teacher)
     if not same and (told := difference(*(of_tokenizer(load_tokenizer(path)) for path in (student, teacher)))):
         raise ValueError(f"{student} and {teacher} have different tokenizers; distillation compares probabilities of the same ids, and {told}")
@@ -177,15 +181,19 @@ def common_vocabulary(student: Path, teacher: Path) -> int:
 
 
 def make_loss(mix: Mix, teacher_head: Head | None = None, vocabulary: int | None = None) -> LossFunction:
-    """`loss_fn(model, batch)` -> (loss sum in nats, labels counted). Rows of either head behind the tokenizer's `vocabulary` ids take no part."""
+    """`loss_fn(model, batch)` -> (loss sum in nats, labels counted).
+
+    Of the teacher's head the rows behind the tokenizer's `vocabulary` ids take no part; the student's are padding, whose mass is held down.
+    """
 
     def loss_fn(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden_NH, mask_N = hidden_states(model, batch["inputs"], batch.get("positions")), batch["mask"].flatten()
         head = head_of(model)
         rows = min(len(head.weight_VH), vocabulary or len(head.weight_VH))
-        head, target = head.first(rows), as_target(batch, teacher_head.first(rows) if teacher_head else None)
+        target = as_target(batch, teacher_head.first(rows) if teacher_head else None)
         whole = torch.is_grad_enabled() and parallel.world() == 1 and head.weight_VH.is_leaf  # elsewhere autograd's hooks must see the gradient
-        loss = head_loss(hidden_NH, head, batch["labels"].flatten(), mask_N, target, mix, into_VH=head.weight_VH.grad if whole else None)
+        into_VH = head.weight_VH.grad if whole else None
+        loss = head_loss(hidden_NH, head, batch["labels"].flatten(), mask_N, target, mix, into_VH=into_VH, shared=rows)
         if mix.hidden_weight:
             loss = loss + mix.hidden_weight * hidden_mse(hidden_NH, batch["teacher_hidden"], mask_N)
         return loss, torch.count_nonzero(mask_N)

@@ -98,18 +98,20 @@ class Distill(Optimization):
             )
         vocabulary = common_vocabulary(parent, ctx.teacher)
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
-        source = self.signal.open(ctx, ctx.teacher, data, sequences, self.temperature)
         model = load_model(parent)
         if not self.train_embeddings:
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 embeddings.weight.requires_grad_(False)
+        self.reserve(model, ctx)
+        source = self.signal.open(ctx, ctx.teacher, data, sequences, self.temperature)
         mix = Mix(self.kl_weight, self.ce_weight, self.divergence.value, self.temperature, self.jsd_beta, self.hidden_weight)
         wraps: dict[str, Any] = {}
         if isinstance(source, OnlineTeacher) and self.on_policy:
             eos, share = int(load_tokenizer(parent).eos_token_id), self.on_policy
             wraps["wrap_batches"] = partial(
-                with_rollouts, model=model, teacher=source, share=share, prompt_tokens=self.prompt_tokens, eos=eos, seed=ctx.seed
-            )
+                with_rollouts, model=model, teacher=source, share=share, prompt_tokens=self.prompt_tokens, eos=eos, seed=ctx.seed,
+                vocabulary=vocabulary,
+            )  # fmt: skip
         if isinstance(source, OnlineTeacher) and self.features.used:
             wraps["wrap_loss"] = partial(FeatureLoss, student=model, teacher=source, features=self.features, seed=ctx.seed)
         metrics = self.optimize(model, mix, data, source, ctx, vocabulary=vocabulary, **wraps)

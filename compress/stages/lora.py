@@ -2,24 +2,76 @@
 
 With `load_in_4bit` the frozen base is held in bitsandbytes' NF4 while the adapters train (QLoRA, arXiv 2305.14314, section 3) and are then
 merged into the unquantized base. The adapter itself is kept in `adapter/`, never beside config.json, where transformers would apply it a
-second time. Embeddings and head are never adapted: with tied weights one of the two updates would be lost on reload.
+second time. Adapted is every linear layer of the decoder blocks, whatever its name, and the matrices of experts; a line says what is not.
+Embeddings and head are never adapted: with tied weights one of the two updates would be lost on reload.
 """
+
+from __future__ import annotations
 
 import importlib.util
 import json
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compress.errors import ConfigError
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
+if TYPE_CHECKING:
+    from torch import nn
 
 LoraData = StrEnum("LoraData", ["chat", "text"])  # what the adapters learn
+
+
+class Targets(NamedTuple):
+    """Which matrices of the decoder blocks get adapters, by the ends of their names."""
+
+    linears: list[str]  # linear layers, by their last name
+    experts: list[str]  # matrices that a block stacks for its experts (E, R, C), by their path inside of the block
+    outside: list[str]  # whole names of layers that share such a last name and lie in no block
+    left: list[str]  # what has two dimensions or more and gets none, by its path inside of the block
+
+
+def targets_of(model: Any) -> Targets:
+    """What there is to adapt in a causal language model. ValueError when that is nothing."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from compress.distill.steps import blocks_of
+
+    linears, experts, left, inside = set(), set(), set(), set()
+    for block in blocks_of(model):
+        for path, module in block.named_modules():
+            inside.add(id(module))
+            place, _, last = path.rpartition(".")
+            # a state-space mixer's kernel takes the bare weight of its last projection, past any adapter
+            bare = last == "out_proj" and hasattr(block.get_submodule(place), "conv1d")
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, nn.Linear | Conv1D) and not bare:
+                    linears.add(last)
+                elif parameter.ndim == 3 and name != "weight":
+                    experts.add(f"{path}.{name}")
+                elif parameter.ndim > 1:
+                    left.add(f"{path}.{name}")
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no linear layer in its blocks that an adapter fits; use a distill stage")
+    outside = [name for name, module in model.named_modules() if name.rpartition(".")[2] in linears and id(module) not in inside]
+    return Targets(sorted(linears), sorted(experts), outside, sorted(left))
+
+
+def adapted(base: nn.Module, targets: Targets, rank: int, alpha: int) -> Any:
+    """`base` under fresh adapters, drawn from torch's generator, and frozen but for them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = any(isinstance(module, Conv1D) for module in base.modules())  # GPT-2 keeps weights so
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets.linears, target_parameters=targets.experts or None,
+        exclude_modules=targets.outside or None, fan_in_fan_out=transposed, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(base, config)
 
 
 @dataclass
@@ -41,7 +93,7 @@ class Lora(Optimization):
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the merged model and `adapter/`. Metrics: as every training stage, and adapter_params_count."""
         import torch
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import PeftModel
 
         from compress.checkpoint import load_model, save_model
         from compress.distill.losses import Mix
@@ -50,7 +102,11 @@ class Lora(Optimization):
         check_parent(self, parent, "put lora before ptq and qat, on")
         torch.manual_seed(ctx.seed)
         base = load_model(parent, load="nf4" if self.load_in_4bit else "plain")
-        model: Any = get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"))
+        targets = targets_of(base)
+        for kind, names in (("adapters on", targets.linears + targets.experts), ("left as they are:", targets.left)):
+            if names:
+                ctx.log(f"{ctx.label}: {kind} {', '.join(names)}")
+        model = adapted(base, targets, self.rank, self.alpha)
         data = ctx.chat() if self.data is LoraData.chat else ctx.text()
         metrics = self.optimize(model, Mix(kl_weight=0.0, ce_weight=1.0), data, None, ctx)
         adapter = out / "adapter"
@@ -58,7 +114,8 @@ class Lora(Optimization):
         (adapter / "README.md").unlink(missing_ok=True)  # peft's card
         config = json.loads((adapter / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = None  # a path of this machine
-        config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
+        for key in ("target_modules", "target_parameters", "exclude_modules"):  # sets: their order differs from process to process
+            config[key] = sorted(config[key]) if config[key] else config[key]
         (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         adapter_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.load_in_4bit:

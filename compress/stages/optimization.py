@@ -66,6 +66,7 @@ class Signal:
         )  # fmt: skip
         signals.make(min(sequences, len(data.ids)))
         parallel.wait()
+        signals.refresh()
         return signals
 
 
@@ -128,6 +129,41 @@ class Optimization:
             f"tokens={self.tokens} read each of {max(1, there)} sequences of text {self.readings(seq_len, sequences):.1f} times, "
             f"epochs={self.epochs} asks for {self.epochs}: add text to the data, or set tokens to at most {most}"
         )
+
+    def reserve(self, model: Any, ctx: Context, copies: int = 0, frozen: bool = False) -> None:
+        """Allocate what training holds besides activations, and let go of it: a teacher's signal may take hours and comes behind.
+
+        Of each trained weight: itself, its gradient, two moments, the best one so far and `copies` more; `frozen` weights are held alone.
+        ResourceError when there is no such room.
+        """
+        import psutil
+        import torch
+
+        from compress.checkpoint import best_device
+        from compress.errors import ResourceError, is_memory
+        from compress.train import parallel
+        from compress.train.loop import NO_ROOM
+
+        # bytes of one weight
+        size = 2 if ctx.precision == "bf16_stochastic" else 4
+        trained = size * (2 if ctx.parallel == "ddp" else 1) + 8 + size * bool(self.validations)
+
+        # bytes of all, of which fsdp2 leaves each process its share
+        counts = [(p.numel(), p.requires_grad and not frozen) for p in model.parameters()]
+        needed = sum(count * (size + 4 * copies + trained * learns) for count, learns in counts)
+        needed = needed // parallel.world() if ctx.parallel == "fsdp2" else needed
+
+        # a host promises more than it has, a GPU does not
+        free = psutil.virtual_memory().available + psutil.swap_memory().free
+        try:
+            if best_device().type == "cpu" and needed > free:
+                raise MemoryError(f"{free / 1e9:.1f} GB are free")
+            torch.empty(needed, dtype=torch.uint8, device=best_device())
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory(error):
+                raise
+            raise ResourceError(f"{ctx.label}: training needs {needed / 1e6:,.0f} MB on {best_device()} ({error}): {NO_ROOM}") from error
+        torch.cuda.empty_cache()  # does nothing where no GPU is in use
 
     def optimize(self, model: Any, mix: Mix, data: Packed, source: TeacherSource | None, ctx: Context, *, vocabulary: int | None = None,
                  wrap_batches: Callable[[Any], Any] = lambda batches: batches,

@@ -75,9 +75,11 @@ class Qat(Optimization, OnGrid):
         if ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic":
             raise ValueError(f"qat needs whole fp32 master weights, got trainer {ctx.parallel}, {ctx.precision}; use trainer=auto or ddp")
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
-        vocabulary = common_vocabulary(parent, ctx.teacher) if self.learn_from is LearnFrom.teacher else None
-        source = self.signal.open(ctx, parent if vocabulary is None else ctx.teacher, data, sequences)
+        learned_from = ctx.teacher if self.learn_from is LearnFrom.teacher else parent
+        vocabulary = common_vocabulary(parent, learned_from)
         model = load_model(parent)
+        self.reserve(model, ctx, copies=1, frozen=self.rank > 0)
+        source = self.signal.open(ctx, learned_from, data, sequences)
         torch.manual_seed(ctx.seed)
         layout, start = self.start(model, parent, ctx)
         attach(model, layout, self.scales.value, self.rank, start)

@@ -4,8 +4,9 @@ Each step accumulates the gradient of a loss *sum* over its micro-batches (and, 
 the number of labels, clips to a global norm and takes one optimizer step. When memory runs out, the micro-batch is halved and the step taken again.
 
 Ctrl-C and SIGTERM finish the step, save the state and stop; after kill -9 at most SAVE_SECONDS of work is lost. Either way the same
-command goes on from there and ends in the same bytes: batches and random numbers are pure functions of the step, tensors lie in safetensors
-and the rest in JSON. With sharded parameters each rank writes its own shards, and a resumed run needs as many ranks.
+command goes on from there and, on a CPU, ends in the same bytes: batches and random numbers are pure functions of the step, tensors lie in
+safetensors and the rest in JSON. (GPUs add up gradients of embeddings and attention in any order: there last bits may differ.) With sharded
+parameters each rank writes its own shards, and a resumed run needs as many ranks.
 
 With validation, the KL on rows that are never trained on is measured at regular steps, the first one before any; training returns the best
 weights, and `patience` measurements without a better one end it. A stage whose best step is 0 did not pay.
@@ -17,7 +18,7 @@ The optimizer is AdamW (arXiv 1711.05101) under a schedule, over fp32 masters (b
 
 with warm(t) = min(1, (t + 1) / warmup). bf16 has 8 significant bits: an update below 1/512 of a weight would vanish under rounding to
 nearest. Rounding up with probability (x - down) / (up - down) keeps it in expectation (arXiv 2010.06192, section 3), so that
-weights need 2 bytes instead of a master copy's 4; the moments stay fp32.
+weights need 2 bytes instead of a master copy's 4; the moments stay fp32, and so do the sums of gradients over several micro-batches.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compress.checkpoint import best_device
-from compress.errors import Interrupted, is_memory
+from compress.errors import Interrupted, ResourceError, is_memory
 from compress.store import commit
 from compress.train import parallel
 from compress.train.forward import use_cpu_kernels
@@ -54,6 +55,10 @@ SAVE_SECONDS, LINE_SECONDS = 60.0, 20.0  # between two states, and two progress 
 LR_FLOOR = 0.1  # of the peak: the usual end of a cosine schedule in distillation (Minitron, arXiv 2407.14679, table 9)
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
+NO_ROOM = (
+    "weights, gradients and AdamW's moments have no room; what takes less is trainer.precision=bf16_stochastic (12 bytes a weight instead "
+    "of 16), trainer=fsdp2 (each GPU its share), a lora stage or qat with rank=N (most weights frozen), or a smaller student"
+)
 
 
 class Plan(NamedTuple):
@@ -97,7 +102,7 @@ def stochastic_bf16(x: Tensor) -> Tensor:
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW without weight decay on bf16 weights; fp32 moments under torch's own names."""
+    """AdamW without weight decay on bf16 weights, sharded or not; fp32 moments under torch's own names, the step a plain number."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr, "betas": BETAS, "eps": 1e-8})
@@ -112,13 +117,21 @@ class StochasticAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state |= {"step": torch.tensor(0.0), **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}}
+                    state |= {"step": 0.0, **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}}
                 state["step"] += 1
-                t, gradient = float(state["step"]), p.grad.float()
-                state["exp_avg"].lerp_(gradient, 1 - b1)
-                state["exp_avg_sq"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-                root = (state["exp_avg_sq"] / (1 - b2**t)).sqrt_().add_(eps)
-                p.copy_(stochastic_bf16(p.float().addcdiv_(state["exp_avg"], root, value=-lr / (1 - b1**t))))
+                t, weight, gradient = state["step"], parallel.local(p), parallel.local(p.grad).float()
+                mean, square = (parallel.local(state[m]) for m in MOMENTS)
+                mean.lerp_(gradient, 1 - b1)
+                square.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+                root = (square / (1 - b2**t)).sqrt_().add_(eps)
+                weight.copy_(stochastic_bf16(weight.float().addcdiv_(mean, root, value=-lr / (1 - b1**t))))
+
+
+def to_bf16(model: nn.Module) -> None:
+    """Cast what a checkpoint holds, as loading in bf16 does; other buffers stay: bf16 rotary frequencies would be off by up to 0.4%."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.bfloat16)
 
 
 class LossModule(nn.Module):
@@ -176,7 +189,7 @@ class Trainer:
     def __init__(self, model: nn.Module, loss_fn: LossFunction, plan: Plan, work: Path) -> None:
         self.plan, self.model, self.work = plan, model, work
         if plan.precision == "bf16_stochastic":
-            model.to(torch.bfloat16)
+            to_bf16(model)
         use_cpu_kernels(model)
         if plan.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -189,7 +202,10 @@ class Trainer:
             self.module = DistributedDataParallel(self.plain)
         self.trained = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
         parameters = list(self.trained.values())
-        if parameters[0].dtype == torch.bfloat16:
+        self.sums_fp32 = parameters[0].dtype == torch.bfloat16
+        if self.sums_fp32:
+            for p in parameters:
+                p.grad_dtype = None  # takes an fp32 gradient
             self.optimizer: torch.optim.Optimizer = StochasticAdamW(parameters, plan.lr)
         else:
             self.optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=BETAS, weight_decay=0.0, fused=True)
@@ -236,7 +252,9 @@ class Trainer:
                 moments = {m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}  # placed, and sharded, like the parameter
                 for m in MOMENTS:
                     parallel.local(moments[m]).copy_(tensors[f"{m}/{name}"])
-                self.optimizer.state[p] = {**moments, "step": torch.tensor(float(self.state["step"]), dtype=torch.float32)}
+                step = float(self.state["step"])
+                on_device = not isinstance(self.optimizer, StochasticAdamW)  # where torch's fused AdamW reads it
+                self.optimizer.state[p] = {**moments, "step": torch.tensor(step, device=p.device) if on_device else step}
             if f"best/{name}" in tensors:
                 self.best[name] = tensors[f"best/{name}"].to(p.device)
 
@@ -261,7 +279,10 @@ class Trainer:
         grads = [p.grad for p in self.trained.values() if p.grad is not None]
         clip = min(1.0, plan.grad_clip / (norm + 1e-6))
         torch._foreach_mul_(grads, clip * parallel.world() / count)  # the one division: from sums to means
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            raise (ResourceError(f"{where}: {NO_ROOM}") if is_memory(error) else error) from error
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.monotonic() - start
         return {"step": step, "loss": loss / count, "lr": rate, "grad_norm": norm, "tokens_per_sec": count / seconds, "seconds": seconds}
@@ -269,15 +290,23 @@ class Trainer:
     def _gradients(self, batches: list[Batch], where: str) -> tuple[float, float, float]:
         """(loss sum, labels, norm of the mean gradient) over all ranks; leaves gradients of the sum, divided by the ranks."""
         loss, count = 0.0, 0.0
+        sums: dict[nn.Parameter, Tensor] = {}
         for number, batch in enumerate(batches, 1):
-            last = number == len(batches)  # ranks exchange gradients in the last one only
+            apart = self.sums_fp32 and len(batches) > 1  # added up here: in bf16, of 8 significant bits, autograd would lose small ones
+            last = apart or number == len(batches)  # ranks exchange gradients in the last one only
             if self.sharded:
                 self.module.set_requires_gradient_sync(last)
             with self.module.no_sync() if self.plan.parallel == "ddp" and not last else nullcontext():
                 loss_sum, labels = self.module(send_to_device(batch, self.device))
                 loss_sum.backward()
+            for p in self.trained.values() if apart else ():
+                if p.grad is not None:
+                    sums[p] = sums[p].add_(p.grad) if p in sums else p.grad.float()
+                    p.grad = None
             loss += float(loss_sum.detach())
             count += int(labels)
+        for p, gradient in sums.items():
+            p.grad = gradient
         loss, count = parallel.total(loss, count)
         if count == 0:
             raise ValueError(f"{where}: the batch has no label to learn from; the answers are longer than data.seq_len or the data is empty")

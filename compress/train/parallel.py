@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from accelerate.utils.other import get_free_port
 from torch import nn
 
 from compress.errors import ResourceError
+
+# The others wait while rank 0 prunes, rounds and scores, which with full tasks and a large model takes days; torch's own limit is 30 minutes.
+# A rank that dies is noticed at once all the same: its connection closes.
+WAIT = timedelta(days=30)
 
 
 class Followed(BaseException):
@@ -97,7 +102,7 @@ def group() -> Iterator[None]:
     """For the block, the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
     try:
         yield
     finally:
@@ -105,10 +110,14 @@ def group() -> Iterator[None]:
 
 
 def shard(module: nn.Module, model: Any, precision: str) -> nn.Module:
-    """`fully_shard` every block of `model`, then the whole `module` that holds it: parameters become DTensors."""
+    """`fully_shard` every block of `model`, then the whole `module` that holds it: parameters become DTensors.
+
+    With bf16 they are gathered so; a batch keeps its types, for the teacher's probabilities in it would not add up to 1 in bf16.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = bf16 if precision == "bf16" else MixedPrecisionPolicy()
     for block in model.get_decoder().layers:
         fully_shard(block, mp_policy=policy)
     return fully_shard(module, mp_policy=policy)  # type: ignore[return-value]

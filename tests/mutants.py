@@ -1,0 +1,283 @@
+"""Faults put in on purpose, one at a time: `python tests/mutants.py [WORD...]` says which of them the tests notice.
+
+A mutant is a line of the package made wrong. It is applied to a copy of the package, the tests that guard it run there until one fails, and
+the mutant is killed by that failure, or by running longer than SECONDS, or it survives: then what it breaks could break unseen. The table goes
+to results/faults/mutants.md (with words, which choose mutants by file or text, to the screen alone). A mutant whose line is no longer in
+its file is stale: it has to be written anew. Exit code 1 when one is stale, or fewer than LEAST are killed. The tests have to pass without
+any mutant: `make test` comes first.
+
+One process imports what tests import besides the package, and forks for each mutant: importing it again would take most of the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "results" / "faults" / "mutants.md"
+SECONDS = 300.0  # of a mutant's tests, on a busy machine
+LEAST = 0.95
+IMPORTED = ("torch", "pytest", "transformers.models.llama.modeling_llama", "peft", "accelerate", "scipy.stats", "safetensors.torch", "fsspec",
+            "rich.progress", "gguf", "compressed_tensors", "torch.distributed", "hydra", "tokenizers", "psutil")  # fmt: skip
+
+
+class Mutant(NamedTuple):
+    """`old`, once in `file` of the package, becomes `new`; `tests` are arguments of pytest below tests/."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+LOSSES, SIGNAL, GRIDS = "test_losses.py", "test_signal.py", "test_grids.py -k not(llama_cpp)"
+PAIRED, BUDGET, STORE = "test_paired.py -k not(cover)", "test_budget.py", "test_store.py"
+STEP = "test_training.py -k plain_gradient"
+RESUME = "test_training.py -k bf16_weights_train_and_resume"
+ROUNDING = "test_training.py -k stochastic_adamw_follows"
+BEST = "test_training.py -k best_weights_by_validation"
+RATES = "test_training.py -k (schedule_warms_up)or(wsd_stays)"
+ROOM = "test_training.py -k asked_for_before"
+
+
+def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
+    """Mutants of one file that the same tests guard."""
+    return [Mutant(file, old, new, tests) for old, new in changes]
+
+
+MUTANTS = [
+    *of(
+        "distill/losses.py", LOSSES,
+        ("grad_CV = q_CV.sub_(p_CV)", "grad_CV = p_CV.sub_(q_CV)"),
+        ("g_CV = log_q_CV - log_p_CV", "g_CV = log_p_CV - log_q_CV"),
+        ("(temperature**2 * kl_C * loss_C)", "(temperature * kl_C * loss_C)"),
+        ("grad_CV.mul_(temperature * kl_C[:, None])", "grad_CV.mul_(kl_C[:, None])"),
+        ("g_CV = 0.5 * difference_CV.sign()", "g_CV = difference_CV.sign()"),
+        ("log_p_CV + math.log(beta), log_q_CV + math.log1p(-beta)", "log_p_CV + math.log1p(-beta), log_q_CV + math.log(beta)"),
+        ("torch.logaddexp(log_p_CV + math.log(beta), log_q_CV + math.log1p(-beta))", "(beta * p_CV + (1 - beta) * q_CV).log()"),
+        ("loss_C = beta * torch.linalg.vecdot(p_CV", "loss_C = (1 - beta) * torch.linalg.vecdot(p_CV"),
+        ("(target.probs_NK * targets_CK).sum(-1) - target.entropy_N)", "(target.probs_NK * targets_CK).sum(-1))"),
+        ("-kl_C[:, None] * target.probs_NK", "-target.probs_NK"),
+        ("grad_CV.scatter_add_(1, labels_C[:, None], -ce_C[:, None])", "grad_CV.scatter_add_(1, labels_C[:, None], ce_C[:, None])"),
+        ("loss_C, 1 - ratio_C, q_CK", "loss_C, ratio_C, q_CK"),
+        ("rest_C = (1 - p_CK.sum(-1)).clamp_min(0)", "rest_C = 0 * p_CK.sum(-1)"),
+        ("loss * mix.temperature**2, grad_CV.mul_(mix.temperature)", "loss * mix.temperature**2, grad_CV"),
+        ("fresh=into_VH is None and start == 0", "fresh=start == 0"),
+        ("grad_CV[:, :shared] -= (", "grad_CV[:, :shared] += ("),
+        ("weight_C = (mix.kl_weight + mix.ce_weight) * counted_C", "weight_C = mix.kl_weight * counted_C"),
+        ("summed = torch.promote_types(weight_VH.dtype, torch.float32)", "summed = weight_VH.dtype"),
+        ("if not torch.is_grad_enabled():", "if False:"),
+        (".pow(2).mean(-1) * mask_N).sum()", ".pow(2).mean(-1)).sum()"),
+    ),
+    *of(
+        "train/loop.py", STEP,
+        ("torch._foreach_mul_(grads, clip * parallel.world() / count)", "torch._foreach_mul_(grads, clip * parallel.world())"),
+        ("clip = min(1.0, plan.grad_clip / (norm + 1e-6))", "clip = 1.0"),
+        ('group["lr"] = rate', 'group["lr"] = plan.lr'),
+        ("loss += float(loss_sum.detach())", "loss = float(loss_sum.detach())"),
+        ("else norm_tensor) * parallel.world() / count", "else norm_tensor) * parallel.world()"),
+    ),
+    *of("distill/steps.py", STEP, ("return loss, torch.count_nonzero(mask_N)", "return loss, torch.tensor(mask_N.numel())")),
+    *of("stages/optimization.py", "test_training.py -k no_row_of_the_validation", ("rows = min(rows, held[0])", "rows = min(rows, len(data.ids))")),
+    *of(
+        "train/loop.py", RATES,
+        ('share = cosine if schedule == "cosine" else wsd', 'share = wsd if schedule == "cosine" else cosine'),
+        ("(step + 1) / max(1, warmup_steps)", "step / max(1, warmup_steps)"),
+        ("(LR_FLOOR + (1 - LR_FLOOR) * share)", "share"),
+    ),
+    *of(
+        "train/loop.py", RESUME,
+        ("torch.manual_seed(plan.seed * 1_000_003 + step)", "torch.initial_seed()"),
+        ('parallel.local(p).copy_(tensors[f"param/{name}"])', "pass"),
+        ('parallel.local(moments[m]).copy_(tensors[f"{m}/{name}"])', "pass"),
+        ('step = float(self.state["step"])', "step = 0.0"),
+    ),
+    *of("train/loop.py", "test_training.py -k where_its_weights_lie", ("torch.tensor(step, device=p.device)", "torch.tensor(step)")),
+    *of(
+        "train/loop.py", BEST,
+        ('if kl < self.state["best_kl"]:', 'if kl > self.state["best_kl"]:'),
+        ("parallel.local(self.trained[name]).copy_(p)", "pass"),
+        ("0 < plan.patience <= since_best", "0 < plan.patience < since_best"),
+    ),
+    *of(
+        "train/loop.py", ROUNDING,
+        ("root = (square / (1 - b2**t)).sqrt_()", "root = square.sqrt()"),
+        ("value=-lr / (1 - b1**t)", "value=-lr"),
+        ("torch.randint(0, 1 << 16, x.shape", "torch.randint(0, 1, x.shape"),
+    ),
+    *of("train/loop.py", "test_training.py -k halves_the_micro_batch", ('max(1, self.state["micro"] // 2)', "1")),
+    *of("train/loop.py", "test_training.py -k a_nan_stops", ("if not math.isfinite(loss) or not math.isfinite(norm):", "if False:")),
+    *of("train/loop.py", "test_training.py -k many_micro_batches", ("apart = self.sums_fp32 and len(batches) > 1", "apart = False")),
+    *of(
+        "train/loop.py", "test_training.py -k rotary",
+        ("model.state_dict(keep_vars=True).values()", "[*model.parameters(), *model.buffers()]"),
+    ),
+    *of("stages/optimization.py", ROOM, ('best_device().type == "cpu" and needed > free', "False"), ("+ size * bool(self.validations)", "")),
+    *of("stages/distill.py", ROOM, ("self.reserve(model, ctx)", "pass")),
+    *of("stages/qat.py", ROOM, ("self.reserve(model, ctx, copies=1, frozen=self.rank > 0)", "pass")),
+    *of("train/parallel.py", "test_parallel.py -k longer_than_any_stage", ("WAIT = timedelta(days=30)", "WAIT = timedelta(minutes=30)")),
+    *of("train/parallel.py", "test_parallel.py -k shards_train_in_bf16", ("cast_forward_inputs=False", "cast_forward_inputs=True")),
+    *of(
+        "train/loop.py", "test_parallel.py -k shards_train_in_bf16_as_one_process_does[bf16_stochastic]",
+        ("weight, gradient = state[\"step\"], parallel.local(p), parallel.local(p.grad)", "weight, gradient = state[\"step\"], p, p.grad"),
+    ),
+    *of("distill/steps.py", "test_contract.py -k leaves_the_random_numbers", ("with torch.random.fork_rng():", "if True:")),
+    *of("distill/steps.py", "test_contract.py -k writes_no_padding", ("suppress_tokens=padding", "suppress_tokens=None")),
+    *of("stages/qat.py", "test_contract.py -k padded_head_is_quantized", ("= common_vocabulary(parent, learned_from)", "= None")),
+    *of("checkpoint.py", "test_contract.py -k ids_with_gaps", ("max(tokenizer.get_vocab().values()) + 1", "len(tokenizer)")),
+    *of("stages/lora.py", "test_contract.py -k adapters_reach", ("isinstance(module, nn.Linear | Conv1D)", "isinstance(module, nn.Linear)"),
+        ("parameter.ndim == 3 and", "False and")),
+    *of(
+        "distill/signal.py", SIGNAL,
+        ("(p_CV >= tau).nonzero", "(p_CV >= 2 * tau).nonzero"),
+        ("(u_C[draw_token] + number) / draws_C", "(0.5 + number) / draws_C"),
+        ("(rest_C.double() / tau).ceil()", "(rest_C.double() / tau).floor()"),
+        ("p /= (kept_N + rest_N)[token]", "pass"),
+        ("probs / (probs.sum(-1) + rest_N)[:, None]", "probs"),
+        ("entropy_C = (max_C1 + sum_C1.log())", "entropy_C = (sum_C1.log())"),
+        ("before_M = torch.where(block_M > 0, ends_CB[token_M, (block_M - 1).clamp_min(0)], 0.0)", "before_M = 0.0"),
+        ('if path.rsplit("/", 1)[1] != _name(number, data):', "if False:"),
+        ("if found.get(key) != asked:", "if False:"),
+        ("n % parallel.world() == parallel.rank()", "parallel.world()"),
+        ('joined["ids_high"].long() << 16', 'joined["ids_high"].long() << 15'),
+        ("logits_CV.div_(scheme.temperature)", "logits_CV.mul_(scheme.temperature)"),
+        (".round().clamp(-127, 127)", ".round().clamp(-63, 63)"),
+        ("        model.to(best_device())", '        model.to(best_device() if self.load == "plain" else "cpu")'),
+    ),
+    *of("stages/optimization.py", "test_signal.py -k listings", ("        signals.refresh()\n", "")),
+    *of(
+        "quant/grids/grid.py", GRIDS,
+        ("q = self._quotient(x, *self.levels(stored)).clamp_(self.low, self.high)", "q = self._quotient(x, *self.levels(stored))"),
+        (".sub_(self.offset), *self.levels", ", *self.levels"),
+        ("q.add_(floor)", "q.sub_(floor)"),
+        (".mul_(over).round_()", ".mul_(over).floor_()"),
+        ("torch.mul(self._grouped(x), over, out=out).round_()", "torch.mul(self._grouped(x), over, out=out).trunc_()"),
+        ("> self.largest:", "> 2 * self.largest:"),
+        ("if not (torch.isfinite(least) and torch.isfinite(most)):", "if False:"),
+        ("near = max(block, round(columns / block) * block)", "near = block"),
+    ),
+    *of("quant/grids/grid.py", "test_fake.py", (".eq_(q)  # 1.0", ".ne_(q)  # 1.0")),
+    *of("quant/grids/integer.py", GRIDS, ("return s, -z * s", "return s, z * s"), ("s = ((most - least) / 15)", "s = ((most - least) / 16)")),
+    *of("quant/grids/kquants.py", GRIDS, (".round_().clamp_(0, 63)", ".round_().clamp_(0, 62)")),
+    *of(
+        "score/paired.py", PAIRED,
+        ("kept = (student + both - chance) /", "kept = (student + both) /"),
+        ('"points_lost": teacher - student', '"points_lost": student - teacher'),
+        ('"flips": teacher + student', '"flips": teacher'),
+        ("min(1.0, 2 * float(", "min(1.0, float("),
+        ("(len(ordered) - i) *", "len(ordered) *"),
+        ("np.maximum.accumulate(raised)", "np.array(raised)"),
+        ("dirichlet(counts + 0.5, resamples)", "dirichlet(counts + 1.0, resamples)"),
+        ("[(1 - level) / 2, (1 + level) / 2]", "[1 - level, level]"),
+        ("<= chance_by_task[task]:", "<= -1:"),
+        ("float(t.ppf(0.975, count - 1))", "1.96"),
+        ("2 * reference.astype(int) + student.astype(int)", "2 * student.astype(int) + reference.astype(int)"),
+        ('if item["doc_id"] in docs:', "if False:"),
+    ),
+    *of(
+        "budget.py", BUDGET,
+        ("inside = [high <= bound, low <= bound]", "inside = [low <= bound, low <= bound]"),
+        ("[low >= bound, high >= bound]", "[high >= bound, high >= bound]"),
+        ("(FAIL, INCONCLUSIVE) if strict else (FAIL,)", "(FAIL,)"),
+        ('v["enforced"] and v["verdict"]', 'v["verdict"]'),
+        ("/ (bound - value)) ** 2", "/ (bound - value)) ** 1"),
+        ('word, sentence = INCONCLUSIVE, f"{name} was not', 'word, sentence = PASS, f"{name} was not'),
+        ("round(n * (factor - 1))", "round(n * factor)"),
+        ("span[1] - value if value < bound else value - span[0]", "value - span[0] if value < bound else span[1] - value"),
+    ),
+    *of(
+        "store.py", STORE,
+        ("if expected.get(name) != found.get(name):", "if False:"),
+        ("doomed = [p for p in doomed if not self._held(key(p))]", "doomed = list(doomed)"),
+        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+        ("if self.has(key):  # another process", "if False:  # another process"),
+        (".iterdir() if key(p) not in keep]", ".iterdir()]"),
+        ("for path in doomed if not dry_run else ():", "for path in doomed:"),
+        ("commit(out, self.entry(key))\n            shutil.rmtree(work, ignore_errors=True)", "commit(out, self.entry(key))"),
+    ),
+]  # fmt: skip
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    """What the tests need, below `folder`."""
+    for name in ("compress", "tests", "configs", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def fails(folder: Path, tests: str, output: Path) -> bool:
+    """Whether the tests notice, in a fork whose package is the one in `folder`."""
+    child = os.fork()
+    if not child:
+        os.setsid()  # so that what a test starts can be ended with it
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        os.environ["PYTHONPATH"] = str(folder)
+        import pytest
+
+        file, *rest = tests.split(" ", 2)
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/temp", f"tests/{file}", *rest]))
+    start = time.monotonic()
+    while time.monotonic() - start < SECONDS:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            if code not in (0, 1):  # no test was chosen, or collecting failed
+                raise RuntimeError(f"pytest {tests} ended with {code}: {output.read_text()[-2000:]}")
+            return code == 1
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def main(words: list[str]) -> int:
+    """Run the mutants that hold any of the words; 0 when enough are killed and none is stale."""
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in " ".join(mutant) for word in words)]
+    lines, counts, started = [], {"killed": 0, "SURVIVED": 0, "STALE": 0}, time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = copy_of_the_package(Path(temporary))
+        for name in IMPORTED:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        for mutant in chosen:
+            path, start = folder / "compress" / mutant.file, time.monotonic()
+            plain = path.read_text()
+            if plain.count(mutant.old) == 1:
+                path.write_text(plain.replace(mutant.old, mutant.new))
+                result = "killed" if fails(folder, mutant.tests, folder / "output") else "SURVIVED"
+                path.write_text(plain)
+            else:
+                result = "STALE"
+            counts[result] += 1
+            before, after = (text.strip().replace("|", "\\|").replace("\n", " ") for text in (mutant.old, mutant.new))
+            guards = mutant.tests.replace("|", "\\|")
+            lines.append(f"| {mutant.file} | `{before}` | `{after or ' '}` | {guards} | {result} |")
+            print(f"{result:9s} {time.monotonic() - start:6.1f} s  {mutant.file}: {before[:80]}", flush=True)
+    share = counts["killed"] / max(1, len(chosen))
+    summary = f"{len(chosen)} mutants, {counts['killed']} killed ({share:.1%}), {counts['SURVIVED']} survived, {counts['STALE']} stale"
+    print(f"{summary}, {(time.monotonic() - started) / 60:.1f} minutes")
+    if not words:
+        heading = "# Mutants\n\nMade by `make test-mutants` (`tests/mutants.py`): each row is one line of the package made wrong, by itself."
+        table = ["| file | line | made | tests | |", "| --- | --- | --- | --- | --- |", *lines]
+        REPORT.write_text("\n".join([heading, "", f"{date.today()}: {summary}.", "", *table]) + "\n")
+    return int(share < LEAST or counts["STALE"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from compress import __version__, budget
+from compress import __version__, budget, errors
 from compress.assets import configs_dir, recipes_dir
 from compress.errors import EXIT_BUDGET, EXIT_OK, EXIT_SIGTERM, ConfigError, Interrupted, ResourceError, exit_code, is_disk, is_memory, nearest
 
@@ -255,20 +255,18 @@ def accept(arguments: list[str]) -> int:
 
 def gc(arguments: list[str]) -> int:
     """Remove from the store what no run directory names."""
-    from compress.store import Store
+    from compress.collect import empty
 
     parser = _Parser(prog="compress gc")
-    parser.add_argument("--store", type=Path, default=Path("runs/.store"))
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--store", default="runs/.store")
+    parser.add_argument("--runs", metavar="DIR", help="holds run directories besides those that the store lists; without it ./runs")
     parser.add_argument("--yes", action="store_true", help="really remove; without it only the count is printed")
+    parser.add_argument("--all", action="store_true", help="even when no run that is known needs anything finished")
     options = parser.parse_args(arguments)
-    if not options.store.is_dir():
-        raise ValueError(f"there is no store at {options.store}; name it with --store DIR")
-    runs = list(options.runs.glob("*/*/run.json"))
-    keep = {key for file in runs for key in json.loads(file.read_text())["keys"]}
-    digests = {json.loads(record.read_text())["digest"] for file in runs for record in file.parent.glob("*/record.json")}
-    things, size = Store(options.store).gc(keep, digests, dry_run=not options.yes)
-    print(f"{things} things, {size / 1e6:,.1f} MB {'removed' if options.yes else 'can go; repeat with --yes to remove them'}")
+    collected, told = empty(options.store, options.runs, everything=options.all, dry_run=not options.yes)
+    print("\n".join(told), file=sys.stderr, end="\n" if told else "")
+    how = "removed" if options.yes else "can go; repeat with --yes to remove them"
+    print(f"{collected.things} things, {collected.bytes / 1e6:,.1f} MB {how}")
     return EXIT_OK
 
 
@@ -307,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
             text = f"out of memory ({text.partition(chr(10))[0] or 'MemoryError'}); lower micro_batch_sequences or eval.batch_size"
         elif isinstance(error, KeyboardInterrupt | Interrupted):
             text = "interrupted; repeat the command to go on"
-        print(f"compress: {text}", file=sys.stderr)
+        print(f"compress: {errors.without_credentials(text)}", file=sys.stderr)
         return code
 
 

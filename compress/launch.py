@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from compress.assets import configs_dir, recipes_dir
 from compress.config import SCHEMAS, register
-from compress.errors import ConfigError, nearest
+from compress.errors import ConfigError, nearest, refuse_credentials
 
 ALLOWED_HYDRA = ("run.dir", "sweep.dir", "sweep.subdir", "job.name", "sweeper.params")
 FLAGS = (  # of Hydra's; its argparse would take any abbreviation of these, and of those that choose another file
@@ -69,6 +69,7 @@ def check_text(text: str, where: object) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {error}") from error
     for path, value in _walk(tree):
+        refuse_credentials(value if isinstance(value, str) else "", f"{where}, key {path}")
         first, *rest = path.split(".")
         below = ".".join(rest)
         if "_target_" in (first, *rest):
@@ -90,6 +91,7 @@ def check_override(override: str) -> None:
         _refuse("the resolver oc.env", f"override {override!r}")
     match = OVERRIDE.match(override)
     key = match["key"].strip() if match else override
+    refuse_credentials(override, f"the override of {key}")
     hydra = re.split(r"[./@]", key)[0] == "hydra" or "@hydra" in override.split("=")[0]
     if hydra and key.removeprefix("hydra.") not in ALLOWED_HYDRA and not key.startswith("hydra.sweeper.params."):
         _refuse(f"the key {key}", f"override {override!r}")

@@ -25,6 +25,7 @@ NAMES = {room: re.compile(form) for room, form in {
 }.items()}  # fmt: skip
 IN_A_SIGNAL = re.compile(r"meta\.json|\d{5,}-[0-9a-f]{16}\.safetensors")
 RUN_FILES = re.compile(r"run\.json|record\.json|records\.jsonl|(items|steps|open)\.jsonl")
+SLOT_FOLDER = re.compile(r"\d{2,3}-")
 RUN_DIRECTORIES = (".", "*", "*/*")  # below --runs
 
 
@@ -66,7 +67,8 @@ def known_runs(store: Store, below: Path) -> Known:
         if about.get("schema") != 1 or not isinstance(keys, list):
             raise ValueError(f"{run / 'run.json'} does not say which keys it needs; mend it, or move it away, before the store is emptied")
         known.keys.update(map(str, keys))
-        known.digests.update(str(read_json(record).get("digest")) for record in run.glob("*/record.json"))
+        records = (file for file in run.glob("*/record.json") if SLOT_FOLDER.match(file.parent.name))
+        known.digests.update(str(read_json(record).get("digest")) for record in records)
     return known
 
 
@@ -137,8 +139,8 @@ def _held(store: Store, key: str) -> bool:
 
 def _tidy(run: Path) -> None:
     """Remove what a killed process was writing in a run directory, which nobody works in: the store is ours alone."""
-    for file in [*run.glob(".*"), *run.glob("*/.record.json.*")]:
-        if RUN_FILES.fullmatch(left_over(file)):
+    for file in [*run.glob(".*"), *run.glob("*/.*")]:
+        if (file.parent == run or SLOT_FOLDER.match(file.parent.name)) and RUN_FILES.fullmatch(left_over(file)):
             file.unlink()
     for name in (".bundle.part", ".bundle.old"):
         shutil.rmtree(run / name, ignore_errors=True)

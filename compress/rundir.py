@@ -23,7 +23,7 @@ import psutil
 from compress import machine
 from compress.doors import read_json
 from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, ResourceError
-from compress.report.records import RUN_KEYS, SCHEMA, folder_of
+from compress.report.records import RUN_KEYS, SCHEMA, SLOT_FOLDER, folder_of, record_files
 from compress.score.scorer import Measured
 from compress.session import Session, plain
 from compress.store import left_over, write_json, write_whole
@@ -108,7 +108,7 @@ def check_ours(path: Path) -> None:
 
 def slot_folders(path: Path) -> Iterator[Path]:
     """The folders of a run directory that hold a record of ours."""
-    for file in sorted(path.glob("[0-9]*-*/record.json")):
+    for file in record_files(path):
         with suppress(ValueError):
             record = read_json(file)
             if record.get("schema") == SCHEMA and "slot" in record and folder_of(path, record) == file.parent:
@@ -136,7 +136,7 @@ class RunDir:
     def __init__(self, path: Path, session: Session) -> None:
         self.path, track = path.absolute(), session.recipe.track
         self.records: list[dict[str, Any]] = []
-        self.keys: list[str] = []
+        self.keys: dict[str, None] = {}  # in order
         earlier = read_json(self.path / "run.json").get("keys", []) if (self.path / "run.json").is_file() else []
         name = f"{self.path.parent.name}/{self.path.name}"
         self.about: dict[str, Any] = {
@@ -157,6 +157,9 @@ class RunDir:
                     file.unlink()
             with suppress(OSError):  # files of the user's own keep their folder
                 folder.rmdir()
+        for file in self.path.glob("*/.*"):  # also where no record came to be
+            if SLOT_FOLDER.match(file.parent.name) and IN_A_SLOT.fullmatch(left_over(file)):
+                file.unlink()
         for file in self.path.iterdir():
             if OURS.fullmatch(left_over(file)) or file.name in ("records.jsonl", "report.html"):
                 file.unlink()
@@ -172,7 +175,7 @@ class RunDir:
 
         Those that an earlier run named here stay until this one is through.
         """
-        self.keys.append(key)
+        self.keys[key] = None
         self.about["keys"] = list(dict.fromkeys([*self.about["keys"], key]))
         self.write()
 
@@ -208,7 +211,7 @@ class RunDir:
     def finish(self, code: int) -> None:
         """Record the exit code. When that has no place on a full disk, the code alone is put over its own place."""
         if code in (EXIT_OK, EXIT_BUDGET):
-            self.about["keys"] = self.keys
+            self.about["keys"] = list(self.keys)
         self.about |= {"finished": now(), "exit": code}
         try:
             self.write()

@@ -118,8 +118,8 @@ def left_over(path: Path) -> str:
 class Store:
     """One store directory, shared with whoever else works in it for as long as this object lives.
 
-    `root` is created on first use, unless `create` is False. ValueError: it is a folder of something else, or does not exist;
-    ResourceError: it can't be written or locked.
+    `root` is created on first use; with `create` False, as `compress gc` opens it, neither is it made nor is anybody waited for.
+    ValueError: it is a folder of something else, or does not exist; ResourceError: it can't be written or locked.
     """
 
     def __init__(self, root: Path | str, *, create: bool = True) -> None:
@@ -132,7 +132,7 @@ class Store:
             self._open(create)
             self._shared = os.open(self.root / "locks" / "store", os.O_RDWR | os.O_CREAT, 0o666)
             weakref.finalize(self, os.close, self._shared)  # closing it lets go of the lock
-            self._share()
+            self._share(wait=create)
         except OSError as error:
             raise ResourceError(f"the store {self.root} can't be written ({error.strerror}); free it or set store=DIR") from error
 
@@ -155,11 +155,13 @@ class Store:
         for room in ROOMS:
             (self.root / room).mkdir(exist_ok=True)
 
-    def _share(self) -> None:
-        """Keep `compress gc` out. Where it is in already, it is waited for."""
+    def _share(self, *, wait: bool = True) -> None:
+        """Keep `compress gc` out. Where it is in already, it is waited for, by all but another one."""
         try:
             fcntl.flock(self._shared, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise ResourceError(f"another `compress gc` is emptying {self.root}; wait for it") from None
             print(f"waiting for `compress gc`, which is emptying {self.root}", file=sys.stderr, flush=True)
             fcntl.flock(self._shared, fcntl.LOCK_SH)
 

@@ -18,6 +18,7 @@ SCHEMA = 1
 Record = dict[str, Any]
 RUN_KEYS: dict[str, type] = {"recipe": str, "name": str, "slots": list}
 RECORD_KEYS: dict[str, type] = {"slot": str, "technique": str, "scores": dict, "verdicts": list}
+SLOT_FOLDER = re.compile(r"\d{2,3}-")
 VERDICTS = ("FAIL", "INCONCLUSIVE", "PASS")  # worst first
 
 
@@ -63,6 +64,11 @@ def folder_of(run_dir: Path, record: Record) -> Path:
     """The folder NN-<slot> of a record, one folder whatever the slot is called."""
     name = re.sub(r"[^\w.-]", "_", record["slot"])[:100]
     return run_dir / f"{record.get('index', 0):02d}-{name}"
+
+
+def record_files(run_dir: Path) -> list[Path]:
+    """The records in the folders of a run directory that are called like a slot's."""
+    return [file for file in sorted(run_dir.glob("*/record.json")) if SLOT_FOLDER.match(file.parent.name)]
 
 
 def bundle_rows(bundle: Path, side: str, what: str) -> list[dict[str, Any]]:
@@ -116,7 +122,7 @@ def load_run(path: Path | str) -> Run:
                          "`compress run RECIPE`; name such a folder, or `<recipe>` for its newest run")  # fmt: skip
     info = _read(path / "run.json", RUN_KEYS)
     slots = info["slots"]
-    found = {file: _read(file, RECORD_KEYS) for file in path.glob("[0-9]*-*/record.json")}
+    found = {file: _read(file, RECORD_KEYS) for file in record_files(path)}
     if not found:  # a committed run: its records in one file, without folders
         found = {
             path / f"records.jsonl, line {number}": _checked(path / "records.jsonl", row, RECORD_KEYS)

@@ -1,7 +1,6 @@
 """`compress VERB ...`: the verbs, and what went wrong as one sentence and an exit code. Heavy imports happen inside the verb that needs them."""
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -15,7 +14,19 @@ from typing import Any, NoReturn
 
 from compress import __version__, budget
 from compress.assets import configs_dir, recipes_dir
-from compress.errors import EXIT_BUDGET, EXIT_OK, EXIT_SIGTERM, ConfigError, Interrupted, ResourceError, exit_code, is_disk, is_memory, nearest
+from compress.errors import (
+    EXIT_BUDGET,
+    EXIT_OK,
+    EXIT_SIGTERM,
+    ConfigError,
+    Interrupted,
+    ResourceError,
+    exit_code,
+    is_disk,
+    is_memory,
+    nearest,
+    without_credentials,
+)
 
 HELP = """compress: turn a teacher language model into a student that fits a budget, and prove it on the files that ship.
 
@@ -245,20 +256,18 @@ def accept(arguments: list[str]) -> int:
 
 def gc(arguments: list[str]) -> int:
     """Remove from the store what no run directory names."""
-    from compress.store import Store
+    from compress.collect import empty
 
     parser = _Parser(prog="compress gc")
-    parser.add_argument("--store", type=Path, default=Path("runs/.store"))
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--store", default="runs/.store")
+    parser.add_argument("--runs", metavar="DIR", help="holds run directories besides those that the store lists; without it ./runs")
     parser.add_argument("--yes", action="store_true", help="really remove; without it only the count is printed")
+    parser.add_argument("--all", action="store_true", help="even when no run that is known needs anything finished")
     options = parser.parse_args(arguments)
-    if not options.store.is_dir():
-        raise ValueError(f"there is no store at {options.store}; name it with --store DIR")
-    runs = list(options.runs.glob("*/*/run.json"))
-    keep = {key for file in runs for key in json.loads(file.read_text())["keys"]}
-    digests = {json.loads(record.read_text())["digest"] for file in runs for record in file.parent.glob("*/record.json")}
-    things, size = Store(options.store).gc(keep, digests, dry_run=not options.yes)
-    print(f"{things} things, {size / 1e6:,.1f} MB {'removed' if options.yes else 'can go; repeat with --yes to remove them'}")
+    collected, told = empty(options.store, options.runs, everything=options.all, dry_run=not options.yes)
+    print("\n".join(told), file=sys.stderr, end="\n" if told else "")
+    how = "removed" if options.yes else "can go; repeat with --yes to remove them"
+    print(f"{collected.things} things, {collected.bytes / 1e6:,.1f} MB {how}")
     return EXIT_OK
 
 
@@ -294,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         sentence = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in _sentence(error))
-        print(f"compress: {sentence}", file=sys.stderr)
+        print(f"compress: {without_credentials(sentence)}", file=sys.stderr)
         return exit_code(error)
 
 

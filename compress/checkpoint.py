@@ -221,11 +221,6 @@ def check_tokens(path: Path, tokenizer: Any) -> None:
         )
 
 
-def token_count(tokenizer: Any) -> int:
-    """Rows that a tokenizer's ids need in an embedding and a head: the highest id and one. Ids may have gaps, so that there are fewer tokens."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
 def best_device() -> torch.device:
     """The first GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,22 @@ Besides the two below: any other ValueError is a file or checkpoint that was giv
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
+from typing import Any
+
+# A user and password, or a token, in front of a URL's host. A path takes one of the slashes away; the
+# second form is for passwords with a slash in them, and leaves ports alone.
+SCHEME = r"(?P<scheme>[a-z][a-z0-9+.-]+:/{1,3})"
+USERINFO = re.compile(SCHEME + r"(?P<user>[^\s/?#\"'<>]+)@", re.IGNORECASE)
+SLASHED = re.compile(SCHEME + r"(?P<user>[^\s/?#@:]*:(?!\d{1,5}[/?#])[^\s@]*)@", re.IGNORECASE)
+CONTAINERS = ("abfs:", "abfss:", "wasb:", "wasbs:", "hf:")  # where NAME@ is an address, no user
+QUERY = re.compile(
+    r"(?P<name>[?&;#](?:sig|sas|key|auth|pwd|pass|jwt"
+    r"|[\w.%-]*(?:token(?!s|iz)|secret|signature|passw|credential|api[_-]?key|access[_-]?key|authori)[\w.%-]*)=)"
+    r"[^\s&#\"'<>;]+",
+    re.IGNORECASE,
+)
 
 EXIT_OK, EXIT_CONFIG, EXIT_INPUT, EXIT_BUDGET, EXIT_RESOURCES, EXIT_SIGINT, EXIT_SIGTERM = 0, 2, 3, 4, 5, 130, 143
 
@@ -31,9 +46,14 @@ class Interrupted(BaseException):
 
 
 def is_disk(error: BaseException) -> bool:
-    """Whether the disk is full, read-only or not ours."""
-    codes = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
-    return getattr(error, "errno", None) in codes or "No space left" in str(error)
+    """Whether the disk is full, read-only or not ours, or a file would be longer than it may be.
+
+    Libraries written in Rust give the number of the error in their text alone: "(os error 28)".
+    """
+    codes = (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
+    text = str(error)
+    named = any(f"(os error {code})" in text for code in codes)
+    return getattr(error, "errno", None) in codes or named or "No space left" in text
 
 
 def is_memory(error: BaseException) -> bool:
@@ -56,7 +76,44 @@ def exit_code(error: BaseException) -> int:
         return EXIT_RESOURCES
     if {kind.__name__ for kind in type(error).__mro__} & DAMAGED or getattr(error, "errno", None) in NO_FILE:
         return EXIT_INPUT
-    return EXIT_INPUT if isinstance(error, ValueError | FloatingPointError | FileNotFoundError | RecursionError) else 1
+    places = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError
+    return EXIT_INPUT if isinstance(error, ValueError | FloatingPointError | RecursionError | places) else 1
+
+
+def without_credentials(text: str) -> str:
+    """`text` with *** for whatever gives access in the URLs that it holds: users, passwords, signatures, tokens."""
+
+    def hidden(match: re.Match[str]) -> str:
+        address = match["scheme"].lower().startswith(CONTAINERS) and ":" not in match["user"]
+        return match[0] if address else f"{match['scheme']}***@"
+
+    text = SLASHED.sub(hidden, USERINFO.sub(hidden, text))
+    return QUERY.sub(lambda match: f"{match['name']}***", text)
+
+
+def tree_without_credentials(value: Any) -> Any:
+    """The same for every string of nested dicts and lists, keys included."""
+    if isinstance(value, dict):
+        return {tree_without_credentials(key): tree_without_credentials(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [tree_without_credentials(one) for one in value]
+    return without_credentials(value) if isinstance(value, str) else value
+
+
+def refuse_credentials(value: Any, where: str) -> None:
+    """ConfigError when a string, or one of nested dicts and lists, is a URL that gives access; `where` names it."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            refuse_credentials(key, where)
+            refuse_credentials(one, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for number, one in enumerate(value):
+            refuse_credentials(one, f"{where}[{number}]")
+    elif isinstance(value, str) and ":/" in value and (shown := without_credentials(value)) != value:
+        raise ConfigError(
+            f"{where or 'the recipe'} has a user, password or token in a URL: {shown}. Settings are copied into records and bundles; leave it out, "
+            "and give it in the environment (as AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HF_TOKEN) or in ~/.config/fsspec/"
+        )
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -22,29 +22,31 @@ from compress.keys import EXPORTS, sources_digest, versions_of
 from compress.report.html import write_html
 from compress.report.records import load_run
 from compress.report.table import print_table, stage_table, verdict_lines
+from compress.rundir import RunDir, now, reserved
 from compress.score import payoff
 from compress.score.paired import Paired
 from compress.score.scorer import Measured
 from compress.score.talk import has_template
-from compress.session import RunDir, Session, check_shapes, log, now, plain, thinned
+from compress.session import Session, check_shapes, log, plain, thinned
 from compress.stages.optimization import Keep, Optimization
 from compress.store import sha256_json
 from compress.train import parallel
 
 
 def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[str, Any]) -> Path:
-    """Run a slot's stage. What varies from run to run, its time and its curve, is noted beside the weights."""
+    """Run a slot's stage. What varies from run to run, its time and its curve, is noted before the weights are finished: no kill
+    can lose it."""
     stage, start = session.recipe.stages[slot], time.monotonic()
     curve: list[dict[str, float]] = []
 
     def make(out: Path, work: Path) -> dict[str, float]:
         if isinstance(stage, Optimization):
             parallel.share((slot, parent.model.path, work))
-        return stage.run(parent.model.path, out, session.context(slot, work, curve))
+        metrics = stage.run(parent.model.path, out, session.context(slot, work, curve))
+        session.store.note(key, {"seconds": time.monotonic() - start, "curve": curve})
+        return metrics
 
-    path = session.store.build(key, inputs, make)
-    session.store.note(key, {"seconds": time.monotonic() - start, "curve": curve})
-    return path
+    return session.store.build(key, inputs, make)
 
 
 def conclude(
@@ -114,7 +116,10 @@ def run(recipe: Recipe, run_dir: Path, command: list[str]) -> int:
     With several processes, those that `compress COMMAND` starts, or torchrun did, train beside this one.
     """
     with parallel.followers(recipe.trainer.count(), command):
-        return _follow(recipe) if parallel.rank() > 0 else _lead(recipe, run_dir)
+        if parallel.rank() > 0:
+            return _follow(recipe)
+        with reserved(run_dir) as folder:
+            return _lead(recipe, folder)
 
 
 def _follow(recipe: Recipe) -> int:
@@ -181,7 +186,7 @@ def ship(session: Session, folder: RunDir) -> int:
     folder.write()
     finished = load_run(folder.path)
     bundle = write_bundle(
-        folder.path / "bundle", finished, source.model.path, shipped, session.teacher, passed=code == EXIT_OK,
+        folder.place_for_bundle(), finished, source.model.path, shipped, session.teacher, passed=code == EXIT_OK,
         prompts=session.scorer.prompts,
     )
     write_html([finished], folder.path / "report.html")

@@ -84,12 +84,18 @@ def _signal_bytes_per_token(stage: Any, teacher: dict[str, Any]) -> float:
     }[signal.scheme.value]  # fmt: skip
 
 
+def amount(size: int) -> str:
+    """Bytes in the unit that leaves digits to compare."""
+    unit, name = next((one for one in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= one[0]), (1, "bytes"))
+    return f"{size / unit:.1f} {name}" if unit > 1 else f"{size} {name}"
+
+
 def check_disk(session: Session, costs: list[Cost]) -> None:
     """ResourceError when the store's disk has less free space than the recipe may need."""
     needed, free = sum(cost.disk_bytes for cost in costs), shutil.disk_usage(session.store.root).free
     if needed > free:
         raise ResourceError(
-            f"the recipe may need {needed / 1e9:.1f} GB in {session.store.root}, {free / 1e9:.1f} GB are free; "
+            f"the recipe may need {amount(needed)} in {session.store.root}, {amount(free)} are free; "
             "free some (`compress gc`) or set store=DIR"
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from compress.doors import parse_yaml, read_text
-from compress.errors import ConfigError
+from compress.errors import ConfigError, refuse_credentials
 
 ALLOWED_HYDRA = ("run.dir", "sweep.dir", "sweep.subdir", "job.name", "sweeper.params")
 MOST_FILES = 10_000  # below --config-dir
@@ -48,6 +48,7 @@ def check_text(text: str, where: object) -> None:
         raise ConfigError(str(error)) from error
     for names, value in _walk(tree):
         first, *below = names
+        refuse_credentials(value if isinstance(value, str) else "", f"{where}, key {'.'.join(names)}")
         if "_target_" in names:
             refuse("_target_", f"{where}, key {'.'.join(names)}")
         if first == "defaults" and below:
@@ -69,6 +70,7 @@ def check_override(override: str, where: str = "") -> None:
     if re.search(r"oc\s*\.\s*env", override):
         refuse("the resolver oc.env", place)
     named = override.partition("=")[0].strip().lstrip("~+").strip()
+    refuse_credentials(override, f"{where}{where and ': '}the override of {named}")
     parts = [part.strip() for part in re.split(r"[./@:]", named)]
     if "hydra" not in (parts[0], *re.split(r"[./@:]", named.partition("@")[2])):
         return

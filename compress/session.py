@@ -1,11 +1,10 @@
-"""What all slots of one run share: teacher, store, text, scorer and run directory; and what is refused before work starts."""
+"""What all slots of one run share: teacher, store, text and scorer; and what is refused before work starts."""
 
 import json
 import os
 import sys
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -17,35 +16,33 @@ from compress import machine
 from compress.checkpoint import Model, best_device, config_object, read_config
 from compress.config import Data, Eval, Recipe, Reread, Teacher, Trainer
 from compress.distill.signal import made_with
-from compress.errors import ConfigError
+from compress.errors import ConfigError, refuse_credentials, tree_without_credentials, without_credentials
 from compress.export import formats
 from compress.export.gguf import overhead_bytes
 from compress.keys import WEIGHTS, sources_digest, versions_of
 from compress.loading import meta_model
 from compress.quant.codes import quantizable
-from compress.report.records import folder_of
 from compress.score.open import Prompt
 from compress.score.scorer import Measured, Scorer, open_prompts
 from compress.score.tasks import check_tasks
 from compress.stages.context import Context
 from compress.stages.optimization import Optimization
 from compress.stages.ptq import OnGrid
-from compress.store import Store, write_json
+from compress.store import Store
 from compress.teacher import open_teacher
 from compress.track import check as check_tracker
-from compress.track import open_tracker
 from compress.train import parallel
 from compress.train.data import Packed, pack
 
 
 def log(message: str) -> None:
     """Progress goes to stderr; results go to stdout."""
-    print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+    print(f"[{time.strftime('%H:%M:%S')}] {without_credentials(message)}", file=sys.stderr, flush=True)
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, enums and paths as JSON."""
-    return json.loads(json.dumps(value, default=lambda v: v.value if isinstance(v, Enum) else str(v)))
+    """Dataclasses, enums and paths as JSON, without what gives access in URLs."""
+    return tree_without_credentials(json.loads(json.dumps(value, default=lambda v: v.value if isinstance(v, Enum) else str(v))))
 
 
 def open_scorer(
@@ -53,9 +50,11 @@ def open_scorer(
     prompts: list[Prompt] | None = None,
 ) -> tuple[Scorer, Model]:  # fmt: skip
     """A scorer outside a run: what `compress score` and, with the bundle's `requests` and open `prompts`, `compress accept` use."""
+    for name, part in (("teacher", teacher), ("data", data), ("eval", eval)):
+        refuse_credentials(asdict(part), name)
     threads = trainer.threads or machine.available_threads()
     torch.set_num_threads(threads)
-    home = Store(Path(store))
+    home = Store(store)
     opened = open_teacher(teacher.source, teacher.revision, home, log)
     heldout = {name: pack([source], opened.path, data.seq_len, home.root / "data") for name, source in data.heldout_names().items()}
     return Scorer(home, eval, heldout, opened.path, threads, requests, prompts), opened
@@ -67,6 +66,7 @@ class Session:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.done: dict[str, Measured] = {}
+        refuse_credentials(asdict(recipe), "")
         for name in recipe.track.sinks:
             check_tracker(name)
         check_tasks(recipe.eval.tasks)
@@ -81,7 +81,7 @@ class Session:
         self.threads = recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(self.threads)
         self.precision = machine.fast_dtype() if recipe.trainer.precision == "auto" else recipe.trainer.precision
-        self.store = Store(Path(recipe.store))
+        self.store = Store(recipe.store)
         self.teacher = open_teacher(recipe.teacher.source, recipe.teacher.revision, self.store, log)
         most, seq_len = read_config(self.teacher.path).get("max_position_embeddings"), recipe.data.seq_len
         if most is not None and seq_len > most:
@@ -179,62 +179,7 @@ def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
     return shapes
 
 
-class RunDir:
-    """The readable run directory: run.json, one folder a slot with its record, and the trackers fed from them."""
-
-    def __init__(self, path: Path, session: Session) -> None:
-        self.path, track = path.absolute(), session.recipe.track
-        self.records: list[dict[str, Any]] = []
-        self.path.mkdir(parents=True, exist_ok=True)
-        name = f"{self.path.parent.name}/{self.path.name}"
-        self.about: dict[str, Any] = {
-            "schema": 1, "recipe": self.path.parent.name, "name": name, "started": now(), "finished": None, "exit": None,
-            "git_sha": machine.git_sha(), "versions": machine.versions(), "machine": machine.describe(session.threads),
-            "config": plain(asdict(session.recipe)), "digests": session.scorer.digests, "slots": [], "keys": [],
-        }  # fmt: skip
-        self.trackers = [open_tracker(sink, self.path, project=track.project) for sink in track.sinks]
-        self.write()
-
-    def write(self) -> None:
-        """Replace run.json."""
-        write_json(self.path / "run.json", self.about)
-
-    def name_key(self, key: str) -> None:
-        """Let run.json name a store key before its work starts, so that gc leaves unfinished work alone."""
-        self.about["keys"].append(key)
-        self.write()
-
-    def add(self, record: dict[str, Any], measured: Measured, curve: list[dict[str, Any]]) -> dict[str, Any]:
-        """Write one slot's folder and hand the record to the trackers."""
-        ours = {"run": self.about["name"], "recipe": self.about["recipe"], "index": len(self.records)}
-        record = {"schema": 1, "created": now()} | ours | record
-        folder = folder_of(self.path, record)
-        folder.mkdir()
-        write_json(folder / "record.json", record)
-        for name, rows in (("items", measured.items), ("steps", curve), ("open", measured.answers)):
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "weights").symlink_to(os.path.relpath(measured.model.path, folder))
-        self.records.append(record)
-        self.about["slots"].append(record["slot"])
-        self.write()
-        for tracker in self.trackers:
-            tracker.record(record)
-        return record
-
-    def finish(self, code: int) -> None:
-        """Record the exit code."""
-        self.about |= {"finished": now(), "exit": code}
-        self.write()
-        for tracker in self.trackers:
-            tracker.finish(code)
-
-
 def thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most 60 rows for the record, evenly spread, and every row with a validation; trackers get them all."""
     every = max(1, -(-len(curve) // 60))
     return [row for number, row in enumerate(curve) if number % every == 0 or "validation_kl" in row or number == len(curve) - 1]
-
-
-def now() -> str:
-    """The moment, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

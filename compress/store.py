@@ -1,11 +1,14 @@
 """Crash-safe, content-addressed directories: an entry is there whole or not at all.
 
+    <store>/store.json       the mark of a store: a folder without it is refused, by runs and by `compress gc`
     <store>/entries/<key>/   a finished checkpoint; `stage.json`, written last, names every file's sha256 and bytes
     <store>/work/<key>/      unfinished training state of the same key; found again without naming a run
     <store>/notes/<key>.json what varies from run to run (seconds, training curve): kept outside the entry
     <store>/scores/          scores by (weights digest, evaluation digest, runtime, machine)
     <store>/signals/, data/  teacher signals and packed text, written by their own modules
+    <store>/runs/            where the run directories are that name entries here; `compress gc` keeps what these name
     <store>/locks/<key>      flock'ed while a process builds the key; the kernel releases it when the process dies
+    <store>/locks/store      flock'ed, shared, by every process that works here; alone by `compress gc`
 
 Writing: build beside, fsync every file, write `stage.json`, fsync, rename, fsync the parent (the order that survives a
 power cut on a journalling file system; Pillai et al., OSDI 2014, section 3.3). A reader therefore never sees half an entry.
@@ -15,15 +18,24 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ResourceError
+from compress.doors import read_json
+from compress.errors import ConfigError, ResourceError
 
-STAGE_JSON = "stage.json"
+STAGE_JSON, STORE_JSON = "stage.json", "store.json"
+FIRST_ROOMS = ("entries", "work", "notes", "scores", "signals", "data", "locks")  # of a store without a mark
+ROOMS = (*FIRST_ROOMS, "runs")
+MARK = {"store": "compress", "schema": 1}
+URL = re.compile(r"[\w+.-]{2,}:/")
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)")  # as `write_whole` calls what it has not finished
 
 
 def sha256_file(path: Path) -> str:
@@ -50,9 +62,13 @@ def write_whole(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    fsync(beside)
-    beside.replace(path)
+    try:
+        beside.write_bytes(data)
+        fsync(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 
@@ -78,37 +94,113 @@ def commit(folder: Path, final: Path) -> None:
     fsync(final.parent)
 
 
-class Store:
-    """One store directory. `root` is created on first use; ResourceError when that is impossible."""
+def left_over(path: Path) -> str:
+    """The name of the file that a process which has died was about to write at `path`; "" for all else."""
+    match = TEMPORARY.fullmatch(path.name)
+    if not match or path.is_symlink() or not path.is_file():
+        return ""
+    try:
+        os.kill(int(match["pid"]), 0)
+    except (ProcessLookupError, OverflowError):
+        return match["name"]
+    except PermissionError:
+        pass
+    return ""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
-        for name in ("entries", "work", "notes", "scores", "signals", "data", "locks"):
-            try:
-                (self.root / name).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ResourceError(f"the store {self.root} can't be written ({error.strerror}); free it or set store=DIR") from error
+
+class Store:
+    """One store directory, shared with whoever else works in it for as long as this object lives.
+
+    `root` is created on first use; with `create` False, as `compress gc` opens it, neither is it made nor is anybody waited for.
+    ValueError: it is a folder of something else, or does not exist; ResourceError: it can't be written or locked.
+    """
+
+    def __init__(self, root: Path | str, *, create: bool = True) -> None:
+        if not str(root) or URL.match(str(root)):
+            raise ConfigError(f"store={root} is no folder of this machine; give a new or empty one, as store=runs/.store")
+        self.root = Path(root).absolute()
+        if not create and not self.root.is_dir():
+            raise ValueError(f"there is no store at {root}; name it with --store DIR")
+        try:
+            self._open(create)
+            self._shared = os.open(self.root / "locks" / "store", os.O_RDWR | os.O_CREAT, 0o666)
+            weakref.finalize(self, os.close, self._shared)  # closing it lets go of the lock
+            self._share(wait=create)
+        except OSError as error:
+            raise ResourceError(f"the store {self.root} can't be written ({error.strerror}); free it or set store=DIR") from error
+
+    def _open(self, create: bool) -> None:
+        """Make the mark and the rooms of a new store; ValueError for a folder that is not a store."""
+        mark = self.root / STORE_JSON
+        if create:
+            self.root.mkdir(parents=True, exist_ok=True)
+        if not mark.is_file():
+            names = {path.name for path in self.root.iterdir() if not path.name.startswith(f".{STORE_JSON}.")}
+            rooms = {name for name in names if name in ROOMS and (self.root / name).is_dir()}
+            older = names == rooms and rooms.issuperset(FIRST_ROOMS)
+            if not older and (names or not create):
+                what = f"holds {min(names - rooms or names)} and no {STORE_JSON}" if names else f"is empty: it has no {STORE_JSON}"
+                raise ValueError(f"{self.root} is not a store: it {what}; a store is a folder of its own, give a new or empty one")
+            write_json(mark, MARK | {"older": older})
+        about = read_json(mark)
+        if {key: about.get(key) for key in MARK} != MARK:
+            raise ValueError(f"{mark} is not the mark of a store that this version knows; give another folder, or use the version which made it")
+        for room in ROOMS:
+            (self.root / room).mkdir(exist_ok=True)
+
+    def _share(self, *, wait: bool = True) -> None:
+        """Keep `compress gc` out. Where it is in already, it is waited for, by all but another one."""
+        try:
+            fcntl.flock(self._shared, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise ResourceError(f"another `compress gc` is emptying {self.root}; wait for it") from None
+            print(f"waiting for `compress gc`, which is emptying {self.root}", file=sys.stderr, flush=True)
+            fcntl.flock(self._shared, fcntl.LOCK_SH)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep every other process out; ResourceError at once when one works in the store."""
+        try:
+            fcntl.flock(self._shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._share()  # asking for more has let go of it
+            raise ResourceError(f"another process works in the store {self.root}; repeat the command when it has ended") from None
+        try:
+            yield
+        finally:
+            self._share()
+
+    def register(self, run: Path) -> None:
+        """Note a run directory, so that `compress gc` finds what it names wherever it is."""
+        path = str(run.resolve())
+        write_json(self.root / "runs" / f"{sha256_json(path)[:32]}.json", {"schema": 1, "run": path})
 
     def entry(self, key: str) -> Path:
         """Where the entry of `key` is or will be."""
         return self.root / "entries" / key
 
     def has(self, key: str) -> bool:
-        """Whether `key` is finished. Every byte is compared with `stage.json`: ValueError naming the first file that differs."""
+        """Whether `key` is finished. Every byte is compared with `stage.json`: ValueError naming the first file that differs.
+
+        What a process that was killed right after finishing it left in `work` is removed.
+        """
         folder = self.entry(key)
         if not (folder / STAGE_JSON).is_file():
             return False
-        expected, found = self.stage_json(key)["files"], file_table(folder)
+        expected, found = self.stage_json(key).get("files", {}), file_table(folder)
         found.pop(STAGE_JSON)
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 state = "missing" if name not in found else "unknown" if name not in expected else "changed"
                 raise ValueError(f"{folder / name} is {state} since it was written; delete {folder} and run again to rebuild it")
+        if (work := self.root / "work" / key).exists():
+            shutil.rmtree(work, ignore_errors=True)
         return True
 
     def stage_json(self, key: str) -> dict[str, Any]:
         """The inputs, metrics and files of a finished entry."""
-        return json.loads((self.entry(key) / STAGE_JSON).read_text())
+        return dict(read_json(self.entry(key) / STAGE_JSON))
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
@@ -130,7 +222,8 @@ class Store:
     def build(self, key: str, inputs: dict[str, Any], make: Callable[[Path, Path], dict[str, float]]) -> Path:
         """The entry of `key`, made by `make(out, work)` -> metrics unless it is there already.
 
-        `out` is an empty directory renamed into place at the end; `work` survives kills and is removed on success.
+        `out` is an empty directory renamed into place at the end, and removed when `make` fails; `work` survives kills and failures
+        and is removed on success.
         """
         if self.has(key):  # finished entries are read without the lock: many runs may share them at once
             return self.entry(key)
@@ -141,9 +234,13 @@ class Store:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             work.mkdir(exist_ok=True)
-            metrics = make(out, work)
-            write_json(out / STAGE_JSON, {"schema": 1, "key": key, "inputs": inputs, "metrics": metrics, "files": file_table(out)})
-            commit(out, self.entry(key))
+            try:
+                metrics = make(out, work)
+                write_json(out / STAGE_JSON, {"schema": 1, "key": key, "inputs": inputs, "metrics": metrics, "files": file_table(out)})
+                commit(out, self.entry(key))
+            except BaseException:
+                shutil.rmtree(out, ignore_errors=True)  # a full disk has room again, for the run to say how it ended
+                raise
             shutil.rmtree(work, ignore_errors=True)
             return self.entry(key)
 
@@ -152,29 +249,4 @@ class Store:
         path = self.root / "notes" / f"{key}.json"
         if value is not None:
             write_json(path, value)
-        return json.loads(path.read_text()) if path.is_file() else {}
-
-    def gc(self, keep: set[str], digests: set[str], *, dry_run: bool) -> tuple[int, int]:
-        """Remove entries, notes and work whose key is not in `keep`, scores of weights not in `digests`, all signals and data.
-
-        Returns (things, bytes) removed. A key whose lock is held is never touched.
-        """
-
-        def key(path: Path) -> str:
-            return path.name.lstrip(".").split(".")[0]
-
-        doomed = [p for room in ("entries", "work", "notes") for p in (self.root / room).iterdir() if key(p) not in keep]
-        doomed += [p for p in (self.root / "scores").iterdir() if p.name[:16] not in {digest[:16] for digest in digests}]
-        doomed += [p for room in ("signals", "data") for p in (self.root / room).iterdir()]
-        doomed = [p for p in doomed if not self._held(key(p))]
-        size = sum(file.stat().st_size for path in doomed for file in (path, *path.rglob("*")) if file.is_file())
-        for path in doomed if not dry_run else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return len(doomed), size
-
-    def _held(self, key: str) -> bool:
-        if not (self.root / "locks" / key).is_file():
-            return False
-        with suppress(ResourceError), self.lock(key):
-            return False
-        return True
+        return dict(read_json(path)) if path.is_file() else {}

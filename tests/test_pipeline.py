@@ -280,6 +280,11 @@ def test_gc_keeps_what_runs_name(smoke, tmp_path):
     assert len(left) >= 7
     shutil.rmtree(copy / "runs" / "smoke")
     assert compress(copy, "gc", "--yes").returncode == 0
+    assert set((copy / "runs" / ".store" / "entries").iterdir()) == left, "the store lists the run directories that were copied"
+    shutil.rmtree(copy / "runs" / ".store" / "runs")
+    refused = compress(copy, "gc", "--yes")
+    assert refused.returncode == 2 and "--all" in refused.stderr
+    assert compress(copy, "gc", "--yes", "--all").returncode == 0
     assert not list((copy / "runs" / ".store" / "entries").iterdir())
     assert len(entries) >= len(left)
 
@@ -376,7 +381,7 @@ def test_a_full_disk_is_exit_5_and_keeps_what_was_made(tmp_path, monkeypatch, ca
     monkeypatch.setattr("compress.checkpoint.save_file", full)
     assert main(["run", "smoke", *FAST]) == 5
     assert "the disk refuses" in capfd.readouterr().err
-    assert not list(tmp_path.glob("runs/.store/entries/[0-9a-f]*"))
+    assert not list(tmp_path.glob("runs/.store/entries/[0-9a-f]*")) and not list(tmp_path.glob("runs/.store/entries/.*.part"))
 
 
 def test_too_little_disk_is_refused_before_work(tmp_path, monkeypatch, capfd):
@@ -386,7 +391,7 @@ def test_too_little_disk_is_refused_before_work(tmp_path, monkeypatch, capfd):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 9, 1))
     assert main(["run", "smoke", *FAST]) == 5
-    assert re.search(r"may need .* GB in .*, 0.0 GB are free", capfd.readouterr().err)
+    assert re.search(r"may need [\d.]+ MB in .*, 1 bytes are free", capfd.readouterr().err)
     assert not list(tmp_path.glob("runs/smoke/*"))
 
 

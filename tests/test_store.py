@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from compress.collect import collect
 from compress.errors import ResourceError
 from compress.store import Store, file_table, sha256_json
 
@@ -125,11 +126,11 @@ def test_gc_removes_only_what_no_run_names_and_what_nobody_holds(tmp_path):
     for digest in ("a", "b"):
         (store.root / "scores" / f"{digest * 16}-score.json").write_text("{}")
     with store.lock(keys[2]):
-        things, size = store.gc({keys[0]}, {"a" * 64}, dry_run=True)
+        things, size, _ = collect(store, {keys[0]}, {"a" * 64}, dry_run=True)
         assert things == 3
         assert size > 4
         assert all(store.has(key) for key in keys)
-        store.gc({keys[0]}, {"a" * 64}, dry_run=False)
+        collect(store, {keys[0]}, {"a" * 64}, dry_run=False)
     assert [store.has(key) for key in keys] == [True, False, True]
     assert store.note(keys[1]) == {}
     assert [path.name[0] for path in (store.root / "scores").iterdir()] == ["a"]

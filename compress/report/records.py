@@ -1,7 +1,7 @@
 """Read run directories back: `run.json` plus one `record.json` per slot, checked at the door; committed runs and bundles as well.
 
 Everything below `report/` is a pure view: records go in, tables and pages come out. A run that is still going, or was interrupted, is
-readable: the slots that have a record are shown.
+readable: the slots that have a record, and that run.json names, are shown.
 """
 
 import json
@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.errors import nearest
+from compress.errors import EXIT_BUDGET, EXIT_OK, nearest, tree_without_credentials
 from compress.score.tasks import read_jsonl
 
 SCHEMA = 1
 Record = dict[str, Any]
 RUN_KEYS: dict[str, type] = {"recipe": str, "name": str, "slots": list}
 RECORD_KEYS: dict[str, type] = {"slot": str, "technique": str, "scores": dict, "verdicts": list}
+SLOT_FOLDER = re.compile(r"\d{2,3}-")
 VERDICTS = ("FAIL", "INCONCLUSIVE", "PASS")  # worst first
 
 
@@ -60,8 +61,14 @@ class Run:
 
 
 def folder_of(run_dir: Path, record: Record) -> Path:
-    """The folder NN-<slot> of a record."""
-    return run_dir / f"{record.get('index', 0):02d}-{record['slot']}"
+    """The folder NN-<slot> of a record, one folder whatever the slot is called."""
+    name = re.sub(r"[^\w.-]", "_", record["slot"])[:100]
+    return run_dir / f"{record.get('index', 0):02d}-{name}"
+
+
+def record_files(run_dir: Path) -> list[Path]:
+    """The records in the folders of a run directory that are called like a slot's."""
+    return [file for file in sorted(run_dir.glob("*/record.json")) if SLOT_FOLDER.match(file.parent.name)]
 
 
 def bundle_rows(bundle: Path, side: str, what: str) -> list[dict[str, Any]]:
@@ -115,14 +122,14 @@ def load_run(path: Path | str) -> Run:
                          "`compress run RECIPE`; name such a folder, or `<recipe>` for its newest run")  # fmt: skip
     info = _read(path / "run.json", RUN_KEYS)
     slots = info["slots"]
-    found = {file: _read(file, RECORD_KEYS) for file in path.glob("[0-9]*-*/record.json")}
+    found = {file: _read(file, RECORD_KEYS) for file in record_files(path)}
     if not found:  # a committed run: its records in one file, without folders
         found = {
             path / f"records.jsonl, line {number}": _checked(path / "records.jsonl", row, RECORD_KEYS)
             for number, row in enumerate(_rows(path / "records.jsonl"), 1)
         }
     for file, record in found.items():
-        if record["slot"] not in slots:
+        if record["slot"] not in slots and info.get("exit") in (EXIT_OK, EXIT_BUDGET):
             raise ValueError(f"malformed {file}: slot {record['slot']!r} is not in run.json's slots {slots}")
         for key, value in record["scores"].items():
             if isinstance(value, bool) or not isinstance(value, int | float | None):
@@ -130,7 +137,8 @@ def load_run(path: Path | str) -> Run:
         for verdict in record["verdicts"]:
             if not isinstance(verdict, dict) or verdict.get("verdict") not in VERDICTS or "sentence" not in verdict:
                 raise ValueError(f"malformed {file}: verdict {verdict!r}, allowed: a sentence and one of {VERDICTS}")
-    records = sorted(found.values(), key=lambda record: slots.index(record["slot"]))
+    named = [record for record in found.values() if record["slot"] in slots]  # others were being written when the run was stopped
+    records = sorted(named, key=lambda record: slots.index(record["slot"]))
     names = [r["slot"] for r in records]
     if len(set(names)) < len(names):
         raise ValueError(f"malformed run {path}: two records for one slot in {names}; remove the stale folder")
@@ -189,4 +197,4 @@ def _checked(file: Path, data: Any, keys: dict[str, type]) -> dict[str, Any]:
         if not isinstance(data.get(key), kind):
             raise ValueError(f"malformed {file}: {key!r} is {data.get(key)!r}, allowed: a {kind.__name__}; "
                              "restore the file, or run the recipe again")  # fmt: skip
-    return data
+    return dict(tree_without_credentials(data))

@@ -11,7 +11,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ConfigError, nearest
+from compress.errors import ConfigError, nearest, without_credentials
 from compress.report.records import Record, load_run
 from compress.store import write_whole
 
@@ -54,7 +54,8 @@ class Guarded:
                 getattr(self.sink, method)(*arguments)
         except Exception as error:
             self.alive = False
-            print(f"warning: tracker {self.name} stopped ({type(error).__name__}: {error}); nothing else stops, the records are in the "
+            why = without_credentials(str(error))
+            print(f"warning: tracker {self.name} stopped ({type(error).__name__}: {why}); nothing else stops, the records are in the "
                   f"run directory: compress sync {self.sink.run_dir} --to {self.name}", file=sys.stderr)  # fmt: skip
 
     record = partialmethod(_call, "record")

@@ -19,6 +19,7 @@ from typing import Any
 
 from requests.utils import get_netrc_auth
 
+from compress.errors import without_credentials
 from compress.report.compare import Flip, flips
 from compress.report.records import Record, folder_of, load_run, worst
 from compress.score.open import worst_first
@@ -111,7 +112,7 @@ class Wandb(Tracker):
                 raise
             self.mode = "offline"
             wandb.teardown(exit_code=1)  # the failed run would hold its id otherwise
-            print(f"warning: W&B cannot be reached ({error}); writing offline, later: "
+            print(f"warning: W&B cannot be reached ({without_credentials(str(error))}); writing offline, later: "
                   f"wandb sync {self.run_dir}/wandb/offline-run-*", file=sys.stderr)  # fmt: skip
             return self._open(record, about)
 

@@ -1,0 +1,183 @@
+"""`compress gc`: empty a store of what no run directory names, and of nothing else.
+
+A run directory that still exists keeps every entry that its run.json names and every score of the weights that its records name.
+Known are the directories that the store lists, wherever they are, and those below `--runs`. Teacher signals and packed text are
+made again when they are needed; they stay while a known run has unfinished work. Files that are not named as this program names
+its own are left where they are.
+"""
+
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from compress.doors import read_json
+from compress.errors import ConfigError, ResourceError
+from compress.store import ROOMS, STAGE_JSON, STORE_JSON, Store, left_over
+
+KEY = r"[0-9a-f]{64}"
+# What lies in each room, by name: as store.py, score/scorer.py, distill/signal.py, train/data.py and train/written.py write it.
+NAMES = {room: re.compile(form) for room, form in {
+    "entries": rf"(?P<key>{KEY})|\.(?P<part>{KEY})\.part", "work": rf"(?P<key>{KEY})", "notes": rf"(?P<key>{KEY})\.json",
+    "scores": r"(?P<digest>[0-9a-f]{16})-[\w.-]+\.(json|safetensors)", "signals": r"[0-9a-f]{32}",
+    "data": r"([a-z]+-)?[0-9a-f]{32,64}(\.[a-z_]+)+", "locks": rf"{KEY}|store", "runs": r"[0-9a-f]{32}\.json",
+}.items()}  # fmt: skip
+IN_A_SIGNAL = re.compile(r"meta\.json|\d{5,}-[0-9a-f]{16}\.safetensors")
+RUN_FILES = re.compile(r"run\.json|record\.json|records\.jsonl|(items|steps|open)\.jsonl")
+SLOT_FOLDER = re.compile(r"\d{2,3}-")
+RUN_DIRECTORIES = (".", "*", "*/*")  # below --runs
+
+
+class Known(NamedTuple):
+    """What the run directories that still exist name."""
+
+    listed: set[Path]  # in the store
+    below: set[Path]  # the folder that holds runs
+    keys: set[str]
+    digests: set[str]  # of weights
+    gone: list[Path]  # notes in the store of directories that are gone
+
+
+class Collected(NamedTuple):
+    """What was removed, or would be."""
+
+    things: int
+    bytes: int
+    strangers: list[Path]  # left, because this program does not name its files so
+
+
+def known_runs(store: Store, below: Path) -> Known:
+    """Read the run directories that the store lists and those below a folder. ValueError naming one that can't be read."""
+    known = Known(set(), set(), set(), set(), [])
+    for note in sorted((store.root / "runs").iterdir()):
+        if not NAMES["runs"].fullmatch(note.name):
+            continue
+        path = read_json(note).get("run")
+        if not isinstance(path, str):
+            raise ValueError(f"{note} names no run directory; delete it, and name the folder that holds its run with --runs DIR")
+        if (Path(path) / "run.json").is_file():
+            known.listed.add(Path(path))
+        else:
+            known.gone.append(note)
+    known.below.update(file.parent.resolve() for folder in RUN_DIRECTORIES for file in below.glob(f"{folder}/run.json"))
+    for run in sorted(known.listed | known.below):
+        about = read_json(run / "run.json")
+        keys = about.get("keys")
+        if about.get("schema") != 1 or not isinstance(keys, list):
+            raise ValueError(f"{run / 'run.json'} does not say which keys it needs; mend it, or move it away, before the store is emptied")
+        known.keys.update(map(str, keys))
+        records = (file for file in run.glob("*/record.json") if SLOT_FOLDER.match(file.parent.name))
+        known.digests.update(str(read_json(record).get("digest")) for record in records)
+    return known
+
+
+def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -> Collected:
+    """Remove entries, notes and work whose key is not in `keep`, scores of weights not in `digests`, and what killed processes left.
+
+    Signals and packed text go too, unless work on a key in `keep` is unfinished. A key whose lock is held is never touched.
+    """
+    doomed: list[Path] = []
+    strangers = [path for path in store.root.iterdir() if path.name not in (*ROOMS, STORE_JSON)]
+    finished = {path.name for path in (store.root / "entries").iterdir()}
+    unfinished = any(path.name in keep - finished for path in (store.root / "work").iterdir())
+    kept_scores = {digest[:16] for digest in digests}
+    for room, form in NAMES.items():
+        for path in sorted((store.root / room).iterdir()):
+            match = form.fullmatch(left_over(path) or path.name)
+            if not match or path.is_symlink():
+                strangers.append(path)
+                continue
+            named = match.groupdict()
+            key, digest = named.get("key") or named.get("part"), named.get("digest")
+            torn = left_over(path) or named.get("part") or (room == "work" and key in finished)
+            unnamed = key not in keep if key else digest not in kept_scores if digest else room in ("signals", "data") and not unfinished
+            if (torn or unnamed) and not (key and _held(store, key)):
+                doomed.append(path)
+    foreign = {path: file for path in doomed if (file := _foreign(path))}
+    strangers += foreign.values()
+    doomed = [path for path in doomed if path not in foreign]
+    size = sum(file.stat().st_size for path in doomed for file in (path, *path.rglob("*")) if file.is_file())
+    for path in doomed if not dry_run else ():
+        _remove(path)
+    return Collected(len(doomed), size, strangers)
+
+
+def _foreign(path: Path) -> Path | None:
+    """The first file in a finished entry or a signal that was not written with it: what holds one stays whole."""
+    table = read_json(path / STAGE_JSON).get("files", {}) if (path / STAGE_JSON).is_file() else None
+    for file in sorted(path.rglob("*")) if path.parent.name in ("entries", "signals") else ():
+        name = str(file.relative_to(path))
+        if path.parent.name == "signals":
+            ours = IN_A_SIGNAL.fullmatch(left_over(file) or name) is not None
+        else:
+            ours = table is None or name in (STAGE_JSON, *table) or (file.is_dir() and not file.is_symlink())
+        if not ours:
+            return file
+    return None
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder; an entry loses its name first, for half of one must not be taken for a whole."""
+    if path.parent.name == "entries" and not path.name.startswith("."):
+        part = path.with_name(f".{path.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        path = path.rename(part)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _held(store: Store, key: str) -> bool:
+    if not (store.root / "locks" / key).is_file():
+        return False
+    with suppress(ResourceError), store.lock(key):
+        return False
+    return True
+
+
+def _tidy(run: Path) -> None:
+    """Remove what a killed process was writing in a run directory, which nobody works in: the store is ours alone."""
+    for file in [*run.glob(".*"), *run.glob("*/.*")]:
+        if (file.parent == run or SLOT_FOLDER.match(file.parent.name)) and RUN_FILES.fullmatch(left_over(file)):
+            file.unlink()
+    for name in (".bundle.part", ".bundle.old"):
+        shutil.rmtree(run / name, ignore_errors=True)
+
+
+def empty(root: str, runs: str | None, *, everything: bool, dry_run: bool) -> tuple[Collected, list[str]]:
+    """Empty the store at `root`; `everything` allows that nothing finished stays. Returns what went, and sentences to print.
+
+    ValueError: no store, or a run directory can't be read; ConfigError: all would go because no run that needs it is known;
+    ResourceError: somebody works in the store.
+    """
+    below = Path("runs" if runs is None else runs)
+    if runs is not None and not below.is_dir():
+        raise ConfigError(f"there is no folder {runs}; name the one that holds the run directories, as --runs runs")
+    store = Store(root, create=False)
+    with store.alone():
+        known = known_runs(store, below)
+        finished = {path.name for path in (store.root / "entries").iterdir() if NAMES["entries"].fullmatch(path.name)}
+        if finished and not finished & known.keys and not everything:
+            raise ConfigError(
+                f"all {len(finished)} finished entries of {store.root} would go: of the {len(known.listed | known.below)} run directories that are "
+                f"known none names any. Name the folder that holds them with --runs DIR, or repeat with --all to empty the store"
+            )
+        collected = collect(store, known.keys, known.digests, dry_run=dry_run)
+        if not dry_run:
+            for note in known.gone:
+                note.unlink()
+            for run in known.listed:
+                _tidy(run)
+        older = bool(read_json(store.root / STORE_JSON).get("older"))
+    return collected, [*_told(collected.strangers), *([_about_older(store, below)] if older else [])]
+
+
+def _told(strangers: list[Path]) -> list[str]:
+    shown = ", ".join(map(str, strangers[:10])) + (f" and {len(strangers) - 10} more" if len(strangers) > 10 else "")
+    return [f"left where they are, because this program does not name its files so: {shown}"] if strangers else []
+
+
+def _about_older(store: Store, below: Path) -> str:
+    return f"{store.root} is older than its list of runs: of the runs made before, those below {below} alone are known"

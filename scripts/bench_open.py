@@ -29,7 +29,15 @@ from compress.checkpoint import load_model, load_tokenizer, model_of, save_model
 from compress.config import Limit
 from compress.export.gguf import export_gguf, overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
-from compress.score.open import answered, beside_teacher, embedded_file, own_scores, read_prompts
+from compress.score.lm import torch_lm
+from compress.score.open import (
+    answered,
+    beside_teacher,
+    embedded_file,
+    own_scores,
+    plausible,
+    read_prompts,
+)
 from compress.stages.context import Context
 from compress.stages.distill import Distill
 from compress.stages.lora import Lora
@@ -60,6 +68,8 @@ class Bench:
             if name.startswith("open/")
         }
         self.truth = self.answers("teacher", self.teacher)
+        self.tokenizer: Any = load_tokenizer(self.teacher)
+        self.lm = torch_lm(load_model(self.teacher), self.tokenizer, batch_size=8)
 
     def folder(self, name: str) -> Path:
         """An empty folder for a student in the making."""
@@ -109,6 +119,8 @@ class Bench:
         answers = self.answers(name, path)
         own, spread = own_scores(answers)
         near, near_spread = beside_teacher(answers, self.truth)
+        if told := plausible(answers, self.truth, self.lm, self.tokenizer):
+            near["open/plausible"], near_spread["open/plausible"] = told["value"], told["interval"]
         scores = own | near
         verdicts = budget.judge(scores, spread | near_spread, self.limits, enforced=True)
         row: dict[str, Any] = {key: round(scores[key], 4) for key in scores if key.startswith("open/")}
@@ -116,6 +128,7 @@ class Bench:
         row["open"] = [v["limit"] for v in verdicts if v["verdict"] == budget.INCONCLUSIVE]
         print(f"{name:<26} kept {row.get('open/kept', float('nan')):.3f}  loops {row['open/loops']:.3f}  "
               f"ended {row['open/ended']:.3f}  form {row['open/form_differing']:.2f}  "
+              f"less plausible by {row.get('open/plausible', float('nan')):.2f}  "
               f"{', '.join(row['failed']) or 'no limit violated'}", flush=True)  # fmt: skip
         return row
 

@@ -91,7 +91,7 @@ def check_override(override: str) -> None:
         _refuse("the resolver oc.env", f"override {override!r}")
     match = OVERRIDE.match(override)
     key = match["key"].strip() if match else override
-    refuse_credentials(override, f"the override of {key}")
+    refuse_credentials(override.replace("\\", ""), f"the override of {key}")
     hydra = re.split(r"[./@]", key)[0] == "hydra" or "@hydra" in override.split("=")[0]
     if hydra and key.removeprefix("hydra.") not in ALLOWED_HYDRA and not key.startswith("hydra.sweeper.params."):
         _refuse(f"the key {key}", f"override {override!r}")
@@ -190,6 +190,7 @@ def _check_composed(folder: Path, recipe: str, overrides: list[str]) -> None:
         program.pop("hydra")
     try:
         OmegaConf.to_object(program)
+        refuse_credentials(OmegaConf.to_container(program, resolve=True), "")
     except OmegaConfBaseException:
         raise
     except ValueError as error:  # a dataclass's own check; OmegaConf appends where it happened

@@ -101,6 +101,10 @@ def check_ours(path: Path) -> None:
     for folder in slot_folders(path):
         if (weights := folder / "weights").exists() and not weights.is_symlink():
             raise ValueError(f"{weights} holds weights themselves, where a run keeps a link to the store; {move}")
+    for file in path.iterdir():
+        linked = file.is_symlink() and file.is_dir() and SLOT_FOLDER.match(file.name)
+        if linked or (file.is_dir() and OURS.fullmatch(file.name)):
+            raise ValueError(f"{file} is in the way of what a run writes there; {move}")
     bundle = path / "bundle"
     if (bundle.is_symlink() or bundle.exists()) and (stranger := _stranger(bundle)):
         raise ValueError(f"{stranger} was not written with a bundle, and the run would replace {bundle}; {move}")

@@ -225,11 +225,11 @@ class RunDir:
             tracker.finish(code)
 
     def _put_exit(self, code: int) -> None:
-        """Overwrite `null`, which is as long as any exit code, in the run.json that is on the disk."""
+        """Overwrite the exit code, or `null`, in the run.json that is on the disk, where the new one is no longer."""
         with suppress(OSError), (self.path / "run.json").open("r+b") as file:
-            at = file.read().find(before := b'\n "exit": null')
-            if at >= 0:
-                file.seek(at)
-                file.write(f'\n "exit": {code}'.encode().ljust(len(before)))
+            match = re.search(rb'\n "exit": (null|\d+)', file.read())
+            if match and len(said := str(code).encode()) <= len(match[1]):
+                file.seek(match.start(1))
+                file.write(said.ljust(len(match[1])))
                 file.flush()
                 os.fsync(file.fileno())

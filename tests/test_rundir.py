@@ -247,8 +247,10 @@ def test_a_record_that_no_finished_run_names_is_still_refused(tmp_path):
         load_run(folder.path)
 
 
-def test_a_run_that_ends_by_a_full_disk_says_so_where_it_can(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [None, 0])
+def test_a_run_that_ends_by_a_full_disk_says_so_where_it_can(tmp_path, monkeypatch, before):
     folder = opened(tmp_path / "out", tmp_path / "store")
+    folder.about["exit"] = before  # 0 while the bundle is being written
     add(folder, "teacher", tmp_path / "store" / "entries")
     size = (tmp_path / "out" / "run.json").stat().st_size
 

@@ -53,12 +53,13 @@ def known_runs(store: Store, below: Path) -> Known:
     for note in sorted((store.root / "runs").iterdir()):
         if not NAMES["runs"].fullmatch(note.name):
             continue
-        path = read_json(note).get("run")
-        if not isinstance(path, str):
+        about = read_json(note)
+        path, beside = about.get("run"), about.get("from_store", ".")
+        if not isinstance(path, str) or not isinstance(beside, str):
             raise ValueError(f"{note} names no run directory; delete it, and name the folder that holds its run with --runs DIR")
-        if (Path(path) / "run.json").is_file():
-            known.listed.add(Path(path))
-        else:
+        here = {place for place in (Path(path), (store.root.resolve() / beside).resolve()) if (place / "run.json").is_file()}
+        known.listed.update(here)
+        if not here:
             known.gone.append(note)
     known.below.update(file.parent.resolve() for folder in RUN_DIRECTORIES for file in below.glob(f"{folder}/run.json"))
     for run in sorted(known.listed | known.below):
@@ -77,11 +78,14 @@ def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -
 
     Signals and packed text go too, unless work on a key in `keep` is unfinished. A key whose lock is held is never touched.
     """
+    # What decides: keys of finished and of unfinished work, and digests as scores are named by them.
     doomed: list[Path] = []
     strangers = [path for path in store.root.iterdir() if path.name not in (*ROOMS, STORE_JSON)]
     finished = {path.name for path in (store.root / "entries").iterdir()}
     unfinished = any(path.name in keep - finished for path in (store.root / "work").iterdir())
     kept_scores = {digest[:16] for digest in digests}
+
+    # Each room, by the names in it.
     for room, form in NAMES.items():
         for path in sorted((store.root / room).iterdir()):
             match = form.fullmatch(left_over(path) or path.name)
@@ -94,6 +98,8 @@ def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -
             unnamed = key not in keep if key else digest not in kept_scores if digest else room in ("signals", "data") and not unfinished
             if (torn or unnamed) and not (key and _held(store, key)):
                 doomed.append(path)
+
+    # A folder that holds somebody else's file stays whole.
     foreign = {path: file for path in doomed if (file := _foreign(path))}
     strangers += foreign.values()
     doomed = [path for path in doomed if path not in foreign]
@@ -105,7 +111,10 @@ def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -
 
 def _foreign(path: Path) -> Path | None:
     """The first file in a finished entry or a signal that was not written with it: what holds one stays whole."""
-    table = read_json(path / STAGE_JSON).get("files", {}) if (path / STAGE_JSON).is_file() else None
+    try:
+        table = read_json(path / STAGE_JSON).get("files", {}) if (path / STAGE_JSON).is_file() else None
+    except ValueError:  # damaged: somebody should look at it
+        return path / STAGE_JSON
     for file in sorted(path.rglob("*")) if path.parent.name in ("entries", "signals") else ():
         name = str(file.relative_to(path))
         if path.parent.name == "signals":

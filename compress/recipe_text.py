@@ -70,7 +70,7 @@ def check_override(override: str, where: str = "") -> None:
     if re.search(r"oc\s*\.\s*env", override):
         refuse("the resolver oc.env", place)
     named = override.partition("=")[0].strip().lstrip("~+").strip()
-    refuse_credentials(override, f"{where}{where and ': '}the override of {named}")
+    refuse_credentials(override.replace("\\", ""), f"{where}{where and ': '}the override of {named}")
     parts = [part.strip() for part in re.split(r"[./@:]", named)]
     if "hydra" not in (parts[0], *re.split(r"[./@:]", named.partition("@")[2])):
         return

@@ -101,6 +101,10 @@ def check_ours(path: Path) -> None:
     for folder in slot_folders(path):
         if (weights := folder / "weights").exists() and not weights.is_symlink():
             raise ValueError(f"{weights} holds weights themselves, where a run keeps a link to the store; {move}")
+    for file in path.iterdir():
+        linked = file.is_symlink() and file.is_dir() and SLOT_FOLDER.match(file.name)
+        if linked or (file.is_dir() and OURS.fullmatch(file.name)):
+            raise ValueError(f"{file} is in the way of what a run writes there; {move}")
     bundle = path / "bundle"
     if (bundle.is_symlink() or bundle.exists()) and (stranger := _stranger(bundle)):
         raise ValueError(f"{stranger} was not written with a bundle, and the run would replace {bundle}; {move}")
@@ -221,11 +225,11 @@ class RunDir:
             tracker.finish(code)
 
     def _put_exit(self, code: int) -> None:
-        """Overwrite `null`, which is as long as any exit code, in the run.json that is on the disk."""
+        """Overwrite the exit code, or `null`, in the run.json that is on the disk, where the new one is no longer."""
         with suppress(OSError), (self.path / "run.json").open("r+b") as file:
-            at = file.read().find(before := b'\n "exit": null')
-            if at >= 0:
-                file.seek(at)
-                file.write(f'\n "exit": {code}'.encode().ljust(len(before)))
+            match = re.search(rb'\n "exit": (null|\d+)', file.read())
+            if match and len(said := str(code).encode()) <= len(match[1]):
+                file.seek(match.start(1))
+                file.write(said.ljust(len(match[1])))
                 file.flush()
                 os.fsync(file.fileno())

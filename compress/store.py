@@ -172,9 +172,9 @@ class Store:
             self._share()
 
     def register(self, run: Path) -> None:
-        """Note a run directory, so that `compress gc` finds what it names wherever it is."""
-        path = str(run.resolve())
-        write_json(self.root / "runs" / f"{sha256_json(path)[:32]}.json", {"schema": 1, "run": path})
+        """Note a run directory, so that `compress gc` finds what it names wherever it is, also when both were moved together."""
+        path, root = str(run.resolve()), self.root.resolve()
+        write_json(self.root / "runs" / f"{sha256_json(path)[:32]}.json", {"schema": 1, "run": path, "from_store": os.path.relpath(path, root)})
 
     def entry(self, key: str) -> Path:
         """Where the entry of `key` is or will be."""

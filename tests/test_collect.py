@@ -166,6 +166,26 @@ def test_gc_keeps_what_runs_name_wherever_they_are_and_forgets_those_that_are_go
     assert main([*arguments, "--runs", "nowhere"]) == 2
 
 
+def test_a_store_and_its_runs_may_be_moved_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    filled(tmp_path / "old" / "store").register(run_at(tmp_path / "old" / "out" / "mine", KEYS[0]))
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert main(["gc", "--store", "new/store", "--yes"]) == 0 and entries(tmp_path / "new" / "store") == {KEYS[0]}
+    assert len(list((tmp_path / "new" / "store" / "runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}', '{"run": 5}'])
+def test_a_torn_list_of_runs_keeps_everything(tmp_path, capfd, text):
+    store = filled(tmp_path / "store")
+    store.register(run_at(tmp_path / "far", KEYS[0]))
+    (note,) = (store.root / "runs").iterdir()
+    note.write_text(text)
+    del store
+    before = tree(tmp_path)
+    assert main(["gc", "--store", str(tmp_path / "store"), "--yes"]) == 3
+    assert str(note) in capfd.readouterr().err and tree(tmp_path) == before
+
+
 def test_gc_does_not_empty_a_store_of_which_no_run_is_known(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     filled(tmp_path / "store")

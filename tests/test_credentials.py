@@ -66,6 +66,7 @@ COMMANDS = {
     "a signal's folder": ["run", "smoke", f"stages.heal.signal.path={URLS[0]}"],
     "text": ["run", "smoke", f"data.train=['{URLS[3]}']"],
     "a quoted key of a secret": ["run", "smoke", f"stages.heal.signal.path='{URLS[2]}'"],
+    "an escaped one": ["run", "smoke", URLS[0].join(["stages.heal.signal.path=", ""]).replace(":", "\\:")],
     "a new key": ["run", "smoke", f"+budget.limits.size_bytes={{max: 5, why: '{URLS[0]}'}}"],
     "a teacher": ["run", "smoke", f"teacher={URLS[1]}"],
     "a store": ["run", "smoke", f"store={URLS[1]}"],

@@ -79,6 +79,7 @@ REFUSED = {
         {"run.json": OURS, "00-teacher/record.json": '{"schema": 1, "slot": "teacher", "index": 0}', "00-teacher/weights/a": "1"},
         "holds weights themselves",
     ),
+    "a page that is a folder": ({"run.json": OURS, "report.html/thesis.tex": "mine"}, "report.html is in the way"),
     "a store": ({"store.json": "{}", "entries/a": "1"}, "and no run.json"),
     "a hidden file": ({".profile": "mine"}, "holds .profile and no run.json"),
 }  # fmt: skip
@@ -92,6 +93,16 @@ def test_a_directory_that_is_not_ours_is_refused_and_left_as_it_is(tmp_path, cas
         (tmp_path / "out" / name).write_text(text)
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=message), reserved(tmp_path / "out"):
+        raise AssertionError("work began")
+    assert tree(tmp_path) == before
+
+
+def test_a_link_in_the_place_of_a_slot_is_refused(tmp_path):
+    out = whole(tmp_path / "out", tmp_path / "store").path
+    (out / "00-teacher").rename(tmp_path / "elsewhere")
+    (out / "00-teacher").symlink_to(tmp_path / "elsewhere")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="00-teacher is in the way"), reserved(out):
         raise AssertionError("work began")
     assert tree(tmp_path) == before
 
@@ -236,8 +247,10 @@ def test_a_record_that_no_finished_run_names_is_still_refused(tmp_path):
         load_run(folder.path)
 
 
-def test_a_run_that_ends_by_a_full_disk_says_so_where_it_can(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [None, 0])
+def test_a_run_that_ends_by_a_full_disk_says_so_where_it_can(tmp_path, monkeypatch, before):
     folder = opened(tmp_path / "out", tmp_path / "store")
+    folder.about["exit"] = before  # 0 while the bundle is being written
     add(folder, "teacher", tmp_path / "store" / "entries")
     size = (tmp_path / "out" / "run.json").stat().st_size
 

@@ -212,6 +212,7 @@ def test_a_gguf_has_room_for_three_ends_and_more_that_llama_cpp_knows(tiny_teach
     reloaded = ReloadedGguf(tmp_path / "m.gguf", 1)
     try:
         assert reloaded.eos_ids() == {END, a, b} and all(map(reloaded.ends_at, (END, a, b, known)))
+        assert read_tokenizer(reloaded.fields, tmp_path)["eos_token_id"] == [END, a, b]
     finally:
         reloaded.close()
     edit(folder / "generation_config.json", eos_token_id=[a, b, c, known])

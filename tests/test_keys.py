@@ -1,9 +1,8 @@
-"""Every input changes the key of what depends on it, and nothing else does: weights, signals, scores, exports and text."""
+"""Every input changes the key of weights, and nothing else does; the digest, sources, versions."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +13,13 @@ import torch
 from compress import keys
 from compress.assets import PACKAGE
 from compress.checkpoint import digest, model_of, tokenizer_digest, weights_digest
-from compress.config import Eval, Trainer
-from compress.distill.signal import Scheme, Signals
+from compress.config import Trainer
 from compress.keys import closure, sources_digest, versions_of
-from compress.pipeline import export_inputs
-from compress.score.scorer import Scorer
 from compress.session import Session
 from compress.stages import STAGES
 from compress.stages.ptq import Allocation, GridName, Ptq
-from compress.store import Store, sha256_json
-from compress.train.data import Packed, pack
-from compress.train.written import generated
+from compress.store import sha256_json
+from compress.train.data import Packed
 
 
 @pytest.fixture
@@ -53,16 +48,33 @@ def append(file: Path) -> None:
 
 # ---- what is copied, and sources ----
 
-COPIED = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tools.jinja"]
+COPIED = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tools.jinja",
+]
 
 
 @pytest.mark.parametrize("name", [*COPIED, "config.json", "model.safetensors"])
 def test_the_digest_covers_every_file_that_is_copied(teacher, name):
     before = digest(teacher), tokenizer_digest(teacher), weights_digest(teacher)
     append(teacher / name)
-    whole, tokenizer, weights = (a != b for a, b in zip(before, (digest(teacher), tokenizer_digest(teacher), weights_digest(teacher)), strict=True))
+    whole, tokenizer, weights = (
+        a != b
+        for a, b in zip(
+            before,
+            (digest(teacher), tokenizer_digest(teacher), weights_digest(teacher)),
+            strict=True,
+        )
+    )
     numbers = name in ("config.json", "model.safetensors")
-    assert whole and weights == numbers and tokenizer == (not numbers and name != "generation_config.json")
+    assert (
+        whole
+        and weights == numbers
+        and tokenizer == (not numbers and name != "generation_config.json")
+    )
 
 
 def test_the_digest_does_not_know_where_a_checkpoint_lies_or_what_else_does(teacher, tmp_path):
@@ -73,7 +85,10 @@ def test_the_digest_does_not_know_where_a_checkpoint_lies_or_what_else_does(teac
 
 @pytest.fixture
 def package(tmp_path) -> Path:
-    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.only_types import T\nelse:\n    import house.far\n"
+    typed = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.only_types import T\n"
+    )
+    typed += "else:\n    import house.far\n"
     files = {
         "__init__.py": "", "stage.py": "def run():\n    from house.rooms import formula\n", "typed.py": typed,
         "rooms/__init__.py": "", "rooms/formula.py": "from . import near", "rooms/near.py": "import house.far as f",
@@ -87,22 +102,41 @@ def package(tmp_path) -> Path:
 
 
 def names(package: Path, *files: str) -> set[str]:
-    return {file.relative_to(package).as_posix() for file in closure([package / file for file in files], package)}
+    return {
+        file.relative_to(package).as_posix()
+        for file in closure([package / file for file in files], package)
+    }
 
 
 def test_a_closure_is_what_a_module_reaches_by_its_imports(package):
-    assert names(package, "stage.py") == {"stage.py", "rooms/__init__.py", "rooms/formula.py", "rooms/near.py", "far.py"}
+    assert names(package, "stage.py") == {
+        "stage.py",
+        "rooms/__init__.py",
+        "rooms/formula.py",
+        "rooms/near.py",
+        "far.py",
+    }
     assert names(package, "typed.py") == {"typed.py", "far.py"}
 
 
 @pytest.mark.parametrize(
     ("edited", "changes"),
-    [("stage.py", True), ("rooms/near.py", True), ("far.py", True), ("apart.py", False), ("only_types.py", False), ("typed.py", False)],
+    [
+        ("stage.py", True),
+        ("rooms/near.py", True),
+        ("far.py", True),
+        ("apart.py", False),
+        ("only_types.py", False),
+        ("typed.py", False),
+    ],
 )
 def test_the_sources_digest_follows_what_is_reached(package, tmp_path, edited, changes):
     shutil.copytree(package, tmp_path / "other" / "house")
     append(tmp_path / "other" / "house" / edited)
-    here, there = (sources_digest("house.stage", package=place) for place in (package, tmp_path / "other" / "house"))
+    here, there = (
+        sources_digest("house.stage", package=place)
+        for place in (package, tmp_path / "other" / "house")
+    )
     assert (here != there) == changes
 
 
@@ -110,9 +144,18 @@ def test_a_class_or_a_file_can_be_a_root_of_its_own(package, tmp_path):
     other = tmp_path / "other" / "house"
     shutil.copytree(package, other)
     append(other / "apart.py")
-    (other / "session.py").write_text((other / "session.py").read_text().replace("pass", "title = 1"))
-    for root, same in (("house.session:Text", True), ("house.session:Page", False), ("house.session:", False), ("house.session", False)):
-        assert (sources_digest(root, package=package) == sources_digest(root, package=other)) == same
+    (other / "session.py").write_text(
+        (other / "session.py").read_text().replace("pass", "title = 1")
+    )
+    for root, same in (
+        ("house.session:Text", True),
+        ("house.session:Page", False),
+        ("house.session:", False),
+        ("house.session", False),
+    ):
+        assert (
+            sources_digest(root, package=package) == sources_digest(root, package=other)
+        ) == same
     with pytest.raises(AssertionError, match="has no Nothing"):
         sources_digest("house.session:Nothing", package=package)
 
@@ -122,11 +165,17 @@ def test_a_stages_sources_hold_its_formulas_and_no_report(technique):
     file = PACKAGE / "stages" / f"{STAGES[technique].__module__.rpartition('.')[2]}.py"
     reached = {path.relative_to(PACKAGE).as_posix() for path in closure([file], PACKAGE)}
     assert {"checkpoint.py", "store.py", f"stages/{file.name}"} <= reached
-    assert not any(name.startswith(("report/", "track/")) for name in reached) and "pipeline.py" not in reached
+    assert (
+        not any(name.startswith(("report/", "track/")) for name in reached)
+        and "pipeline.py" not in reached
+    )
 
 
 def test_a_package_that_is_not_there_is_none():
-    assert versions_of("torch", "no-such-package")["no-such-package"] is None and versions_of("torch")["torch"]
+    assert (
+        versions_of("torch", "no-such-package")["no-such-package"] is None
+        and versions_of("torch")["torch"]
+    )
 
 
 # ---- weights ----
@@ -142,7 +191,9 @@ def session_of(teacher: Path) -> SimpleNamespace:
         stages=stages, data=SimpleNamespace(seq_len=32), seed=0, trainer=Trainer(),
         technique=lambda slot: next(name for name, kind in STAGES.items() if type(stages[slot]) is kind),
     )  # fmt: skip
-    return SimpleNamespace(recipe=recipe, teacher=model_of(teacher), text=TEXT, chat=TEXT, precision="fp32", threads=1)
+    return SimpleNamespace(
+        recipe=recipe, teacher=model_of(teacher), text=TEXT, chat=TEXT, precision="fp32", threads=1
+    )
 
 
 def weights_key(session, slot: str = "heal", parent: str = "parent") -> str:
@@ -183,9 +234,13 @@ def test_each_input_changes_the_key_of_weights(opened, monkeypatch, change):
     assert weights_key(opened) != before
 
 
-def test_slot_names_and_what_goes_on_are_no_inputs_but_technique_parent_and_chat_are(opened, monkeypatch):
+def test_slot_names_and_what_goes_on_are_no_inputs_but_technique_parent_and_chat_are(
+    opened, monkeypatch
+):
     before, chat = weights_key(opened), weights_key(opened, "chat")
-    assert weights_key(opened, parent="another") != before and weights_key(opened, "round") != weights_key(opened, "qat")
+    assert weights_key(opened, parent="another") != before and weights_key(
+        opened, "round"
+    ) != weights_key(opened, "qat")
     monkeypatch.setitem(opened.recipe.stages, "other", opened.recipe.stages["heal"])
     assert weights_key(opened, "other") == before
     monkeypatch.setattr(opened, "chat", OTHER)
@@ -194,181 +249,10 @@ def test_slot_names_and_what_goes_on_are_no_inputs_but_technique_parent_and_chat
 
 def test_a_mixture_depends_on_what_the_rest_of_a_gguf_takes(opened, monkeypatch):
     asked = []
-    monkeypatch.setattr("compress.session.sources_digest", lambda *roots: asked.append(roots) or "x")
+    monkeypatch.setattr(
+        "compress.session.sources_digest", lambda *roots: asked.append(roots) or "x"
+    )
     for allocate in (Allocation(), Allocation(file_bytes=10**6)):
         monkeypatch.setattr(opened.recipe.stages["round"], "allocate", allocate)
         weights_key(opened, "round")
     assert "compress.export.gguf" not in asked[0] and "compress.export.gguf" in asked[1]
-
-
-# ---- signals ----
-
-
-def signals_of(teacher, folder, data=TEXT, scheme=None, log=lambda line: None, **changes) -> Signals:
-    how = {"seed": 0, "precision": "fp32", "load": "plain"} | changes
-    return Signals(folder, teacher, data, scheme or Scheme(), log=log, **how)
-
-
-SIGNAL_CHANGES = {
-    "scheme": {"scheme": Scheme("hidden")}, "threshold": {"scheme": Scheme(threshold=0.3)}, "temperature": {"scheme": Scheme(temperature=2.0)},
-    "seed": {"seed": 1}, "precision": {"precision": "bf16"}, "load": {"load": "nf4"},
-}  # fmt: skip
-MADE_WITH = ["sources", "threads", "device", *keys.SIGNALS]
-
-
-@pytest.mark.parametrize("change", [*SIGNAL_CHANGES, "data", "config.json", "tokenizer.json", *MADE_WITH])
-def test_each_input_changes_the_key_of_a_signal(teacher, tmp_path, monkeypatch, change):
-    before = signals_of(teacher, tmp_path).folder
-    assert signals_of(teacher, tmp_path).folder == before
-    changes = SIGNAL_CHANGES.get(change, {})
-    if change == "data":
-        changes = {"data": OTHER}
-    elif change.endswith(".json"):
-        append(teacher / change)
-    elif change == "sources":
-        monkeypatch.setattr("compress.distill.signal.sources_digest", lambda *roots: "another")
-    elif change == "threads":
-        monkeypatch.setattr("torch.get_num_threads", lambda: 77)
-    elif change == "device":
-        monkeypatch.setattr("compress.distill.signal.best_device", lambda: SimpleNamespace(type="cuda"))
-    elif change in keys.SIGNALS:
-        other_version(monkeypatch, change)
-    assert signals_of(teacher, tmp_path, **changes).folder != before
-
-
-def test_ends_are_no_input_of_a_signal_and_a_folder_of_its_own_tells_who_made_it(teacher, tmp_path, monkeypatch):
-    before, told = signals_of(teacher, tmp_path).folder, []
-    append(teacher / "generation_config.json")
-    assert signals_of(teacher, tmp_path).folder == before
-    for _ in range(2):
-        signals_of(teacher, tmp_path / "mine", log=told.append, own_folder=True)
-    assert told == []
-    other_version(monkeypatch, "transformers")
-    signals_of(teacher, tmp_path / "mine", log=told.append, own_folder=True)
-    assert len(told) == 1 and "was made with other versions than here" in told[0]
-
-
-# ---- scores ----
-
-
-def score_key(teacher, folder, runtime="torch", text=TEXT, **settings) -> str:
-    scorer = Scorer(Store(folder / "store"), Eval(**{"tasks": ["grammar"], "open_limit": 1} | settings), {"text": text}, teacher, 1)
-    return sha256_json(scorer.depends(runtime))
-
-
-SETTINGS = {
-    "tasks": ["facts"], "limit": 3, "num_fewshot": 1, "perturbations": ["typos"], "stop_early": True, "batch_size": 4, "context_tokens": 64,
-    "heldout_sequences": 3, "open_prompts": [], "open_limit": 2, "prompt_tokens": 4, "new_tokens": 4, "repeats": 2, "processes": 2,
-    "time_stages": True, "prompt_lengths": [8], "batch_sizes": [2],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", [*SETTINGS, "text", "tokenizer.json", "context", "machine", "sources", *keys.SCORES])
-def test_each_input_changes_the_key_of_scores(teacher, tmp_path, monkeypatch, change):
-    before = score_key(teacher, tmp_path)
-    assert score_key(teacher, tmp_path) == before
-    changes = {change: SETTINGS[change]} if change in SETTINGS else {}
-    if change == "text":
-        changes = {"text": OTHER}
-    elif change == "tokenizer.json":
-        append(teacher / change)
-    elif change == "context":
-        config = json.loads((teacher / "config.json").read_text())
-        (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
-    elif change == "machine":
-        monkeypatch.setattr("compress.machine.describe", lambda threads: {"cpu": "another"})
-    elif change == "sources":
-        monkeypatch.setattr("compress.score.scorer.sources_digest", lambda *roots: "another")
-    elif change in keys.SCORES:
-        other_version(monkeypatch, change)
-    assert score_key(teacher, tmp_path, **changes) != before
-
-
-@pytest.mark.parametrize("runtime", keys.OF_RUNTIME)
-def test_a_runtimes_packages_change_its_scores_alone(teacher, tmp_path, monkeypatch, runtime):
-    before = {name: score_key(teacher, tmp_path, name) for name in keys.OF_RUNTIME}
-    assert len(set(before.values())) == 3
-    for package in keys.OF_RUNTIME[runtime]:
-        with monkeypatch.context() as patch:
-            other_version(patch, package)
-            changed = {name for name in before if score_key(teacher, tmp_path, name) != before[name]}
-        assert changed == {runtime}
-
-
-def test_where_the_tasks_lie_is_no_input_of_scores(teacher, tmp_path):
-    folders = [tmp_path / name for name in ("a", "b")]
-    for folder in folders:
-        folder.mkdir()
-    first, second = (score_key(teacher, tmp_path, data_dir=str(folder)) for folder in folders)
-    assert first == second
-
-
-# ---- exports ----
-
-
-@pytest.mark.parametrize("change", ["name", *COPIED, "config.json", "model.safetensors", "sources", *keys.EXPORTS, "gguf"])
-def test_each_input_changes_the_key_of_an_export(teacher, monkeypatch, change):
-    before, name = sha256_json(export_inputs("gguf:Q4_0", model_of(teacher))), "gguf:Q4_0"
-    if change == "name":
-        name = "gguf:Q8_0"
-    elif (teacher / change).is_file():
-        append(teacher / change)
-    elif change == "sources":
-        monkeypatch.setattr("compress.pipeline.sources_digest", lambda *roots: "another")
-    else:
-        other_version(monkeypatch, change)
-    assert sha256_json(export_inputs(name, model_of(teacher))) != before
-
-
-# ---- text ----
-
-
-def short_texts(folder: Path) -> list[str]:
-    """Two small files to pack."""
-    for name in ("a", "b"):
-        (folder / f"{name}.txt").write_text(f"The {name} river was wide. " * 40)
-    return [str(folder / f"{name}.txt") for name in ("a", "b")]
-
-
-@pytest.mark.parametrize("change", ["seq_len", "chat_labels", "weights", "texts", "tokenizer.json", "chat_template.jinja", *keys.TEXT])
-def test_each_input_packs_text_again(teacher, tmp_path, monkeypatch, change):
-    sources = short_texts(tmp_path)
-    before = {"seq_len": 32, "weights": [1.0, 1.0], "chat_labels": "all"}
-    pack(sources, teacher, cache_dir=tmp_path / "data", **before)
-    pack(sources, teacher, cache_dir=tmp_path / "data", **before)
-    assert len(list((tmp_path / "data").iterdir())) == 1
-    if (teacher / change).is_file():
-        append(teacher / change)
-    elif change in keys.TEXT:
-        other_version(monkeypatch, change)
-    else:
-        before |= {"seq_len": {"seq_len": 33}, "chat_labels": {"chat_labels": "answers"}, "weights": {"weights": [1.0, 2.0]}}.get(change, {})
-        sources = sources[::-1] if change == "texts" else sources
-    pack(sources, teacher, cache_dir=tmp_path / "data", **before)
-    assert len(list((tmp_path / "data").iterdir())) == 2
-
-
-def test_a_texts_digest_is_of_what_came_out(teacher, tmp_path, monkeypatch):
-    sources = short_texts(tmp_path)
-    first = pack(sources, teacher, 32, tmp_path / "data")
-    other_version(monkeypatch, "transformers")
-    assert pack(sources, teacher, 32, tmp_path / "data").digest == first.digest
-    assert pack(sources, teacher, 32, tmp_path / "data", packing="documents").digest != first.digest
-    assert pack(sources, teacher, 16, tmp_path / "data").digest != first.digest
-
-
-@pytest.mark.parametrize("change", ["count", "tokens", "model.safetensors", "tokenizer.json", "chat_template.jinja", *keys.TEXT])
-def test_each_input_lets_the_teacher_write_again(teacher, tmp_path, monkeypatch, change):
-    monkeypatch.setattr("compress.train.written._continue_all", lambda part, *rest: part.write_text('"text"\n'))
-
-    def write(source="generated:2x8:given"):
-        generated(source, teacher, tmp_path / "data", lambda line: None, lambda name: ["one text", "another"])
-        return len(list((tmp_path / "data").glob("generated-*.jsonl")))
-
-    (tmp_path / "data").mkdir()
-    assert write() == write() == 1
-    if (teacher / change).is_file():
-        append(teacher / change)
-    elif change in keys.TEXT:
-        other_version(monkeypatch, change)
-    assert write({"count": "generated:1x8:given", "tokens": "generated:2x9:given"}.get(change, "generated:2x8:given")) == 2

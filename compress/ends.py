@@ -95,20 +95,22 @@ def in_files(checkpoint: Path) -> dict[str, list[int]]:
     found = {}
     for name in (CONFIG, GENERATION):
         file = checkpoint / name
-        about = read_json(file) if file.is_file() else {}
-        inner = about.get("text_config")
-        value = about.get(KEY, inner.get(KEY) if isinstance(inner, dict) else None)
-        if ids := as_ids(value, file):
+        if file.is_file() and (ids := as_ids(_value(file, KEY), file)):
             found[name] = ids
     return found
 
 
 def _rows(checkpoint: Path) -> int:
     """Rows of the model's head as config.json says, 0 where it does not."""
-    about = read_json(checkpoint / CONFIG) if (checkpoint / CONFIG).is_file() else {}
-    inner = about.get("text_config")
-    rows = about.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else 0)
+    rows = _value(checkpoint / CONFIG, "vocab_size") if (checkpoint / CONFIG).is_file() else 0
     return rows if type(rows) is int else 0
+
+
+def _value(file: Path, key: str) -> Any:
+    """A key of a configuration, or of the text model's inside a multimodal one."""
+    about = read_json(file)
+    inner = about.get("text_config")
+    return inner.get(key) if about.get(key) is None and isinstance(inner, dict) else about.get(key)
 
 
 def is_special(tokenizer: Any, *ids: int) -> bool:

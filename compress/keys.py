@@ -41,7 +41,7 @@ def _version(package: str) -> str | None:
 
 
 def token_inputs(teacher: Path) -> dict[str, Any]:
-    """What ids of a text depend on: the teacher's tokenizer and templates, and what applies them."""
+    """What ids of a text depend on: tokenizer and templates of a teacher, and what applies them."""
     return {"tokenizer": tokenizer_digest(teacher), "versions": versions_of(*TEXT)}
 
 

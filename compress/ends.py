@@ -1,10 +1,12 @@
-"""At which tokens a model's text ends: one answer, for generation, for the proof of files and for every export alike.
+"""At which tokens a text ends: one answer, for generation, proof and every export alike.
 
-A checkpoint says it in up to four places, and in practice they differ: config.json, generation_config.json (often with one more), the
-tokenizer's end token, and the token that closes a turn in the chat template. Text ends at any of them: the ends are their union.
+A checkpoint says it in up to four places, and in practice they differ: config.json,
+generation_config.json (often with one more), the tokenizer's end token, and the token that closes
+a turn in the chat template. Text ends at any of them: the ends are their union.
 
-What can't be meant is refused with the file that says it: an id that the model or the tokenizer does not have, and a file that names
-ordinary words alone, at which texts would end in the middle of a sentence. No end anywhere is refused too: texts would go on for ever.
+What can't be meant is refused with the file that says it: an id that the model does not have, and
+a file that names ordinary words alone, at which texts would end in the middle of a sentence. No
+end anywhere is refused too: texts would go on for ever.
 """
 
 from collections.abc import Sequence
@@ -14,15 +16,23 @@ from typing import Any
 from compress.doors import read_json
 
 KEY = "eos_token_id"
-CONFIG, GENERATION, TOKENIZER, TEMPLATE = "config.json", "generation_config.json", "the tokenizer's eos_token", "the chat template"
+CONFIG, GENERATION, TOKENIZER, TEMPLATE = (
+    "config.json",
+    "generation_config.json",
+    "the tokenizer's eos_token",
+    "the chat template",
+)
 _ANSWER = "Certainly"  # of the turn that is rendered to see what closes it
 
 
 def as_ids(value: Any, where: object) -> list[int]:
-    """Token ids of an `eos_token_id`, which may be none, one or a list. ValueError that begins with `where` for anything else."""
+    """Token ids of an `eos_token_id`: none, one or a list. ValueError that begins with `where`."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(i) is not int or i < 0 for i in ids):
-        raise ValueError(f"{where}: {KEY} {value!r} is neither a token id nor a list of them; give whole numbers from 0")
+        raise ValueError(
+            f"{where}: {KEY} {value!r} is neither a token id nor a list of them; "
+            "give whole numbers from 0"
+        )
     return list(dict.fromkeys(ids))
 
 
@@ -32,9 +42,10 @@ def as_value(ids: Sequence[int]) -> int | list[int]:
 
 
 def end_ids(checkpoint: Path, tokenizer: Any = None) -> list[int]:
-    """Where texts of a checkpoint directory end: the tokenizer's own end first, the others in ascending order.
+    """Where texts of a checkpoint directory end: the tokenizer's own end, then others, ascending.
 
-    `tokenizer`: its HF tokenizer, loaded where it is not given. ValueError naming the file whose ends can't be, or no end anywhere.
+    `tokenizer`: its HF tokenizer, loaded where it is not given. ValueError naming the file whose
+    ends can't be, or no end anywhere.
     """
     if tokenizer is None:
         from compress.checkpoint import load_tokenizer
@@ -43,50 +54,63 @@ def end_ids(checkpoint: Path, tokenizer: Any = None) -> list[int]:
     ids = {i for place in stated(checkpoint, tokenizer).values() for i in place}
     if not ids:
         places = f"{CONFIG}, {GENERATION}, tokenizer and chat template"
-        raise ValueError(f"{checkpoint} has no EOS token in {places}, so texts would never end; set eos_token in tokenizer_config.json")
+        raise ValueError(
+            f"{checkpoint} has no EOS token in {places}, so texts would never end; "
+            "set eos_token in tokenizer_config.json"
+        )
     return sorted(ids, key=lambda i: (i != tokenizer.eos_token_id, i))
 
 
 def stated(checkpoint: Path, tokenizer: Any) -> dict[str, list[int]]:
-    """Place -> the ids that it names as ends, of the places that name any. ValueError as `end_ids`."""
+    """Place -> the ids that it names as ends, where it names any. ValueError as `end_ids`."""
     files, rows = in_files(checkpoint), _rows(checkpoint)
     own, closing = tokenizer.eos_token_id, turn_end(tokenizer)
-    places = files | {name: [i] for name, i in ((TOKENIZER, own), (TEMPLATE, closing)) if i is not None}
+    places = files | {
+        name: [i] for name, i in ((TOKENIZER, own), (TEMPLATE, closing)) if i is not None
+    }
 
     # Ids that the model does not have.
     for name, ids in places.items():
         if rows and max(ids) >= rows:
             where = checkpoint / name if name in files else f"{checkpoint}: {name}"
-            raise ValueError(f"{where} ends texts at id {max(ids)}, and the model has ids up to {rows - 1}; give an end that it has")
+            raise ValueError(
+                f"{where} ends texts at id {max(ids)}, and the model has ids up to {rows - 1}; "
+                "give an end that it has"
+            )
 
     # Ids that are words.
     for name, ids in files.items():
         if not is_special(tokenizer, *ids):
             words = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in ids)
-            what = f"{KEY} {words} is ordinary text to the tokenizer, and texts would end in the middle"
-            raise ValueError(f"{checkpoint / name}: {what}; name the tokenizer's end tokens there, or take {KEY} out")
+            what = f"{KEY} {words} is ordinary text to the tokenizer; texts would end in the middle"
+            raise ValueError(
+                f"{checkpoint / name}: {what}. Name the tokenizer's end tokens there, "
+                f"or take {KEY} out"
+            )
     return places
 
 
 def in_files(checkpoint: Path) -> dict[str, list[int]]:
-    """config.json and generation_config.json -> the ids that they name as ends, where they name any. ValueError as `as_ids`."""
+    """The ids that config.json and generation_config.json name as ends. ValueError as `as_ids`."""
     found = {}
     for name in (CONFIG, GENERATION):
         file = checkpoint / name
-        about = read_json(file) if file.is_file() else {}
-        inner = about.get("text_config")
-        value = about.get(KEY, inner.get(KEY) if isinstance(inner, dict) else None)
-        if ids := as_ids(value, file):
+        if file.is_file() and (ids := as_ids(_value(file, KEY), file)):
             found[name] = ids
     return found
 
 
 def _rows(checkpoint: Path) -> int:
     """Rows of the model's head as config.json says, 0 where it does not."""
-    about = read_json(checkpoint / CONFIG) if (checkpoint / CONFIG).is_file() else {}
-    inner = about.get("text_config")
-    rows = about.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else 0)
+    rows = _value(checkpoint / CONFIG, "vocab_size") if (checkpoint / CONFIG).is_file() else 0
     return rows if type(rows) is int else 0
+
+
+def _value(file: Path, key: str) -> Any:
+    """A key of a configuration, or of the text model's inside a multimodal one."""
+    about = read_json(file)
+    inner = about.get("text_config")
+    return inner.get(key) if about.get(key) is None and isinstance(inner, dict) else about.get(key)
 
 
 def is_special(tokenizer: Any, *ids: int) -> bool:
@@ -95,23 +119,33 @@ def is_special(tokenizer: Any, *ids: int) -> bool:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The special token that closes an answer in the chat template; None without a template, or where it closes with no such token."""
+    """The special token that closes an answer in the chat template; None where there is none."""
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        before, said, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_ANSWER)
-    except Exception:  # a template is a program: it may raise anything, and is refused where it is used
+        before, said, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(
+            _ANSWER
+        )
+    except (
+        Exception
+    ):  # a template is a program: it may raise anything, and is refused where it is used
         return None
-    ids = tokenizer(behind.lstrip(), add_special_tokens=False, verbose=False)["input_ids"] if said else []
+    ids = (
+        tokenizer(behind.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+        if said
+        else []
+    )
     token = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
-    if token is None or not token.special or before.rstrip().endswith(token.content):  # the last: it opens answers as well
+    if (
+        token is None or not token.special or before.rstrip().endswith(token.content)
+    ):  # the last: it opens answers as well
         return None
     return int(ids[0])
 
 
 def obey(model: Any, checkpoint: Path, tokenizer: Any = None) -> set[int]:
-    """Let a transformers model of the directory `checkpoint` end its texts where `end_ids` says, and return that."""
+    """Let a transformers model of the directory `checkpoint` end at `end_ids`; returns them."""
     ids = end_ids(checkpoint, tokenizer)
     model.generation_config.eos_token_id = ids
     return set(ids)

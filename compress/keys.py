@@ -1,7 +1,8 @@
-"""What a result depends on besides its inputs: our own sources, and the versions of the packages that compute it.
+"""What a result depends on besides its inputs: our sources, and versions of what computes it.
 
-A key that leaves one of them out serves old numbers as new ones; a key that takes in more makes everything again for nothing. So sources
-are those that a module can reach by its imports, and packages are listed for each kind of result.
+A key that leaves one out serves old numbers as new ones; a key that takes in more makes everything
+again for nothing. So sources are those that a module can reach by its imports, and packages are
+listed for each kind of result.
 """
 
 import ast
@@ -28,7 +29,7 @@ OF_RUNTIME: dict[str, tuple[str, ...]] = {  # besides SCORES
 
 
 def versions_of(*packages: str) -> dict[str, str | None]:
-    """Package -> its installed version; None where it is not installed, which decides results too."""
+    """Package -> its version; None where it is not installed, which decides results too."""
     return {package: _version(package) for package in packages}
 
 
@@ -40,20 +41,20 @@ def _version(package: str) -> str | None:
 
 
 def token_inputs(teacher: Path) -> dict[str, Any]:
-    """What the token ids of a text depend on, in a teacher's tokens: tokenizer, chat templates, and what applies them."""
+    """What ids of a text depend on: tokenizer and templates of a teacher, and what applies them."""
     return {"tokenizer": tokenizer_digest(teacher), "versions": versions_of(*TEXT)}
 
 
 def author_inputs(teacher: Path) -> list[Any]:
-    """What a text that a teacher writes depends on, of the teacher: all its files, and what turns them into prompts."""
+    """What a teacher's own text depends on: all its files, and what makes prompts of them."""
     return [digest(teacher), versions_of(*TEXT)]
 
 
 def sources_digest(*roots: str, package: Path = PACKAGE) -> str:
-    """sha256 over the package's sources that `roots` reach by their imports: a changed formula never reuses old results.
+    """sha256 over the package's sources that `roots` reach by their imports.
 
-    A root is a module, followed through its imports; `MODULE:` is that file alone, `MODULE:NAME` one class or function of it.
-    AssertionError when there is no such module or name.
+    A root is a module, followed through its imports; `MODULE:` is that file alone, `MODULE:NAME`
+    one class or function of it. AssertionError when there is no such module or name.
     """
     return _digest(roots, package)
 
@@ -75,7 +76,10 @@ def _digest(roots: tuple[str, ...], package: Path) -> str:
 
 
 def closure(files: list[Path], package: Path) -> list[Path]:
-    """`files` of a package and all its files that they import, directly or not, in name order; without `if TYPE_CHECKING` blocks."""
+    """`files` of a package and those of it that they import, directly or not, in name order.
+
+    What is imported for type checkers alone does not count.
+    """
     reached, waiting = set[Path](), list(files)
     while waiting:
         if (file := waiting.pop()) not in reached:
@@ -87,13 +91,15 @@ def closure(files: list[Path], package: Path) -> list[Path]:
 @cache
 def _neighbours(file: Path, package: Path) -> list[Path]:
     """The package's files that one of them imports."""
-    module = ".".join(file.relative_to(package.parent).with_suffix("").parts)  # NAME.__init__ of a package: one level up is itself
+    module = ".".join(
+        file.relative_to(package.parent).with_suffix("").parts
+    )  # NAME.__init__ of a package: one level up is itself
     names = _imported(ast.parse(file.read_bytes()), module)
     return [place for place in (_file(name, package) for name in names) if place]
 
 
 def _imported(tree: ast.AST, module: str) -> Iterator[str]:
-    """Names that a module's source imports, absolute: of `from a import b` both a and a.b, since b may be a module."""
+    """Absolute names that a module imports: of `from a import b` both, since b may be a module."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             yield from _imported(ast.Module(node.orelse, []), module)

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from compress.assets import configs_dir, recipes_dir
 from compress.config import register, schema_named
-from compress.errors import ConfigError, nearest
+from compress.errors import ConfigError, nearest, refuse_credentials
 from compress.recipe_text import ALLOWED_HYDRA, check_override, own_folder, refuse
 
 FLAGS = (  # of Hydra's; its argparse would take any abbreviation of these, and of those that choose another file
@@ -52,65 +52,6 @@ def recipe_names(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-<<<<<<< HEAD
-=======
-def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every key of nested dicts and lists."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        here = f"{path}.{key}" if path else str(key)
-        yield here, value
-        yield from _walk(value, here)
-
-
-def _refuse(what: str, where: object) -> None:
-    raise ConfigError(
-        f"{where} holds {what}; a recipe is data and can't name code, the environment or Hydra's internals. "
-        f"Allowed below hydra: {', '.join(ALLOWED_HYDRA)}"
-    )
-
-
-def check_text(text: str, where: object) -> None:
-    """Refuse what Hydra or OmegaConf could execute, in one YAML document. ConfigError naming the file and the key."""
-    header = re.search(r"^\s*#\s*@package\s+(\S+)", text, re.MULTILINE)
-    if header and header.group(1).split(".")[0] == "hydra":
-        _refuse("the package hydra", where)
-    if re.search(r"oc\s*\.\s*env", text):
-        _refuse("the resolver oc.env", where)
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {error}") from error
-    for path, value in _walk(tree):
-        refuse_credentials(value if isinstance(value, str) else "", f"{where}, key {path}")
-        first, *rest = path.split(".")
-        below = ".".join(rest)
-        if "_target_" in (first, *rest):
-            _refuse("_target_", f"{where}, key {path}")
-        if first == "defaults" and rest:
-            entry = value if isinstance(value, str) and rest[-1].isdigit() else below
-            if re.search(r"(^|[\s/.@])hydra([/.@]|$)", entry):
-                _refuse(f"the defaults entry {entry!r}", where)
-        allowed = any(f"{rule}.".startswith(f"{below}.") or below.startswith(f"{rule}.") for rule in ALLOWED_HYDRA)
-        if first == "hydra" and rest and not allowed:
-            _refuse(f"the key {path}", where)
-
-
-def check_override(override: str) -> None:
-    """Refuse an override of the command line that Hydra could execute."""
-    if "_target_" in override:
-        _refuse("_target_", f"override {override!r}")
-    if re.search(r"oc\s*\.\s*env", override):
-        _refuse("the resolver oc.env", f"override {override!r}")
-    match = OVERRIDE.match(override)
-    key = match["key"].strip() if match else override
-    refuse_credentials(override.replace("\\", ""), f"the override of {key}")
-    hydra = re.split(r"[./@]", key)[0] == "hydra" or "@hydra" in override.split("=")[0]
-    if hydra and key.removeprefix("hydra.") not in ALLOWED_HYDRA and not key.startswith("hydra.sweeper.params."):
-        _refuse(f"the key {key}", f"override {override!r}")
-
-
->>>>>>> 821fe6b9df6a763e421d270031df75cf36a48a62
 def check_arguments(recipe: str, arguments: list[str]) -> tuple[Path, Path | None]:
     """Refuse an unknown recipe, executable content and refused flags before Hydra starts.
 
@@ -196,7 +137,6 @@ def _in_time(recipe: str) -> Iterator[None]:
     if timed:
         signal.setitimer(signal.ITIMER_REAL, COMPOSE_SECONDS)
     try:
-<<<<<<< HEAD
         yield
     except RecursionError as error:
         raise ConfigError(f"recipe {recipe!r} goes round in a circle, in its defaults or interpolations, or is nested too deep") from error
@@ -276,18 +216,11 @@ def _check_composed(folder: Path, recipe: str, overrides: list[str], own: Path |
                 composed.pop("hydra")
             try:
                 OmegaConf.to_object(composed)
+                refuse_credentials(OmegaConf.to_container(composed, resolve=True), "")
             except OmegaConfBaseException:
                 raise
             except ValueError as error:  # a dataclass's own check; OmegaConf appends where it happened
                 raise ConfigError(str(error).partition("\n    full_key")[0]) from error
-=======
-        OmegaConf.to_object(program)
-        refuse_credentials(OmegaConf.to_container(program, resolve=True), "")
-    except OmegaConfBaseException:
-        raise
-    except ValueError as error:  # a dataclass's own check; OmegaConf appends where it happened
-        raise ConfigError(str(error).partition("\n    full_key")[0]) from error
->>>>>>> 821fe6b9df6a763e421d270031df75cf36a48a62
 
 
 def explain(error: Exception) -> str:

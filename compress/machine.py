@@ -4,15 +4,16 @@ import os
 import platform
 import re
 import subprocess
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import transformers
 
 from compress import __version__
 from compress.assets import PACKAGE
+from compress.keys import OF_RUNTIME, SCORES, WEIGHTS, versions_of
 
 
 def available_threads() -> int:
@@ -36,8 +37,9 @@ def fast_dtype() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
-    return {"compress": __version__, "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    """Versions of the packages that numbers depend on, as far as they are installed."""
+    known = versions_of(*WEIGHTS, *SCORES, *chain.from_iterable(OF_RUNTIME.values()))
+    return {"compress": __version__, "python": platform.python_version()} | {name: found for name, found in known.items() if found}
 
 
 def git_sha() -> str:

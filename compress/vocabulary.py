@@ -1,7 +1,8 @@
-"""Whether two models mean the same by a token id. Only then can one be scored, compared or taught in the other's tokens.
+"""Whether two models mean the same by a token id: else one can't be scored in the other's tokens.
 
-Compared are the token of every id, added and special ones included, and the rules by which text becomes tokens: merges of BPE, scores of
-Unigram. Chat templates, ends and padding may differ: they change what a model is asked, not what an id means.
+Compared are the token of every id, added and special ones included, and the rules by which text
+becomes tokens: merges of BPE, scores of Unigram. Chat templates, ends and padding may differ: they
+change what a model is asked, not what an id means.
 """
 
 import json
@@ -38,7 +39,11 @@ def of_gguf(file: Path) -> Vocabulary:
     fields = read_fields(file)[0]
     tokens = fields.get("tokenizer.ggml.tokens", [])
     kinds = fields.get("tokenizer.ggml.token_type", [0] * len(tokens))
-    named = {i: token for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind != UNUSED and token != f"[PAD{i}]"}
+    named = {
+        i: token
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind != UNUSED and token != f"[PAD{i}]"
+    }
     return Vocabulary(named, [_merge(rule) for rule in fields.get("tokenizer.ggml.merges", [])])
 
 
@@ -48,15 +53,18 @@ def _merge(rule: Any) -> tuple[Any, ...]:
 
 
 def difference(mine: Vocabulary, other: Vocabulary) -> str:
-    """The first id, or else the first rule, in which two vocabularies differ, as words; "" where they don't."""
+    """The first id, or else rule, in which two vocabularies differ, as words; "" for none."""
     for i in sorted(mine.tokens.keys() | other.tokens.keys()):
         if mine.tokens.get(i) != other.tokens.get(i):
-            here, there = (repr(side.tokens[i]) if i in side.tokens else "no token" for side in (mine, other))
+            here, there = (
+                repr(side.tokens[i]) if i in side.tokens else "no token" for side in (mine, other)
+            )
             return f"id {i} is {here} in the one and {there} in the other"
     if mine.rules and other.rules:
         for number, rules in enumerate(zip_longest(mine.rules, other.rules), 1):
             if rules[0] != rules[1]:
-                return f"rule {number} is {_words(rules[0])} in the one and {_words(rules[1])} in the other"
+                here, there = map(_words, rules)
+                return f"rule {number} is {here} in the one and {there} in the other"
     return ""
 
 
@@ -65,19 +73,28 @@ def _words(rule: tuple[Any, ...] | None) -> str:
 
 
 def check_same(model: Model, tokenizer_dir: Path) -> list[str]:
-    """Refuse a model whose ids mean something else than in the checkpoint directory `tokenizer_dir`; what else differs, as sentences.
+    """Refuse a model whose ids mean something else than those of the directory `tokenizer_dir`.
 
+    Returns what else differs, as sentences.
     ValueError naming the first differing id.
     """
     if model.path.is_dir() and tokenizer_digest(model.path) == tokenizer_digest(tokenizer_dir):
         return []
     theirs = load_tokenizer(tokenizer_dir)
     ours = load_tokenizer(model.path) if model.path.is_dir() else None
-    if told := difference(of_tokenizer(ours) if ours else of_gguf(model.path), of_tokenizer(theirs)):
+    if told := difference(
+        of_tokenizer(ours) if ours else of_gguf(model.path), of_tokenizer(theirs)
+    ):
         next_step = "give the teacher whose tokens the model was made for, with --teacher"
-        raise ValueError(f"{model.path} and {tokenizer_dir} have different tokenizers: {told}, so scores in these ids mean nothing; {next_step}")
+        raise ValueError(
+            f"{model.path} and {tokenizer_dir} have different tokenizers: {told}, "
+            f"so scores in these ids mean nothing; {next_step}"
+        )
     if ours is None:
         return []
     facts = {"chat template": "chat_template", "end token": "eos_token", "first token": "bos_token"}
     differing = [name for name, key in facts.items() if getattr(ours, key) != getattr(theirs, key)]
-    return [f"{model.path} has the teacher's tokens, and another {name}: each model is asked by its own" for name in differing]
+    return [
+        f"{model.path} has the teacher's tokens, and another {name}: each model is asked by its own"
+        for name in differing
+    ]

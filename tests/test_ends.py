@@ -1,4 +1,4 @@
-"""Where a text ends: one answer from four places, the same in generation, proof and every export."""
+"""Where a text ends: one answer from four places, for generation, proof and every export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
-from compress.checkpoint import copy_beside, digest, load_model, load_tokenizer, model_of, save_model
+from compress.checkpoint import (
+    copy_beside,
+    digest,
+    load_model,
+    load_tokenizer,
+    model_of,
+    save_model,
+)
 from compress.ends import as_ids, end_ids, in_files, obey, stated, turn_end
 from compress.export.compressed_tensors import ReloadedDirectory, export_compressed_tensors
 from compress.export.gguf import ReloadedGguf, export_gguf, read_fields
@@ -33,7 +40,14 @@ def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps(about))
 
 
-def variant(teacher: Path, out: Path, config=END, generation=END, tokenizer="<|im_end|>", template: str | None = None) -> Path:
+def variant(
+    teacher: Path,
+    out: Path,
+    config=END,
+    generation=END,
+    tokenizer="<|im_end|>",
+    template: str | None = None,
+) -> Path:
     """The tiny teacher with other ends; `...` leaves a key, or the file, out."""
     shutil.copytree(teacher, out)
     edit(out / "config.json", eos_token_id=config)
@@ -51,19 +65,33 @@ def variant(teacher: Path, out: Path, config=END, generation=END, tokenizer="<|i
     [
         ({}, [END]),
         ({"generation": [END, PAD]}, [END, PAD]),  # Qwen2.5-Instruct
-        ({"config": PAD, "generation": PAD}, [END, PAD]),  # tuned, with the base model's configuration
+        (
+            {"config": PAD, "generation": PAD},
+            [END, PAD],
+        ),  # tuned, with the base model's configuration
         ({"config": None, "generation": ...}, [END]),
-        ({"config": ..., "generation": ..., "template": ""}, [END]),  # a base model: its tokenizer alone
+        (
+            {"config": ..., "generation": ..., "template": ""},
+            [END],
+        ),  # a base model: its tokenizer alone
         ({"config": [END, PAD], "generation": [PAD, START]}, [END, PAD, START]),
-        ({"tokenizer": "<|endoftext|>", "config": PAD, "generation": PAD}, [PAD, END]),  # only the template closes with it
+        (
+            {"tokenizer": "<|endoftext|>", "config": PAD, "generation": PAD},
+            [PAD, END],
+        ),  # only the template closes with it
         ({"tokenizer": ..., "config": [PAD], "generation": ..., "template": ""}, [PAD]),
         ({"config": 300, "generation": [300, END]}, None),
     ],
 )
-def test_ends_are_the_union_of_four_places_the_tokenizers_first(tiny_teacher, tmp_path, ends, expected):
+def test_ends_are_the_union_of_four_places_the_tokenizers_first(
+    tiny_teacher, tmp_path, ends, expected
+):
     folder = variant(tiny_teacher, tmp_path / "m", **ends)
     if expected is None:
-        with pytest.raises(ValueError, match=r"config.json: eos_token_id 300 \(.*\) is ordinary text to the tokenizer"):
+        with pytest.raises(
+            ValueError,
+            match=r"config.json: eos_token_id 300 \(.*\) is ordinary text to the tokenizer",
+        ):
             end_ids(folder)
     else:
         assert end_ids(folder) == expected
@@ -74,16 +102,24 @@ def test_ends_are_the_union_of_four_places_the_tokenizers_first(tiny_teacher, tm
     [
         ({"config": 512}, r"config.json ends texts at id 512, and the model has ids up to 511"),
         ({"generation": [END, 700]}, r"generation_config.json ends texts at id 700"),
-        ({"generation": "<|im_end|>"}, r"generation_config.json: eos_token_id '<\|im_end\|>' is neither a token id nor a list"),
+        (
+            {"generation": "<|im_end|>"},
+            r"generation_config.json: eos_token_id '<\|im_end\|>' is neither a token id nor a list",
+        ),
         ({"config": [END, -1]}, r"config.json: eos_token_id \[2, -1\] is neither"),
         ({"config": True}, r"config.json: eos_token_id True is neither"),
         ({"generation": [[2]]}, r"generation_config.json: eos_token_id \[\[2\]\] is neither"),
         ({"generation": 40}, r"generation_config.json: eos_token_id 40 \(.*\) is ordinary text"),
         ({"tokenizer": "<|new|>"}, r"the tokenizer's eos_token ends texts at id 512"),
-        ({"config": ..., "generation": ..., "tokenizer": ..., "template": ""}, "has no EOS token in config.json, generation_config.json, tokenizer"),
+        (
+            {"config": ..., "generation": ..., "tokenizer": ..., "template": ""},
+            "has no EOS token in config.json, generation_config.json, tokenizer",
+        ),
     ],
 )
-def test_ends_that_can_not_be_are_refused_when_the_teacher_is_opened(tiny_teacher, tmp_path, ends, message):
+def test_ends_that_can_not_be_are_refused_when_the_teacher_is_opened(
+    tiny_teacher, tmp_path, ends, message
+):
     folder = variant(tiny_teacher, tmp_path / "m", **ends)
     with pytest.raises(ValueError, match=message):
         open_teacher(str(folder), None, Store(tmp_path / "store"), lambda line: None)
@@ -102,13 +138,18 @@ def test_a_tokenizer_without_an_end_gets_the_models(tiny_teacher, tmp_path):
         (CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", END),
         ("", None),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
-        ("{% for m in messages %}<|im_start|>{{ m.content }}<|im_start|>{% endfor %}", None),  # opens turns as well
+        (
+            "{% for m in messages %}<|im_start|>{{ m.content }}<|im_start|>{% endfor %}",
+            None,
+        ),  # opens turns as well
         ("{% for m in messages %}{{ m.content }} the end<|im_end|>{% endfor %}", None),
         ("{{ raise_exception('never') }}", None),
         ("nothing of what was said", None),
     ],
 )
-def test_the_templates_end_is_the_special_token_that_closes_an_answer(tiny_teacher, template, closing):
+def test_the_templates_end_is_the_special_token_that_closes_an_answer(
+    tiny_teacher, template, closing
+):
     tokenizer = load_tokenizer(tiny_teacher)
     tokenizer.chat_template = template
     assert turn_end(tokenizer) == closing
@@ -127,15 +168,23 @@ def test_ends_of_a_multimodal_wrapper_are_its_text_models(tmp_path):
 def quantized(request, tiny_teacher, tmp_path_factory) -> Path:
     """A Q4_0 student of teachers whose files disagree."""
     folder = tmp_path_factory.mktemp(request.param)
-    ends = {"instruct": {"generation": [END, PAD]}, "base_tuned": {"config": PAD, "generation": PAD}, "config_none": {"config": None}}
-    Ptq(grid=GridName.q4_0).run(variant(tiny_teacher, folder / "teacher", **ends[request.param]), folder / "hf", None)
+    ends = {
+        "instruct": {"generation": [END, PAD]},
+        "base_tuned": {"config": PAD, "generation": PAD},
+        "config_none": {"config": None},
+    }
+    Ptq(grid=GridName.q4_0).run(
+        variant(tiny_teacher, folder / "teacher", **ends[request.param]), folder / "hf", None
+    )
     return folder / "hf"
 
 
 def test_a_student_ends_where_its_teacher_does_whatever_reads_it(quantized):
     ends = end_ids(quantized.parent / "teacher")
     assert set(end_ids(quantized)) == set(ends)
-    assert set(load_model(quantized).generation_config.eos_token_id if len(ends) > 1 else [END]) == set(ends)
+    assert set(
+        load_model(quantized).generation_config.eos_token_id if len(ends) > 1 else [END]
+    ) == set(ends)
     assert set(stated(quantized, load_tokenizer(quantized))["config.json"]) == set(ends)
 
 
@@ -144,9 +193,16 @@ def test_every_export_ends_where_its_checkpoint_does(quantized, tmp_path):
     export_compressed_tensors(quantized, tmp_path / "packed")
     export_gguf(quantized, tmp_path / "m.gguf", "Q4_0")
     export_onnx(quantized, tmp_path / "onnx")
-    for reloaded in (ReloadedDirectory(tmp_path / "packed", 1), ReloadedGguf(tmp_path / "m.gguf", 1)):
+    for reloaded in (
+        ReloadedDirectory(tmp_path / "packed", 1),
+        ReloadedGguf(tmp_path / "m.gguf", 1),
+    ):
         try:
-            assert reloaded.eos_ids() == ends and all(map(reloaded.ends_at, ends)) and not reloaded.ends_at(50)
+            assert (
+                reloaded.eos_ids() == ends
+                and all(map(reloaded.ends_at, ends))
+                and not reloaded.ends_at(50)
+            )
             assert _ends_agree(quantized, tokenizer, reloaded)
         finally:
             reloaded.close()
@@ -184,8 +240,16 @@ def with_special(teacher: Path, out: Path, names: list[str]) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = load_tokenizer(teacher)
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    tokenizer.add_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True
+    )
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=(len(tokenizer) + 31) // 32 * 32, **shape))
     save_model(model, out, tokenizer_from=out)
     tokenizer.save_pretrained(out)
@@ -196,9 +260,14 @@ def test_llama_cpp_ends_at_the_tokens_that_it_is_said_to_know_by_name(tiny_teach
     names = sorted(ENDS_BY_NAME)
     folder = with_special(tiny_teacher, tmp_path / "m", [*names, "<|other|>"])
     export_gguf(folder, tmp_path / "m.gguf", "F16")
-    tokenizer, llama = load_tokenizer(folder), LlamaCpp(tmp_path / "m.gguf", 1, 32, 1, embedding=False)
+    tokenizer, llama = (
+        load_tokenizer(folder),
+        LlamaCpp(tmp_path / "m.gguf", 1, 32, 1, embedding=False),
+    )
     try:
-        assert [name for name in names if not llama.ends_at(tokenizer.convert_tokens_to_ids(name))] == []
+        assert [
+            name for name in names if not llama.ends_at(tokenizer.convert_tokens_to_ids(name))
+        ] == []
         assert not llama.ends_at(tokenizer.convert_tokens_to_ids("<|other|>"))
     finally:
         llama.close()
@@ -212,10 +281,14 @@ def test_a_gguf_has_room_for_three_ends_and_more_that_llama_cpp_knows(tiny_teach
     reloaded = ReloadedGguf(tmp_path / "m.gguf", 1)
     try:
         assert reloaded.eos_ids() == {END, a, b} and all(map(reloaded.ends_at, (END, a, b, known)))
+        assert read_tokenizer(reloaded.fields, tmp_path)["eos_token_id"] == [END, a, b]
     finally:
         reloaded.close()
     edit(folder / "generation_config.json", eos_token_id=[a, b, c, known])
-    with pytest.raises(ValueError, match=r"texts end at 5 tokens; a GGUF has keys for three, and llama.cpp does not know \[514\] by name"):
+    with pytest.raises(
+        ValueError,
+        match=r"texts end at 5 tokens; a GGUF has keys for three, and llama.cpp does not know \[514\] by name",
+    ):
         export_gguf(folder, tmp_path / "n.gguf", "F16")
 
 
@@ -231,7 +304,10 @@ def named(request, tiny_teacher, tmp_path) -> Path:
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text(TOOLS)
     else:
         (folder / "chat_template.jinja").unlink()
-        templates = [{"name": "tool_use", "template": TOOLS}, {"name": "default", "template": CHATML}]
+        templates = [
+            {"name": "tool_use", "template": TOOLS},
+            {"name": "default", "template": CHATML},
+        ]
         edit(folder / "tokenizer_config.json", chat_template=templates)
     return folder
 
@@ -240,7 +316,9 @@ def test_named_templates_are_in_the_gguf_by_name_and_come_back(named, tmp_path):
     assert end_ids(named) == [END]
     export_gguf(named, tmp_path / "m.gguf", "F16")
     fields = read_fields(tmp_path / "m.gguf")[0]
-    assert fields["tokenizer.chat_template"] == CHATML and fields["tokenizer.chat_templates"] == ["tool_use"]
+    assert fields["tokenizer.chat_template"] == CHATML and fields["tokenizer.chat_templates"] == [
+        "tool_use"
+    ]
     assert fields["tokenizer.chat_template.tool_use"] == TOOLS
     (tmp_path / "back").mkdir()
     read_tokenizer(fields, tmp_path / "back")
@@ -262,7 +340,10 @@ def test_genai_asks_by_the_default_template_and_transformers_finds_all(named, tm
     assert load_tokenizer(tmp_path / "onnx").chat_template == {"default": CHATML, "tool_use": TOOLS}
     runtime = OnnxRuntime(tmp_path / "onnx", 1, 64)
     try:
-        assert runtime.chat_prompt([{"role": "user", "content": "Hello"}]) == "<|im_start|>user\nHello<|im_end|>\n"
+        assert (
+            runtime.chat_prompt([{"role": "user", "content": "Hello"}])
+            == "<|im_start|>user\nHello<|im_end|>\n"
+        )
     finally:
         runtime.close()
     assert model_of(tmp_path / "onnx").digest != model_of(named).digest
@@ -271,6 +352,11 @@ def test_genai_asks_by_the_default_template_and_transformers_finds_all(named, tm
 def test_templates_of_which_none_is_the_default_are_no_gguf(named, tmp_path):
     shutil.rmtree(named / "additional_chat_templates", ignore_errors=True)
     (named / "chat_template.jinja").unlink(missing_ok=True)
-    edit(named / "tokenizer_config.json", chat_template=[{"name": "tool_use", "template": TOOLS}, {"name": "rag", "template": TOOLS}])
-    with pytest.raises(ValueError, match="has the chat templates rag, tool_use, and none is called default"):
+    edit(
+        named / "tokenizer_config.json",
+        chat_template=[{"name": "tool_use", "template": TOOLS}, {"name": "rag", "template": TOOLS}],
+    )
+    with pytest.raises(
+        ValueError, match="has the chat templates rag, tool_use, and none is called default"
+    ):
         export_gguf(named, tmp_path / "m.gguf", "F16")

@@ -268,7 +268,10 @@ def test_other_grids_foreign_tensors_and_missing_ends_are_refused(tmp_path):
         export_onnx(tiny, tmp_path / "onnx")
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    with pytest.raises(ValueError, match="no eos_token_id"):
+    about = json.loads((tiny / "tokenizer_config.json").read_text())
+    (tiny / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in about.items() if key != "eos_token"}))
+    (tiny / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no EOS token in config.json"):
         export_onnx(tiny, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 

@@ -23,6 +23,7 @@ from compress.score.open import (
     read_prompts,
     worst_first,
 )
+from compress.score.talk import TorchSpeaker, has_template, open_speaker, prompts_of, question_ids
 
 
 def row(name, *, right=True, loops=False, ended=True, answer="Paris.", prompt="Where?"):
@@ -365,9 +366,19 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text(tiny_teacher, tm
     config = json.loads((path / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    from compress.score.talk import has_template, open_speaker, prompts_of
 
     assert has_template(model_of(tiny_teacher)) and not has_template(model_of(path))
     with open_speaker(model_of(path), 1) as speaker:
         assert prompts_of(speaker, ["Where?"], False) == ["Where?\n"]
     assert not math.isnan(own_scores(answered(model_of(path), QUESTIONS[:1], 1))[0]["open/right"])
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_the_ids_of_a_question_are_the_same_wherever_it_is_put(tiny_teacher, templated):
+    tokenizer = load_tokenizer(tiny_teacher)
+    if not templated:
+        tokenizer.chat_template = None
+    speaker = TorchSpeaker.__new__(TorchSpeaker)  # without its model
+    speaker.tokenizer, speaker.path = tokenizer, tiny_teacher
+    (prompt,) = prompts_of(speaker, ["What is 2 + 2?"], templated)
+    assert speaker.prompt_ids(prompt) == question_ids(tokenizer, "What is 2 + 2?")

@@ -80,6 +80,18 @@ def test_accuracy_is_paired_item_by_item():
     assert told(model(known=90), model(), ["kept"]) == []
 
 
+@pytest.mark.parametrize("metric", ["kept", "acc", "flips", "points_lost"])
+def test_whatever_limit_names_the_tasks_the_points_are_of_accuracy(metric):
+    for name, told_as in ((metric, "acc"), (f"{metric}/facts", "acc/facts")):
+        (change,) = told(model(known=90), model(known=60), [name])
+        assert change.metric == told_as and change.gain == pytest.approx(0.3)
+        assert sentence([change]).startswith(f"paid: {told_as} better (+30.0 points, 95% interval")
+
+
+def test_limits_on_the_same_items_are_told_once():
+    assert [c.metric for c in told(model(known=90), model(known=60), ["kept", "flips", "acc/facts", "points_lost/facts"])] == ["acc", "acc/facts"]
+
+
 def test_where_tasks_stopped_early_the_items_that_both_answered_count():
     whole, stopped = model(known=90), model(known=60)
     stopped.items = stopped.items[:80]

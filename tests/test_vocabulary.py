@@ -20,10 +20,26 @@ from compress.vocabulary import Vocabulary, check_same, difference, of_gguf, of_
     ("mine", "other", "told"),
     [
         (Vocabulary({0: "a", 1: "b"}, []), Vocabulary({0: "a", 1: "b"}, []), ""),
-        (Vocabulary({0: "a", 1: "b"}, []), Vocabulary({0: "a", 1: "c", 2: "d"}, []), "id 1 is 'b' in the one and 'c' in the other"),
-        (Vocabulary({0: "a"}, []), Vocabulary({0: "a", 5: "b"}, []), "id 5 is no token in the one and 'b' in the other"),
-        (Vocabulary({0: "a"}, [("a", "b")]), Vocabulary({0: "a"}, [("a", "b"), ("c", "d")]), "rule 2 is missing in the one and 'c' + 'd'"),
-        (Vocabulary({0: "a"}, []), Vocabulary({0: "a"}, [("a", "b")]), ""),  # a file that does not hold them
+        (
+            Vocabulary({0: "a", 1: "b"}, []),
+            Vocabulary({0: "a", 1: "c", 2: "d"}, []),
+            "id 1 is 'b' in the one and 'c' in the other",
+        ),
+        (
+            Vocabulary({0: "a"}, []),
+            Vocabulary({0: "a", 5: "b"}, []),
+            "id 5 is no token in the one and 'b' in the other",
+        ),
+        (
+            Vocabulary({0: "a"}, [("a", "b")]),
+            Vocabulary({0: "a"}, [("a", "b"), ("c", "d")]),
+            "rule 2 is missing in the one and 'c' + 'd'",
+        ),
+        (
+            Vocabulary({0: "a"}, []),
+            Vocabulary({0: "a"}, [("a", "b")]),
+            "",
+        ),  # a file that does not hold them
     ],
 )
 def test_the_first_difference_is_named(mine, other, told):
@@ -45,13 +61,24 @@ def other(tiny_teacher, tmp_path):
 
 def scorer_of(teacher, folder) -> Scorer:
     settings = Eval(tasks=[], heldout_sequences=2, open_limit=1)
-    return Scorer(Store(folder / "store"), settings, {"text": pack(["embedded:topics"], teacher, 32, folder / "data")}, teacher, 1)
+    return Scorer(
+        Store(folder / "store"),
+        settings,
+        {"text": pack(["embedded:topics"], teacher, 32, folder / "data")},
+        teacher,
+        1,
+    )
 
 
-def test_another_tokenizer_of_as_many_ids_is_refused_before_anything_is_scored(tiny_teacher, other, tmp_path, monkeypatch):
+def test_another_tokenizer_of_as_many_ids_is_refused_before_anything_is_scored(
+    tiny_teacher, other, tmp_path, monkeypatch
+):
     scorer = scorer_of(tiny_teacher, tmp_path)
     monkeypatch.setattr("compress.score.scorer.load_model", lambda *a: pytest.fail("it was opened"))
-    with pytest.raises(ValueError, match=r"have different tokenizers: id 300 is .* in the one and .* in the other.*--teacher"):
+    with pytest.raises(
+        ValueError,
+        match=r"have different tokenizers: id 300 is .* in the one and .* in the other.*--teacher",
+    ):
         scorer.measure(model_of(other))
 
 
@@ -68,14 +95,18 @@ def test_another_template_and_end_are_told_and_fine(tiny_teacher, tmp_path):
     shutil.copytree(tiny_teacher, tmp_path / "m")
     (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
-    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
+    (tmp_path / "m" / "tokenizer_config.json").write_text(
+        json.dumps(config | {"eos_token": "<|endoftext|>"})
+    )
     template, end = check_same(model_of(tmp_path / "m"), tiny_teacher)
     assert "another chat template" in template and "another end token" in end
 
 
 def test_a_gguf_holds_the_vocabulary_it_was_made_with(tiny_teacher, other, tmp_path):
     export_gguf(tiny_teacher, tmp_path / "m.gguf", "F16")
-    assert difference(of_gguf(tmp_path / "m.gguf"), of_tokenizer(load_tokenizer(tiny_teacher))) == ""
+    assert (
+        difference(of_gguf(tmp_path / "m.gguf"), of_tokenizer(load_tokenizer(tiny_teacher))) == ""
+    )
     assert of_gguf(tmp_path / "m.gguf").rules
     model = Model(tmp_path / "m.gguf", "", "llama.cpp")
     assert check_same(model, tiny_teacher) == []

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.ends import turn_end
+from compress.ends import as_value, turn_end
 
 # llama.cpp's src/llama-vocab.cpp, llama_token_type
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -99,14 +99,14 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
     writer.add_add_space_prefix(False)
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")} | _end_keys(tokenizer, ends)
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")} | end_keys(tokenizer, ends)
     for name in ("bos", "eos", "unk", "pad", "eot", "eom"):
         if (index := ids.get(name)) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
     _write_templates(writer, templates_of(tokenizer.chat_template))
 
 
-def _end_keys(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
+def end_keys(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
     """eos, eot, eom -> id: the tokenizer's end, then the turn's, then those that llama.cpp does not know by name."""
     closing = turn_end(tokenizer)
     unknown = {i for i in ends if tokenizer.convert_ids_to_tokens(i) not in ENDS_BY_NAME}
@@ -135,8 +135,8 @@ def _write_templates(writer: Any, named: dict[str, str]) -> None:
         writer.add_chat_template(named["default"])
 
 
-def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
-    """Writes the HF tokenizer files of a GGUF's metadata into `out`; returns its special ids (`bos_token_id`, ...)."""
+def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Writes the HF tokenizer files of a GGUF's metadata into `out`; returns its special ids (`bos_token_id`, ...; of ends one or a list)."""
     from tokenizers import AddedToken, Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -170,4 +170,8 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, int]:
     config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     config.pop("backend", None)  # like the class name of transformers 5, older readers (vLLM) don't know it; all know the old name
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return {f"{name}_token_id": index for name, index in ids.items() if index is not None and name != "unk"}
+    found: dict[str, Any] = {f"{name}_token_id": index for name, index in ids.items() if index is not None and name != "unk"}
+    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if several := list(dict.fromkeys(i for i in ends if i is not None)):
+        found["eos_token_id"] = as_value(several)
+    return found

@@ -47,6 +47,7 @@ from scipy.stats import beta
 from compress.assets import configs_dir
 from compress.checkpoint import Model
 from compress.doors import read_text
+from compress.ends import turn_end
 from compress.errors import nearest
 from compress.score.paired import bootstrap, cells, interval, ratio_interval
 from compress.score.talk import has_template, open_speaker, prompts_of, question_ids
@@ -334,6 +335,8 @@ def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> di
     `lm`: the teacher as an `score.lm.LM`, with its HF `tokenizer`: an answer counts in the teacher's own tokens.
     """
     by_id = {row["id"]: row for row in teacher}
+    closing = turn_end(tokenizer)
+    end = tokenizer.eos_token_id if closing is None else closing
     requests, owners = [], []
     for row in answers:
         if row["id"] not in by_id or not Prompt(row["id"], row["prompt"]).in_quarter:
@@ -341,7 +344,7 @@ def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> di
         context = question_ids(tokenizer, row["prompt"])
         for side in (by_id[row["id"]], row):
             ids = tokenizer(side["answer"], add_special_tokens=False, verbose=False)["input_ids"]
-            ids += [tokenizer.eos_token_id] * side["ended"]
+            ids += [end] * side["ended"]
             requests.append((("", ""), context, ids))
         owners.append(row["id"])
     pairs = [

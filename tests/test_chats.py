@@ -15,9 +15,11 @@ from compress import confined
 from compress.checkpoint import load_tokenizer
 from compress.confined import Limits
 from compress.probe import check_tokenizer
+from compress.score.fidelity import States, bits_and_bytes
 from compress.score.talk import rendered
 from compress.train.chats import Chat, chat_tokens, render
 from compress.train.data import pack
+from compress.train.forward import Head
 from compress.train.sources import documents
 from compress.train.tokens import encode, opening, pieces
 
@@ -205,7 +207,7 @@ def with_pattern(teacher, folder, pattern):
 @pytest.mark.parametrize("pattern", ["(a+)+$", r"(\w+\s?)+$", "(z|z)*$", r"q*q*q*q*\d"])
 def test_a_pattern_that_backtracks_is_refused_by_name(tiny_teacher, tmp_path, pattern):
     with pytest.raises(ValueError, match=r"tokenizer.json: its patterns fail on a run of '.' \(.*(retry-limit|not ended)"):
-        check_tokenizer(with_pattern(tiny_teacher, tmp_path / "t", pattern))
+        load_tokenizer(with_pattern(tiny_teacher, tmp_path / "t", pattern).parent)
 
 
 def test_ordinary_patterns_pass_in_little_time(tiny_teacher, tmp_path):
@@ -276,6 +278,15 @@ def test_a_text_begins_with_bos_where_the_tokenizer_begins_it_so(bos_teacher, tm
         assert torch.equal(packed.mask, ~starts)
         before = packed.ids.flatten()[torch.roll(starts.flatten(), -1)]
         assert (before[:-1] == tokenizer.eos_token_id).all()
+
+
+def test_the_bos_between_documents_costs_no_bits(bos_teacher, tmp_path):
+    tokenizer = load_tokenizer(bos_teacher)
+    states = States(torch.zeros(6, 8), Head(torch.zeros(512, 8)))
+    row = torch.tensor([[1, 40, 41, 2, 1, 42, 43]])
+    assert bits_and_bytes(states, row, tokenizer)[0] == [pytest.approx(5 * 9)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert opening(tokenizer) == [] and bits_and_bytes(states, row, tokenizer)[0] == [pytest.approx(6 * 9)]
 
 
 def test_a_chat_has_the_bos_of_its_template_alone(bos_teacher, tmp_path):

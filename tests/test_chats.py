@@ -188,7 +188,25 @@ def test_a_fork_has_a_process_of_its_own(tokenizer, monkeypatch):
     assert render(tokenizer, [[USER]]) == before and confined._child is not child
     confined._child.close()
     monkeypatch.undo()
+    assert child.process.poll() is None
     confined._child = child
+
+
+def test_an_interrupted_request_and_a_process_that_was_killed_leave_nothing_behind(tokenizer, monkeypatch):
+    before, real = render(tokenizer, [[USER]]), confined._answers
+
+    def interrupted(child, request, count):
+        real(child, request, count - 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(confined, "_answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render(tokenizer, [[USER | {"content": "one"}], [USER | {"content": "two"}]])
+    monkeypatch.undo()
+    assert render(tokenizer, [[USER]]) == before
+    confined._child.process.kill()
+    confined._child.process.wait()
+    assert render(tokenizer, [[USER]]) == before
 
 
 # ---- tokenizers ----

@@ -27,7 +27,7 @@ class Limits:
     """What one request may take."""
 
     seconds: float = 10.0  # of computing
-    memory_bytes: int = 1 << 30  # besides what the child takes before
+    memory_bytes: int = 1 << 29  # besides what the child takes before
     characters: int = 20_000_000  # of one answer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from compress.confined import Limits
 from compress.probe import check_tokenizer
 from compress.score.fidelity import States, bits_and_bytes
 from compress.score.talk import rendered
+from compress.train import written
+from compress.train.authors import Said
 from compress.train.chats import Chat, chat_tokens, render
 from compress.train.data import pack
 from compress.train.forward import Head
@@ -314,6 +317,13 @@ def test_a_chat_has_the_bos_of_its_template_alone(bos_teacher, tmp_path):
     for labels in ("all", "answers"):
         ids = pack([str(path)], bos_teacher, 30, tmp_path, chat_labels=labels).ids
         assert ids[0, 0] == tokenizer.bos_token_id and (ids == tokenizer.bos_token_id).sum() == 1
+
+
+def test_a_teacher_goes_on_with_a_text_from_its_bos(bos_teacher):
+    tokenizer, given = load_tokenizer(bos_teacher), []
+    author = SimpleNamespace(write=lambda prompts, *more: given.extend(prompts) or [Said(" more", True)])
+    assert written._continued(author, tokenizer, ["Hello there"], 8, 0) == ["Hello there more"]
+    assert given == [[tokenizer.bos_token_id, *tokenizer("Hello there", add_special_tokens=False)["input_ids"]]]
 
 
 def by_hand(tokenizer, source, labels):

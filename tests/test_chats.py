@@ -24,7 +24,7 @@ from compress.train.chats import Chat, chat_tokens, render
 from compress.train.data import pack
 from compress.train.forward import Head
 from compress.train.sources import documents
-from compress.train.tokens import encode, opening, pieces
+from compress.train.tokens import encode, encode_with_ends, opening, pieces
 
 USER, ANSWER = {"role": "user", "content": "What is 2 plus 2?"}, {"role": "assistant", "content": "It is 4."}
 BODY = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -268,6 +268,12 @@ def test_a_long_document_is_tokenised_in_pieces(tokenizer):
     ids = encode(watched, [text, "short", ""], size=100)
     assert max(sizes) <= 100 and [tokenizer.decode(row) for row in ids] == [text, "short", ""]
     assert encode(tokenizer, ["short"])[0].tolist() == tokenizer("short")["input_ids"]
+    for size in (100, 10_000):
+        ((ids, ends), (none, _)) = encode_with_ends(tokenizer, [text, ""], size)
+        assert ends[-1] == len(text) and not len(none)
+        assert all(tokenizer.decode(ids[: i + 1]) == text[: ends[i]] for i in range(0, len(ids), 17))
+    with pytest.raises(ValueError, match="does not say which characters a token stands for"):
+        encode_with_ends(SimpleNamespace(is_fast=False), ["a"])
 
 
 # ---- BOS ----

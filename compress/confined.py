@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Limits:
     """What one request may take."""
 
     seconds: float = 10.0  # of computing
-    memory_bytes: int = 1 << 30  # besides what the child takes before
+    memory_bytes: int = 1 << 29  # besides what the child takes before
     characters: int = 20_000_000  # of one answer
 
 
@@ -59,8 +60,10 @@ class _Child:
             return 0
         assert self.process.stdin and self.process.stdout
         self.process.kill()
-        self.process.stdin.close()
+        with suppress(OSError):  # what was never read
+            self.process.stdin.close()
         self.process.stdout.close()
+        atexit.unregister(self.close)
         return self.process.wait()
 
 
@@ -72,14 +75,19 @@ def ask(task: str, items: Sequence[Any], limits: Limits, **given: Any) -> list[A
     """The answer or `Failure` of each item, in order; shorter than `items` where a limit ended the child, which its last Failure says."""
     global _child
     with _turn:
-        if _child is None or _child.owner != os.getpid():
+        if _child is None or _child.owner != os.getpid() or _child.process.poll() is not None:
             _child = _Child()
             atexit.register(_child.close)
+        child, _child = _child, None
         request = {"task": task, "items": list(items), "limits": asdict(limits), "given": given}
-        answers = _answers(_child, json.dumps(request), len(items))
+        try:
+            answers = _answers(child, json.dumps(request), len(items))
+        except BaseException:  # interrupted: what it still says belongs to this request
+            child.close()
+            raise
         if len(answers) < len(items):
-            answers.append(Failure(_why(_child, limits), ended=True))
-            _child = None
+            return [*answers, Failure(_why(child, limits), ended=True)]
+        _child = child
         return answers
 
 
@@ -105,7 +113,6 @@ def _why(child: _Child, limits: Limits) -> str:
     except subprocess.TimeoutExpired:
         status = 0
     child.close()
-    atexit.unregister(child.close)
     if status == -signal.SIGPROF:
         return f"it has not ended after computing for {limits.seconds:g} s"
     return f"it ended the process it ran in (status {status}), which may use {limits.memory_bytes / 1e9:.1f} GB"

@@ -18,6 +18,7 @@ import yaml
 from compress.errors import nearest
 
 HEADER_BYTES = 100_000_000  # the most that safetensors itself reads of a header
+UNPACKED_BYTES, UNPACKED_FACTOR = 100_000_000, 100  # that any packed file may have, and how often its own size
 JSON_DEPTH = 100  # of values inside values in a row of data
 HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs
 YAML_BYTES = 1_000_000  # of a recipe or an option file; ours have a few thousand
@@ -45,14 +46,26 @@ class TensorPlace(NamedTuple):
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes, unpacked when it ends in .gz. ValueError when it is no file, or its packing is damaged."""
+    """A file's bytes, unpacked when it ends in .gz. ValueError when it is no file, or its packing is damaged or multiplies it."""
     if not path.is_file():
         what = "is a directory, not a file" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {what}; check the path")
+    if path.suffix.lower() != ".gz":
+        return path.read_bytes()
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        most = unpacked_bytes(path)
+        with gzip.open(path) as file:
+            data = file.read(most + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is no whole gzip file ({error}); copy it again") from error
+    if len(data) > most:
+        raise ValueError(f"{path} unpacks to more than {most:,} bytes, {UNPACKED_FACTOR} times its own; unpack it, and look at what it is")
+    return data
+
+
+def unpacked_bytes(path: Path) -> int:
+    """The most bytes that a packed file may unpack to: text shrinks to a tenth, seldom to a twentieth."""
+    return max(UNPACKED_BYTES, UNPACKED_FACTOR * path.stat().st_size)
 
 
 def read_text(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,15 @@ from compress import confined
 from compress.checkpoint import load_tokenizer
 from compress.confined import Limits
 from compress.probe import check_tokenizer
+from compress.score.fidelity import States, bits_and_bytes
 from compress.score.talk import rendered
+from compress.train import written
+from compress.train.authors import Said
 from compress.train.chats import Chat, chat_tokens, render
 from compress.train.data import pack
+from compress.train.forward import Head
 from compress.train.sources import documents
-from compress.train.tokens import encode, opening, pieces
+from compress.train.tokens import encode, encode_with_ends, opening, pieces
 
 USER, ANSWER = {"role": "user", "content": "What is 2 plus 2?"}, {"role": "assistant", "content": "It is 4."}
 BODY = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -186,7 +191,25 @@ def test_a_fork_has_a_process_of_its_own(tokenizer, monkeypatch):
     assert render(tokenizer, [[USER]]) == before and confined._child is not child
     confined._child.close()
     monkeypatch.undo()
+    assert child.process.poll() is None
     confined._child = child
+
+
+def test_an_interrupted_request_and_a_process_that_was_killed_leave_nothing_behind(tokenizer, monkeypatch):
+    before, real = render(tokenizer, [[USER]]), confined._answers
+
+    def interrupted(child, request, count):
+        real(child, request, count - 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(confined, "_answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render(tokenizer, [[USER | {"content": "one"}], [USER | {"content": "two"}]])
+    monkeypatch.undo()
+    assert render(tokenizer, [[USER]]) == before
+    confined._child.process.kill()
+    confined._child.process.wait()
+    assert render(tokenizer, [[USER]]) == before
 
 
 # ---- tokenizers ----
@@ -205,7 +228,7 @@ def with_pattern(teacher, folder, pattern):
 @pytest.mark.parametrize("pattern", ["(a+)+$", r"(\w+\s?)+$", "(z|z)*$", r"q*q*q*q*\d"])
 def test_a_pattern_that_backtracks_is_refused_by_name(tiny_teacher, tmp_path, pattern):
     with pytest.raises(ValueError, match=r"tokenizer.json: its patterns fail on a run of '.' \(.*(retry-limit|not ended)"):
-        check_tokenizer(with_pattern(tiny_teacher, tmp_path / "t", pattern))
+        load_tokenizer(with_pattern(tiny_teacher, tmp_path / "t", pattern).parent)
 
 
 def test_ordinary_patterns_pass_in_little_time(tiny_teacher, tmp_path):
@@ -245,6 +268,12 @@ def test_a_long_document_is_tokenised_in_pieces(tokenizer):
     ids = encode(watched, [text, "short", ""], size=100)
     assert max(sizes) <= 100 and [tokenizer.decode(row) for row in ids] == [text, "short", ""]
     assert encode(tokenizer, ["short"])[0].tolist() == tokenizer("short")["input_ids"]
+    for size in (100, 10_000):
+        ((ids, ends), (none, _)) = encode_with_ends(tokenizer, [text, ""], size)
+        assert ends[-1] == len(text) and not len(none)
+        assert all(tokenizer.decode(ids[: i + 1]) == text[: ends[i]] for i in range(0, len(ids), 17))
+    with pytest.raises(ValueError, match="does not say which characters a token stands for"):
+        encode_with_ends(SimpleNamespace(is_fast=False), ["a"])
 
 
 # ---- BOS ----
@@ -278,6 +307,15 @@ def test_a_text_begins_with_bos_where_the_tokenizer_begins_it_so(bos_teacher, tm
         assert (before[:-1] == tokenizer.eos_token_id).all()
 
 
+def test_the_bos_between_documents_costs_no_bits(bos_teacher, tmp_path):
+    tokenizer = load_tokenizer(bos_teacher)
+    states = States(torch.zeros(6, 8), Head(torch.zeros(512, 8)))
+    row = torch.tensor([[1, 40, 41, 2, 1, 42, 43]])
+    assert bits_and_bytes(states, row, tokenizer)[0] == [pytest.approx(5 * 9)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert opening(tokenizer) == [] and bits_and_bytes(states, row, tokenizer)[0] == [pytest.approx(6 * 9)]
+
+
 def test_a_chat_has_the_bos_of_its_template_alone(bos_teacher, tmp_path):
     tokenizer = load_tokenizer(bos_teacher)
     path = tmp_path / "chat.jsonl"
@@ -285,6 +323,13 @@ def test_a_chat_has_the_bos_of_its_template_alone(bos_teacher, tmp_path):
     for labels in ("all", "answers"):
         ids = pack([str(path)], bos_teacher, 30, tmp_path, chat_labels=labels).ids
         assert ids[0, 0] == tokenizer.bos_token_id and (ids == tokenizer.bos_token_id).sum() == 1
+
+
+def test_a_teacher_goes_on_with_a_text_from_its_bos(bos_teacher):
+    tokenizer, given = load_tokenizer(bos_teacher), []
+    author = SimpleNamespace(write=lambda prompts, *more: given.extend(prompts) or [Said(" more", True)])
+    assert written._continued(author, tokenizer, ["Hello there"], 8, 0) == ["Hello there more"]
+    assert given == [[tokenizer.bos_token_id, *tokenizer("Hello there", add_special_tokens=False)["input_ids"]]]
 
 
 def by_hand(tokenizer, source, labels):

@@ -145,6 +145,23 @@ def test_sources_that_name_nothing_are_refused(tmp_path):
     assert "secret" not in str(caught.value)
 
 
+def test_an_indented_object_is_a_row(tmp_path):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"messages": ASKED}, indent=2))
+    assert documents(str(path)) == [ASKED]
+
+
+def test_files_that_unpack_to_many_times_their_size_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.doors.UNPACKED_BYTES", 1000)
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(b"a" * 100_000))
+    with pytest.raises(ValueError, match="bomb.txt.gz unpacks to more than"):
+        documents(str(tmp_path / "bomb.txt.gz"))
+    (tmp_path / "fine.txt.gz").write_bytes(gzip.compress(b"a" * 900))
+    assert documents(str(tmp_path / "fine.txt.gz")) == ["a" * 900]
+    with pytest.raises(ValueError, match="bomb.parquet unpacks to 100 times its size"):
+        documents(parquet(tmp_path, "bomb.parquet", {"text": ["a" * 1000] * 2000}))
+
+
 # ---- Parquet ----
 
 

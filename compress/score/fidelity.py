@@ -32,6 +32,7 @@ from compress.checkpoint import config_object, load_model, read_config, weight_f
 from compress.loading import head_place, is_packed
 from compress.score.paired import Items, Paired, ratio_interval
 from compress.train.forward import Head, head_of, hidden_states, scale_and_softcap
+from compress.train.tokens import opening
 
 CHUNK = 256
 
@@ -103,7 +104,8 @@ def bits_and_bytes(states: States, ids_SL: Tensor, tokenizer: Any) -> tuple[list
     """Cross-entropy of the held-out labels in bits, and the bytes of their text, of each row."""
     labels_SL = ids_SL[:, 1:].long()
     bytes_S = [max(1, len(tokenizer.decode(row, skip_special_tokens=True).encode())) for row in labels_SL]
-    nats = []
+    nats, begins = [], torch.tensor(opening(tokenizer), dtype=torch.long)  # a BOS between documents is given, not written
     for hidden_CH, labels_C in zip(states.hidden_NH.split(CHUNK), labels_SL.flatten().split(CHUNK), strict=True):
-        nats.append(torch.nn.functional.cross_entropy(states.head.logits(hidden_CH), labels_C, reduction="none").double())
+        lost_C = torch.nn.functional.cross_entropy(states.head.logits(hidden_CH), labels_C, reduction="none").double()
+        nats.append(lost_C.masked_fill(torch.isin(labels_C, begins), 0.0))
     return (torch.cat(nats).view(len(bytes_S), -1).sum(1) / math.log(2)).tolist(), bytes_S

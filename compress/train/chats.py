@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from compress.confined import Failure, Limits, ask
-from compress.train.tokens import encode
+from compress.train.tokens import encode_with_ends
 
 Turns = Sequence[dict[str, Any]]
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 and label mask bool of one document
@@ -124,35 +124,18 @@ def chat_tokens(tokenizer: Any, chats: Sequence[Chat], limits: Limits = LIMITS) 
     for i, some in zip(marked, clear, strict=True):
         spans[i] = some
 
-    # Characters to tokens: a place is behind as many tokens as the text and its beginning up to there have in common.
-    ids = encode(tokenizer, texts)
-    places = sorted(
-        {(i, place) for i, one in enumerate(spans) for span in one or () for place in span}
-    )
-    begun = encode(tokenizer, [texts[i][:place] for i, place in places])
-    behind = {
-        place: _common(ids[place[0]], head) for place, head in zip(places, begun, strict=True)
-    }
-    ends = {i for i, added in tokenizer.added_tokens_decoder.items() if added.special} | set(
-        tokenizer.all_special_ids
-    )
+    # Characters to tokens: a token that stands on both sides of a place belongs to what is behind it.
+    special = {i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
     tokens = []
-    for i, row in enumerate(ids):
-        mask = np.zeros(len(row), dtype=bool)
-        for start, end in spans[i] or ():
-            last = behind[i, end]
-            mask[
-                behind[i, start] : _through_end(tokenizer, row, last, ends) if i in marked else last
-            ] = True
-        tokens.append((row, mask))
+    for i, (ids, ends) in enumerate(encode_with_ends(tokenizer, texts)):
+        mask = np.zeros(len(ids), dtype=bool)
+        for span in spans[i] or ():
+            start, end = np.searchsorted(ends, span, side="right")
+            if i in marked:
+                end = _through_end(tokenizer, ids, end, special | set(tokenizer.all_special_ids))
+            mask[start:end] = True
+        tokens.append((ids, mask))
     return tokens
-
-
-def _common(one: np.ndarray, other: np.ndarray) -> int:
-    """How many ids two rows have in common from the beginning."""
-    size = min(len(one), len(other))
-    differing = np.flatnonzero(one[:size] != other[:size])
-    return int(differing[0]) if len(differing) else size
 
 
 def _through_end(tokenizer: Any, row: np.ndarray, place: int, ends: set[int]) -> int:

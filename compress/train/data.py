@@ -85,9 +85,13 @@ def _shuffled(tokenizer: Any, texts: list[Document], chat_labels: str) -> Iterat
 
 def _plain_tokens(tokenizer: Any, texts: list[str]) -> list[Tokens]:
     """Texts between BOS, where the tokenizer adds one, and EOS. All but BOS are labels."""
-    before, after = opening(tokenizer), [tokenizer.eos_token_id]
-    rows = [np.concatenate([before, ids, after]).astype(np.int32) for ids in encode(tokenizer, texts)]
-    return [(ids, np.arange(len(ids)) >= len(before)) for ids in rows]
+    before, after = (np.array(ids, dtype=np.int32) for ids in (opening(tokenizer), [tokenizer.eos_token_id]))
+    rows = []
+    for ids in encode(tokenizer, texts):
+        mask = np.ones(len(before) + len(ids) + 1, dtype=bool)
+        mask[: len(before)] = False
+        rows.append((np.concatenate([before, ids, after]), mask))
+    return rows
 
 
 def _chats(tokenizer: Any, chats: list[Chat], chat_labels: str) -> list[Tokens]:
@@ -134,11 +138,13 @@ def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, we
         assert len(ids) == len(mask)
         first = np.zeros(len(ids), dtype=bool)
         first[np.cumsum([0, *(len(pair[0]) for pair in pairs[:-1])])] = True
+        del pairs
         count = len(ids) // (seq_len + 1) * (seq_len + 1)
         if count == 0:
             raise ValueError(f"{sources} hold {len(ids)} tokens, one sequence needs {seq_len + 1}; add text or lower data.seq_len")
         write_whole(path, save({name: torch.from_numpy(column[:count]) for name, column in (("ids", ids), ("mask", mask), ("first", first))}))
-    ids_SL, mask_SL, first_SL = (load_file(path)[name].view(-1, seq_len + 1) for name in ("ids", "mask", "first"))
+    columns = load_file(path)
+    ids_SL, mask_SL, first_SL = (columns[name].view(-1, seq_len + 1) for name in ("ids", "mask", "first"))
     name = sha256_json([sha256_file(path), packing])  # of what came out: a newer tokenizer that cuts alike changes nothing
     if packing == "documents":
         mask_SL = mask_SL & ~first_SL

@@ -22,7 +22,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from compress.doors import json_lines, parse_json, read_text, without_halves
+from compress.doors import (
+    UNPACKED_FACTOR,
+    json_lines,
+    parse_json,
+    read_text,
+    unpacked_bytes,
+    without_halves,
+)
 from compress.train.chats import Chat, Document
 from compress.train.embedded import EMBEDDED
 from compress.train.rows import FIELDS, NEEDED, document
@@ -110,13 +117,15 @@ def _from_file(path: Path, log: Log) -> list[Document]:
 
 
 def _json_rows(path: Path) -> Rows:
-    """Values of JSON Lines, or those of a file that is one JSON array."""
+    """Values of JSON Lines, or those of a file that is one JSON array or one indented object."""
     text = read_text(path)
-    if not text.lstrip().startswith("["):
+    begins = text.lstrip()[:2]
+    if begins[:1] == "[":
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(parse_json(text, path), 1))
+    elif begins in ("{\n", "{\r"):  # one object over several lines
+        yield f"{path}, row 1", parse_json(text, path)
+    else:
         yield from json_lines(path, text)
-        return
-    for number, row in enumerate(parse_json(text, path), 1):
-        yield f"{path}, row {number}", row
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -124,7 +133,7 @@ def _parquet_rows(path: Path) -> Rows:
     import pyarrow.parquet as parquet
     from pyarrow.lib import ArrowException
 
-    number = 0
+    number, room = 0, unpacked_bytes(path)
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -132,6 +141,11 @@ def _parquet_rows(path: Path) -> Rows:
             if not known:
                 raise ValueError(f"{path} has the fields {sorted(names)}; {NEEDED}")
             for batch in file.iter_batches(PARQUET_ROWS, columns=known):
+                room -= batch.nbytes
+                if room < 0:
+                    raise ValueError(
+                        f"{path} unpacks to {UNPACKED_FACTOR} times its size and more; write it anew"
+                    )
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row

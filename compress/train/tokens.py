@@ -28,35 +28,65 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
 
 def encode(tokenizer: Any, texts: Sequence[str], size: int = PIECE) -> list[np.ndarray]:
     """Ids int32 of each text, without the special tokens that a tokenizer adds. ValueError when it fails."""
+    rows: list[list[np.ndarray]] = [[] for _ in texts]
+    for owner, ids, _ in _encoded(tokenizer, texts, size):
+        rows[owner].append(np.array(ids, dtype=np.int32))
+    return [np.concatenate(parts) for parts in rows]
+
+
+def encode_with_ends(
+    tokenizer: Any, texts: Sequence[str], size: int = PIECE
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """As `encode`, and for each id how many of the text's characters it and those before it stand for.
+
+    ValueError for a tokenizer that can't tell.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "the tokenizer does not say which characters a token stands for, so answers can't be told from questions: "
+            "set data.chat_labels=all, or use a model with a tokenizer.json"
+        )
+    rows: list[list[np.ndarray]] = [[] for _ in texts]
+    ends: list[list[np.ndarray]] = [[] for _ in texts]
+    behind = [0] * len(texts)
+    for owner, ids, offsets in _encoded(tokenizer, texts, size, return_offsets_mapping=True):
+        rows[owner].append(np.array(ids, dtype=np.int32))
+        ends[owner].append(behind[owner] + np.array([end for _, end in offsets[0]], dtype=np.int64))
+        behind[owner] += offsets[1]
+    return [
+        (np.concatenate(ids), np.maximum.accumulate(np.concatenate(places)))
+        for ids, places in zip(rows, ends, strict=True)
+    ]
+
+
+def _encoded(
+    tokenizer: Any, texts: Sequence[str], size: int, **how: bool
+) -> Iterator[tuple[int, list[int], tuple[list[tuple[int, int]], int]]]:
+    """(number of the text, ids, (their places where asked for, characters)) of every piece, in order."""
     parts = [(owner, piece) for owner, text in enumerate(texts) for piece in pieces(text, size)]
-    ids: list[list[np.ndarray]] = [[] for _ in texts]
     start = 0
     while start < len(parts):
+        # As many pieces as are tokenised together.
         end, room = start, max(AT_ONCE, len(parts[start][1]))
         while end < len(parts) and end - start < PIECES and len(parts[end][1]) <= room:
             room -= len(parts[end][1])
             end += 1
-        for (owner, _), row in zip(
-            parts[start:end],
-            _encoded(tokenizer, [piece for _, piece in parts[start:end]]),
-            strict=True,
+
+        some = [piece for _, piece in parts[start:end]]
+        try:
+            encoded = tokenizer(some, add_special_tokens=False, verbose=False, **how)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's: no Exception, and not to import
+                raise
+            raise ValueError(
+                f"the tokenizer fails on a text ({error}); mend the patterns in its tokenizer.json"
+            ) from error
+        places = encoded["offset_mapping"] if how else [[]] * len(some)
+        for (owner, piece), ids, offsets in zip(
+            parts[start:end], encoded["input_ids"], places, strict=True
         ):
-            ids[owner].append(np.array(row, dtype=np.int32))
+            yield owner, ids, (offsets, len(piece))
         start = end
-    return [np.concatenate(rows) for rows in ids]
-
-
-def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    try:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    except BaseException as error:
-        if (
-            type(error).__name__ != "PanicException"
-        ):  # of Rust: no Exception, and of no importable class
-            raise
-        raise ValueError(
-            f"the tokenizer fails on a text ({error}); mend the patterns in its tokenizer.json"
-        ) from error
 
 
 def opening(tokenizer: Any) -> list[int]:

@@ -54,10 +54,10 @@ FUTILE_PIECES = 20  # pieces in a row without a usable conversation that end the
 
 def parse(source: str) -> tuple[int, int, str]:
     """(documents, tokens each at most, prompts) of a `generated:` source. ValueError when it is malformed."""
-    match = re.fullmatch(r"generated:(\d+)x(\d+):(.+)", source)
+    match = re.fullmatch(r"generated:(\d{1,9})x(\d{1,9}):(.+)", source)
     if not match or not int(match[1]) or not int(match[2]):
         raise ValueError(
-            f"data source {source!r} is not generated:COUNTxTOKENS:PROMPTS with numbers above 0, "
+            f"data source {source[:200]!r} is not generated:COUNTxTOKENS:PROMPTS with numbers above 0, "
             "as in generated:200x128:embedded:docstrings or generated:500x160:nothing"
         )
     if match[3].startswith("generated:"):

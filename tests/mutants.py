@@ -117,7 +117,7 @@ MUTANTS = [
     ),
     *of("train/loop.py", "test_training.py -k halves_the_micro_batch", ('max(1, self.state["micro"] // 2)', "1")),
     *of("train/loop.py", "test_training.py -k a_nan_stops", ("if not math.isfinite(loss) or not math.isfinite(norm):", "if False:")),
-    *of("train/loop.py", "test_training.py -k many_micro_batches", ("apart = self.sums_fp32 and len(batches) > 1", "apart = False")),
+    *of("train/loop.py", "test_training.py -k add_up_over_micro_batches", ("apart = self.sums_fp32 and len(batches) > 1", "apart = False")),
     *of(
         "train/loop.py", "test_training.py -k rotary",
         ("model.state_dict(keep_vars=True).values()", "[*model.parameters(), *model.buffers()]"),

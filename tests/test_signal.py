@@ -58,6 +58,17 @@ def test_sampled_weights_add_up_to_one_and_heads_are_exact(vocabulary):
             assert kept[i] == pytest.approx(float(p[token, i]), rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["sampled", "topk"])
+def test_ids_beyond_two_bytes_come_back(name):
+    head, wanted = Head(torch.zeros(70_000, 1)), [65_535, 65_536, 69_999]
+    head.weight_VH[wanted] = torch.tensor([[12.0], [13.0], [14.0]])
+    batch = draw(torch.ones(L, 1), head, Scheme(name, top=3))
+    p = head.logits(torch.ones(1, 1)).softmax(-1)[0]
+    for ids, probs in zip(batch["ids"].tolist(), batch["probs"].tolist(), strict=True):
+        kept = dict(zip(ids, probs, strict=True))
+        assert [kept[i] for i in wanted] == pytest.approx(p[wanted].tolist(), rel=1e-3)
+
+
 def test_the_mean_gradient_over_64_draws_differs_from_the_full_one_by_less_than_1_5_predicted_errors():
     torch.manual_seed(2)
     hidden, head = teacher()
@@ -158,6 +169,7 @@ def test_two_processes_make_the_shards_of_one(context, tmp_path, monkeypatch):
     for rank in (0, 1):
         monkeypatch.setattr("compress.train.parallel.rank", lambda rank=rank: rank)
         open_signals(context, tmp_path / "two").make(64)
+        assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2 * (rank + 1)  # every second one each
     names = [sorted(p.name for p in (tmp_path / which).glob("*.safetensors")) for which in ("one", "two")]
     assert names[0] == names[1] and len(names[0]) == 4
 

@@ -53,7 +53,7 @@ def blocks_of(model: Any) -> nn.ModuleList:
     for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise ValueError(f"{type(model).__name__} has no list of {depth} blocks: features can't be matched; set them to 0")
+    raise ValueError(f"{type(model).__name__} has no list of {depth} blocks, where features and adapters are placed; distill without features")
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """`compress gc`: empty a store of what no run directory names, and of nothing else.
 
-A run directory that still exists keeps every entry that its run.json names and every score of the weights that its records name.
-Known are the directories that the store lists, wherever they are, and those below `--runs`. Teacher signals and packed text are
-made again when they are needed; they stay while a known run has unfinished work. Files that are not named as this program names
+A run directory that still exists keeps every entry that its run.json names and every score of the
+weights that its records name. Known are the directories that the store lists, wherever they are,
+and those below `--runs`. Teacher signals and packed text are made again when they are needed;
+they stay while a known run has unfinished work. Files that are not named as this program names
 its own are left where they are.
 """
 
@@ -17,11 +18,14 @@ from compress.errors import ConfigError, ResourceError
 from compress.store import ROOMS, STAGE_JSON, STORE_JSON, Store, left_over
 
 KEY = r"[0-9a-f]{64}"
-# What lies in each room, by name: as store.py, score/scorer.py, distill/signal.py, train/data.py and train/written.py write it.
+# What lies in each room, by name: as store.py, score/scorer.py, distill/signal.py, train/data.py
+# and train/written.py write it.
 NAMES = {room: re.compile(form) for room, form in {
-    "entries": rf"(?P<key>{KEY})|\.(?P<part>{KEY})\.part", "work": rf"(?P<key>{KEY})", "notes": rf"(?P<key>{KEY})\.json",
+    "entries": rf"(?P<key>{KEY})|\.(?P<part>{KEY})\.part", "work": rf"(?P<key>{KEY})",
+    "notes": rf"(?P<key>{KEY})\.json",
     "scores": r"(?P<digest>[0-9a-f]{16})-[\w.-]+\.(json|safetensors)", "signals": r"[0-9a-f]{32}",
-    "data": r"([a-z]+-)?[0-9a-f]{32,64}(\.[a-z_]+)+", "locks": rf"{KEY}|store", "runs": r"[0-9a-f]{32}\.json",
+    "data": r"([a-z]+-)?[0-9a-f]{32,64}(\.[a-z_]+)+", "locks": rf"{KEY}|store",
+    "runs": r"[0-9a-f]{32}\.json",
 }.items()}  # fmt: skip
 IN_A_SIGNAL = re.compile(r"meta\.json|\d{5,}-[0-9a-f]{16}\.safetensors")
 RUN_FILES = re.compile(r"run\.json|record\.json|records\.jsonl|(items|steps|open)\.jsonl")
@@ -48,7 +52,9 @@ class Collected(NamedTuple):
 
 
 def known_runs(store: Store, below: Path) -> Known:
-    """Read the run directories that the store lists and those below a folder. ValueError naming one that can't be read."""
+    """Read the run directories that the store lists and those below a folder. ValueError naming
+    one that can't be read.
+    """
     known = Known(set(), set(), set(), set(), [])
     for note in sorted((store.root / "runs").iterdir()):
         if not NAMES["runs"].fullmatch(note.name):
@@ -56,29 +62,47 @@ def known_runs(store: Store, below: Path) -> Known:
         about = read_json(note)
         path, beside = about.get("run"), about.get("from_store", ".")
         if not isinstance(path, str) or not isinstance(beside, str):
-            raise ValueError(f"{note} names no run directory; delete it, and name the folder that holds its run with --runs DIR")
-        here = {place for place in (Path(path), (store.root.resolve() / beside).resolve()) if (place / "run.json").is_file()}
+            raise ValueError(
+                f"{note} names no run directory; delete it, and name the folder that holds its run "
+                "with --runs DIR"
+            )
+        here = {
+            place
+            for place in (Path(path), (store.root.resolve() / beside).resolve())
+            if (place / "run.json").is_file()
+        }
         known.listed.update(here)
         if not here:
             known.gone.append(note)
-    known.below.update(file.parent.resolve() for folder in RUN_DIRECTORIES for file in below.glob(f"{folder}/run.json"))
+    known.below.update(
+        file.parent.resolve()
+        for folder in RUN_DIRECTORIES
+        for file in below.glob(f"{folder}/run.json")
+    )
     for run in sorted(known.listed | known.below):
         about = read_json(run / "run.json")
         keys = about.get("keys")
         if about.get("schema") != 1 or not isinstance(keys, list):
-            raise ValueError(f"{run / 'run.json'} does not say which keys it needs; mend it, or move it away, before the store is emptied")
+            raise ValueError(
+                f"{run / 'run.json'} does not say which keys it needs; mend it, or move it away, "
+                "before the store is emptied"
+            )
         known.keys.update(map(str, keys))
-        records = (file for file in run.glob("*/record.json") if SLOT_FOLDER.match(file.parent.name))
+        records = (
+            file for file in run.glob("*/record.json") if SLOT_FOLDER.match(file.parent.name)
+        )
         known.digests.update(str(read_json(record).get("digest")) for record in records)
     return known
 
 
 def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -> Collected:
-    """Remove entries, notes and work whose key is not in `keep`, scores of weights not in `digests`, and what killed processes left.
+    """Remove entries, notes and work whose key is not in `keep`, scores of weights not in
+    `digests`, and what killed processes left.
 
-    Signals and packed text go too, unless work on a key in `keep` is unfinished. A key whose lock is held is never touched.
+    Signals and packed text go too, unless work on a key in `keep` is unfinished. A key whose lock
+    is held is never touched.
     """
-    # What decides: keys of finished and of unfinished work, and digests as scores are named by them.
+    # What decides: keys of finished and unfinished work, and digests as scores are named by them.
     doomed: list[Path] = []
     strangers = [path for path in store.root.iterdir() if path.name not in (*ROOMS, STORE_JSON)]
     finished = {path.name for path in (store.root / "entries").iterdir()}
@@ -95,7 +119,9 @@ def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -
             named = match.groupdict()
             key, digest = named.get("key") or named.get("part"), named.get("digest")
             torn = left_over(path) or named.get("part") or (room == "work" and key in finished)
-            unnamed = key not in keep if key else digest not in kept_scores if digest else room in ("signals", "data") and not unfinished
+            unnamed = room in ("signals", "data") and not unfinished
+            if key or digest:
+                unnamed = key not in keep if key else digest not in kept_scores
             if (torn or unnamed) and not (key and _held(store, key)):
                 doomed.append(path)
 
@@ -103,16 +129,25 @@ def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -
     foreign = {path: file for path in doomed if (file := _foreign(path))}
     strangers += foreign.values()
     doomed = [path for path in doomed if path not in foreign]
-    size = sum(file.stat().st_size for path in doomed for file in (path, *path.rglob("*")) if file.is_file())
+    size = sum(
+        file.stat().st_size
+        for path in doomed
+        for file in (path, *path.rglob("*"))
+        if file.is_file()
+    )
     for path in doomed if not dry_run else ():
         _remove(path)
     return Collected(len(doomed), size, strangers)
 
 
 def _foreign(path: Path) -> Path | None:
-    """The first file in a finished entry or a signal that was not written with it: what holds one stays whole."""
+    """The first file in a finished entry or a signal that was not written with it: what holds
+    one stays whole.
+    """
     try:
-        table = read_json(path / STAGE_JSON).get("files", {}) if (path / STAGE_JSON).is_file() else None
+        table = (
+            read_json(path / STAGE_JSON).get("files", {}) if (path / STAGE_JSON).is_file() else None
+        )
     except ValueError:  # damaged: somebody should look at it
         return path / STAGE_JSON
     for file in sorted(path.rglob("*")) if path.parent.name in ("entries", "signals") else ():
@@ -120,14 +155,20 @@ def _foreign(path: Path) -> Path | None:
         if path.parent.name == "signals":
             ours = IN_A_SIGNAL.fullmatch(left_over(file) or name) is not None
         else:
-            ours = table is None or name in (STAGE_JSON, *table) or (file.is_dir() and not file.is_symlink())
+            ours = (
+                table is None
+                or name in (STAGE_JSON, *table)
+                or (file.is_dir() and not file.is_symlink())
+            )
         if not ours:
             return file
     return None
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder; an entry loses its name first, for half of one must not be taken for a whole."""
+    """Remove a file or a folder; an entry loses its name first, for half of one must not be
+    taken for a whole.
+    """
     if path.parent.name == "entries" and not path.name.startswith("."):
         part = path.with_name(f".{path.name}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -147,31 +188,46 @@ def _held(store: Store, key: str) -> bool:
 
 
 def _tidy(run: Path) -> None:
-    """Remove what a killed process was writing in a run directory, which nobody works in: the store is ours alone."""
+    """Remove what a killed process was writing in a run directory, which nobody works in: the
+    store is ours alone.
+    """
     for file in [*run.glob(".*"), *run.glob("*/.*")]:
-        if (file.parent == run or SLOT_FOLDER.match(file.parent.name)) and RUN_FILES.fullmatch(left_over(file)):
+        here = file.parent == run or SLOT_FOLDER.match(file.parent.name)
+        if here and RUN_FILES.fullmatch(left_over(file)):
             file.unlink()
     for name in (".bundle.part", ".bundle.old"):
         shutil.rmtree(run / name, ignore_errors=True)
 
 
-def empty(root: str, runs: str | None, *, everything: bool, dry_run: bool) -> tuple[Collected, list[str]]:
-    """Empty the store at `root`; `everything` allows that nothing finished stays. Returns what went, and sentences to print.
+def empty(
+    root: str, runs: str | None, *, everything: bool, dry_run: bool
+) -> tuple[Collected, list[str]]:
+    """Empty the store at `root`; `everything` allows that nothing finished stays. Returns what
+    went, and sentences to print.
 
-    ValueError: no store, or a run directory can't be read; ConfigError: all would go because no run that needs it is known;
-    ResourceError: somebody works in the store.
+    ValueError: no store, or a run directory can't be read; ConfigError: all would go because no
+    run that needs it is known; ResourceError: somebody works in the store.
     """
     below = Path("runs" if runs is None else runs)
     if runs is not None and not below.is_dir():
-        raise ConfigError(f"there is no folder {runs}; name the one that holds the run directories, as --runs runs")
+        raise ConfigError(
+            f"there is no folder {runs}; name the one that holds the run directories, as in "
+            "--runs runs"
+        )
     store = Store(root, create=False)
     with store.alone():
         known = known_runs(store, below)
-        finished = {path.name for path in (store.root / "entries").iterdir() if NAMES["entries"].fullmatch(path.name)}
+        finished = {
+            path.name
+            for path in (store.root / "entries").iterdir()
+            if re.fullmatch(KEY, path.name)
+        }
         if finished and not finished & known.keys and not everything:
             raise ConfigError(
-                f"all {len(finished)} finished entries of {store.root} would go: of the {len(known.listed | known.below)} run directories that are "
-                f"known none names any. Name the folder that holds them with --runs DIR, or repeat with --all to empty the store"
+                f"all {len(finished)} finished entries of {store.root} would go: of the "
+                f"{len(known.listed | known.below)} run directories that are known none names any. "
+                "Name the folder that holds them with --runs DIR, or repeat with --all to empty "
+                "the store"
             )
         collected = collect(store, known.keys, known.digests, dry_run=dry_run)
         if not dry_run:
@@ -180,13 +236,21 @@ def empty(root: str, runs: str | None, *, everything: bool, dry_run: bool) -> tu
             for run in known.listed:
                 _tidy(run)
         older = bool(read_json(store.root / STORE_JSON).get("older"))
-    return collected, [*_told(collected.strangers), *([_about_older(store, below)] if older else [])]
+    return collected, [
+        *_told(collected.strangers),
+        *([_about_older(store, below)] if older else []),
+    ]
 
 
 def _told(strangers: list[Path]) -> list[str]:
-    shown = ", ".join(map(str, strangers[:10])) + (f" and {len(strangers) - 10} more" if len(strangers) > 10 else "")
-    return [f"left where they are, because this program does not name its files so: {shown}"] if strangers else []
+    if not strangers:
+        return []
+    more = f" and {len(strangers) - 10} more" if len(strangers) > 10 else ""
+    shown = ", ".join(map(str, strangers[:10]))
+    why = "because this program does not name its files so"
+    return [f"left where they are, {why}: {shown}{more}"]
 
 
 def _about_older(store: Store, below: Path) -> str:
-    return f"{store.root} is older than its list of runs: of the runs made before, those below {below} alone are known"
+    runs = f"of the runs made before, those below {below} alone are known"
+    return f"{store.root} is older than its list of runs: {runs}"

@@ -112,7 +112,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     role = CALLED.get(name, name) if isinstance(name, str) else name
     if role not in ROLES:
         raise ValueError(
-            f"{where} has the role {name!r}; allowed: {', '.join(ROLES)}, or ShareGPT's {', '.join(CALLED)}"
+            f"{where} has the role {repr(name)[:60]}; allowed: {', '.join(ROLES)}, or ShareGPT's {', '.join(CALLED)}"
         )
     calls = turn.get("tool_calls")
     if calls is not None and not (

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 1_000_000  # characters that are tokenised as one: they take about 150 bytes each meanwhile
-AT_ONCE = 2_000_000  # characters of the pieces that are tokenised together
+PIECE = 500_000  # characters that are tokenised as one: they take some 250 bytes each meanwhile
+AT_ONCE = 1_000_000  # characters of the pieces that are tokenised together
 PIECES = 1000  # so many at most
 ENDS = (
     "\n\n",

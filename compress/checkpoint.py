@@ -35,6 +35,7 @@ from compress.loading import (
     config_object,
     is_of_input,
     one_line,
+    quiet,
     read_config,
     weight_files,
 )
@@ -148,16 +149,18 @@ def _opened(path: Path, dtype: torch.dtype, load: str) -> PreTrainedModel:
     packed = {} if load == "plain" else {"quantization_config": _packed_weights(load)}
     classes = read_config(path)["architectures"]
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        sdpa = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            attn_implementation="sdpa" if sdpa else "eager", output_loading_info=True, **packed,
-        )  # fmt: skip
+        with quiet():
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            sdpa = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+                attn_implementation="sdpa" if sdpa else "eager", output_loading_info=True, **packed,
+            )  # fmt: skip
     except Exception as error:  # whatever a family's own code raises about a file
         if not is_of_input(error):
             raise
         raise ValueError(f"{path}: transformers can't open architecture {classes}: {one_line(error)}") from error
+    model, info = loaded
     check_complete(path, info)
     return model.eval()
 

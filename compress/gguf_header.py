@@ -27,7 +27,7 @@ class Items(NamedTuple):
     """An array that was stepped over."""
 
     kind: int  # number of its elements' type
-    count: int
+    length: int
 
 
 class Header(NamedTuple):

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from compress.doors import TensorPlace, read_json, tensor_places
 from compress.errors import is_disk, is_memory
@@ -26,6 +27,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON_BYTES = 50_000_000  # of a config or an index; real ones have a few megabytes at most
 MOST_LAYERS = 1_000  # the deepest known has 126
 MOST_MODULES = 300_000  # of a model; a mixture of 61 blocks of 384 experts has 100,000
+MOST_LABELS = 10_000  # of a classifier; transformers names each, though no model here has them
 MOST_COUNT = 10_000_000  # of whatever else a config counts
 SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
@@ -86,7 +88,8 @@ def config_object(config: dict[str, Any], where: object = "the config") -> Any:
     """A config.json's content as the transformers config of its architecture. ValueError that begins with `where`."""
     values = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
     try:
-        return AutoConfig.for_model(config["model_type"], **values)
+        with quiet():
+            return AutoConfig.for_model(config["model_type"], **values)
     except Exception as error:  # whatever a family's own checks raise
         if not is_of_input(error):
             raise
@@ -193,7 +196,7 @@ def meta_model(config: dict[str, Any], most_modules: int = MOST_MODULES) -> Any:
     """The model of a config.json without memory for its weights. ValueError when it can't be built of so many modules."""
     about = config_object(config)
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), _at_most(most_modules):
+        with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"), _at_most(most_modules):
             return AutoModelForCausalLM.from_config(about, attn_implementation="eager")
     except Exception as error:
         if not is_of_input(error):
@@ -201,14 +204,16 @@ def meta_model(config: dict[str, Any], most_modules: int = MOST_MODULES) -> Any:
         raise ValueError(f"the config is of no {config['model_type']} model that can be built ({one_line(error)}); copy config.json again") from error
 
 
-def head_place(path: Path) -> tuple[str, str | None] | None:
-    """Names in the files of a checkpoint's output weight and its bias, None when they have other names there than in the model."""
+def head_place(path: Path) -> list[str] | None:
+    """Names in the files of a checkpoint's output weight and, if it has one, its bias; None when they are others there than in the model."""
     model, table = meta_model(read_config(path)), tensor_table(path)
     output = model.get_output_embeddings()
     bias = getattr(output, "bias", None)
     weights = [name for name in _head_names(model) if name in table]
-    biases = [name for name in _names_of(model, bias) if name in table] if bias is not None else [None]
-    return (weights[0], biases[0]) if weights and biases else None
+    biases = [name for name in _names_of(model, bias) if name in table] if bias is not None else []
+    if not weights or bias is not None and not biases:
+        return None
+    return [*weights[:1], *biases[:1]]
 
 
 def _check_bytes(file: Path) -> None:
@@ -260,10 +265,22 @@ def _check_counts(config: dict[str, Any], file: Path) -> None:
             if one is not None and (type(one) is not int or one < 1):
                 raise ValueError(f"{file}: {key} is {str(one)[:80]}; needed is a whole number above 0")
         counted = key in sizes or key.startswith(("num_", "n_")) or LAYER_COUNT.fullmatch(key)
-        most = MOST_LAYERS if LAYER_COUNT.fullmatch(key) else 1 << 40 if key == "max_position_embeddings" else MOST_COUNT
+        few = MOST_LAYERS if LAYER_COUNT.fullmatch(key) else {"max_position_embeddings": 1 << 40, "num_labels": MOST_LABELS}.get(key)
+        most = few or MOST_COUNT
         for one in values if counted else ():
             if type(one) is int and one > most:
                 raise ValueError(f"{file}: {key} is {one if one < 1 << 63 else 'beyond 64 bits'}, at most {most:,} is read; copy it again")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers logs nothing: what it would say of a file is said by us, in a sentence."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 @contextmanager

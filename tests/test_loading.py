@@ -75,6 +75,7 @@ def family(folder: Path, teacher: Path, name: str, **config) -> Path:
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"hidden_size": 10**30}, "hidden_size is beyond 64 bits"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, at most 1,000 is read"),
+        ({"num_labels": 10**6}, "num_labels is 1000000, at most 10,000 is read"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, which is no finite number"),
         ({"num_hidden_layers": 900}, "config.json says 900 blocks, its weights hold 38 tensors"),
         ({"num_hidden_layers": 5}, r"the weights lack model.layers.4.self_attn.q_proj.weight, .* and 6 more"),
@@ -197,7 +198,7 @@ def test_odd_but_whole_checkpoints_are_opened_as_ever(copied):
     rewrite(copied, lambda w: {k.removeprefix("model."): v for k, v in w.items()} | {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     assert read_config(copied)["architectures"] == ["LlamaForCausalLM"]
     torch.testing.assert_close(load_model(copied)(torch.arange(9)[None]).logits, expected, rtol=0, atol=0)
-    assert checkpoint_head(copied).weight_VH.shape == (512, 64) and head_place(copied) == ("embed_tokens.weight", None)
+    assert checkpoint_head(copied).weight_VH.shape == (512, 64) and head_place(copied) == ["embed_tokens.weight"]
 
 
 def test_an_equal_head_beside_tied_embeddings_is_no_other_head(copied):

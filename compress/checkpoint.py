@@ -154,8 +154,8 @@ def _opened(path: Path, dtype: torch.dtype, load: str) -> PreTrainedModel:
             sdpa = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-                attn_implementation="sdpa" if sdpa else "eager", output_loading_info=True, **packed,
-            )  # fmt: skip
+                attn_implementation="sdpa" if sdpa else "eager", output_loading_info=True, ignore_mismatched_sizes=True, **packed,
+            )  # fmt: skip  # what is mismatched is refused below, by name
     except Exception as error:  # whatever a family's own code raises about a file
         if not is_of_input(error):
             raise

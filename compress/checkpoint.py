@@ -28,20 +28,11 @@ from transformers.utils import logging as transformers_logging
 from compress.doors import read_json
 from compress.gguf_header import check_file
 from compress.loaded import check_complete, check_forward
-from compress.loading import (
-    WEIGHTS,
-    check_directory,
-    check_weights,
-    config_object,
-    is_of_input,
-    one_line,
-    quiet,
-    read_config,
-    weight_files,
-)
+from compress.loading import WEIGHTS, check_directory, check_weights, weight_files
+from compress.model_config import config_object, is_of_input, one_line, quiet, read_config
 from compress.store import sha256_file
 
-__all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # of compress/loading.py, found here by their users
+__all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # found here by their users
 
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -21,7 +21,7 @@ from compress.distill.signal import made_with
 from compress.errors import ConfigError
 from compress.export import formats
 from compress.export.gguf import overhead_bytes
-from compress.loading import meta_model
+from compress.model_config import meta_model
 from compress.quant.codes import quantizable
 from compress.report.records import folder_of
 from compress.score.open import Prompt

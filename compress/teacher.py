@@ -30,7 +30,7 @@ from compress.checkpoint import Model, check, check_tokens, digest, load_tokeniz
 from compress.export.gguf import decode_gguf, hf_name, read_fields
 from compress.export.gguf_tokenizer import read_tokenizer
 from compress.gguf_header import SCALARS, STRING, Items, check_file
-from compress.loading import is_of_input, meta_model, one_line
+from compress.model_config import is_of_input, meta_model, one_line
 from compress.store import Store, sha256_file, sha256_json
 from compress.train.data import documents
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from compress import checkpoint
 from compress.checkpoint import check, check_tokens, copy_beside, load_model, load_tokenizer, read_config, token_count
 from compress.export import gguf
-from compress.loading import head_place, meta_model
+from compress.loading import head_place
+from compress.model_config import meta_model
 from compress.score.fidelity import checkpoint_head
 from compress.score.size import size
 from compress.session import check_shapes
@@ -104,7 +105,7 @@ def test_a_config_of_no_object_or_too_long_or_deep_is_refused(copied, monkeypatc
         (copied / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_config(copied)
-    monkeypatch.setattr("compress.loading.JSON_BYTES", 100)
+    monkeypatch.setattr("compress.model_config.JSON_BYTES", 100)
     with pytest.raises(ValueError, match="bytes, at most 100 are read"):
         read_config(copied)
 

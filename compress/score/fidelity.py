@@ -29,7 +29,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress.checkpoint import config_object, load_model, read_config, weight_files
-from compress.loading import head_place, is_packed
+from compress.loading import head_place
+from compress.model_config import is_packed
 from compress.score.paired import Items, Paired, ratio_interval
 from compress.train.forward import Head, head_of, hidden_states, scale_and_softcap
 

@@ -29,20 +29,12 @@ from compress.doors import read_json
 from compress.ends import as_ids, as_value, end_ids, in_files
 from compress.gguf_header import check_file
 from compress.loaded import check_complete, check_forward
-from compress.loading import (
-    WEIGHTS,
-    check_directory,
-    check_weights,
-    config_object,
-    is_of_input,
-    one_line,
-    read_config,
-    weight_files,
-)
+from compress.loading import WEIGHTS, check_directory, check_weights, weight_files
+from compress.model_config import config_object, is_of_input, one_line, quiet, read_config
 from compress.probe import check_tokenizer
 from compress.store import sha256_file
 
-__all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # of compress/loading.py, found here by their users
+__all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # found here by their users
 
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -158,16 +150,18 @@ def _opened(path: Path, dtype: torch.dtype, load: str) -> PreTrainedModel:
     packed = {} if load == "plain" else {"quantization_config": _packed_weights(load)}
     classes = read_config(path)["architectures"]
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        sdpa = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            attn_implementation="sdpa" if sdpa else "eager", output_loading_info=True, **packed,
-        )  # fmt: skip
+        with quiet():
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            sdpa = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+                attn_implementation="sdpa" if sdpa else "eager", output_loading_info=True, ignore_mismatched_sizes=True, **packed,
+            )  # fmt: skip  # what is mismatched is refused below, by name
     except Exception as error:  # whatever a family's own code raises about a file
         if not is_of_input(error):
             raise
         raise ValueError(f"{path}: transformers can't open architecture {classes}: {one_line(error)}") from error
+    model, info = loaded
     check_complete(path, info)
     return model.eval()
 

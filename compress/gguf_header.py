@@ -1,7 +1,8 @@
 """The header of a GGUF file, read within bounds before any other reader sees the file.
 
-The `gguf` package and llama.cpp believe the counts that a header gives and allocate by them. Here every count is held
-against the bytes that the file has, so that a damaged or hostile file is refused in one sentence, in little memory.
+The `gguf` package and llama.cpp believe the counts that a header gives and allocate by them. Here
+every count is held against the bytes that the file has, so that a damaged or hostile file is
+refused in one sentence, in little memory.
 Layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
@@ -12,22 +13,45 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ENTRIES = 100_000  # keys, and tensors; the largest known files have 2,000
-ELEMENTS = 4_000_000  # of all arrays together, of which readers make an object each; a vocabulary of 262,144 has 1.3 million
+# Elements of all arrays together: readers make an object of each. A large vocabulary has 1.3 million.
+ELEMENTS = 4_000_000
 LAYERS = 1_000  # blocks; the deepest known has 126
 NAME_BYTES = 65_535
 # number of a metadata type -> its struct format; 8 is a string, 9 an array
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 AGAIN = "copy it again"
 # What every block of a dense Llama has; Qwen 2 has biases besides.
-BLOCK = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+BLOCK = (
+    "attn_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "ffn_norm",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+)
 
 
 class Items(NamedTuple):
     """An array that was stepped over."""
 
     kind: int  # number of its elements' type
-    count: int
+    length: int
 
 
 class Header(NamedTuple):
@@ -44,7 +68,10 @@ class _Cursor:
         self.data, self.file, self.place, self.elements = data, file, 0, 0
 
     def refuse(self, what: str) -> ValueError:
-        return ValueError(f"{self.file} is no whole GGUF ({what} at byte {self.place:,} of {len(self.data):,}); {AGAIN}")
+        return ValueError(
+            f"{self.file} is no whole GGUF ({what} at byte {self.place:,} of {len(self.data):,}); "
+            f"{AGAIN}"
+        )
 
     def skip(self, count: int, what: str) -> int:
         """Go on by so many bytes; where they began."""
@@ -92,12 +119,17 @@ class _Cursor:
 
 
 def read_header(file: Path) -> Header:
-    """Metadata and tensors of a GGUF file. ValueError naming the file: no GGUF, damaged, cut short, or counts beyond its bytes."""
+    """Metadata and tensors of a GGUF file.
+
+    ValueError naming the file: no GGUF, damaged, cut short, or counts beyond its bytes.
+    """
     if not file.is_file():
         raise ValueError(f"{file}: no such GGUF file")
     with file.open("rb") as opened:
         if file.stat().st_size < 24 or opened.read(4) != b"GGUF":
-            raise ValueError(f"{file} is no GGUF file; give a .gguf file, a checkpoint directory or a hub id")
+            raise ValueError(
+                f"{file} is no GGUF file; give a .gguf file, a checkpoint directory or a hub id"
+            )
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _header(_Cursor(data, file))
 
@@ -107,9 +139,14 @@ def _header(cursor: _Cursor) -> Header:
     version = cursor.number("I", "the version")
     if version not in (2, 3):
         raise cursor.refuse(f"version {version} where 2 or 3 is read, in little-endian order")
-    count, keys = cursor.number("Q", "the count of tensors"), cursor.number("Q", "the count of keys")
+    count, keys = (
+        cursor.number("Q", "the count of tensors"),
+        cursor.number("Q", "the count of keys"),
+    )
     if max(count, keys) > ENTRIES:
-        raise cursor.refuse(f"{count:,} tensors and {keys:,} keys are claimed, at most {ENTRIES:,} are read")
+        raise cursor.refuse(
+            f"{count:,} tensors and {keys:,} keys are claimed, at most {ENTRIES:,} are read"
+        )
     fields: dict[str, Any] = {}
     for _ in range(keys):
         key = cursor.text("a key", NAME_BYTES)
@@ -120,7 +157,10 @@ def _header(cursor: _Cursor) -> Header:
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> dimensions of every tensor. ValueError: data that leave the file or overlap, a type that is not known."""
+    """Name -> dimensions of every tensor.
+
+    ValueError: data that leave the file or overlap, a type that is not known.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
@@ -131,10 +171,18 @@ def _tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, tuple[int
         name = cursor.text("a tensor's name", NAME_BYTES)
         rank = cursor.number("I", f"tensor {name!r}")
         if name in tensors or not 1 <= rank <= 4:
-            raise cursor.refuse(f"tensor {name!r} has {rank} dimensions" if name not in tensors else f"tensor {name!r} is there twice")
+            raise cursor.refuse(
+                f"tensor {name!r} has {rank} dimensions"
+                if name not in tensors
+                else f"tensor {name!r} is there twice"
+            )
         shape = tuple(cursor.number("Q", f"tensor {name!r}") for _ in range(rank))
         kind, start = cursor.number("I", f"tensor {name!r}"), cursor.number("Q", f"tensor {name!r}")
-        sizes = GGML_QUANT_SIZES.get(GGMLQuantizationType(kind)) if kind in {one.value for one in GGMLQuantizationType} else None
+        sizes = (
+            GGML_QUANT_SIZES.get(GGMLQuantizationType(kind))
+            if kind in {one.value for one in GGMLQuantizationType}
+            else None
+        )
         if sizes is None:
             raise cursor.refuse(f"tensor {name!r} is of type {kind}, which is unknown")
         if min(shape) < 1 or shape[0] % sizes[0] or start % alignment:
@@ -152,20 +200,34 @@ def _tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, tuple[int
 
 
 def check_file(file: Path) -> Header:
-    """The header of a GGUF that is a whole model. ValueError: damaged, one part of several, or without the tensors that its metadata name."""
+    """The header of a GGUF that is a whole model.
+
+    ValueError: damaged, one part of several, or without the tensors that its metadata name.
+    """
     header = read_header(file)
     fields, tensors = header
     parts = fields.get("split.count", 1)
     if parts != 1:
         number = fields.get("split.no", 0)
-        first = f"part {number + 1} of {parts}" if isinstance(number, int) else f"one of {parts} parts"
-        raise ValueError(f"{file} is {first} of a model; join them with `llama-gguf-split --merge` on the first part and give the file it writes")
+        first = (
+            f"part {number + 1} of {parts}" if isinstance(number, int) else f"one of {parts} parts"
+        )
+        raise ValueError(
+            f"{file} is {first} of a model; join them with `llama-gguf-split --merge` on the first "
+            "part and give the file it writes"
+        )
     family = fields.get("general.architecture")
     if not isinstance(family, str):
-        raise ValueError(f"{file} names no general.architecture; it was not written by llama.cpp's converter: give another file")
+        raise ValueError(
+            f"{file} names no general.architecture; it was not written by llama.cpp's converter: "
+            "give another file"
+        )
     blocks = fields.get(f"{family}.block_count")
     if type(blocks) is not int or not 1 <= blocks <= LAYERS:
-        raise ValueError(f"{file}: {family}.block_count is {blocks!r}; needed is a whole number from 1 to {LAYERS:,}: {AGAIN}")
+        raise ValueError(
+            f"{file}: {family}.block_count is {blocks!r}; needed is a whole number from 1 to "
+            f"{LAYERS:,}: {AGAIN}"
+        )
     dense = family in ("llama", "qwen2") and not fields.get(f"{family}.expert_count")
     wanted = ["token_embd.weight", "output_norm.weight"] if dense else []
     wanted += [f"blk.{i}.{name}.weight" for i in range(blocks) for name in BLOCK if dense]
@@ -174,5 +236,8 @@ def check_file(file: Path) -> Header:
     lacking += [f"blk.{i}" for i in range(blocks) if str(i) not in present and not dense]
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        raise ValueError(f"{file} has {blocks} blocks by its metadata and lacks {', '.join(lacking[:3])}{more}; {AGAIN}, or join its parts")
+        raise ValueError(
+            f"{file} has {blocks} blocks by its metadata and lacks {', '.join(lacking[:3])}{more}; "
+            f"{AGAIN}, or join its parts"
+        )
     return header

@@ -1,8 +1,9 @@
-"""What only a loaded model can tell: whether every tensor found its place, and whether the head that we compute with is the model's own.
+"""What only a loaded model can tell: whether every tensor found its place, and our head is its own.
 
-Losses and scores take the hidden states after the final norm and a head (`compress/train/forward.py`). Families scale, cap or
-divide logits under keys of their own, and a key that is not followed gives another distribution without a word. So each
-checkpoint's head is compared once with the logits of transformers on eight ids.
+Losses and scores take the hidden states after the final norm and a head (`train/forward.py`).
+Families scale, cap or divide logits under keys of their own, and a key that is not followed gives
+another distribution without a word. So each checkpoint's head is compared once with the logits of
+transformers on eight ids.
 """
 
 from pathlib import Path
@@ -11,19 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.loading import is_of_input, one_line
+from compress.model_config import is_of_input, one_line
 from compress.train.forward import head_of, hidden_states
 
 IDS = 8  # ids of the comparison
-FP32_SHARE, BF16_SHARE = 1e-3, 0.05  # the largest difference allowed, of the largest number compared
+FP32_SHARE, BF16_SHARE = (
+    1e-3,
+    0.05,
+)  # the largest difference allowed, of the largest number compared
 
 
 def check_complete(path: Path, info: dict[str, Any]) -> None:
-    """ValueError naming tensors that transformers missed, found too much, or of another shape; `info` is its own account of a load.
+    """ValueError naming tensors that transformers missed, found too much, or of another shape.
 
-    What a family is known to tie, to compute or to ignore is not in there.
+    `info` is its own account of a load, without what a family is known to tie or to ignore.
     """
-    misshapen = [f"{name} is {tuple(got)}, needed is {tuple(wanted)}" for name, got, wanted in info.get("mismatched_keys", ())]
+    misshapen = [
+        f"{name} is {tuple(got)}, needed is {tuple(wanted)}"
+        for name, got, wanted in info.get("mismatched_keys", ())
+    ]
     for what, names in (
         ("the weights lack", info["missing_keys"]),
         ("the weights hold tensors that the model has no place for:", info["unexpected_keys"]),
@@ -32,15 +39,22 @@ def check_complete(path: Path, info: dict[str, Any]) -> None:
         if names:
             listed = sorted(names)
             more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-            raise ValueError(f"{path}: {what} {', '.join(listed[:3])}{more}; copy or merge the checkpoint again")
+            raise ValueError(
+                f"{path}: {what} {', '.join(listed[:3])}{more}; copy or merge the checkpoint again"
+            )
 
 
 @torch.inference_mode()
 def check_forward(path: Path, model: Any) -> None:
-    """ValueError unless hidden states and head give the model's own logits, and no position sees what comes after it."""
+    """ValueError unless hidden states and head give the model's own logits.
+
+    Nor may a position see what comes after it.
+    """
     family = model.config.model_type
     longest = getattr(model.config, "max_position_embeddings", None) or IDS
-    ids_1L = (torch.arange(1, 1 + min(IDS, longest)) * 7919 % model.config.vocab_size)[None].to(model.device)
+    ids_1L = (torch.arange(1, 1 + min(IDS, longest)) * 7919 % model.config.vocab_size)[None].to(
+        model.device
+    )
     try:
         logits_LV: Tensor = model(input_ids=ids_1L, use_cache=False).logits[0].float()
         hidden_LH = hidden_states(model, ids_1L)
@@ -49,18 +63,30 @@ def check_forward(path: Path, model: Any) -> None:
     except Exception as error:
         if not is_of_input(error):
             raise
-        raise ValueError(f"{path}: a {family} model can't be run as a decoder with one head ({one_line(error)}); use another family") from error
+        raise ValueError(
+            f"{path}: a {family} model can't be run as a decoder with one head "
+            f"({one_line(error)}); use another family"
+        ) from error
     share = FP32_SHARE if model.dtype == torch.float32 else BF16_SHARE
     if not logits_LV.isfinite().all():
-        raise ValueError(f"{path}: the model's logits are not finite on ordinary ids; its weights are damaged, copy it again")
+        raise ValueError(
+            f"{path}: the model's logits are not finite on ordinary ids; its weights are damaged, "
+            "copy it again"
+        )
     if not _near(computed_LV, logits_LV, share):
         raise ValueError(
-            f"{path}: hidden states times head are not the logits of a {family} model, which scales, caps or shifts them in a way that is not "
+            f"{path}: hidden states times head are not the logits of a {family} model, which "
+            "scales, caps or shifts them in a way that is not "
             "followed here; models of this family can't be scored or distilled"
         )
     if not _near(before_LH, hidden_LH[: len(before_LH)], share):
-        raise ValueError(f"{path}: positions of this {family} model see what comes after them; only decoder-only models can be compressed or scored")
+        raise ValueError(
+            f"{path}: positions of this {family} model see what comes after them; only "
+            "decoder-only models can be compressed or scored"
+        )
 
 
 def _near(mine: Tensor, theirs: Tensor, share: float) -> bool:
-    return mine.shape == theirs.shape and float((mine - theirs).abs().max()) <= share * max(float(theirs.abs().max()), 1e-6)
+    return mine.shape == theirs.shape and float((mine - theirs).abs().max()) <= share * max(
+        float(theirs.abs().max()), 1e-6
+    )

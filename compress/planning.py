@@ -15,7 +15,7 @@ from torch.utils.benchmark import Timer
 
 from compress.errors import ResourceError
 from compress.export import formats
-from compress.loading import meta_model
+from compress.model_config import meta_model
 from compress.session import Session
 
 EFFICIENCY = 0.5  # assumed share of the square matrix product's rate that a whole training step reaches; on the cautious side

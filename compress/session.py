@@ -20,7 +20,7 @@ from compress.errors import ConfigError, refuse_credentials, tree_without_creden
 from compress.export import formats
 from compress.export.gguf import overhead_bytes
 from compress.keys import WEIGHTS, sources_digest, versions_of
-from compress.loading import meta_model
+from compress.model_config import meta_model
 from compress.quant.codes import quantizable
 from compress.score.open import Prompt
 from compress.score.scorer import Measured, Scorer, open_prompts

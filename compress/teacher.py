@@ -31,7 +31,7 @@ from compress.ends import end_ids
 from compress.export.gguf import decode_gguf, hf_name, read_fields
 from compress.export.gguf_tokenizer import read_tokenizer
 from compress.gguf_header import SCALARS, STRING, Items, check_file
-from compress.loading import is_of_input, meta_model, one_line
+from compress.model_config import is_of_input, meta_model, one_line
 from compress.store import Store, sha256_file, sha256_json
 from compress.train.sources import documents
 
@@ -137,14 +137,15 @@ def _check_numbers(gguf: Path, fields: dict[str, Any]) -> None:
 
 def _check_vocabulary(gguf: Path, fields: dict[str, Any], embedding: tuple[int, ...]) -> None:
     """ValueError unless tokens, their types, merges and special ids are there and fit the `embedding`, a tensor's dimensions."""
-    arrays = {name: fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")}
-    if not all(isinstance(value, Items) for value in arrays.values()):
-        lacking = [name for name, value in arrays.items() if not isinstance(value, Items)]
-        raise ValueError(f"{gguf}: its metadata have no list tokenizer.ggml.{lacking[0]}; use the model's Hugging Face checkpoint")
-    tokens, kinds, merges = arrays["tokens"], arrays["token_type"], arrays["merges"]
-    rows = embedding[-1]
-    if tokens.kind != STRING or merges.kind != STRING or kinds.kind not in SCALARS or not tokens.count == kinds.count == rows:
-        raise ValueError(f"{gguf}: {tokens.count:,} tokens, {kinds.count:,} token types and {rows:,} rows of the embedding; copy the file again")
+    lists: dict[str, Items] = {}
+    for name, allowed in (("tokens", (STRING,)), ("token_type", tuple(SCALARS)), ("merges", (STRING,))):
+        value = fields.get(f"tokenizer.ggml.{name}")
+        if not isinstance(value, Items) or value.kind not in allowed:
+            raise ValueError(f"{gguf}: its metadata have no list tokenizer.ggml.{name}; use the model's Hugging Face checkpoint")
+        lists[name] = value
+    tokens, kinds, rows = lists["tokens"].length, lists["token_type"].length, embedding[-1]
+    if not tokens == kinds == rows:
+        raise ValueError(f"{gguf}: {tokens:,} tokens, {kinds:,} token types and {rows:,} rows of the embedding; copy the file again")
     for name in ("bos", "eos", "unknown", "padding"):
         index = fields.get(f"tokenizer.ggml.{name}_token_id")
         if index is not None and not (type(index) is int and 0 <= index < rows):

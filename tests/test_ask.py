@@ -337,7 +337,7 @@ def test_what_acts_on_a_terminal_is_never_shown(capsys):
         (["nothing", "hi"], 3, "no run called 'nothing'"),
         (["nothing", "hi"], 3, "or name a model: a checkpoint or ONNX directory, or a GGUF file"),
         (["no.gguf", "hi"], 3, "no.gguf does not exist"),
-        (["CUT", "hi"], 3, "cut.gguf is no model of llama.cpp, or damaged"),
+        (["CUT", "hi"], 3, "cut.gguf is no whole GGUF"),
     ],
 )
 def test_what_can_not_be_asked_is_refused_in_a_sentence(

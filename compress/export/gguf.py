@@ -26,7 +26,7 @@ from compress.ends import end_ids
 from compress.export.formats import check_config, codes_of
 from compress.export.gguf_tokenizer import pre_name, write_tokenizer
 from compress.gguf_header import read_header
-from compress.loading import meta_model
+from compress.model_config import meta_model
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
 from compress.score.size import size, tensor_shapes

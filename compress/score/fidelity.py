@@ -29,7 +29,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress.checkpoint import config_object, load_model, read_config, weight_files
-from compress.loading import head_place, is_packed
+from compress.loading import head_place
+from compress.model_config import is_packed
 from compress.score.paired import Items, Paired, ratio_interval
 from compress.train.forward import Head, head_of, hidden_states, scale_and_softcap
 from compress.train.tokens import opening
@@ -60,8 +61,8 @@ def checkpoint_head(model_dir: Path) -> Head:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(model_dir):
         with safe_open(file, "pt") as held:
-            tensors |= {name: held.get_tensor(name).float() for name in {*names} & set(held.keys())}
-    return Head(tensors[names[0]], tensors.get(names[1] or ""), **scale_and_softcap(config_object(config).to_dict()))
+            tensors |= {name: held.get_tensor(name).float() for name in names if name in held.keys()}  # noqa: SIM118 (no mapping)
+    return Head(tensors[names[0]], tensors[names[1]] if len(names) > 1 else None, **scale_and_softcap(config_object(config).to_dict()))
 
 
 def perplexities(items: Items) -> Paired:

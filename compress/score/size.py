@@ -3,15 +3,17 @@
 bits_per_weight = size_bytes x 8 / params, embeddings included, container included.
 """
 
-import json
 import math
 from pathlib import Path
 
 from safetensors import safe_open
 
 from compress.checkpoint import read_config, weight_files
-from compress.doors import tensor_places
+from compress.doors import read_json, tensor_places
 from compress.score.onnxruntime import CONFIG
+
+COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older checkpoints hold: no parameters
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -34,8 +36,8 @@ def size(path: Path) -> dict[str, float]:
     """
     params, files = _params_and_files(path)
     source = path / "source.json"
-    imported = json.loads(source.read_text()).get("source_bytes") if source.is_file() else None
-    size_bytes = imported or sum(file.stat().st_size for file in files)
+    imported = read_json(source).get("source_bytes") if source.is_file() else None
+    size_bytes = imported if type(imported) is int and imported > 0 else sum(file.stat().st_size for file in files)
     return {"params": params, "size_bytes": size_bytes, "bits_per_weight": 8 * size_bytes / params}
 
 
@@ -53,7 +55,7 @@ def _params_and_files(path: Path) -> tuple[int, list[Path]]:
 
         return sum(weight.numel() for weight in decode_onnx(path).values()), _all_files(path)
     config, files = read_config(path), weight_files(path)
-    shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
-    if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in shapes:
+    shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items() if not name.endswith(COMPUTED)}
+    if config.get("tie_word_embeddings") and any(name.endswith(EMBEDDINGS) for name in shapes):
         shapes.pop("lm_head.weight", None)
     return sum(math.prod(shape) for shape in shapes.values()), _all_files(path) if "quantization_config" in config else files

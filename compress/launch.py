@@ -138,6 +138,8 @@ def _in_time(recipe: str) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, COMPOSE_SECONDS)
     try:
         yield
+    except ConfigError as error:  # OmegaConf may have added where it happened
+        raise ConfigError(str(error).partition("\n    full_key")[0]) from error
     except RecursionError as error:
         raise ConfigError(f"recipe {recipe!r} goes round in a circle, in its defaults or interpolations, or is nested too deep") from error
     finally:

@@ -81,7 +81,9 @@ def test_verify_says_what_it_proves_and_prints_what_to_compare(bundle, capfd):
     assert main(["verify", str(bundle), "--sha256", digest.upper()]) == 0
     capfd.readouterr()
     for verb in ("verify", "accept"):
-        assert "is not the bundle that was meant" in refused(capfd, verb, bundle, "--sha256", "0" * 64)
+        assert "is not the bundle that was meant" in refused(
+            capfd, verb, bundle, "--sha256", "0" * 64
+        )
         assert "64 hexadecimal digits" in refused(capfd, verb, bundle, "--sha256", "abc", code=2)
 
 
@@ -225,16 +227,22 @@ def test_a_manifest_of_other_files_is_refused(bundle, capfd):
     sealed(bundle)
     (bundle / "manifest.json").write_bytes(manifest)
     rows = (bundle / SUMS).read_text().splitlines()
-    rows = [r if "manifest" not in r else hashlib.sha256(manifest).hexdigest() + r[64:] for r in rows]
+    rows = [
+        r if "manifest" not in r else hashlib.sha256(manifest).hexdigest() + r[64:] for r in rows
+    ]
     (bundle / SUMS).write_text("\n".join(rows) + "\n")
-    assert "its table of files differs from SHA256SUMS in model-Q4_0.gguf" in refused(capfd, "verify", bundle)
+    assert "its table of files differs from SHA256SUMS in model-Q4_0.gguf" in refused(
+        capfd, "verify", bundle
+    )
 
 
 def test_an_edited_verdict_contradicts_the_scores(tmp_path, capfd):
     bundle = made(tmp_path, said=["The The The The The The The The The The"] * len(ASKED))
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert "FAIL" in [one["verdict"] for one in manifest["verdicts"]]
-    assert "'budget' is PASS, its own scores and limits say FAIL" in refused(capfd, "verify", bundle)
+    assert "'budget' is PASS, its own scores and limits say FAIL" in refused(
+        capfd, "verify", bundle
+    )
     forged(bundle, "budget", value="FAIL")
     assert main(["verify", str(bundle)]) == 0
     capfd.readouterr()
@@ -301,7 +309,11 @@ HUGE = 10**9
         (("eval", "batch_size"), "32", "'batch_size' is \"32\""),
         (("eval", "batch_size"), 1.5, "'batch_size' is 1.5"),
         (("eval", "batch_size"), True, "'batch_size' is true"),
-        (("eval", "of_a_newer_version"), 1, "config.eval: the key 'of_a_newer_version' is not known here"),
+        (
+            ("eval", "of_a_newer_version"),
+            1,
+            "config.eval: the key 'of_a_newer_version' is not known here",
+        ),
         (("eval",), [], "config.eval holds a JSON list"),
         (("data", "seq_len"), HUGE, "'seq_len'"),
         (("data", "heldout"), [], "'heldout' is []"),
@@ -316,7 +328,9 @@ HUGE = 10**9
         (("budget", "limits"), {"size": {"min": 1}}, "'size' is no metric"),
     ],
 )
-def test_every_number_and_key_of_the_config_is_bounded(bundle, capfd, nothing_is_measured, path, value, told):
+def test_every_number_and_key_of_the_config_is_bounded(
+    bundle, capfd, nothing_is_measured, path, value, told
+):
     forged(bundle, "config", *path, value=value)
     message = refused(capfd, "accept", bundle)
     assert "manifest.json" in message and any(one in message for one in told.split("|"))
@@ -376,7 +390,9 @@ def test_items_of_every_rule_are_read(tmp_path, row):
         ({"task": 5}, "'task' is 5"),
     ],
 )
-def test_a_wrong_item_is_named_by_file_and_line_before_anything_is_measured(bundle, capfd, nothing_is_measured, change, told):
+def test_a_wrong_item_is_named_by_file_and_line_before_anything_is_measured(
+    bundle, capfd, nothing_is_measured, change, told
+):
     rows = [ITEM | {"doc_id": 7}, ITEM | change]
     (bundle / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     message = refused(capfd, "accept", sealed(bundle))
@@ -386,7 +402,10 @@ def test_a_wrong_item_is_named_by_file_and_line_before_anything_is_measured(bund
 def test_items_are_whole_and_alike(bundle, capfd, nothing_is_measured):
     row = json.dumps(ITEM)
     other = ITEM | {"doc_id": 1, "rule": "greedy"}
-    mass = {key: value for key, value in ITEM.items() if key != "correct"} | {"rule": "mass", "value": 1}
+    mass = {key: value for key, value in ITEM.items() if key != "correct"} | {
+        "rule": "mass",
+        "value": 1,
+    }
     for lines, told in (
         (row + "\n" + row, "line 2: item 0 of grammar is there already"),
         (row + "\n" + json.dumps(other), "other items of grammar have 'argmax'"),
@@ -453,16 +472,30 @@ WATCH: list[str] = []
 
 
 def _watch(event: str, args: tuple) -> None:
-    if WATCH and event in ("open", "os.listdir", "os.scandir", "socket.connect", "socket.getaddrinfo"):
+    if WATCH and event in (
+        "open",
+        "os.listdir",
+        "os.scandir",
+        "socket.connect",
+        "socket.getaddrinfo",
+    ):
         WATCH.append(f"{event} {args[0]!r} {args[1:] if event.startswith('socket') else ''}")
 
 
 @pytest.mark.parametrize(
     ("teacher", "heldout", "told"),
     [
-        ("owner/name", "embedded:topics", "the teacher 'owner/name' is on the hub, which is not asked without --hub"),
+        (
+            "owner/name",
+            "embedded:topics",
+            "the teacher 'owner/name' is on the hub, which is not asked without --hub",
+        ),
         ("SECRET/t", "embedded:topics", "outside the bundle, which is not opened without --local"),
-        ("SECRET/t.gguf", "embedded:topics", "outside the bundle, which is not opened without --local"),
+        (
+            "SECRET/t.gguf",
+            "embedded:topics",
+            "outside the bundle, which is not opened without --local",
+        ),
         ("random:0", "SECRET/held.jsonl", "'SECRET/held.jsonl' is a file outside the bundle"),
         ("random:0", "../held.jsonl", "'../held.jsonl' is a file outside the bundle"),
         ("random:0", "https://example.org/held.jsonl", "is a file outside the bundle"),
@@ -470,7 +503,9 @@ def _watch(event: str, args: tuple) -> None:
         ("random:0", "generated:99999999x99999:nothing", "would have to be written by its teacher"),
     ],
 )
-def test_accept_opens_nothing_outside_the_bundle(bundle, measured, tmp_path, teacher, heldout, told):
+def test_accept_opens_nothing_outside_the_bundle(
+    bundle, measured, tmp_path, teacher, heldout, told
+):
     """Seen by an audit hook; size, speed and answers are judged all the same."""
     secret = tmp_path / "secret"
     secret.mkdir()
@@ -491,7 +526,9 @@ def test_accept_opens_nothing_outside_the_bundle(bundle, measured, tmp_path, tea
     assert str(secret) not in seen and "held.jsonl" not in seen and "socket" not in seen
     assert "PASS         open/right" in out
     text = heldout.startswith("embedded")
-    assert ("kl_to_teacher was not measured" in out) and all(data.heldout == ["embedded:topics"] for _, data, *_ in opened)
+    assert ("kl_to_teacher was not measured" in out) and all(
+        data.heldout == ["embedded:topics"] for _, data, *_ in opened
+    )
     assert [one[0].source for one in opened] == (["random:0"] if not text else [f"{bundle}/hf"])
 
 
@@ -507,7 +544,11 @@ def test_the_receiver_may_let_it_open_them(bundle, measured, tmp_path):
     forged(bundle, "config", "data", "heldout", value=["hub:owner/text:test:text"])
     forged(bundle, "config", "teacher", "source", value="owner/name")
     code, out, err, opened = measured(bundle, "--hub")
-    assert code == 0 and opened[0][0].source == "owner/name" and opened[0][1].heldout[0].startswith("hub:")
+    assert (
+        code == 0
+        and opened[0][0].source == "owner/name"
+        and opened[0][1].heldout[0].startswith("hub:")
+    )
 
 
 def test_another_teacher_than_the_bundles_is_said_and_not_used(bundle, measured):
@@ -520,11 +561,19 @@ def test_another_teacher_than_the_bundles_is_said_and_not_used(bundle, measured)
 
 def test_only_the_bundles_own_items_and_prompts_are_asked(bundle, measured):
     """Task names, data_dir and prompt files of the recipe never become paths."""
-    for key, value in (("tasks", ["../../../etc"]), ("data_dir", "/etc"), ("open_prompts", ["/etc/passwd"])):
+    for key, value in (
+        ("tasks", ["../../../etc"]),
+        ("data_dir", "/etc"),
+        ("open_prompts", ["/etc/passwd"]),
+    ):
         forged(bundle, "config", "eval", key, value=value)
     code, _, _, opened = measured(bundle)
     settings = opened[0][2]
-    assert code == 0 and (settings.tasks, settings.data_dir, settings.open_prompts) == ([], None, [])
+    assert code == 0 and (settings.tasks, settings.data_dir, settings.open_prompts) == (
+        [],
+        None,
+        [],
+    )
 
 
 def test_what_accept_knows_of_the_config_is_what_a_recipe_can_say():

@@ -320,6 +320,8 @@ def _local(name: str, index: Mapping[str, Any], data_dir: Path) -> dict[str, dic
 
 def _choices(name: str, field: str, value: Any) -> tuple[int, list[Any], str]:
     """Of a field with a row's choices: how many there are, their labels, and what is needed instead where they can't be taken."""
+    texts: Any
+    labels: Any
     if plain := name == "mmlu" or field == "endings":
         texts, labels, wanted = value, [], "a list of texts"
     else:

@@ -30,7 +30,7 @@ from compress.score.scorer import Measured, Scorer
 from compress.score.tasks import DRIFTS, RULES
 
 LINES_BYTES = 1_000_000_000  # of each of the bundle's JSON Lines files
-MOST_CHOICES = 1_000  # of an item
+MOST_CHOICES, MOST_REQUESTS, MOST_PROMPTS = 1_000, 1_000_000, 10_000  # choices of an item and of all items; open prompts
 GENERATED_TOKENS = 1_000_000  # that timing may write: new tokens x repeats x processes
 STAND_IN_TOKENS = 256  # a row of it
 STAND_IN = "embedded:topics"  # text to run a model on where its own is not to be had; what is measured on it is not told
@@ -114,6 +114,7 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     lines: dict[tuple[str, int], str] = {}
     rules: dict[str, str] = {}
+    asked = 0
     for where, value in json_lines(_sized(file)):
         row = _item(value, where)
         name = row["task"], row["doc_id"]
@@ -123,6 +124,9 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{where}: 'rule' is {row['rule']!r}, other items of {row['task']} have {rules[row['task']]!r}")
         lines[name] = where
         rows.append(row)
+        asked += len(row["choices"])
+        if asked > MOST_REQUESTS:
+            raise ValueError(f"{where}: the items so far have {asked:,} choices, at most {MOST_REQUESTS:,} are scored; ask its sender")
     return rows
 
 
@@ -163,6 +167,8 @@ def receive(bundle: Path, sha256: str | None = None) -> Received:
     requests = read_requests(bundle / "requests.jsonl")
     asked = _sized(bundle / "open_prompts.jsonl")
     prompts = read_prompts(asked) if asked.is_file() else []
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(f"{asked} has {len(prompts):,} prompts, at most {MOST_PROMPTS:,} are asked; ask its sender for fewer")
     measured = {key: config["eval"][key] for key in MEASURED if key in config["eval"]}
     tasks = sorted({row["task"] for row in requests})
     try:
@@ -250,7 +256,8 @@ def accept(bundle: Path, store: str, *, hub: bool = False, local: bool = False, 
     ConfigError: it has no limits. ValueError naming file and key or line: it does not verify, or can't be meant like this.
     """
     received = receive(bundle, sha256)
-    _note(f"unchanged since it was written; measuring {received.manifest['judged']} on this machine")
+    counted = f"{len(received.requests):,} items, {len(received.prompts):,} open prompts"
+    _note(f"unchanged since it was written; measuring {received.manifest['judged']} on this machine: {counted}")
     if left := sorted({row["task"] for row in received.requests if row["rule"] == "text"}):
         _note(f"not scored again, because only the task's own code can tell a right answer: {', '.join(left)}")
     received = received._replace(requests=[row for row in received.requests if row["rule"] != "text"])

@@ -79,6 +79,8 @@ def flags_first(arguments: list[str]) -> list[str]:
     for argument in rest:
         flag, equals, value = argument.partition("=")
         flag = LONG_FLAGS.get(flag, flag)
+        if argument in ("--info", "-i"):  # it would take the next argument for its own
+            argument = "--info=all"
         joined.append(f"{flag}={value if equals else next(rest, '')}" if flag in LONG_FLAGS.values() else argument)
     return sorted(joined, key=lambda argument: not argument.startswith("-"))  # keeps the order within both kinds
 
@@ -305,7 +307,7 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     try:
         trust_hydra()
         overrides = [a for a in arguments if not a.startswith("-")]
-        _check_composed(folder, recipe, overrides, own, {a for a in arguments if a.startswith("-")})
+        _check_composed(folder, recipe, overrides, own, {a.partition("=")[0] for a in arguments if a.startswith("-")})
         hydra.main(version_base="1.3", config_path=str(folder), config_name=recipe)(job)()
         if failures:
             raise failures[0]

@@ -399,6 +399,20 @@ def test_a_wrong_item_is_named_by_file_and_line_before_anything_is_measured(
     assert "requests.jsonl, line 2" in message and told in message
 
 
+def test_the_number_of_choices_and_prompts_is_bounded(
+    bundle, capfd, nothing_is_measured, monkeypatch
+):
+    rows = [ITEM | {"doc_id": number} for number in range(4)]
+    (bundle / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(acceptance, "MOST_REQUESTS", 7)
+    assert "line 4: the items so far have 8 choices" in refused(capfd, "accept", sealed(bundle))
+    monkeypatch.setattr(acceptance, "MOST_REQUESTS", 8)
+    monkeypatch.setattr(acceptance, "MOST_PROMPTS", 29)
+    assert "has 30 prompts, at most 29" in refused(capfd, "accept", bundle)
+    monkeypatch.setattr(acceptance, "LINES_BYTES", 100)
+    assert "at most 100 are read" in refused(capfd, "accept", bundle)
+
+
 def test_items_are_whole_and_alike(bundle, capfd, nothing_is_measured):
     row = json.dumps(ITEM)
     other = ITEM | {"doc_id": 1, "rule": "greedy"}
@@ -591,6 +605,17 @@ def test_ask_and_compare_stay_inside_a_bundle(bundle, capfd, tmp_path, monkeypat
     forged(bundle, "judged", value="model-Q4_0.gguf")
     forged(bundle, "lineage", value=[5])
     assert "'lineage'" in refused(capfd, "ask", bundle, "hi")
+
+
+def test_an_onnx_directory_is_read_before_anything_runs(bundle, capfd, nothing_is_measured):
+    (bundle / "onnx").mkdir()
+    options = {"custom_ops_library": "ops.so"}
+    config = {"model": {"decoder": {"session_options": options}}, "search": {}}
+    (bundle / "onnx" / "genai_config.json").write_text(json.dumps(config))
+    forged(bundle, "judged", value="onnx")
+    assert "onnx/genai_config.json, search: the key 'do_sample' is missing" in refused(
+        capfd, "accept", bundle
+    )
 
 
 def test_prompts_are_those_of_the_run(bundle):

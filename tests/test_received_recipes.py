@@ -304,6 +304,8 @@ def test_defaults_that_double_are_given_up(ran, capfd, monkeypatch):
         ("teacher.source=random:x", "the seed after random: must be a whole number"),
         ("teacher.source=random:99999999999999999999", "at most 18 digits"),
         ("teacher.source=packaged:a.b", "behind packaged: stands one module name"),
+        ("teacher.source=~nobody_here/x", "the home of a user who does not exist here"),
+        ("data.train=['~nobody_here/x.txt']", "the home of a user who does not exist here"),
         ("teacher=random:x", "teacher='random:x' is neither an option"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from compress.accept import _item
 from compress.assets import configs_dir
 from compress.checkpoint import load_model, load_tokenizer
 from compress.errors import ConfigError
@@ -252,6 +253,7 @@ def test_a_local_task_scores_as_lm_evals_own_model_and_evaluator_say_and_again_f
     local(tmp_path, name)
     result = tasks.evaluate(lm, [name], data_dir=tmp_path, num_fewshot=1)
     assert len(json.loads(json.dumps(result.items))) == 6 and [item["doc_id"] for item in result.items] == list(range(6))
+    assert [_item(item, "here") for item in json.loads(json.dumps(result.items))]  # as a receiver of a bundle reads them
     parts = tasks._load(name, tmp_path)
     for task in parts.values():
         task.set_config("num_fewshot", 0 if task.get_config("num_fewshot") == 0 else 1)

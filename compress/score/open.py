@@ -32,6 +32,7 @@ Intermediate stages answer the fixed quarter of the prompts whose number is divi
 
 import json
 import math
+import os
 import re
 import string
 from collections import Counter
@@ -191,13 +192,13 @@ def prompts_of_eval(
     ValueError as `read_prompts`, and when two files give one id."""
     found: dict[str, Prompt] = {}
     for name in open_prompts:
-        near = Path(data_dir).expanduser() / "open" / f"{name}.jsonl" if data_dir else Path(name)
+        near = Path(os.path.expanduser(data_dir)) / "open" / f"{name}.jsonl" if data_dir else Path(name)
         file = (
             embedded_file()
             if name == "embedded"
             else near
             if near.is_file()
-            else Path(name).expanduser()
+            else Path(os.path.expanduser(name))
         )
         for prompt in read_prompts(file)[:limit]:
             if prompt.id in found:

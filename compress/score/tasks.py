@@ -294,10 +294,10 @@ def _local(name: str, index: Mapping[str, Any], data_dir: Path) -> dict[str, dic
         config = next(entry.cfg for part, entry in index.items() if part.startswith(name) and entry.kind.name == "TASK")
         splits = ", ".join(f"{config[key]}.jsonl" for key in SPLIT_KEYS if config.get(key))
         raise ValueError(f"{folder} has no <split>.jsonl; the task needs one of {splits} with the hub's fields {', '.join(fields)}")
-    for rows in placed.values():
-        first = rows[0][1]
+    for lines in placed.values():
+        first = lines[0][1]
         needed = fields or list(first)
-        for where, row in rows:
+        for where, row in lines:
             if lacking := [field for field in needed if field not in row]:
                 raise ValueError(f"{where}: the field {lacking[0]!r} is missing; task {name} needs {', '.join(needed)}")
             if fields:

@@ -33,6 +33,7 @@ LINES_BYTES = 1_000_000_000  # of each of the bundle's JSON Lines files
 MOST_CHOICES, MOST_REQUESTS, MOST_PROMPTS = 1_000, 1_000_000, 10_000  # choices of an item and of all items; open prompts
 GENERATED_TOKENS = 1_000_000  # that timing may write: new tokens x repeats x processes
 STAND_IN_TOKENS = 256  # a row of it
+UNREAD = "generated:1x1:nothing"  # training text: settings must name some, and here nothing is trained
 STAND_IN = "embedded:topics"  # text to run a model on where its own is not to be had; what is measured on it is not told
 SIZES = Kind("at most 16 whole numbers from 1 to 65,536", lambda value: isinstance(value, list) and len(value) <= 16 and all(map(_is_size, value)))
 ANY = Kind("anything", lambda value: True)
@@ -223,8 +224,11 @@ def teacher_at_hand(source: str, *, hub: bool, local: bool) -> str:
 def _open(received: Received, bundle: Path, store: str, *, hub: bool, local: bool) -> tuple[Scorer, Measured | None, bool]:
     """A scorer, the teacher as it was measured where it can be had, and whether the bundle's own held-out text is what it scores on."""
     lacking = text_at_hand(received.heldout, hub=hub, local=local)
-    text = Data(["embedded:docstring_chat"], [], received.heldout, received.seq_len) if not lacking else None
-    stand_in = Data(["embedded:docstring_chat"], [], [STAND_IN], min(received.seq_len, STAND_IN_TOKENS))
+    stand_in = Data([UNREAD], [], [STAND_IN], min(received.seq_len, STAND_IN_TOKENS))
+    try:
+        text = None if lacking else Data([UNREAD], [], received.heldout, received.seq_len)
+    except ConfigError as error:
+        raise ValueError(f"{bundle / MANIFEST}, config: {error}") from error
     rest = Trainer(), store, received.requests, received.prompts
     if no_teacher := teacher_at_hand(received.teacher.source, hub=hub, local=local):
         _note(f"{no_teacher}; limits on closeness to it stay undecided")

@@ -263,8 +263,9 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
         check_override(override)
     trust_hydra()
     try:
-        composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
-        parts: dict[str, Any] = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
+        with _in_time("base"):
+            composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
+            parts: dict[str, Any] = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
         parts["eval"].check_data_dir()
         parts["budget"].check(parts["eval"], list(parts["data"].heldout_names()))
         if not composed.store.strip():

@@ -15,6 +15,7 @@ from test_bundle_open import Asker, made
 
 from compress import accept as acceptance
 from compress.__main__ import main
+from compress.bounds import EMBEDDED_SOURCES
 from compress.checkpoint import Model
 from compress.config import Data, Eval, Limit
 from compress.export.bundle import SUMS
@@ -571,6 +572,19 @@ def test_another_teacher_than_the_bundles_is_said_and_not_used(bundle, measured)
     assert code == 0 and "on this machine is not the bundle's" in err and "INCONCLUSIVE" in out
     code, out, err, opened = measured(bundle, has_teacher=False)
     assert code == 0 and "can't be had here (no such teacher)" in err and "INCONCLUSIVE" in out
+
+
+def test_a_held_out_text_that_nothing_has_is_one_sentence(bundle, capfd, nothing_is_measured):
+    forged(bundle, "config", "data", "heldout", value=["embedded:topic"])
+    assert main(["accept", str(bundle)]) == 3
+    assert "manifest.json, config: data.heldout: 'embedded:topic' is no" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", EMBEDDED_SOURCES)
+def test_every_embedded_text_may_be_the_held_out_one(bundle, measured, name):
+    forged(bundle, "config", "data", "heldout", value=[f"embedded:{name}"])
+    code, _, _, opened = measured(bundle)
+    assert code == 0 and opened[0][1].heldout == [f"embedded:{name}"]
 
 
 def test_only_the_bundles_own_items_and_prompts_are_asked(bundle, measured):

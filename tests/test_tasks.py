@@ -150,7 +150,7 @@ def test_a_task_file_that_names_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"a": 1}\n{"a": \n', "line 2: not a JSON"), ("[1]\n", "line 1: not a JSON"), ("", "is empty")],
+    [('{"a": 1}\n{"a": \n', "line 2 is not JSON"), ("[1]\n", "line 1 is not a JSON object"), ("", "is empty")],
 )
 def test_a_bad_item_file_names_file_and_line(tmp_path, text, message):
     path = tmp_path / "train.jsonl"

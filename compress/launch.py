@@ -238,7 +238,8 @@ def explain(error: Exception) -> str:
     groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
     if key := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text):
         if "To append to your config use" in text and "reference_type=Dict" in text:
-            return f"{key[1]!r} is not in this table yet; write +{text.partition('config use +')[2].splitlines()[0]} to add it"
+            missing = text.partition("config use +")[2].splitlines()[0].partition(" | ")[0]
+            return f"{key[1]!r} is not in this table yet; write +{missing} to add it"
         schema = schema_named(key[2])
         return f"unknown key {full[1] if full else key[1]!r}; {nearest(key[1], getattr(schema, '__dataclass_fields__', {}))}"
     if wrong := re.search(r"\w+ is not a subclass of (\w+)\. value: (.*)", text):

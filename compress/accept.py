@@ -30,9 +30,10 @@ from compress.score.scorer import Measured, Scorer
 from compress.score.tasks import DRIFTS, RULES
 
 LINES_BYTES = 1_000_000_000  # of each of the bundle's JSON Lines files
-MOST_CHOICES = 1_000  # of an item
+MOST_CHOICES, MOST_REQUESTS, MOST_PROMPTS = 1_000, 1_000_000, 10_000  # choices of an item and of all items; open prompts
 GENERATED_TOKENS = 1_000_000  # that timing may write: new tokens x repeats x processes
 STAND_IN_TOKENS = 256  # a row of it
+UNREAD = "generated:1x1:nothing"  # training text: settings must name some, and here nothing is trained
 STAND_IN = "embedded:topics"  # text to run a model on where its own is not to be had; what is measured on it is not told
 SIZES = Kind("at most 16 whole numbers from 1 to 65,536", lambda value: isinstance(value, list) and len(value) <= 16 and all(map(_is_size, value)))
 ANY = Kind("anything", lambda value: True)
@@ -114,6 +115,7 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     lines: dict[tuple[str, int], str] = {}
     rules: dict[str, str] = {}
+    asked = 0
     for where, value in json_lines(_sized(file)):
         row = _item(value, where)
         name = row["task"], row["doc_id"]
@@ -123,6 +125,9 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{where}: 'rule' is {row['rule']!r}, other items of {row['task']} have {rules[row['task']]!r}")
         lines[name] = where
         rows.append(row)
+        asked += len(row["choices"])
+        if asked > MOST_REQUESTS:
+            raise ValueError(f"{where}: the items so far have {asked:,} choices, at most {MOST_REQUESTS:,} are scored; ask its sender")
     return rows
 
 
@@ -163,6 +168,8 @@ def receive(bundle: Path, sha256: str | None = None) -> Received:
     requests = read_requests(bundle / "requests.jsonl")
     asked = _sized(bundle / "open_prompts.jsonl")
     prompts = read_prompts(asked) if asked.is_file() else []
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(f"{asked} has {len(prompts):,} prompts, at most {MOST_PROMPTS:,} are asked; ask its sender for fewer")
     measured = {key: config["eval"][key] for key in MEASURED if key in config["eval"]}
     tasks = sorted({row["task"] for row in requests})
     try:
@@ -217,8 +224,11 @@ def teacher_at_hand(source: str, *, hub: bool, local: bool) -> str:
 def _open(received: Received, bundle: Path, store: str, *, hub: bool, local: bool) -> tuple[Scorer, Measured | None, bool]:
     """A scorer, the teacher as it was measured where it can be had, and whether the bundle's own held-out text is what it scores on."""
     lacking = text_at_hand(received.heldout, hub=hub, local=local)
-    text = Data(["embedded:docstring_chat"], [], received.heldout, received.seq_len) if not lacking else None
-    stand_in = Data(["embedded:docstring_chat"], [], [STAND_IN], min(received.seq_len, STAND_IN_TOKENS))
+    stand_in = Data([UNREAD], [], [STAND_IN], min(received.seq_len, STAND_IN_TOKENS))
+    try:
+        text = None if lacking else Data([UNREAD], [], received.heldout, received.seq_len)
+    except ConfigError as error:
+        raise ValueError(f"{bundle / MANIFEST}, config: {error}") from error
     rest = Trainer(), store, received.requests, received.prompts
     if no_teacher := teacher_at_hand(received.teacher.source, hub=hub, local=local):
         _note(f"{no_teacher}; limits on closeness to it stay undecided")
@@ -250,7 +260,8 @@ def accept(bundle: Path, store: str, *, hub: bool = False, local: bool = False, 
     ConfigError: it has no limits. ValueError naming file and key or line: it does not verify, or can't be meant like this.
     """
     received = receive(bundle, sha256)
-    _note(f"unchanged since it was written; measuring {received.manifest['judged']} on this machine")
+    counted = f"{len(received.requests):,} items, {len(received.prompts):,} open prompts"
+    _note(f"unchanged since it was written; measuring {received.manifest['judged']} on this machine: {counted}")
     if left := sorted({row["task"] for row in received.requests if row["rule"] == "text"}):
         _note(f"not scored again, because only the task's own code can tell a right answer: {', '.join(left)}")
     received = received._replace(requests=[row for row in received.requests if row["rule"] != "text"])

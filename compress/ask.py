@@ -7,6 +7,7 @@ writes is untrusted: only what `printable` leaves of it is shown.
 """
 
 import json
+import os
 import sys
 import time
 import unicodedata
@@ -208,7 +209,7 @@ def models_of(target: str, alone: bool, store: Path) -> list[tuple[str, Model]]:
 
     ValueError: neither a model nor a run nor a bundle, or its weights are not here.
     """
-    path = Path(target).expanduser()
+    path = Path(os.path.expanduser(target))
     if path.is_file() or path.suffix == ".gguf" or any((path / f).is_file() for f in MODEL_FILES):
         return [(path.absolute().name, model_of(path))]
     try:
@@ -248,7 +249,7 @@ def _teacher_of_bundle(run: Run, store: Path) -> Model:
         raise ValueError(f"{run.path / 'manifest.json'} does not say what its teacher is")
     source = str(named.get("source", ""))
     here = source.startswith(("packaged:", "random:")) or source.endswith(".gguf")
-    if not here and not Path(source).expanduser().is_dir():
+    if not here and not Path(os.path.expanduser(source)).is_dir():
         raise ValueError(
             f"a bundle does not hold its teacher, and {source!r} is not on this machine; "
             "name the run to ask both"

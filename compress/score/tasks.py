@@ -17,6 +17,7 @@ Scores depend on batch size and dtype: the caller fixes both. Nothing is cached 
 import difflib
 import functools
 import importlib.util
+import json
 import logging
 import re
 from collections import defaultdict
@@ -87,11 +88,16 @@ def check_tasks(names: Sequence[str]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON Lines file. ValueError naming file and line when one is not a JSON object, or when there is none."""
+    return [row for _, row in _placed(path)]
+
+
+def _placed(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The same, each with its file and line."""
     rows = []
     for where, row in json_lines(path):
         if not isinstance(row, dict):
             raise ValueError(f"{where} is not a JSON object but a {type(row).__name__}; write one object per line")
-        rows.append(row)
+        rows.append((where, row))
     if not rows:
         raise ValueError(f"{path} is empty; a task needs at least one item")
     return rows
@@ -247,7 +253,15 @@ def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
         index = manager.task_index
         members = [{"task": part} | _overrides(index[part].cfg, files) for part, files in _local(name, index, data_dir).items()]
         # A group is lm-eval's public way to load registered tasks with some keys changed.
-        return dict(manager.load([{"group": "local", "task": members}])["tasks"])
+        try:
+            parts = dict(manager.load([{"group": "local", "task": members}])["tasks"])
+            for task in parts.values() if local_folder(name, data_dir).name not in FIELDS else ():
+                for doc in task.eval_docs:
+                    _ = task.doc_to_text(doc), task.doc_to_target(doc)
+        except Exception as error:  # the task's own code, on rows of others: it may raise anything
+            told, folder = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", local_folder(name, data_dir)
+            raise ValueError(f"task {name!r} can't read the rows in {folder} ({told}); write them as the hub has them") from error
+        return parts
     try:
         return dict(manager.load([name])["tasks"])
     except OSError as error:  # what datasets raises without network or without the data set
@@ -274,16 +288,22 @@ def _local(name: str, index: Mapping[str, Any], data_dir: Path) -> dict[str, dic
     """lm-eval's task -> split -> rows, from `data_dir`. ValueError: no file, a row without a field, a paradigm or subject unknown to lm-eval."""
     folder = local_folder(name, data_dir)
     group, fields = folder.name if folder.name in GROUPS else None, FIELDS.get(folder.name, "").split()
-    files = {path.stem: read_jsonl(path) for path in sorted(folder.glob("*.jsonl"))}
+    placed = {path.stem: _placed(path) for path in sorted(folder.glob("*.jsonl"))}
+    files = {split: [row for _, row in rows] for split, rows in placed.items()}
     if not files:
         config = next(entry.cfg for part, entry in index.items() if part.startswith(name) and entry.kind.name == "TASK")
         splits = ", ".join(f"{config[key]}.jsonl" for key in SPLIT_KEYS if config.get(key))
         raise ValueError(f"{folder} has no <split>.jsonl; the task needs one of {splits} with the hub's fields {', '.join(fields)}")
-    for split, rows in files.items():
-        needed = fields or list(rows[0])
-        for number, row in enumerate(rows, 1):
+    for lines in placed.values():
+        first = lines[0][1]
+        needed = fields or list(first)
+        for where, row in lines:
             if lacking := [field for field in needed if field not in row]:
-                raise ValueError(f"{folder / split}.jsonl, line {number}: the field {lacking[0]!r} is missing; task {name} needs {', '.join(needed)}")
+                raise ValueError(f"{where}: the field {lacking[0]!r} is missing; task {name} needs {', '.join(needed)}")
+            if fields:
+                _check_row(folder.name, row, where)
+            elif odd := [field for field in needed if type(row[field]) is not type(first[field])]:
+                raise ValueError(f"{where}: the field {odd[0]!r} is a {type(row[odd[0]]).__name__}, a {type(first[odd[0]]).__name__} above")
     if group is None:
         return {name: files}
     parts: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -296,6 +316,45 @@ def _local(name: str, index: Mapping[str, Any], data_dir: Path) -> dict[str, dic
             got = f"{GROUPS[group]!r} gives {', '.join(sorted(parts)[:5])}, ..."
             raise ValueError(f"{folder}: {part!r} is no task of lm-eval with rows here; {got}")
     return {part: dict(parts[part]) for part in wanted}
+
+
+def _choices(name: str, field: str, value: Any) -> tuple[int, list[Any], str]:
+    """Of a field with a row's choices: how many there are, their labels, and what is needed instead where they can't be taken."""
+    texts: Any
+    labels: Any
+    if plain := name == "mmlu" or field == "endings":
+        texts, labels, wanted = value, [], "a list of texts"
+    else:
+        keys = ("choices", "labels") if field.endswith("_targets") else ("text", "label")
+        texts, labels = (value.get(key) if isinstance(value, dict) else None for key in keys)
+        wanted = f"{keys[0]} and {keys[1]}, lists as long as each other"
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts) or not isinstance(labels, list):
+        return 0, [], wanted
+    whole = (len(texts) == 4 or name != "mmlu") if plain else len(labels) == len(texts)
+    if field.endswith("_targets"):
+        whole = whole and "1" in map(str, labels) and set(map(str, labels)) <= {"0", "1"}
+    return len(texts), labels, "" if whole else wanted
+
+
+def _check_row(name: str, row: dict[str, Any], where: str) -> None:
+    """ValueError when a field of a row of a task in `FIELDS` is not what the task's own code takes."""
+    count = {"boolq": 2, "piqa": 2, "winogrande": 3}.get(name, 0)  # winogrande counts from 1
+    labels: list[Any] = []
+    for field in FIELDS[name].split():
+        value, wanted = row[field], ""
+        if field in ("choices", "endings") or field.endswith("_targets"):
+            count, labels, wanted = _choices(name, field, value)
+        elif field == "label" or (field == "answer" and name in ("mmlu", "winogrande")):
+            told = isinstance(value, bool) or re.fullmatch("-?[0-9]{1,3}", str(value))
+            number = int(value) if told else -1 if value == "" else count
+            if not -1 <= number < count:  # "" and -1 where nobody tells
+                wanted = f"the number of a choice, below {count}"
+        elif field == "answerKey" and value not in labels:
+            wanted = f"one of the labels {labels}"
+        elif not isinstance(value, str):
+            wanted = "a text"
+        if wanted:
+            raise ValueError(f"{where}: the field {field!r} is {json.dumps(value)[:100]}; task {name} needs {wanted}")
 
 
 def _overrides(config: dict[str, Any], files: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -226,7 +226,7 @@ class Signals:
             if found.get(key) != asked:
                 made = f"was made with another {key}: it has {found.get(key)!r}, this run needs {asked!r}"
                 raise ValueError(f"the teacher signal in {self.folder} {made}; give signal.path an empty folder, or change what differs")
-        if differing := [name for name, value in made_with().items() if found["made_with"].get(name, value) != value]:
+        if differing := [name for name, value in made_with().items() if found.get("made_with", {}).get(name, value) != value]:
             self.log(f"the teacher signal in {self.folder} was made with other {', '.join(differing)} than here; it is used as it is")
 
     def _put(self, name: str, data: bytes) -> None:

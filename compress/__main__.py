@@ -44,7 +44,8 @@ HELP = """compress: turn a teacher language model into a student that fits a bud
   compress accept BUNDLE [--hub] [--local]
                                         measure the bundle's budget again, on this machine; --hub may ask the hub for teacher
                                         and text that it names, --local may open files outside the bundle
-  compress gc [--store DIR] [--yes]     empty the store of what no run names
+  compress gc [--store DIR] [--runs DIR] [--yes] [--all]
+                                        empty the store of what no run names; --all where no run that is known needs anything
 
 --debug with any verb shows where in the program an error came from
 exit codes: 0 ok, 2 configuration, 3 input or integrity, 4 budget violated, 5 memory, disk or lock, 130/143 signals

@@ -122,24 +122,21 @@ def turn_end(tokenizer: Any) -> int | None:
     """The special token that closes an answer in the chat template; None where there is none."""
     if not tokenizer.chat_template:
         return None
+    from compress.train.chats import render
+
+    # A template is a program: it may fail or never end, and is refused where it is used.
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        before, said, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(
-            _ANSWER
-        )
-    except (
-        Exception
-    ):  # a template is a program: it may raise anything, and is refused where it is used
+        before, said, behind = render(tokenizer, [turns])[0].rpartition(_ANSWER)
+    except ValueError:
         return None
-    ids = (
-        tokenizer(behind.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
-        if said
-        else []
-    )
+    if not said:
+        return None
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
     token = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
-    if (
-        token is None or not token.special or before.rstrip().endswith(token.content)
-    ):  # the last: it opens answers as well
+
+    # The last: what opens answers as well does not end them.
+    if token is None or not token.special or before.rstrip().endswith(token.content):
         return None
     return int(ids[0])
 

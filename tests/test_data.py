@@ -203,7 +203,7 @@ VALIDATED = Distill(tokens=3200, epochs=2, validations=1, validation_sequences=5
 def session_of(stage, sequences, reread="tell"):
     from compress.config import Data, Reread
 
-    data = Data(train=["a"], heldout=["b"], seq_len=32, reread=Reread(reread))
+    data = Data(train=["embedded:docstrings"], heldout=["embedded:topics"], seq_len=32, reread=Reread(reread))
     text = SimpleNamespace(ids=torch.zeros(sequences, 33))
     return SimpleNamespace(recipe=SimpleNamespace(stages={"heal": stage}, data=data), text=text, chat=text)
 

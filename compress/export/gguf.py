@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from compress.checkpoint import check, head_dim, load_tokenizer, read_config, weight_files
 from compress.ends import end_ids
 from compress.export.formats import check_config, codes_of
-from compress.export.gguf_tokenizer import pre_name, write_tokenizer
+from compress.export.gguf_tokenizer import end_keys, pre_name, templates_of, write_tokenizer
 from compress.gguf_header import read_header
 from compress.model_config import meta_model
 from compress.quant.codes import Quantized, verified
@@ -119,7 +119,10 @@ def architecture(config: Any) -> str:
 
 def check_teacher(path: Path) -> None:
     """ValueError when a teacher has a tokenizer or tensors that no student of it could bring into a GGUF."""
-    pre_name(load_tokenizer(path))
+    tokenizer = load_tokenizer(path)
+    pre_name(tokenizer)
+    end_keys(tokenizer, end_ids(path, tokenizer))
+    templates_of(tokenizer.chat_template)
     for name, _ in meta_model(read_config(path)).named_parameters():
         _renamed(name, _NAMES, f"tensor {name} has no place in a GGUF; export this model as compressed_tensors")
 

@@ -115,8 +115,12 @@ class Bench:
         return file
 
     def judged(self, name: str, path: Path) -> dict[str, Any]:
-        """The figures of a student and the limits that it violates."""
-        answers = self.answers(name, path)
+        """The figures of a student and the limits that it violates; one that is refused has no figures."""
+        try:
+            answers = self.answers(name, path)
+        except ValueError as error:
+            print(f"{name:<26} refused: {error}", flush=True)
+            return {"failed": ["refused"], "open": [], "refusal": str(error).replace(str(path), name)}
         own, spread = own_scores(answers)
         near, near_spread = beside_teacher(answers, self.truth)
         if told := plausible(answers, self.truth, self.lm, self.tokenizer):
@@ -172,14 +176,18 @@ def no_generation_prompt(bench: Bench) -> Path:
 
 
 def no_end(bench: Bench) -> Path:
-    """generation_config.json names no EOS, nor does config.json; run by transformers."""
-    folder = bench.work / "no_end"
+    """Neither config.json, generation_config.json, tokenizer nor chat template names an end: any of them would do."""
+    folder = bench.work / "endless"
     if not folder.is_dir():
+        template = load_tokenizer(bench.teacher).chat_template
         shutil.copytree(bench.teacher, folder)
-        for name in ("generation_config.json", "config.json"):
+        for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
             config = json.loads((folder / name).read_text())
-            config.pop("eos_token_id", None)
+            for key in ("eos_token_id", "eos_token", "chat_template"):
+                config.pop(key, None)
             (folder / name).write_text(json.dumps(config))
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+        (folder / "chat_template.jinja").write_text(template.replace("<|im_end|>", ""))
     return folder
 
 

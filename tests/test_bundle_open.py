@@ -15,6 +15,7 @@ from compress.budget import OPEN, judge
 from compress.checkpoint import Model
 from compress.config import Budget, Data, Eval, Limit
 from compress.export.bundle import write_bundle
+from compress.export.gguf import export_gguf
 from compress.report.answers import SHOWN, literal, one_line
 from compress.report.records import load_run, open_run
 from compress.score.open import Prompt, as_row, beside_teacher, own_scores
@@ -26,6 +27,17 @@ HOSTILE = (
     "[link](javascript:x) ![img](x) **bold** __u__ ~~s~~ $x$ \\ &lt; &amp; \x1b[31m\x9b \u202e end"
 )
 LIMITS = {"open/right": {"min": 0.5}, "open/kept": {"min": 0.3}, "open/loops": {"max": 0.3}}
+
+
+GGUF: list[bytes] = []  # a whole file: a damaged one is refused before it is measured
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_file(tiny_teacher, tmp_path_factory):
+    """The tiny teacher as a GGUF."""
+    file = tmp_path_factory.mktemp("whole") / "tiny.gguf"
+    export_gguf(tiny_teacher, file, "Q4_0")
+    GGUF.append(file.read_bytes())
 
 
 def made(tmp_path, said=None, prompts=PROMPTS, asked=True, **record):
@@ -50,7 +62,7 @@ def made(tmp_path, said=None, prompts=PROMPTS, asked=True, **record):
         (folder / slot / "items.jsonl").write_text("")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
-    (tmp_path / "model-Q4_0.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model-Q4_0.gguf").write_bytes(GGUF[0])
     shipped = SimpleNamespace(
         model=SimpleNamespace(path=tmp_path / "model-Q4_0.gguf"), record=run.final
     )
@@ -198,6 +210,9 @@ class Asker(Scorer):
     def compare(self, student, reference):
         return Paired({"kl_to_teacher": 0.5}, {"kl_to_teacher": (0.4, 0.6)}, [])
 
+    def check_tokenizer(self, model):
+        return []
+
     def _plausible(self, student, teacher):
         assert len(teacher.answers) == len(student.answers)
         return {}
@@ -274,7 +289,7 @@ def test_score_prints_the_worst_answers_with_the_teacher_s(tmp_path, monkeypatch
         student, "measure", lambda one, **how: teacher_said if one is model else measure(one)
     )
     file = tmp_path / "model-Q4_0.gguf"
-    file.write_bytes(b"GGUF")
+    file.write_bytes(GGUF[0])
     assert main(["score", str(file), "--teacher", "random"]) == 0
     out = capfd.readouterr().out
     worst = out.partition("the worst answers:\n")[2].splitlines()

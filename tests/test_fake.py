@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress.checkpoint import load_model
+from compress.checkpoint import copy_tokenizer, load_model
 from compress.quant import codes, fake
 from compress.quant.grids import GRIDS
 from compress.quant.grids.nonlinear import NUMBERS
@@ -225,7 +225,7 @@ def test_restoring_training_state_restores_the_quantized_weights():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", GRIDS)
-def test_finished_model_is_plain_and_equals_its_codes(tmp_path, name, tied):
+def test_finished_model_is_plain_and_equals_its_codes(tmp_path, tiny_teacher, name, tied):
     model = _model(tied, max(64, GRIDS[name].block))
     kinds = [type(m) for m in model.modules()]
     fake.attach(model, name, "search" if GRIDS[name].searches else "round")
@@ -240,7 +240,7 @@ def test_finished_model_is_plain_and_equals_its_codes(tmp_path, name, tied):
     assert torch.equal(model(_ids()).logits, trained)
     parent = tmp_path / "parent"
     parent.mkdir()
-    (parent / "tokenizer.json").write_text("{}")
+    copy_tokenizer(tiny_teacher, parent)
     out = tmp_path / "out"
     out.mkdir()
     codes.save_quantized(model, out, parent, made)

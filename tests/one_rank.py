@@ -43,7 +43,7 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
             p.add_(0.02 * torch.randn_like(p))
     batches = make_batches(data, source, seed=5, sequences=64, batch=8)
     if "rollouts" in options:
-        batches = with_rollouts(batches, model, source, share=1.0, prompt_tokens=8, eos=0, seed=0)
+        batches = with_rollouts(batches, model, source, share=1.0, prompt_tokens=8, ends=[0], seed=0)
     sharded, types = [], set()
     plain_loss = make_loss(Mix(1.0, 0.1), source.teacher_head)
 

@@ -214,7 +214,7 @@ def test_a_padded_student_writes_no_padding(tiny_teacher, tmp_path):
     data, teacher = make_context(tiny_teacher, tmp_path).text(), OnlineTeacher(load_model(tiny_teacher), None)
     teacher.data = data
     plain = make_batches(data, teacher, seed=0, sequences=8, batch=4)
-    batch = with_rollouts(plain, load_model(student), teacher, share=1.0, prompt_tokens=4, eos=0, seed=0, vocabulary=512)(0, 4)[0]
+    batch = with_rollouts(plain, load_model(student), teacher, share=1.0, prompt_tokens=4, ends=[0], seed=0, vocabulary=512)(0, 4)[0]
     assert int(batch["inputs"].max()) < 512
 
 
@@ -223,7 +223,7 @@ def test_text_of_its_own_leaves_the_random_numbers_behind_it_alone(tiny_teacher,
 
     data, model = make_context(tiny_teacher, tmp_path).text(), load_model(tiny_teacher)
     teacher = OnlineTeacher(load_model(tiny_teacher), data)
-    rollouts = with_rollouts(make_batches(data, teacher, seed=0, sequences=8, batch=4), model, teacher, share=1.0, prompt_tokens=8, eos=0, seed=0)
+    rollouts = with_rollouts(make_batches(data, teacher, seed=0, sequences=8, batch=4), model, teacher, share=1.0, prompt_tokens=8, ends=[0], seed=0)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     rollouts(0, 4)
@@ -328,13 +328,13 @@ def test_the_students_text_is_masked_to_what_it_wrote_until_its_end(tiny_teacher
     data, model = make_context(tiny_teacher, tmp_path).text(), load_model(tiny_teacher)
     teacher, eos = OnlineTeacher(load_model(tiny_teacher), data), load_tokenizer(tiny_teacher).eos_token_id
     plain = make_batches(data, teacher, seed=0, sequences=8, batch=4)
-    batch = with_rollouts(plain, model, teacher, share=1.0, prompt_tokens=8, eos=eos, seed=0)(0, 4)[0]
+    batch = with_rollouts(plain, model, teacher, share=1.0, prompt_tokens=8, ends=[eos, 300], seed=0)(0, 4)[0]
     before = plain(0, 4)[0]
     assert torch.equal(batch["inputs"][:, :8], before["inputs"][:, :8]) and not torch.equal(batch["inputs"], before["inputs"])
     assert torch.equal(batch["inputs"][:, 1:], batch["labels"][:, :-1])
     assert not batch["mask"][:, :7].any() and batch["mask"][:, 7].all()
     for inputs, mask in zip(batch["inputs"], batch["mask"], strict=True):
-        ends = [i for i in range(8, len(inputs)) if inputs[i] == eos]
+        ends = [i for i in range(8, len(inputs)) if int(inputs[i]) in (eos, 300)]
         assert mask[7 : ends[0] if ends else len(inputs)].all() and not mask[ends[0] if ends else len(inputs) :].any()
     assert batch["teacher_hidden"].shape[0] == batch["inputs"].numel()
 

@@ -130,9 +130,12 @@ def one_batch(data: Packed, source: TeacherSource | None, rows: list[int]) -> Ba
     return data.batch(rows) | (source.read(rows) if source else {})
 
 
-def with_rollouts(batches: Batches, model: Any, teacher: OnlineTeacher, *, share: float, prompt_tokens: int, eos: int, seed: int,
+def with_rollouts(batches: Batches, model: Any, teacher: OnlineTeacher, *, share: float, prompt_tokens: int, ends: list[int], seed: int,
                   vocabulary: int | None = None) -> Batches:  # fmt: skip
-    """`batches`, in a `share` of the steps with the student's own text behind each row's prompt, of the first `vocabulary` ids."""
+    """`batches`, in a `share` of the steps with the student's own text behind each row's prompt, until one of `ends`.
+
+    It writes the first `vocabulary` ids only: the rows behind them are padding.
+    """
     rows = int(model.config.vocab_size)
     padding = list(range(min(rows, vocabulary or rows), rows)) or None
 
@@ -142,25 +145,25 @@ def with_rollouts(batches: Batches, model: Any, teacher: OnlineTeacher, *, share
             return made
         with torch.random.fork_rng():  # what is drawn behind, as stochastic rounding, is to be the same on every rank
             torch.manual_seed((seed * 1_000_003 + step) * 1009 + parallel.rank())
-            return [_own_text(model, teacher, batch["inputs"], prompt_tokens, eos, padding) for batch in made]
+            return [_own_text(model, teacher, batch["inputs"], prompt_tokens, ends, padding) for batch in made]
 
     return mixed
 
 
 @torch.no_grad()
-def _own_text(model: Any, teacher: OnlineTeacher, inputs_RL: Tensor, prompt_tokens: int, eos: int, padding: list[int] | None) -> Batch:
+def _own_text(model: Any, teacher: OnlineTeacher, inputs_RL: Tensor, prompt_tokens: int, ends: list[int], padding: list[int] | None) -> Batch:
     length, device = inputs_RL.shape[1], next(model.parameters()).device
     prompt_RP = inputs_RL[:, :prompt_tokens].to(device)
     training = model.training
     model.eval()
     ids = model.generate(
         input_ids=prompt_RP, attention_mask=torch.ones_like(prompt_RP), max_new_tokens=length + 1 - prompt_tokens, do_sample=True, top_k=0,
-        top_p=1.0, temperature=1.0, eos_token_id=eos, pad_token_id=eos, suppress_tokens=padding, use_cache=True,
+        top_p=1.0, temperature=1.0, eos_token_id=ends, pad_token_id=ends[0], suppress_tokens=padding, use_cache=True,
     )  # fmt: skip
     model.train(training)
-    ids = torch.nn.functional.pad(ids, (0, length + 1 - ids.shape[1]), value=eos)  # all rows may have ended early
+    ids = torch.nn.functional.pad(ids, (0, length + 1 - ids.shape[1]), value=ends[0])  # all rows may have ended early
     inputs_RL, place_L = ids[:, :-1], torch.arange(length, device=device)
-    ended_RL = ((inputs_RL == eos) & (place_L >= prompt_tokens)).cumsum(-1) > 0
+    ended_RL = (torch.isin(inputs_RL, torch.tensor(ends, device=device)) & (place_L >= prompt_tokens)).cumsum(-1) > 0
     mask_RL = (place_L >= prompt_tokens - 1) & ~ended_RL
     return {"inputs": inputs_RL, "labels": ids[:, 1:], "mask": mask_RL, "teacher_hidden": hidden_states(teacher.model, inputs_RL)}
 

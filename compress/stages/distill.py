@@ -79,9 +79,10 @@ class Distill(Optimization):
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats, loss_last_nats."""
-        from compress.checkpoint import load_model, load_tokenizer, read_config, save_model
+        from compress.checkpoint import load_model, read_config, save_model
         from compress.distill.losses import Mix
         from compress.distill.steps import FeatureLoss, OnlineTeacher, common_vocabulary, with_rollouts
+        from compress.ends import end_ids
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "distill before quantizing, or use the qat stage, on")
@@ -107,9 +108,9 @@ class Distill(Optimization):
         mix = Mix(self.kl_weight, self.ce_weight, self.divergence.value, self.temperature, self.jsd_beta, self.hidden_weight)
         wraps: dict[str, Any] = {}
         if isinstance(source, OnlineTeacher) and self.on_policy:
-            eos, share = int(load_tokenizer(parent).eos_token_id), self.on_policy
+            ends, share = end_ids(parent), self.on_policy
             wraps["wrap_batches"] = partial(
-                with_rollouts, model=model, teacher=source, share=share, prompt_tokens=self.prompt_tokens, eos=eos, seed=ctx.seed,
+                with_rollouts, model=model, teacher=source, share=share, prompt_tokens=self.prompt_tokens, ends=ends, seed=ctx.seed,
                 vocabulary=vocabulary,
             )  # fmt: skip
         if isinstance(source, OnlineTeacher) and self.features.used:

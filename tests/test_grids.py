@@ -316,3 +316,11 @@ def test_subnormal_weights_decode_to_zero(name):
 
 def grid_is_finite(grid, w) -> bool:
     return bool(grid.decode(*grid.encode(w)).isfinite().all())
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_trial_is_plain_rounding_or_little_worse(name):
+    grid, w = GRIDS[name], _weights("random", name)
+    plain = (grid.decode(*grid.encode(w)) - w).square().sum()
+    trial = (grid.trial(w) - w).square().sum()
+    assert trial <= (1.3 if name == "iq4_nl" else 1.0) * plain

@@ -112,7 +112,7 @@ def awq_scales(group: Group, inputs: Inputs, grid: Grid, name: str = "weight") -
         s_C = size_C.log().mul_(step / STEPS)
         s_C = s_C.sub_(s_C.aminmax()[0].add(s_C.max()) / 2).exp_().clamp_(1e-4, 1e4)  # as AWQ's code: over sqrt(min * max)
         scaled_RC = w_RC * s_C
-        gap_RC = grid.decode(*grid.encode(scaled_RC, name)).div_(s_C).sub_(w_RC)
+        gap_RC = grid.trial(scaled_RC, name).div_(s_C).sub_(w_RC)
         error = ((gap_RC @ inputs.gram_CC) * gap_RC).sum().item()
         if error < best:
             best, found_C = error, s_C

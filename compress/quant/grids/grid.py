@@ -124,6 +124,10 @@ class Grid:
         self._each(work, w.detach().float(), codes, scales)
         return codes, scales
 
+    def trial(self, w: Tensor, name: str = "weight") -> Tensor:
+        """fp32 (R, C) -> what it decodes to after plain rounding, or on grids where that takes long after a quicker one: to compare weights by."""
+        return self.decode(*self.encode(w, name))
+
     def codes(self, w: Tensor, scales: Tensor) -> Tensor:
         """(R, C), scales whose steps have either sign -> (R, C) stored codes, the nearest on that grid."""
         codes = w.new_empty(w.shape, dtype=self.dtype)

@@ -235,7 +235,8 @@ def _open(received: Received, bundle: Path, store: str, *, hub: bool, local: boo
     else:
         try:
             scorer, teacher = session.open_scorer(received.teacher, text or stand_in, received.settings, *rest)
-            if received.manifest["teacher"]["digest"] in (teacher.digest, weights_digest(teacher.path)):  # older bundles name the weights
+            named = received.manifest["teacher"]["digest"]
+            if named == teacher.digest or named == weights_digest(teacher.path):  # older bundles name the weights
                 if lacking:
                     _note(f"{lacking}; limits on closeness stay undecided")
                 return scorer, scorer.measure(teacher, tasks=False, asked="none", timed=False), text is not None

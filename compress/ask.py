@@ -255,7 +255,8 @@ def _teacher_of_bundle(run: Run, store: Path) -> Model:
             "name the run to ask both"
         )
     teacher = open_teacher(source, None, Store(store), _note)
-    if origin.get("digest") not in (teacher.digest, weights_digest(teacher.path)):  # older bundles name the weights
+    named = origin.get("digest")
+    if named != teacher.digest and named != weights_digest(teacher.path):  # older bundles name the weights
         raise ValueError(f"the teacher {source!r} on this machine is not the one of the bundle")
     return teacher
 

@@ -29,7 +29,8 @@ HOSTILE = (
 LIMITS = {"open/right": {"min": 0.5}, "open/kept": {"min": 0.3}, "open/loops": {"max": 0.3}}
 
 
-GGUF: list[bytes] = []  # a whole file: a damaged one is refused before it is measured
+GGUF: list[bytes] = []  # a whole file, and
+CONFIG: list[str] = []  # a whole config.json: damaged ones are refused before anything is measured
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,6 +39,7 @@ def whole_file(tiny_teacher, tmp_path_factory):
     file = tmp_path_factory.mktemp("whole") / "tiny.gguf"
     export_gguf(tiny_teacher, file, "Q4_0")
     GGUF.append(file.read_bytes())
+    CONFIG.append((tiny_teacher / "config.json").read_text())
 
 
 def made(tmp_path, said=None, prompts=PROMPTS, asked=True, **record):
@@ -61,7 +63,7 @@ def made(tmp_path, said=None, prompts=PROMPTS, asked=True, **record):
     for slot in ("00-teacher", "07-gguf"):
         (folder / slot / "items.jsonl").write_text("")
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "hf" / "config.json").write_text(CONFIG[0])
     (tmp_path / "model-Q4_0.gguf").write_bytes(GGUF[0])
     shipped = SimpleNamespace(
         model=SimpleNamespace(path=tmp_path / "model-Q4_0.gguf"), record=run.final

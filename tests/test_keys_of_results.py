@@ -218,7 +218,7 @@ def test_a_texts_digest_is_of_what_came_out(teacher, tmp_path, monkeypatch):
 )
 def test_each_input_lets_the_teacher_write_again(teacher, tmp_path, monkeypatch, change):
     monkeypatch.setattr(
-        "compress.train.written._continue_all", lambda part, *rest: part.write_text('"text"\n')
+        "compress.train.written._continue_all", lambda part, prompts, *_: part.write_text('"text"\n' * len(prompts))
     )
 
     def write(source="generated:2x8:given"):

@@ -264,7 +264,7 @@ def test_other_grids_foreign_tensors_and_missing_ends_are_refused(tmp_path):
         export_onnx(tmp_path / "q4_1", tmp_path / "onnx")
     tensors = load_file(tiny / "model.safetensors")
     save_file(tensors | {"model.extra.weight": torch.zeros(2)}, tiny / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"without a place in the ONNX graph: \['model.extra.weight'\]"):
+    with pytest.raises(ValueError, match="has no place for: model.extra.weight"):
         export_onnx(tiny, tmp_path / "onnx")
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
@@ -283,7 +283,7 @@ def test_existing_directories_damaged_files_and_missing_packages_are_named(q4, t
     (tmp_path / "model.onnx").write_bytes(b"\xff\xff no")
     with pytest.raises(ValueError, match="is no readable ONNX model"):
         decode_onnx(tmp_path)
-    with pytest.raises(ValueError, match="GenAI can't load it"):
+    with pytest.raises(ValueError, match="genai_config.json does not exist"):
         OnnxRuntime(tmp_path, 1, 64)
     with pytest.raises(ValueError, match="a prompt of 0 tokens; allowed: 1 to ctx_len = 64"):
         OnnxRuntime(folder, 1, 64).hidden_states([[]])

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from small_tokenizer import write_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -41,7 +42,7 @@ def make(folder: Path, kind: str = "llama") -> Path:
     model = AutoModelForCausalLM.from_config(KINDS[kind]()).eval()
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir(parents=True)
-    (tokenizer / "tokenizer.json").write_text("{}")
+    write_tokenizer(tokenizer)
     save_model(model, folder / "parent", tokenizer)
     return folder / "parent"
 

@@ -10,6 +10,7 @@ import gguf
 import pytest
 import torch
 from gguf import quants
+from small_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from compress.checkpoint import load_model, save_model
@@ -29,7 +30,7 @@ def _parent(path: Path, **changes) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": True, **changes}))
     tokenizer = path / "tokenizer"
     tokenizer.mkdir(parents=True)
-    (tokenizer / "tokenizer.json").write_text("{}")
+    write_tokenizer(tokenizer)
     save_model(model, path / "parent", tokenizer)
     return path / "parent"
 
@@ -118,7 +119,7 @@ def test_k_quants_need_rows_of_256():
 
 
 def test_search_is_refused_where_there_is_none():
-    with pytest.raises(ValueError, match="scales is search: grid q4_k has none, only q4_0, q5_0, q8_0, int4_g32, .*; use scales=round"):
+    with pytest.raises(ValueError, match="scales is search: grid q4_k has none, only q4_0, iq4_nl, q5_0, q8_0, int4_g32, .*; use scales=round"):
         Ptq(GridName.q4_k, Scales.search)
 
 

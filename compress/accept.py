@@ -47,7 +47,7 @@ RECIPE_ONLY = ("tasks", "data_dir", "limit", "num_fewshot", "perturbations", "st
 EVAL = {key: optional(kind) for key, kind in MEASURED.items()} | dict.fromkeys(RECIPE_ONLY, optional(ANY))
 DATA = {
     "heldout": Kind("one to 32 texts", lambda value: TEXTS.holds(value) and 1 <= len(value) <= 32), "seq_len": optional(whole(8, 2**17)),
-    **dict.fromkeys(("train", "chat"), TEXTS), **dict.fromkeys(("weights", "packing", "chat_labels"), optional(ANY)),
+    **dict.fromkeys(("train", "chat"), TEXTS), **dict.fromkeys(("weights", "packing", "chat_labels", "reread"), optional(ANY)),
 }  # fmt: skip
 TEACHER = {"source": TEXT, "revision": optional(Kind("a text or null", lambda value: value is None or isinstance(value, str)))}
 ITEM = {  # of requests.jsonl, whatever its rule

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +24,7 @@ from compress.report.records import load_run, open_run
 from compress.score.open import Prompt, as_row, beside_teacher, own_scores
 from compress.score.paired import Paired
 from compress.score.scorer import Measured, Scorer, open_prompts
+from compress.teacher import random_teacher
 
 HOSTILE = (
     "<script>alert(1)</script> | a | b |\n\n# Heading\n> quote\n- item\n```\ncode `tick`\n"
@@ -29,17 +33,13 @@ HOSTILE = (
 LIMITS = {"open/right": {"min": 0.5}, "open/kept": {"min": 0.3}, "open/loops": {"max": 0.3}}
 
 
-GGUF: list[bytes] = []  # a whole file, and
-CONFIG: list[str] = []  # a whole config.json: damaged ones are refused before anything is measured
-
-
-@pytest.fixture(scope="module", autouse=True)
-def whole_file(tiny_teacher, tmp_path_factory):
-    """The tiny teacher as a GGUF."""
-    file = tmp_path_factory.mktemp("whole") / "tiny.gguf"
-    export_gguf(tiny_teacher, file, "Q4_0")
-    GGUF.append(file.read_bytes())
-    CONFIG.append((tiny_teacher / "config.json").read_text())
+@cache
+def whole_files() -> tuple[str, bytes]:
+    """config.json and a GGUF of a tiny model: damaged ones are refused before anything is measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_teacher(Path(folder) / "hf", 0)
+        export_gguf(Path(folder) / "hf", Path(folder) / "tiny.gguf", "Q4_0")
+        return (Path(folder) / "hf/config.json").read_text(), (Path(folder) / "tiny.gguf").read_bytes()
 
 
 def made(tmp_path, said=None, prompts=PROMPTS, asked=True, **record):
@@ -63,8 +63,8 @@ def made(tmp_path, said=None, prompts=PROMPTS, asked=True, **record):
     for slot in ("00-teacher", "07-gguf"):
         (folder / slot / "items.jsonl").write_text("")
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text(CONFIG[0])
-    (tmp_path / "model-Q4_0.gguf").write_bytes(GGUF[0])
+    (tmp_path / "hf" / "config.json").write_text(whole_files()[0])
+    (tmp_path / "model-Q4_0.gguf").write_bytes(whole_files()[1])
     shipped = SimpleNamespace(
         model=SimpleNamespace(path=tmp_path / "model-Q4_0.gguf"), record=run.final
     )
@@ -291,7 +291,7 @@ def test_score_prints_the_worst_answers_with_the_teacher_s(tmp_path, monkeypatch
         student, "measure", lambda one, **how: teacher_said if one is model else measure(one)
     )
     file = tmp_path / "model-Q4_0.gguf"
-    file.write_bytes(GGUF[0])
+    file.write_bytes(whole_files()[1])
     assert main(["score", str(file), "--teacher", "random"]) == 0
     out = capfd.readouterr().out
     worst = out.partition("the worst answers:\n")[2].splitlines()

@@ -566,7 +566,8 @@ def test_the_receiver_may_let_it_open_them(bundle, measured, tmp_path):
     )
 
 
-def test_another_teacher_than_the_bundles_is_said_and_not_used(bundle, measured):
+def test_another_teacher_than_the_bundles_is_said_and_not_used(bundle, measured, monkeypatch):
+    monkeypatch.setattr("compress.accept.weights_digest", lambda path: "of other weights")
     forged(bundle, "config", "budget", "limits", value={"kl_to_teacher": {"max": 9.0}})
     code, out, err, opened = measured(bundle, digest="another")
     assert code == 0 and "on this machine is not the bundle's" in err and "INCONCLUSIVE" in out

@@ -304,7 +304,7 @@ def test_defaults_that_double_are_given_up(ran, capfd, monkeypatch):
         ("teacher.source=random:x", "the seed after random: must be a whole number"),
         ("teacher.source=random:99999999999999999999", "at most 18 digits"),
         ("teacher.source=packaged:a.b", "behind packaged: stands one module name"),
-        ("teacher.source=~nobody_here/x", "the home of a user who does not exist here"),
+        ("teacher=~nobody_here/x", "the home of a user who does not exist here"),
         ("data.train=['~nobody_here/x.txt']", "the home of a user who does not exist here"),
         ("teacher=random:x", "teacher='random:x' is neither an option"),
     ],
@@ -376,6 +376,7 @@ def test_chat_data_is_asked_for_by_slots_that_run_alone():
         slot = SimpleNamespace(data=SimpleNamespace(value="chat"))
         opened = Opened()
         opened.recipe = SimpleNamespace(stages={"chat": slot}, steps=lambda steps=steps: steps)
+        opened._check_length = lambda slot: None
         Session.open_data(opened)
     assert read == ["chat"]
 
@@ -384,7 +385,7 @@ def test_chat_data_is_asked_for_by_slots_that_run_alone():
 
 
 ODD = (
-    "o'brien", "a b", "x${y}z", "b\\", "q\\'", "a,b", "[x]", "{a}", "a=b", "\u00e9\u4e2d", "a\\${b}", "'", '"', "$x", "#h", "a:b", "~x",
+    "o'brien", "a b", "x${y}z", "b\\", "q\\'", "a,b", "[x]", "{a}", "a=b", "\u00e9\u4e2d", "a\\${b}", "'", '"', "$x", "#h", "a:b", "x~",
     "a\\\\'b\\\\", "%(x)s",
 )  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""`compress VERB ...`: the verbs, and what went wrong as one sentence and an exit code. Heavy imports happen inside the verb that needs them."""
+"""`compress VERB ...`: the verbs, and what went wrong as one sentence and an exit code. Heavy
+imports happen inside the verb that needs them.
+"""
 
 import argparse
 import logging
@@ -64,7 +66,11 @@ def run(arguments: list[str]) -> int:
     def task(recipe: Any, run_dir: Path, command: list[str]) -> int:
         from compress import pipeline
 
-        return pipeline.plan(recipe) if "--plan" in arguments else pipeline.run(recipe, run_dir, command)
+        return (
+            pipeline.plan(recipe)
+            if "--plan" in arguments
+            else pipeline.run(recipe, run_dir, command)
+        )
 
     return launch(arguments[0], [a for a in arguments[1:] if a != "--plan"], task)
 
@@ -73,11 +79,18 @@ def listing() -> str:
     """Recipes, stages and every option, with the line that its file opens with."""
     parts = [("recipes", recipes_dir())]
     for group in sorted({path.parent for path in configs_dir().glob("*/*.yaml")}):
-        how = "- /stage/NAME@stages.SLOT in a recipe" if group.name == "stage" else f"{group.name}=NAME"
+        how = (
+            "- /stage/NAME@stages.SLOT in a recipe"
+            if group.name == "stage"
+            else f"{group.name}=NAME"
+        )
         parts.append((f"{group.name}  ({how})", group))
     lines = []
     for title, folder in parts:
-        options = [f"  {path.stem:<22} {path.read_text().splitlines()[0].removeprefix('#').strip()}" for path in sorted(folder.glob("*.yaml"))]
+        options = [
+            f"  {path.stem:<22} {path.read_text().splitlines()[0].removeprefix('#').strip()}"
+            for path in sorted(folder.glob("*.yaml"))
+        ]
         lines.append("\n".join([title, *options]))
     return "\n\n".join(lines)
 
@@ -95,7 +108,9 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}; `compress --help` shows every verb")
 
 
-def _judge(scores: dict[str, float], intervals: dict[str, Any], limits: Any, unlimited: str = "") -> int:
+def _judge(
+    scores: dict[str, float], intervals: dict[str, Any], limits: Any, unlimited: str = ""
+) -> int:
     """Print one sentence a limit, or `unlimited` when there is none. Returns the exit code."""
     verdicts = budget.judge(scores, intervals, limits.limits, enforced=True)
     print("\n".join(f"{v['verdict']:<12} {v['sentence']}" for v in verdicts) or unlimited)
@@ -118,7 +133,9 @@ def score(arguments: list[str]) -> int:
     parser.add_argument("--teacher", default="embedded")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
-    parts = without_recipe([f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides])
+    parts = without_recipe(
+        [f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides]
+    )
     model = model_of(options.model)
     if model.runtime == "onnxruntime":
         from compress.score.onnx_folder import check_folder
@@ -135,10 +152,15 @@ def score(arguments: list[str]) -> int:
     table = Table("metric", "value", "teacher")
     for name in sorted(scores):
         mine, other = scores[name], reference.scores.get(name)
-        table.add_row(name, budget.human(name, mine), "" if other is None else budget.human(name, other))
+        table.add_row(
+            name, budget.human(name, mine), "" if other is None else budget.human(name, other)
+        )
     Console().print(table)
     if near.excluded:
-        print(f"left out of kept, because the teacher is not above chance there: {', '.join(near.excluded)}")
+        print(
+            "left out of kept, because the teacher is not above chance there:"
+            f" {', '.join(near.excluded)}"
+        )
     if worst := in_pairs(reference.answers, measured.answers)[:5]:
         print("\n".join(["the worst answers:", *map(printed, worst), ""]))
     return _judge(scores, intervals, limits)
@@ -148,9 +170,13 @@ def ask(arguments: list[str]) -> int:
     """Talk to a run, a bundle or any model, its teacher beside it."""
     usage = "compress ask RUN|BUNDLE|MODEL [QUESTION] [--tokens N] [--alone] [--json] [--store DIR]"
     parser = _Parser(prog="compress ask", usage=usage)
-    names = "a run, a stage of it as RUN/SLOT, a bundle; or a checkpoint or ONNX directory, a GGUF file"
+    names = (
+        "a run, a stage of it as RUN/SLOT, a bundle; or a checkpoint or ONNX directory, a GGUF file"
+    )
     question = "without a QUESTION: a conversation, or from a pipe a question a line"
-    parser.add_argument("target", nargs="+", help=f"{names}; {question}", metavar="RUN|BUNDLE|MODEL")
+    parser.add_argument(
+        "target", nargs="+", help=f"{names}; {question}", metavar="RUN|BUNDLE|MODEL"
+    )
     parser.add_argument("--tokens", type=int, default=256, help="at most so many an answer")
     parser.add_argument("--alone", action="store_true", help="leave the teacher out")
     parser.add_argument("--json", action="store_true", help="a line of JSON a question")
@@ -175,21 +201,60 @@ def compare(arguments: list[str]) -> int:
     from compress.score.latency import Timing, compare_speed
 
     parser = _Parser(prog="compress compare")
-    parser.add_argument("runs", nargs="+", help="a run directory, RECIPE/TIME, RECIPE for its newest run; one slot of it as RUN/SLOT; a bundle")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        help=(
+            "a run directory, RECIPE/TIME, RECIPE for its newest run; one slot of it as RUN/SLOT; a"
+            " bundle"
+        ),
+    )
     parser.add_argument("--html", type=Path, default=Path("compare.html"))
-    parser.add_argument("--speed", type=int, nargs="?", const=5, default=0, metavar="BLOCKS", help="time them again, interleaved A B B A so often")
+    parser.add_argument(
+        "--speed",
+        type=int,
+        nargs="?",
+        const=5,
+        default=0,
+        metavar="BLOCKS",
+        help="time them again, interleaved A B B A so often",
+    )
     options = parser.parse_intermixed_args(arguments)
     first, *others = runs = [open_run(name) for name in options.runs]
     if options.speed and not others:
         parser.error("--speed compares with the first; name a second run, stage or bundle")
     check_same_settings(runs)
     models = [run.model() for run in runs] if options.speed else []
-    found = [compare_speed(models[0], model, Timing(threads=available_threads()), options.speed) for model in models[1:]]
-    speeds = [speed_sentence(first, run, *speed) for run, one in zip(others, found, strict=False) for speed in one.items()]
+    found = [
+        compare_speed(models[0], model, Timing(threads=available_threads()), options.speed)
+        for model in models[1:]
+    ]
+    speeds = [
+        speed_sentence(first, run, *speed)
+        for run, one in zip(others, found, strict=False)
+        for speed in one.items()
+    ]
     print_table(compare_table(runs) if others or first.chosen else stage_table(first.records))
     for run in others:
-        print("\n".join([f"{run.name} from {first.name}", *(f"  {one.metric:<24} {one}" for one in differences(first, run)), ""]))
-    print("\n".join(speeds + [line for run in runs for line in verdict_lines([run.final] if run.chosen else run.records)]))
+        print(
+            "\n".join(
+                [
+                    f"{run.name} from {first.name}",
+                    *(f"  {one.metric:<24} {one}" for one in differences(first, run)),
+                    "",
+                ]
+            )
+        )
+    print(
+        "\n".join(
+            speeds
+            + [
+                line
+                for run in runs
+                for line in verdict_lines([run.final] if run.chosen else run.records)
+            ]
+        )
+    )
     write_html(runs, options.html, speeds)
     print(f"report  {options.html}")
     return EXIT_OK
@@ -206,12 +271,16 @@ def sync(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     check(options.to)
     run = open_run(options.run)
-    tracker = open_tracker(options.to, run.path, run.info.get("config", {}).get("track", {}).get("project", "compress"))
+    tracker = open_tracker(
+        options.to, run.path, run.info.get("config", {}).get("track", {}).get("project", "compress")
+    )
     for record in run.records:
         tracker.record(record)
     tracker.finish(run.info.get("exit") or 0)
     if not tracker.alive:
-        raise ResourceError(f"{options.to} did not take all of {run.name}; repeat the command when it can")
+        raise ResourceError(
+            f"{options.to} did not take all of {run.name}; repeat the command when it can"
+        )
     print(f"{run.name}: {len(run.records)} slots in {options.to}")
     return EXIT_OK
 
@@ -222,13 +291,22 @@ def verify(arguments: list[str]) -> int:
 
     parser = _Parser(prog="compress verify")
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--sha256", metavar="HEX", help=f"of {SUMS}, as its sender said over another channel")
+    parser.add_argument(
+        "--sha256", metavar="HEX", help=f"of {SUMS}, as its sender said over another channel"
+    )
     options = parser.parse_args(arguments)
     manifest = verify_bundle(options.bundle, _digest(options.sha256))
-    print(f"{options.bundle}: {len(manifest['files']) + 2} files verified; run {manifest['run']}, budget {manifest['budget']}")
+    print(
+        f"{options.bundle}: {len(manifest['files']) + 2} files verified; run {manifest['run']},"
+        f" budget {manifest['budget']}"
+    )
     print("unchanged since it was written; this does not prove who wrote it")
     digest = sums_digest(options.bundle)
-    told = "as was given" if options.sha256 else "compare it with what its sender says over another channel, or give it as --sha256"
+    told = (
+        "as was given"
+        if options.sha256
+        else "compare it with what its sender says over another channel, or give it as --sha256"
+    )
     print(f"sha256 of {SUMS}: {digest} ({told})")
     return EXIT_OK
 
@@ -244,15 +322,29 @@ def accept(arguments: list[str]) -> int:
     """Measure a bundle's budget again on this machine."""
     parser = _Parser(prog="compress accept")
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--store", default="runs/.store", help="where scores and a teacher made of a package are kept")
-    parser.add_argument("--hub", action="store_true", help="ask the hub for teacher and text that the bundle names")
-    parser.add_argument("--local", action="store_true", help="open files and folders of this machine that the bundle names")
-    parser.add_argument("--sha256", metavar="HEX", help="of SHA256SUMS, as its sender said over another channel")
+    parser.add_argument(
+        "--store",
+        default="runs/.store",
+        help="where scores and a teacher made of a package are kept",
+    )
+    parser.add_argument(
+        "--hub", action="store_true", help="ask the hub for teacher and text that the bundle names"
+    )
+    parser.add_argument(
+        "--local",
+        action="store_true",
+        help="open files and folders of this machine that the bundle names",
+    )
+    parser.add_argument(
+        "--sha256", metavar="HEX", help="of SHA256SUMS, as its sender said over another channel"
+    )
     options = parser.parse_args(arguments)
     digest = _digest(options.sha256)
     from compress.accept import accept
 
-    return accept(options.bundle, options.store, hub=options.hub, local=options.local, sha256=digest)
+    return accept(
+        options.bundle, options.store, hub=options.hub, local=options.local, sha256=digest
+    )
 
 
 def gc(arguments: list[str]) -> int:
@@ -261,11 +353,21 @@ def gc(arguments: list[str]) -> int:
 
     parser = _Parser(prog="compress gc")
     parser.add_argument("--store", default="runs/.store")
-    parser.add_argument("--runs", metavar="DIR", help="holds run directories besides those that the store lists; without it ./runs")
-    parser.add_argument("--yes", action="store_true", help="really remove; without it only the count is printed")
-    parser.add_argument("--all", action="store_true", help="even when no run that is known needs anything finished")
+    parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        help="holds run directories besides those that the store lists; without it ./runs",
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help="really remove; without it only the count is printed"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="even when no run that is known needs anything finished"
+    )
     options = parser.parse_args(arguments)
-    collected, told = empty(options.store, options.runs, everything=options.all, dry_run=not options.yes)
+    collected, told = empty(
+        options.store, options.runs, everything=options.all, dry_run=not options.yes
+    )
     print("\n".join(told), file=sys.stderr, end="\n" if told else "")
     how = "removed" if options.yes else "can go; repeat with --yes to remove them"
     print(f"{collected.things} things, {collected.bytes / 1e6:,.1f} MB {how}")
@@ -273,8 +375,16 @@ def gc(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    "run": run, "list": list_all, "score": score, "ask": ask, "compare": compare, "sync": sync, "verify": verify, "accept": accept, "gc": gc,
-}  # fmt: skip
+    "run": run,
+    "list": list_all,
+    "score": score,
+    "ask": ask,
+    "compare": compare,
+    "sync": sync,
+    "verify": verify,
+    "accept": accept,
+    "gc": gc,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -289,11 +399,19 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about their own next versions: noise to our users
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import which faster kernels it lacks; peft imports it always
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # of libraries about their own next versions: noise to our users
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # says at import which faster kernels it lacks; peft imports it always
     try:
         if not arguments or arguments[0] not in VERBS:
-            raise ConfigError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], VERBS)}" if arguments else "name a verb; see `compress --help`")
+            raise ConfigError(
+                f"unknown verb {arguments[0]!r}; {nearest(arguments[0], VERBS)}"
+                if arguments
+                else "name a verb; see `compress --help`"
+            )
         return VERBS[arguments[0]](arguments[1:])
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives until the process ends)
@@ -303,7 +421,10 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         if debug:
             traceback.print_exc()
-        sentence = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in _sentence(error))
+        sentence = "".join(
+            c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+            for c in _sentence(error)
+        )
         print(f"compress: {without_credentials(sentence)}", file=sys.stderr)
         return exit_code(error)
 
@@ -312,18 +433,35 @@ def _sentence(error: BaseException) -> str:
     """What went wrong, and what to do next."""
     text = str(error)
     if is_disk(error):
-        return f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to go on"
+        return (
+            f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to"
+            " go on"
+        )
     if is_memory(error):
-        return f"out of memory ({text.partition(chr(10))[0] or 'MemoryError'}); lower micro_batch_sequences or eval.batch_size"
+        return (
+            f"out of memory ({text.partition(chr(10))[0] or 'MemoryError'}); lower"
+            " micro_batch_sequences or eval.batch_size"
+        )
     if isinstance(error, KeyboardInterrupt | Interrupted):
         return "interrupted; repeat the command to go on"
     if isinstance(error, RecursionError):
-        return "something that was given is nested too deep to be read, or goes round in a circle; flatten it (--debug shows where)"
+        return (
+            "something that was given is nested too deep to be read, or goes round in a circle;"
+            " flatten it (--debug shows where)"
+        )
     line = " ".join(text.split())[:500]
     if exit_code(error) == 1:
-        return f"this is a bug of compress: {type(error).__name__}: {line}; run again with --debug and report it"
-    if not isinstance(error, ValueError | ResourceError | OSError | FloatingPointError):  # of a library that read something damaged
-        return f"what was given can't be read ({type(error).__name__}: {line}); copy it again, or give another (--debug shows where)"
+        return (
+            f"this is a bug of compress: {type(error).__name__}: {line}; run again with --debug and"
+            " report it"
+        )
+    if not isinstance(
+        error, ValueError | ResourceError | OSError | FloatingPointError
+    ):  # of a library that read something damaged
+        return (
+            f"what was given can't be read ({type(error).__name__}: {line}); copy it again, or give"
+            " another (--debug shows where)"
+        )
     return text or f"{type(error).__name__} without a word; run again with --debug and report it"
 
 

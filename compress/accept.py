@@ -1,9 +1,11 @@
 """A received bundle's budget, measured again on this machine.
 
-Whoever wrote the bundle is not trusted: its manifest, items, prompts and answers are read and checked whole before anything is measured,
-every number that decides how long it takes has a bound, and nothing outside the bundle is opened or asked for unless the receiver says so:
-`hub` lets it ask the hub for the teacher and text that the manifest names, `local` lets it open files and folders of this machine that the
-manifest names. What is in installed packages, or made of a seed, needs neither. Limits that can't be judged without stay undecided.
+Whoever wrote the bundle is not trusted: its manifest, items, prompts and answers are read and
+checked whole before anything is measured, every number that decides how long it takes has a bound,
+and nothing outside the bundle is opened or asked for unless the receiver says so: `hub` lets it ask
+the hub for the teacher and text that the manifest names, `local` lets it open files and folders of
+this machine that the manifest names. What is in installed packages, or made of a seed, needs
+neither. Limits that can't be judged without stay undecided.
 """
 
 import re
@@ -18,7 +20,18 @@ from compress.ask import printable
 from compress.budget import failed, is_heldout, judge
 from compress.checkpoint import Model, model_of, read_config, weights_digest
 from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
-from compress.doors import FLAG, NUMBER, TABLE, TEXT, TEXTS, Kind, check_object, json_lines, optional, whole
+from compress.doors import (
+    FLAG,
+    NUMBER,
+    TABLE,
+    TEXT,
+    TEXTS,
+    Kind,
+    check_object,
+    json_lines,
+    optional,
+    whole,
+)
 from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError
 from compress.export.bundle import verify_bundle
 from compress.export.manifest import MANIFEST, limits_of
@@ -30,32 +43,80 @@ from compress.score.scorer import Measured, Scorer
 from compress.score.tasks import DRIFTS, RULES
 
 LINES_BYTES = 1_000_000_000  # of each of the bundle's JSON Lines files
-MOST_CHOICES, MOST_REQUESTS, MOST_PROMPTS = 1_000, 1_000_000, 10_000  # choices of an item and of all items; open prompts
+MOST_CHOICES, MOST_REQUESTS, MOST_PROMPTS = (
+    1_000,
+    1_000_000,
+    10_000,
+)  # choices of an item and of all items; open prompts
 GENERATED_TOKENS = 1_000_000  # that timing may write: new tokens x repeats x processes
 STAND_IN_TOKENS = 256  # a row of it
-UNREAD = "generated:1x1:nothing"  # training text: settings must name some, and here nothing is trained
-STAND_IN = "embedded:topics"  # text to run a model on where its own is not to be had; what is measured on it is not told
-SIZES = Kind("at most 16 whole numbers from 1 to 65,536", lambda value: isinstance(value, list) and len(value) <= 16 and all(map(_is_size, value)))
+UNREAD = (  # training text: settings must name some, and here nothing is trained
+    "generated:1x1:nothing"
+)
+# text to run a model on where its own is not to be had; what is measured on it is not told
+STAND_IN = "embedded:topics"
+SIZES = Kind(
+    "at most 16 whole numbers from 1 to 65,536",
+    lambda value: isinstance(value, list) and len(value) <= 16 and all(map(_is_size, value)),
+)
 ANY = Kind("anything", lambda value: True)
 COUNT = whole(1, 10**9)
 MEASURED = {  # of config.eval: how it is scored, and so how long it takes
-    "batch_size": whole(1, 1024), "context_tokens": whole(1, 2**17), "heldout_sequences": whole(2, 1024), "prompt_tokens": whole(1, 2**15),
-    "new_tokens": whole(2, 2048), "repeats": whole(1, 200), "processes": whole(1, 50), "prompt_lengths": SIZES, "batch_sizes": SIZES,
-}  # fmt: skip
+    "batch_size": whole(1, 1024),
+    "context_tokens": whole(1, 2**17),
+    "heldout_sequences": whole(2, 1024),
+    "prompt_tokens": whole(1, 2**15),
+    "new_tokens": whole(2, 2048),
+    "repeats": whole(1, 200),
+    "processes": whole(1, 50),
+    "prompt_lengths": SIZES,
+    "batch_sizes": SIZES,
+}
 # The bundle's own items and prompts stand in place of these.
-RECIPE_ONLY = ("tasks", "data_dir", "limit", "num_fewshot", "perturbations", "stop_early", "open_prompts", "open_limit", "time_stages")
-EVAL = {key: optional(kind) for key, kind in MEASURED.items()} | dict.fromkeys(RECIPE_ONLY, optional(ANY))
+RECIPE_ONLY = (
+    "tasks",
+    "data_dir",
+    "limit",
+    "num_fewshot",
+    "perturbations",
+    "stop_early",
+    "open_prompts",
+    "open_limit",
+    "time_stages",
+)
+EVAL = {key: optional(kind) for key, kind in MEASURED.items()} | dict.fromkeys(
+    RECIPE_ONLY, optional(ANY)
+)
 DATA = {
-    "heldout": Kind("one to 32 texts", lambda value: TEXTS.holds(value) and 1 <= len(value) <= 32), "seq_len": optional(whole(8, 2**17)),
-    **dict.fromkeys(("train", "chat"), TEXTS), **dict.fromkeys(("weights", "packing", "chat_labels", "reread"), optional(ANY)),
-}  # fmt: skip
-TEACHER = {"source": TEXT, "revision": optional(Kind("a text or null", lambda value: value is None or isinstance(value, str)))}
+    "heldout": Kind("one to 32 texts", lambda value: TEXTS.holds(value) and 1 <= len(value) <= 32),
+    "seq_len": optional(whole(8, 2**17)),
+    **dict.fromkeys(("train", "chat"), TEXTS),
+    **dict.fromkeys(("weights", "packing", "chat_labels", "reread"), optional(ANY)),
+}
+TEACHER = {
+    "source": TEXT,
+    "revision": optional(
+        Kind("a text or null", lambda value: value is None or isinstance(value, str))
+    ),
+}
 ITEM = {  # of requests.jsonl, whatever its rule
-    "task": Kind("a task's name", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,199}", value))),
-    "doc_id": whole(0, 10**9), "rule": TEXT, "choices": TEXTS,
-    "context": Kind("a text, or one a choice", lambda value: isinstance(value, str) or TEXTS.holds(value)),
-}  # fmt: skip
-LOGLIKS = Kind("a list of numbers", lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value))
+    "task": Kind(
+        "a task's name",
+        lambda value: (
+            isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,199}", value))
+        ),
+    ),
+    "doc_id": whole(0, 10**9),
+    "rule": TEXT,
+    "choices": TEXTS,
+    "context": Kind(
+        "a text, or one a choice", lambda value: isinstance(value, str) or TEXTS.holds(value)
+    ),
+}
+LOGLIKS = Kind(
+    "a list of numbers",
+    lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
+)
 SAID = {"form": TEXT, "answer": TEXT, "ended": FLAG, "loops": FLAG, "right": FLAG}
 ANSWERS = {"id": TEXT, "teacher": TABLE, "student": TABLE}
 
@@ -86,27 +147,42 @@ def _item(row: Any, where: str) -> dict[str, Any]:
     if rule not in rules:
         raise ValueError(f"{where}: 'rule' is {rule!r}, allowed: {', '.join(rules)}")
     task = str(row.get("task"))
-    own = ("value", NUMBER) if rule == "mass" or DRIFTS.get(task, "acc") != "acc" else ("correct", FLAG)
+    own = (
+        ("value", NUMBER)
+        if rule == "mass" or DRIFTS.get(task, "acc") != "acc"
+        else ("correct", FLAG)
+    )
     came = {
-        "rolling": {"logliks": LOGLIKS, "words": COUNT, "bytes": COUNT}, "text": {"gold": ANY, "text": TEXT, "correct": FLAG},
-    }.get(rule, {"gold": ANY, "logliks": LOGLIKS, "choice": whole(0, MOST_CHOICES), own[0]: own[1]})  # fmt: skip
+        "rolling": {"logliks": LOGLIKS, "words": COUNT, "bytes": COUNT},
+        "text": {"gold": ANY, "text": TEXT, "correct": FLAG},
+    }.get(rule, {"gold": ANY, "logliks": LOGLIKS, "choice": whole(0, MOST_CHOICES), own[0]: own[1]})
     kinds = ITEM | came
     check_object(row, kinds, where)
     if rule == "text":
         return row
     count = len(row["choices"])
     if not 1 <= count <= MOST_CHOICES or (rule == "rolling" and count != 1):
-        raise ValueError(f"{where}: {count} choices; allowed: 1 to {MOST_CHOICES:,}, for the rule rolling 1")
+        raise ValueError(
+            f"{where}: {count} choices; allowed: 1 to {MOST_CHOICES:,}, for the rule rolling 1"
+        )
     if isinstance(row["context"], list) and len(row["context"]) != count:
-        raise ValueError(f"{where}: {len(row['context'])} contexts for {count} choices; one, or one a choice, is needed")
+        raise ValueError(
+            f"{where}: {len(row['context'])} contexts for {count} choices; one, or one a choice, is"
+            " needed"
+        )
     if len(row["logliks"]) != count:
-        raise ValueError(f"{where}: {len(row['logliks'])} logliks for {count} choices; one a choice is needed")
+        raise ValueError(
+            f"{where}: {len(row['logliks'])} logliks for {count} choices; one a choice is needed"
+        )
     if rule == "mass" and task not in DRIFTS:
         raise ValueError(f"{where}: the rule mass is that of {', '.join(DRIFTS)}, not of {task!r}")
     if rule != "rolling":
         gold = row["gold"] if isinstance(row["gold"], list) else [row["gold"]]
         if not gold or not all(type(one) is int and 0 <= one < count for one in gold):
-            raise ValueError(f"{where}: 'gold' is {row['gold']!r}; needed: the number of a choice, 0 to {count - 1}, or several")
+            raise ValueError(
+                f"{where}: 'gold' is {row['gold']!r}; needed: the number of a choice, 0 to"
+                f" {count - 1}, or several"
+            )
     return row
 
 
@@ -120,26 +196,39 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
         row = _item(value, where)
         name = row["task"], row["doc_id"]
         if name in lines:
-            raise ValueError(f"{where}: item {name[1]} of {name[0]} is there already ({lines[name]})")
+            raise ValueError(
+                f"{where}: item {name[1]} of {name[0]} is there already ({lines[name]})"
+            )
         if rules.setdefault(row["task"], row["rule"]) != row["rule"]:
-            raise ValueError(f"{where}: 'rule' is {row['rule']!r}, other items of {row['task']} have {rules[row['task']]!r}")
+            raise ValueError(
+                f"{where}: 'rule' is {row['rule']!r}, other items of {row['task']} have"
+                f" {rules[row['task']]!r}"
+            )
         lines[name] = where
         rows.append(row)
         asked += len(row["choices"])
         if asked > MOST_REQUESTS:
-            raise ValueError(f"{where}: the items so far have {asked:,} choices, at most {MOST_REQUESTS:,} are scored; ask its sender")
+            raise ValueError(
+                f"{where}: the items so far have {asked:,} choices, at most {MOST_REQUESTS:,} are"
+                " scored; ask its sender"
+            )
     return rows
 
 
 def _sized(file: Path) -> Path:
     """The file, if it is one of a size that is read. ValueError."""
     if file.is_file() and (length := file.stat().st_size) > LINES_BYTES:
-        raise ValueError(f"{file} has {length:,} bytes, at most {LINES_BYTES:,} are read; ask its sender for fewer items")
+        raise ValueError(
+            f"{file} has {length:,} bytes, at most {LINES_BYTES:,} are read; ask its sender for"
+            " fewer items"
+        )
     return file
 
 
 def read_said(bundle: Path, prompts: list[Prompt]) -> list[dict[str, Any]]:
-    """The teacher's answers to the prompts. ValueError naming file, line and key, or a prompt that was not answered."""
+    """The teacher's answers to the prompts. ValueError naming file, line and key, or a prompt that
+    was not answered.
+    """
     file = bundle / "open_answers.jsonl"
     if not prompts:
         return []
@@ -150,46 +239,83 @@ def read_said(bundle: Path, prompts: list[Prompt]) -> list[dict[str, Any]]:
         for side in ("teacher", "student"):
             check_object(row[side], SAID, f"{where}, {side}")
         if row["id"] not in ids or row["id"] in answered:
-            raise ValueError(f"{where}: 'id' is {row['id']!r}, which open_prompts.jsonl lacks or which was answered before")
+            raise ValueError(
+                f"{where}: 'id' is {row['id']!r}, which open_prompts.jsonl lacks or which was"
+                " answered before"
+            )
         answered.add(row["id"])
     if lacking := sorted(ids - answered):
-        raise ValueError(f"{file} has no answer to the prompt {lacking[0]!r} of open_prompts.jsonl; copy the bundle again")
+        raise ValueError(
+            f"{file} has no answer to the prompt {lacking[0]!r} of open_prompts.jsonl; copy the"
+            " bundle again"
+        )
     return bundle_rows(bundle, "teacher", "open")
 
 
 def receive(bundle: Path, sha256: str | None = None) -> Received:
-    """Everything in a bundle that decides what `accept` does, checked. ValueError naming file and key or line; ConfigError without limits."""
+    """Everything in a bundle that decides what `accept` does, checked. ValueError naming file and
+    key or line; ConfigError without limits.
+    """
     manifest, file = verify_bundle(bundle, sha256), bundle / MANIFEST
     config = manifest["config"]
     for key, kinds in (("eval", EVAL), ("data", DATA), ("teacher", TEACHER)):
         check_object(config.get(key), kinds, f"{file}, config.{key}")
     if not (limits := limits_of(manifest, file)):
-        raise ConfigError(f"{bundle} has no limits: its recipe set none, so there is nothing to accept; `compress verify` checks its bytes")
+        raise ConfigError(
+            f"{bundle} has no limits: its recipe set none, so there is nothing to accept; `compress"
+            " verify` checks its bytes"
+        )
     requests = read_requests(bundle / "requests.jsonl")
     asked = _sized(bundle / "open_prompts.jsonl")
     prompts = read_prompts(asked) if asked.is_file() else []
     if len(prompts) > MOST_PROMPTS:
-        raise ValueError(f"{asked} has {len(prompts):,} prompts, at most {MOST_PROMPTS:,} are asked; ask its sender for fewer")
+        raise ValueError(
+            f"{asked} has {len(prompts):,} prompts, at most {MOST_PROMPTS:,} are asked; ask its"
+            " sender for fewer"
+        )
     measured = {key: config["eval"][key] for key in MEASURED if key in config["eval"]}
     tasks = sorted({row["task"] for row in requests})
     try:
-        budget = Budget({name: Limit(**limit) for name, limit in limits.items()}, {}, bool(config["budget"].get("strict")))
+        budget = Budget(
+            {name: Limit(**limit) for name, limit in limits.items()},
+            {},
+            bool(config["budget"].get("strict")),
+        )
         settings = Eval(**measured, tasks=tasks, open_prompts=[])
         teacher = Teacher(**config["teacher"])
     except ConfigError as error:
         raise ValueError(f"{file}, config: {error}") from error
     if (tokens := settings.new_tokens * settings.repeats * settings.processes) > GENERATED_TOKENS:
-        raise ValueError(f"{file}, config.eval: timing would write {tokens:,} tokens, at most {GENERATED_TOKENS:,} are allowed")
+        raise ValueError(
+            f"{file}, config.eval: timing would write {tokens:,} tokens, at most"
+            f" {GENERATED_TOKENS:,} are allowed"
+        )
 
     # The model, as far as it can be checked without running it.
     model = model_of(bundle / manifest["judged"])
     if model.runtime == "onnxruntime":
         check_folder(model.path)
-    most, seq_len = read_config(bundle / "hf").get("max_position_embeddings"), config["data"].get("seq_len", Data.seq_len)
+    most, seq_len = (
+        read_config(bundle / "hf").get("max_position_embeddings"),
+        config["data"].get("seq_len", Data.seq_len),
+    )
     if isinstance(most, int) and seq_len > most:
-        raise ValueError(f"{file}, config.data: 'seq_len' is {seq_len}, and the model was made for {most} tokens")
+        raise ValueError(
+            f"{file}, config.data: 'seq_len' is {seq_len}, and the model was made for {most} tokens"
+        )
     said = read_said(bundle, prompts)
-    return Received(manifest, budget, settings, config["data"]["heldout"], seq_len, teacher, requests, prompts, said, model)
+    return Received(
+        manifest,
+        budget,
+        settings,
+        config["data"]["heldout"],
+        seq_len,
+        teacher,
+        requests,
+        prompts,
+        said,
+        model,
+    )
 
 
 def _note(text: str) -> None:
@@ -205,7 +331,10 @@ def text_at_hand(sources: Sequence[str], *, hub: bool, local: bool) -> str:
         if kind == "hub" and not hub:
             return f"the held-out text {source!r} is on the hub, which is not asked without --hub"
         if kind not in ("embedded", "hub") and not local:
-            return f"the held-out text {source!r} is a file outside the bundle, which is not opened without --local"
+            return (
+                f"the held-out text {source!r} is a file outside the bundle, which is not opened"
+                " without --local"
+            )
     return ""
 
 
@@ -218,11 +347,22 @@ def teacher_at_hand(source: str, *, hub: bool, local: bool) -> str:
         return ""
     if is_id and not local:
         return f"the teacher {source!r} is on the hub, which is not asked without --hub"
-    return "" if local else f"the teacher {source!r} is a file or folder outside the bundle, which is not opened without --local"
+    return (
+        ""
+        if local
+        else (
+            f"the teacher {source!r} is a file or folder outside the bundle, which is not opened"
+            " without --local"
+        )
+    )
 
 
-def _open(received: Received, bundle: Path, store: str, *, hub: bool, local: bool) -> tuple[Scorer, Measured | None, bool]:
-    """A scorer, the teacher as it was measured where it can be had, and whether the bundle's own held-out text is what it scores on."""
+def _open(
+    received: Received, bundle: Path, store: str, *, hub: bool, local: bool
+) -> tuple[Scorer, Measured | None, bool]:
+    """A scorer, the teacher as it was measured where it can be had, and whether the bundle's own
+    held-out text is what it scores on.
+    """
     lacking = text_at_hand(received.heldout, hub=hub, local=local)
     stand_in = Data([UNREAD], [], [STAND_IN], min(received.seq_len, STAND_IN_TOKENS))
     try:
@@ -234,15 +374,29 @@ def _open(received: Received, bundle: Path, store: str, *, hub: bool, local: boo
         _note(f"{no_teacher}; limits on closeness to it stay undecided")
     else:
         try:
-            scorer, teacher = session.open_scorer(received.teacher, text or stand_in, received.settings, *rest)
+            scorer, teacher = session.open_scorer(
+                received.teacher, text or stand_in, received.settings, *rest
+            )
             named = received.manifest["teacher"]["digest"]
-            if named == teacher.digest or named == weights_digest(teacher.path):  # older bundles name the weights
+            if named == teacher.digest or named == weights_digest(
+                teacher.path
+            ):  # older bundles name the weights
                 if lacking:
                     _note(f"{lacking}; limits on closeness stay undecided")
-                return scorer, scorer.measure(teacher, tasks=False, asked="none", timed=False), text is not None
-            _note(f"the teacher {received.teacher.source!r} on this machine is not the bundle's; limits on closeness to it stay undecided")
+                return (
+                    scorer,
+                    scorer.measure(teacher, tasks=False, asked="none", timed=False),
+                    text is not None,
+                )
+            _note(
+                f"the teacher {received.teacher.source!r} on this machine is not the bundle's;"
+                " limits on closeness to it stay undecided"
+            )
         except ValueError as error:
-            _note(f"the teacher, or the text that it was compared on, can't be had here ({error}); limits on closeness to it stay undecided")
+            _note(
+                f"the teacher, or the text that it was compared on, can't be had here ({error});"
+                " limits on closeness to it stay undecided"
+            )
 
     # The student alone, with its own tokenizer.
     alone = Teacher(str(bundle.absolute() / "hf"))
@@ -255,27 +409,44 @@ def _open(received: Received, bundle: Path, store: str, *, hub: bool, local: boo
     return session.open_scorer(alone, stand_in, received.settings, *rest)[0], None, False
 
 
-def accept(bundle: Path, store: str, *, hub: bool = False, local: bool = False, sha256: str | None = None) -> int:
+def accept(
+    bundle: Path, store: str, *, hub: bool = False, local: bool = False, sha256: str | None = None
+) -> int:
     """Measure a bundle's budget again and print one sentence a limit. Returns the exit code, 0 or 4.
 
-    ConfigError: it has no limits. ValueError naming file and key or line: it does not verify, or can't be meant like this.
+    ConfigError: it has no limits. ValueError naming file and key or line: it does not verify, or
+    can't be meant like this.
     """
     received = receive(bundle, sha256)
     counted = f"{len(received.requests):,} items, {len(received.prompts):,} open prompts"
-    _note(f"unchanged since it was written; measuring {received.manifest['judged']} on this machine: {counted}")
+    _note(
+        f"unchanged since it was written; measuring {received.manifest['judged']} on this machine:"
+        f" {counted}"
+    )
     if left := sorted({row["task"] for row in received.requests if row["rule"] == "text"}):
-        _note(f"not scored again, because only the task's own code can tell a right answer: {', '.join(left)}")
-    received = received._replace(requests=[row for row in received.requests if row["rule"] != "text"])
+        _note(
+            "not scored again, because only the task's own code can tell a right answer:"
+            f" {', '.join(left)}"
+        )
+    received = received._replace(
+        requests=[row for row in received.requests if row["rule"] != "text"]
+    )
     scorer, reference, on_own_text = _open(received, bundle, store, hub=hub, local=local)
 
-    # What it is by itself, beside the teacher's answers that the bundle holds, and beside the teacher.
+    # What it is by itself, beside the teacher's answers that the bundle holds, and beside the
+    # teacher.
     measured, said, requests = scorer.measure(received.model), received.said, received.requests
-    paired = paired_scores(measured.items, requests, measured.chance) if requests else Paired({}, {}, [])
+    paired = (
+        paired_scores(measured.items, requests, measured.chance) if requests else Paired({}, {}, [])
+    )
     if reference:
         near = scorer.beside(replace(measured, items=[]), replace(reference, answers=said), None)
     else:
         near = Paired(*beside_teacher(measured.answers, said), []) if said else Paired({}, {}, [])
-    scores, intervals = measured.scores | paired.scores | near.scores, measured.intervals | paired.intervals | near.intervals
+    scores, intervals = (
+        measured.scores | paired.scores | near.scores,
+        measured.intervals | paired.intervals | near.intervals,
+    )
     if not on_own_text:
         scores = {name: value for name, value in scores.items() if not is_heldout(name)}
     verdicts = judge(scores, intervals, received.budget.limits, enforced=True)

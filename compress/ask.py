@@ -256,7 +256,9 @@ def _teacher_of_bundle(run: Run, store: Path) -> Model:
         )
     teacher = open_teacher(source, None, Store(store), _note)
     named = origin.get("digest")
-    if named != teacher.digest and named != weights_digest(teacher.path):  # older bundles name the weights
+    if named != teacher.digest and named != weights_digest(
+        teacher.path
+    ):  # older bundles name the weights
         raise ValueError(f"the teacher {source!r} on this machine is not the one of the bundle")
     return teacher
 

@@ -1,4 +1,6 @@
-"""Where `configs/` and `recipes/` are: beside the package in a checkout or an editable install, inside it in a wheel."""
+"""Where `configs/` and `recipes/` are: beside the package in a checkout or an editable install,
+inside it in a wheel.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,10 @@ def _folder(name: str) -> Path:
     for candidate in (PACKAGE / "assets" / name, PACKAGE.parent / name):
         if candidate.is_dir():
             return candidate
-    raise ValueError(f"the folder {name}/ is neither in {PACKAGE / 'assets'} nor in {PACKAGE.parent}; reinstall the package")
+    raise ValueError(
+        f"the folder {name}/ is neither in {PACKAGE / 'assets'} nor in {PACKAGE.parent}; reinstall"
+        " the package"
+    )
 
 
 configs_dir = partial(_folder, "configs")  # the vocabulary: one folder per choice

@@ -1,12 +1,14 @@
 """Limits against metrics: every limit becomes a verdict, and every verdict is a sentence.
 
-A value with a confidence interval passes only when the whole interval is inside the limit, fails only when all of it is outside, and
-is INCONCLUSIVE in between. The intervals are two-sided ones of 95%: a model that lies exactly on its limit passes in about 2.5%, so "loses at
-most 2 points" (`points_lost: {max: 0.02}`) is the non-inferiority test at a one-sided 2.5%, as regulators ask for, stricter than "95% sure".
-Values without an interval (bytes, parameters) are compared as they are.
+A value with a confidence interval passes only when the whole interval is inside the limit, fails
+only when all of it is outside, and is INCONCLUSIVE in between. The intervals are two-sided ones of
+95%: a model that lies exactly on its limit passes in about 2.5%, so "loses at most 2 points"
+(`points_lost: {max: 0.02}`) is the non-inferiority test at a one-sided 2.5%, as regulators ask for,
+stricter than "95% sure". Values without an interval (bytes, parameters) are compared as they are.
 
-How much more would decide: an interval's half width h, on the side of the limit, shrinks with 1 / sqrt(n), so a limit at the distance d from the
-value is decided after about n (h / d)^2 of what was counted, if the value stays: items of the tasks, rows of held-out text.
+How much more would decide: an interval's half width h, on the side of the limit, shrinks with 1 /
+sqrt(n), so a limit at the distance d from the value is decided after about n (h / d)^2 of what was
+counted, if the value stays: items of the tasks, rows of held-out text.
 """
 
 import math
@@ -16,10 +18,22 @@ from typing import Any
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 ACCURACY = ("kept", "acc", "flips", "points_lost")  # over all tasks, or one: acc/TASK
 OPEN = (
-    "open/right", "open/kept", "open/loops", "open/loops_gained", "open/ended", "open/ended_lost", "open/plausible", "open/choice_gap",
+    "open/right",
+    "open/kept",
+    "open/loops",
+    "open/loops_gained",
+    "open/ended",
+    "open/ended_lost",
+    "open/plausible",
+    "open/choice_gap",
     "open/form_differing",
-)  # fmt: skip
-HELDOUT = ("kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte")  # over all held-out texts, or one: kl_to_teacher/TEXT
+)
+HELDOUT = (
+    "kl_to_teacher",
+    "kl_to_parent",
+    "top1_agree",
+    "bits_per_byte",
+)  # over all held-out texts, or one: kl_to_teacher/TEXT
 
 
 def is_accuracy(metric: str) -> bool:
@@ -42,15 +56,25 @@ def human(metric: str, value: float) -> str:
         return f"{value:,.1f} ms"
     if metric == "tok_per_sec":
         return f"{value:,.0f} tokens/s"
-    if metric.startswith("points_lost") or metric in ("open/loops_gained", "open/ended_lost", "open/choice_gap"):
+    if metric.startswith("points_lost") or metric in (
+        "open/loops_gained",
+        "open/ended_lost",
+        "open/choice_gap",
+    ):
         return f"{100 * value:.1f} points"
-    if is_accuracy(metric) or metric.startswith("top1_agree") or (metric in OPEN and metric != "open/plausible"):
+    if (
+        is_accuracy(metric)
+        or metric.startswith("top1_agree")
+        or (metric in OPEN and metric != "open/plausible")
+    ):
         return f"{100 * value:.1f}%"
     return f"{value:.4g}"
 
 
 def counted(metric: str, scores: Mapping[str, float]) -> tuple[int, int]:
-    """How many items or rows a metric is measured on, 0 when not known, and how many items an early stop left out."""
+    """How many items or rows a metric is measured on, 0 when not known, and how many items an
+    early stop left out.
+    """
 
     def count_of(*names: str) -> int:
         """The first of these scores that is there, 0 where none is a number."""
@@ -58,11 +82,22 @@ def counted(metric: str, scores: Mapping[str, float]) -> tuple[int, int]:
         return round(value) if math.isfinite(value) else 0
 
     if metric in OPEN:
-        return count_of({"open/kept": "n/open_kept", "open/plausible": "", "open/choice_gap": ""}.get(metric, "n/open")), 0
+        return (
+            count_of(
+                {"open/kept": "n/open_kept", "open/plausible": "", "open/choice_gap": ""}.get(
+                    metric, "n/open"
+                )
+            ),
+            0,
+        )
     if not is_accuracy(metric):
         text = metric.partition("/")[2]
         return count_of(f"heldout_rows/{text}", "heldout_rows") if is_heldout(metric) else 0, 0
-    tasks = [metric.partition("/")[2]] if "/" in metric else [name[4:] for name in scores if name.startswith("acc/")]
+    tasks = (
+        [metric.partition("/")[2]]
+        if "/" in metric
+        else [name[4:] for name in scores if name.startswith("acc/")]
+    )
     n, left = (sum(count_of(f"{what}/{task}") for task in tasks) for what in ("n", "items_left"))
     return n, left
 
@@ -80,32 +115,61 @@ def what_decides(n: int, unit: str, value: float, span: tuple[float, float], bou
     if not math.isfinite(factor):
         return "no number would decide while the interval has no end"
     return (
-        f"about {max(1, round(n * (factor - 1))):,} more {unit} would decide" if n else f"about {factor:.1f} times as many measurements would decide"
+        f"about {max(1, round(n * (factor - 1))):,} more {unit} would decide"
+        if n
+        else f"about {factor:.1f} times as many measurements would decide"
     )
 
 
 def judge(
-    scores: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], limits: Mapping[str, Any], *, enforced: bool
+    scores: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
+    limits: Mapping[str, Any],
+    *,
+    enforced: bool,
 ) -> list[dict[str, Any]]:
-    """One verdict a limit (objects with max, min, why). A metric that was not measured is INCONCLUSIVE."""
+    """One verdict a limit (objects with max, min, why). A metric that was not measured is
+    INCONCLUSIVE.
+    """
     verdicts = []
     for name, limit in limits.items():
-        op, side, bound = ("<=", "at most", limit.max) if limit.max is not None else (">=", "at least", limit.min)
+        op, side, bound = (
+            ("<=", "at most", limit.max) if limit.max is not None else (">=", "at least", limit.min)
+        )
         value = scores.get(name)
         if value is None:
-            word, sentence = INCONCLUSIVE, f"{name} was not measured, so its limit {op} {human(name, bound)} can't be judged"
+            word, sentence = (
+                INCONCLUSIVE,
+                f"{name} was not measured, so its limit {op} {human(name, bound)} can't be judged",
+            )
         else:
             low, high = intervals.get(name) or (value, value)
             inside = [high <= bound, low <= bound] if op == "<=" else [low >= bound, high >= bound]
             word = PASS if inside[0] else INCONCLUSIVE if inside[1] else FAIL
             n, left = counted(name, scores)
             stopped = f", stopped after {n:,} of {n + left:,} items" if left else ""
-            spread = f" (95% interval {human(name, low)} to {human(name, high)}{stopped})" if name in intervals else ""
-            relation = {PASS: "is within", FAIL: "violates", INCONCLUSIVE: "can't be told from"}[word]
-            sentence = f"{name} {human(name, value)}{spread} {relation} the limit of {side} {human(name, bound)}"
+            spread = (
+                f" (95% interval {human(name, low)} to {human(name, high)}{stopped})"
+                if name in intervals
+                else ""
+            )
+            relation = {PASS: "is within", FAIL: "violates", INCONCLUSIVE: "can't be told from"}[
+                word
+            ]
+            sentence = (
+                f"{name} {human(name, value)}{spread} {relation} the limit of {side}"
+                f" {human(name, bound)}"
+            )
             if word == INCONCLUSIVE:
                 sentence += f"; {what_decides(n, _unit(name), value, (low, high), bound)}"
-        verdict = {"limit": name, "bound": bound, "op": op, "value": value, "enforced": enforced, "why": limit.why}
+        verdict = {
+            "limit": name,
+            "bound": bound,
+            "op": op,
+            "value": value,
+            "enforced": enforced,
+            "why": limit.why,
+        }
         verdicts.append(verdict | {"verdict": word, "sentence": sentence})
     return verdicts
 

@@ -1,7 +1,9 @@
-"""A checkpoint is a plain Hugging Face directory: `config.json`, `generation_config.json`, `model.safetensors`, tokenizer files.
+"""A checkpoint is a plain Hugging Face directory: `config.json`, `generation_config.json`,
+`model.safetensors`, tokenizer files.
 
-Opening never leaves the machine and never runs code found in the directory: safetensors and JSON only, no pickle, no `auto_map`.
-Tokenizer files travel byte for byte from the teacher to every student: re-saved ones are read differently by other runtimes.
+Opening never leaves the machine and never runs code found in the directory: safetensors and JSON
+only, no pickle, no `auto_map`. Tokenizer files travel byte for byte from the teacher to every
+student: re-saved ones are read differently by other runtimes.
 """
 
 import hashlib
@@ -37,12 +39,23 @@ from compress.store import sha256_file
 __all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # found here by their users
 
 TOKENIZER_FILES: tuple[str, ...] = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
-_looked: set[tuple[Any, ...]] = set()  # states of files that `check` found to be whole checkpoints; a renamed directory keeps its own
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_looked: set[tuple[Any, ...]] = (
+    set()
+)  # states of files that `check` found to be whole checkpoints; a renamed directory keeps its own
 _proven: set[tuple[Any, ...]] = set()  # of those whose model was loaded and compared with itself
-MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja: chat templates beside the default one
+MORE_TEMPLATES = (  # a folder of NAME.jinja: chat templates beside the default one
+    "additional_chat_templates"
+)
 GENERATION = "generation_config.json"
 transformers_logging.disable_progress_bar()
 
@@ -55,12 +68,18 @@ def head_dim(config: Any) -> int:
 def check(path: Path) -> None:
     """Refuse what cannot be opened. ValueError naming the directory and what is missing."""
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist or is not a directory; give a checkpoint directory, a GGUF file or a hub id")
+        raise ValueError(
+            f"{path} does not exist or is not a directory; give a checkpoint directory, a GGUF file"
+            " or a hub id"
+        )
     check_directory(path)
     files = weight_files(path)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((path / name).is_file() for name in names):
-        raise ValueError(f"{path} has no tokenizer (none of {', '.join(names)}); copy the tokenizer's files beside the weights")
+        raise ValueError(
+            f"{path} has no tokenizer (none of {', '.join(names)}); copy the tokenizer's files"
+            " beside the weights"
+        )
     state = _state([path / "config.json", *files])
     if state in _looked:
         return
@@ -72,7 +91,10 @@ def check(path: Path) -> None:
 def _state(files: list[Path]) -> tuple[Any, ...]:
     """What changes when one of the files does."""
     states = [(file.name, file.stat()) for file in files]
-    return tuple((name, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states)
+    return tuple(
+        (name, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        for name, state in states
+    )
 
 
 def _prove(path: Path, model: PreTrainedModel) -> None:
@@ -95,7 +117,9 @@ def weights_digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint directory, an exported one or a GGUF file, with the digest of its weights; a checkpoint made of a GGUF names that as well."""
+    """A checkpoint directory, an exported one or a GGUF file, with the digest of its weights; a
+    checkpoint made of a GGUF names that as well.
+    """
 
     path: Path
     digest: str
@@ -104,7 +128,8 @@ class Model:
 
 
 def model_of(path: Path) -> Model:
-    """A GGUF file or an exported ONNX directory, identified by its bytes, or a checkpoint directory, ready to be scored.
+    """A GGUF file or an exported ONNX directory, identified by its bytes, or a checkpoint
+    directory, ready to be scored.
 
     ValueError as `check` and `gguf_header.check_file`.
     """
@@ -112,7 +137,11 @@ def model_of(path: Path) -> Model:
         check_file(path)
         return Model(path.absolute(), sha256_file(path), "llama.cpp")
     if (path / "genai_config.json").is_file():
-        return Model(path.absolute(), _digest_of(path, sorted(file for file in path.rglob("*") if file.is_file())), "onnxruntime")
+        return Model(
+            path.absolute(),
+            _digest_of(path, sorted(file for file in path.rglob("*") if file.is_file())),
+            "onnxruntime",
+        )
     check(path)
     return Model(path.absolute(), digest(path))
 
@@ -127,11 +156,15 @@ def _digest_of(folder: Path, files: list[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32, load: str = "plain") -> PreTrainedModel:
-    """The model of a checkpoint directory in eval mode, SDPA attention where the family has it; on the CPU when `load` is plain.
+def load_model(
+    path: Path, dtype: torch.dtype = torch.float32, load: str = "plain"
+) -> PreTrainedModel:
+    """The model of a checkpoint directory in eval mode, SDPA attention where the family has it; on
+    the CPU when `load` is plain.
 
-    `load` = "nf4" holds the linear layers in bitsandbytes' 4-bit, "int8" in torchao's 8-bit weights. ValueError as `check`, and when
-    tensors are missing or foreign, or hidden states times head are not the model's own logits (`compress/loaded.py`).
+    `load` = "nf4" holds the linear layers in bitsandbytes' 4-bit, "int8" in torchao's 8-bit
+    weights. ValueError as `check`, and when tensors are missing or foreign, or hidden states times
+    head are not the model's own logits (`compress/loaded.py`).
     """
     check(path)
     model = _opened(path, dtype, load)
@@ -141,7 +174,9 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, load: str = "plai
 
 
 def open_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint that `load_model` opened before, without another look at it: for measuring its time and memory."""
+    """The model of a checkpoint that `load_model` opened before, without another look at it: for
+    measuring its time and memory.
+    """
     check_directory(path)
     return _opened(path, dtype, "plain")
 
@@ -151,28 +186,49 @@ def _opened(path: Path, dtype: torch.dtype, load: str) -> PreTrainedModel:
     classes = read_config(path)["architectures"]
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
             sdpa = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-                attn_implementation="sdpa" if sdpa else "eager", output_loading_info=True, ignore_mismatched_sizes=True, **packed,
-            )  # fmt: skip  # what is mismatched is refused below, by name
+                path,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation="sdpa" if sdpa else "eager",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **packed,
+            )  # what is mismatched is refused below, by name
     except Exception as error:  # whatever a family's own code raises about a file
         if not is_of_input(error):
             raise
-        raise ValueError(f"{path}: transformers can't open architecture {classes}: {one_line(error)}") from error
+        raise ValueError(
+            f"{path}: transformers can't open architecture {classes}: {one_line(error)}"
+        ) from error
     model, info = loaded
     check_complete(path, info)
     return model.eval()
 
 
 def _packed_weights(load: str) -> Any:
-    """transformers' configuration for weights held in fewer bits. ValueError when its package is missing."""
-    package, install = {"nf4": ("bitsandbytes", "compress-lm[qlora]"), "int8": ("torchao", "torchao")}[load]
+    """transformers' configuration for weights held in fewer bits. ValueError when its package is
+    missing.
+    """
+    package, install = {
+        "nf4": ("bitsandbytes", "compress-lm[qlora]"),
+        "int8": ("torchao", "torchao"),
+    }[load]
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"weights in {load} need {package}, which is not installed: pip install '{install}'")
+        raise ValueError(
+            f"weights in {load} need {package}, which is not installed: pip install '{install}'"
+        )
     if load == "nf4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -182,26 +238,36 @@ def _packed_weights(load: str) -> Any:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights; one that names no end of its own gets the model's.
 
-    ValueError naming its folder, and the file when one is damaged or its patterns fail on some text (`compress/probe.py`).
+    ValueError naming its folder, and the file when one is damaged or its patterns fail on some text
+    (`compress/probe.py`).
     """
     check_tokenizer(path / "tokenizer.json")
-    ends = [i for ids in in_files(path).values() for i in ids]  # before transformers reads them: it refuses in many lines
+    ends = [
+        i for ids in in_files(path).values() for i in ids
+    ]  # before transformers reads them: it refuses in many lines
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except BaseException as error:
         if not is_of_input(error):
             raise
         for file in tokenizer_files(path):
             if file.suffix == ".json":
                 read_json(file)
-        raise ValueError(f"{path}: its tokenizer can't be opened ({one_line(error)}); copy the tokenizer's files again") from error
+        raise ValueError(
+            f"{path}: its tokenizer can't be opened ({one_line(error)}); copy the tokenizer's files"
+            " again"
+        ) from error
     if tokenizer.eos_token_id is None and ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer
 
 
 def token_count(tokenizer: Any) -> int:
-    """The highest id of a tokenizer and one more: rows that an embedding needs. Ids may have gaps, and `len` counts tokens."""
+    """The highest id of a tokenizer and one more: rows that an embedding needs. Ids may have gaps,
+    and `len` counts tokens.
+    """
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -210,8 +276,8 @@ def check_tokens(path: Path, tokenizer: Any) -> None:
     ids, rows = token_count(tokenizer), int(read_config(path)["vocab_size"])
     if not 0 < ids <= rows:
         raise ValueError(
-            f"{path}: the tokenizer has ids up to {ids - 1:,}, the model embeds {rows:,} tokens; take the tokenizer that belongs to it, or resize "
-            "the embedding"
+            f"{path}: the tokenizer has ids up to {ids - 1:,}, the model embeds {rows:,} tokens;"
+            " take the tokenizer that belongs to it, or resize the embedding"
         )
 
 
@@ -221,7 +287,9 @@ def best_device() -> torch.device:
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """The files of a checkpoint's tokenizer: those of TOKENIZER_FILES that are there, and further chat templates."""
+    """The files of a checkpoint's tokenizer: those of TOKENIZER_FILES that are there, and further
+    chat templates.
+    """
     files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     return files + sorted((path / MORE_TEMPLATES).glob("*.jinja"))
 
@@ -231,21 +299,34 @@ def _beside(path: Path) -> list[Path]:
     return [path / GENERATION] * (path / GENERATION).is_file() + tokenizer_files(path)
 
 
-def save_model(model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write `model` as a plain checkpoint: floats cast to `dtype`, tied tensors once, tokenizer files copied from `tokenizer_from`, whose ends
-    config.json names.
+def save_model(
+    model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write `model` as a plain checkpoint: floats cast to `dtype`, tied tensors once, tokenizer
+    files copied from `tokenizer_from`, whose ends config.json names.
 
-    Float stages save bf16; quantized stages save fp32, because their values fit no smaller float (Q4_0: fp16 scale times code).
+    Float stages save bf16; quantized stages save fp32, because their values fit no smaller float
+    (Q4_0: fp16 scale times code).
     """
     out.mkdir(parents=True, exist_ok=True)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     tensors = {
-        name: (tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().cpu()).contiguous()
+        name: (
+            (
+                tensor.detach().to("cpu", dtype)
+                if tensor.is_floating_point()
+                else tensor.detach().cpu()
+            ).contiguous()
+        )
         for name, tensor in model.state_dict().items()
         if name not in tied
     }
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-    config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "quantization_config")}
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in ("_name_or_path", "quantization_config")
+    }
     config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
     if tokenizer_from != out:
         config["eos_token_id"] = as_value(end_ids(tokenizer_from))
@@ -255,9 +336,11 @@ def save_model(model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: t
 
 
 def copy_beside(checkpoint: Path, out: Path) -> None:
-    """Copy what lies beside weights and config, byte for byte: the tokenizer's files and generation_config.json.
+    """Copy what lies beside weights and config, byte for byte: the tokenizer's files and
+    generation_config.json.
 
-    A generation_config.json that lacks one of the checkpoint's ends is written with all of them: its readers look nowhere else.
+    A generation_config.json that lacks one of the checkpoint's ends is written with all of them:
+    its readers look nowhere else.
     """
     copy_tokenizer(checkpoint, out)
     if not (checkpoint / GENERATION).is_file():
@@ -265,7 +348,9 @@ def copy_beside(checkpoint: Path, out: Path) -> None:
     shutil.copyfile(checkpoint / GENERATION, out / GENERATION)
     about, ends = read_json(checkpoint / GENERATION), end_ids(checkpoint)
     if set(as_ids(about.get("eos_token_id"), checkpoint / GENERATION)) != set(ends):
-        (out / GENERATION).write_text(json.dumps(about | {"eos_token_id": as_value(ends)}, indent=2) + "\n")
+        (out / GENERATION).write_text(
+            json.dumps(about | {"eos_token_id": as_value(ends)}, indent=2) + "\n"
+        )
 
 
 def copy_tokenizer(checkpoint: Path, out: Path) -> None:

@@ -218,9 +218,7 @@ def empty(
     with store.alone():
         known = known_runs(store, below)
         finished = {
-            path.name
-            for path in (store.root / "entries").iterdir()
-            if re.fullmatch(KEY, path.name)
+            path.name for path in (store.root / "entries").iterdir() if re.fullmatch(KEY, path.name)
         }
         if finished and not finished & known.keys and not everything:
             raise ConfigError(

@@ -1,8 +1,11 @@
-"""Programs that a checkpoint brings along, its chat template and its tokenizer's patterns, run in a child process under limits.
+"""Programs that a checkpoint brings along, its chat template and its tokenizer's patterns, run in
+a child process under limits.
 
-A template is a program in Jinja2's sandbox, which keeps it from files and the network but neither from looping for ever nor from asking
-for memory without end; a pattern can backtrack for hours. The child (`confined_child.py`) is given so many seconds and bytes for a
-request, after which the operating system ends it, and this process says so in a sentence. It is started once and serves until the end.
+A template is a program in Jinja2's sandbox, which keeps it from files and the network but neither
+from looping for ever nor from asking for memory without end; a pattern can backtrack for hours. The
+child (`confined_child.py`) is given so many seconds and bytes for a request, after which the
+operating system ends it, and this process says so in a sentence. It is started once and serves
+until the end.
 """
 
 import atexit
@@ -72,7 +75,9 @@ _turn = threading.Lock()  # one request at a time
 
 
 def ask(task: str, items: Sequence[Any], limits: Limits, **given: Any) -> list[Any]:
-    """The answer or `Failure` of each item, in order; shorter than `items` where a limit ended the child, which its last Failure says."""
+    """The answer or `Failure` of each item, in order; shorter than `items` where a limit ended the
+    child, which its last Failure says.
+    """
     global _child
     with _turn:
         if _child is None or _child.owner != os.getpid() or _child.process.poll() is not None:
@@ -115,4 +120,7 @@ def _why(child: _Child, limits: Limits) -> str:
     child.close()
     if status == -signal.SIGPROF:
         return f"it has not ended after computing for {limits.seconds:g} s"
-    return f"it ended the process it ran in (status {status}), which may use {limits.memory_bytes / 1e9:.1f} GB"
+    return (
+        f"it ended the process it ran in (status {status}), which may use"
+        f" {limits.memory_bytes / 1e9:.1f} GB"
+    )

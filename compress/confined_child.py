@@ -1,7 +1,9 @@
-"""What `confined.py` starts: reads requests, a JSON line each, and answers with a line an item. It imports nothing of this package.
+"""What `confined.py` starts: reads requests, a JSON line each, and answers with a line an item. It
+imports nothing of this package.
 
-The timer counts the time that the process computes; its signal ends the process, whatever Python or a library is doing at that moment.
-Memory beyond the limit is refused by the operating system, where that knows limits of the address space (Linux does).
+The timer counts the time that the process computes; its signal ends the process, whatever Python or
+a library is doing at that moment. Memory beyond the limit is refused by the operating system, where
+that knows limits of the address space (Linux does).
 """
 
 import importlib

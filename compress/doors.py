@@ -1,7 +1,9 @@
-"""One door per file format: whatever a parser raises becomes one sentence that names the file, the line and what to do.
+"""One door per file format: whatever a parser raises becomes one sentence that names the file, the
+line and what to do.
 
-Every file that somebody else may have written is read here: text, JSON, JSON Lines, YAML and safetensors. A header that claims more
-bytes than its file has, a document nested too deep to be read and an alias that multiplies itself are refused before memory is taken.
+Every file that somebody else may have written is read here: text, JSON, JSON Lines, YAML and
+safetensors. A header that claims more bytes than its file has, a document nested too deep to be
+read and an alias that multiplies itself are refused before memory is taken.
 """
 
 import gzip
@@ -18,15 +20,33 @@ import yaml
 from compress.errors import nearest
 
 HEADER_BYTES = 100_000_000  # the most that safetensors itself reads of a header
-UNPACKED_BYTES, UNPACKED_FACTOR = 100_000_000, 100  # that any packed file may have, and how often its own size
+UNPACKED_BYTES, UNPACKED_FACTOR = (
+    100_000_000,
+    100,
+)  # that any packed file may have, and how often its own size
 JSON_DEPTH = 100  # of values inside values in a row of data
 HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs
 YAML_BYTES = 1_000_000  # of a recipe or an option file; ours have a few thousand
 YAML_NODES = 100_000  # values in one, aliases written out
 ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+}
 
 
 class Kind(NamedTuple):
@@ -46,7 +66,9 @@ class TensorPlace(NamedTuple):
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes, unpacked when it ends in .gz. ValueError when it is no file, or its packing is damaged or multiplies it."""
+    """A file's bytes, unpacked when it ends in .gz. ValueError when it is no file, or its packing
+    is damaged or multiplies it.
+    """
     if not path.is_file():
         what = "is a directory, not a file" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {what}; check the path")
@@ -59,7 +81,10 @@ def read_bytes(path: Path) -> bytes:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is no whole gzip file ({error}); copy it again") from error
     if len(data) > most:
-        raise ValueError(f"{path} unpacks to more than {most:,} bytes, {UNPACKED_FACTOR} times its own; unpack it, and look at what it is")
+        raise ValueError(
+            f"{path} unpacks to more than {most:,} bytes, {UNPACKED_FACTOR} times its own; unpack"
+            " it, and look at what it is"
+        )
     return data
 
 
@@ -69,14 +94,21 @@ def unpacked_bytes(path: Path) -> int:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text without its byte order mark. ValueError naming the file and the line that is not UTF-8."""
+    """A UTF-8 file's text without its byte order mark. ValueError naming the file and the line
+    that is not UTF-8.
+    """
     data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        hint = f"convert it, as in: iconv -f latin1 -t utf-8 {path.name} > {path.stem}-utf8{path.suffix}"
-        raise ValueError(f"{path}, line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); {hint}") from error
+        hint = (
+            f"convert it, as in: iconv -f latin1 -t utf-8 {path.name} >"
+            f" {path.stem}-utf8{path.suffix}"
+        )
+        raise ValueError(
+            f"{path}, line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); {hint}"
+        ) from error
 
 
 def parse_json(text: str, where: object) -> Any:
@@ -85,11 +117,17 @@ def parse_json(text: str, where: object) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{where} is not JSON ({error.msg}, {place}); mend it or copy it again") from error
+        raise ValueError(
+            f"{where} is not JSON ({error.msg}, {place}); mend it or copy it again"
+        ) from error
     except RecursionError as error:
-        raise ValueError(f"{where} is nested too deep to be read; flatten it or copy it again") from error
+        raise ValueError(
+            f"{where} is nested too deep to be read; flatten it or copy it again"
+        ) from error
     except ValueError as error:  # integers of thousands of digits
-        raise ValueError(f"{where} can't be read as JSON ({error}); mend it or copy it again") from error
+        raise ValueError(
+            f"{where} can't be read as JSON ({error}); mend it or copy it again"
+        ) from error
 
 
 def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
@@ -98,14 +136,18 @@ def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(one.__name__ for one in kinds)
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, needed: {wanted}; copy the file again")
+        raise ValueError(
+            f"{path} holds a JSON {type(value).__name__}, needed: {wanted}; copy the file again"
+        )
     return value
 
 
 def json_lines(path: Path, text: str | None = None) -> Iterator[tuple[str, Any]]:
-    """("FILE, line N", value) of every line that is not blank. Lines end at a line feed alone: JSON strings may hold U+2028 and the like.
+    """("FILE, line N", value) of every line that is not blank. Lines end at a line feed alone:
+    JSON strings may hold U+2028 and the like.
 
-    `text`: the file's, where it was read before. ValueError naming the file and the line that is not JSON.
+    `text`: the file's, where it was read before. ValueError naming the file and the line that is
+    not JSON.
     """
     for number, line in enumerate((read_text(path) if text is None else text).split("\n"), 1):
         if line.strip():
@@ -114,12 +156,20 @@ def json_lines(path: Path, text: str | None = None) -> Iterator[tuple[str, Any]]
 
 
 def without_halves(value: Any, depth: int = 0) -> Any:
-    """A JSON value with U+FFFD for each half of a surrogate pair: JSON can escape it (\\ud83d), UTF-8 and tokenizers can't hold it.
+    """A JSON value with U+FFFD for each half of a surrogate pair: JSON can escape it (\\ud83d),
+    UTF-8 and tokenizers can't hold it.
 
-    What has none comes back as it is, the very object. RecursionError for a value nested more than JSON_DEPTH deep.
+    What has none comes back as it is, the very object. RecursionError for a value nested more than
+    JSON_DEPTH deep.
     """
     if isinstance(value, str):
-        return value if value.isascii() else HALVES.sub("\ufffd", value) if HALVES.search(value) else value
+        return (
+            value
+            if value.isascii()
+            else HALVES.sub("\ufffd", value)
+            if HALVES.search(value)
+            else value
+        )
     if not isinstance(value, dict | list):
         return value
     if depth == JSON_DEPTH:
@@ -133,7 +183,9 @@ def without_halves(value: Any, depth: int = 0) -> Any:
 
 
 def _nodes(value: Any, known: dict[int, int]) -> int:
-    """How many values a YAML tree has once its aliases are written out. RecursionError for one that holds itself."""
+    """How many values a YAML tree has once its aliases are written out. RecursionError for one
+    that holds itself.
+    """
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
@@ -146,10 +198,14 @@ def _nodes(value: Any, known: dict[int, int]) -> int:
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML file's plain data. ValueError naming the file: no YAML, too long, too deep, or multiplied by aliases."""
+    """A YAML file's plain data. ValueError naming the file: no YAML, too long, too deep, or
+    multiplied by aliases.
+    """
     text = read_text(path)
     if len(text) > YAML_BYTES:
-        raise ValueError(f"{path} has {len(text):,} characters, at most {YAML_BYTES:,} are read; split it")
+        raise ValueError(
+            f"{path} has {len(text):,} characters, at most {YAML_BYTES:,} are read; split it"
+        )
     return parse_yaml(text, path)
 
 
@@ -161,37 +217,54 @@ def parse_yaml(text: str, where: object) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{where} is not plain YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
-        raise ValueError(f"{where} is nested too deep to be read, or holds itself; flatten it") from error
+        raise ValueError(
+            f"{where} is nested too deep to be read, or holds itself; flatten it"
+        ) from error
     if nodes > YAML_NODES:
-        raise ValueError(f"{where} has {nodes:,} values once its aliases are written out, at most {YAML_NODES:,} are read; write it plainly")
+        raise ValueError(
+            f"{where} has {nodes:,} values once its aliases are written out, at most {YAML_NODES:,}"
+            " are read; write it plainly"
+        )
     return tree
 
 
 def tensor_places(path: Path) -> dict[str, TensorPlace]:
     """Name -> dtype and shape of a safetensors file, from its header alone.
 
-    ValueError naming the file: no safetensors, cut short, or a header that does not fit the file's bytes.
+    ValueError naming the file: no safetensors, cut short, or a header that does not fit the file's
+    bytes.
     """
     again = "copy it again, or convert it to safetensors"
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_BYTES):
-            raise ValueError(f"{path} is no whole safetensors file ({size:,} bytes, its header claims {length:,}); {again}")
+            raise ValueError(
+                f"{path} is no whole safetensors file ({size:,} bytes, its header claims"
+                f" {length:,}); {again}"
+            )
         raw = file.read(length)
     try:
         header = parse_json(raw.decode(), f"{path}: the header")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no safetensors file (its header is not UTF-8); {again}") from error
+        raise ValueError(
+            f"{path} is no safetensors file (its header is not UTF-8); {again}"
+        ) from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is no safetensors file (its header is no JSON object); {again}")
     header.pop("__metadata__", None)
     places, spans = {}, []
     for name, about in header.items():
         try:
-            dtype, shape, (start, end) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
+            dtype, shape, (start, end) = (
+                about["dtype"],
+                tuple(about["shape"]),
+                about["data_offsets"],
+            )
             whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-            fits = whole and (dtype not in ITEM_BYTES or math.prod(shape) * ITEM_BYTES[dtype] == end - start)
+            fits = whole and (
+                dtype not in ITEM_BYTES or math.prod(shape) * ITEM_BYTES[dtype] == end - start
+            )
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:
@@ -204,13 +277,19 @@ def tensor_places(path: Path) -> dict[str, TensorPlace]:
             raise ValueError(f"{path}: tensors overlap or leave holes at byte {start:,}; {again}")
         position = end
     if position != size - 8 - length:
-        raise ValueError(f"{path} has {size - 8 - length:,} bytes of tensors where its header claims {position:,}; {again}")
+        raise ValueError(
+            f"{path} has {size - 8 - length:,} bytes of tensors where its header claims"
+            f" {position:,}; {again}"
+        )
     return places
 
 
 def whole(least: int, most: int) -> Kind:
     """A whole number in [least, most]."""
-    return Kind(f"a whole number from {least:,} to {most:,}", lambda value: type(value) is int and least <= value <= most)
+    return Kind(
+        f"a whole number from {least:,} to {most:,}",
+        lambda value: type(value) is int and least <= value <= most,
+    )
 
 
 def is_number(value: Any) -> bool:
@@ -222,7 +301,10 @@ NUMBER = Kind("a finite number", is_number)
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TABLE = Kind("a JSON object", lambda value: isinstance(value, dict))
-TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value))
+TEXTS = Kind(
+    "a list of texts",
+    lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+)
 
 
 def optional(kind: Kind) -> Kind:
@@ -231,7 +313,9 @@ def optional(kind: Kind) -> Kind:
 
 
 def check_object(value: Any, kinds: Mapping[str, Kind], where: object) -> dict[str, Any]:
-    """A JSON object whose keys are those of `kinds`, each of its kind. ValueError that begins with `where` and names the key."""
+    """A JSON object whose keys are those of `kinds`, each of its kind. ValueError that begins with
+    `where` and names the key.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds a JSON {type(value).__name__}, needed: a JSON object")
     for key in value:
@@ -243,5 +327,8 @@ def check_object(value: Any, kinds: Mapping[str, Kind], where: object) -> dict[s
                 raise ValueError(f"{where}: the key {key!r} is missing; needed: {kind.means}")
         elif not kind.holds(value[key]):
             got = json.dumps(value[key])
-            raise ValueError(f"{where}: {key!r} is {got if len(got) < 80 else got[:80] + ' ...'}, needed: {kind.means}")
+            raise ValueError(
+                f"{where}: {key!r} is {got if len(got) < 80 else got[:80] + ' ...'}, needed:"
+                f" {kind.means}"
+            )
     return value

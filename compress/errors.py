@@ -1,6 +1,8 @@
-"""Three kinds of refusal, one exit code each; every message says what, got, allowed and what to do next.
+"""Three kinds of refusal, one exit code each; every message says what, got, allowed and what to do
+next.
 
-Besides the two below: any other ValueError is a file or checkpoint that was given and is wrong or damaged (exit 3). 4 is a violated budget.
+Besides the two below: any other ValueError is a file or checkpoint that was given and is wrong or
+damaged (exit 3). 4 is a violated budget.
 """
 
 import difflib
@@ -9,7 +11,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-# A user and password, or a token, in front of a URL's host. A path takes one of the slashes away; the
+# A user and password, or a token, in front of a URL's host. A path takes one of the slashes away;
+# the
 # second form is for passwords with a slash in them, and leaves ports alone.
 SCHEME = r"(?P<scheme>[a-z][a-z0-9+.-]+:/{1,3})"
 USERINFO = re.compile(SCHEME + r"(?P<user>[^\s/?#\"'<>]+)@", re.IGNORECASE)
@@ -22,9 +25,18 @@ QUERY = re.compile(
     re.IGNORECASE,
 )
 
-EXIT_OK, EXIT_CONFIG, EXIT_INPUT, EXIT_BUDGET, EXIT_RESOURCES, EXIT_SIGINT, EXIT_SIGTERM = 0, 2, 3, 4, 5, 130, 143
+EXIT_OK, EXIT_CONFIG, EXIT_INPUT, EXIT_BUDGET, EXIT_RESOURCES, EXIT_SIGINT, EXIT_SIGTERM = (
+    0,
+    2,
+    3,
+    4,
+    5,
+    130,
+    143,
+)
 
-# What libraries raise of damaged files and templates that are programs, by name: importing them takes long.
+# What libraries raise of damaged files and templates that are programs, by name: importing them
+# takes long.
 DAMAGED = {"SafetensorError", "TemplateError"}
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -34,7 +46,9 @@ class ConfigError(ValueError):
 
 
 class ResourceError(RuntimeError):
-    """The machine lacks something: memory, disk space, write permission, or another process holds the lock (exit 5)."""
+    """The machine lacks something: memory, disk space, write permission, or another process holds
+    the lock (exit 5).
+    """
 
 
 class Interrupted(BaseException):
@@ -59,7 +73,9 @@ def is_disk(error: BaseException) -> bool:
 def is_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the host or on a device."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return (
+        isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    )
 
 
 def exit_code(error: BaseException) -> int:
@@ -74,14 +90,22 @@ def exit_code(error: BaseException) -> int:
         return EXIT_CONFIG
     if isinstance(error, ResourceError) or is_disk(error) or is_memory(error):
         return EXIT_RESOURCES
-    if {kind.__name__ for kind in type(error).__mro__} & DAMAGED or getattr(error, "errno", None) in NO_FILE:
+    if {kind.__name__ for kind in type(error).__mro__} & DAMAGED or getattr(
+        error, "errno", None
+    ) in NO_FILE:
         return EXIT_INPUT
     places = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError
-    return EXIT_INPUT if isinstance(error, ValueError | FloatingPointError | RecursionError | places) else 1
+    return (
+        EXIT_INPUT
+        if isinstance(error, ValueError | FloatingPointError | RecursionError | places)
+        else 1
+    )
 
 
 def without_credentials(text: str) -> str:
-    """`text` with *** for whatever gives access in the URLs that it holds: users, passwords, signatures, tokens."""
+    """`text` with *** for whatever gives access in the URLs that it holds: users, passwords,
+    signatures, tokens.
+    """
 
     def hidden(match: re.Match[str]) -> str:
         address = match["scheme"].lower().startswith(CONTAINERS) and ":" not in match["user"]
@@ -94,14 +118,19 @@ def without_credentials(text: str) -> str:
 def tree_without_credentials(value: Any) -> Any:
     """The same for every string of nested dicts and lists, keys included."""
     if isinstance(value, dict):
-        return {tree_without_credentials(key): tree_without_credentials(one) for key, one in value.items()}
+        return {
+            tree_without_credentials(key): tree_without_credentials(one)
+            for key, one in value.items()
+        }
     if isinstance(value, list | tuple):
         return [tree_without_credentials(one) for one in value]
     return without_credentials(value) if isinstance(value, str) else value
 
 
 def refuse_credentials(value: Any, where: str) -> None:
-    """ConfigError when a string, or one of nested dicts and lists, is a URL that gives access; `where` names it."""
+    """ConfigError when a string, or one of nested dicts and lists, is a URL that gives access;
+    `where` names it.
+    """
     if isinstance(value, dict):
         for key, one in value.items():
             refuse_credentials(key, where)
@@ -109,10 +138,13 @@ def refuse_credentials(value: Any, where: str) -> None:
     elif isinstance(value, list | tuple):
         for number, one in enumerate(value):
             refuse_credentials(one, f"{where}[{number}]")
-    elif isinstance(value, str) and ":/" in value and (shown := without_credentials(value)) != value:
+    elif (
+        isinstance(value, str) and ":/" in value and (shown := without_credentials(value)) != value
+    ):
         raise ConfigError(
-            f"{where or 'the recipe'} has a user, password or token in a URL: {shown}. Settings are copied into records and bundles; leave it out, "
-            "and give it in the environment (as AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HF_TOKEN) or in ~/.config/fsspec/"
+            f"{where or 'the recipe'} has a user, password or token in a URL: {shown}. Settings are"
+            " copied into records and bundles; leave it out, and give it in the environment (as"
+            " AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HF_TOKEN) or in ~/.config/fsspec/"
         )
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ENTRIES = 100_000  # keys, and tensors; the largest known files have 2,000
-# Elements of all arrays together: readers make an object of each. A large vocabulary has 1.3 million.
+# Elements of all arrays together: readers make an object of each. A large vocabulary has 1.3
+# million.
 ELEMENTS = 4_000_000
 LAYERS = 1_000  # blocks; the deepest known has 126
 NAME_BYTES = 65_535

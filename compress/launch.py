@@ -1,9 +1,12 @@
-"""From a command line to a checked `Recipe`: Hydra composes, and nothing that Hydra could execute gets that far.
+"""From a command line to a checked `Recipe`: Hydra composes, and nothing that Hydra could execute
+gets that far.
 
-Hydra runs `_target_` nodes below its own `hydra` key before the program's main (callbacks, launchers, log handlers), and the resolver
-`oc.env` would copy secrets into records. So recipes, their --config-dir and all overrides are first read as plain data and refused when
-they hold `_target_`, `oc.env` or any `hydra` key outside ALLOWED_HYDRA; while composing, the resolver is disabled and the composed
-`hydra` node, of every job of a sweep, is compared with the one a trusted recipe gives.
+Hydra runs `_target_` nodes below its own `hydra` key before the program's main (callbacks,
+launchers, log handlers), and the resolver `oc.env` would copy secrets into records. So recipes,
+their --config-dir and all overrides are first read as plain data and refused when they hold
+`_target_`, `oc.env` or any `hydra` key outside ALLOWED_HYDRA; while composing, the resolver is
+disabled and the composed `hydra` node, of every job of a sweep, is compared with the one a trusted
+recipe gives.
 """
 
 import os
@@ -33,18 +36,49 @@ from compress.config import register, schema_named
 from compress.errors import ConfigError, nearest, refuse_credentials
 from compress.recipe_text import ALLOWED_HYDRA, check_override, own_folder, refuse
 
-FLAGS = (  # of Hydra's; its argparse would take any abbreviation of these, and of those that choose another file
-    "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m",
-    "--config-dir", "-cd", "--info", "-i",
-)  # fmt: skip
-LONG_FLAGS = {"-cd": "--config-dir", "-c": "--cfg", "-p": "--package"}  # of the flags that take a value
+# of Hydra's; its argparse would take any abbreviation of these, and of those that choose another
+# file
+FLAGS = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--cfg",
+    "-c",
+    "--resolve",
+    "--package",
+    "-p",
+    "--run",
+    "-r",
+    "--multirun",
+    "-m",
+    "--config-dir",
+    "-cd",
+    "--info",
+    "-i",
+)
+LONG_FLAGS = {
+    "-cd": "--config-dir",
+    "-c": "--cfg",
+    "-p": "--package",
+}  # of the flags that take a value
 MOST_JOBS = 1_000  # of a sweep
-COMPOSE_SECONDS = 30  # a recipe takes a tenth of one; defaults and interpolations can double at every step
+COMPOSE_SECONDS = (
+    30  # a recipe takes a tenth of one; defaults and interpolations can double at every step
+)
 HELP = {"--help", "-h", "--hydra-help", "--info", "-i", "--version"}
 # Of the composed `hydra` node: what is allowed to differ, and what Hydra itself writes there.
 VARYING = (
-    *ALLOWED_HYDRA, "runtime", "overrides", "mode", "searchpath", "job.config_name", "job.override_dirname", "job.id", "job.num",
-)  # fmt: skip
+    *ALLOWED_HYDRA,
+    "runtime",
+    "overrides",
+    "mode",
+    "searchpath",
+    "job.config_name",
+    "job.override_dirname",
+    "job.id",
+    "job.num",
+)
 
 
 def recipe_names(folder: Path) -> list[str]:
@@ -55,13 +89,15 @@ def recipe_names(folder: Path) -> list[str]:
 def check_arguments(recipe: str, arguments: list[str]) -> tuple[Path, Path | None]:
     """Refuse an unknown recipe, executable content and refused flags before Hydra starts.
 
-    `arguments` as `flags_first` leaves them. Returns the recipe's folder, and the user's own if there is one.
+    `arguments` as `flags_first` leaves them. Returns the recipe's folder, and the user's own if
+    there is one.
     """
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("-") and flag not in FLAGS:
             raise ConfigError(
-                f"{flag} is not available; name the recipe after `run`, and add your own folder with --config-dir DIR; {nearest(flag, FLAGS)}"
+                f"{flag} is not available; name the recipe after `run`, and add your own folder"
+                f" with --config-dir DIR; {nearest(flag, FLAGS)}"
             )
         if not argument.startswith("-"):
             check_override(argument)
@@ -69,20 +105,31 @@ def check_arguments(recipe: str, arguments: list[str]) -> tuple[Path, Path | Non
     folder = own if own and (own / f"{recipe}.yaml").is_file() else recipes_dir()
     if not re.fullmatch(r"[\w.-]+", recipe) or not (folder / f"{recipe}.yaml").is_file():
         names = recipe_names(recipes_dir()) + (recipe_names(own) if own else [])
-        raise ConfigError(f"recipe {recipe!r} does not exist; {nearest(recipe, names)}. Your own: --config-dir DIR")
+        raise ConfigError(
+            f"recipe {recipe!r} does not exist; {nearest(recipe, names)}. Your own:"
+            " --config-dir DIR"
+        )
     return folder, own
 
 
 def flags_first(arguments: list[str]) -> list[str]:
-    """Flags joined with their values, before all overrides: Hydra's argparse accepts overrides only in one piece."""
+    """Flags joined with their values, before all overrides: Hydra's argparse accepts overrides
+    only in one piece.
+    """
     joined, rest = [], iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
         flag = LONG_FLAGS.get(flag, flag)
         if argument in ("--info", "-i"):  # it would take the next argument for its own
             argument = "--info=all"
-        joined.append(f"{flag}={value if equals else next(rest, '')}" if flag in LONG_FLAGS.values() else argument)
-    return sorted(joined, key=lambda argument: not argument.startswith("-"))  # keeps the order within both kinds
+        joined.append(
+            f"{flag}={value if equals else next(rest, '')}"
+            if flag in LONG_FLAGS.values()
+            else argument
+        )
+    return sorted(
+        joined, key=lambda argument: not argument.startswith("-")
+    )  # keeps the order within both kinds
 
 
 def quoted(value: str) -> str:
@@ -92,7 +139,9 @@ def quoted(value: str) -> str:
 
 
 def expand_teacher(arguments: list[str]) -> list[str]:
-    """`teacher=PATH_OR_HUB_ID` becomes `teacher=custom teacher.source=...` unless it is an option of configs/teacher/."""
+    """`teacher=PATH_OR_HUB_ID` becomes `teacher=custom teacher.source=...` unless it is an option
+    of configs/teacher/.
+    """
     options = recipe_names(configs_dir() / "teacher")
     expanded: list[str] = []
     for argument in arguments:
@@ -102,7 +151,10 @@ def expand_teacher(arguments: list[str]) -> list[str]:
         elif value and (os.sep in value or value.endswith(".gguf") or Path(value).exists()):
             expanded += ["teacher=custom", f"teacher.source={quoted(value)}"]
         else:
-            raise ConfigError(f"teacher={value!r} is neither an option nor a path nor a hub id (owner/name); {nearest(value, options)}")
+            raise ConfigError(
+                f"teacher={value!r} is neither an option nor a path nor a hub id (owner/name);"
+                f" {nearest(value, options)}"
+            )
     return expanded
 
 
@@ -114,7 +166,9 @@ def trust_hydra() -> None:
             search_path.append("compress", f"file://{configs_dir()}")
 
     def no_environment(*_: Any) -> str:
-        raise ConfigError("the resolver oc.env is not available: it would copy the environment into records")
+        raise ConfigError(
+            "the resolver oc.env is not available: it would copy the environment into records"
+        )
 
     register()
     Plugins.instance().register(Vocabulary)
@@ -133,7 +187,10 @@ def _in_time(recipe: str) -> Iterator[None]:
     timed = threading.current_thread() is threading.main_thread()
 
     def late(*_: Any) -> None:
-        raise ConfigError(f"recipe {recipe!r} is not composed after {COMPOSE_SECONDS} s; its defaults or interpolations multiply: write them plainly")
+        raise ConfigError(
+            f"recipe {recipe!r} is not composed after {COMPOSE_SECONDS} s; its defaults or"
+            " interpolations multiply: write them plainly"
+        )
 
     before = signal.signal(signal.SIGALRM, late) if timed else None
     if timed:
@@ -143,7 +200,10 @@ def _in_time(recipe: str) -> Iterator[None]:
     except ConfigError as error:  # OmegaConf may have added where it happened
         raise ConfigError(str(error).partition("\n    full_key")[0]) from error
     except RecursionError as error:
-        raise ConfigError(f"recipe {recipe!r} goes round in a circle, in its defaults or interpolations, or is nested too deep") from error
+        raise ConfigError(
+            f"recipe {recipe!r} goes round in a circle, in its defaults or interpolations, or is"
+            " nested too deep"
+        ) from error
     finally:
         if timed:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -171,14 +231,22 @@ def _check_hydra(composed: Any, recipe: str, own: Path | None) -> None:
     """Refuse a composed config whose `hydra` node is not the one of configs/base.yaml."""
     searched = [f"file://{own}"] if own else []
     if _trusted(composed) != _ours() or list(composed.hydra.searchpath) not in ([], searched):
-        refuse("settings of Hydra's launcher, sweeper, callbacks, jobs or logging", f"recipe {recipe!r}")
+        refuse(
+            "settings of Hydra's launcher, sweeper, callbacks, jobs or logging",
+            f"recipe {recipe!r}",
+        )
 
 
 def _jobs(composed: Any, overrides: list[str], recipe: str) -> list[list[str]]:
-    """The overrides of every job of a sweep, as Hydra's basic sweeper makes them. ConfigError: refused ones, or too many jobs."""
+    """The overrides of every job of a sweep, as Hydra's basic sweeper makes them. ConfigError:
+    refused ones, or too many jobs.
+    """
     params = OmegaConf.to_container(composed.hydra.sweeper, resolve=True).get("params") or {}  # type: ignore[union-attr]
     if not isinstance(params, dict):
-        raise ConfigError(f"hydra.sweeper.params of recipe {recipe!r} must be a table of KEY: VALUES, got {params!r}")
+        raise ConfigError(
+            f"hydra.sweeper.params of recipe {recipe!r} must be a table of KEY: VALUES, got"
+            f" {params!r}"
+        )
     written = [f"{key}={value}" for key, value in params.items()] + overrides
     for text in written:
         check_override(text)
@@ -186,26 +254,50 @@ def _jobs(composed: Any, overrides: list[str], recipe: str) -> list[list[str]]:
     jobs = 1
     for override in OverridesParser.create().parse_overrides(written):
         key, swept = override.get_key_element(), override.is_discrete_sweep()
-        values = list(islice(override.sweep_string_iterator(), MOST_JOBS + 1)) if swept else [override.get_value_element_as_str()]
+        values = (
+            list(islice(override.sweep_string_iterator(), MOST_JOBS + 1))
+            if swept
+            else [override.get_value_element_as_str()]
+        )
         choices[key] = [f"{key}={value}" for value in values]
     for some in choices.values():
         jobs *= len(some)
     if jobs > MOST_JOBS:
-        raise ConfigError(f"the sweep has more than {MOST_JOBS:,} jobs; sweep fewer values, or in several commands")
+        raise ConfigError(
+            f"the sweep has more than {MOST_JOBS:,} jobs; sweep fewer values, or in several"
+            " commands"
+        )
     return [list(job) for job in product(*choices.values())]
 
 
-def _check_composed(folder: Path, recipe: str, overrides: list[str], own: Path | None, flags: set[str]) -> None:
-    """Compose without running anything: what Hydra would instantiate must be its own, and the recipe, or every job of a sweep, must make sense."""
+def _check_composed(
+    folder: Path, recipe: str, overrides: list[str], own: Path | None, flags: set[str]
+) -> None:
+    """Compose without running anything: what Hydra would instantiate must be its own, and the
+    recipe, or every job of a sweep, must make sense.
+    """
     parsed = OverridesParser.create().parse_overrides(overrides)
     groups = {path.name for path in configs_dir().iterdir() if path.is_dir()}
     for override in parsed:
-        if override.key_or_group in groups and not override.is_sweep_override() and isinstance(override.value(), bool | int | float | None):
+        if (
+            override.key_or_group in groups
+            and not override.is_sweep_override()
+            and isinstance(override.value(), bool | int | float | None)
+        ):
             options = recipe_names(configs_dir() / override.key_or_group)
-            raise ConfigError(f"{override.input_line} names no option of {override.key_or_group}; allowed: {', '.join(options)}")
-    where = [f"hydra.searchpath=[{quoted(f'file://{own}')}]"] if own else []  # where --config-dir puts it
+            raise ConfigError(
+                f"{override.input_line} names no option of {override.key_or_group}; allowed:"
+                f" {', '.join(options)}"
+            )
+    where = (
+        [f"hydra.searchpath=[{quoted(f'file://{own}')}]"] if own else []
+    )  # where --config-dir puts it
     swept = bool({"-m", "--multirun"} & flags)
-    fixed = [text for text, override in zip(overrides, parsed, strict=True) if not (swept and override.is_sweep_override())]
+    fixed = [
+        text
+        for text, override in zip(overrides, parsed, strict=True)
+        if not (swept and override.is_sweep_override())
+    ]
     with _in_time(recipe):
         program = compose(recipe, folder, fixed + where)
         _check_hydra(program, recipe, own)
@@ -223,7 +315,9 @@ def _check_composed(folder: Path, recipe: str, overrides: list[str], own: Path |
                 refuse_credentials(OmegaConf.to_container(composed, resolve=True), "")
             except OmegaConfBaseException:
                 raise
-            except ValueError as error:  # a dataclass's own check; OmegaConf appends where it happened
+            except (
+                ValueError
+            ) as error:  # a dataclass's own check; OmegaConf appends where it happened
                 raise ConfigError(str(error).partition("\n    full_key")[0]) from error
 
 
@@ -242,14 +336,23 @@ def explain(error: Exception) -> str:
             missing = text.partition("config use +")[2].splitlines()[0].partition(" | ")[0]
             return f"{key[1]!r} is not in this table yet; write +{missing} to add it"
         schema = schema_named(key[2])
-        return f"unknown key {full[1] if full else key[1]!r}; {nearest(key[1], getattr(schema, '__dataclass_fields__', {}))}"
+        return (
+            f"unknown key {full[1] if full else key[1]!r};"
+            f" {nearest(key[1], getattr(schema, '__dataclass_fields__', {}))}"
+        )
     if wrong := re.search(r"\w+ is not a subclass of (\w+)\. value: (.*)", text):
         fields = ", ".join(getattr(schema_named(wrong[1]), "__dataclass_fields__", {}))
-        return f"{full[1] if full else wrong[1]} can't be {wrong[2].partition(' | ')[0]}; it is a table, allowed in it: {fields}"
+        return (
+            f"{full[1] if full else wrong[1]} can't be {wrong[2].partition(' | ')[0]}; it is a"
+            f" table, allowed in it: {fields}"
+        )
     if option := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         folder = configs_dir() / option[1]
         if folder.is_dir():
-            return f"{option[1]}={option[2]!r} is no option; {nearest(option[2], recipe_names(folder))}"
+            return (
+                f"{option[1]}={option[2]!r} is no option;"
+                f" {nearest(option[2], recipe_names(folder))}"
+            )
         return f"group {option[1]!r} does not exist; {nearest(option[1], groups)}"
     if group := re.search(r"Could not override '([^']+)'", text):
         return f"{group[1]!r} is no key or group of this recipe; {nearest(group[1], groups)}"
@@ -260,14 +363,23 @@ def explain(error: Exception) -> str:
 
 
 def without_recipe(overrides: list[str]) -> dict[str, Any]:
-    """The defaults of configs/base.yaml with overrides, as dataclasses by key, and the store: all that a verb without a recipe needs."""
+    """The defaults of configs/base.yaml with overrides, as dataclasses by key, and the store: all
+    that a verb without a recipe needs.
+    """
     for override in overrides:
         check_override(override)
     trust_hydra()
     try:
         with _in_time("base"):
-            composed = compose("base", configs_dir(), [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"])
-            parts: dict[str, Any] = {key: OmegaConf.to_object(composed[key]) for key in ("teacher", "data", "eval", "budget", "trainer")}
+            composed = compose(
+                "base",
+                configs_dir(),
+                [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"],
+            )
+            parts: dict[str, Any] = {
+                key: OmegaConf.to_object(composed[key])
+                for key in ("teacher", "data", "eval", "budget", "trainer")
+            }
         parts["eval"].check_data_dir()
         parts["budget"].check(parts["eval"], list(parts["data"].heldout_names()))
         if not composed.store.strip():
@@ -278,10 +390,11 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
 
 
 def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[str]], int]) -> int:
-    """Run `task(recipe, run directory, command)` for the composed recipe; with -m once for every job of the sweep.
+    """Run `task(recipe, run directory, command)` for the composed recipe; with -m once for every
+    job of the sweep.
 
-    `command` is the command line that composes the same recipe again. Returns the worst exit code. ConfigError for whatever can't be
-    composed, before any work and with nothing left behind.
+    `command` is the command line that composes the same recipe again. Returns the worst exit code.
+    ConfigError for whatever can't be composed, before any work and with nothing left behind.
     """
     arguments = flags_first(arguments)
     folder, own = check_arguments(recipe, arguments)
@@ -292,25 +405,47 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     def job(composed: Any) -> None:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            command = ["run", recipe, *([f"--config-dir={own}"] if own else []), *HydraConfig.get().overrides.task]
+            command = [
+                "run",
+                recipe,
+                *([f"--config-dir={own}"] if own else []),
+                *HydraConfig.get().overrides.task,
+            ]
             codes.append(task(OmegaConf.to_object(composed), run_dir, command))
         except Exception as error:  # Hydra would print its own line about it
             if failures:
                 print(f"compress: {run_dir.name}: {error}", file=sys.stderr)
             failures.append(error)
         finally:
-            for folder in (run_dir, run_dir.parent, run_dir.parent.parent):  # Hydra made them; a refused run leaves nothing
+            for folder in (
+                run_dir,
+                run_dir.parent,
+                run_dir.parent.parent,
+            ):  # Hydra made them; a refused run leaves nothing
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed
-    ours = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # no log files, and no library is set to talk
-    ours += [] if any(a.startswith("hydra.job.name=") for a in arguments) else [f"hydra.job.name={recipe}"]
+    ours = [
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+    ]  # no log files, and no library is set to talk
+    ours += (
+        []
+        if any(a.startswith("hydra.job.name=") for a in arguments)
+        else [f"hydra.job.name={recipe}"]
+    )
     sys.argv = ["compress run " + recipe, *arguments, *ours]
     try:
         trust_hydra()
         overrides = [a for a in arguments if not a.startswith("-")]
-        _check_composed(folder, recipe, overrides, own, {a.partition("=")[0] for a in arguments if a.startswith("-")})
+        _check_composed(
+            folder,
+            recipe,
+            overrides,
+            own,
+            {a.partition("=")[0] for a in arguments if a.startswith("-")},
+        )
         hydra.main(version_base="1.3", config_path=str(folder), config_name=recipe)(job)()
         if failures:
             raise failures[0]

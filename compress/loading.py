@@ -46,10 +46,24 @@ Table = dict[
     str, tuple[Path, TensorPlace]
 ]  # name of a tensor -> the file that holds it, and its place
 TYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32,
-    "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
-}  # fmt: skip
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -188,7 +202,10 @@ def check_weights(path: Path) -> bool:
                 "unquantized checkpoint they were made of"
             )
         if lacking and model.num_parameters() > elements:
-            tied = f"; if the head is the embedding, set tie_word_embeddings to true in {path / 'config.json'}"
+            tied = (
+                "; if the head is the embedding, set tie_word_embeddings to true in"
+                f" {path / 'config.json'}"
+            )
             alone = (
                 config.get("tie_word_embeddings") is False
                 and len(lacking) == 1

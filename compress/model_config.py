@@ -27,14 +27,26 @@ MOST_MODULES = 300_000  # of a model; a mixture of 61 blocks of 384 experts has 
 MOST_LABELS = 10_000  # of a classifier; transformers names each, though no model here has them
 MOST_COUNT = 10_000_000  # of whatever else a config counts
 SIZES = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-    "vocab_size", "max_position_embeddings",
-)  # fmt: skip
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
 CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines")
 KERNEL_KEYS = (
-    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
-    "_experts_implementation", "_experts_implementation_internal", "kernel_config", "use_kernels",
-)  # fmt: skip
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "kernel_config",
+    "use_kernels",
+)
 PARTS_KEYS = (
     "text_config",
     "vision_config",
@@ -194,7 +206,8 @@ def _check_family(config: dict[str, Any], file: Path) -> None:
         isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     ):
         raise ValueError(
-            f'{file}: architectures is {str(classes)[:80]}; needed is a list of class names, as in ["LlamaForCausalLM"]'
+            f"{file}: architectures is {str(classes)[:80]}; needed is a list of class names, as in"
+            ' ["LlamaForCausalLM"]'
         )
     if not isinstance(family, str):
         named = [

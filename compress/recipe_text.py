@@ -1,7 +1,9 @@
-"""Recipes, option files and overrides read as plain data, before Hydra sees them: what Hydra or OmegaConf could execute is refused.
+"""Recipes, option files and overrides read as plain data, before Hydra sees them: what Hydra or
+OmegaConf could execute is refused.
 
-Hydra runs `_target_` nodes below its own `hydra` key, reads other folders by `hydra.searchpath` and sets environment variables by `hydra.job`;
-the resolver `oc.env` would copy secrets. Nothing of that has a place in a recipe, whatever package, group or sweep it comes in.
+Hydra runs `_target_` nodes below its own `hydra` key, reads other folders by `hydra.searchpath` and
+sets environment variables by `hydra.job`; the resolver `oc.env` would copy secrets. Nothing of that
+has a place in a recipe, whatever package, group or sweep it comes in.
 """
 
 import re
@@ -20,7 +22,13 @@ RULES = [rule.split(".") for rule in ALLOWED_HYDRA]
 
 def _walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(names, value) of every key of nested dicts and lists; a key that holds dots is several names."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
     for key, value in items:
         here = (*path, *str(key).strip().split("."))
         yield here, value
@@ -30,13 +38,15 @@ def _walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
 def refuse(what: str, where: object) -> NoReturn:
     """ConfigError: `where` holds `what`."""
     raise ConfigError(
-        f"{where} holds {what}; a recipe is data and can't name code, the environment or Hydra's internals. "
-        f"Allowed below hydra: {', '.join(ALLOWED_HYDRA)}"
+        f"{where} holds {what}; a recipe is data and can't name code, the environment or Hydra's"
+        f" internals. Allowed below hydra: {', '.join(ALLOWED_HYDRA)}"
     )
 
 
 def check_text(text: str, where: object) -> None:
-    """Refuse what Hydra or OmegaConf could execute, in one YAML document. ConfigError naming the file and the key."""
+    """Refuse what Hydra or OmegaConf could execute, in one YAML document. ConfigError naming the
+    file and the key.
+    """
     headers = [re.match(r"\s*#+\s*@package\s+(\S+)", line) for line in text.splitlines()]
     if any("hydra" in header[1].split(".") for header in headers if header):
         refuse("the package hydra", where)
@@ -48,14 +58,20 @@ def check_text(text: str, where: object) -> None:
         raise ConfigError(str(error)) from error
     for names, value in _walk(tree):
         first, *below = names
-        refuse_credentials(value if isinstance(value, str) else "", f"{where}, key {'.'.join(names)}")
+        refuse_credentials(
+            value if isinstance(value, str) else "", f"{where}, key {'.'.join(names)}"
+        )
         if "_target_" in names:
             refuse("_target_", f"{where}, key {'.'.join(names)}")
         if first == "defaults" and below:
             entry = value if isinstance(value, str) and below[-1].isdigit() else ".".join(below)
             if re.search(r"(^|[\s/.@:])hydra([/.@:]|$)", entry):
                 refuse(f"the defaults entry {entry!r}", where)
-        if first == "hydra" and below and not any(below[: len(rule)] == rule[: len(below)] for rule in RULES):
+        if (
+            first == "hydra"
+            and below
+            and not any(below[: len(rule)] == rule[: len(below)] for rule in RULES)
+        ):
             refuse(f"the key {'.'.join(names)}", where)
         if names == ("hydra", "sweeper", "params") and isinstance(value, dict):
             for key, values in value.items():
@@ -70,29 +86,46 @@ def check_override(override: str, where: str = "") -> None:
     if re.search(r"oc\s*\.\s*env", override):
         refuse("the resolver oc.env", place)
     named = override.partition("=")[0].strip().lstrip("~+").strip()
-    refuse_credentials(override.replace("\\", ""), f"{where}{where and ': '}the override of {named}")
+    refuse_credentials(
+        override.replace("\\", ""), f"{where}{where and ': '}the override of {named}"
+    )
     parts = [part.strip() for part in re.split(r"[./@:]", named)]
     if "hydra" not in (parts[0], *re.split(r"[./@:]", named.partition("@")[2])):
         return
     if named.startswith("hydra.sweeper.params.") and "@" not in named:
-        check_override(f"{named.removeprefix('hydra.sweeper.params.')}={override.partition('=')[2]}", place)
+        check_override(
+            f"{named.removeprefix('hydra.sweeper.params.')}={override.partition('=')[2]}", place
+        )
     elif named.removeprefix("hydra.") not in ALLOWED_HYDRA or named == "hydra.sweeper.params":
         refuse(f"the key {named}", place)
 
 
 def own_folder(arguments: list[str]) -> Path | None:
     """The folder that --config-dir names, all its files checked. ConfigError."""
-    folders = [argument.removeprefix("--config-dir=") for argument in arguments if argument.startswith("--config-dir=")]
+    folders = [
+        argument.removeprefix("--config-dir=")
+        for argument in arguments
+        if argument.startswith("--config-dir=")
+    ]
     if len(folders) > 1 or "" in folders or not all(Path(folder).is_dir() for folder in folders):
-        raise ConfigError(f"--config-dir {', '.join(map(repr, folders))} is not one directory; give the one folder that holds your recipes")
+        raise ConfigError(
+            f"--config-dir {', '.join(map(repr, folders))} is not one directory; give the one"
+            " folder that holds your recipes"
+        )
     if not folders:
         return None
     own = Path(folders[0]).resolve()
     paths = list(islice(own.rglob("*"), MOST_FILES + 1))
     if len(paths) > MOST_FILES:
-        raise ConfigError(f"--config-dir {own} holds more than {MOST_FILES:,} files; give the folder that holds your recipes and nothing else")
+        raise ConfigError(
+            f"--config-dir {own} holds more than {MOST_FILES:,} files; give the folder that holds"
+            " your recipes and nothing else"
+        )
     if link := next((path for path in paths if path.is_symlink() and path.is_dir()), None):
-        raise ConfigError(f"--config-dir {own} holds a link to another folder, {link.name}, which is not checked; put the files there")
+        raise ConfigError(
+            f"--config-dir {own} holds a link to another folder, {link.name}, which is not checked;"
+            " put the files there"
+        )
     for file in sorted(path for path in paths if path.suffix.lower() in (".yaml", ".yml")):
         if "hydra" in file.relative_to(own).parts[:-1]:
             refuse("a folder named hydra", own)

@@ -1,4 +1,6 @@
-"""What all slots of one run share: teacher, store, text and scorer; and what is refused before work starts."""
+"""What all slots of one run share: teacher, store, text and scorer; and what is refused before
+work starts.
+"""
 
 import json
 import os
@@ -16,7 +18,12 @@ from compress import machine
 from compress.checkpoint import Model, best_device, config_object, read_config
 from compress.config import Data, Eval, Recipe, Reread, Teacher, Trainer
 from compress.distill.signal import made_with
-from compress.errors import ConfigError, refuse_credentials, tree_without_credentials, without_credentials
+from compress.errors import (
+    ConfigError,
+    refuse_credentials,
+    tree_without_credentials,
+    without_credentials,
+)
 from compress.export import formats
 from compress.export.gguf import overhead_bytes
 from compress.keys import WEIGHTS, sources_digest, versions_of
@@ -37,26 +44,35 @@ from compress.train.data import Packed, pack
 
 def log(message: str) -> None:
     """Progress goes to stderr; results go to stdout."""
-    print(f"[{time.strftime('%H:%M:%S')}] {without_credentials(message)}", file=sys.stderr, flush=True)
+    print(
+        f"[{time.strftime('%H:%M:%S')}] {without_credentials(message)}", file=sys.stderr, flush=True
+    )
 
 
 def plain(value: Any) -> Any:
     """Dataclasses, enums and paths as JSON, without what gives access in URLs."""
-    return tree_without_credentials(json.loads(json.dumps(value, default=lambda v: v.value if isinstance(v, Enum) else str(v))))
+    return tree_without_credentials(
+        json.loads(json.dumps(value, default=lambda v: v.value if isinstance(v, Enum) else str(v)))
+    )
 
 
 def open_scorer(
     teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str, requests: list[dict[str, Any]] | None = None,
     prompts: list[Prompt] | None = None,
 ) -> tuple[Scorer, Model]:  # fmt: skip
-    """A scorer outside a run: what `compress score` and, with the bundle's `requests` and open `prompts`, `compress accept` use."""
+    """A scorer outside a run: what `compress score` and, with the bundle's `requests` and open
+    `prompts`, `compress accept` use.
+    """
     for name, part in (("teacher", teacher), ("data", data), ("eval", eval)):
         refuse_credentials(asdict(part), name)
     threads = trainer.threads or machine.available_threads()
     torch.set_num_threads(threads)
     home = Store(store)
     opened = open_teacher(teacher.source, teacher.revision, home, log)
-    heldout = {name: pack([source], opened.path, data.seq_len, home.root / "data") for name, source in data.heldout_names().items()}
+    heldout = {
+        name: pack([source], opened.path, data.seq_len, home.root / "data")
+        for name, source in data.heldout_names().items()
+    }
     return Scorer(home, eval, heldout, opened.path, threads, requests, prompts), opened
 
 
@@ -70,22 +86,40 @@ class Session:
         for name in recipe.track.sinks:
             check_tracker(name)
         check_tasks(recipe.eval.tasks)
-        open_prompts(recipe.eval)  # a prompt file that can't be used is refused before anything is imported
+        open_prompts(
+            recipe.eval
+        )  # a prompt file that can't be used is refused before anything is imported
         world = parallel.world()
         if world > 1 and recipe.trainer.parallel == "none":
-            raise ConfigError(f"{world} processes were started, but trainer.parallel=none; use trainer=ddp or trainer=fsdp2")
+            raise ConfigError(
+                f"{world} processes were started, but trainer.parallel=none; use trainer=ddp or"
+                " trainer=fsdp2"
+            )
         for slot, stage in recipe.stages.items():
             if isinstance(stage, Optimization) and stage.batch_sequences % world:
-                shared = f"stages.{slot}.batch_sequences={stage.batch_sequences} can't be shared by {world} processes"
+                shared = (
+                    f"stages.{slot}.batch_sequences={stage.batch_sequences} can't be shared by"
+                    f" {world} processes"
+                )
                 raise ConfigError(f"{shared}; use a multiple of that")
-        self.threads = recipe.trainer.threads or max(1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.threads = recipe.trainer.threads or max(
+            1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        )
         torch.set_num_threads(self.threads)
-        self.precision = machine.fast_dtype() if recipe.trainer.precision == "auto" else recipe.trainer.precision
+        self.precision = (
+            machine.fast_dtype() if recipe.trainer.precision == "auto" else recipe.trainer.precision
+        )
         self.store = Store(recipe.store)
         self.teacher = open_teacher(recipe.teacher.source, recipe.teacher.revision, self.store, log)
-        most, seq_len = read_config(self.teacher.path).get("max_position_embeddings"), recipe.data.seq_len
+        most, seq_len = (
+            read_config(self.teacher.path).get("max_position_embeddings"),
+            recipe.data.seq_len,
+        )
         if most is not None and seq_len > most:
-            raise ValueError(f"data.seq_len={seq_len} is longer than the teacher's context of {most} tokens; set data.seq_len to at most {most}")
+            raise ValueError(
+                f"data.seq_len={seq_len} is longer than the teacher's context of {most} tokens; set"
+                f" data.seq_len to at most {most}"
+            )
 
     def open_data(self) -> None:
         """Read all text before work starts: a missing or empty source is refused here."""
@@ -99,61 +133,114 @@ class Session:
         """Say, or refuse with data.reread=refuse, that a stage wants more text than there is."""
         stage, data = self.recipe.stages[slot], self.recipe.data
         text = self.chat if uses_chat(stage) else self.text
-        told = [stage.told_readings(data.seq_len, len(text.ids))] if isinstance(stage, Optimization) else []
-        wanted = max(getattr(part, "calibration_sequences", 0) for part in (stage, getattr(stage, "allocate", None)))
+        told = (
+            [stage.told_readings(data.seq_len, len(text.ids))]
+            if isinstance(stage, Optimization)
+            else []
+        )
+        wanted = max(
+            getattr(part, "calibration_sequences", 0)
+            for part in (stage, getattr(stage, "allocate", None))
+        )
         if wanted > (there := len(self.text.ids)):
-            told.append(f"calibration_sequences={wanted}, the text has {there} sequences: add text to the data, or set it to at most {there}")
+            told.append(
+                f"calibration_sequences={wanted}, the text has {there} sequences: add text to the"
+                f" data, or set it to at most {there}"
+            )
         for sentence in filter(None, told):
             if data.reread is Reread.refuse:
                 raise ValueError(f"{slot}: {sentence}; or set data.reread=tell")
             log(f"{slot}: {sentence}")
 
     def _pack(self, sources: list[str], **how: Any) -> Packed:
-        return pack(sources, self.teacher.path, self.recipe.data.seq_len, self.store.root / "data", log=log, **how)
+        return pack(
+            sources,
+            self.teacher.path,
+            self.recipe.data.seq_len,
+            self.store.root / "data",
+            log=log,
+            **how,
+        )
 
     @cached_property
     def text(self) -> Packed:
         d = self.recipe.data
-        return self._pack(d.train, weights=d.weights, packing=d.packing.value, chat_labels=d.chat_labels.value)
+        return self._pack(
+            d.train, weights=d.weights, packing=d.packing.value, chat_labels=d.chat_labels.value
+        )
 
     @cached_property
     def chat(self) -> Packed:
         if not self.recipe.data.chat:
-            raise ValueError("the recipe's lora stage wants chat data, but data.chat is empty; name a source or set data=text on the stage")
-        return self._pack(self.recipe.data.chat, packing=self.recipe.data.packing.value, chat_labels="answers")
+            raise ValueError(
+                "the recipe's lora stage wants chat data, but data.chat is empty; name a source or"
+                " set data=text on the stage"
+            )
+        return self._pack(
+            self.recipe.data.chat, packing=self.recipe.data.packing.value, chat_labels="answers"
+        )
 
     @cached_property
     def scorer(self) -> Scorer:
-        heldout = {name: self._pack([source]) for name, source in self.recipe.data.heldout_names().items()}
+        heldout = {
+            name: self._pack([source]) for name, source in self.recipe.data.heldout_names().items()
+        }
         return Scorer(self.store, self.recipe.eval, heldout, self.teacher.path, self.threads)
 
     def inputs(self, slot: str, parent_digest: str) -> dict[str, Any]:
         """All that determines a stage's weights; its digest is the stage's key."""
         stage = self.recipe.stages[slot]
-        sources = [type(stage).__module__, "compress.session:Session"]  # the class cuts the text that stages are calibrated on
-        if getattr(stage, "layout_name", "") == "mixed":  # the room left for weights is what `overhead_bytes` leaves
+        sources = [
+            type(stage).__module__,
+            "compress.session:Session",
+        ]  # the class cuts the text that stages are calibrated on
+        if (
+            getattr(stage, "layout_name", "") == "mixed"
+        ):  # the room left for weights is what `overhead_bytes` leaves
             sources.append("compress.export.gguf")
         config = plain(asdict(stage))
         config.pop("keep", None)  # decides what goes on, not what is made
-        if where := config.get("signal", {}).pop("path", None):  # who made a signal in a folder of its own counts, not where it is
+        if where := config.get("signal", {}).pop(
+            "path", None
+        ):  # who made a signal in a folder of its own counts, not where it is
             config["signal"]["made_with"] = made_with(where)
         return {
-            "technique": self.recipe.technique(slot), "config": config, "parent": parent_digest, "teacher": self.teacher.digest,
-            "data": self.text.digest, "chat": self.chat.digest if uses_chat(stage) else None, "seq_len": self.recipe.data.seq_len,
-            "seed": self.recipe.seed, "precision": self.precision, "threads": self.threads, "world": parallel.world(),
+            "technique": self.recipe.technique(slot),
+            "config": config,
+            "parent": parent_digest,
+            "teacher": self.teacher.digest,
+            "data": self.text.digest,
+            "chat": self.chat.digest if uses_chat(stage) else None,
+            "seq_len": self.recipe.data.seq_len,
+            "seed": self.recipe.seed,
+            "precision": self.precision,
+            "threads": self.threads,
+            "world": parallel.world(),
             "trainer": [self.recipe.trainer.parallel, self.recipe.trainer.activation_checkpointing],
-            "device": str(best_device()), "sources": sources_digest(*sources), "versions": versions_of(*WEIGHTS),
-        }  # fmt: skip
+            "device": str(best_device()),
+            "sources": sources_digest(*sources),
+            "versions": versions_of(*WEIGHTS),
+        }
 
     def context(self, slot: str, work: Path, curve: list[dict[str, float]]) -> Context:
         """What the stage in `slot` may ask for."""
         return Context(
-            teacher=self.teacher.path, seed=self.recipe.seed, seq_len=self.recipe.data.seq_len, work=work,
-            signals=self.store.root / "signals", calibration=lambda n: self.text.ids[:n, :-1].long(), text=lambda: self.text,
-            chat=lambda: self.chat, file_overhead=overhead_bytes, precision=self.precision, label=slot, log=log, curve=curve.extend,
+            teacher=self.teacher.path,
+            seed=self.recipe.seed,
+            seq_len=self.recipe.data.seq_len,
+            work=work,
+            signals=self.store.root / "signals",
+            calibration=lambda n: self.text.ids[:n, :-1].long(),
+            text=lambda: self.text,
+            chat=lambda: self.chat,
+            file_overhead=overhead_bytes,
+            precision=self.precision,
+            label=slot,
+            log=log,
+            curve=curve.extend,
             parallel=self.recipe.trainer.parallel if parallel.world() > 1 else "none",
             activation_checkpointing=self.recipe.trainer.activation_checkpointing,
-        )  # fmt: skip
+        )
 
 
 def uses_chat(stage: Any) -> bool:
@@ -162,7 +249,9 @@ def uses_chat(stage: Any) -> bool:
 
 
 def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
-    """The HF config after every slot; ValueError naming the slot that can't work on its parent's shape, or the file without a place for it."""
+    """The HF config after every slot; ValueError naming the slot that can't work on its parent's
+    shape, or the file without a place for it.
+    """
     shapes = {"teacher": read_config(session.teacher.path)}
     for slot, parent in session.recipe.steps():
         try:
@@ -180,6 +269,12 @@ def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
 
 
 def thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most 60 rows for the record, evenly spread, and every row with a validation; trackers get them all."""
+    """At most 60 rows for the record, evenly spread, and every row with a validation; trackers get
+    them all.
+    """
     every = max(1, -(-len(curve) // 60))
-    return [row for number, row in enumerate(curve) if number % every == 0 or "validation_kl" in row or number == len(curve) - 1]
+    return [
+        row
+        for number, row in enumerate(curve)
+        if number % every == 0 or "validation_kl" in row or number == len(curve) - 1
+    ]

@@ -1,17 +1,19 @@
 """Crash-safe, content-addressed directories: an entry is there whole or not at all.
 
-    <store>/store.json       the mark of a store: a folder without it is refused, by runs and by `compress gc`
-    <store>/entries/<key>/   a finished checkpoint; `stage.json`, written last, names every file's sha256 and bytes
-    <store>/work/<key>/      unfinished training state of the same key; found again without naming a run
-    <store>/notes/<key>.json what varies from run to run (seconds, training curve): kept outside the entry
-    <store>/scores/          scores by (weights digest, evaluation digest, runtime, machine)
-    <store>/signals/, data/  teacher signals and packed text, written by their own modules
-    <store>/runs/            where the run directories are that name entries here; `compress gc` keeps what these name
-    <store>/locks/<key>      flock'ed while a process builds the key; the kernel releases it when the process dies
-    <store>/locks/store      flock'ed, shared, by every process that works here; alone by `compress gc`
+    <store>/store.json       the mark of a store: a folder without it is refused, by runs and by
+    `compress gc` <store>/entries/<key>/   a finished checkpoint; `stage.json`, written last, names
+    every file's sha256 and bytes <store>/work/<key>/      unfinished training state of the same
+    key; found again without naming a run <store>/notes/<key>.json what varies from run to run
+    (seconds, training curve): kept outside the entry <store>/scores/          scores by (weights
+    digest, evaluation digest, runtime, machine) <store>/signals/, data/  teacher signals and packed
+    text, written by their own modules <store>/runs/            where the run directories are that
+    name entries here; `compress gc` keeps what these name <store>/locks/<key>      flock'ed while a
+    process builds the key; the kernel releases it when the process dies <store>/locks/store
+    flock'ed, shared, by every process that works here; alone by `compress gc`
 
-Writing: build beside, fsync every file, write `stage.json`, fsync, rename, fsync the parent (the order that survives a
-power cut on a journalling file system; Pillai et al., OSDI 2014, section 3.3). A reader therefore never sees half an entry.
+Writing: build beside, fsync every file, write `stage.json`, fsync, rename, fsync the parent (the
+order that survives a power cut on a journalling file system; Pillai et al., OSDI 2014, section
+3.3). A reader therefore never sees half an entry.
 """
 
 import fcntl
@@ -31,11 +33,21 @@ from compress.doors import read_json
 from compress.errors import ConfigError, ResourceError
 
 STAGE_JSON, STORE_JSON = "stage.json", "store.json"
-FIRST_ROOMS = ("entries", "work", "notes", "scores", "signals", "data", "locks")  # of a store without a mark
+FIRST_ROOMS = (
+    "entries",
+    "work",
+    "notes",
+    "scores",
+    "signals",
+    "data",
+    "locks",
+)  # of a store without a mark
 ROOMS = (*FIRST_ROOMS, "runs")
 MARK = {"store": "compress", "schema": 1}
 URL = re.compile(r"[\w+.-]{2,}:/")
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)")  # as `write_whole` calls what it has not finished
+TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<pid>\d+)"
+)  # as `write_whole` calls what it has not finished
 
 
 def sha256_file(path: Path) -> str:
@@ -46,7 +58,9 @@ def sha256_file(path: Path) -> str:
 
 def sha256_json(value: Any) -> str:
     """sha256 of a value's canonical JSON, in hex."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def fsync(path: Path) -> None:
@@ -80,7 +94,10 @@ def write_json(path: Path, value: Any) -> None:
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:
     """{relative name: {"sha256", "bytes"}} of every file below `folder`, in name order."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
-    return {str(p.relative_to(folder)): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
+    return {
+        str(p.relative_to(folder)): {"sha256": sha256_file(p), "bytes": p.stat().st_size}
+        for p in files
+    }
 
 
 def commit(folder: Path, final: Path) -> None:
@@ -95,7 +112,9 @@ def commit(folder: Path, final: Path) -> None:
 
 
 def left_over(path: Path) -> str:
-    """The name of the file that a process which has died was about to write at `path`; "" for all else."""
+    """The name of the file that a process which has died was about to write at `path`; "" for all
+    else.
+    """
     match = TEMPORARY.fullmatch(path.name)
     if not match or path.is_symlink() or not path.is_file():
         return ""
@@ -111,13 +130,17 @@ def left_over(path: Path) -> str:
 class Store:
     """One store directory, shared with whoever else works in it for as long as this object lives.
 
-    `root` is created on first use; with `create` False, as `compress gc` opens it, neither is it made nor is anybody waited for.
-    ValueError: it is a folder of something else, or does not exist; ResourceError: it can't be written or locked.
+    `root` is created on first use; with `create` False, as `compress gc` opens it, neither is it
+    made nor is anybody waited for. ValueError: it is a folder of something else, or does not exist;
+    ResourceError: it can't be written or locked.
     """
 
     def __init__(self, root: Path | str, *, create: bool = True) -> None:
         if not str(root) or URL.match(str(root)):
-            raise ConfigError(f"store={root} is no folder of this machine; give a new or empty one, as store=runs/.store")
+            raise ConfigError(
+                f"store={root} is no folder of this machine; give a new or empty one, as"
+                " store=runs/.store"
+            )
         self.root = Path(root).absolute()
         if not create and not self.root.is_dir():
             raise ValueError(f"there is no store at {root}; name it with --store DIR")
@@ -127,7 +150,10 @@ class Store:
             weakref.finalize(self, os.close, self._shared)  # closing it lets go of the lock
             self._share(wait=create)
         except OSError as error:
-            raise ResourceError(f"the store {self.root} can't be written ({error.strerror}); free it or set store=DIR") from error
+            raise ResourceError(
+                f"the store {self.root} can't be written ({error.strerror}); free it or set"
+                " store=DIR"
+            ) from error
 
     def _open(self, create: bool) -> None:
         """Make the mark and the rooms of a new store; ValueError for a folder that is not a store."""
@@ -135,16 +161,30 @@ class Store:
         if create:
             self.root.mkdir(parents=True, exist_ok=True)
         if not mark.is_file():
-            names = {path.name for path in self.root.iterdir() if not path.name.startswith(f".{STORE_JSON}.")}
+            names = {
+                path.name
+                for path in self.root.iterdir()
+                if not path.name.startswith(f".{STORE_JSON}.")
+            }
             rooms = {name for name in names if name in ROOMS and (self.root / name).is_dir()}
             older = names == rooms and rooms.issuperset(FIRST_ROOMS)
             if not older and (names or not create):
-                what = f"holds {min(names - rooms or names)} and no {STORE_JSON}" if names else f"is empty: it has no {STORE_JSON}"
-                raise ValueError(f"{self.root} is not a store: it {what}; a store is a folder of its own, give a new or empty one")
+                what = (
+                    f"holds {min(names - rooms or names)} and no {STORE_JSON}"
+                    if names
+                    else f"is empty: it has no {STORE_JSON}"
+                )
+                raise ValueError(
+                    f"{self.root} is not a store: it {what}; a store is a folder of its own, give a"
+                    " new or empty one"
+                )
             write_json(mark, MARK | {"older": older})
         about = read_json(mark)
         if {key: about.get(key) for key in MARK} != MARK:
-            raise ValueError(f"{mark} is not the mark of a store that this version knows; give another folder, or use the version which made it")
+            raise ValueError(
+                f"{mark} is not the mark of a store that this version knows; give another folder,"
+                " or use the version which made it"
+            )
         for room in ROOMS:
             (self.root / room).mkdir(exist_ok=True)
 
@@ -154,8 +194,14 @@ class Store:
             fcntl.flock(self._shared, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise ResourceError(f"another `compress gc` is emptying {self.root}; wait for it") from None
-            print(f"waiting for `compress gc`, which is emptying {self.root}", file=sys.stderr, flush=True)
+                raise ResourceError(
+                    f"another `compress gc` is emptying {self.root}; wait for it"
+                ) from None
+            print(
+                f"waiting for `compress gc`, which is emptying {self.root}",
+                file=sys.stderr,
+                flush=True,
+            )
             fcntl.flock(self._shared, fcntl.LOCK_SH)
 
     @contextmanager
@@ -165,23 +211,32 @@ class Store:
             fcntl.flock(self._shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._share()  # asking for more has let go of it
-            raise ResourceError(f"another process works in the store {self.root}; repeat the command when it has ended") from None
+            raise ResourceError(
+                f"another process works in the store {self.root}; repeat the command when it has"
+                " ended"
+            ) from None
         try:
             yield
         finally:
             self._share()
 
     def register(self, run: Path) -> None:
-        """Note a run directory, so that `compress gc` finds what it names wherever it is, also when both were moved together."""
+        """Note a run directory, so that `compress gc` finds what it names wherever it is, also
+        when both were moved together.
+        """
         path, root = str(run.resolve()), self.root.resolve()
-        write_json(self.root / "runs" / f"{sha256_json(path)[:32]}.json", {"schema": 1, "run": path, "from_store": os.path.relpath(path, root)})
+        write_json(
+            self.root / "runs" / f"{sha256_json(path)[:32]}.json",
+            {"schema": 1, "run": path, "from_store": os.path.relpath(path, root)},
+        )
 
     def entry(self, key: str) -> Path:
         """Where the entry of `key` is or will be."""
         return self.root / "entries" / key
 
     def has(self, key: str) -> bool:
-        """Whether `key` is finished. Every byte is compared with `stage.json`: ValueError naming the first file that differs.
+        """Whether `key` is finished. Every byte is compared with `stage.json`: ValueError naming
+        the first file that differs.
 
         What a process that was killed right after finishing it left in `work` is removed.
         """
@@ -192,8 +247,17 @@ class Store:
         found.pop(STAGE_JSON)
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
-                state = "missing" if name not in found else "unknown" if name not in expected else "changed"
-                raise ValueError(f"{folder / name} is {state} since it was written; delete {folder} and run again to rebuild it")
+                state = (
+                    "missing"
+                    if name not in found
+                    else "unknown"
+                    if name not in expected
+                    else "changed"
+                )
+                raise ValueError(
+                    f"{folder / name} is {state} since it was written; delete {folder} and run"
+                    " again to rebuild it"
+                )
         if (work := self.root / "work" / key).exists():
             shutil.rmtree(work, ignore_errors=True)
         return True
@@ -212,20 +276,25 @@ class Store:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise ResourceError(
-                    f"process {holder} is building the same stage ({key[:12]}) in {self.root}; wait for it, or set store=DIR to work apart"
+                    f"process {holder} is building the same stage ({key[:12]}) in {self.root}; wait"
+                    " for it, or set store=DIR to work apart"
                 ) from None
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             yield
 
-    def build(self, key: str, inputs: dict[str, Any], make: Callable[[Path, Path], dict[str, float]]) -> Path:
+    def build(
+        self, key: str, inputs: dict[str, Any], make: Callable[[Path, Path], dict[str, float]]
+    ) -> Path:
         """The entry of `key`, made by `make(out, work)` -> metrics unless it is there already.
 
-        `out` is an empty directory renamed into place at the end, and removed when `make` fails; `work` survives kills and failures
-        and is removed on success.
+        `out` is an empty directory renamed into place at the end, and removed when `make` fails;
+        `work` survives kills and failures and is removed on success.
         """
-        if self.has(key):  # finished entries are read without the lock: many runs may share them at once
+        if self.has(
+            key
+        ):  # finished entries are read without the lock: many runs may share them at once
             return self.entry(key)
         with self.lock(key):
             if self.has(key):  # another process finished it while this one came for the lock
@@ -236,10 +305,21 @@ class Store:
             work.mkdir(exist_ok=True)
             try:
                 metrics = make(out, work)
-                write_json(out / STAGE_JSON, {"schema": 1, "key": key, "inputs": inputs, "metrics": metrics, "files": file_table(out)})
+                write_json(
+                    out / STAGE_JSON,
+                    {
+                        "schema": 1,
+                        "key": key,
+                        "inputs": inputs,
+                        "metrics": metrics,
+                        "files": file_table(out),
+                    },
+                )
                 commit(out, self.entry(key))
             except BaseException:
-                shutil.rmtree(out, ignore_errors=True)  # a full disk has room again, for the run to say how it ended
+                shutil.rmtree(
+                    out, ignore_errors=True
+                )  # a full disk has room again, for the run to say how it ended
                 raise
             shutil.rmtree(work, ignore_errors=True)
             return self.entry(key)

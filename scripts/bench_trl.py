@@ -1,7 +1,9 @@
-"""TRL's distillation on the student, teacher and text of `bench_distill.py`; runs in an environment of its own that holds trl.
+"""TRL's distillation on the student, teacher and text of `bench_distill.py`; runs in an
+environment of its own that holds trl.
 
-    gkd      trl.experimental.gkd.GKDTrainer, off-policy (lmbda 0), forward KL (beta 0), bf16 autocast over fp32 masters
-    chunked  the loss of trl.DistillationTrainer, which never holds all logits, in the loop of the benchmark's baseline
+    gkd      trl.experimental.gkd.GKDTrainer, off-policy (lmbda 0), forward KL (beta 0), bf16
+    autocast over fp32 masters chunked  the loss of trl.DistillationTrainer, which never holds all
+    logits, in the loop of the benchmark's baseline
 
 `python scripts/bench_distill.py --trl PATH_OF_THAT_PYTHON` calls it; it prints one line of JSON.
 """
@@ -43,20 +45,39 @@ def gkd(work: Path, teacher: Any, student: Any, ids: torch.Tensor) -> list[float
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = torch.tensor([row["ids"] for row in rows])
         return {
-            "input_ids": batch, "attention_mask": torch.ones_like(batch), "labels": batch.clone(), "prompts": batch[:, :1],
+            "input_ids": batch,
+            "attention_mask": torch.ones_like(batch),
+            "labels": batch.clone(),
+            "prompts": batch[:, :1],
             "prompt_attention_mask": torch.ones_like(batch[:, :1]),
-        }  # fmt: skip
+        }
 
     config = GKDConfig(
-        output_dir=str(work / "trl"), lmbda=0.0, beta=0.0, temperature=1.0, max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=1e-4,
-        bf16=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
+        output_dir=str(work / "trl"),
+        lmbda=0.0,
+        beta=0.0,
+        temperature=1.0,
+        max_steps=STEPS,
+        per_device_train_batch_size=ROWS,
+        learning_rate=1e-4,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
         optim="adamw_torch_fused",
-    )  # fmt: skip
+    )
     clock = Clock()
     trainer = GKDTrainer(
-        student, teacher, config, data_collator=collate, train_dataset=Dataset.from_dict({"ids": ids[: ROWS * STEPS].tolist()}),
-        processing_class=AutoTokenizer.from_pretrained(work / "teacher"), callbacks=[clock],
-    )  # fmt: skip
+        student,
+        teacher,
+        config,
+        data_collator=collate,
+        train_dataset=Dataset.from_dict({"ids": ids[: ROWS * STEPS].tolist()}),
+        processing_class=AutoTokenizer.from_pretrained(work / "teacher"),
+        callbacks=[clock],
+    )
     trainer.train()
     return clock.seconds
 
@@ -72,7 +93,14 @@ def chunked(work: Path, teacher: Any, student: Any, ids: torch.Tensor) -> list[f
             theirs = teacher.model(batch).last_hidden_state
         with torch.autocast(device, torch.bfloat16):
             ours = student.model(batch).last_hidden_state
-            loss, _, _ = _chunked_divergence_loss(ours, theirs, student.lm_head.weight, teacher.lm_head.weight, torch.ones_like(batch), beta=0.0)
+            loss, _, _ = _chunked_divergence_loss(
+                ours,
+                theirs,
+                student.lm_head.weight,
+                teacher.lm_head.weight,
+                torch.ones_like(batch),
+                beta=0.0,
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -91,8 +119,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = AutoModelForCausalLM.from_pretrained(options.work / "teacher", dtype=torch.bfloat16).eval().to(device)
-    student = AutoModelForCausalLM.from_pretrained(options.work / "student", dtype=torch.float32).train().to(device)
+    teacher = (
+        AutoModelForCausalLM.from_pretrained(options.work / "teacher", dtype=torch.bfloat16)
+        .eval()
+        .to(device)
+    )
+    student = (
+        AutoModelForCausalLM.from_pretrained(options.work / "student", dtype=torch.float32)
+        .train()
+        .to(device)
+    )
     ids = load_file(options.work / "ids.safetensors")["ids"].long()
     seconds = {"gkd": gkd, "chunked": chunked}[options.side](options.work, teacher, student, ids)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,9 @@
-"""Kill a recipe at three stages (Ctrl-C, SIGTERM, kill -9), repeat the command each time, and compare with an uninterrupted run.
+"""Kill a recipe at three stages (Ctrl-C, SIGTERM, kill -9), repeat the command each time, and
+compare with an uninterrupted run.
 
-`python scripts/faults.py [RECIPE] [KEY=VALUE ...] [--whole RUN_DIRECTORY]` works in the current directory; without --whole it also
-makes the uninterrupted run, in a store of its own. Prints a table and ends with one line of JSON: `weights_differing` must be 0.
+`python scripts/faults.py [RECIPE] [KEY=VALUE ...] [--whole RUN_DIRECTORY]` works in the current
+directory; without --whole it also makes the uninterrupted run, in a store of its own. Prints a
+table and ends with one line of JSON: `weights_differing` must be 0.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def digests(run: Path) -> dict[str, str]:
     return {record["slot"]: record["digest"] for record in records}
 
 
-def interrupt(line: list[str], slot: str, how: signal.Signals, after_seconds: float) -> tuple[int, float]:
+def interrupt(
+    line: list[str], slot: str, how: signal.Signals, after_seconds: float
+) -> tuple[int, float]:
     """Run until `slot` starts, wait, send the signal. Returns (exit code, seconds)."""
     start = time.monotonic()
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
@@ -53,12 +57,22 @@ def main() -> int:
     parser.add_argument("recipe", nargs="?", default="smoke")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--slots", default="heal,chat,qat")
-    parser.add_argument("--after-seconds", default="3,3,3", help="how long after each slot's first line its signal comes")
-    parser.add_argument("--whole", type=Path, help="an uninterrupted run of the same recipe to compare with")
+    parser.add_argument(
+        "--after-seconds",
+        default="3,3,3",
+        help="how long after each slot's first line its signal comes",
+    )
+    parser.add_argument(
+        "--whole", type=Path, help="an uninterrupted run of the same recipe to compare with"
+    )
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and children inherit that
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore Ctrl-C, and children inherit that
     cut = command(options.recipe, options.overrides, "runs/.store-faults")
-    for slot, how, after in zip(options.slots.split(","), SIGNALS, options.after_seconds.split(","), strict=True):
+    for slot, how, after in zip(
+        options.slots.split(","), SIGNALS, options.after_seconds.split(","), strict=True
+    ):
         code, seconds = interrupt(cut, slot, how, float(after))
         print(f"{slot:<10} {how.name:<8} exit {code:>4} after {seconds:6.1f} s", flush=True)
     subprocess.run(cut, check=True)
@@ -71,7 +85,16 @@ def main() -> int:
     differing = [slot for slot in whole if resumed.get(slot) != whole[slot]]
     for slot, digest in whole.items():
         print(f"{slot:<14} {digest[:16]} {'same' if slot not in differing else 'DIFFERENT'}")
-    print(json.dumps({"recipe": options.recipe, "interrupts": 3, "slots_compared": len(whole), "weights_differing": len(differing)}))
+    print(
+        json.dumps(
+            {
+                "recipe": options.recipe,
+                "interrupts": 3,
+                "slots_compared": len(whole),
+                "weights_differing": len(differing),
+            }
+        )
+    )
     return 1 if differing else 0
 
 

@@ -1,12 +1,16 @@
-"""What a cut student learns back, by the text it is healed on: open answers kept and KL on two texts, several seeds.
+"""What a cut student learns back, by the text it is healed on: open answers kept and KL on two
+texts, several seeds.
 
-    python scripts/healing_curve.py [--ffn 1280] [--tokens 8192 24576] [--seeds 3] [--work DIR] [--out results/distill]
+    python scripts/healing_curve.py [--ffn 1280] [--tokens 8192 24576] [--seeds 3] [--work DIR]
+    [--out results/distill]
 
-Student: every FFN of the embedded teacher narrowed to --ffn channels, calibrated on half docstrings, half conversations. It is healed with
-the same number of steps at the same rate on docstrings, on conversations and on half and half; seeds change the order of the rows. Each
-student answers the half of the open prompts that is reported, as an F16 file in llama.cpp; KL to the teacher is exact, on held-out
-conversations and on the language reference. A run of fewer tokens is a training of its own, with its own schedule. With --work a killed
-run goes on where it was. Writes healing.json and healing.md, ends with one line of JSON.
+Student: every FFN of the embedded teacher narrowed to --ffn channels, calibrated on half
+docstrings, half conversations. It is healed with the same number of steps at the same rate on
+docstrings, on conversations and on half and half; seeds change the order of the rows. Each student
+answers the half of the open prompts that is reported, as an F16 file in llama.cpp; KL to the
+teacher is exact, on held-out conversations and on the language reference. A run of fewer tokens is
+a training of its own, with its own schedule. With --work a killed run goes on where it was. Writes
+healing.json and healing.md, ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -147,9 +151,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     healing = Healing(options.work, options.ffn)
     start = healing.measured(healing.cut.name, healing.cut)
-    runs = {
-        (text, tokens): [] for text in TEXTS for tokens in options.tokens
-    }  # type: dict[tuple[str, int], list[dict[str, float]]]
+    # type: dict[tuple[str, int], list[dict[str, float]]]
+    runs = {(text, tokens): [] for text in TEXTS for tokens in options.tokens}
     for seed in range(options.seeds):
         for text, tokens in runs:
             runs[text, tokens].append(healing.healed(text, seed, tokens))
@@ -178,10 +181,17 @@ def write(
             cells.append(f"{statistics.median(values):.3f} ({spread})")
         lines.append(f"| {text} | {tokens:,} | " + " | ".join(cells) + " |")
     record = {
-        "ffn": options.ffn, "rate": RATE, "start": start, "teacher": teacher,
-        "runs": [{"text": text, "tokens": tokens, "seeds": rows} for (text, tokens), rows in runs.items()],
-        "machine": describe(available_threads()), "versions": versions(), "git_sha": git_sha(),
-    }  # fmt: skip
+        "ffn": options.ffn,
+        "rate": RATE,
+        "start": start,
+        "teacher": teacher,
+        "runs": [
+            {"text": text, "tokens": tokens, "seeds": rows} for (text, tokens), rows in runs.items()
+        ],
+        "machine": describe(available_threads()),
+        "versions": versions(),
+        "git_sha": git_sha(),
+    }
     write_json(options.out / "healing.json", record)
     (options.out / "healing.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -1,11 +1,14 @@
 """Write the embedded conversations: what the embedded teacher says by itself, out of nothing.
 
-    python scripts/make_conversations.py [--tokens 400000] [--answer-tokens 128] [--work DIR] [--rows FILE ...]
+    python scripts/make_conversations.py [--tokens 400000] [--answer-tokens 128] [--work DIR]
+    [--rows FILE ...]
 
-Rows are written by `compress/train/written.py` until they hold so many of the teacher's tokens, template included, and
-put in a fixed random order into configs/conversations/conversations.jsonl.xz. Rows of earlier runs, `--rows`, are taken
-first, if they pass the filter. About 165 tokens a second are written on one core, of which a half is kept: an hour and
-a half on one. A machine with other kernels writes other words now and then, so the file, not the script, is the record.
+Rows are written by `compress/train/written.py` until they hold so many of the teacher's tokens,
+template included, and put in a fixed random order into
+configs/conversations/conversations.jsonl.xz. Rows of earlier runs, `--rows`, are taken first, if
+they pass the filter. About 165 tokens a second are written on one core, of which a half is kept: an
+hour and a half on one. A machine with other kernels writes other words now and then, so the file,
+not the script, is the record.
 """
 
 import argparse

@@ -1,10 +1,12 @@
-"""Writes tests/golden/grids.safetensors: rows of weights and the blocks that llama.cpp's own quantizer makes of them.
+"""Writes tests/golden/grids.safetensors: rows of weights and the blocks that llama.cpp's own
+quantizer makes of them.
 
     python3 -m venv CY && CY/bin/pip install --no-deps cyllama==0.2.18
     python scripts/make_golden.py CY/bin/python
 
-A one-layer random Llama goes out as an F32 GGUF, `llama_model_quantize` turns it into each type, and rows of its down
-projection are kept. cyllama has an environment of its own: its libraries must not meet xllamacpp's.
+A one-layer random Llama goes out as an F32 GGUF, `llama_model_quantize` turns it into each type,
+and rows of its down projection are kept. cyllama has an environment of its own: its libraries must
+not meet xllamacpp's.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ print(json.loads((pathlib.Path(cyllama.__file__).parent / "build_config.json").r
 
 
 def weights() -> torch.Tensor:
-    """(ROWS, COLUMNS) fp16: normal, heavy-tailed, one-sided, partly zero, and on a coarse grid, by turns."""
+    """(ROWS, COLUMNS) fp16: normal, heavy-tailed, one-sided, partly zero, and on a coarse grid, by
+    turns.
+    """
     g = torch.Generator().manual_seed(11)
     w = torch.randn(ROWS, COLUMNS, generator=g) * 0.05
     w[1::5] /= torch.rand(w[1::5].shape, generator=g).clamp(min=0.02)
@@ -44,11 +48,23 @@ def write_f32(path: Path, down: torch.Tensor) -> None:
     """A Llama of one layer whose down projection begins with the rows of `down`."""
     g = torch.Generator().manual_seed(0)
     writer = gguf.GGUFWriter(path, "llama")
-    for add, value in (("block_count", 1), ("context_length", 64), ("embedding_length", 256), ("feed_forward_length", COLUMNS),
-                       ("head_count", 4), ("layer_norm_rms_eps", 1e-5), ("vocab_size", 32)):  # fmt: skip
+    for add, value in (
+        ("block_count", 1),
+        ("context_length", 64),
+        ("embedding_length", 256),
+        ("feed_forward_length", COLUMNS),
+        ("head_count", 4),
+        ("layer_norm_rms_eps", 1e-5),
+        ("vocab_size", 32),
+    ):
         getattr(writer, f"add_{add}")(value)
-    shapes = {"token_embd": (32, 256), **{f"blk.0.attn_{n}": (256, 256) for n in ("q", "k", "v", "output")},
-              "blk.0.ffn_gate": (COLUMNS, 256), "blk.0.ffn_up": (COLUMNS, 256), "blk.0.ffn_down": (256, COLUMNS)}  # fmt: skip
+    shapes = {
+        "token_embd": (32, 256),
+        **{f"blk.0.attn_{n}": (256, 256) for n in ("q", "k", "v", "output")},
+        "blk.0.ffn_gate": (COLUMNS, 256),
+        "blk.0.ffn_up": (COLUMNS, 256),
+        "blk.0.ffn_down": (256, COLUMNS),
+    }
     for name, shape in shapes.items():
         w = torch.randn(shape, generator=g)
         if name == "blk.0.ffn_down":
@@ -68,14 +84,25 @@ def main(python: str) -> None:
         source, target = Path(folder) / "f32.gguf", Path(folder) / "quantized.gguf"
         write_f32(source, golden["weight"])
         for name, ftype in LLAMA_FTYPE.items():
-            done = subprocess.run([python, "-c", QUANTIZE, source, target, str(ftype)], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [python, "-c", QUANTIZE, source, target, str(ftype)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             version = done.stdout.split()[-1]
-            down = next(t for t in gguf.GGUFReader(target).tensors if t.name == "blk.0.ffn_down.weight")
+            down = next(
+                t for t in gguf.GGUFReader(target).tensors if t.name == "blk.0.ffn_down.weight"
+            )
             assert down.tensor_type.name == name.upper()
             golden[name] = torch.from_numpy(down.data[:ROWS].copy())
     out = Path(__file__).resolve().parents[1] / "tests" / "golden" / "grids.safetensors"
     out.parent.mkdir(exist_ok=True)
-    save_file(golden, out, metadata={"made by": "scripts/make_golden.py", "cyllama": "0.2.18", "llama.cpp": version})
+    save_file(
+        golden,
+        out,
+        metadata={"made by": "scripts/make_golden.py", "cyllama": "0.2.18", "llama.cpp": version},
+    )
     print(f"{out}: {out.stat().st_size:,} bytes")
 
 

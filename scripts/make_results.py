@@ -1,6 +1,7 @@
-"""Commit-sized record of a run: `python scripts/make_results.py runs/demo/<time> results/demo` copies run.json and every record.json,
-writes the table as Markdown and both sides' open answers, and puts the same table and three of the answers between the README's markers.
-Weights, items and paths of this machine stay behind.
+"""Commit-sized record of a run: `python scripts/make_results.py runs/demo/<time> results/demo`
+copies run.json and every record.json, writes the table as Markdown and both sides' open
+answers, and puts the same table and three of the answers between the README's markers. Weights,
+items and paths of this machine stay behind.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from compress.report.table import markdown_table, verdict_lines
 from compress.score.open import worst_first
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-SHOWN = ("facts-006", "lists-020", "arithmetic-002")  # of the half that is reported; chosen before they were answered
+SHOWN = (
+    "facts-006",
+    "lists-020",
+    "arithmetic-002",
+)  # of the half that is reported; chosen before they were answered
 
 
 def main(run_dir: str, out: str) -> None:
@@ -23,14 +28,25 @@ def main(run_dir: str, out: str) -> None:
     run, folder = load_run(run_dir), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(run.info, indent=1, sort_keys=True) + "\n")
-    (folder / "records.jsonl").write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in run.records))
-    table = "\n".join([markdown_table(run.records), "", *[f"- {line}" for line in verdict_lines(run.records)]])
+    (folder / "records.jsonl").write_text(
+        "".join(json.dumps(record, sort_keys=True) + "\n" for record in run.records)
+    )
+    table = "\n".join(
+        [markdown_table(run.records), "", *[f"- {line}" for line in verdict_lines(run.records)]]
+    )
     (folder / "table.md").write_text(table + "\n")
-    said = worst_first(run.rows(run.final, "open"), run.rows(run.teacher, "open")) if run.teacher else []
+    said = (
+        worst_first(run.rows(run.final, "open"), run.rows(run.teacher, "open"))
+        if run.teacher
+        else []
+    )
     (folder / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     text = README.read_text()
     for name, content in (("table", table), ("answers", answers_block(said))):
-        pattern = re.compile(rf"(<!-- {name}: made by scripts/make_results.py -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        pattern = re.compile(
+            rf"(<!-- {name}: made by scripts/make_results.py -->\n).*?(<!-- end of {name} -->)",
+            re.DOTALL,
+        )
         found = pattern.search(text)
         assert found, f"the README has lost the markers of its {name}"
         text = text[: found.start()] + found[1] + content + "\n" + found[2] + text[found.end() :]
@@ -42,7 +58,10 @@ def answers_block(said: list[dict]) -> str:
     by_id = {row["id"]: row for row in said}
     lines = ["| asked | teacher | student |", "|---|---|---|"]
     for row in (by_id[name] for name in SHOWN if name in by_id):
-        cells = [" ".join(row[side].split()).replace("|", "\\|").replace("<", "&lt;") for side in ("prompt", "teacher", "student")]
+        cells = [
+            " ".join(row[side].split()).replace("|", "\\|").replace("<", "&lt;")
+            for side in ("prompt", "teacher", "student")
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

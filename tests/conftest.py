@@ -1,10 +1,14 @@
-"""Shared fixtures: a tiny random teacher made by the production code, and a context for running one stage by itself."""
+"""Shared fixtures: a tiny random teacher made by the production code, and a context for running
+one stage by itself.
+"""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; sums must not depend on the machine
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two workers on two cores; sums must not depend on the machine
 
 import dataclasses
 from pathlib import Path
@@ -40,8 +44,18 @@ def make_context(teacher: Path, folder: Path, **changes):
     work.mkdir(exist_ok=True)
     text = pack(["embedded:topics"], teacher, 32, data)
     context = Context(
-        teacher=teacher, seed=0, seq_len=32, work=work, signals=folder / "signals", calibration=lambda n: text.ids[:n, :-1].long(),
-        text=lambda: text, chat=lambda: pack(["embedded:docstring_chat"], teacher, 32, data), precision="fp32", label="test",
-        file_overhead=lambda checkpoint: 1000, log=lambda message: None, curve=lambda rows: None,
-    )  # fmt: skip
+        teacher=teacher,
+        seed=0,
+        seq_len=32,
+        work=work,
+        signals=folder / "signals",
+        calibration=lambda n: text.ids[:n, :-1].long(),
+        text=lambda: text,
+        chat=lambda: pack(["embedded:docstring_chat"], teacher, 32, data),
+        precision="fp32",
+        label="test",
+        file_overhead=lambda checkpoint: 1000,
+        log=lambda message: None,
+        curve=lambda rows: None,
+    )
     return dataclasses.replace(context, **changes)

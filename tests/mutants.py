@@ -1,12 +1,16 @@
-"""Faults put in on purpose, one at a time: `python tests/mutants.py [WORD...]` says which of them the tests notice.
+"""Faults put in on purpose, one at a time: `python tests/mutants.py [WORD...]` says which of them
+the tests notice.
 
-A mutant is a line of the package made wrong. It is applied to a copy of the package, the tests that guard it run there until one fails, and
-the mutant is killed by that failure, or by running longer than SECONDS, or it survives: then what it breaks could break unseen. The table goes
-to results/faults/mutants.md (with words, which choose mutants by file or text, to the screen alone). A mutant whose line is no longer in
-its file is stale: it has to be written anew. Exit code 1 when one is stale, or fewer than LEAST are killed. The tests have to pass without
-any mutant: `make test` comes first.
+A mutant is a line of the package made wrong. It is applied to a copy of the package, the tests that
+guard it run there until one fails, and the mutant is killed by that failure, or by running longer
+than SECONDS, or it survives: then what it breaks could break unseen. The table goes to
+results/faults/mutants.md (with words, which choose mutants by file or text, to the screen alone). A
+mutant whose line is no longer in its file is stale: it has to be written anew. Exit code 1 when one
+is stale, or fewer than LEAST are killed. The tests have to pass without any mutant: `make test`
+comes first.
 
-One process imports what tests import besides the package, and forks for each mutant: importing it again would take most of the time.
+One process imports what tests import besides the package, and forks for each mutant: importing it
+again would take most of the time.
 """
 
 from __future__ import annotations
@@ -27,12 +31,29 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "results" / "faults" / "mutants.md"
 SECONDS = 300.0  # of a mutant's tests, on a busy machine
 LEAST = 0.95
-IMPORTED = ("torch", "pytest", "transformers.models.llama.modeling_llama", "peft", "accelerate", "scipy.stats", "safetensors.torch", "fsspec",
-            "rich.progress", "gguf", "compressed_tensors", "torch.distributed", "hydra", "tokenizers", "psutil")  # fmt: skip
+IMPORTED = (
+    "torch",
+    "pytest",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "accelerate",
+    "scipy.stats",
+    "safetensors.torch",
+    "fsspec",
+    "rich.progress",
+    "gguf",
+    "compressed_tensors",
+    "torch.distributed",
+    "hydra",
+    "tokenizers",
+    "psutil",
+)
 
 
 class Mutant(NamedTuple):
-    """`old`, once in `file` of the package, becomes `new`; `tests` are arguments of pytest below tests/."""
+    """`old`, once in `file` of the package, becomes `new`; `tests` are arguments of pytest below
+    tests/.
+    """
 
     file: str
     old: str
@@ -58,106 +79,219 @@ def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
 
 MUTANTS = [
     *of(
-        "distill/losses.py", LOSSES,
+        "distill/losses.py",
+        LOSSES,
         ("grad_CV = q_CV.sub_(p_CV)", "grad_CV = p_CV.sub_(q_CV)"),
         ("g_CV = log_q_CV - log_p_CV", "g_CV = log_p_CV - log_q_CV"),
         ("(temperature**2 * kl_C * loss_C)", "(temperature * kl_C * loss_C)"),
         ("grad_CV.mul_(temperature * kl_C[:, None])", "grad_CV.mul_(kl_C[:, None])"),
         ("g_CV = 0.5 * difference_CV.sign()", "g_CV = difference_CV.sign()"),
-        ("log_p_CV + math.log(beta), log_q_CV + math.log1p(-beta)", "log_p_CV + math.log1p(-beta), log_q_CV + math.log(beta)"),
-        ("torch.logaddexp(log_p_CV + math.log(beta), log_q_CV + math.log1p(-beta))", "(beta * p_CV + (1 - beta) * q_CV).log()"),
-        ("loss_C = beta * torch.linalg.vecdot(p_CV", "loss_C = (1 - beta) * torch.linalg.vecdot(p_CV"),
-        ("(target.probs_NK * targets_CK).sum(-1) - target.entropy_N)", "(target.probs_NK * targets_CK).sum(-1))"),
+        (
+            "log_p_CV + math.log(beta), log_q_CV + math.log1p(-beta)",
+            "log_p_CV + math.log1p(-beta), log_q_CV + math.log(beta)",
+        ),
+        (
+            "torch.logaddexp(log_p_CV + math.log(beta), log_q_CV + math.log1p(-beta))",
+            "(beta * p_CV + (1 - beta) * q_CV).log()",
+        ),
+        (
+            "loss_C = beta * torch.linalg.vecdot(p_CV",
+            "loss_C = (1 - beta) * torch.linalg.vecdot(p_CV",
+        ),
+        (
+            "(target.probs_NK * targets_CK).sum(-1) - target.entropy_N)",
+            "(target.probs_NK * targets_CK).sum(-1))",
+        ),
         ("-kl_C[:, None] * target.probs_NK", "-target.probs_NK"),
-        ("grad_CV.scatter_add_(1, labels_C[:, None], -ce_C[:, None])", "grad_CV.scatter_add_(1, labels_C[:, None], ce_C[:, None])"),
+        (
+            "grad_CV.scatter_add_(1, labels_C[:, None], -ce_C[:, None])",
+            "grad_CV.scatter_add_(1, labels_C[:, None], ce_C[:, None])",
+        ),
         ("loss_C, 1 - ratio_C, q_CK", "loss_C, ratio_C, q_CK"),
         ("rest_C = (1 - p_CK.sum(-1)).clamp_min(0)", "rest_C = 0 * p_CK.sum(-1)"),
-        ("loss * mix.temperature**2, grad_CV.mul_(mix.temperature)", "loss * mix.temperature**2, grad_CV"),
+        (
+            "loss * mix.temperature**2, grad_CV.mul_(mix.temperature)",
+            "loss * mix.temperature**2, grad_CV",
+        ),
         ("fresh=into_VH is None and start == 0", "fresh=start == 0"),
         ("grad_CV[:, :shared] -= (", "grad_CV[:, :shared] += ("),
-        ("weight_C = (mix.kl_weight + mix.ce_weight) * counted_C", "weight_C = mix.kl_weight * counted_C"),
-        ("summed = torch.promote_types(weight_VH.dtype, torch.float32)", "summed = weight_VH.dtype"),
+        (
+            "weight_C = (mix.kl_weight + mix.ce_weight) * counted_C",
+            "weight_C = mix.kl_weight * counted_C",
+        ),
+        (
+            "summed = torch.promote_types(weight_VH.dtype, torch.float32)",
+            "summed = weight_VH.dtype",
+        ),
         ("if not torch.is_grad_enabled():", "if False:"),
         (".pow(2).mean(-1) * mask_N).sum()", ".pow(2).mean(-1)).sum()"),
     ),
     *of(
-        "train/loop.py", STEP,
-        ("torch._foreach_mul_(grads, clip * parallel.world() / count)", "torch._foreach_mul_(grads, clip * parallel.world())"),
+        "train/loop.py",
+        STEP,
+        (
+            "torch._foreach_mul_(grads, clip * parallel.world() / count)",
+            "torch._foreach_mul_(grads, clip * parallel.world())",
+        ),
         ("clip = min(1.0, plan.grad_clip / (norm + 1e-6))", "clip = 1.0"),
         ('group["lr"] = rate', 'group["lr"] = plan.lr'),
         ("loss += float(loss_sum.detach())", "loss = float(loss_sum.detach())"),
         ("else norm_tensor) * parallel.world() / count", "else norm_tensor) * parallel.world()"),
     ),
-    *of("distill/steps.py", STEP, ("return loss, torch.count_nonzero(mask_N)", "return loss, torch.tensor(mask_N.numel())")),
-    *of("stages/optimization.py", "test_training.py -k no_row_of_the_validation", ("rows = min(rows, held[0])", "rows = min(rows, len(data.ids))")),
     *of(
-        "train/loop.py", RATES,
-        ('share = cosine if schedule == "cosine" else wsd', 'share = wsd if schedule == "cosine" else cosine'),
+        "distill/steps.py",
+        STEP,
+        ("return loss, torch.count_nonzero(mask_N)", "return loss, torch.tensor(mask_N.numel())"),
+    ),
+    *of(
+        "stages/optimization.py",
+        "test_training.py -k no_row_of_the_validation",
+        ("rows = min(rows, held[0])", "rows = min(rows, len(data.ids))"),
+    ),
+    *of(
+        "train/loop.py",
+        RATES,
+        (
+            'share = cosine if schedule == "cosine" else wsd',
+            'share = wsd if schedule == "cosine" else cosine',
+        ),
         ("(step + 1) / max(1, warmup_steps)", "step / max(1, warmup_steps)"),
         ("(LR_FLOOR + (1 - LR_FLOOR) * share)", "share"),
     ),
     *of(
-        "train/loop.py", RESUME,
+        "train/loop.py",
+        RESUME,
         ("torch.manual_seed(plan.seed * 1_000_003 + step)", "torch.initial_seed()"),
         ('parallel.local(p).copy_(tensors[f"param/{name}"])', "pass"),
         ('parallel.local(moments[m]).copy_(tensors[f"{m}/{name}"])', "pass"),
         ('step = float(self.state["step"])', "step = 0.0"),
     ),
-    *of("train/loop.py", "test_training.py -k where_its_weights_lie", ("torch.tensor(step, device=p.device)", "torch.tensor(step)")),
     *of(
-        "train/loop.py", BEST,
+        "train/loop.py",
+        "test_training.py -k where_its_weights_lie",
+        ("torch.tensor(step, device=p.device)", "torch.tensor(step)"),
+    ),
+    *of(
+        "train/loop.py",
+        BEST,
         ('if kl < self.state["best_kl"]:', 'if kl > self.state["best_kl"]:'),
         ("parallel.local(self.trained[name]).copy_(p)", "pass"),
         ("0 < plan.patience <= since_best", "0 < plan.patience < since_best"),
     ),
     *of(
-        "train/loop.py", ROUNDING,
+        "train/loop.py",
+        ROUNDING,
         ("root = (square / (1 - b2**t)).sqrt_()", "root = square.sqrt()"),
         ("value=-lr / (1 - b1**t)", "value=-lr"),
         ("torch.randint(0, 1 << 16, x.shape", "torch.randint(0, 1, x.shape"),
     ),
-    *of("train/loop.py", "test_training.py -k halves_the_micro_batch", ('max(1, self.state["micro"] // 2)', "1")),
-    *of("train/loop.py", "test_training.py -k a_nan_stops", ("if not math.isfinite(loss) or not math.isfinite(norm):", "if False:")),
-    *of("train/loop.py", "test_training.py -k add_up_over_micro_batches", ("apart = self.sums_fp32 and len(batches) > 1", "apart = False")),
     *of(
-        "train/loop.py", "test_training.py -k rotary",
+        "train/loop.py",
+        "test_training.py -k halves_the_micro_batch",
+        ('max(1, self.state["micro"] // 2)', "1"),
+    ),
+    *of(
+        "train/loop.py",
+        "test_training.py -k a_nan_stops",
+        ("if not math.isfinite(loss) or not math.isfinite(norm):", "if False:"),
+    ),
+    *of(
+        "train/loop.py",
+        "test_training.py -k add_up_over_micro_batches",
+        ("apart = self.sums_fp32 and len(batches) > 1", "apart = False"),
+    ),
+    *of(
+        "train/loop.py",
+        "test_training.py -k rotary",
         ("model.state_dict(keep_vars=True).values()", "[*model.parameters(), *model.buffers()]"),
     ),
-    *of("stages/optimization.py", ROOM, ('best_device().type == "cpu" and needed > free', "False"), ("+ size * bool(self.validations)", "")),
-    *of("stages/distill.py", ROOM, ("self.reserve(model, ctx)", "pass")),
-    *of("stages/qat.py", ROOM, ("self.reserve(model, ctx, copies=1, frozen=self.rank > 0)", "pass")),
-    *of("train/parallel.py", "test_parallel.py -k longer_than_any_stage", ("WAIT = timedelta(days=30)", "WAIT = timedelta(minutes=30)")),
-    *of("train/parallel.py", "test_parallel.py -k shards_train_in_bf16", ("cast_forward_inputs=False", "cast_forward_inputs=True")),
     *of(
-        "train/loop.py", "test_parallel.py -k shards_train_in_bf16_as_one_process_does[bf16_stochastic]",
-        ("weight, gradient = state[\"step\"], parallel.local(p), parallel.local(p.grad)", "weight, gradient = state[\"step\"], p, p.grad"),
+        "stages/optimization.py",
+        ROOM,
+        ('best_device().type == "cpu" and needed > free', "False"),
+        ("+ size * bool(self.validations)", ""),
     ),
-    *of("distill/steps.py", "test_contract.py -k leaves_the_random_numbers", ("with torch.random.fork_rng():", "if True:")),
-    *of("distill/steps.py", "test_contract.py -k writes_no_padding", ("suppress_tokens=padding", "suppress_tokens=None")),
-    *of("stages/qat.py", "test_contract.py -k padded_head_is_quantized", ("= common_vocabulary(parent, learned_from)", "= None")),
-    *of("checkpoint.py", "test_contract.py -k ids_with_gaps", ("max(tokenizer.get_vocab().values(), default=-1) + 1", "len(tokenizer)")),
-    *of("stages/lora.py", "test_contract.py -k adapters_reach", ("isinstance(module, nn.Linear | Conv1D)", "isinstance(module, nn.Linear)"),
-        ("parameter.ndim == 3 and", "False and")),
+    *of("stages/distill.py", ROOM, ("self.reserve(model, ctx)", "pass")),
     *of(
-        "distill/signal.py", SIGNAL,
+        "stages/qat.py", ROOM, ("self.reserve(model, ctx, copies=1, frozen=self.rank > 0)", "pass")
+    ),
+    *of(
+        "train/parallel.py",
+        "test_parallel.py -k longer_than_any_stage",
+        ("WAIT = timedelta(days=30)", "WAIT = timedelta(minutes=30)"),
+    ),
+    *of(
+        "train/parallel.py",
+        "test_parallel.py -k shards_train_in_bf16",
+        ("cast_forward_inputs=False", "cast_forward_inputs=True"),
+    ),
+    *of(
+        "train/loop.py",
+        "test_parallel.py -k shards_train_in_bf16_as_one_process_does[bf16_stochastic]",
+        (
+            'weight, gradient = state["step"], parallel.local(p), parallel.local(p.grad)',
+            'weight, gradient = state["step"], p, p.grad',
+        ),
+    ),
+    *of(
+        "distill/steps.py",
+        "test_contract.py -k leaves_the_random_numbers",
+        ("with torch.random.fork_rng():", "if True:"),
+    ),
+    *of(
+        "distill/steps.py",
+        "test_contract.py -k writes_no_padding",
+        ("suppress_tokens=padding", "suppress_tokens=None"),
+    ),
+    *of(
+        "stages/qat.py",
+        "test_contract.py -k padded_head_is_quantized",
+        ("= common_vocabulary(parent, learned_from)", "= None"),
+    ),
+    *of(
+        "checkpoint.py",
+        "test_contract.py -k ids_with_gaps",
+        ("max(tokenizer.get_vocab().values(), default=-1) + 1", "len(tokenizer)"),
+    ),
+    *of(
+        "stages/lora.py",
+        "test_contract.py -k adapters_reach",
+        ("isinstance(module, nn.Linear | Conv1D)", "isinstance(module, nn.Linear)"),
+        ("parameter.ndim == 3 and", "False and"),
+    ),
+    *of(
+        "distill/signal.py",
+        SIGNAL,
         ("(p_CV >= tau).nonzero", "(p_CV >= 2 * tau).nonzero"),
         ("(u_C[draw_token] + number) / draws_C", "(0.5 + number) / draws_C"),
         ("(rest_C.double() / tau).ceil()", "(rest_C.double() / tau).floor()"),
         ("p /= (kept_N + rest_N)[token]", "pass"),
         ("probs / (probs.sum(-1) + rest_N)[:, None]", "probs"),
         ("entropy_C = (max_C1 + sum_C1.log())", "entropy_C = (sum_C1.log())"),
-        ("before_M = torch.where(block_M > 0, ends_CB[token_M, (block_M - 1).clamp_min(0)], 0.0)", "before_M = 0.0"),
+        (
+            (
+                "before_M = torch.where(block_M > 0, ends_CB[token_M, (block_M - 1).clamp_min(0)],"
+                " 0.0)"
+            ),
+            "before_M = 0.0",
+        ),
         ('if path.rsplit("/", 1)[1] != _name(number, data):', "if False:"),
         ("if found.get(key) != asked:", "if False:"),
         ("n % parallel.world() == parallel.rank()", "parallel.world()"),
         ('joined["ids_high"].long() << 16', 'joined["ids_high"].long() << 15'),
         ("logits_CV.div_(scheme.temperature)", "logits_CV.mul_(scheme.temperature)"),
         (".round().clamp(-127, 127)", ".round().clamp(-63, 63)"),
-        ("        model.to(best_device())", '        model.to(best_device() if self.load == "plain" else "cpu")'),
+        (
+            "        model.to(best_device())",
+            '        model.to(best_device() if self.load == "plain" else "cpu")',
+        ),
     ),
-    *of("stages/optimization.py", "test_signal.py -k listings", ("        signals.refresh()\n", "")),
     *of(
-        "quant/grids/grid.py", GRIDS,
+        "stages/optimization.py", "test_signal.py -k listings", ("        signals.refresh()\n", "")
+    ),
+    *of(
+        "quant/grids/grid.py",
+        GRIDS,
         ("return q.round_().clamp_(self.low, self.high)", "return q.round_()"),
         ("return codes.sub_(self.offset)", "return codes"),
         ("return q.add_(self.offset) if self.offset else q", "return q"),
@@ -167,10 +301,17 @@ MUTANTS = [
         ("if not (torch.isfinite(least) and torch.isfinite(most)):", "if False:"),
         ("near = max(block, round(columns / block) * block)", "near = block"),
     ),
-    *of("quant/grids/grid.py", "test_grid_limits.py", ("> self.largest:", "> 1.01 * self.largest:")),
-    *of("quant/grids/grid.py", "test_fake.py -k oracle", (".eq_(q)  # several", ".ne_(q)  # several")),
     *of(
-        "quant/grids/nonlinear.py", UNEVEN,
+        "quant/grids/grid.py", "test_grid_limits.py", ("> self.largest:", "> 1.01 * self.largest:")
+    ),
+    *of(
+        "quant/grids/grid.py",
+        "test_fake.py -k oracle",
+        (".eq_(q)  # several", ".ne_(q)  # several"),
+    ),
+    *of(
+        "quant/grids/nonlinear.py",
+        UNEVEN,
         ("-22, -10, 1, 13,", "-22, -10, 0, 13,"),
         ("/ 2, right=True)", "/ 2, right=False)"),
         ("return numbers[code], code.float()", "return numbers[code], 15 - code.float()"),
@@ -178,16 +319,26 @@ MUTANTS = [
         ("range(self.low - 7, self.low + 8)", "range(self.low - 7, self.low + 7)"),
     ),
     *of(
-        "quant/grids/nonlinear.py", "test_uneven_ends.py",
+        "quant/grids/nonlinear.py",
+        "test_uneven_ends.py",
         ("for end in (low, high)", "for end in (low,)"),
         ("for end in (low, high)", "for end in (high,)"),
     ),
-    *of("quant/grids/nonlinear.py", "test_fake.py -k oracle", ("self.low - 11.5, self.high + 12.0", "self.low - 0.5, self.high + 0.5")),
+    *of(
+        "quant/grids/nonlinear.py",
+        "test_fake.py -k oracle",
+        ("self.low - 11.5, self.high + 12.0", "self.low - 0.5, self.high + 0.5"),
+    ),
     *of("quant/grids/integer.py", GRIDS, ("return s, -z * s", "return s, z * s")),
-    *of("quant/grids/integer.py", "test_grid_limits.py", ("s = ((most - least) / 15)", "s = ((most - least) / 16)")),
+    *of(
+        "quant/grids/integer.py",
+        "test_grid_limits.py",
+        ("s = ((most - least) / 15)", "s = ((most - least) / 16)"),
+    ),
     *of("quant/grids/kquants.py", GRIDS, (".round_().clamp_(0, 63)", ".round_().clamp_(0, 62)")),
     *of(
-        "score/paired.py", PAIRED,
+        "score/paired.py",
+        PAIRED,
         ("kept = (student + both - chance) /", "kept = (student + both) /"),
         ('"points_lost": teacher - student', '"points_lost": student - teacher'),
         ('"flips": teacher + student', '"flips": teacher'),
@@ -198,40 +349,72 @@ MUTANTS = [
         ("[(1 - level) / 2, (1 + level) / 2]", "[1 - level, level]"),
         ("<= chance_by_task[task]:", "<= -1:"),
         ("float(t.ppf(0.975, count - 1))", "1.96"),
-        ("2 * reference.astype(int) + student.astype(int)", "2 * student.astype(int) + reference.astype(int)"),
+        (
+            "2 * reference.astype(int) + student.astype(int)",
+            "2 * student.astype(int) + reference.astype(int)",
+        ),
         ('if item["doc_id"] in docs:', "if False:"),
     ),
     *of(
-        "budget.py", BUDGET,
+        "budget.py",
+        BUDGET,
         ("inside = [high <= bound, low <= bound]", "inside = [low <= bound, low <= bound]"),
         ("[low >= bound, high >= bound]", "[high >= bound, high >= bound]"),
         ("(FAIL, INCONCLUSIVE) if strict else (FAIL,)", "(FAIL,)"),
         ('v["enforced"] and v["verdict"]', 'v["verdict"]'),
         ("/ (bound - value)) ** 2", "/ (bound - value)) ** 1"),
-        ('word, sentence = INCONCLUSIVE, f"{name} was not', 'word, sentence = PASS, f"{name} was not'),
+        (
+            'word, sentence = INCONCLUSIVE, f"{name} was not',
+            'word, sentence = PASS, f"{name} was not',
+        ),
         ("round(n * (factor - 1))", "round(n * factor)"),
-        ("span[1] - value if value < bound else value - span[0]", "value - span[0] if value < bound else span[1] - value"),
+        (
+            "span[1] - value if value < bound else value - span[0]",
+            "value - span[0] if value < bound else span[1] - value",
+        ),
     ),
     *of(
-        "store.py", STORE,
+        "store.py",
+        STORE,
         ("if expected.get(name) != found.get(name):", "if False:"),
-        ("fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)"),
+        (
+            "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+            "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        ),
         ("if self.has(key):  # another process", "if False:  # another process"),
-        ("            shutil.rmtree(work, ignore_errors=True)\n            return self.entry(key)", "            return self.entry(key)"),
+        (
+            (
+                "            shutil.rmtree(work, ignore_errors=True)\n            return"
+                " self.entry(key)"
+            ),
+            "            return self.entry(key)",
+        ),
     ),
     *of(
-        "collect.py", STORE,
+        "collect.py",
+        STORE,
         ("if (torn or unnamed) and not (key and _held(store, key)):", "if torn or unnamed:"),
         ("unnamed = key not in keep if key else", "unnamed = True if key else"),
         ("for path in doomed if not dry_run else ():", "for path in doomed:"),
     ),
     *of(
-        "collect.py", "test_collect.py",
-        ('unnamed = room in ("signals", "data") and not unfinished', 'unnamed = room in ("signals", "data")'),
+        "collect.py",
+        "test_collect.py",
+        (
+            'unnamed = room in ("signals", "data") and not unfinished',
+            'unnamed = room in ("signals", "data")',
+        ),
         ("or name in (STAGE_JSON, *table)", "or True"),
     ),
-    *of("ends.py", "test_ends.py -k union", ("in stated(checkpoint, tokenizer).values()", "in [*stated(checkpoint, tokenizer).values()][:1]")),
-]  # fmt: skip
+    *of(
+        "ends.py",
+        "test_ends.py -k union",
+        (
+            "in stated(checkpoint, tokenizer).values()",
+            "in [*stated(checkpoint, tokenizer).values()][:1]",
+        ),
+    ),
+]
 
 
 def copy_of_the_package(folder: Path) -> Path:
@@ -256,14 +439,28 @@ def fails(folder: Path, tests: str, output: Path) -> bool:
         import pytest
 
         file, *rest = tests.split(" ", 2)
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/temp", f"tests/{file}", *rest]))
+        os._exit(
+            pytest.main(
+                [
+                    "-x",
+                    "-q",
+                    "-p",
+                    "no:cacheprovider",
+                    f"--basetemp={folder}/temp",
+                    f"tests/{file}",
+                    *rest,
+                ]
+            )
+        )
     start = time.monotonic()
     while time.monotonic() - start < SECONDS:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             code = os.waitstatus_to_exitcode(status)
             if code not in (0, 1):  # no test was chosen, or collecting failed
-                raise RuntimeError(f"pytest {tests} ended with {code}: {output.read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"pytest {tests} ended with {code}: {output.read_text()[-2000:]}"
+                )
             return code == 1
         time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
@@ -274,7 +471,9 @@ def fails(folder: Path, tests: str, output: Path) -> bool:
 
 def main(words: list[str]) -> int:
     """Run the mutants that hold any of the words; 0 when enough are killed and none is stale."""
-    chosen = [mutant for mutant in MUTANTS if not words or any(word in " ".join(mutant) for word in words)]
+    chosen = [
+        mutant for mutant in MUTANTS if not words or any(word in " ".join(mutant) for word in words)
+    ]
     lines, counts, started = [], {"killed": 0, "SURVIVED": 0, "STALE": 0}, time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = copy_of_the_package(Path(temporary))
@@ -291,17 +490,31 @@ def main(words: list[str]) -> int:
             else:
                 result = "STALE"
             counts[result] += 1
-            before, after = (text.strip().replace("|", "\\|").replace("\n", " ") for text in (mutant.old, mutant.new))
+            before, after = (
+                text.strip().replace("|", "\\|").replace("\n", " ")
+                for text in (mutant.old, mutant.new)
+            )
             guards = mutant.tests.replace("|", "\\|")
             lines.append(f"| {mutant.file} | `{before}` | `{after or ' '}` | {guards} | {result} |")
-            print(f"{result:9s} {time.monotonic() - start:6.1f} s  {mutant.file}: {before[:80]}", flush=True)
+            print(
+                f"{result:9s} {time.monotonic() - start:6.1f} s  {mutant.file}: {before[:80]}",
+                flush=True,
+            )
     share = counts["killed"] / max(1, len(chosen))
-    summary = f"{len(chosen)} mutants, {counts['killed']} killed ({share:.1%}), {counts['SURVIVED']} survived, {counts['STALE']} stale"
+    summary = (
+        f"{len(chosen)} mutants, {counts['killed']} killed ({share:.1%}), {counts['SURVIVED']}"
+        f" survived, {counts['STALE']} stale"
+    )
     print(f"{summary}, {(time.monotonic() - started) / 60:.1f} minutes")
     if not words:
-        heading = "# Mutants\n\nMade by `make test-mutants` (`tests/mutants.py`): each row is one line of the package made wrong, by itself."
+        heading = (
+            "# Mutants\n\nMade by `make test-mutants` (`tests/mutants.py`): each row is one line of"
+            " the package made wrong, by itself."
+        )
         table = ["| file | line | made | tests | |", "| --- | --- | --- | --- | --- |", *lines]
-        REPORT.write_text("\n".join([heading, "", f"{date.today()}: {summary}.", "", *table]) + "\n")
+        REPORT.write_text(
+            "\n".join([heading, "", f"{date.today()}: {summary}.", "", *table]) + "\n"
+        )
     return int(share < LEAST or counts["STALE"] > 0)
 
 

@@ -1,7 +1,9 @@
-"""One process of a distributed training on the tiny teacher, for `test_parallel.py`: `python one_rank.py KIND FOLDER STEPS STOP`.
+"""One process of a distributed training on the tiny teacher, for `test_parallel.py`: `python
+one_rank.py KIND FOLDER STEPS STOP`.
 
-KIND is none, ddp or fsdp2, and behind it "-online", "-rollouts", "-bf16" or "-bf16_stochastic". Rank 0 writes curve.json and final.safetensors
-into FOLDER; without shards the others leave their own rank<i>.safetensors. With STOP >= 0, the last rank kills itself there, by SIGKILL.
+KIND is none, ddp or fsdp2, and behind it "-online", "-rollouts", "-bf16" or "-bf16_stochastic".
+Rank 0 writes curve.json and final.safetensors into FOLDER; without shards the others leave their
+own rank<i>.safetensors. With STOP >= 0, the last rank kills itself there, by SIGKILL.
 """
 
 from __future__ import annotations
@@ -32,10 +34,16 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
     context = make_context(folder / "teacher", own)
     data = context.text()
     kind, *options = kind.split("-")
-    signals = Signals(folder / "signals", context.teacher, data, Scheme(), seed=0, precision="fp32", log=print)
+    signals = Signals(
+        folder / "signals", context.teacher, data, Scheme(), seed=0, precision="fp32", log=print
+    )
     signals.make(64)
     parallel.wait()
-    source = OnlineTeacher(load_model(context.teacher), data, sharded=kind == "fsdp2") if {"online", "rollouts"} & set(options) else signals
+    source = (
+        OnlineTeacher(load_model(context.teacher), data, sharded=kind == "fsdp2")
+        if {"online", "rollouts"} & set(options)
+        else signals
+    )
     model = load_model(context.teacher)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -43,14 +51,19 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
             p.add_(0.02 * torch.randn_like(p))
     batches = make_batches(data, source, seed=5, sequences=64, batch=8)
     if "rollouts" in options:
-        batches = with_rollouts(batches, model, source, share=1.0, prompt_tokens=8, ends=[0], seed=0)
+        batches = with_rollouts(
+            batches, model, source, share=1.0, prompt_tokens=8, ends=[0], seed=0
+        )
     sharded, types = [], set()
     plain_loss = make_loss(Mix(1.0, 0.1), source.teacher_head)
 
     def loss(model, batch):
-        types.update(str(batch[name].dtype) for name in ("probs", "entropy", "teacher_hidden") if name in batch)
+        types.update(
+            str(batch[name].dtype)
+            for name in ("probs", "entropy", "teacher_hidden")
+            if name in batch
+        )
         return plain_loss(model, batch)
-
 
     def watched(step, micro):
         if step == stop and parallel.rank() == parallel.world() - 1:
@@ -62,20 +75,37 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
     plan = Plan(steps, lr=1e-3, micro=2, parallel=kind, precision=precision, validations=2)
     held = (make_loss(Mix()), [data.batch([60]) | signals.read([60])])
     try:
-        result = train(model, loss, watched, plan, work=folder / "work", label="test", log=print, validation=held)
+        result = train(
+            model,
+            loss,
+            watched,
+            plan,
+            work=folder / "work",
+            label="test",
+            log=print,
+            validation=held,
+        )
     except parallel.Followed:
         if kind == "ddp":
             mine = {name: p.detach().contiguous() for name, p in model.named_parameters()}
             save_file(mine, folder / f"rank{parallel.rank()}.safetensors")
         return
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "final.safetensors")
+    save_file(
+        {name: p.detach().contiguous() for name, p in model.named_parameters()},
+        folder / "final.safetensors",
+    )
     about = {
-        "curve": result.curve, "types": sorted(types), "sharded": sharded[0], "parameters": len(list(model.parameters())),
+        "curve": result.curve,
+        "types": sorted(types),
+        "sharded": sharded[0],
+        "parameters": len(list(model.parameters())),
         "validation": result.outcome,
-    }  # fmt: skip
+    }
     (folder / "curve.json").write_text(json.dumps(about))
 
 
 if __name__ == "__main__":
-    with parallel.group() if "RANK" in os.environ else nullcontext():  # left as compress leaves it: a group still open may abort the exit
+    with (
+        parallel.group() if "RANK" in os.environ else nullcontext()
+    ):  # left as compress leaves it: a group still open may abort the exit
         main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -1,4 +1,6 @@
-"""`quant/allocate.py`: the knapsack against brute force, damage against a plain recomputation, and what is refused."""
+"""`quant/allocate.py`: the knapsack against brute force, damage against a plain recomputation, and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,18 @@ from compress.quant.grids import GRIDS
 
 def _model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        tie_word_embeddings=True, initializer_range=0.3,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=96,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            initializer_range=0.3,
+        )
+    )
 
 
 def _kl(model: LlamaForCausalLM, ids: torch.Tensor, full: torch.Tensor) -> float:
@@ -33,19 +43,29 @@ def _kl(model: LlamaForCausalLM, ids: torch.Tensor, full: torch.Tensor) -> float
 def test_the_cost_is_the_kl_of_one_matrix_on_one_grid_and_the_model_stays_as_it_was(tmp_path):
     model, ids = _model(), torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    made = options(model, ids, ["q4_0", "q8_0", "q6_k"], tmp_path / "kept.json", "label", lambda line: None)
+    made = options(
+        model, ids, ["q4_0", "q8_0", "q6_k"], tmp_path / "kept.json", "label", lambda line: None
+    )
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     with torch.no_grad():
         full = model(ids).logits.double().log_softmax(-1)
         for name, home in quantizable(model).items():
-            assert set(made[name]) == {"q4_0", "q8_0"} | ({"q6_k"} if home.weight.shape[1] == 256 else set())
+            assert set(made[name]) == {"q4_0", "q8_0"} | (
+                {"q6_k"} if home.weight.shape[1] == 256 else set()
+            )
             for grid, (cost, size) in made[name].items():
                 codes = GRIDS[grid].encode(before[name])
                 home.weight.copy_(GRIDS[grid].decode(*codes))
-                assert cost == pytest.approx(_kl(model, ids, full), rel=2e-3, abs=2e-7) and size == GRIDS[grid].pack(*codes).numel()
+                assert (
+                    cost == pytest.approx(_kl(model, ids, full), rel=2e-3, abs=2e-7)
+                    and size == GRIDS[grid].pack(*codes).numel()
+                )
                 home.weight.copy_(before[name])
             assert made[name]["q4_0"][0] > made[name]["q8_0"][0] > 0
-    with pytest.raises(ValueError, match=r"embed_tokens\.weight has rows of 64: none of q4_k, q6_k takes them; add q8_0"):
+    with pytest.raises(
+        ValueError,
+        match=r"embed_tokens\.weight has rows of 64: none of q4_k, q6_k takes them; add q8_0",
+    ):
         options(model, ids, ["q4_k", "q6_k"], tmp_path / "kept.json", "label", lambda line: None)
 
 
@@ -53,31 +73,52 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
     kept = tmp_path / "kept.json"
     names = list(quantizable(_model()))
     kept.write_text(json.dumps(dict.fromkeys(names[:-1], {"q4_0": 7.0})))
-    made = options(_model(), torch.zeros(1, 8, dtype=torch.long), ["q4_0"], kept, "label", lambda line: None)
-    assert [made[name]["q4_0"][0] for name in names[:-1]] == [7.0] * (len(names) - 1) and made[names[-1]]["q4_0"][0] != 7.0
-    assert {name: {"q4_0": grids["q4_0"][0]} for name, grids in made.items()} == json.loads(kept.read_text())
+    made = options(
+        _model(), torch.zeros(1, 8, dtype=torch.long), ["q4_0"], kept, "label", lambda line: None
+    )
+    assert [made[name]["q4_0"][0] for name in names[:-1]] == [7.0] * (len(names) - 1) and made[
+        names[-1]
+    ]["q4_0"][0] != 7.0
+    assert {name: {"q4_0": grids["q4_0"][0]} for name, grids in made.items()} == json.loads(
+        kept.read_text()
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_choice_is_the_best_of_all(seed):
     rng = random.Random(seed)
-    table = {f"m{i}": {grid: (rng.random() / (4**bits), rng.randint(5, 9) * bits) for grid, bits in (("a", 4), ("b", 5), ("c", 8))} for i in range(6)}
-    least, most = (sum(pick(size for _, size in grids.values()) for grids in table.values()) for pick in (min, max))
+    table = {
+        f"m{i}": {
+            grid: (rng.random() / (4**bits), rng.randint(5, 9) * bits)
+            for grid, bits in (("a", 4), ("b", 5), ("c", 8))
+        }
+        for i in range(6)
+    }
+    least, most = (
+        sum(pick(size for _, size in grids.values()) for grids in table.values())
+        for pick in (min, max)
+    )
     budget = (least + most) // 2
 
     def total(layout: dict[str, str], what: int) -> float:
         return sum(table[name][grid][what] for name, grid in layout.items())
 
-    best = min((dict(zip(table, grids, strict=True)) for grids in itertools.product("abc", repeat=6)),
-               key=lambda layout: total(layout, 0) if total(layout, 1) <= budget else float("inf"))  # fmt: skip
+    best = min(
+        (dict(zip(table, grids, strict=True)) for grids in itertools.product("abc", repeat=6)),
+        key=lambda layout: total(layout, 0) if total(layout, 1) <= budget else float("inf"),
+    )
     chosen = choose(table, budget)
-    assert total(chosen, 1) <= budget and total(chosen, 0) == pytest.approx(total(best, 0), rel=1e-9)
+    assert total(chosen, 1) <= budget and total(chosen, 0) == pytest.approx(
+        total(best, 0), rel=1e-9
+    )
 
 
 def test_a_budget_below_the_smallest_possible_file_is_refused():
     table = {"a": {"q4_0": (1.0, 100), "q8_0": (0.1, 190)}, "b": {"q4_0": (1.0, 50)}}
     assert choose(table, 150) == {"a": "q4_0", "b": "q4_0"}
-    with pytest.raises(ValueError, match="take at least 150 bytes on the grids given, the budget leaves 149"):
+    with pytest.raises(
+        ValueError, match="take at least 150 bytes on the grids given, the budget leaves 149"
+    ):
         choose(table, 149)
 
 
@@ -91,10 +132,14 @@ def test_a_stage_meets_the_byte_budget_with_a_mixture(tiny_teacher, tmp_path, te
     whole = {}
     for grid in ("q4_0", "q8_0"):
         Ptq(GridName(grid)).run(tiny_teacher, tmp_path / grid, make_context(tiny_teacher, tmp_path))
-        whole[grid] = export_gguf(tmp_path / grid, tmp_path / f"{grid}.gguf", grid.upper())["size_bytes"]
+        whole[grid] = export_gguf(tmp_path / grid, tmp_path / f"{grid}.gguf", grid.upper())[
+            "size_bytes"
+        ]
     budget = int(whole["q4_0"] + whole["q8_0"]) // 2
     allocate = Allocation(file_bytes=budget, grids=[GridName.q4_0, GridName.q8_0])
-    stage = Ptq(allocate=allocate) if technique == "ptq" else Qat(tokens=32 * 4 * 2, allocate=allocate)
+    stage = (
+        Ptq(allocate=allocate) if technique == "ptq" else Qat(tokens=32 * 4 * 2, allocate=allocate)
+    )
     assert stage.layout_name == "mixed"
     context = make_context(tiny_teacher, tmp_path, file_overhead=overhead_bytes)
     stage.run(tiny_teacher, tmp_path / "out", context)
@@ -102,7 +147,9 @@ def test_a_stage_meets_the_byte_budget_with_a_mixture(tiny_teacher, tmp_path, te
     made = export_gguf(tmp_path / "out", tmp_path / "mixed.gguf", "MIXED")["size_bytes"]
     assert whole["q4_0"] < made <= budget and overhead_bytes(tiny_teacher) < whole["q4_0"]
     with pytest.raises(ValueError, match=r"take at least .* bytes on the grids given"):
-        Ptq(allocate=Allocation(file_bytes=overhead_bytes(tiny_teacher) + 10)).run(tiny_teacher, tmp_path / "none", context)
+        Ptq(allocate=Allocation(file_bytes=overhead_bytes(tiny_teacher) + 10)).run(
+            tiny_teacher, tmp_path / "none", context
+        )
 
 
 def test_a_mixture_is_of_llama_cpps_grids_and_ships_as_mixed_only():
@@ -110,7 +157,12 @@ def test_a_mixture_is_of_llama_cpps_grids_and_ships_as_mixed_only():
     from compress.export.formats import check_grid
     from compress.stages.ptq import Allocation, GridName
 
-    for wrong in ({"file_bytes": -1}, {"grids": []}, {"grids": [GridName.int8]}, {"calibration_sequences": 0}):
+    for wrong in (
+        {"file_bytes": -1},
+        {"grids": []},
+        {"grids": [GridName.int8]},
+        {"calibration_sequences": 0},
+    ):
         with pytest.raises(ValueError, match="a GGUF alone may mix them"):
             Allocation(**wrong)
     check_grid("gguf:MIXED", "slot", "mixed")

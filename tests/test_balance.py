@@ -15,12 +15,30 @@ KINDS = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text"]
 
 def _model(kind: str, tied: bool = True, **changes):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 128, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": tied, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **changes})).eval()
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **{**sizes, **changes})
+    ).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases that are not all ones and zeros, and logits of some size
-            parameter.mul_(3).add_(0.3 * torch.randn_like(parameter)) if parameter.dim() == 1 else parameter.mul_(4)
+        for parameter in (
+            model.parameters()
+        ):  # norms and biases that are not all ones and zeros, and logits of some size
+            (
+                parameter.mul_(3).add_(0.3 * torch.randn_like(parameter))
+                if parameter.dim() == 1
+                else parameter.mul_(4)
+            )
     return model
 
 
@@ -93,7 +111,13 @@ def _seen(x: torch.Tensor) -> Inputs:
 
 def test_smoothquant_is_equation_4_of_its_paper():
     torch.manual_seed(0)
-    x, layers = torch.randn(200, 32) * torch.linspace(0.1, 30, 32), [torch.randn(8, 32), torch.randn(16, 32)]
+    x, layers = (
+        torch.randn(200, 32) * torch.linspace(0.1, 30, 32),
+        [
+            torch.randn(8, 32),
+            torch.randn(16, 32),
+        ],
+    )
     x[:, 5] = 0
     group = Group({"a": _linear(layers[0]), "b": _linear(layers[1])}, torch.nn.LayerNorm(32))
     expected = (x.abs().amax(0) / torch.cat(layers).abs().amax(0)).sqrt()
@@ -123,5 +147,7 @@ def test_heads_that_share_a_value_share_its_factors():
     group = Group({"o": _linear(w)}, values, repeats=2, width=16)
     s = smoothquant_scales(group, _seen(x)).view(2, 2, 16)
     assert torch.equal(s[:, 0], s[:, 1])
-    expected = (x.abs().amax(0).view(2, 2, 16).amax(1) / w.abs().amax(0).view(2, 2, 16).amax(1)).sqrt()
+    expected = (
+        x.abs().amax(0).view(2, 2, 16).amax(1) / w.abs().amax(0).view(2, 2, 16).amax(1)
+    ).sqrt()
     torch.testing.assert_close(s[:, 0], expected)

@@ -11,7 +11,9 @@ from compress.errors import ConfigError
 
 def verdict(value, limit, interval=None):
     intervals = {"kept": interval} if interval else {}
-    return judge({"kept": value} if value is not None else {}, intervals, {"kept": limit}, enforced=True)[0]
+    return judge(
+        {"kept": value} if value is not None else {}, intervals, {"kept": limit}, enforced=True
+    )[0]
 
 
 @pytest.mark.parametrize(
@@ -27,8 +29,14 @@ def test_a_limit_is_judged_by_the_whole_interval(value, interval, limit, word):
 
 
 def test_sentences_say_value_interval_and_limit():
-    relation = "can't be told from the limit of at least 80.0%; about 4.0 times as many measurements would decide"
-    assert verdict(0.9, Limit(min=0.8), (0.7, 0.95))["sentence"] == f"kept 90.0% (95% interval 70.0% to 95.0%) {relation}"
+    relation = (
+        "can't be told from the limit of at least 80.0%; about 4.0 times as many measurements would"
+        " decide"
+    )
+    assert (
+        verdict(0.9, Limit(min=0.8), (0.7, 0.95))["sentence"]
+        == f"kept 90.0% (95% interval 70.0% to 95.0%) {relation}"
+    )
     size = judge({"size_bytes": 6.1e7}, {}, {"size_bytes": Limit(max=6e7)}, enforced=True)[0]
     assert size["sentence"] == "size_bytes 61.0 MB violates the limit of at most 60.0 MB"
 
@@ -45,12 +53,47 @@ def test_sentences_say_value_interval_and_limit():
             {"acc/a": 0, "acc/b": 0, "n/a": 150, "n/b": 50, "n/x": 9},
             "; about 250 more items would decide",
         ),
-        ("acc/b", 0.9, (0.75, 0.95), Limit(min=0.8), {"n/a": 150, "n/b": 48}, "; about 60 more items would decide"),
+        (
+            "acc/b",
+            0.9,
+            (0.75, 0.95),
+            Limit(min=0.8),
+            {"n/a": 150, "n/b": 48},
+            "; about 60 more items would decide",
+        ),
         # on the other side of the limit the other end counts: 0.02 away, 0.03 to the end
-        ("points_lost", 0.04, (0.01, 0.09), Limit(max=0.02), {"acc/a": 0, "n/a": 400}, "; about 500 more items would decide"),
-        ("kl_to_teacher", 0.5, (0.3, 0.7), Limit(max=0.6), {"heldout_rows": 4}, "; about 12 more held-out rows would decide"),
-        ("latency_ms_p50", 9.0, (7.0, 11.0), Limit(max=10.0), {}, "; about 4.0 times as many measurements would decide"),
-        ("flips", 0.1, (0.05, 0.16), Limit(max=0.1), {"acc/a": 0, "n/a": 10}, "; no number would decide while the value is the limit itself"),
+        (
+            "points_lost",
+            0.04,
+            (0.01, 0.09),
+            Limit(max=0.02),
+            {"acc/a": 0, "n/a": 400},
+            "; about 500 more items would decide",
+        ),
+        (
+            "kl_to_teacher",
+            0.5,
+            (0.3, 0.7),
+            Limit(max=0.6),
+            {"heldout_rows": 4},
+            "; about 12 more held-out rows would decide",
+        ),
+        (
+            "latency_ms_p50",
+            9.0,
+            (7.0, 11.0),
+            Limit(max=10.0),
+            {},
+            "; about 4.0 times as many measurements would decide",
+        ),
+        (
+            "flips",
+            0.1,
+            (0.05, 0.16),
+            Limit(max=0.1),
+            {"acc/a": 0, "n/a": 10},
+            "; no number would decide while the value is the limit itself",
+        ),
     ],
 )
 def test_inconclusive_says_how_much_more_would_decide(metric, value, interval, limit, scores, end):
@@ -63,12 +106,29 @@ def test_the_number_that_would_decide_does_decide():
     for n, word in ((200, INCONCLUSIVE), (200 + 250, PASS)):
         half = 0.15 * (200 / n) ** 0.5
         scores = {"kept": 0.9, "acc/a": 0.5, "n/a": n}
-        assert judge(scores, {"kept": (0.9 - half, 0.9 + half)}, {"kept": Limit(min=0.8 - 1e-9)}, enforced=True)[0]["verdict"] == word
+        assert (
+            judge(
+                scores,
+                {"kept": (0.9 - half, 0.9 + half)},
+                {"kept": Limit(min=0.8 - 1e-9)},
+                enforced=True,
+            )[0]["verdict"]
+            == word
+        )
 
 
 def test_loses_at_most_two_points_is_a_sentence():
-    found = judge({"points_lost": 0.004}, {"points_lost": (-0.01, 0.018)}, {"points_lost": Limit(max=0.02)}, enforced=True)[0]
-    assert found["sentence"] == "points_lost 0.4 points (95% interval -1.0 points to 1.8 points) is within the limit of at most 2.0 points"
+    found = judge(
+        {"points_lost": 0.004},
+        {"points_lost": (-0.01, 0.018)},
+        {"points_lost": Limit(max=0.02)},
+        enforced=True,
+    )[0]
+    assert (
+        found["sentence"]
+        == "points_lost 0.4 points (95% interval -1.0 points to 1.8 points) is within the limit of"
+        " at most 2.0 points"
+    )
 
 
 def test_only_enforced_failures_fail_and_strict_counts_inconclusive():
@@ -82,18 +142,44 @@ def test_only_enforced_failures_fail_and_strict_counts_inconclusive():
 @pytest.mark.parametrize(
     ("limits", "settings", "message"),
     [
-        ({"point_lost": Limit(max=0.1)}, {}, "'point_lost' is no metric; did you mean 'points_lost'"),
-        ({"points_lost/facts": Limit(max=2)}, {"tasks": ["facts"]}, "'points_lost/facts' is 2, a share of all items; two points are 0.02"),
-        ({"kept/grammr": Limit(min=0.5)}, {"tasks": ["facts", "grammar"]}, "on a task that eval.tasks does not name; did you mean 'grammar'"),
-        ({"kl_to_teacher/topic": Limit(max=1)}, {}, "on a text that data.heldout does not name; did you mean 'topics'"),
-        ({"open/kept": Limit(min=0.8)}, {"open_prompts": []}, "is on open answers, and eval.open_prompts is empty"),
-        ({"size_bytes": Limit(max=1)}, {"stop_early": True}, "no limit of the budget is on kept, acc, flips, points_lost"),
+        (
+            {"point_lost": Limit(max=0.1)},
+            {},
+            "'point_lost' is no metric; did you mean 'points_lost'",
+        ),
+        (
+            {"points_lost/facts": Limit(max=2)},
+            {"tasks": ["facts"]},
+            "'points_lost/facts' is 2, a share of all items; two points are 0.02",
+        ),
+        (
+            {"kept/grammr": Limit(min=0.5)},
+            {"tasks": ["facts", "grammar"]},
+            "on a task that eval.tasks does not name; did you mean 'grammar'",
+        ),
+        (
+            {"kl_to_teacher/topic": Limit(max=1)},
+            {},
+            "on a text that data.heldout does not name; did you mean 'topics'",
+        ),
+        (
+            {"open/kept": Limit(min=0.8)},
+            {"open_prompts": []},
+            "is on open answers, and eval.open_prompts is empty",
+        ),
+        (
+            {"size_bytes": Limit(max=1)},
+            {"stop_early": True},
+            "no limit of the budget is on kept, acc, flips, points_lost",
+        ),
     ],
 )
 @pytest.mark.parametrize("slot", [True, False])
 def test_limits_that_can_mean_nothing_are_refused_before_work(limits, settings, message, slot):
     with pytest.raises(ConfigError, match=message):
-        Budget({} if slot else limits, {"heal": limits} if slot else {}).check(Eval(**settings), ["topics"])
+        Budget({} if slot else limits, {"heal": limits} if slot else {}).check(
+            Eval(**settings), ["topics"]
+        )
 
 
 def test_a_limit_needs_exactly_one_bound():

@@ -39,7 +39,9 @@ def whole_files() -> tuple[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         random_teacher(Path(folder) / "hf", 0)
         export_gguf(Path(folder) / "hf", Path(folder) / "tiny.gguf", "Q4_0")
-        return (Path(folder) / "hf/config.json").read_text(), (Path(folder) / "tiny.gguf").read_bytes()
+        return (Path(folder) / "hf/config.json").read_text(), (
+            Path(folder) / "tiny.gguf"
+        ).read_bytes()
 
 
 def made(tmp_path, said=None, prompts=PROMPTS, asked=True, **record):
@@ -87,8 +89,20 @@ def test_the_prompts_can_be_asked_again_and_the_answers_are_both_sides(tmp_path)
     rows = lines(bundle / "open_answers.jsonl")
     assert [row["id"] for row in rows] == [prompt.id for prompt in PROMPTS]
     loop = rows[1]
-    assert loop["teacher"] == {"form": "same", "answer": ASKED[1][3], "ended": True, "loops": False, "right": True}
-    assert loop["student"] == {"form": "same", "answer": ASKED[1][4], "ended": False, "loops": True, "right": False}
+    assert loop["teacher"] == {
+        "form": "same",
+        "answer": ASKED[1][3],
+        "ended": True,
+        "loops": False,
+        "right": True,
+    }
+    assert loop["student"] == {
+        "form": "same",
+        "answer": ASKED[1][4],
+        "ended": False,
+        "loops": True,
+        "right": False,
+    }
     assert main(["verify", str(bundle)]) == 0
 
 
@@ -320,8 +334,9 @@ def test_every_open_limit_is_a_sentence(metric):
         f"{100 * x:.1f}{unit}" if unit else f"{x:g}" for x in (0.861, 0.805, 0.899, 0.8, 0.9)
     )
     bound = f"at least {least}" if limit.min else f"at most {most}"
-    assert found["sentence"] == (
-        f"{metric} {value} (95% interval {low} to {high}) is within the limit of {bound}"
+    assert (
+        found["sentence"]
+        == f"{metric} {value} (95% interval {low} to {high}) is within the limit of {bound}"
     )
 
 

@@ -26,9 +26,16 @@ from compress.train.forward import Head
 from compress.train.sources import documents
 from compress.train.tokens import encode, encode_with_ends, opening, pieces
 
-USER, ANSWER = {"role": "user", "content": "What is 2 plus 2?"}, {"role": "assistant", "content": "It is 4."}
+USER, ANSWER = (
+    {"role": "user", "content": "What is 2 plus 2?"},
+    {
+        "role": "assistant",
+        "content": "It is 4.",
+    },
+)
 BODY = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-# As Qwen3's and DeepSeek's: earlier answers lose their reasoning, the last one is given an empty one.
+# As Qwen3's and DeepSeek's: earlier answers lose their reasoning, the last one is given an empty
+# one.
 THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% if m.role == 'assistant' %}{% set said = m.content.split('</think>')[-1].lstrip('\\n') %}{% if loop.last %}<think>
 {{ (m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '').strip('\\n') }}
@@ -37,8 +44,8 @@ THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}{{ said }}{% else %}{{ m.content }}{% endif %}<|im_end|>
 {% endfor %}"""
 STRICT = (
-    "{% if messages[0].role == 'system' %}{% if messages | length == 1 %}{{ raise_exception('only a system turn') }}{% endif %}{% endif %}"
-    "{% for m in messages %}" + BODY + "{% endfor %}"
+    "{% if messages[0].role == 'system' %}{% if messages | length == 1 %}{{ raise_exception('only a"
+    " system turn') }}{% endif %}{% endif %}{% for m in messages %}" + BODY + "{% endfor %}"
 )
 
 
@@ -64,7 +71,10 @@ def learned(tokenizer, chat, template=None):
 
 
 def test_an_answer_is_what_its_turn_adds(tokenizer):
-    assert learned(tokenizer, [USER, ANSWER, USER, ANSWER])[1] == ["<|im_start|>assistant\nIt is 4.<|im_end|>\n"] * 2
+    assert (
+        learned(tokenizer, [USER, ANSWER, USER, ANSWER])[1]
+        == ["<|im_start|>assistant\nIt is 4.<|im_end|>\n"] * 2
+    )
     assert learned(tokenizer, [ANSWER, USER])[1] == ["<|im_start|>assistant\nIt is 4.<|im_end|>\n"]
     assert learned(tokenizer, [USER])[1] == []
 
@@ -85,16 +95,24 @@ def test_a_template_that_adds_an_empty_reasoning_to_the_last_answer(tokenizer):
 def test_tool_calls_are_part_of_an_answer_that_is_told_by_a_mark(tokenizer):
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     template = (
-        "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
-        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{%"
+        " for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{%"
+        " endfor %}<|im_end|>\n{% endfor %}"
     )
-    turns = [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3"}, ANSWER]
+    turns = [
+        USER,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        ANSWER,
+    ]
     assert learned(tokenizer, turns, template)[1] == ['add{"a": 1}<|im_end|>', "It is 4.<|im_end|>"]
 
 
 def test_no_beginning_is_rendered_without_need(tokenizer):
     system = {"role": "system", "content": "Be short."}
-    assert learned(tokenizer, [system, USER, ANSWER], STRICT)[1] == ["<|im_start|>assistant\nIt is 4.<|im_end|>\n"]
+    assert learned(tokenizer, [system, USER, ANSWER], STRICT)[1] == [
+        "<|im_start|>assistant\nIt is 4.<|im_end|>\n"
+    ]
     assert learned(tokenizer, [system, ANSWER], STRICT)[1] == ["It is 4.<|im_end|>"]
 
 
@@ -110,7 +128,10 @@ def test_answers_that_cannot_be_told_are_refused_by_row(tokenizer):
         "{% for m in messages %}{{ loop.length }}{{ m.content | upper }}{% endfor %}",
         "{% for m in messages | reverse %}{{ m.content }}{{ m.content }}{% endfor %}",
     ):
-        with pytest.raises(ValueError, match="FILE, line 7: in what the chat template makes of it, answer 2 can't be told"):
+        with pytest.raises(
+            ValueError,
+            match="FILE, line 7: in what the chat template makes of it, answer 2 can't be told",
+        ):
             learned(tokenizer, [USER, ANSWER], template)
 
 
@@ -121,9 +142,12 @@ def test_texts_are_those_of_transformers(tokenizer):
     tools = [{"type": "function", "function": {"name": "add", "description": "Grüße"}}]
     templates = [
         tokenizer.chat_template,
-        "{{ bos_token }}{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{% set ns = namespace(n=0) %}{% for m in messages %}"
-        "{% set ns.n = ns.n + 1 %}{% if ns.n > 3 %}{% break %}{% endif %}{% generation %}{{ m.content or 'none' }}{% endgeneration %}{% endfor %}"
-        "{% if add_generation_prompt %}>{% endif %}",
+        (
+            "{{ bos_token }}{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{% set ns ="
+            " namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% if ns.n > 3 %}{%"
+            " break %}{% endif %}{% generation %}{{ m.content or 'none' }}{% endgeneration %}{%"
+            " endfor %}{% if add_generation_prompt %}>{% endif %}"
+        ),
         {"default": "d{{ messages[0].content }}", "tool_use": "t{{ tools[0].function.name }}"},
     ]
     for template in templates:
@@ -131,7 +155,9 @@ def test_texts_are_those_of_transformers(tokenizer):
         for given in (None, tools):
             for generation in (False, True):
                 chat = Chat([USER, {"role": "assistant", "content": None}, USER, ANSWER], given)
-                wanted = tokenizer.apply_chat_template(list(chat), tools=given, tokenize=False, add_generation_prompt=generation)
+                wanted = tokenizer.apply_chat_template(
+                    list(chat), tools=given, tokenize=False, add_generation_prompt=generation
+                )
                 assert render(tokenizer, [chat, chat], generation=generation) == [wanted, wanted]
 
 
@@ -158,7 +184,10 @@ def test_what_a_template_raises_is_a_sentence_with_the_row(tokenizer, template, 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "has not ended after computing for 0.3 s"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "has not ended after computing for 0.3 s",
+        ),
         ("{{ 10 ** (messages | length * 1000000000) }}", "has not ended after computing for 0.3 s"),
         ("{{ 'a' * 1000000000 }}", "needs more than 0.1 GB of memory"),
         ("{{ 'a' | center(1000000000) }}", "needs more than 0.1 GB of memory"),
@@ -170,7 +199,10 @@ def test_what_a_template_raises_is_a_sentence_with_the_row(tokenizer, template, 
 def test_a_template_takes_no_more_time_and_memory_than_it_is_given(tokenizer, template, message):
     tokenizer.chat_template = "{% if messages[0].content == 'bad' %}" + template + "{% endif %}"
     limits = Limits(seconds=0.3, memory_bytes=100_000_000, characters=1_000_000)
-    chats = [Chat([USER], where="FILE, line 1"), Chat([USER | {"content": "bad"}], where="FILE, line 2")]
+    chats = [
+        Chat([USER], where="FILE, line 1"),
+        Chat([USER | {"content": "bad"}], where="FILE, line 2"),
+    ]
     with pytest.raises(ValueError, match=f"FILE, line 2: the chat template fails .*{message}"):
         render(tokenizer, chats, limits=limits)
     assert render(tokenizer, chats[:1]) == [""]  # the next one is served
@@ -178,9 +210,15 @@ def test_a_template_takes_no_more_time_and_memory_than_it_is_given(tokenizer, te
 
 def test_a_hostile_template_is_refused_wherever_it_is_asked(tokenizer, tiny_teacher, monkeypatch):
     monkeypatch.setattr("compress.train.chats.LIMITS", Limits(seconds=0.2))
-    monkeypatch.setattr(render, "__kwdefaults__", {"generation": False, "limits": Limits(seconds=0.2)})
-    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ValueError, match=f"{tiny_teacher}: its chat template fails .*has not ended"):
+    monkeypatch.setattr(
+        render, "__kwdefaults__", {"generation": False, "limits": Limits(seconds=0.2)}
+    )
+    tokenizer.chat_template = (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(
+        ValueError, match=f"{tiny_teacher}: its chat template fails .*has not ended"
+    ):
         rendered(tokenizer, [USER], tiny_teacher)
 
 
@@ -195,7 +233,9 @@ def test_a_fork_has_a_process_of_its_own(tokenizer, monkeypatch):
     confined._child = child
 
 
-def test_an_interrupted_request_and_a_process_that_was_killed_leave_nothing_behind(tokenizer, monkeypatch):
+def test_an_interrupted_request_and_a_process_that_was_killed_leave_nothing_behind(
+    tokenizer, monkeypatch
+):
     before, real = render(tokenizer, [[USER]]), confined._answers
 
     def interrupted(child, request, count):
@@ -219,7 +259,12 @@ def with_pattern(teacher, folder, pattern):
     shutil.copytree(teacher, folder)
     file = folder / "tokenizer.json"
     told = json.loads(file.read_text())
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     told["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, told["pre_tokenizer"]]}
     file.write_text(json.dumps(told))
     return file
@@ -227,13 +272,17 @@ def with_pattern(teacher, folder, pattern):
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", r"(\w+\s?)+$", "(z|z)*$", r"q*q*q*q*\d"])
 def test_a_pattern_that_backtracks_is_refused_by_name(tiny_teacher, tmp_path, pattern):
-    with pytest.raises(ValueError, match=r"tokenizer.json: its patterns fail on a run of '.' \(.*(retry-limit|not ended)"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokenizer.json: its patterns fail on a run of '.' \(.*(retry-limit|not ended)",
+    ):
         load_tokenizer(with_pattern(tiny_teacher, tmp_path / "t", pattern).parent)
 
 
 def test_ordinary_patterns_pass_in_little_time(tiny_teacher, tmp_path):
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     file = with_pattern(tiny_teacher, tmp_path / "t", pattern)
     confined.ask("tokenize", ["a"], Limits(), file=str(file))  # the process is there
@@ -250,12 +299,16 @@ def test_a_panic_of_the_tokenizer_is_a_sentence():
     def tokenizer(texts, **how):
         raise PanicException("retry-limit-in-match over")
 
-    with pytest.raises(ValueError, match=r"the tokenizer fails on a text \(retry-limit-in-match over\)"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer fails on a text \(retry-limit-in-match over\)"
+    ):
         encode(tokenizer, ["a"])
 
 
 def test_a_long_document_is_tokenised_in_pieces(tokenizer):
-    text = "".join(f"Line {i} of a long text.\n" + "\n" * (i % 3 == 0) for i in range(200)) + "x" * 300
+    text = (
+        "".join(f"Line {i} of a long text.\n" + "\n" * (i % 3 == 0) for i in range(200)) + "x" * 300
+    )
     parts = list(pieces(text, 100))
     assert "".join(parts) == text and max(map(len, parts)) <= 100 and len(parts) > 40
     assert sum(part.endswith("\n\n") for part in parts) > 30
@@ -269,9 +322,11 @@ def test_a_long_document_is_tokenised_in_pieces(tokenizer):
     assert max(sizes) <= 100 and [tokenizer.decode(row) for row in ids] == [text, "short", ""]
     assert encode(tokenizer, ["short"])[0].tolist() == tokenizer("short")["input_ids"]
     for size in (100, 10_000):
-        ((ids, ends), (none, _)) = encode_with_ends(tokenizer, [text, ""], size)
+        (ids, ends), (none, _) = encode_with_ends(tokenizer, [text, ""], size)
         assert ends[-1] == len(text) and not len(none)
-        assert all(tokenizer.decode(ids[: i + 1]) == text[: ends[i]] for i in range(0, len(ids), 17))
+        assert all(
+            tokenizer.decode(ids[: i + 1]) == text[: ends[i]] for i in range(0, len(ids), 17)
+        )
     with pytest.raises(ValueError, match="does not say which characters a token stands for"):
         encode_with_ends(SimpleNamespace(is_fast=False), ["a"])
 
@@ -288,7 +343,9 @@ def bos_teacher(tiny_teacher, tmp_path):
     tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
     )
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    )
     tokenizer.save_pretrained(path)
     return path
 
@@ -313,7 +370,9 @@ def test_the_bos_between_documents_costs_no_bits(bos_teacher, tmp_path):
     row = torch.tensor([[1, 40, 41, 2, 1, 42, 43]])
     assert bits_and_bytes(states, row, tokenizer)[0] == [pytest.approx(5 * 9)]
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    assert opening(tokenizer) == [] and bits_and_bytes(states, row, tokenizer)[0] == [pytest.approx(6 * 9)]
+    assert opening(tokenizer) == [] and bits_and_bytes(states, row, tokenizer)[0] == [
+        pytest.approx(6 * 9)
+    ]
 
 
 def test_a_chat_has_the_bos_of_its_template_alone(bos_teacher, tmp_path):
@@ -327,35 +386,51 @@ def test_a_chat_has_the_bos_of_its_template_alone(bos_teacher, tmp_path):
 
 def test_a_teacher_goes_on_with_a_text_from_its_bos(bos_teacher):
     tokenizer, given = load_tokenizer(bos_teacher), []
-    author = SimpleNamespace(write=lambda prompts, *more: given.extend(prompts) or [Said(" more", True)])
+    author = SimpleNamespace(
+        write=lambda prompts, *more: given.extend(prompts) or [Said(" more", True)]
+    )
     assert written._continued(author, tokenizer, ["Hello there"], 8, 0) == ["Hello there more"]
-    assert given == [[tokenizer.bos_token_id, *tokenizer("Hello there", add_special_tokens=False)["input_ids"]]]
+    assert given == [
+        [tokenizer.bos_token_id, *tokenizer("Hello there", add_special_tokens=False)["input_ids"]]
+    ]
 
 
 def by_hand(tokenizer, source, labels):
-    """(ids, mask) of all documents in order, a turn at a time, as it was done before there were pieces, BOS and marks."""
+    """(ids, mask) of all documents in order, a turn at a time, as it was done before there were
+    pieces, BOS and marks.
+    """
     ids, mask = [], []
     for number in torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist():
         document = source[number]
         if isinstance(document, str):
-            row = [*tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            row = [
+                *tokenizer(document, add_special_tokens=False)["input_ids"],
+                tokenizer.eos_token_id,
+            ]
             marks = [True] * len(row)
         else:
             row, marks = [], []
             for turns in range(1, len(document) + 1):
                 text = tokenizer.apply_chat_template(list(document[:turns]), tokenize=False)
                 row = tokenizer(text, add_special_tokens=False)["input_ids"]
-                marks += [labels == "all" or document[turns - 1]["role"] == "assistant"] * (len(row) - len(marks))
+                marks += [labels == "all" or document[turns - 1]["role"] == "assistant"] * (
+                    len(row) - len(marks)
+                )
         ids, mask = ids + row, mask + marks
     return ids, mask
 
 
 @pytest.mark.parametrize("labels", ["all", "answers"])
-def test_packed_ids_and_labels_without_bos_are_what_they_were(tiny_teacher, tokenizer, tmp_path, monkeypatch, labels):
+def test_packed_ids_and_labels_without_bos_are_what_they_were(
+    tiny_teacher, tokenizer, tmp_path, monkeypatch, labels
+):
     some = [*documents("embedded:topics")[:20], *documents("embedded:conversations")[:40]]
     monkeypatch.setattr("compress.train.data.documents", lambda source, log: some)
     packed = pack(["some"], tiny_teacher, 256, tmp_path, chat_labels=labels)
     ids, mask = by_hand(tokenizer, some, labels)
     count = packed.ids.numel()
-    assert packed.ids.flatten().tolist() == ids[:count] and packed.mask.flatten().tolist() == mask[:count]
+    assert (
+        packed.ids.flatten().tolist() == ids[:count]
+        and packed.mask.flatten().tolist() == mask[:count]
+    )
     assert len(ids) - count < 257

@@ -1,4 +1,6 @@
-"""Comparing candidates: refusals, differences with intervals, what got worse, and the page in a real browser."""
+"""Comparing candidates: refusals, differences with intervals, what got worse, and the page in a
+real browser.
+"""
 
 from __future__ import annotations
 
@@ -29,29 +31,52 @@ TEXT = 'Which is right? <script>alert("x")</script> ' + "a-very-long-word" * 12
 
 
 def answers(rights, task="grammar"):
-    return [{"task": task, "doc_id": i, "correct": bool(r), "choice": 1 - int(r), "logliks": [-5.0, -4.0 - i]} for i, r in enumerate(rights)]
+    return [
+        {
+            "task": task,
+            "doc_id": i,
+            "correct": bool(r),
+            "choice": 1 - int(r),
+            "logliks": [-5.0, -4.0 - i],
+        }
+        for i, r in enumerate(rights)
+    ]
 
 
 def write_items(run, slot, items):
-    (folder_of(run.path, next(r for r in run.records if r["slot"] == slot)) / "items.jsonl").write_text(
-        "".join(json.dumps(item) + "\n" for item in items)
-    )
+    (
+        folder_of(run.path, next(r for r in run.records if r["slot"] == slot)) / "items.jsonl"
+    ).write_text("".join(json.dumps(item) + "\n" for item in items))
 
 
 @pytest.fixture
 def runs(tmp_path):
     """Two runs of other sizes and answers; those of the grammar task with their texts."""
     first = load_run(write_run(tmp_path / "runs"))
-    second = load_run(write_run(tmp_path / "runs", "2026-11-22T09-00-00", [(*row[:4], row[4] * 0.5, *row[5:]) for row in ROWS]))
+    second = load_run(
+        write_run(
+            tmp_path / "runs",
+            "2026-11-22T09-00-00",
+            [(*row[:4], row[4] * 0.5, *row[5:]) for row in ROWS],
+        )
+    )
     coin = np.random.default_rng(0)
     for run, share in ((first, 0.9), (second, 0.6)):
-        asked = [{"context": f"{TEXT} {i}", "choices": ["yes & no", "<b>no</b>"]} for i in range(80)]
+        asked = [
+            {"context": f"{TEXT} {i}", "choices": ["yes & no", "<b>no</b>"]} for i in range(80)
+        ]
         grammar, facts = (answers(coin.random(80) < share, task) for task in ("grammar", "facts"))
-        write_items(run, "gguf", [*(item | text for item, text in zip(grammar, asked, strict=True)), *facts])
+        write_items(
+            run, "gguf", [*(item | text for item, text in zip(grammar, asked, strict=True)), *facts]
+        )
         write_items(run, "teacher", answers([1] * 80))
     (second.path / "bundle").mkdir()
-    (second.path / "bundle" / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers([1] * 80)))
-    (second.path / "bundle" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in second.rows(second.final, "items")))
+    (second.path / "bundle" / "requests.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in answers([1] * 80))
+    )
+    (second.path / "bundle" / "answers.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in second.rows(second.final, "items"))
+    )
     return first, second
 
 
@@ -65,26 +90,48 @@ def test_other_settings_are_refused_by_name_and_other_precision_is_not(runs, tmp
     first = change(runs[0], **base)
     page = ["--html", str(tmp_path / "page.html")]
     for other, said in (
-        (base | {"eval": {"limit": 50, "repeats": 3}}, "eval.limit is 100 in demo/2026-11-21T03-30-00 and 50 in demo/2026-11-22T09-00-00"),
+        (
+            base | {"eval": {"limit": 50, "repeats": 3}},
+            "eval.limit is 100 in demo/2026-11-21T03-30-00 and 50 in demo/2026-11-22T09-00-00",
+        ),
         (base | {"data": {"heldout": ["c"]}}, "data.heldout is ['a'] in"),
     ):
         second = change(runs[1], **other)
         assert main(["compare", str(first.path), str(second.path), *page]) == 3
         assert said in capfd.readouterr().err
-    second = change(runs[1], eval={"limit": 100, "repeats": 20, "processes": 5}, data={"heldout": ["a"], "train": ["z"]})
+    second = change(
+        runs[1],
+        eval={"limit": 100, "repeats": 20, "processes": 5},
+        data={"heldout": ["a"], "train": ["z"]},
+    )
     assert main(["compare", str(first.path), str(second.path), *page]) == 0
     for run in (first, second):
         change(run, eval={"data_dir": str(run.path)}, data={"heldout": [str(run.path)]})
-        (run.path / "run.json").write_text(json.dumps(load_run(run.path).info | {"digests": {"the tasks' files": "aa"}}))
-    assert main(["compare", str(first.path), str(second.path), *page]) == 0, "files of other names that hold the same"
-    (second.path / "run.json").write_text(json.dumps(load_run(second.path).info | {"digests": {"the tasks' files": "bb"}}))
+        (run.path / "run.json").write_text(
+            json.dumps(load_run(run.path).info | {"digests": {"the tasks' files": "aa"}})
+        )
+    assert main(["compare", str(first.path), str(second.path), *page]) == 0, (
+        "files of other names that hold the same"
+    )
+    (second.path / "run.json").write_text(
+        json.dumps(load_run(second.path).info | {"digests": {"the tasks' files": "bb"}})
+    )
     assert main(["compare", str(first.path), str(second.path), *page]) == 3
-    assert "the digest of the tasks' files is 'aa' in demo/2026-11-21T03-30-00 and 'bb' in" in capfd.readouterr().err
-    older = {key: value for key, value in second.info.items() if key != "digests"} | {"config": {"data": {"heldout": ["other text"]}}}
+    assert (
+        "the digest of the tasks' files is 'aa' in demo/2026-11-21T03-30-00 and 'bb' in"
+        in capfd.readouterr().err
+    )
+    older = {key: value for key, value in second.info.items() if key != "digests"} | {
+        "config": {"data": {"heldout": ["other text"]}}
+    }
     (second.path / "run.json").write_text(json.dumps(older))
-    assert main(["compare", str(first.path), str(second.path), *page]) == 3, "a run that knows no digests is told by its files' names"
+    assert main(["compare", str(first.path), str(second.path), *page]) == 3, (
+        "a run that knows no digests is told by its files' names"
+    )
     assert "data.heldout is " in capfd.readouterr().err
-    (second.path / "run.json").write_text((first.path / "run.json").read_text().replace(first.name, second.name))
+    (second.path / "run.json").write_text(
+        (first.path / "run.json").read_text().replace(first.name, second.name)
+    )
     file = second.path / "00-teacher" / "record.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"digest": "another"}))
     assert main(["compare", str(first.path), str(second.path), *page]) == 3
@@ -96,33 +143,60 @@ def test_other_settings_are_refused_by_name_and_other_precision_is_not(runs, tmp
 def test_accuracy_is_paired_by_item():
     first, other = answers([1] * 60 + [0] * 40), answers([1] * 50 + [0] * 45 + [1] * 5)
     (one,) = accuracy_differences(first, other)
-    assert one.metric == "acc/grammar" and one.value == pytest.approx(-0.05) and one.p == pytest.approx(0.3017578125)  # 10 and 5 of 15 flips
+    assert (
+        one.metric == "acc/grammar"
+        and one.value == pytest.approx(-0.05)
+        and one.p == pytest.approx(0.3017578125)
+    )  # 10 and 5 of 15 flips
     error = np.sqrt((15 / 100 - 0.05**2) / 100)  # of a paired mean
     assert one.interval == pytest.approx((-0.05 - 1.96 * error, -0.05 + 1.96 * error), abs=0.015)
-    assert str(one).startswith("-5.0 points (95% interval -") and str(one).endswith("p 0.3): no difference shown")
+    assert str(one).startswith("-5.0 points (95% interval -") and str(one).endswith(
+        "p 0.3): no difference shown"
+    )
     (same,) = accuracy_differences(first, first)
-    assert same.value == 0 and -0.03 < same.interval[0] < 0 < same.interval[1] < 0.03 and same.p == 1
-    assert accuracy_differences(first, answers([1], "facts")) == [] == accuracy_differences([{"task": "t", "doc_id": 0, "logliks": [1.0]}], first)
+    assert (
+        same.value == 0 and -0.03 < same.interval[0] < 0 < same.interval[1] < 0.03 and same.p == 1
+    )
+    assert (
+        accuracy_differences(first, answers([1], "facts"))
+        == []
+        == accuracy_differences([{"task": "t", "doc_id": 0, "logliks": [1.0]}], first)
+    )
 
 
 def test_the_mean_over_tasks_counts_tasks_alike():
     first = answers([1] * 10) + answers([1] * 1000, "facts")
-    mean, facts, grammar = accuracy_differences(first, answers([0] * 5 + [1] * 5) + answers([1] * 1000, "facts"))
+    mean, facts, grammar = accuracy_differences(
+        first, answers([0] * 5 + [1] * 5) + answers([1] * 1000, "facts")
+    )
     assert (mean.metric, facts.value, grammar.value) == ("acc/mean", 0, -0.5)
-    assert mean.value == pytest.approx(-0.25) and mean.interval == pytest.approx(tuple(x / 2 for x in grammar.interval), abs=0.06)
+    assert mean.value == pytest.approx(-0.25) and mean.interval == pytest.approx(
+        tuple(x / 2 for x in grammar.interval), abs=0.06
+    )
 
 
 def test_intervals_of_both_sides_make_the_interval_of_the_difference(runs):
     first, second = runs
-    first.final["intervals"], second.final["intervals"] = {"kl_to_teacher": [0.47, 0.55]}, {"kl_to_teacher": [0.40, 0.44]}
+    first.final["intervals"], second.final["intervals"] = (
+        {"kl_to_teacher": [0.47, 0.55]},
+        {"kl_to_teacher": [0.40, 0.44]},
+    )
     second.final["scores"]["kl_to_teacher"] = 0.419
     found = {one.metric: one for one in differences(first, second)}
     one = found["kl_to_teacher"]
-    assert one.interval == pytest.approx((-0.09 - np.hypot(0.019, 0.041), -0.09 + np.hypot(0.021, 0.039)))
-    assert "no difference" not in str(one) and str(found["size_bytes"]) == "-28.2 MB" and str(found["params"]) == "the same"
+    assert one.interval == pytest.approx(
+        (-0.09 - np.hypot(0.019, 0.041), -0.09 + np.hypot(0.021, 0.039))
+    )
+    assert (
+        "no difference" not in str(one)
+        and str(found["size_bytes"]) == "-28.2 MB"
+        and str(found["params"]) == "the same"
+    )
     assert "latency_ms_p50" in found
     second.info["machine"]["cpu"] = "another"
-    assert not {"latency_ms_p50", "ttft_ms_p50", "tok_per_sec"} & {one.metric for one in differences(first, second)}
+    assert not {"latency_ms_p50", "ttft_ms_p50", "tok_per_sec"} & {
+        one.metric for one in differences(first, second)
+    }
     assert str(Difference("latency_ms_p50", -0.0312)) == "-0.0312 ms"
 
 
@@ -131,15 +205,27 @@ def test_figures_of_the_same_text_are_paired_row_by_row(runs):
     hard = np.linspace(0.1, 1.2, 8)  # rows differ by far more than the two models do
     better = hard - np.array([0.02, 0.03, 0.02, 0.025, 0.03, 0.02, 0.025, 0.03])
     for run, rows in ((first, hard), (second, better)):
-        run.final["scores"] |= {"kl_to_teacher": rows.mean(), "bits_per_byte/heldout": rows.sum() / 80}
-        run.final["rows"] = {"kl_to_teacher": [rows.tolist()], "bits_per_byte/heldout": [rows.tolist(), [10] * 8]}
-        run.final["intervals"] = {name: ratio_interval(*own) for name, own in run.final["rows"].items()}
+        run.final["scores"] |= {
+            "kl_to_teacher": rows.mean(),
+            "bits_per_byte/heldout": rows.sum() / 80,
+        }
+        run.final["rows"] = {
+            "kl_to_teacher": [rows.tolist()],
+            "bits_per_byte/heldout": [rows.tolist(), [10] * 8],
+        }
+        run.final["intervals"] = {
+            name: ratio_interval(*own) for name, own in run.final["rows"].items()
+        }
     found = {one.metric: one for one in differences(first, second)}
     lost = stats.t.interval(0.95, 7, np.mean(better - hard), stats.sem(better - hard))
     assert found["kl_to_teacher"].interval == pytest.approx(lost, abs=2e-4)
-    assert found["bits_per_byte/heldout"].interval == pytest.approx([x / 10 for x in lost], abs=2e-5)
+    assert found["bits_per_byte/heldout"].interval == pytest.approx(
+        [x / 10 for x in lost], abs=2e-5
+    )
     second.final["rows"]["bits_per_byte/heldout"][1] = [11] * 8  # of another text
-    apart = {one.metric: one for one in differences(first, second)}["bits_per_byte/heldout"].interval
+    apart = {one.metric: one for one in differences(first, second)}[
+        "bits_per_byte/heldout"
+    ].interval
     assert apart is not None and apart[0] < -0.04 < 0.04 < apart[1]
 
 
@@ -150,7 +236,11 @@ def test_flips_begin_with_the_surest_mistake_and_carry_the_text():
     found = flips(first, [*other, {"task": "text", "doc_id": 0, "correct": True, "text": "5"}])
     assert [(f.doc_id, f.became) for f in found] == [(0, "worse"), (2, "worse"), (3, "better")]
     assert found[0].nats == 1.0 and found[1] == ("grammar", 2, "worse", -1.0, "Which?", "yes", "no")
-    assert (found[0].right, found[0].wrong) == ("choice 0", "choice 1") and (found[2].text, found[2].right, found[2].wrong) == ("", "A x", "B x")
+    assert (found[0].right, found[0].wrong) == ("choice 0", "choice 1") and (
+        found[2].text,
+        found[2].right,
+        found[2].wrong,
+    ) == ("", "A x", "B x")
 
 
 def flags(name, values):
@@ -262,24 +352,44 @@ def test_runs_that_were_asked_other_things_are_refused(runs, tmp_path, capfd):
 
 def test_a_speed_up_whose_interval_holds_1_is_no_difference(runs):
     said = speed_sentence(*runs, "latency_ms_p50", (1.02, 0.97, 1.08))
-    assert said.startswith("a further token: no difference shown, demo/2026-11-22T09-00-00 is 1.02 times as fast (95% interval 0.97 to 1.08)")
+    assert said.startswith(
+        "a further token: no difference shown, demo/2026-11-22T09-00-00 is 1.02 times as fast (95%"
+        " interval 0.97 to 1.08)"
+    )
     assert "no difference" not in speed_sentence(*runs, "ttft_ms_p50", (1.2, 1.1, 1.3))
 
 
 def test_runs_slots_and_bundles_stand_side_by_side(runs, tmp_path, capfd):
     first, second = runs
-    lineage = [{key: r[key] for key in ("slot", "technique", "parent", "digest")} for r in second.records]
-    manifest = {"schema": 1, "run": second.name, "judged": "model-Q4_0.gguf", "config": {}, "lineage": lineage, "machine": second.info["machine"]}
+    lineage = [
+        {key: r[key] for key in ("slot", "technique", "parent", "digest")} for r in second.records
+    ]
+    manifest = {
+        "schema": 1,
+        "run": second.name,
+        "judged": "model-Q4_0.gguf",
+        "config": {},
+        "lineage": lineage,
+        "machine": second.info["machine"],
+    }
     manifest |= {key: second.final[key] for key in ("scores", "verdicts")}
     (second.path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
     bundle = open_run(str(second.path / "bundle"))
-    assert bundle.final["runtime"] == "llama.cpp" and bundle.final["scores"] == second.final["scores"]
-    assert [row["correct"] for row in bundle.rows(bundle.final, "items")] == [row["correct"] for row in second.rows(second.final, "items")]
+    assert (
+        bundle.final["runtime"] == "llama.cpp" and bundle.final["scores"] == second.final["scores"]
+    )
+    assert [row["correct"] for row in bundle.rows(bundle.final, "items")] == [
+        row["correct"] for row in second.rows(second.final, "items")
+    ]
     assert bundle.rows(bundle.final, "steps") == [] != bundle.rows(bundle.records[0], "items")
     names = [str(first.path), f"{second.path}/heal", f"{second.path}/bundle"]
     assert main(["compare", *names, "--html", str(tmp_path / "page.html")]) == 0
     out = capfd.readouterr().out
-    assert "front" in out and f"{second.name}/heal from {first.name}" in out and f"{second.name}/bundle" in out
+    assert (
+        "front" in out
+        and f"{second.name}/heal from {first.name}" in out
+        and f"{second.name}/bundle" in out
+    )
     assert "  latency_ms_p50           +10.9 ms" in out
     page = (tmp_path / "page.html").read_text()
     assert "3 candidates compared" in page and page.count("What differs: ") == 2
@@ -318,8 +428,19 @@ def test_in_chromium_the_page_fits_and_the_keyboard_reaches_everything(runs, tmp
     first, second = (load_run(run.path) for run in runs)
     write_html([first, second], tmp_path / "page.html", ["a further token: no difference shown"])
     (tmp_path / "probe.html").write_text(PROBE % width)
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile"]
-    shown = subprocess.run([*command, "--virtual-time-budget=4000", "--dump-dom", f"file://{tmp_path}/probe.html"], capture_output=True, text=True)
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path}/profile",
+    ]
+    shown = subprocess.run(
+        [*command, "--virtual-time-budget=4000", "--dump-dom", f"file://{tmp_path}/probe.html"],
+        capture_output=True,
+        text=True,
+    )
     body = shown.stdout.partition("<body>")[2].partition("</body>")[0]
     found = json.loads(body.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert found["scroll"] <= found["width"], "the page scrolls sideways"

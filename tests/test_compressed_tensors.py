@@ -1,4 +1,6 @@
-"""A compressed-tensors directory opens with plain transformers and is its checkpoint to the last bit, on every grid that it can hold."""
+"""A compressed-tensors directory opens with plain transformers and is its checkpoint to the last
+bit, on every grid that it can hold.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,13 @@ def test_plain_transformers_reads_the_checkpoint_bit_for_bit(parent, tmp_path, g
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(theirs.eval()(ids).logits, ours(ids).logits)
-    assert torch.equal(checkpoint_head(tmp_path / "out").weight_VH, checkpoint_head(student).weight_VH)
+    assert torch.equal(
+        checkpoint_head(tmp_path / "out").weight_VH, checkpoint_head(student).weight_VH
+    )
     assert metrics["params"] == size(student)["params"] == ours.num_parameters()
-    assert metrics["size_bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert metrics["size_bytes"] == sum(
+        file.stat().st_size for file in (tmp_path / "out").iterdir()
+    )
 
 
 def test_scales_that_no_encoder_would_choose_arrive_with_their_sign(parent, tmp_path):
@@ -67,42 +73,86 @@ def test_the_directory_is_vllms_layout_with_the_tokenizer_byte_for_byte(parent, 
     student, out = student_on(parent, tmp_path, "int4_asym_g64"), tmp_path / "out"
     export_compressed_tensors(student, out)
     layout = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert (layout["quant_method"], layout["format"], layout["quantization_status"]) == ("compressed-tensors", "pack-quantized", "compressed")
+    assert (layout["quant_method"], layout["format"], layout["quantization_status"]) == (
+        "compressed-tensors",
+        "pack-quantized",
+        "compressed",
+    )
     group = layout["config_groups"]["group_0"]
     assert group["targets"] == ["Linear", "Embedding"] and group["input_activations"] is None
-    weights = {key: group["weights"][key] for key in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")}
-    assert weights == {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 64, "dynamic": False}
+    weights = {
+        key: group["weights"][key]
+        for key in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
+    }
+    assert weights == {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": 64,
+        "dynamic": False,
+    }
     stem, tensors = "model.layers.0.mlp.down_proj", load_file(out / "model.safetensors")
-    shapes = {part: tuple(tensors[f"{stem}.weight_{part}"].shape) for part in ("packed", "scale", "zero_point", "shape")}
+    shapes = {
+        part: tuple(tensors[f"{stem}.weight_{part}"].shape)
+        for part in ("packed", "scale", "zero_point", "shape")
+    }
     assert shapes == {"packed": (128, 32), "scale": (128, 4), "zero_point": (16, 4), "shape": (2,)}
-    copied = [name for name in (*TOKENIZER_FILES, "generation_config.json") if (student / name).is_file()]
-    assert "tokenizer.json" in copied and all((out / name).read_bytes() == (student / name).read_bytes() for name in copied)
+    copied = [
+        name for name in (*TOKENIZER_FILES, "generation_config.json") if (student / name).is_file()
+    ]
+    assert "tokenizer.json" in copied and all(
+        (out / name).read_bytes() == (student / name).read_bytes() for name in copied
+    )
     assert not (out / "quant.safetensors").exists()
 
 
 def test_codes_fit_in_as_many_bits_as_the_grid_says(tmp_path):
-    wide = tiny_checkpoint(tmp_path / "wide", hidden_size=512, intermediate_size=1024, num_hidden_layers=2)
+    wide = tiny_checkpoint(
+        tmp_path / "wide", hidden_size=512, intermediate_size=1024, num_hidden_layers=2
+    )
     for grid, bits in (("int4_g32", 5.0), ("int4_asym_g128", 4.28125), ("int8", 8.0)):
         (tmp_path / grid).mkdir()
         export_compressed_tensors(student_on(wide, tmp_path / grid, grid), tmp_path / grid / "out")
         tensors = load_file(tmp_path / grid / "out" / "model.safetensors")
-        held = sum(t.nbytes for name, t in tensors.items() if name.rpartition(".")[2] in ("weight_packed", "weight_scale", "weight_zero_point"))
+        held = sum(
+            t.nbytes
+            for name, t in tensors.items()
+            if name.rpartition(".")[2] in ("weight_packed", "weight_scale", "weight_zero_point")
+        )
         count = sum(q.codes.numel() for q in load_quantized(tmp_path / grid / "hf").values())
         assert 8 * held / count == pytest.approx(bits, abs=0.15)
 
 
 def test_what_it_cannot_hold_is_refused_by_name(parent, tmp_path):
-    with pytest.raises(ValueError, match=r"compressed_tensors writes codes, and .* has none; ship a ptq or qat slot on q4_0, "):
+    with pytest.raises(
+        ValueError,
+        match=r"compressed_tensors writes codes, and .* has none; ship a ptq or qat slot on q4_0, ",
+    ):
         export_compressed_tensors(parent, tmp_path / "out")
     student = student_on(parent, tmp_path, "q4_1")
-    with pytest.raises(ValueError, match=r"which is on the grid q4_1, and holds only q4_0, q8_0, int4_g32, .*; export it as gguf:Q4_1"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"which is on the grid q4_1, and holds only q4_0, q8_0, int4_g32, .*; export it as"
+            r" gguf:Q4_1"
+        ),
+    ):
         export_compressed_tensors(student, tmp_path / "out")
     weights = load_file(student / "model.safetensors")
     (tmp_path / "int4").mkdir()
     other = student_on(parent, tmp_path / "int4", "int4_g64")
-    with pytest.raises(ValueError, match="gguf:Q4_0 would re-round .* on the grid int4_g64, and holds only q4_0; export it as compressed_tensors"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "gguf:Q4_0 would re-round .* on the grid int4_g64, and holds only q4_0; export it as"
+            " compressed_tensors"
+        ),
+    ):
         export_gguf(other, tmp_path / "m.gguf", "Q4_0")
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model.safetensors differs from what quant.safetensors decodes to"):
+    with pytest.raises(
+        ValueError, match=r"model.safetensors differs from what quant.safetensors decodes to"
+    ):
         export_compressed_tensors(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -40,7 +40,9 @@ def run(name, teacher, folder, parent=None):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_writes_a_plain_checkpoint_and_leaves_its_parent_alone(name, tiny_teacher, tmp_path):
+def test_a_stage_writes_a_plain_checkpoint_and_leaves_its_parent_alone(
+    name, tiny_teacher, tmp_path
+):
     before = file_table(tiny_teacher)
     out, metrics = run(name, tiny_teacher, tmp_path / "a")
     assert file_table(tiny_teacher) == before
@@ -69,7 +71,9 @@ def test_a_stage_is_deterministic(name, tiny_teacher, tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_wrong_parent_is_refused_naming_directory_and_what_is_missing(name, tiny_teacher, tmp_path):
+def test_a_wrong_parent_is_refused_naming_directory_and_what_is_missing(
+    name, tiny_teacher, tmp_path
+):
     parent = tmp_path / "parent"
     shutil.copytree(tiny_teacher, parent)
     (parent / "model.safetensors").unlink()
@@ -97,7 +101,11 @@ def test_a_stage_that_dies_leaves_no_entry(name, tiny_teacher, tmp_path, monkeyp
     monkeypatch.setattr("compress.distill.signal.write_whole", fails)
     context = make_context(tiny_teacher, tmp_path)
     with pytest.raises(OSError, match="No space left"):
-        store.build("k" * 64, {}, lambda out, work: stage.run(tiny_teacher, out, dataclasses.replace(context, work=work)))
+        store.build(
+            "k" * 64,
+            {},
+            lambda out, work: stage.run(tiny_teacher, out, dataclasses.replace(context, work=work)),
+        )
     assert not store.entry("k" * 64).exists()
 
 
@@ -108,14 +116,18 @@ def test_the_adapter_is_kept_beside_and_the_merge_equals_it(tiny_teacher, tmp_pa
     assert not (out / "adapter_config.json").exists()
     adapted = PeftModel.from_pretrained(load_model(tiny_teacher), out / "adapter")
     ids = torch.arange(20)[None]
-    torch.testing.assert_close(adapted(ids).logits, load_model(out)(ids).logits, rtol=0, atol=0.05)  # the merge is stored in bf16
+    torch.testing.assert_close(
+        adapted(ids).logits, load_model(out)(ids).logits, rtol=0, atol=0.05
+    )  # the merge is stored in bf16
     assert digest(out) != digest(tiny_teacher)
 
 
 def test_qlora_trains_on_an_nf4_base(tiny_teacher, tmp_path):
     pytest.importorskip("bitsandbytes", reason="the qlora extra is not installed")
     (tmp_path / "out").mkdir()
-    metrics = STAGES["lora"](**SMALL["lora"], load_in_4bit=True).run(tiny_teacher, tmp_path / "out", make_context(tiny_teacher, tmp_path))
+    metrics = STAGES["lora"](**SMALL["lora"], load_in_4bit=True).run(
+        tiny_teacher, tmp_path / "out", make_context(tiny_teacher, tmp_path)
+    )
     assert metrics["steps_count"] == 2
     assert load_model(tmp_path / "out")(torch.arange(9)[None]).logits.isfinite().all()
 
@@ -124,8 +136,15 @@ def test_a_missing_optional_package_is_named_before_work(monkeypatch):
     import importlib.util
 
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a))
-    with pytest.raises(ValueError, match=r"needs bitsandbytes, which is not installed: pip install 'compress-lm\[qlora\]'"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "bitsandbytes" else real(name, *a),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"needs bitsandbytes, which is not installed: pip install 'compress-lm\[qlora\]'",
+    ):
         STAGES["lora"](load_in_4bit=True)
 
 
@@ -136,8 +155,12 @@ def test_frozen_embeddings_stay_the_parents(tiny_teacher, tmp_path):
         out = tmp_path / str(train)
         out.mkdir()
         context = make_context(tiny_teacher, tmp_path, work=tmp_path / f"work-{train}")
-        STAGES["distill"](**SMALL["distill"], lr=0.01, train_embeddings=train).run(tiny_teacher, out, context)
-        before, after = (load_model(path).get_input_embeddings().weight for path in (tiny_teacher, out))
+        STAGES["distill"](**SMALL["distill"], lr=0.01, train_embeddings=train).run(
+            tiny_teacher, out, context
+        )
+        before, after = (
+            load_model(path).get_input_embeddings().weight for path in (tiny_teacher, out)
+        )
         assert torch.equal(before, after) is not train
 
 
@@ -150,20 +173,31 @@ def padded(teacher, out, rows):
 
 
 def outside(model, ids):
-    """Nats of probability, -log of the mass that a model leaves to its first 512 ids, mean over a text (R, L)."""
+    """Nats of probability, -log of the mass that a model leaves to its first 512 ids, mean over a
+    text (R, L).
+    """
     return float(-load_model(model)(ids).logits.softmax(-1)[..., :512].sum(-1).log().mean())
 
 
 @pytest.mark.parametrize("scheme", ["sampled", "topk", "hidden", "full", "online"])
 @pytest.mark.parametrize("which", ["student", "teacher"])
-def test_heads_padded_differently_are_compared_on_the_ids_they_share(which, scheme, tiny_teacher, tmp_path):
+def test_heads_padded_differently_are_compared_on_the_ids_they_share(
+    which, scheme, tiny_teacher, tmp_path
+):
     other = padded(tiny_teacher, tmp_path / "padded", 24)
     student, teacher = (other, tiny_teacher) if which == "student" else (tiny_teacher, other)
-    stage = Distill(tokens=64, batch_sequences=2, ce_weight=0.0, kl_weight=1.0, signal=Signal(scheme=SchemeName(scheme), top=480))
+    stage = Distill(
+        tokens=64,
+        batch_sequences=2,
+        ce_weight=0.0,
+        kl_weight=1.0,
+        signal=Signal(scheme=SchemeName(scheme), top=480),
+    )
     (tmp_path / "out").mkdir()
     context = make_context(teacher, tmp_path)
     metrics = stage.run(student, tmp_path / "out", context)
-    # Both are the same model, up to what the scheme leaves out, and to the mass of the student's padding, which is held down.
+    # Both are the same model, up to what the scheme leaves out, and to the mass of the student's
+    # padding, which is held down.
     text = context.text().ids[:64, :-1].long()
     mass = outside(student, text)
     assert (mass > 0.03) is (which == "student")
@@ -171,9 +205,14 @@ def test_heads_padded_differently_are_compared_on_the_ids_they_share(which, sche
 
 
 @pytest.mark.parametrize("scheme", ["sampled", "hidden", "online"])
-def test_a_padded_head_is_quantized_from_its_own_signal_and_its_padding_shrinks(scheme, tiny_teacher, tmp_path):
+def test_a_padded_head_is_quantized_from_its_own_signal_and_its_padding_shrinks(
+    scheme, tiny_teacher, tmp_path
+):
     teacher = padded(tiny_teacher, tmp_path / "padded", 32)
-    context, stage = make_context(teacher, tmp_path), STAGES["qat"](tokens=1024, lr=3e-3, signal=Signal(scheme=SchemeName(scheme)))
+    context, stage = (
+        make_context(teacher, tmp_path),
+        STAGES["qat"](tokens=1024, lr=3e-3, signal=Signal(scheme=SchemeName(scheme))),
+    )
     stage.run(teacher, tmp_path / "out", context)
     text = context.text().ids[:16, :-1].long()
     assert 0 < outside(tmp_path / "out", text) < 0.9 * outside(teacher, text)
@@ -202,7 +241,12 @@ def test_ids_with_gaps_are_trained_up_to_the_highest(name, tiny_teacher, tmp_pat
     out, schemes = tmp_path / "out", ["sampled", "hidden", "online"] if name != "lora" else [None]
     for scheme in schemes:
         options = {"signal": Signal(scheme=SchemeName(scheme))} if scheme else {}
-        here = dataclasses.replace(context, text=lambda: text, work=tmp_path / f"work-{scheme}", signals=tmp_path / f"signals-{scheme}")
+        here = dataclasses.replace(
+            context,
+            text=lambda: text,
+            work=tmp_path / f"work-{scheme}",
+            signals=tmp_path / f"signals-{scheme}",
+        )
         metrics = STAGES[name](**SMALL[name], **options).run(teacher, out, here)
         assert metrics["loss_first_nats"] > 0 and len(load_model(out).lm_head.weight) == 576
 
@@ -211,10 +255,22 @@ def test_a_padded_student_writes_no_padding(tiny_teacher, tmp_path):
     from compress.distill.steps import OnlineTeacher, make_batches, with_rollouts
 
     student = padded(tiny_teacher, tmp_path / "padded", 400)
-    data, teacher = make_context(tiny_teacher, tmp_path).text(), OnlineTeacher(load_model(tiny_teacher), None)
+    data, teacher = (
+        make_context(tiny_teacher, tmp_path).text(),
+        OnlineTeacher(load_model(tiny_teacher), None),
+    )
     teacher.data = data
     plain = make_batches(data, teacher, seed=0, sequences=8, batch=4)
-    batch = with_rollouts(plain, load_model(student), teacher, share=1.0, prompt_tokens=4, ends=[0], seed=0, vocabulary=512)(0, 4)[0]
+    batch = with_rollouts(
+        plain,
+        load_model(student),
+        teacher,
+        share=1.0,
+        prompt_tokens=4,
+        ends=[0],
+        seed=0,
+        vocabulary=512,
+    )(0, 4)[0]
     assert int(batch["inputs"].max()) < 512
 
 
@@ -223,14 +279,29 @@ def test_text_of_its_own_leaves_the_random_numbers_behind_it_alone(tiny_teacher,
 
     data, model = make_context(tiny_teacher, tmp_path).text(), load_model(tiny_teacher)
     teacher = OnlineTeacher(load_model(tiny_teacher), data)
-    rollouts = with_rollouts(make_batches(data, teacher, seed=0, sequences=8, batch=4), model, teacher, share=1.0, prompt_tokens=8, ends=[0], seed=0)
+    rollouts = with_rollouts(
+        make_batches(data, teacher, seed=0, sequences=8, batch=4),
+        model,
+        teacher,
+        share=1.0,
+        prompt_tokens=8,
+        ends=[0],
+        seed=0,
+    )
     torch.manual_seed(3)
     before = torch.get_rng_state()
     rollouts(0, 4)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-SHAPE = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 GPT2 = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 
@@ -238,31 +309,69 @@ ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 @pytest.mark.parametrize(
     ("kind", "changes", "linears", "said"),
     [
-        ("llama", SHAPE, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"], None),
-        ("phi3", SHAPE | {"pad_token_id": 0}, ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"], None),
+        (
+            "llama",
+            SHAPE,
+            ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+            None,
+        ),
+        (
+            "phi3",
+            SHAPE | {"pad_token_id": 0},
+            ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"],
+            None,
+        ),
         ("gpt2", GPT2, ["c_attn", "c_fc", "c_proj"], None),
         ("gpt_neox", SHAPE, ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"], None),
-        ("mixtral", SHAPE | {"num_local_experts": 4}, ATTENTION, "left as they are: mlp.gate.weight"),
+        (
+            "mixtral",
+            SHAPE | {"num_local_experts": 4},
+            ATTENTION,
+            "left as they are: mlp.gate.weight",
+        ),
     ],
 )
-def test_adapters_reach_every_linear_layer_of_the_blocks(kind, changes, linears, said, tiny_teacher, tmp_path):
+def test_adapters_reach_every_linear_layer_of_the_blocks(
+    kind, changes, linears, said, tiny_teacher, tmp_path
+):
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model, parent, out, lines = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **changes)), tmp_path / "parent", tmp_path / "out", []
+    model, parent, out, lines = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **changes)),
+        tmp_path / "parent",
+        tmp_path / "out",
+        [],
+    )
     save_model(model, parent, tiny_teacher)
-    STAGES["lora"](**SMALL["lora"] | {"lr": 0.01}).run(parent, out, make_context(tiny_teacher, tmp_path, log=lines.append))
+    STAGES["lora"](**SMALL["lora"] | {"lr": 0.01}).run(
+        parent, out, make_context(tiny_teacher, tmp_path, log=lines.append)
+    )
     before, after = (dict(load_model(path).named_parameters()) for path in (parent, out))
     kept = {name for name, p in after.items() if p.ndim > 1 and torch.equal(p, before[name])}
     assert all(not any(part in name for part in linears) for name in kept)
-    assert all("layers" not in name and ".h." not in name or name.endswith("mlp.gate.weight") for name in kept)
-    assert all(torch.equal(p, before[name]) for name, p in after.items() if "embed" in name or "head" in name or ".wte" in name)
+    assert all(
+        "layers" not in name and ".h." not in name or name.endswith("mlp.gate.weight")
+        for name in kept
+    )
+    assert all(
+        torch.equal(p, before[name])
+        for name, p in after.items()
+        if "embed" in name or "head" in name or ".wte" in name
+    )
     assert lines[0].removeprefix("test: adapters on ").split(", ")[: len(linears)] == linears
-    assert [line.removeprefix("test: ") for line in lines if "left as" in line] == ([said] if said else [])
+    assert [line.removeprefix("test: ") for line in lines if "left as" in line] == (
+        [said] if said else []
+    )
     if kind != "mixtral":  # whose experts choose by differences that bf16 takes away
-        adapted, ids = PeftModel.from_pretrained(load_model(parent), out / "adapter"), torch.arange(20)[None]
-        torch.testing.assert_close(adapted(ids).logits, load_model(out)(ids).logits, rtol=0, atol=0.05)
+        adapted, ids = (
+            PeftModel.from_pretrained(load_model(parent), out / "adapter"),
+            torch.arange(20)[None],
+        )
+        torch.testing.assert_close(
+            adapted(ids).logits, load_model(out)(ids).logits, rtol=0, atol=0.05
+        )
 
 
 def test_a_model_without_linear_layers_is_refused(tiny_teacher):
@@ -271,7 +380,13 @@ def test_a_model_without_linear_layers_is_refused(tiny_teacher):
     model = load_model(tiny_teacher)
     for block in model.model.layers:
         block.self_attn, block.mlp = torch.nn.Identity(), torch.nn.Identity()
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no linear layer in its blocks that an adapter fits; use a distill stage"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "LlamaForCausalLM has no linear layer in its blocks that an adapter fits; use a distill"
+            " stage"
+        ),
+    ):
         targets_of(model)
 
 
@@ -281,23 +396,36 @@ def test_another_tokenizer_is_refused(tiny_teacher, tmp_path):
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|jm_start|>"))
     assert (other / "tokenizer.json").read_text() != text
-    with pytest.raises(ValueError, match="have different tokenizers; distillation compares probabilities of the same ids"):
+    with pytest.raises(
+        ValueError,
+        match="have different tokenizers; distillation compares probabilities of the same ids",
+    ):
         Distill(tokens=64).run(other, tmp_path / "out", make_context(tiny_teacher, tmp_path))
 
 
 def test_a_head_smaller_than_the_tokenizer_is_refused(tiny_teacher, tmp_path):
     other = padded(tiny_teacher, tmp_path / "cut", -12)
-    with pytest.raises(ValueError, match="have heads of 500 and 512 rows, their tokenizer has 512 ids"):
+    with pytest.raises(
+        ValueError, match="have heads of 500 and 512 rows, their tokenizer has 512 ids"
+    ):
         Distill(tokens=64).run(other, tmp_path / "out", make_context(tiny_teacher, tmp_path))
 
 
-def test_on_policy_steps_learn_on_the_students_own_text_and_resume_in_the_same_bits(tiny_teacher, tmp_path, monkeypatch):
+def test_on_policy_steps_learn_on_the_students_own_text_and_resume_in_the_same_bits(
+    tiny_teacher, tmp_path, monkeypatch
+):
     from compress.distill.steps import OnlineTeacher
 
     stage = Distill(
-        tokens=256, batch_sequences=2, ce_weight=0.0, kl_weight=1.0, divergence=Divergence.reverse_kl, signal=Signal(scheme=SchemeName.online),
-        on_policy=0.5, prompt_tokens=8,
-    )  # fmt: skip
+        tokens=256,
+        batch_sequences=2,
+        ce_weight=0.0,
+        kl_weight=1.0,
+        divergence=Divergence.reverse_kl,
+        signal=Signal(scheme=SchemeName.online),
+        on_policy=0.5,
+        prompt_tokens=8,
+    )
     student, _ = run("prune_depth", tiny_teacher, tmp_path / "student")
     finals, read, calls = [], OnlineTeacher.read, []
 
@@ -326,20 +454,36 @@ def test_the_students_text_is_masked_to_what_it_wrote_until_its_end(tiny_teacher
     from compress.distill.steps import OnlineTeacher, make_batches, with_rollouts
 
     data, model = make_context(tiny_teacher, tmp_path).text(), load_model(tiny_teacher)
-    teacher, eos = OnlineTeacher(load_model(tiny_teacher), data), load_tokenizer(tiny_teacher).eos_token_id
+    teacher, eos = (
+        OnlineTeacher(load_model(tiny_teacher), data),
+        load_tokenizer(tiny_teacher).eos_token_id,
+    )
     plain = make_batches(data, teacher, seed=0, sequences=8, batch=4)
-    batch = with_rollouts(plain, model, teacher, share=1.0, prompt_tokens=8, ends=[eos, 300], seed=0)(0, 4)[0]
+    batch = with_rollouts(
+        plain, model, teacher, share=1.0, prompt_tokens=8, ends=[eos, 300], seed=0
+    )(0, 4)[0]
     before = plain(0, 4)[0]
-    assert torch.equal(batch["inputs"][:, :8], before["inputs"][:, :8]) and not torch.equal(batch["inputs"], before["inputs"])
+    assert torch.equal(batch["inputs"][:, :8], before["inputs"][:, :8]) and not torch.equal(
+        batch["inputs"], before["inputs"]
+    )
     assert torch.equal(batch["inputs"][:, 1:], batch["labels"][:, :-1])
     assert not batch["mask"][:, :7].any() and batch["mask"][:, 7].all()
     for inputs, mask in zip(batch["inputs"], batch["mask"], strict=True):
         ends = [i for i in range(8, len(inputs)) if int(inputs[i]) in (eos, 300)]
-        assert mask[7 : ends[0] if ends else len(inputs)].all() and not mask[ends[0] if ends else len(inputs) :].any()
+        assert (
+            mask[7 : ends[0] if ends else len(inputs)].all()
+            and not mask[ends[0] if ends else len(inputs) :].any()
+        )
     assert batch["teacher_hidden"].shape[0] == batch["inputs"].numel()
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"on_policy": 0.5}, "set signal.scheme=online"), ({"on_policy": 2.0}, "on_policy=2.0 must be in")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"on_policy": 0.5}, "set signal.scheme=online"),
+        ({"on_policy": 2.0}, "on_policy=2.0 must be in"),
+    ],
+)
 def test_impossible_rollouts_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Distill(**changes)

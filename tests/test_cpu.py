@@ -1,4 +1,6 @@
-"""Attention and norms for training on a CPU against the textbook in float64, values and gradients, and inside transformers models."""
+"""Attention and norms for training on a CPU against the textbook in float64, values and gradients,
+and inside transformers models.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,14 @@ def textbook(q, k, v, keep, scale):
     return scores.softmax(-1) @ v
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "length", "dim"), [(4, 4, 7, 8), (6, 2, BLOCK, 16), (3, 1, 2 * BLOCK + 5, 4), (2, 2, 1, 8)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "length", "dim"),
+    [(4, 4, 7, 8), (6, 2, BLOCK, 16), (3, 1, 2 * BLOCK + 5, 4), (2, 2, 1, 8)],
+)
 @pytest.mark.parametrize("documents", [False, True])
-def test_equals_textbook_attention_in_float64_with_all_gradients(heads, kv_heads, length, dim, documents):
+def test_equals_textbook_attention_in_float64_with_all_gradients(
+    heads, kv_heads, length, dim, documents
+):
     torch.manual_seed(0)
     shapes = [(2, h, length, dim) for h in (heads, kv_heads, kv_heads)]
     ours = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -43,7 +50,10 @@ def test_equals_textbook_attention_in_float64_with_all_gradients(heads, kv_heads
 @pytest.mark.parametrize("tokens", [1, ROWS - 1, 2 * ROWS + 3])
 def test_norm_equals_the_textbook_in_float64_with_both_gradients(tokens):
     torch.manual_seed(0)
-    ours = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((tokens, 12), (12,))]
+    ours = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((tokens, 12), (12,))
+    ]
     theirs = [t.detach().clone().requires_grad_() for t in ours]
     grad = torch.randn(tokens, 12, dtype=torch.float64)
     out = _RMSNorm.apply(*ours, 1e-3, torch.float64)
@@ -60,16 +70,33 @@ def test_under_autocast_a_norm_gives_what_the_next_layer_would_round_it_to():
     with torch.autocast("cpu", torch.bfloat16):
         made = _norm(norm, x)
     assert made.dtype == torch.bfloat16
-    torch.testing.assert_close(made, norm(x).bfloat16(), rtol=2**-7, atol=0)  # at most a step of bf16 where fp32 sums differ
+    torch.testing.assert_close(
+        made, norm(x).bfloat16(), rtol=2**-7, atol=0
+    )  # at most a step of bf16 where fp32 sums differ
 
 
 def models():
     """Plain, grouped heads with a sliding window shorter than the text, and learned positions."""
-    common = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return [
         LlamaConfig(**common, num_key_value_heads=2),
         MistralConfig(**common, num_key_value_heads=2, sliding_window=5),
-        GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=160, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+        GPT2Config(
+            vocab_size=50,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=160,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+        ),
     ]
 
 
@@ -78,7 +105,9 @@ def models():
 def test_a_model_computes_the_same_with_it(config, packed):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).train()
-    model.double() if config.model_type == "gpt2" else None  # norms of the others are fp32 whatever the model is
+    (
+        model.double() if config.model_type == "gpt2" else None
+    )  # norms of the others are fp32 whatever the model is
     ids = torch.randint(0, 50, (2, 150))
     positions = torch.cat([torch.arange(60), torch.arange(90)]).expand(2, -1) if packed else None
 
@@ -91,9 +120,13 @@ def test_a_model_computes_the_same_with_it(config, packed):
     before = run()
     use_cpu_kernels(model)
     assert model.config._attn_implementation == NAME
-    assert any(isinstance(m.__dict__.get("forward"), MethodType) for m in model.modules()) == (config.model_type != "gpt2")
+    assert any(isinstance(m.__dict__.get("forward"), MethodType) for m in model.modules()) == (
+        config.model_type != "gpt2"
+    )
     for mine, theirs in zip(run(), before, strict=True):
-        assert float((mine - theirs).norm() / theirs.norm()) < (1e-12 if config.model_type == "gpt2" else 1e-6)
+        assert float((mine - theirs).norm() / theirs.norm()) < (
+            1e-12 if config.model_type == "gpt2" else 1e-6
+        )
 
 
 def test_generation_with_a_cache_falls_back_and_gives_the_same_tokens(tmp_path):
@@ -102,7 +135,9 @@ def test_generation_with_a_cache_falls_back_and_gives_the_same_tokens(tmp_path):
     prompt = torch.randint(0, 50, (1, 9))
     before = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     use_cpu_kernels(model)
-    torch.testing.assert_close(model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0), before)
+    torch.testing.assert_close(
+        model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0), before
+    )
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
 

@@ -10,7 +10,12 @@ import pytest
 from fake_records import write_run
 
 from compress.__main__ import main
-from compress.errors import ConfigError, refuse_credentials, tree_without_credentials, without_credentials
+from compress.errors import (
+    ConfigError,
+    refuse_credentials,
+    tree_without_credentials,
+    without_credentials,
+)
 from compress.report.html import write_html
 from compress.report.records import load_run
 from compress.session import log, plain
@@ -18,18 +23,42 @@ from compress.track import Guarded, Tracker, open_tracker
 
 CANARY = "planted-canary-4711"
 URLS = [
-    f"memory://user:{CANARY}@host/x", f"s3://KEY:{CANARY}@bucket/p", f"s3://KEY:{CANARY}/{CANARY}@bucket/p", f"https://u:{CANARY}@h/x?y=1",
-    f"https://{CANARY}@host", f"https://:{CANARY}@host/x", f"HTTPS://u:{CANARY}@h:8080/x", f"simplecache::s3://k:{CANARY}@b/x",
-    f"https:/u:{CANARY}@h/x", f"https://u:a@{CANARY}@h/x", f"https://u:it's{CANARY}@h/x", f"ssh://{CANARY}@host/x",
-    f"https://h/x?X-Amz-Signature={CANARY}&X-Amz-Credential={CANARY}&n=5", f"https://h/x?n=5&token={CANARY}", f"https://h/x?sig={CANARY}#a",
-    f"https://h/x#access_token={CANARY}", f"https://h/x?X-Goog-Signature={CANARY}", f"s3://b/x?aws_secret_access_key={CANARY}",
-    f"abfs://container:{CANARY}@account/x", f"hf://user:{CANARY}@host/x",
-]  # fmt: skip
+    f"memory://user:{CANARY}@host/x",
+    f"s3://KEY:{CANARY}@bucket/p",
+    f"s3://KEY:{CANARY}/{CANARY}@bucket/p",
+    f"https://u:{CANARY}@h/x?y=1",
+    f"https://{CANARY}@host",
+    f"https://:{CANARY}@host/x",
+    f"HTTPS://u:{CANARY}@h:8080/x",
+    f"simplecache::s3://k:{CANARY}@b/x",
+    f"https:/u:{CANARY}@h/x",
+    f"https://u:a@{CANARY}@h/x",
+    f"https://u:it's{CANARY}@h/x",
+    f"ssh://{CANARY}@host/x",
+    f"https://h/x?X-Amz-Signature={CANARY}&X-Amz-Credential={CANARY}&n=5",
+    f"https://h/x?n=5&token={CANARY}",
+    f"https://h/x?sig={CANARY}#a",
+    f"https://h/x#access_token={CANARY}",
+    f"https://h/x?X-Goog-Signature={CANARY}",
+    f"s3://b/x?aws_secret_access_key={CANARY}",
+    f"abfs://container:{CANARY}@account/x",
+    f"hf://user:{CANARY}@host/x",
+]
 HARMLESS = [
-    "s3://bucket/a@b", "https://host:8080/a@b", "abfs://container@account.dfs.core.windows.net/x", "hf://datasets/user/name@main/x",
-    "hf://gpt2@main/x", "file:///home/a@b/x", "C:/me@x", "gs://b/x", "https://h/?max_tokens=5&design=1", "12:30 me@x.org",
-    "see https://h.org: write to me@x.org", "hub:Salesforce/wikitext@wikitext-2-raw-v1:test:text", "generated:5x6:nothing",
-]  # fmt: skip
+    "s3://bucket/a@b",
+    "https://host:8080/a@b",
+    "abfs://container@account.dfs.core.windows.net/x",
+    "hf://datasets/user/name@main/x",
+    "hf://gpt2@main/x",
+    "file:///home/a@b/x",
+    "C:/me@x",
+    "gs://b/x",
+    "https://h/?max_tokens=5&design=1",
+    "12:30 me@x.org",
+    "see https://h.org: write to me@x.org",
+    "hub:Salesforce/wikitext@wikitext-2-raw-v1:test:text",
+    "generated:5x6:nothing",
+]
 
 
 @pytest.mark.parametrize("url", URLS)
@@ -57,7 +86,9 @@ class Settings:
 
 
 def test_plain_and_the_log_hold_none(capfd):
-    assert CANARY not in json.dumps(plain({"a": Settings(Path(URLS[3]), (URLS[0],)).__dict__, URLS[0]: 1}))
+    assert CANARY not in json.dumps(
+        plain({"a": Settings(Path(URLS[3]), (URLS[0],)).__dict__, URLS[0]: 1})
+    )
     log(f"reading {URLS[1]}")
     assert "reading s3://***@bucket/p" in capfd.readouterr().err
 
@@ -66,7 +97,11 @@ COMMANDS = {
     "a signal's folder": ["run", "smoke", f"stages.heal.signal.path={URLS[0]}"],
     "text": ["run", "smoke", f"data.train=['{URLS[3]}']"],
     "a quoted key of a secret": ["run", "smoke", f"stages.heal.signal.path='{URLS[2]}'"],
-    "an escaped one": ["run", "smoke", URLS[0].join(["stages.heal.signal.path=", ""]).replace(":", "\\:")],
+    "an escaped one": [
+        "run",
+        "smoke",
+        URLS[0].join(["stages.heal.signal.path=", ""]).replace(":", "\\:"),
+    ],
     "a new key": ["run", "smoke", f"+budget.limits.size_bytes={{max: 5, why: '{URLS[0]}'}}"],
     "a teacher": ["run", "smoke", f"teacher={URLS[1]}"],
     "a store": ["run", "smoke", f"store={URLS[1]}"],
@@ -87,7 +122,9 @@ COMMANDS = {
 def test_no_command_repeats_or_keeps_one(tmp_path, monkeypatch, capfd, case):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "mine.yaml").write_text("defaults: [/base, _self_]\nteacher: {source: 'PLACE'}\n".replace("PLACE", URLS[1]))
+    (tmp_path / "recipes" / "mine.yaml").write_text(
+        "defaults: [/base, _self_]\nteacher: {source: 'PLACE'}\n".replace("PLACE", URLS[1])
+    )
     before = sorted(tmp_path.rglob("*"))
     assert main(COMMANDS[case]) in (2, 3)
     out, err = capfd.readouterr()
@@ -107,14 +144,23 @@ def test_a_recipe_that_came_past_the_command_line_is_refused_before_any_work(tmp
     with pytest.raises(ConfigError, match="stages.heal.signal.path has a user"):
         Session(recipe(stages=stages, store=str(tmp_path / "store")))
     with pytest.raises(ConfigError, match="teacher.source has a user"):
-        open_scorer(Teacher(URLS[1]), Data(["embedded:docstrings"], [], ["embedded:topics"], 64), Eval(), Trainer(), str(tmp_path / "store"))
+        open_scorer(
+            Teacher(URLS[1]),
+            Data(["embedded:docstrings"], [], ["embedded:topics"], 64),
+            Eval(),
+            Trainer(),
+            str(tmp_path / "store"),
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_records_of_before_are_shown_and_copied_without_them(tmp_path, monkeypatch, capfd):
     run = write_run(tmp_path / "runs")
     for file in (run / "run.json", run / "03-heal" / "record.json"):
-        about = json.loads(file.read_text()) | {"stage_config": {"signal": {"path": URLS[0]}}, "config": {"data": {"train": [URLS[3]]}}}
+        about = json.loads(file.read_text()) | {
+            "stage_config": {"signal": {"path": URLS[0]}},
+            "config": {"data": {"train": [URLS[3]]}},
+        }
         file.write_text(json.dumps(about))
     whole = load_run(run)
     (tmp_path / "copies").mkdir()
@@ -128,7 +174,12 @@ def test_records_of_before_are_shown_and_copied_without_them(tmp_path, monkeypat
     tracker.record(whole.records[3])
     tracker.finish(0)
     assert tracker.alive and list(run.glob("wandb/offline-run-*/*.wandb"))
-    files = [file for folder in (tmp_path / "copies", run / "wandb") for file in folder.rglob("*") if file.is_file()]
+    files = [
+        file
+        for folder in (tmp_path / "copies", run / "wandb")
+        for file in folder.rglob("*")
+        if file.is_file()
+    ]
     assert len(files) > 3 and not [file for file in files if CANARY.encode() in file.read_bytes()]
 
 

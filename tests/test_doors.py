@@ -51,7 +51,9 @@ def test_json_lines_end_at_a_line_feed_alone(tmp_path):
 
 
 def test_yaml_that_multiplies_holds_itself_or_is_too_deep_is_refused():
-    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+    bomb = "a0: &a0 [x, x]\n" + "".join(
+        f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)
+    )
     for text in (bomb, "a: &a [*a]", "[" * 20_000, "a: [", "a: !!python/name:os.system"):
         with pytest.raises(ValueError, match="^here "):
             parse_yaml(text, "here")
@@ -59,7 +61,11 @@ def test_yaml_that_multiplies_holds_itself_or_is_too_deep_is_refused():
 
 
 def test_a_safetensors_header_is_read_without_the_tensors(tmp_path):
-    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16), "c": torch.zeros(0)}
+    tensors = {
+        "a": torch.zeros(2, 3),
+        "b": torch.zeros(4, dtype=torch.bfloat16),
+        "c": torch.zeros(0),
+    }
     save_file(tensors, tmp_path / "m.safetensors", metadata={"format": "pt"})
     places = tensor_places(tmp_path / "m.safetensors")
     assert {name: (place.dtype, place.shape) for name, place in places.items()} == {

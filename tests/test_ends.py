@@ -287,7 +287,10 @@ def test_a_gguf_has_room_for_three_ends_and_more_that_llama_cpp_knows(tiny_teach
     edit(folder / "generation_config.json", eos_token_id=[a, b, c, known])
     with pytest.raises(
         ValueError,
-        match=r"texts end at 5 tokens; a GGUF has keys for three, and llama.cpp does not know \[514\] by name",
+        match=(
+            r"texts end at 5 tokens; a GGUF has keys for three, and llama.cpp does not know \[514\]"
+            r" by name"
+        ),
     ):
         export_gguf(folder, tmp_path / "n.gguf", "F16")
 

@@ -1,4 +1,6 @@
-"""Fake-quant: gradients against a float64 oracle written by hand, ties, names, and what is left when it is finished."""
+"""Fake-quant: gradients against a float64 oracle written by hand, ties, names, and what is left
+when it is finished.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,15 @@ EMBED, UP = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
 def _model(tied: bool = True, width: int = 64) -> LlamaForCausalLM:
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -40,13 +48,22 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 def _levels(name: str, scales: torch.Tensor, row: int, column: int) -> tuple[float, float]:
     """Step and floor of one weight, read off the formulas of the formats."""
-    stored = scales.view(len(scales), -1, GRIDS[name].stored)[row, column // (GRIDS[name].block or 1 << 30)].double().tolist()
+    stored = (
+        scales.view(len(scales), -1, GRIDS[name].stored)[
+            row, column // (GRIDS[name].block or 1 << 30)
+        ]
+        .double()
+        .tolist()
+    )
     if "asym" in name:
         return stored[0], -stored[1] * stored[0]
     if name == "q4_1":
         return stored[0], stored[1]
     if name == "q4_k":
-        return stored[0] * stored[2 + column % 256 // 32], -stored[1] * stored[10 + column % 256 // 32]
+        return (
+            stored[0] * stored[2 + column % 256 // 32],
+            -stored[1] * stored[10 + column % 256 // 32],
+        )
     return stored[0] * (stored[1 + column % 256 // 16] if name == "q6_k" else 1), 0.0
 
 
@@ -55,13 +72,17 @@ def _oracle(w: torch.Tensor, scales: torch.Tensor, grad: torch.Tensor, name: str
     value, back = torch.zeros_like(w, dtype=torch.float64), torch.zeros_like(w, dtype=torch.float64)
     low, high = GRIDS[name].low, GRIDS[name].high
     numbers = NUMBERS if name == "iq4_nl" else range(low, high + 1)
-    below, above = (11.5, 12.0) if name == "iq4_nl" else (0.5, 0.5)  # half the gap to the next number inside
+    below, above = (
+        (11.5, 12.0) if name == "iq4_nl" else (0.5, 0.5)
+    )  # half the gap to the next number inside
     for row in range(w.shape[0]):
         for column in range(w.shape[1]):
             s, floor = _levels(name, scales, row, column)
             q = (w[row, column].item() - floor) / s
             value[row, column] = s * min(numbers, key=lambda n: abs(n - q)) + floor
-            back[row, column] = grad[row, column].item() if low - below <= q <= high + above else 0.0
+            back[row, column] = (
+                grad[row, column].item() if low - below <= q <= high + above else 0.0
+            )
     return value, back
 
 
@@ -80,7 +101,12 @@ def test_value_and_gradient_equal_the_oracle(name):
     out = x.double() @ value.T
     upstream = (2 * (out - target.double())).T @ x.double()
     _, expected = _oracle(master.detach(), layer.quant_scales, upstream, name)
-    assert torch.allclose(layer.weight.double(), value, rtol=1e-6, atol=1e-8 if name in ("q4_1", "q4_k") or "asym" in name else 0)
+    assert torch.allclose(
+        layer.weight.double(),
+        value,
+        rtol=1e-6,
+        atol=1e-8 if name in ("q4_1", "q4_k") or "asym" in name else 0,
+    )
     assert 0 < (expected == 0).sum() < expected.numel() / 3
     assert torch.equal(master.grad == 0, expected == 0)
     assert torch.allclose(master.grad.double(), expected, rtol=1e-4, atol=1e-5)
@@ -129,7 +155,9 @@ def test_learned_scales_end_in_the_file_as_fp16_and_leave_nothing_behind():
     made = fake.finish(model)
     assert last < first
     assert made[EMBED].scales.dtype == torch.float16 and not torch.equal(made[EMBED].scales, start)
-    assert not any("quant" in name for name in [*model.state_dict(), *dict(model.named_parameters())])
+    assert not any(
+        "quant" in name for name in [*model.state_dict(), *dict(model.named_parameters())]
+    )
     assert _loss(model).item() == last
 
 
@@ -196,7 +224,9 @@ def test_tied_weights_stay_tied_and_get_both_gradients():
     model.zero_grad()
     states = model.model(_ids()).last_hidden_state
     (model.lm_head(hidden).sum() + states.square().sum()).backward()
-    assert torch.allclose(model.lm_head._parameters["weight"].grad, head + body, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(
+        model.lm_head._parameters["weight"].grad, head + body, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_names_and_parameters_are_those_of_the_plain_model():
@@ -207,7 +237,9 @@ def test_names_and_parameters_are_those_of_the_plain_model():
     assert all(parameters[name] is p for name, p in model.named_parameters())
     extra = set(model.state_dict()) - plain
     assert plain <= set(model.state_dict())
-    assert extra == {name.removesuffix("weight") + "quant_scales" for name in codes.quantizable(model)}
+    assert extra == {
+        name.removesuffix("weight") + "quant_scales" for name in codes.quantizable(model)
+    }
     assert torch.equal(model.state_dict()[UP], parameters[UP])
 
 
@@ -253,7 +285,9 @@ def test_finished_model_is_plain_and_equals_its_codes(tmp_path, tiny_teacher, na
         decoded = quantized.decode()
         assert torch.equal(_bits(decoded), _bits(again[key]))
         assert torch.equal(_bits(decoded), _bits(model.state_dict()[key]))
-    assert {key for key in again if again[key].dim() == 2} - {"lm_head.weight"} == set(loaded) - {"lm_head.weight"}
+    assert {key for key in again if again[key].dim() == 2} - {"lm_head.weight"} == set(loaded) - {
+        "lm_head.weight"
+    }
 
 
 def test_a_weight_that_does_not_divide_is_refused_by_name_and_the_model_untouched():
@@ -268,13 +302,17 @@ def test_attaching_twice_and_half_precision_masters_are_refused():
     fake.attach(layer, "q4_0")
     with pytest.raises(ValueError, match="already"):
         fake.attach(layer, "q4_0")
-    with pytest.raises(ValueError, match=r"weight is torch\.bfloat16: .* load the model as torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"weight is torch\.bfloat16: .* load the model as torch\.float32"
+    ):
         fake.attach(nn.Linear(32, 8).bfloat16(), "q4_0")
 
 
 def test_a_matrix_outside_linear_and_embedding_is_refused_by_name():
     model = nn.Sequential(nn.Linear(32, 32), nn.Conv1d(32, 32, 1))
-    with pytest.raises(ValueError, match=r"1\.weight with shape .* belongs to no Linear or Embedding"):
+    with pytest.raises(
+        ValueError, match=r"1\.weight with shape .* belongs to no Linear or Embedding"
+    ):
         fake.attach(model, "q4_0")
 
 
@@ -289,24 +327,42 @@ def test_damaged_or_missing_codes_are_refused(tmp_path):
     one = {"a.codes": torch.zeros(1, 32, dtype=torch.uint8)}
     for tensors in (one, one | {"b.scales": torch.zeros(1, 1)}):
         save_file(tensors, tmp_path / codes.FILE, metadata={"grids": '{"a": "q4_0"}'})
-        with pytest.raises(ValueError, match="does not hold a grid, codes and scales of each matrix"):
+        with pytest.raises(
+            ValueError, match="does not hold a grid, codes and scales of each matrix"
+        ):
             codes.load_quantized(tmp_path)
-    save_file(one | {"a.scales": torch.zeros(1, 1)}, tmp_path / codes.FILE, metadata={"grids": '{"a": "q9"}'})
-    with pytest.raises(ValueError, match="a says grid 'q9': known grids are q4_0, iq4_nl, q4_1, q5_0, q8_0, q4_k, q6_k, int4_g32"):
+    save_file(
+        one | {"a.scales": torch.zeros(1, 1)},
+        tmp_path / codes.FILE,
+        metadata={"grids": '{"a": "q9"}'},
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            "a says grid 'q9': known grids are q4_0, iq4_nl, q4_1, q5_0, q8_0, q4_k, q6_k, int4_g32"
+        ),
+    ):
         codes.load_quantized(tmp_path)
 
 
 def test_each_matrix_may_have_a_grid_of_its_own():
     model = _model(True, 256)
-    layout = {name: ["q4_0", "q8_0", "q6_k", "q4_1"][i % 4] for i, name in enumerate(codes.quantizable(model))}
+    layout = {
+        name: ["q4_0", "q8_0", "q6_k", "q4_1"][i % 4]
+        for i, name in enumerate(codes.quantizable(model))
+    }
     fake.attach(model, layout, "learned")
     assert {name for name, _ in model.named_parameters() if "quant_shift" in name} == {
-        name.replace("weight", "quant_shift") for name, grid in layout.items() if GRIDS[grid].searches
+        name.replace("weight", "quant_shift")
+        for name, grid in layout.items()
+        if GRIDS[grid].searches
     }
     with torch.no_grad():
         trained = model(_ids()).logits
     made = fake.finish(model)
-    assert {name: q.grid for name, q in made.items()} == layout and torch.equal(model(_ids()).logits, trained)
+    assert {name: q.grid for name, q in made.items()} == layout and torch.equal(
+        model(_ids()).logits, trained
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -319,9 +375,15 @@ def test_adapters_get_the_gradient_of_the_merged_weight_on_the_grid(tied):
             if name.endswith("quant_b"):
                 p.normal_(std=0.002)
     fake.attach(whole, "q4_0", "learned")
-    homes = [(snapped.home, adapted.fake_quant.snaps[name].home) for name, snapped in whole.fake_quant.snaps.items()]
+    homes = [
+        (snapped.home, adapted.fake_quant.snaps[name].home)
+        for name, snapped in whole.fake_quant.snaps.items()
+    ]
     with torch.no_grad():
-        for home, other in homes:  # the same weights, merged by hand, under the unmerged one's scales
+        for (
+            home,
+            other,
+        ) in homes:  # the same weights, merged by hand, under the unmerged one's scales
             home._parameters["weight"].addmm_(other.quant_b, other.quant_a)
     losses = [_loss(model) for model in (whole, adapted)]
     assert losses[0].item() == losses[1].item()
@@ -331,10 +393,20 @@ def test_adapters_get_the_gradient_of_the_merged_weight_on_the_grid(tied):
         master, grad = other._parameters["weight"], home._parameters["weight"].grad.double()
         assert master.grad is None and not master.requires_grad
         a, b = other.quant_a.double(), other.quant_b.double()
-        for got, expected in ((other.quant_a.grad, b.T @ grad), (other.quant_b.grad, grad @ a.T), (other.quant_shift.grad, home.quant_shift.grad)):
-            assert torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+        for got, expected in (
+            (other.quant_a.grad, b.T @ grad),
+            (other.quant_b.grad, grad @ a.T),
+            (other.quant_shift.grad, home.quant_shift.grad),
+        ):
+            assert torch.allclose(
+                got.double(), expected.double(), rtol=1e-4, atol=1e-6 * float(expected.abs().max())
+            )
     made = [fake.finish(model) for model in (whole, adapted)]
     for name, quantized in made[0].items():
-        assert torch.equal(quantized.codes, made[1][name].codes) and torch.equal(quantized.scales, made[1][name].scales)
-    assert not any("quant" in name for name in adapted.state_dict()) and all(p.requires_grad for p in adapted.parameters())
+        assert torch.equal(quantized.codes, made[1][name].codes) and torch.equal(
+            quantized.scales, made[1][name].scales
+        )
+    assert not any("quant" in name for name in adapted.state_dict()) and all(
+        p.requires_grad for p in adapted.parameters()
+    )
     assert torch.equal(adapted(_ids()).logits, whole(_ids()).logits)

@@ -1,4 +1,6 @@
-"""Matching the teacher's inner states: against textbook formulas in float64, across widths, and as a stage."""
+"""Matching the teacher's inner states: against textbook formulas in float64, across widths, and as
+a stage.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress.checkpoint import load_model, save_model
 from compress.distill.losses import Mix
-from compress.distill.steps import FeatureLoss, OnlineTeacher, check_pairs, layer_pairs, make_loss, one_batch, relation_kl, tapped
+from compress.distill.steps import (
+    FeatureLoss,
+    OnlineTeacher,
+    check_pairs,
+    layer_pairs,
+    make_loss,
+    one_batch,
+    relation_kl,
+    tapped,
+)
 from compress.errors import Interrupted
 from compress.stages.distill import Distill, Features
 from compress.stages.optimization import SchemeName, Signal
@@ -23,10 +34,18 @@ ONLINE = Signal(scheme=SchemeName.online)
 def student_of(teacher, folder, **changes):
     """A random model of the teacher's tokenizer with another shape."""
     torch.manual_seed(1)
-    config = LlamaConfig(**{
-        "vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "tie_word_embeddings": True, **changes,
-    })  # fmt: skip
+    config = LlamaConfig(
+        **{
+            "vocab_size": 512,
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            **changes,
+        }
+    )
     save_model(AutoModelForCausalLM.from_config(config), folder / "student", tokenizer_from=teacher)
     return folder / "student"
 
@@ -44,7 +63,11 @@ def test_pairs_that_do_not_rise_or_exist_are_refused(pairs):
 
 def test_relation_kl_equals_the_textbook_sum():
     torch.manual_seed(0)
-    student, teacher, mask = torch.randn(2, 5, 6), torch.randn(2, 5, 9), torch.tensor([1, 1, 1, 0, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
+    student, teacher, mask = (
+        torch.randn(2, 5, 6),
+        torch.randn(2, 5, 9),
+        torch.tensor([1, 1, 1, 0, 1, 1, 0, 1, 1, 1], dtype=torch.bool),
+    )
     expected = 0.0
     for row in range(2):
         for at in range(5):
@@ -52,7 +75,11 @@ def test_relation_kl_equals_the_textbook_sum():
                 continue
             for head in range(3):
                 p, q = (
-                    (x[row, : at + 1, head * d : head * d + d].double() @ x[row, at, head * d : head * d + d].double() / d**0.5).softmax(0)
+                    (
+                        x[row, : at + 1, head * d : head * d + d].double()
+                        @ x[row, at, head * d : head * d + d].double()
+                        / d**0.5
+                    ).softmax(0)
                     for x, d in ((teacher, 3), (student, 2))
                 )
                 expected += float((p * (p / q).log()).sum()) / 3
@@ -63,7 +90,9 @@ def test_layer_distance_and_its_gradient_equal_the_textbook_in_float64(context, 
     parent = student_of(context.teacher, tmp_path)
     student, teacher = load_model(parent).double(), load_model(context.teacher).double()
     source = OnlineTeacher(teacher, context.text())
-    loss = FeatureLoss(make_loss(Mix(0.0, 1.0)), student, source, Features(layers=0.7, pairs=[[0, 1], [1, 3]])).double()
+    loss = FeatureLoss(
+        make_loss(Mix(0.0, 1.0)), student, source, Features(layers=0.7, pairs=[[0, 1], [1, 3]])
+    ).double()
     batch = one_batch(context.text(), source, [0, 1])
     batch["mask"][0, :7] = False
     total, count = loss(student, batch)
@@ -80,13 +109,20 @@ def test_layer_distance_and_its_gradient_equal_the_textbook_in_float64(context, 
         student(batch["inputs"])
     with tapped(teacher, [3]) as last:
         teacher(batch["inputs"])
-    for projection, s, t in zip(loss.projections, (out.hidden_states[1], seen["layer1"]), (theirs[2], last["layer3"]), strict=True):
+    for projection, s, t in zip(
+        loss.projections,
+        (out.hidden_states[1], seen["layer1"]),
+        (theirs[2], last["layer3"]),
+        strict=True,
+    ):
         s, t = projection(s), t.double()
         s, t = (x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() for x in (s, t))
         second.append(((s - t).pow(2).mean(-1) * batch["mask"]).sum())
     expected = expected + 0.7 * sum(second) / 2
     expected.backward()
-    assert float(total) == pytest.approx(float(expected), rel=1e-6)  # Llama's norms are fp32 whatever the model is
+    assert float(total) == pytest.approx(
+        float(expected), rel=1e-6
+    )  # Llama's norms are fp32 whatever the model is
     theirs = student.get_input_embeddings().weight.grad
     assert float((mine - theirs).norm() / theirs.norm()) < 1e-6
 
@@ -100,25 +136,50 @@ def test_blocks_learn_from_the_teachers_inputs_and_no_gradient_crosses_a_pair(co
     loss = FeatureLoss(make_loss(Mix()), student, source, Features(blocks=1.0))
     total, _ = loss(student, one_batch(context.text(), source, [0]))
     total.backward()
-    sizes = torch.stack([layer.self_attn.q_proj.weight.grad.abs().max() for layer in student.model.layers])
-    assert (sizes / sizes[1] > 1e-3).tolist() == [False, True, False, False]  # behind the spoiled block everything would be off without the cut
+    sizes = torch.stack(
+        [layer.self_attn.q_proj.weight.grad.abs().max() for layer in student.model.layers]
+    )
+    assert (sizes / sizes[1] > 1e-3).tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]  # behind the spoiled block everything would be off without the cut
     assert student.get_input_embeddings().weight.grad is None
 
 
-@pytest.mark.parametrize("features", [Features(layers=1.0), Features(relations=1.0), Features(layers=0.5, relations=0.5, pairs=[[1, 2]])])
+@pytest.mark.parametrize(
+    "features",
+    [
+        Features(layers=1.0),
+        Features(relations=1.0),
+        Features(layers=0.5, relations=0.5, pairs=[[1, 2]]),
+    ],
+)
 def test_a_student_of_another_width_and_depth_comes_closer_inside(context, tmp_path, features):
     parent = student_of(context.teacher, tmp_path)
-    stage = Distill(kl_weight=0.0, ce_weight=0.0, features=features, signal=ONLINE, tokens=32 * 4 * 30, lr=3e-3)
+    stage = Distill(
+        kl_weight=0.0, ce_weight=0.0, features=features, signal=ONLINE, tokens=32 * 4 * 30, lr=3e-3
+    )
     metrics = stage.run(parent, tmp_path / "out", context)
     assert metrics["loss_last_nats"] < 0.9 * metrics["loss_first_nats"]
-    assert set(load_file(tmp_path / "out/model.safetensors")) == set(load_file(parent / "model.safetensors"))  # projections stay behind
+    assert set(load_file(tmp_path / "out/model.safetensors")) == set(
+        load_file(parent / "model.safetensors")
+    )  # projections stay behind
 
 
 def test_blocks_as_a_stage_bring_every_block_closer(context, tmp_path):
     from compress.stages.prune_width import PruneWidth
 
     PruneWidth(ffn=128).run(context.teacher, tmp_path / "cut", context)
-    stage = Distill(kl_weight=0.0, ce_weight=0.0, features=Features(blocks=1.0), signal=ONLINE, tokens=32 * 4 * 40, lr=3e-3)
+    stage = Distill(
+        kl_weight=0.0,
+        ce_weight=0.0,
+        features=Features(blocks=1.0),
+        signal=ONLINE,
+        tokens=32 * 4 * 40,
+        lr=3e-3,
+    )
     metrics = stage.run(tmp_path / "cut", tmp_path / "out", context)
     assert metrics["loss_last_nats"] < 0.9 * metrics["loss_first_nats"]
 
@@ -158,11 +219,15 @@ def _interrupting(function, at):
 def test_another_width_is_refused_for_blocks(context, tmp_path):
     source = OnlineTeacher(load_model(context.teacher), context.text())
     with pytest.raises(ValueError, match="needs a student of the teacher's hidden size 64, got 48"):
-        FeatureLoss(None, load_model(student_of(context.teacher, tmp_path)), source, Features(blocks=1.0))
+        FeatureLoss(
+            None, load_model(student_of(context.teacher, tmp_path)), source, Features(blocks=1.0)
+        )
 
 
 def test_blocks_with_activation_checkpointing_are_refused(tiny_teacher, tmp_path):
     context = make_context(tiny_teacher, tmp_path, activation_checkpointing=True)
-    stage = Distill(kl_weight=0.0, ce_weight=0.0, features=Features(blocks=1.0), signal=ONLINE, tokens=256)
+    stage = Distill(
+        kl_weight=0.0, ce_weight=0.0, features=Features(blocks=1.0), signal=ONLINE, tokens=256
+    )
     with pytest.raises(ValueError, match="without activation_checkpointing"):
         stage.run(tiny_teacher, tmp_path / "out", context)

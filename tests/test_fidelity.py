@@ -12,7 +12,14 @@ import torch
 from scipy import stats
 
 from compress.checkpoint import check, load_model, load_tokenizer, weight_files
-from compress.score.fidelity import States, bits_and_bytes, checkpoint_head, closeness, hidden_of, perplexities
+from compress.score.fidelity import (
+    States,
+    bits_and_bytes,
+    checkpoint_head,
+    closeness,
+    hidden_of,
+    perplexities,
+)
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.train.data import pack
@@ -45,12 +52,24 @@ def test_kl_and_agreement_equal_float64_logits(tiny_teacher, heldout, tmp_path):
     near = closeness(states(tiny_teacher, heldout, 7), states(student, heldout, 7))
     ids = heldout.ids[:7, :-1].long()
     with torch.inference_mode():
-        p, q = (load_model(path).double()(ids).logits.log_softmax(-1).flatten(0, 1) for path in (tiny_teacher, student))
+        p, q = (
+            load_model(path).double()(ids).logits.log_softmax(-1).flatten(0, 1)
+            for path in (tiny_teacher, student)
+        )
     assert near["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
-    assert near["top1"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-9)
+    assert near["top1"] == pytest.approx(
+        float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-9
+    )
     rows = closeness(states(tiny_teacher, heldout, 7), states(student, heldout, 7), rows=7)
-    torch.testing.assert_close(torch.tensor(rows["kl_rows"]).double(), (p.exp() * (p - q)).sum(-1).view(7, -1).mean(1), rtol=1e-4, atol=1e-6)
-    assert rows["kl"] == pytest.approx(near["kl"]) and np.mean(rows["top1_rows"]) == pytest.approx(rows["top1"])
+    torch.testing.assert_close(
+        torch.tensor(rows["kl_rows"]).double(),
+        (p.exp() * (p - q)).sum(-1).view(7, -1).mean(1),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    assert rows["kl"] == pytest.approx(near["kl"]) and np.mean(rows["top1_rows"]) == pytest.approx(
+        rows["top1"]
+    )
     same = closeness(states(student, heldout, 7), states(student, heldout, 7), rows=7)
     assert same == {"kl": 0.0, "top1": 1.0, "kl_rows": [0.0] * 7, "top1_rows": [1.0] * 7}
 
@@ -58,11 +77,22 @@ def test_kl_and_agreement_equal_float64_logits(tiny_teacher, heldout, tmp_path):
 def test_perplexities_of_documents_have_intervals_over_documents():
     nats, words, count = [30.0, 50.0, 44.0], [10, 20, 14], [55, 101, 70]
     rows = zip(nats, words, count, strict=True)
-    items = [{"task": "wikitext", "doc_id": i, "logliks": [-a], "words": w, "bytes": b} for i, (a, w, b) in enumerate(rows)]
+    items = [
+        {"task": "wikitext", "doc_id": i, "logliks": [-a], "words": w, "bytes": b}
+        for i, (a, w, b) in enumerate(rows)
+    ]
     alone = {"task": "page", "doc_id": 0, "logliks": [-3.0], "words": 1, "bytes": 4}
-    scores, found, *_ = perplexities([*items, alone, {"task": "facts", "doc_id": 0, "correct": True, "logliks": [-1.0]}])
-    assert scores["byte_perplexity/page"] == pytest.approx(math.exp(3 / 4)) and scores["bits_per_byte/page"] == pytest.approx(0.75 / math.log(2))
-    assert set(found) == {"word_perplexity/wikitext", "byte_perplexity/wikitext", "bits_per_byte/wikitext"}, "of one document nothing is known"
+    scores, found, *_ = perplexities(
+        [*items, alone, {"task": "facts", "doc_id": 0, "correct": True, "logliks": [-1.0]}]
+    )
+    assert scores["byte_perplexity/page"] == pytest.approx(math.exp(3 / 4)) and scores[
+        "bits_per_byte/page"
+    ] == pytest.approx(0.75 / math.log(2))
+    assert set(found) == {
+        "word_perplexity/wikitext",
+        "byte_perplexity/wikitext",
+        "bits_per_byte/wikitext",
+    }, "of one document nothing is known"
     for name, value in (
         ("word_perplexity", math.exp(124 / 44)),
         ("byte_perplexity", math.exp(124 / 226)),
@@ -70,12 +100,17 @@ def test_perplexities_of_documents_have_intervals_over_documents():
     ):
         low, high = found[f"{name}/wikitext"]
         assert low < value < high and scores[f"{name}/wikitext"] == pytest.approx(value)
-    assert found["bits_per_byte/wikitext"] == pytest.approx([math.log2(x) for x in found["byte_perplexity/wikitext"]])
-    # linearised by hand: residuals a - r w, their standard error over the mean of w, times t of 2 degrees of freedom
+    assert found["bits_per_byte/wikitext"] == pytest.approx(
+        [math.log2(x) for x in found["byte_perplexity/wikitext"]]
+    )
+    # linearised by hand: residuals a - r w, their standard error over the mean of w, times t of 2
+    # degrees of freedom
     ratio, w = 124 / 44, np.array(words)
     error = np.std(np.array(nats) - ratio * w, ddof=1) / np.sqrt(3) / w.mean()
     reach = stats.t.ppf(0.975, 2) * error
-    np.testing.assert_allclose(np.log(found["word_perplexity/wikitext"]), [ratio - reach, ratio + reach], rtol=0.05)
+    np.testing.assert_allclose(
+        np.log(found["word_perplexity/wikitext"]), [ratio - reach, ratio + reach], rtol=0.05
+    )
 
 
 def test_bits_per_byte_is_cross_entropy_over_the_labels_text(tiny_teacher, heldout):
@@ -92,7 +127,10 @@ def test_bits_per_byte_is_cross_entropy_over_the_labels_text(tiny_teacher, heldo
 
 def test_models_of_other_vocabularies_are_not_compared():
     with pytest.raises(ValueError, match="can't be compared: vocabularies 5 and 6"):
-        closeness(States(torch.zeros(3, 2), Head(torch.zeros(5, 2))), States(torch.zeros(3, 2), Head(torch.zeros(6, 2))))
+        closeness(
+            States(torch.zeros(3, 2), Head(torch.zeros(5, 2))),
+            States(torch.zeros(3, 2), Head(torch.zeros(6, 2))),
+        )
 
 
 def test_a_local_folder_is_used_in_place_and_a_gguf_is_imported_once(tiny_teacher, tmp_path):
@@ -104,10 +142,14 @@ def test_a_local_folder_is_used_in_place_and_a_gguf_is_imported_once(tiny_teache
     first, second = (open_teacher(str(tmp_path / "t.gguf"), None, store, print) for _ in range(2))
     assert first == second
     ids = torch.arange(12)[None]
-    torch.testing.assert_close(load_model(first.path)(ids).logits, load_model(tiny_teacher)(ids).logits, rtol=0, atol=2e-2)
+    torch.testing.assert_close(
+        load_model(first.path)(ids).logits, load_model(tiny_teacher)(ids).logits, rtol=0, atol=2e-2
+    )
 
 
-def test_a_hub_id_goes_through_snapshot_download_with_a_mocked_hub(tiny_teacher, tmp_path, monkeypatch):
+def test_a_hub_id_goes_through_snapshot_download_with_a_mocked_hub(
+    tiny_teacher, tmp_path, monkeypatch
+):
     asked = {}
 
     def local_hub(name, *, revision, allow_patterns):
@@ -126,7 +168,9 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path, monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ValueError, match="hub teacher 'owner/model' can't be had .* or give a local directory"):
+    with pytest.raises(
+        ValueError, match="hub teacher 'owner/model' can't be had .* or give a local directory"
+    ):
         open_teacher("owner/model", None, Store(tmp_path), print)
 
 
@@ -135,9 +179,15 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path, monkeypatch):
     [
         (lambda d: (d / "config.json").unlink(), "config.json is missing"),
         (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
-        (lambda d: (d / "config.json").write_text('{"auto_map": {}}'), "needs remote code, which is never run"),
+        (
+            lambda d: (d / "config.json").write_text('{"auto_map": {}}'),
+            "needs remote code, which is never run",
+        ),
         (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer"),
-        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "is pickle and is not read"),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+            "is pickle and is not read",
+        ),
     ],
 )
 def test_what_is_no_checkpoint_is_refused_by_name(tiny_teacher, tmp_path, damage, message):
@@ -153,7 +203,9 @@ def test_a_shard_index_that_leaves_the_folder_is_refused(tiny_teacher, tmp_path)
     folder = tmp_path / "model"
     shutil.copytree(tiny_teacher, folder)
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../../secret.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "../../secret.safetensors"}})
+    )
     with pytest.raises(ValueError, match="shards must be files of that directory"):
         weight_files(folder)
 

@@ -1,4 +1,6 @@
-"""Damaged, cut and hostile GGUF files are refused in one sentence before any reader allocates what they claim."""
+"""Damaged, cut and hostile GGUF files are refused in one sentence before any reader allocates what
+they claim.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ def whole(tiny_teacher, tmp_path_factory) -> Path:
 def refused(file: Path, message: str) -> None:
     """Every way in refuses it in a sentence, quickly and in little memory."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    for door in (model_of, check_importable, lambda path: open_teacher(str(path), None, Store(path.parent / "store"), print)):
+    for door in (
+        model_of,
+        check_importable,
+        lambda path: open_teacher(str(path), None, Store(path.parent / "store"), print),
+    ):
         with pytest.raises(ValueError, match=message) as caught:
             door(file)
         assert str(file) in str(caught.value) and "\n" not in str(caught.value)
@@ -62,25 +68,56 @@ def array(kind: int, count: int, rest: bytes = b"") -> bytes:
         (header(0, 1 << 60), "keys are claimed, at most"),
         (header(0, 1), "a key claims 8 bytes"),
         (header(0, 1, struct.pack("<Q", 1 << 62)), "a key claims 4,611,686,018,427,387,904 bytes"),
-        (header(0, 1, text("general.name") + struct.pack("<IQ", 8, 1 << 60)), "key 'general.name' claims"),
-        (header(0, 1, text("general.name") + struct.pack("<I", 77)), "is of type 77, which is unknown"),
+        (
+            header(0, 1, text("general.name") + struct.pack("<IQ", 8, 1 << 60)),
+            "key 'general.name' claims",
+        ),
+        (
+            header(0, 1, text("general.name") + struct.pack("<I", 77)),
+            "is of type 77, which is unknown",
+        ),
         (header(0, 1, array(4, 1 << 60)), "claims 1,152,921,504,606,846,976 elements"),
         (header(0, 1, array(4, 1000)), "claims 4,000 bytes"),
         (header(0, 1, array(8, 3_000_000, text("a"))), "key 'general.list' claims 8 bytes"),
         (header(0, 1, array(0, 5_000_000, bytes(5_000_000))), "at most 4,000,000 are read"),
-        (header(0, 1, array(9, 1, struct.pack("<IQ", 9, 1) * 1000)), "arrays of arrays are not read"),
+        (
+            header(0, 1, array(9, 1, struct.pack("<IQ", 9, 1) * 1000)),
+            "arrays of arrays are not read",
+        ),
         (header(0, 1, text("\x00") + struct.pack("<IQ", 8, 1) + b"\xff"), "is not UTF-8"),
         (header(0, 2, (text("a") + struct.pack("<II", 4, 1)) * 2), "key 'a' is there twice"),
         (header(1, 0, text("t") + struct.pack("<I", 99)), "tensor 't' has 99 dimensions"),
-        (header(1, 0, text("t") + struct.pack("<IQQIQ", 2, 32, 1 << 50, 0, 0)), "tensor 't' ends at byte"),
-        (header(1, 0, text("t") + struct.pack("<IQIQ", 1, 32, 777, 0)), "tensor 't' is of type 777"),
-        (header(1, 0, text("t") + struct.pack("<IQIQ", 1, 33, 2, 0)), r"tensor 't' of shape \(33,\) can't begin"),
-        (header(1, 0, text("t") + struct.pack("<IQIQ", 1, 32, 0, 1 << 63)), "tensor 't' ends at byte"),
-        (header(2, 0, b"".join(text(name) + struct.pack("<IQIQ", 1, 8, 0, 0) for name in "ab") + bytes(99)), "'b' overlaps another"),
+        (
+            header(1, 0, text("t") + struct.pack("<IQQIQ", 2, 32, 1 << 50, 0, 0)),
+            "tensor 't' ends at byte",
+        ),
+        (
+            header(1, 0, text("t") + struct.pack("<IQIQ", 1, 32, 777, 0)),
+            "tensor 't' is of type 777",
+        ),
+        (
+            header(1, 0, text("t") + struct.pack("<IQIQ", 1, 33, 2, 0)),
+            r"tensor 't' of shape \(33,\) can't begin",
+        ),
+        (
+            header(1, 0, text("t") + struct.pack("<IQIQ", 1, 32, 0, 1 << 63)),
+            "tensor 't' ends at byte",
+        ),
+        (
+            header(
+                2,
+                0,
+                b"".join(text(name) + struct.pack("<IQIQ", 1, 8, 0, 0) for name in "ab")
+                + bytes(99),
+            ),
+            "'b' overlaps another",
+        ),
         (header(0, 0, bytes(64)), "names no general.architecture"),
     ],
 )
-def test_counts_beyond_the_file_and_damaged_headers_are_refused_before_work(tmp_path, data, message):
+def test_counts_beyond_the_file_and_damaged_headers_are_refused_before_work(
+    tmp_path, data, message
+):
     (tmp_path / "m.gguf").write_bytes(data)
     refused(tmp_path / "m.gguf", message)
 
@@ -110,12 +147,22 @@ def test_a_random_byte_of_the_header_never_ends_in_anything_but_a_sentence(whole
             assert "\n" not in str(error)
 
 
-def written(file: Path, blocks: int = 2, drop: str = "", rows: int = 3, types: int = 3, **how) -> Path:
+def written(
+    file: Path, blocks: int = 2, drop: str = "", rows: int = 3, types: int = 3, **how
+) -> Path:
     """A Llama's GGUF made by hand, as `how` and the arguments bend it."""
     writer = gguf.GGUFWriter(file, how.pop("family", "llama"))
-    numbers = {"block_count": blocks, "context_length": 64, "embedding_length": 32, "feed_forward_length": 32, "attention.head_count": 2}
+    numbers = {
+        "block_count": blocks,
+        "context_length": 64,
+        "embedding_length": 32,
+        "feed_forward_length": 32,
+        "attention.head_count": 2,
+    }
     for key, value in {**numbers, **how.pop("numbers", {})}.items():
-        getattr(writer, "add_string" if isinstance(value, str) else "add_uint32")(f"llama.{key}", value)
+        getattr(writer, "add_string" if isinstance(value, str) else "add_uint32")(
+            f"llama.{key}", value
+        )
     writer.add_layer_norm_rms_eps(how.pop("eps", 1e-5))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -146,7 +193,10 @@ def written(file: Path, blocks: int = 2, drop: str = "", rows: int = 3, types: i
         ({"drop": "blk.1.ffn_up"}, "has 2 blocks by its metadata and lacks blk.1.ffn_up.weight"),
         ({"drop": "blk.1."}, "lacks blk.1.attn_norm.weight, .* and 6 more"),
         ({"drop": "token_embd"}, "lacks token_embd.weight"),
-        ({"numbers": {"block_count": 10**9}}, "llama.block_count is 1000000000; needed is a whole number"),
+        (
+            {"numbers": {"block_count": 10**9}},
+            "llama.block_count is 1000000000; needed is a whole number",
+        ),
         ({"numbers": {"block_count": "two"}}, "llama.block_count is 'two'"),
         ({"keys": {"split.count": 3, "split.no": 1}}, "is part 2 of 3 of a model; join them with"),
     ],

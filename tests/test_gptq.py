@@ -11,7 +11,9 @@ from compress.quant.grids import GRIDS
 DAMPING = 0.01
 
 
-def _problem(rows: int = 6, columns: int = 64, tokens: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+def _problem(
+    rows: int = 6, columns: int = 64, tokens: int = 200
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (R, C) and the Gram matrix (C, C) of inputs whose channels hang together."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
@@ -20,7 +22,9 @@ def _problem(rows: int = 6, columns: int = 64, tokens: int = 200) -> tuple[torch
 
 
 def _oracle(w: torch.Tensor, gram: torch.Tensor, grid) -> torch.Tensor:
-    """The values OBQ gives in the order of columns: w_F -= (w_j - q_j) / [H_F^-1]_00 * [H_F^-1]_0:, F what is left (arXiv 2208.11580, eq. 2)."""
+    """The values OBQ gives in the order of columns: w_F -= (w_j - q_j) / [H_F^-1]_00 *
+    [H_F^-1]_0:, F what is left (arXiv 2208.11580, eq. 2).
+    """
     w, h, values = w.double().clone(), gram.double(), torch.zeros_like(w, dtype=torch.float64)
     h = h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     for j in range(w.shape[1]):
@@ -55,16 +59,26 @@ def test_every_grid_gets_codes_it_can_hold_and_less_output_error(name):
     w, gram = _problem(columns=2 * (grid.block or 32), tokens=1000)
     codes, scales = gptq(w, gram, grid, DAMPING)
     plain, plain_scales = grid.encode(w)
-    assert (codes.dtype, codes.shape, scales.dtype, scales.shape) == (plain.dtype, plain.shape, plain_scales.dtype, plain_scales.shape)
+    assert (codes.dtype, codes.shape, scales.dtype, scales.shape) == (
+        plain.dtype,
+        plain.shape,
+        plain_scales.dtype,
+        plain_scales.shape,
+    )
     legal = (0, 15) if name == "iq4_nl" else (grid.low + grid.offset, grid.high + grid.offset)
     assert codes.min() >= legal[0] and codes.max() <= legal[1]
-    assert _error(w, grid.decode(codes, scales), gram) < 0.8 * _error(w, grid.decode(plain, plain_scales), gram)
+    assert _error(w, grid.decode(codes, scales), gram) < 0.8 * _error(
+        w, grid.decode(plain, plain_scales), gram
+    )
 
 
 def test_searched_scales_lose_still_less():
     w, gram = _problem(rows=64)
     grid = GRIDS["q4_0"]
-    losses = [_error(w, grid.decode(*gptq(w, gram, grid, DAMPING, search)), gram) for search in (False, True)]
+    losses = [
+        _error(w, grid.decode(*gptq(w, gram, grid, DAMPING, search)), gram)
+        for search in (False, True)
+    ]
     assert losses[1] < 0.97 * losses[0]
 
 
@@ -83,7 +97,13 @@ def test_a_channel_that_is_always_zero_is_no_obstacle():
 
 def test_what_has_no_factor_is_refused_by_name():
     w, gram = _problem()
-    with pytest.raises(ValueError, match=r"up_proj: the second moments .* no Cholesky factor with ptq.damping=0.01; use 0.01 or more"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"up_proj: the second moments .* no Cholesky factor with ptq.damping=0.01; use 0.01 or"
+            r" more"
+        ),
+    ):
         gptq(w, -gram - 100 * torch.eye(64), GRIDS["q4_0"], DAMPING, name="up_proj")
     gram[0, 0] = torch.nan
     with pytest.raises(ValueError, match="up_proj"):

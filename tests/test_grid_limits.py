@@ -16,7 +16,10 @@ def test_the_largest_weight_is_taken_and_a_larger_one_refused(name):
         weight[0, 7] = sign * grid.largest * 0.999
         grid.check(weight)
         weight[0, 7] = sign * grid.largest * 1.001
-        with pytest.raises(ValueError, match=f"weight holds a value beyond .*: {grid.name} stores its scale as fp16"):
+        with pytest.raises(
+            ValueError,
+            match=f"weight holds a value beyond .*: {grid.name} stores its scale as fp16",
+        ):
             grid.check(weight)
 
 
@@ -29,4 +32,6 @@ def test_fifteen_steps_of_an_asymmetric_group_span_its_range_and_zero(name):
         step, zero = scales[0].double().tolist()
         assert 15 * step == pytest.approx(max(high, 0.0) - min(low, 0.0), rel=1e-3)
         assert zero == round(-8 - min(low, 0.0) / step)
-        assert float((grid.decode(codes, scales) - weight).abs().max()) <= step  # half a step, and half of one that zero is rounded by
+        assert (
+            float((grid.decode(codes, scales) - weight).abs().max()) <= step
+        )  # half a step, and half of one that zero is rounded by

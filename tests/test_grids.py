@@ -1,5 +1,7 @@
-"""llama.cpp's grids against three others: the quantizer inside xllamacpp's shared library, `gguf`'s, and golden bytes; the integer grids
-against compressed-tensors' own `quantize` and `dequantize`."""
+"""llama.cpp's grids against three others: the quantizer inside xllamacpp's shared library,
+`gguf`'s, and golden bytes; the integer grids against compressed-tensors' own `quantize` and
+`dequantize`.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,16 @@ from safetensors import safe_open
 from compress.quant.grids import GRIDS
 from compress.quant.grids.nonlinear import NUMBERS
 
-TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in GRIDS if not name.startswith("int")}
+TYPES = {
+    name: gguf.GGMLQuantizationType[name.upper()] for name in GRIDS if not name.startswith("int")
+}
 INTEGER = [name for name in GRIDS if name not in TYPES]
-SIMPLE = [name for name in TYPES if GRIDS[name].block == 32 and name != "iq4_nl"]  # which the gguf package only reads
-GOLDEN = [name for name in TYPES if name != "iq4_nl"]  # it came after the golden file, and is held to llama.cpp's own bytes above
+SIMPLE = [
+    name for name in TYPES if GRIDS[name].block == 32 and name != "iq4_nl"
+]  # which the gguf package only reads
+GOLDEN = [
+    name for name in TYPES if name != "iq4_nl"
+]  # it came after the golden file, and is held to llama.cpp's own bytes above
 SEARCHED = [name for name, grid in GRIDS.items() if grid.searches]
 
 
@@ -36,7 +44,9 @@ def _weights(kind: str, name: str = "q4_0") -> torch.Tensor:
         w = w * torch.logspace(-2, -9, 300)[:, None]
     elif kind == "negative_max":
         w[:, ::32] = -1.0
-    elif kind == "tied_max":  # both signs of the largest magnitude: the first one decides the sign of the scale
+    elif (
+        kind == "tied_max"
+    ):  # both signs of the largest magnitude: the first one decides the sign of the scale
         w = w.clamp(-0.02, 0.02)
     elif kind == "halves":  # exact ties of rounding
         w = torch.randint(-254, 255, w.shape, generator=g) / 2.0
@@ -54,24 +64,47 @@ def _weights(kind: str, name: str = "q4_0") -> torch.Tensor:
     return w
 
 
-KINDS = ("random", "heavy", "zero", "subnormal", "negative_max", "tied_max", "halves", "signed_zero", "one_sided", "nearly_constant", "constant")
+KINDS = (
+    "random",
+    "heavy",
+    "zero",
+    "subnormal",
+    "negative_max",
+    "tied_max",
+    "halves",
+    "signed_zero",
+    "one_sided",
+    "nearly_constant",
+    "constant",
+)
 
 
 @pytest.fixture(scope="module")
 def llama_cpp():
-    """(w, name) -> the bytes of ggml_quantize_chunk, without importance matrix, in the library that xllamacpp installs."""
+    """(w, name) -> the bytes of ggml_quantize_chunk, without importance matrix, in the library
+    that xllamacpp installs.
+    """
     found = importlib.util.find_spec("xllamacpp")
     library = ctypes.CDLL(str(next(Path(found.submodule_search_locations[0]).glob("*.so"))))
     if not hasattr(library, "ggml_quantize_chunk"):
         pytest.skip("xllamacpp's library does not export ggml_quantize_chunk")
     chunk = library.ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
-    chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
 
     def quantize(w: torch.Tensor, name: str) -> torch.Tensor:
         block, size = gguf.GGML_QUANT_SIZES[TYPES[name]]
         out = torch.zeros(len(w), w.shape[1] // block * size, dtype=torch.uint8)
-        assert chunk(int(TYPES[name]), w.contiguous().data_ptr(), out.data_ptr(), 0, *w.shape, None) == out.numel()
+        assert (
+            chunk(int(TYPES[name]), w.contiguous().data_ptr(), out.data_ptr(), 0, *w.shape, None)
+            == out.numel()
+        )
         return out
 
     return quantize
@@ -86,16 +119,22 @@ def test_bytes_equal_llama_cpp(name, kind, llama_cpp):
     assert torch.equal(packed, llama_cpp(w, name))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "signed_zero"])  # gguf's own d has the sign of the first zero
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind != "signed_zero"]
+)  # gguf's own d has the sign of the first zero
 @pytest.mark.parametrize("name", SIMPLE)
 def test_bytes_equal_the_gguf_package(name, kind):
     grid, w = GRIDS[name], _weights(kind)
-    assert torch.equal(grid.pack(*grid.encode(w)), torch.from_numpy(quants.quantize(w.numpy(), TYPES[name])))
+    assert torch.equal(
+        grid.pack(*grid.encode(w)), torch.from_numpy(quants.quantize(w.numpy(), TYPES[name]))
+    )
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_bytes_equal_the_golden_file(name):
-    with safe_open(Path(__file__).parent / "golden" / "grids.safetensors", framework="pt") as golden:
+    with safe_open(
+        Path(__file__).parent / "golden" / "grids.safetensors", framework="pt"
+    ) as golden:
         assert golden.metadata()["llama.cpp"] == "b9190"
         w, expected = golden.get_tensor("weight").float(), golden.get_tensor(name)
     assert torch.equal(GRIDS[name].pack(*GRIDS[name].encode(w)), expected)
@@ -123,14 +162,23 @@ def _coded(name, how, w):
 
 
 def _reader(name, codes, scales):
-    """What compressed-tensors takes: int8 codes, fp32 scales, int8 zero points or None, its description of the grid."""
+    """What compressed-tensors takes: int8 codes, fp32 scales, int8 zero points or None, its
+    description of the grid.
+    """
     grid = GRIDS[name]
     scale, *zero = scales.float().view(len(codes), -1, grid.stored).unbind(-1)
     args = QuantizationArgs(
-        num_bits=8 if name.startswith("int8") else 4, symmetric="asym" not in name, strategy="group" if grid.block else "channel",
+        num_bits=8 if name.startswith("int8") else 4,
+        symmetric="asym" not in name,
+        strategy="group" if grid.block else "channel",
         group_size=grid.block or None,
-    )  # fmt: skip
-    return (codes.short() - grid.offset).to(torch.int8), scale, zero[0].to(torch.int8) if zero else None, args
+    )
+    return (
+        (codes.short() - grid.offset).to(torch.int8),
+        scale,
+        zero[0].to(torch.int8) if zero else None,
+        args,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,7 +188,9 @@ def test_integers_decode_as_compressed_tensors_does_bit_for_bit(name, how, kind)
     codes, scales = _coded(name, how, _weights(kind, name))
     theirs = dequantize(*(reader := _reader(name, codes, scales))[:3], reader[3])
     assert torch.equal(GRIDS[name].decode(codes, scales), theirs)
-    assert reader[2] is None or torch.equal(reader[2].float(), scales.view(len(codes), -1, 2)[..., 1].float())
+    assert reader[2] is None or torch.equal(
+        reader[2].float(), scales.view(len(codes), -1, 2)[..., 1].float()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,9 +198,13 @@ def test_integers_decode_as_compressed_tensors_does_bit_for_bit(name, how, kind)
 def test_integers_round_as_compressed_tensors_does(name, kind):
     w = _weights(kind, name)
     codes, scale, zero, args = _reader(name, *GRIDS[name].encode(w))
-    theirs = quantize(w, scale, zero, args).nan_to_num_(0.0).clamp_(min=GRIDS[name].low)  # our int8 leaves -128 out
+    theirs = (
+        quantize(w, scale, zero, args).nan_to_num_(0.0).clamp_(min=GRIDS[name].low)
+    )  # our int8 leaves -128 out
     groups = w.view(len(w), scale.shape[1], -1)
-    alive = (scale != 0)[..., None].expand_as(groups).reshape(w.shape)  # a scale of 0 divides by 0 there
+    alive = (
+        (scale != 0)[..., None].expand_as(groups).reshape(w.shape)
+    )  # a scale of 0 divides by 0 there
     assert torch.equal(codes[alive].float(), theirs[alive])
 
 
@@ -202,7 +256,10 @@ def test_ties_between_uneven_numbers_go_up():
 def test_search_gains_on_gaussian_weights(name, share):
     grid, w = GRIDS[name], _weights("random")
     scales = grid.search(w)
-    assert _error(grid, w, grid.codes(w, scales), scales).sum() < share * _error(grid, w, *grid.encode(w)).sum()
+    assert (
+        _error(grid, w, grid.codes(w, scales), scales).sum()
+        < share * _error(grid, w, *grid.encode(w)).sum()
+    )
 
 
 def test_importance_by_row_equals_importance_by_column_when_rows_agree():
@@ -214,12 +271,17 @@ def test_importance_by_row_equals_importance_by_column_when_rows_agree():
 @pytest.mark.parametrize("name", GRIDS)
 def test_codes_are_the_nearest_for_scales_of_either_sign(name):
     grid, w = GRIDS[name], _weights("random", name)[:8]
-    scales = grid.encode(w)[1].view(-1, grid.stored) * torch.ones(grid.stored).index_fill(0, torch.tensor(0), -1.0).half()
+    scales = (
+        grid.encode(w)[1].view(-1, grid.stored)
+        * torch.ones(grid.stored).index_fill(0, torch.tensor(0), -1.0).half()
+    )
     scales = torch.cat([scales[::2].neg(), scales[1::2]]).view(8, -1)
     got = _error(grid, w, grid.codes(w, scales), scales).view(8, -1)
     step, floor = grid.levels(scales.view(-1, grid.stored))
     numbers = torch.tensor(NUMBERS) if name == "iq4_nl" else torch.arange(grid.low, grid.high + 1)
-    levels = numbers * step.double()[..., None] + (0 if floor is None else floor.double()[..., None])
+    levels = numbers * step.double()[..., None] + (
+        0 if floor is None else floor.double()[..., None]
+    )
     best = (w.double().view(*step.shape[:2], -1, 1) - levels).square().amin(-1)
     assert torch.allclose(got, best.view(8, got.shape[1], -1).sum(-1), rtol=1e-5)
 
@@ -231,7 +293,9 @@ def test_decoded_weights_are_a_fixed_point(name):
     decoded = grid.decode(codes, scales)
     again = grid.codes(decoded, scales)
     assert torch.equal(grid.decode(again, scales), decoded)
-    assert torch.equal(again, codes) or grid.block == 256  # where a K-quant's step is 0, every code is the same value
+    assert (
+        torch.equal(again, codes) or grid.block == 256
+    )  # where a K-quant's step is 0, every code is the same value
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -239,7 +303,9 @@ def test_snap_is_decode_of_codes(name):
     grid, w = GRIDS[name], _weights("heavy", name)
     scales, out = grid.encode(w)[1], torch.empty_like(w)
     grid.snap(w * 1.2, scales, out)
-    assert torch.equal(out, grid.decode(grid.codes(w * 1.2, scales), scales))  # but for the sign of zeros
+    assert torch.equal(
+        out, grid.decode(grid.codes(w * 1.2, scales), scales)
+    )  # but for the sign of zeros
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -256,7 +322,9 @@ def test_zero_and_underflowing_blocks_decode_to_zero(name):
 @pytest.mark.parametrize("name", GRIDS)
 def test_result_does_not_depend_on_threads(name):
     grid = GRIDS[name]
-    w = torch.randn(1500, 96 if grid.block in (0, 32) else 256, generator=torch.Generator().manual_seed(0))
+    w = torch.randn(
+        1500, 96 if grid.block in (0, 32) else 256, generator=torch.Generator().manual_seed(0)
+    )
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -270,13 +338,22 @@ def test_result_does_not_depend_on_threads(name):
 
 @pytest.mark.parametrize("method", ["encode", "search"])
 def test_rows_that_do_not_divide_are_refused_with_tensor_rule_and_nearest(method):
-    message = r"up_proj\.weight has shape \(4, 60\): q4_0 .* multiples of 32 .* nearest legal row length is 64"
+    message = (
+        r"up_proj\.weight has shape \(4, 60\): q4_0 .* multiples of 32 .* nearest legal row length"
+        r" is 64"
+    )
     with pytest.raises(ValueError, match=message):
         getattr(GRIDS["q4_0"], method)(torch.zeros(4, 60), name="up_proj.weight")
 
 
 def test_k_quants_say_256():
-    with pytest.raises(ValueError, match=r"up_proj\.weight has shape \(4, 576\): q6_k .* multiples of 256 .* nearest legal row length is 512"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"up_proj\.weight has shape \(4, 576\): q6_k .* multiples of 256 .* nearest legal row"
+            r" length is 512"
+        ),
+    ):
         GRIDS["q6_k"].encode(torch.zeros(4, 576), name="up_proj.weight")
 
 
@@ -288,7 +365,12 @@ def test_a_grid_without_search_says_so(name):
 
 def test_integer_grids_have_no_bytes_in_a_gguf():
     grid = GRIDS["int8_g64"]
-    with pytest.raises(ValueError, match="grid int8_g64 is not llama.cpp's and has no bytes in a GGUF; export compressed_tensors"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "grid int8_g64 is not llama.cpp's and has no bytes in a GGUF; export compressed_tensors"
+        ),
+    ):
         grid.pack(*grid.encode(torch.zeros(4, 64)))
 
 

@@ -18,7 +18,9 @@ from compress.prune.shape import check_architecture, snap, without_blocks
 TINY = 1e-12  # damping that the comparison with undamped least squares can't see
 
 
-def _problem(tokens: int = 60, channels: int = 10, hidden: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+def _problem(
+    tokens: int = 60, channels: int = 10, hidden: int = 6
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Correlated inputs X (N, F) and a projection W (H, F)."""
     generator = torch.Generator().manual_seed(0)
     mix_FF = torch.randn(channels, channels, dtype=torch.float64, generator=generator)
@@ -55,7 +57,9 @@ def _entering(blocks, h_BLH):
 
 def test_the_least_influential_block_goes_first_and_the_ends_are_kept():
     blocks = [_turn(a) for a in (1.0, 40.0, 10.0, 20.0, 2.0)]
-    dropped = drop_blocks(blocks, _entering(blocks, torch.randn(2, 3, 2)), 2, keep_first=1, keep_last=1)
+    dropped = drop_blocks(
+        blocks, _entering(blocks, torch.randn(2, 3, 2)), 2, keep_first=1, keep_last=1
+    )
     assert [index for index, _ in dropped] == [2, 3]
     assert dropped[0][1] == pytest.approx(1 - torch.tensor(10.0).deg2rad().cos().item(), abs=1e-5)
 
@@ -68,7 +72,10 @@ def test_blocks_are_scored_again_after_a_removal():
 
     h = torch.ones(1, 4, 2)
     blocks = [_turn(0.0), set_second(1.1), set_second(1.15), set_second(0.8), _turn(0.0)]
-    first = [block_influence(a, b) for a, b in zip(_entering(blocks, h)[1:4], _entering(blocks, h)[2:5], strict=True)]
+    first = [
+        block_influence(a, b)
+        for a, b in zip(_entering(blocks, h)[1:4], _entering(blocks, h)[2:5], strict=True)
+    ]
     assert sorted(range(3), key=first.__getitem__) == [1, 0, 2]
     dropped = drop_blocks(blocks, _entering(blocks, h), 2, 1, 1)
     assert [index for index, _ in dropped] == [2, 1]
@@ -133,7 +140,9 @@ def test_error_fraction_on_the_tokens_themselves():
     keep_K = torch.tensor([0, 2, 3, 7])
     fitted_HK = reconstruct(weight_HF, x_NF.T @ x_NF, keep_K, TINY)
     expected = _lost(x_NF, weight_HF, keep_K.tolist()) / (x_NF @ weight_HF.T).square().sum().item()
-    assert error_fraction(weight_HF, x_NF.T @ x_NF, keep_K, fitted_HK) == pytest.approx(expected, rel=1e-6)
+    assert error_fraction(weight_HF, x_NF.T @ x_NF, keep_K, fitted_HK) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_snap_goes_to_the_nearest_multiple_and_never_to_zero():
@@ -142,10 +151,21 @@ def test_snap_goes_to_the_nearest_multiple_and_never_to_zero():
 
 
 def test_config_lists_follow_the_blocks():
-    config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "eos_token_id": [1, 2, 3], "hidden_size": 8}
-    assert without_blocks(config, {1}) == {**config, "num_hidden_layers": 2, "layer_types": ["a", "c"]}
+    config = {
+        "num_hidden_layers": 3,
+        "layer_types": ["a", "b", "c"],
+        "eos_token_id": [1, 2, 3],
+        "hidden_size": 8,
+    }
+    assert without_blocks(config, {1}) == {
+        **config,
+        "num_hidden_layers": 2,
+        "layer_types": ["a", "c"],
+    }
 
 
 def test_an_unsupported_architecture_is_named_with_what_is_allowed():
-    with pytest.raises(ValueError, match="architecture GPT2LMHeadModel can't .*allowed are LlamaForCausalLM"):
+    with pytest.raises(
+        ValueError, match="architecture GPT2LMHeadModel can't .*allowed are LlamaForCausalLM"
+    ):
         check_architecture({"architectures": ["GPT2LMHeadModel"]})

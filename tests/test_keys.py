@@ -93,11 +93,17 @@ def package(tmp_path) -> Path:
     )
     typed += "else:\n    import house.far\n"
     files = {
-        "__init__.py": "", "stage.py": "def run():\n    from house.rooms import formula\n", "typed.py": typed,
-        "rooms/__init__.py": "", "rooms/formula.py": "from . import near", "rooms/near.py": "import house.far as f",
-        "far.py": "", "apart.py": "", "only_types.py": "",
+        "__init__.py": "",
+        "stage.py": "def run():\n    from house.rooms import formula\n",
+        "typed.py": typed,
+        "rooms/__init__.py": "",
+        "rooms/formula.py": "from . import near",
+        "rooms/near.py": "import house.far as f",
+        "far.py": "",
+        "apart.py": "",
+        "only_types.py": "",
         "session.py": "import house.apart\nclass Text:\n    size = 1\n\nclass Page:\n    pass\n",
-    }  # fmt: skip
+    }
     for name, text in files.items():
         (tmp_path / "house" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "house" / name).write_text(text)
@@ -187,13 +193,21 @@ def test_a_package_that_is_not_there_is_none():
 def session_of(teacher: Path) -> SimpleNamespace:
     """What `Session.inputs` reads of a session, for one stage of every technique."""
     stages = {
-        "depth": STAGES["prune_depth"](blocks=1), "heal": STAGES["distill"](tokens=64), "chat": STAGES["lora"](tokens=64),
-        "qat": STAGES["qat"](tokens=64), "round": Ptq(grid=GridName.q4_0),
-    }  # fmt: skip
+        "depth": STAGES["prune_depth"](blocks=1),
+        "heal": STAGES["distill"](tokens=64),
+        "chat": STAGES["lora"](tokens=64),
+        "qat": STAGES["qat"](tokens=64),
+        "round": Ptq(grid=GridName.q4_0),
+    }
     recipe = SimpleNamespace(
-        stages=stages, data=SimpleNamespace(seq_len=32), seed=0, trainer=Trainer(),
-        technique=lambda slot: next(name for name, kind in STAGES.items() if type(stages[slot]) is kind),
-    )  # fmt: skip
+        stages=stages,
+        data=SimpleNamespace(seq_len=32),
+        seed=0,
+        trainer=Trainer(),
+        technique=lambda slot: next(
+            name for name, kind in STAGES.items() if type(stages[slot]) is kind
+        ),
+    )
     return SimpleNamespace(
         recipe=recipe, teacher=model_of(teacher), text=TEXT, chat=TEXT, precision="fp32", threads=1
     )

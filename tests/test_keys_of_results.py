@@ -31,9 +31,13 @@ def signals_of(
 
 
 SIGNAL_CHANGES = {
-    "scheme": {"scheme": Scheme("hidden")}, "threshold": {"scheme": Scheme(threshold=0.3)}, "temperature": {"scheme": Scheme(temperature=2.0)},
-    "seed": {"seed": 1}, "precision": {"precision": "bf16"}, "load": {"load": "nf4"},
-}  # fmt: skip
+    "scheme": {"scheme": Scheme("hidden")},
+    "threshold": {"scheme": Scheme(threshold=0.3)},
+    "temperature": {"scheme": Scheme(temperature=2.0)},
+    "seed": {"seed": 1},
+    "precision": {"precision": "bf16"},
+    "load": {"load": "nf4"},
+}
 MADE_WITH = ["sources", "threads", "device", *keys.SIGNALS]
 
 
@@ -90,10 +94,24 @@ def score_key(teacher, folder, runtime="torch", text=TEXT, **settings) -> str:
 
 
 SETTINGS = {
-    "tasks": ["facts"], "limit": 3, "num_fewshot": 1, "perturbations": ["typos"], "stop_early": True, "batch_size": 4, "context_tokens": 64,
-    "heldout_sequences": 3, "open_prompts": [], "open_limit": 2, "prompt_tokens": 4, "new_tokens": 4, "repeats": 2, "processes": 2,
-    "time_stages": True, "prompt_lengths": [8], "batch_sizes": [2],
-}  # fmt: skip
+    "tasks": ["facts"],
+    "limit": 3,
+    "num_fewshot": 1,
+    "perturbations": ["typos"],
+    "stop_early": True,
+    "batch_size": 4,
+    "context_tokens": 64,
+    "heldout_sequences": 3,
+    "open_prompts": [],
+    "open_limit": 2,
+    "prompt_tokens": 4,
+    "new_tokens": 4,
+    "repeats": 2,
+    "processes": 2,
+    "time_stages": True,
+    "prompt_lengths": [8],
+    "batch_sizes": [2],
+}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +236,8 @@ def test_a_texts_digest_is_of_what_came_out(teacher, tmp_path, monkeypatch):
 )
 def test_each_input_lets_the_teacher_write_again(teacher, tmp_path, monkeypatch, change):
     monkeypatch.setattr(
-        "compress.train.written._continue_all", lambda part, prompts, *_: part.write_text('"text"\n' * len(prompts))
+        "compress.train.written._continue_all",
+        lambda part, prompts, *_: part.write_text('"text"\n' * len(prompts)),
     )
 
     def write(source="generated:2x8:given"):

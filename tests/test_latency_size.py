@@ -11,7 +11,13 @@ from scipy.stats import ttest_1samp
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.score.latency import Timing, compare_speed, geometric_mean, measure, read_bytes_per_second
+from compress.score.latency import (
+    Timing,
+    compare_speed,
+    geometric_mean,
+    measure,
+    read_bytes_per_second,
+)
 from compress.score.size import size
 
 
@@ -27,7 +33,9 @@ def checkpoint(out, tied=True, layers=2):
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(out)
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))).save_pretrained(out)
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))
+    ).save_pretrained(out)
     return model
 
 
@@ -69,20 +77,43 @@ def test_a_truncated_file_is_named(tmp_path):
         size(tmp_path)
 
 
-KEYS = {f"latency_ms_p{q}" for q in (50, 90, 95, 99)} | {"ttft_ms_p50", "tok_per_sec", "peak_rss_bytes", "bandwidth_share"}
+KEYS = {f"latency_ms_p{q}" for q in (50, 90, 95, 99)} | {
+    "ttft_ms_p50",
+    "tok_per_sec",
+    "peak_rss_bytes",
+    "bandwidth_share",
+}
 
 
 def test_latency_numbers_are_consistent_and_memory_is_the_child_s_own(tmp_path):
     model = checkpoint(tmp_path)
     ballast = np.ones(125_000_000)  # 1 GB here: ru_maxrss of a child would begin with it
-    how = Timing(prompt_tokens=8, new_tokens=6, repeats=3, threads=1, processes=2, prompt_lengths=(4, 32), batch_sizes=(1, 2))
+    how = Timing(
+        prompt_tokens=8,
+        new_tokens=6,
+        repeats=3,
+        threads=1,
+        processes=2,
+        prompt_lengths=(4, 32),
+        batch_sizes=(1, 2),
+    )
     scores, intervals, facts = measure(tmp_path, "torch", how).values()
-    assert set(scores) == KEYS | {f"ttft_ms_p50/{n}" for n in (4, 32)} | {f"throughput_tok_per_sec/{n}" for n in (1, 2)}
-    assert 0 < scores["latency_ms_p50"] <= scores["latency_ms_p90"] <= scores["latency_ms_p95"] <= scores["latency_ms_p99"]
+    assert set(scores) == KEYS | {f"ttft_ms_p50/{n}" for n in (4, 32)} | {
+        f"throughput_tok_per_sec/{n}" for n in (1, 2)
+    }
+    assert (
+        0
+        < scores["latency_ms_p50"]
+        <= scores["latency_ms_p90"]
+        <= scores["latency_ms_p95"]
+        <= scores["latency_ms_p99"]
+    )
     assert 50e6 < scores["peak_rss_bytes"] < ballast.nbytes
     assert set(intervals) == set(scores) - {"peak_rss_bytes"}
     assert all(low <= scores[key] <= high for key, (low, high) in intervals.items())
-    assert facts["weight_bytes"] == sum(2 * p.numel() for p in model.parameters()) + sum(4 * b.numel() for b in model.buffers())
+    assert facts["weight_bytes"] == sum(2 * p.numel() for p in model.parameters()) + sum(
+        4 * b.numel() for b in model.buffers()
+    )
     assert (facts["processes"], facts["repeats"]) == (2, 3) and len(facts["load"]) == 2
     assert len(facts["pinned_cpus"]) == 1 and set(facts["pinned_cpus"]) <= os.sched_getaffinity(0)
 
@@ -98,15 +129,21 @@ def test_one_process_prints_one_json_line_and_gives_no_interval(tmp_path, monkey
         return done
 
     monkeypatch.setattr(subprocess, "run", listening)
-    latency = measure(tmp_path, "torch", Timing(prompt_tokens=8, new_tokens=3, repeats=1, threads=1))
+    latency = measure(
+        tmp_path, "torch", Timing(prompt_tokens=8, new_tokens=3, repeats=1, threads=1)
+    )
     assert len(lines) == 1 and set(latency["scores"]) == KEYS and latency["intervals"] == {}
 
 
 def test_settings_and_directories_that_can_t_be_measured_are_refused(tmp_path):
     for wrong in ({"repeats": 0}, {"processes": 0}, {"new_tokens": 1}, {"prompt_lengths": (16, 0)}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*allowed: counts from 1, new_tokens from 2"):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(wrong))}=.*allowed: counts from 1, new_tokens from 2"
+        ):
             Timing(**wrong)
-    with pytest.raises(ValueError, match=r"measuring .* failed with exit 1: .*config\.json is missing"):
+    with pytest.raises(
+        ValueError, match=r"measuring .* failed with exit 1: .*config\.json is missing"
+    ):
         measure(tmp_path)
     with pytest.raises(ValueError, match="at least 2 blocks of A B B A for its interval, got 1"):
         compare_speed((tmp_path, "torch"), (tmp_path, "torch"), Timing(), blocks=1)
@@ -122,7 +159,9 @@ def test_intervals_over_processes_are_student_s_and_cover_19_of_20():
 
 
 def test_abba_cancels_a_drift_with_processes_that_are_doubles(monkeypatch):
-    """Real clocks drift as they like: these processes slow down by 10% each, and B takes half the time of A."""
+    """Real clocks drift as they like: these processes slow down by 10% each, and B takes half the
+    time of A.
+    """
     order = []
 
     def process(model, runtime, how):
@@ -133,7 +172,9 @@ def test_abba_cancels_a_drift_with_processes_that_are_doubles(monkeypatch):
     monkeypatch.setattr("compress.score.latency._fresh", process)
     found = compare_speed(("A", "torch"), ("B", "torch"), Timing(), blocks=3)
     assert "".join(order) == "ABBA" * 3
-    assert found["latency_ms_p50"] == pytest.approx((2, 2, 2)) and found["ttft_ms_p50"] == pytest.approx((2, 2, 2))
+    assert found["latency_ms_p50"] == pytest.approx((2, 2, 2)) and found[
+        "ttft_ms_p50"
+    ] == pytest.approx((2, 2, 2))
 
 
 def test_reading_is_measured_near_what_memory_gives():

@@ -1,4 +1,6 @@
-"""Recipes are data: what Hydra could execute is refused before Hydra runs, and mistakes are one sentence and exit 2."""
+"""Recipes are data: what Hydra could execute is refused before Hydra runs, and mistakes are one
+sentence and exit 2.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_every_recipe_composes_into_dataclasses(name):
     assert recipe.steps()
 
 
-@pytest.mark.parametrize("file", sorted(configs_dir().glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "file", sorted(configs_dir().glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_every_option_composes_and_opens_with_a_sentence(file):
     from hydra import compose, initialize_config_dir
 
@@ -49,13 +53,33 @@ def test_every_option_composes_and_opens_with_a_sentence(file):
     assert file.read_text().startswith("# ")
     where = "@_here_" if file.parent.name == "stage" else ""
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        assert compose(config_name=None, overrides=[f"+{file.parent.name}{where}={file.stem}"] if not where else [f"+stage@x={file.stem}"])
+        assert compose(
+            config_name=None,
+            overrides=(
+                [f"+{file.parent.name}{where}={file.stem}"]
+                if not where
+                else [f"+stage@x={file.stem}"]
+            ),
+        )
 
 
 def test_the_vocabulary_is_complete():
-    counts = {folder.name: len(list(folder.glob("*.yaml"))) for folder in configs_dir().iterdir() if folder.is_dir()}
+    counts = {
+        folder.name: len(list(folder.glob("*.yaml")))
+        for folder in configs_dir().iterdir()
+        if folder.is_dir()
+    }
     assert not counts.pop("tasks") and not counts.pop("open") and not counts.pop("conversations")
-    assert counts == {"budget": 4, "data": 3, "eval": 4, "export": 12, "stage": 6, "teacher": 3, "track": 2, "trainer": 5}
+    assert counts == {
+        "budget": 4,
+        "data": 3,
+        "eval": 4,
+        "export": 12,
+        "stage": 6,
+        "teacher": 3,
+        "track": 2,
+        "trainer": 5,
+    }
     assert REPO_RECIPES == ["demo", "mini", "nano", "ptq_only", "qad_w4", "smoke"]
 
 
@@ -63,32 +87,64 @@ def test_the_vocabulary_is_complete():
     ("arguments", "message"),
     [
         (["run", "smok"], "recipe 'smok' does not exist; did you mean 'smoke'?"),
-        (["run", "smoke", "stages.heal.lrr=1"], "unknown key 'stages.heal.lrr'; did you mean 'lr'?"),
-        (["run", "smoke", "stages.heal.tokens=many"], "stages.heal.tokens: Value 'many' of type 'str' could not be converted to Integer"),
+        (
+            ["run", "smoke", "stages.heal.lrr=1"],
+            "unknown key 'stages.heal.lrr'; did you mean 'lr'?",
+        ),
+        (
+            ["run", "smoke", "stages.heal.tokens=many"],
+            "stages.heal.tokens: Value 'many' of type 'str' could not be converted to Integer",
+        ),
         (["run", "smoke", "budget=nanoo"], "budget='nanoo' is no option; did you mean 'nano'?"),
         (["run", "smoke", "buget=nano"], "unknown key 'buget'; did you mean 'budget'?"),
-        (["run", "smoke", "+stage@stages.x=distil"], "stage='distil' is no option; did you mean 'distill'?"),
-        (["run", "smoke", "pipeline=[heal,hael]"], "pipeline names the slot 'hael'; did you mean 'heal'?"),
-        (["run", "smoke", "pipeline=[round,heal]"], "impossible order: 'heal' (distill) comes after 'round' (ptq)"),
+        (
+            ["run", "smoke", "+stage@stages.x=distil"],
+            "stage='distil' is no option; did you mean 'distill'?",
+        ),
+        (
+            ["run", "smoke", "pipeline=[heal,hael]"],
+            "pipeline names the slot 'hael'; did you mean 'heal'?",
+        ),
+        (
+            ["run", "smoke", "pipeline=[round,heal]"],
+            "impossible order: 'heal' (distill) comes after 'round' (ptq)",
+        ),
         (["run", "smoke", "pipeline=[]"], "pipeline is empty"),
         (["run", "smoke", "stages.heal.lr=-1"], "lr=-1.0 must be above 0"),
-        (["run", "smoke", "data.heldout=[embedded:docstrings]"], "held-out text must never be trained on"),
+        (
+            ["run", "smoke", "data.heldout=[embedded:docstrings]"],
+            "held-out text must never be trained on",
+        ),
         (["run", "smoke", "export=gguf_q8_0"], "export.files=gguf:Q8_0 would re-round slot 'qat'"),
-        (["run", "smoke", "export.files=[gguf:Q4_00]"], "export.files='gguf:Q4_00' is no format; did you mean 'gguf:Q4_0'?"),
+        (
+            ["run", "smoke", "export.files=[gguf:Q4_00]"],
+            "export.files='gguf:Q4_00' is no format; did you mean 'gguf:Q4_0'?",
+        ),
         (["run", "smoke", "export.files=[gguf]"], "export.files='gguf' is no format"),
         (["run", "smoke", "export.files=[gguf:Q4_0,gguf:Q4_0]"], "names a file twice"),
-        (["run", "smoke", "+budget.limits={size_byte:{max:1}}"], "budget limit 'size_byte' is no metric; did you mean 'size_bytes'?"),
+        (
+            ["run", "smoke", "+budget.limits={size_byte:{max:1}}"],
+            "budget limit 'size_byte' is no metric; did you mean 'size_bytes'?",
+        ),
         (
             ["run", "smoke", "teacher=embeded"],
-            "teacher='embeded' is neither an option nor a path nor a hub id (owner/name); did you mean 'embedded'?",
+            (
+                "teacher='embeded' is neither an option nor a path nor a hub id (owner/name); did"
+                " you mean 'embedded'?"
+            ),
         ),
-        (["run", "smoke", "budget.limits.size_bytes.max=1"], "'size_bytes' is not in this table yet; write +budget.limits.size_bytes.max=1"),
+        (
+            ["run", "smoke", "budget.limits.size_bytes.max=1"],
+            "'size_bytes' is not in this table yet; write +budget.limits.size_bytes.max=1",
+        ),
         (["run"], "run needs a recipe"),
         (["rnu"], "unknown verb 'rnu'; did you mean 'run'?"),
         (["gc", "--stor"], "compress gc:"),
     ],
 )
-def test_mistakes_exit_2_in_under_two_seconds_with_the_nearest_name(capfd, tmp_path, monkeypatch, arguments, message):
+def test_mistakes_exit_2_in_under_two_seconds_with_the_nearest_name(
+    capfd, tmp_path, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     start = time.process_time()  # what other processes do must not count
     code, out, err = cli(capfd, *arguments)
@@ -114,7 +170,9 @@ EVIL = {
 def test_a_recipe_that_names_code_is_refused_before_hydra_runs(capfd, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "evil.yaml").write_text(EVIL[name] if "defaults" in EVIL[name] else f"{EVIL[name]}defaults: [/base]\n")
+    (tmp_path / "own" / "evil.yaml").write_text(
+        EVIL[name] if "defaults" in EVIL[name] else f"{EVIL[name]}defaults: [/base]\n"
+    )
 
     def never(*_, **__):
         raise AssertionError("Hydra ran")
@@ -138,13 +196,27 @@ def test_overrides_that_name_code_are_refused(override):
 def test_a_resolver_name_put_together_from_parts_reads_no_secret(capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SECRET", "hunter2")
-    code, out, err = cli(capfd, "run", "smoke", "--cfg", "job", "--resolve", "store='${oc.${track.project}:SECRET}'", "track.project=env")
+    code, out, err = cli(
+        capfd,
+        "run",
+        "smoke",
+        "--cfg",
+        "job",
+        "--resolve",
+        "store='${oc.${track.project}:SECRET}'",
+        "track.project=env",
+    )
     assert "hunter2" not in out + err
     assert code == 2
 
 
 @pytest.mark.parametrize(
-    "text", ["hydra:\n  run:\n    dir: here\n", "hydra:\n  job:\n    name: mine\n", "hydra:\n  sweeper:\n    params:\n      seed: 1,2\n"]
+    "text",
+    [
+        "hydra:\n  run:\n    dir: here\n",
+        "hydra:\n  job:\n    name: mine\n",
+        "hydra:\n  sweeper:\n    params:\n      seed: 1,2\n",
+    ],
 )
 def test_the_allowed_hydra_keys_pass(text):
     check_text(text, Path("r.yaml"))
@@ -161,9 +233,12 @@ def test_cfg_job_shows_the_composed_recipe_without_running(capfd, tmp_path, monk
 def test_a_folder_of_ones_own_adds_recipes_and_options(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own" / "data").mkdir(parents=True)
-    (tmp_path / "own" / "data" / "mine.yaml").write_text("# Mine.\ndefaults: [/schema/data@_here_]\ntrain: [a.txt]\nheldout: [b.txt]\nseq_len: 77\n")
+    (tmp_path / "own" / "data" / "mine.yaml").write_text(
+        "# Mine.\ndefaults: [/schema/data@_here_]\ntrain: [a.txt]\nheldout: [b.txt]\nseq_len: 77\n"
+    )
     (tmp_path / "own" / "mine.yaml").write_text(
-        "# Mine.\ndefaults:\n  - /base\n  - /stage/ptq@stages.four\n  - override /data: mine\n  - _self_\npipeline: [four]\n"
+        "# Mine.\ndefaults:\n  - /base\n  - /stage/ptq@stages.four\n  - override /data: mine\n  -"
+        " _self_\npipeline: [four]\n"
     )
     for recipe in (["mine"], ["smoke", "data=mine"]):
         code, out, err = cli(capfd, "run", *recipe, "--config-dir", "own", "--cfg", "job")
@@ -182,10 +257,17 @@ def test_list_names_recipes_and_options(capfd):
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "--help"]])
 def test_help_and_list_import_nothing_heavy(arguments, tmp_path):
     code = (
-        f"import sys; from compress.__main__ import main; main({arguments}); print(sorted({{'torch', 'transformers', 'hydra'}} & set(sys.modules)))"
+        f"import sys; from compress.__main__ import main; main({arguments});"
+        " print(sorted({'torch', 'transformers', 'hydra'} & set(sys.modules)))"
     )
     root = str(Path(__file__).resolve().parents[1])
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert "compress run RECIPE" in done.stdout or "recipes" in done.stdout
@@ -201,18 +283,42 @@ def test_a_signal_path_without_its_package_is_refused_before_work(tmp_path, monk
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.heal.divergence=jsd", "divergence=jsd needs all of the teacher's probabilities; set signal.scheme to hidden or online"),
-        ("stages.heal.hidden_weight=0.1", "needs the teacher's hidden states; set signal.scheme to hidden or online"),
+        (
+            "stages.heal.divergence=jsd",
+            (
+                "divergence=jsd needs all of the teacher's probabilities; set signal.scheme to"
+                " hidden or online"
+            ),
+        ),
+        (
+            "stages.heal.hidden_weight=0.1",
+            "needs the teacher's hidden states; set signal.scheme to hidden or online",
+        ),
         ("stages.qat.grid=q9_0", "stages.qat.grid: Invalid value 'q9_0', expected one of [q4_0, "),
-        ("stages.qat.scales=best", "stages.qat.scales: Invalid value 'best', expected one of [round, search, learned]"),
-        ("stages.heal.features.layers=1", "features need the teacher's inner states on given text; set signal.scheme=online"),
-        ("stages.heal.features.blocks=1", "features.blocks trains every block by itself; set kl_weight, ce_weight, hidden_weight"),
+        (
+            "stages.qat.scales=best",
+            "stages.qat.scales: Invalid value 'best', expected one of [round, search, learned]",
+        ),
+        (
+            "stages.heal.features.layers=1",
+            "features need the teacher's inner states on given text; set signal.scheme=online",
+        ),
+        (
+            "stages.heal.features.blocks=1",
+            "features.blocks trains every block by itself; set kl_weight, ce_weight, hidden_weight",
+        ),
         ("stages.heal.signal.threshold=2", "signal.threshold=2.0 must be in"),
         ("stages.heal.patience=2", "patience needs validations"),
         ("data.weights=[1,2,3]", "must be one number above 0 for each"),
         ("trainer.parallel=dp", "trainer.parallel='dp'; did you mean 'ddp'?"),
         ("trainer.processes=2", "above 1 only with trainer=ddp or trainer=fsdp2"),
-        ("data.seq_len=4096", "data.seq_len=4096 is longer than the teacher's context of 512 tokens; set data.seq_len to at most 512"),
+        (
+            "data.seq_len=4096",
+            (
+                "data.seq_len=4096 is longer than the teacher's context of 512 tokens; set"
+                " data.seq_len to at most 512"
+            ),
+        ),
     ],
 )
 def test_what_cannot_train_is_refused_before_work(tmp_path, monkeypatch, capsys, override, message):
@@ -222,15 +328,37 @@ def test_what_cannot_train_is_refused_before_work(tmp_path, monkeypatch, capsys,
     assert not list(tmp_path.glob("runs/smoke/*"))
 
 
-@pytest.mark.parametrize("flag", ["--config-name=nano", "--config-n=nano", "--config-di=.", "--experimental-rerun=x", "-cn=nano", "--multi"])
-def test_flags_that_choose_another_file_are_refused_abbreviated_or_not(tmp_path, monkeypatch, capsys, flag):
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--config-name=nano",
+        "--config-n=nano",
+        "--config-di=.",
+        "--experimental-rerun=x",
+        "-cn=nano",
+        "--multi",
+    ],
+)
+def test_flags_that_choose_another_file_are_refused_abbreviated_or_not(
+    tmp_path, monkeypatch, capsys, flag
+):
     monkeypatch.chdir(tmp_path)
     assert main(["run", "smoke", flag]) == 2
-    assert f"{flag.partition('=')[0]} is not available; name the recipe after `run`" in capsys.readouterr().err
+    assert (
+        f"{flag.partition('=')[0]} is not available; name the recipe after `run`"
+        in capsys.readouterr().err
+    )
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("entry", ["- /budget@hydra.job.env_set: evil", "- /budget@hydra.job: evil", "- override /budget@hydra.callbacks: evil"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "- /budget@hydra.job.env_set: evil",
+        "- /budget@hydra.job: evil",
+        "- override /budget@hydra.callbacks: evil",
+    ],
+)
 def test_a_defaults_entry_of_any_form_below_hydra_is_refused(tmp_path, monkeypatch, capsys, entry):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own/budget").mkdir(parents=True)

@@ -1,4 +1,6 @@
-"""What a checkpoint directory is refused for before anything is built from it, and what a loaded model is compared with."""
+"""What a checkpoint directory is refused for before anything is built from it, and what a loaded
+model is compared with.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compress import checkpoint
-from compress.checkpoint import check, check_tokens, copy_beside, load_model, load_tokenizer, read_config, token_count
+from compress.checkpoint import (
+    check,
+    check_tokens,
+    copy_beside,
+    load_model,
+    load_tokenizer,
+    read_config,
+    token_count,
+)
 from compress.export import gguf
 from compress.loading import head_place
 from compress.model_config import meta_model
@@ -27,11 +37,23 @@ from compress.stages.ptq import Ptq
 from compress.train.forward import hidden_states
 
 COMMON = {
-    "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.2,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-FEW = {key: value for key, value in COMMON.items() if key not in ("num_key_value_heads", "intermediate_size")}
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FEW = {
+    key: value
+    for key, value in COMMON.items()
+    if key not in ("num_key_value_heads", "intermediate_size")
+}
 
 
 @pytest.fixture
@@ -84,12 +106,36 @@ def family(folder: Path, teacher: Path, name: str, **config) -> Path:
         ({"num_labels": 10**6}, "num_labels is 1000000, at most 10,000 is read"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, which is no finite number"),
         ({"num_hidden_layers": 900}, "config.json says 900 blocks, its weights hold 38 tensors"),
-        ({"num_hidden_layers": 5}, r"the weights lack model.layers.4.self_attn.q_proj.weight, .* and 6 more"),
-        ({"hidden_size": 128}, r"the weights lack model.embed_tokens.weight of shape \(512, 128\) \(it is \(512, 64\)\)"),
-        ({"intermediate_size": 9_000_000}, "the weights lack model.layers.0.mlp.gate_proj.weight of shape"),
-        ({"num_hidden_layers": 3}, "the weights hold tensors that the model has no place for: model.layers.3"),
-        ({"intermediate_size": 100}, r"model.layers.0.mlp.down_proj.weight is \(64, 192\), needed is \(64, 100\)"),
-        ({"tie_word_embeddings": False}, "the weights lack lm_head.weight; if the head is the embedding, set tie_word_embeddings to true"),
+        (
+            {"num_hidden_layers": 5},
+            r"the weights lack model.layers.4.self_attn.q_proj.weight, .* and 6 more",
+        ),
+        (
+            {"hidden_size": 128},
+            (
+                r"the weights lack model.embed_tokens.weight of shape \(512, 128\) \(it is \(512,"
+                r" 64\)\)"
+            ),
+        ),
+        (
+            {"intermediate_size": 9_000_000},
+            "the weights lack model.layers.0.mlp.gate_proj.weight of shape",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            "the weights hold tensors that the model has no place for: model.layers.3",
+        ),
+        (
+            {"intermediate_size": 100},
+            r"model.layers.0.mlp.down_proj.weight is \(64, 192\), needed is \(64, 100\)",
+        ),
+        (
+            {"tie_word_embeddings": False},
+            (
+                "the weights lack lm_head.weight; if the head is the embedding, set"
+                " tie_word_embeddings to true"
+            ),
+        ),
         ({"hidden_act": "madeup"}, "is of no llama model that can be built"),
     ],
 )
@@ -101,7 +147,11 @@ def test_a_config_that_is_not_of_these_weights_is_refused_by_key(copied, changes
 
 
 def test_a_config_of_no_object_or_too_long_or_deep_is_refused(copied, monkeypatch):
-    for text, message in (("[1, 2]", "holds a JSON list"), ("[" * 100_000, "nested too deep"), ('{"a": ' + "9" * 5000 + "}", "can't be read")):
+    for text, message in (
+        ("[1, 2]", "holds a JSON list"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"a": ' + "9" * 5000 + "}", "can't be read"),
+    ):
         (copied / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_config(copied)
@@ -110,9 +160,14 @@ def test_a_config_of_no_object_or_too_long_or_deep_is_refused(copied, monkeypatc
         read_config(copied)
 
 
-@pytest.mark.parametrize(("kind", "key"), [("GPT2", "n_layer"), ("Mixtral", "num_local_experts"), ("Qwen2Moe", "num_experts")])
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("GPT2", "n_layer"), ("Mixtral", "num_local_experts"), ("Qwen2Moe", "num_experts")],
+)
 def test_counts_that_would_fill_the_memory_are_refused_at_once(tiny_teacher, tmp_path, kind, key):
-    sizes = {"GPT2": {"vocab_size": 512, "n_embd": 32, "n_head": 2, "n_layer": 1, "n_positions": 64}}.get(kind, COMMON | {key: 2})
+    sizes = {
+        "GPT2": {"vocab_size": 512, "n_embd": 32, "n_head": 2, "n_layer": 1, "n_positions": 64}
+    }.get(kind, COMMON | {key: 2})
     folder = family(tmp_path / kind, tiny_teacher, kind, **sizes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for count in (900, 5_000_000, 10**9):
@@ -124,14 +179,26 @@ def test_counts_that_would_fill_the_memory_are_refused_at_once(tiny_teacher, tmp
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "mxfp4", "compressed-tensors", "madeup", None])
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq", "fp8", "bitsandbytes", "mxfp4", "compressed-tensors", "madeup", None]
+)
 def test_weights_that_are_quantized_already_are_refused_by_method(copied, method):
-    edit(copied / "config.json", quantization_config={"bits": 4} | ({"quant_method": method} if method else {}))
-    with pytest.raises(ValueError, match=rf"quantized already \({method or 'unknown method'}\); give the unquantized checkpoint"):
+    edit(
+        copied / "config.json",
+        quantization_config={"bits": 4} | ({"quant_method": method} if method else {}),
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"quantized already \({method or 'unknown method'}\); give the unquantized checkpoint"
+        ),
+    ):
         check(copied)
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.qweight", "model.layers.0.mlp.up_proj.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.up_proj.qweight", "model.layers.0.mlp.up_proj.weight"]
+)
 def test_packed_weights_without_a_word_in_the_config_are_refused(copied, name):
     rewrite(copied, lambda w: w | {name: torch.zeros(192, 64, dtype=torch.int8)})
     with pytest.raises(ValueError, match=f"quantized already .they hold {name}."):
@@ -141,16 +208,45 @@ def test_packed_weights_without_a_word_in_the_config_are_refused(copied, name):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / "adapter_config.json").write_text("{}"), "adapter_config.json beside config.json"),
+        (
+            lambda d: (d / "adapter_config.json").write_text("{}"),
+            "adapter_config.json beside config.json",
+        ),
         (lambda d: (d / "custom_generate").mkdir(), "its code is never run"),
-        (lambda d: (d / "generation_config.json").write_text("[]"), "generation_config.json holds a JSON list"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"\x80\x04pickle"), "is no whole safetensors file"),
-        (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "bytes of tensors where its header claims"),
-        (lambda d: rewrite(d, lambda w: {k: v for k, v in w.items() if "2.mlp.up" not in k}), "lack model.layers.2.mlp.up_proj.weight; copy"),
-        (lambda d: rewrite(d, lambda w: w | {"extra.weight": torch.ones(2)}), "no place for: extra.weight"),
-        (lambda d: rewrite(d, lambda w: w | {"lm_head.weight": torch.ones(512, 64)}), "model.embed_tokens.weight and lm_head.weight differ"),
-        (lambda d: rewrite(d, lambda w: w | {"model.norm.weight": torch.full((64,), torch.nan)}), "tensor model.norm.weight in .* holds NaN"),
-        (lambda d: rewrite(d, lambda w: w | {"model.norm.weight": torch.full((64,), torch.inf)}), "tensor model.norm.weight in .* holds NaN"),
+        (
+            lambda d: (d / "generation_config.json").write_text("[]"),
+            "generation_config.json holds a JSON list",
+        ),
+        (
+            lambda d: (d / "model.safetensors").write_bytes(b"\x80\x04pickle"),
+            "is no whole safetensors file",
+        ),
+        (
+            lambda d: (d / "model.safetensors").write_bytes(
+                (d / "model.safetensors").read_bytes()[:-9]
+            ),
+            "bytes of tensors where its header claims",
+        ),
+        (
+            lambda d: rewrite(d, lambda w: {k: v for k, v in w.items() if "2.mlp.up" not in k}),
+            "lack model.layers.2.mlp.up_proj.weight; copy",
+        ),
+        (
+            lambda d: rewrite(d, lambda w: w | {"extra.weight": torch.ones(2)}),
+            "no place for: extra.weight",
+        ),
+        (
+            lambda d: rewrite(d, lambda w: w | {"lm_head.weight": torch.ones(512, 64)}),
+            "model.embed_tokens.weight and lm_head.weight differ",
+        ),
+        (
+            lambda d: rewrite(d, lambda w: w | {"model.norm.weight": torch.full((64,), torch.nan)}),
+            "tensor model.norm.weight in .* holds NaN",
+        ),
+        (
+            lambda d: rewrite(d, lambda w: w | {"model.norm.weight": torch.full((64,), torch.inf)}),
+            "tensor model.norm.weight in .* holds NaN",
+        ),
     ],
 )
 def test_what_lies_in_the_directory_is_refused_by_name(copied, damage, message):
@@ -179,7 +275,10 @@ def shards(folder: Path, **index) -> None:
         ({"weight_map": ["a.safetensors"]}, "has no weight_map"),
         ({"weight_map": {"x": 3}}, "has no weight_map"),
         ({"weight_map": {"x": "../a.safetensors"}}, "shards must be files of that directory"),
-        ({"weight_map": {"x": "a.safetensors"}}, "has tensor x in a.safetensors, which does not hold it"),
+        (
+            {"weight_map": {"x": "a.safetensors"}},
+            "has tensor x in a.safetensors, which does not hold it",
+        ),
     ],
 )
 def test_an_index_that_does_not_fit_its_shards_is_refused(copied, index, message):
@@ -194,17 +293,35 @@ def test_a_tensor_in_two_shards_is_refused(copied):
     shards(copied)
     both = load_file(copied / "b.safetensors") | {"model.embed_tokens.weight": torch.zeros(512, 64)}
     save_file(both, copied / "b.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="tensor model.embed_tokens.weight is in a.safetensors and in b.safetensors"):
+    with pytest.raises(
+        ValueError,
+        match="tensor model.embed_tokens.weight is in a.safetensors and in b.safetensors",
+    ):
         check(copied)
 
 
 def test_odd_but_whole_checkpoints_are_opened_as_ever(copied):
     expected = load_model(copied)(torch.arange(9)[None]).logits
-    edit(copied / "config.json", architectures=..., _attn_implementation="flash_attention_2", quantization_config=None)
-    rewrite(copied, lambda w: {k.removeprefix("model."): v for k, v in w.items()} | {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    edit(
+        copied / "config.json",
+        architectures=...,
+        _attn_implementation="flash_attention_2",
+        quantization_config=None,
+    )
+    rewrite(
+        copied,
+        lambda w: (
+            {k.removeprefix("model."): v for k, v in w.items()}
+            | {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+        ),
+    )
     assert read_config(copied)["architectures"] == ["LlamaForCausalLM"]
-    torch.testing.assert_close(load_model(copied)(torch.arange(9)[None]).logits, expected, rtol=0, atol=0)
-    assert checkpoint_head(copied).weight_VH.shape == (512, 64) and head_place(copied) == ["embed_tokens.weight"]
+    torch.testing.assert_close(
+        load_model(copied)(torch.arange(9)[None]).logits, expected, rtol=0, atol=0
+    )
+    assert checkpoint_head(copied).weight_VH.shape == (512, 64) and head_place(copied) == [
+        "embed_tokens.weight"
+    ]
 
 
 def test_an_equal_head_beside_tied_embeddings_is_no_other_head(copied):
@@ -225,7 +342,17 @@ FAMILIES = [
     ("NanoChat", COMMON),
     ("Olmoe", COMMON | {"num_experts": 4, "num_experts_per_tok": 2}),
     ("Phi", COMMON),
-    ("MiniCPM3", COMMON | {"dim_model_base": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}),
+    (
+        "MiniCPM3",
+        COMMON
+        | {
+            "dim_model_base": 8,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+        },
+    ),
 ]
 
 
@@ -246,10 +373,14 @@ def test_every_family_is_scored_by_its_own_logits(tiny_teacher, tmp_path, name, 
 def test_a_cap_that_config_json_leaves_to_its_familys_default_is_followed(tiny_teacher, tmp_path):
     folder = family(tmp_path, tiny_teacher, "Gemma2", **COMMON, head_dim=16)
     edit(folder / "config.json", final_logit_softcapping=...)
-    assert checkpoint_head(folder).softcap == load_model(folder).config.final_logit_softcapping == 30.0
+    assert (
+        checkpoint_head(folder).softcap == load_model(folder).config.final_logit_softcapping == 30.0
+    )
 
 
-def test_a_family_that_scales_logits_by_a_key_of_its_own_is_refused_not_scored_wrong(copied, monkeypatch):
+def test_a_family_that_scales_logits_by_a_key_of_its_own_is_refused_not_scored_wrong(
+    copied, monkeypatch
+):
     forward = transformers.LlamaForCausalLM.forward
 
     def scaled(self, *args, **kwargs):
@@ -259,14 +390,25 @@ def test_a_family_that_scales_logits_by_a_key_of_its_own_is_refused_not_scored_w
 
     edit(copied / "config.json", logits_factor=3.0)
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", scaled)
-    with pytest.raises(ValueError, match="hidden states times head are not the logits of a llama model"):
+    with pytest.raises(
+        ValueError, match="hidden states times head are not the logits of a llama model"
+    ):
         check(copied)  # the key says that it must be loaded to see
 
 
 def test_a_model_that_sees_what_comes_after_is_refused(tiny_teacher, tmp_path):
-    few = {key: value for key, value in COMMON.items() if key not in ("num_key_value_heads", "initializer_range")}
+    few = {
+        key: value
+        for key, value in COMMON.items()
+        if key not in ("num_key_value_heads", "initializer_range")
+    }
     folder = family(tmp_path, tiny_teacher, "Bert", **few)
-    with pytest.raises(ValueError, match="see what comes after them|are not the logits of a bert model|can't be run as a decoder"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "see what comes after them|are not the logits of a bert model|can't be run as a decoder"
+        ),
+    ):
         load_model(folder)
 
 
@@ -283,17 +425,34 @@ def test_a_directory_is_looked_at_again_when_its_files_change(copied, monkeypatc
 
 def test_ids_with_gaps_are_counted_by_the_highest(copied):
     state = json.loads((copied / "tokenizer.json").read_text())
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     state["added_tokens"].append({"id": 601, "content": "<|end|>"} | added)
     state["model"]["vocab"]["<|end|>"] = 601
     (copied / "tokenizer.json").write_text(json.dumps(state))
     tokenizer = load_tokenizer(copied)
     assert (len(tokenizer), token_count(tokenizer)) == (513, 602)
-    with pytest.raises(ValueError, match="the tokenizer has ids up to 601, the model embeds 512 tokens"):
+    with pytest.raises(
+        ValueError, match="the tokenizer has ids up to 601, the model embeds 512 tokens"
+    ):
         check_tokens(copied, tokenizer)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"version": "1.0"}', "[]", '{"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"version": "1.0"}',
+        "[]",
+        '{"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}',
+    ],
+)
 def test_a_damaged_tokenizer_is_refused_by_its_folder(copied, text):
     (copied / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match=str(copied)) as caught:
@@ -309,25 +468,43 @@ def test_additional_chat_templates_travel_with_the_tokenizer(copied, tmp_path):
     assert load_tokenizer(tmp_path / "out").chat_template.keys() == {"default", "tool_use"}
 
 
-@pytest.mark.parametrize(("name", "config"), [("GPT2", FAMILIES[0][1]), ("Olmoe", COMMON | {"num_experts": 4, "num_experts_per_tok": 2})])
-def test_matrices_that_no_grid_can_hold_are_refused_before_work(tiny_teacher, tmp_path, name, config):
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("GPT2", FAMILIES[0][1]), ("Olmoe", COMMON | {"num_experts": 4, "num_experts_per_tok": 2})],
+)
+def test_matrices_that_no_grid_can_hold_are_refused_before_work(
+    tiny_teacher, tmp_path, name, config
+):
     folder = family(tmp_path, tiny_teacher, name, **config)
     export = SimpleNamespace(files=[])
-    recipe = SimpleNamespace(steps=lambda: [("round", "teacher")], stages={"round": Ptq()}, export=export, shipped_slot=lambda: "round")
+    recipe = SimpleNamespace(
+        steps=lambda: [("round", "teacher")],
+        stages={"round": Ptq()},
+        export=export,
+        shipped_slot=lambda: "round",
+    )
     session: Any = SimpleNamespace(recipe=recipe, teacher=SimpleNamespace(path=folder))
-    with pytest.raises(ValueError, match="slot 'round' after 'teacher': .* belongs to no Linear or Embedding"):
+    with pytest.raises(
+        ValueError, match="slot 'round' after 'teacher': .* belongs to no Linear or Embedding"
+    ):
         check_shapes(session)
 
 
 def test_what_no_student_could_bring_into_a_gguf_is_refused_of_the_teacher(tiny_teacher, tmp_path):
     gguf.check_teacher(tiny_teacher)
-    folder = family(tmp_path, tiny_teacher, "Llama", **COMMON, mlp_bias=True, tie_word_embeddings=True)
+    folder = family(
+        tmp_path, tiny_teacher, "Llama", **COMMON, mlp_bias=True, tie_word_embeddings=True
+    )
     export = SimpleNamespace(files=["gguf:Q4_0"])
     recipe = SimpleNamespace(steps=list, stages={}, export=export, shipped_slot=lambda: "teacher")
     session: Any = SimpleNamespace(recipe=recipe, teacher=SimpleNamespace(path=folder))
     with pytest.raises(ValueError, match="mlp.gate_proj.bias has no place in a GGUF"):
         check_shapes(session)
-    state = json.loads((folder / "tokenizer.json").read_text()) | {"pre_tokenizer": {"type": "Whitespace"}}
+    state = json.loads((folder / "tokenizer.json").read_text()) | {
+        "pre_tokenizer": {"type": "Whitespace"}
+    }
     (folder / "tokenizer.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="pre-tokenizer .*Whitespace.* is not known to be one of llama.cpp's"):
+    with pytest.raises(
+        ValueError, match="pre-tokenizer .*Whitespace.* is not known to be one of llama.cpp's"
+    ):
         check_shapes(session)

@@ -1,4 +1,6 @@
-"""The fused head against plain torch in float64: every divergence, odd sizes, ragged masks, every chunk size, transformed heads."""
+"""The fused head against plain torch in float64: every divergence, odd sizes, ragged masks, every
+chunk size, transformed heads.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ def example(dtype=torch.float64):
     def rand(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    labels, mask = torch.randint(V, (N,), generator=generator), torch.rand(N, generator=generator) > 0.4
+    labels, mask = (
+        torch.randint(V, (N,), generator=generator),
+        torch.rand(N, generator=generator) > 0.4,
+    )
     return rand(N, H), rand(V, H), rand(V), labels, mask, rand(N, H_TEACHER), rand(V, H_TEACHER)
 
 
@@ -33,9 +38,13 @@ def divergence(z, t, mix):
     elif mix.divergence == "reverse_kl":
         d = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
     elif mix.divergence == "jsd":
-        log_m = torch.logsumexp(torch.stack([log_p + math.log(mix.jsd_beta), log_q + math.log(1 - mix.jsd_beta)]), 0)
+        log_m = torch.logsumexp(
+            torch.stack([log_p + math.log(mix.jsd_beta), log_q + math.log(1 - mix.jsd_beta)]), 0
+        )
         d = mix.jsd_beta * F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
-        d = d + (1 - mix.jsd_beta) * F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
+        d = d + (1 - mix.jsd_beta) * F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(
+            -1
+        )
     else:
         d = F.l1_loss(log_q.exp(), log_p.exp(), reduction="none").sum(-1) / 2
     return mix.temperature**2 * d
@@ -46,7 +55,9 @@ def oracle_logits(h, w, b, scale, softcap):
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def compare(mix, target_of, oracle_kl, chunk, head_options=None, dtype=torch.float64, tolerance=1e-9):
+def compare(
+    mix, target_of, oracle_kl, chunk, head_options=None, dtype=torch.float64, tolerance=1e-9
+):
     """Loss and gradients of hidden, weight and bias, ours and the oracle's."""
     hidden, weight, bias, labels, mask, teacher_hidden, teacher_weight = example(dtype)
     options = head_options or {}
@@ -57,7 +68,15 @@ def compare(mix, target_of, oracle_kl, chunk, head_options=None, dtype=torch.flo
         transform = (options.get("scale", 1.0), options.get("softcap"))
         t = teacher_hidden @ teacher_weight.T
         if fused:
-            loss = head_loss(h, Head(w, b, *transform), labels, mask, target_of(t, teacher_hidden, teacher_weight), mix, chunk)
+            loss = head_loss(
+                h,
+                Head(w, b, *transform),
+                labels,
+                mask,
+                target_of(t, teacher_hidden, teacher_weight),
+                mix,
+                chunk,
+            )
         else:
             z = oracle_logits(h, w, b, *transform)
             ce = F.cross_entropy(z, labels, reduction="none")
@@ -79,7 +98,9 @@ def everything_sparse(t, hidden, weight):
 
 @pytest.mark.parametrize("chunk", range(1, N + 2))
 @pytest.mark.parametrize("target_of", [dense, everything_sparse])
-def test_every_chunk_size_gives_the_loss_and_gradients_of_plain_torch(chunk, target_of, monkeypatch):
+def test_every_chunk_size_gives_the_loss_and_gradients_of_plain_torch(
+    chunk, target_of, monkeypatch
+):
     monkeypatch.setattr(losses, "CACHED_TOKENS", 1 + chunk // 2)
     compare(Mix(0.7, 0.4), target_of, divergence, chunk)
 
@@ -91,7 +112,15 @@ def test_every_divergence_equals_plain_torch(name, temperature, kl_weight, ce_we
     compare(Mix(kl_weight, ce_weight, name, temperature, 0.3), dense, divergence, 4)
 
 
-@pytest.mark.parametrize("options", [{"bias": True}, {"scale": 0.5}, {"softcap": 2.0}, {"bias": True, "scale": 1.7, "softcap": 3.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": True},
+        {"scale": 0.5},
+        {"softcap": 2.0},
+        {"bias": True, "scale": 1.7, "softcap": 3.0},
+    ],
+)
 @pytest.mark.parametrize("target_of", [dense, everything_sparse])
 def test_biased_scaled_and_capped_heads_equal_plain_torch(options, target_of):
     compare(Mix(0.7, 0.4), target_of, divergence, 5, options)
@@ -122,7 +151,15 @@ def test_fp32_is_within_1e_5_of_float64(name):
     for dtype in (torch.float32, torch.float64):
         hidden, weight, _, labels, mask, teacher_hidden, teacher_weight = example(dtype)
         h, w = hidden.requires_grad_(), weight.requires_grad_()
-        head_loss(h, Head(w), labels, mask, dense(None, teacher_hidden, teacher_weight), Mix(1.0, 0.5, name), 4).backward()
+        head_loss(
+            h,
+            Head(w),
+            labels,
+            mask,
+            dense(None, teacher_hidden, teacher_weight),
+            Mix(1.0, 0.5, name),
+            4,
+        ).backward()
         gradients.append(torch.cat([h.grad.flatten(), w.grad.flatten()]).double())
     assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-5
 
@@ -130,7 +167,12 @@ def test_fp32_is_within_1e_5_of_float64(name):
 @pytest.mark.parametrize(("beta", "temperature"), [(0.5, 1.0), (0.3, 0.5)])
 def test_jsd_is_finite_where_an_id_is_impossible_to_both(beta, temperature):
     spread = torch.tensor([[0.0, -110.0, -1.0, 3.0], [0.0, -112.0, 2.0, 1.0]], dtype=torch.float64)
-    labels, mask, mix, made = torch.zeros(1).long(), torch.ones(1).bool(), Mix(1.0, 0.0, "jsd", temperature, beta), []
+    labels, mask, mix, made = (
+        torch.zeros(1).long(),
+        torch.ones(1).bool(),
+        Mix(1.0, 0.0, "jsd", temperature, beta),
+        [],
+    )
     for dtype in (torch.float32, torch.float64):
         z, t = (row[None].to(dtype) for row in spread)
         h = z.clone().requires_grad_()
@@ -155,15 +197,21 @@ def test_padding_of_the_students_head_is_held_down(name, kl_weight, ce_weight):
         h, w, b = (x.clone().requires_grad_() for x in (hidden, weight, bias))
         if fused:
             target = Dense(teacher_hidden, Head(teacher_weight[:shared]))
-            loss = head_loss(h, Head(w, b, softcap=3.0), labels, mask, target, mix, 4, shared=shared)
+            loss = head_loss(
+                h, Head(w, b, softcap=3.0), labels, mask, target, mix, 4, shared=shared
+            )
         else:
             z = oracle_logits(h, w, b, 1.0, 3.0)
             outside = -(z.softmax(-1)[:, :shared].sum(-1)).log()
             ce = F.cross_entropy(z[:, :shared], labels, reduction="none") + outside
             kl = divergence(z[:, :shared], t, mix) + outside
-            if name == "forward_kl":  # as over the whole head, where the teacher gives padding nothing
+            if (
+                name == "forward_kl"
+            ):  # as over the whole head, where the teacher gives padding nothing
                 p = torch.cat([t.softmax(-1), torch.zeros(N, V - shared, dtype=t.dtype)], 1)
-                torch.testing.assert_close(kl, torch.special.xlogy(p, p).sum(-1) - (p * z.log_softmax(-1)).sum(-1))
+                torch.testing.assert_close(
+                    kl, torch.special.xlogy(p, p).sum(-1) - (p * z.log_softmax(-1)).sum(-1)
+                )
             loss = ((kl_weight * kl + ce_weight * ce) * mask).sum()
         loss.backward()
         results.append([loss.detach(), h.grad, w.grad, b.grad])
@@ -173,21 +221,27 @@ def test_padding_of_the_students_head_is_held_down(name, kl_weight, ce_weight):
 
 def test_chunks_of_a_bf16_head_add_up_in_fp32():
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, teacher = (torch.randn(*shape, generator=generator) for shape in ((2048, 8), (40, 8), (2048, 40)))
+    hidden, weight, teacher = (
+        torch.randn(*shape, generator=generator) for shape in ((2048, 8), (40, 8), (2048, 40))
+    )
     labels, mask, bias = torch.zeros(2048).long(), torch.ones(2048).bool(), torch.zeros(40)
     errors = {}
     for chunk in (2048, 8):
         made = []
         for dtype in (torch.bfloat16, torch.float64):
             h, w, b = (x.bfloat16().to(dtype).requires_grad_() for x in (hidden, weight, bias))
-            head_loss(h, Head(w, b), labels, mask, Dense(teacher.to(dtype), None), Mix(0.7, 0.4), chunk).backward()
+            head_loss(
+                h, Head(w, b), labels, mask, Dense(teacher.to(dtype), None), Mix(0.7, 0.4), chunk
+            ).backward()
             assert w.grad.dtype == b.grad.dtype == dtype
             made.append(torch.cat([w.grad.flatten(), b.grad]).double())
         errors[chunk] = float((made[0] - made[1]).norm() / made[1].norm())
     assert errors[8] < 1.5 * errors[2048] < 0.02
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: there products of bf16 come out in fp32")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: there products of bf16 come out in fp32"
+)
 def test_logits_on_a_gpu_are_not_rounded_to_bf16():
     h, w = (torch.randn(*shape, device="cuda").bfloat16() * 3 for shape in ((64, 256), (512, 256)))
     made = losses._products(h, Head(w))
@@ -200,7 +254,9 @@ def test_without_gradients_no_buffer_for_one_is_made():
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            tensors = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            tensors = [
+                t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)
+            ]
             made.extend(tuple(t.shape) for t in tensors if t.data_ptr() not in given)
             return out
 
@@ -219,7 +275,9 @@ def test_repeated_teacher_ids_add_up():
     hidden, weight, _, labels, mask, _, _ = example()
     one = Sparse(torch.full((N, 1), 4), torch.ones(N, 1), torch.zeros(N))
     two = Sparse(torch.full((N, 2), 4), torch.full((N, 2), 0.5), torch.zeros(N))
-    torch.testing.assert_close(*(head_loss(hidden, Head(weight), labels, mask, target, Mix()) for target in (one, two)))
+    torch.testing.assert_close(
+        *(head_loss(hidden, Head(weight), labels, mask, target, Mix()) for target in (one, two))
+    )
 
 
 def test_a_frozen_head_still_passes_the_hidden_gradient():
@@ -227,7 +285,9 @@ def test_a_frozen_head_still_passes_the_hidden_gradient():
     grads = []
     for frozen in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
-        head_loss(h, Head(w), labels, mask, dense(None, teacher_hidden, teacher_weight), Mix(), 3).backward()
+        head_loss(
+            h, Head(w), labels, mask, dense(None, teacher_hidden, teacher_weight), Mix(), 3
+        ).backward()
         grads.append(h.grad)
     assert torch.equal(*grads)
 
@@ -240,13 +300,28 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            made.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            made.extend(
+                t.numel()
+                for t in torch.utils._pytree.tree_leaves(out)
+                if isinstance(t, torch.Tensor)
+            )
             return out
 
-    h, w = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
+    h, w = (
+        torch.randn(tokens, 4, requires_grad=True),
+        torch.randn(vocabulary, 4, requires_grad=True),
+    )
     target = Dense(torch.randn(tokens, 4), Head(torch.randn(vocabulary, 4)))
     with Watch():
-        head_loss(h, Head(w), torch.zeros(tokens, dtype=torch.long), torch.ones(tokens, dtype=torch.bool), target, Mix(1.0, 0.1, "jsd"), 8).backward()
+        head_loss(
+            h,
+            Head(w),
+            torch.zeros(tokens, dtype=torch.long),
+            torch.ones(tokens, dtype=torch.bool),
+            target,
+            Mix(1.0, 0.1, "jsd"),
+            8,
+        ).backward()
     assert max(made) == 8 * vocabulary
 
 
@@ -255,7 +330,11 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
     [
         (Mix(divergence="kl"), None, "divergence 'kl' is unknown; allowed are forward_kl"),
         (Mix(), None, "needs the teacher's signal"),
-        (Mix(divergence="jsd"), Bucket(torch.zeros(1, 1).long(), torch.ones(1, 1)), "jsd needs all of the teacher's probabilities"),
+        (
+            Mix(divergence="jsd"),
+            Bucket(torch.zeros(1, 1).long(), torch.ones(1, 1)),
+            "jsd needs all of the teacher's probabilities",
+        ),
     ],
 )
 def test_what_cannot_be_computed_is_refused(mix, target, message):
@@ -279,7 +358,16 @@ def test_a_gradient_added_in_place_is_the_sum_of_both():
     for in_place in (False, True):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         for _ in range(2):
-            head_loss(h, Head(w), labels, mask, target, Mix(0.7, 0.4), 4, into_VH=w.grad if in_place else None).backward()
+            head_loss(
+                h,
+                Head(w),
+                labels,
+                mask,
+                target,
+                Mix(0.7, 0.4),
+                4,
+                into_VH=w.grad if in_place else None,
+            ).backward()
         grads.append((h.grad, w.grad))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -189,7 +189,10 @@ def test_a_library_beside_the_model_is_never_loaded(plain, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     folder, canary = tmp_path / "onnx", tmp_path / "canary"
     shutil.copytree(plain, folder)
-    source = f'#include <stdio.h>\n__attribute__((constructor)) void f(void) {{ fclose(fopen("{canary}", "w")); }}\n'
+    source = (
+        f'#include <stdio.h>\n__attribute__((constructor)) void f(void) {{ fclose(fopen("{canary}",'
+        ' "w")); }\n'
+    )
     (tmp_path / "ops.c").write_text(source)
     library = folder / "ops.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "ops.c"], check=True)

@@ -28,8 +28,16 @@ from compress.score.talk import TorchSpeaker, has_template, open_speaker, prompt
 
 def row(name, *, right=True, loops=False, ended=True, answer="Paris.", prompt="Where?"):
     return {
-        "id": name, "kind": "facts", "prompt": prompt, "form": "same", "answer": answer, "ids": [1], "ended": ended, "loops": loops, "right": right,
-    }  # fmt: skip
+        "id": name,
+        "kind": "facts",
+        "prompt": prompt,
+        "form": "same",
+        "answer": answer,
+        "ids": [1],
+        "ended": ended,
+        "loops": loops,
+        "right": right,
+    }
 
 
 # ---- the embedded set ----
@@ -209,9 +217,11 @@ def test_every_figure_can_be_said(name):
     assert human(name, 0.25) == (
         "0.25"
         if name == "open/plausible"
-        else "25.0 points"
-        if name in ("open/loops_gained", "open/ended_lost", "open/choice_gap")
-        else "25.0%"
+        else (
+            "25.0 points"
+            if name in ("open/loops_gained", "open/ended_lost", "open/choice_gap")
+            else "25.0%"
+        )
     )
 
 

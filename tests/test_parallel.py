@@ -1,4 +1,6 @@
-"""Two gloo processes on the CPU give the numbers of one; a killed rank leaves a run that goes on; the command starts its own followers."""
+"""Two gloo processes on the CPU give the numbers of one; a killed rank leaves a run that goes on;
+the command starts its own followers.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,21 @@ def launch(kind, folder, teacher, steps=4, stop=-1, world=2):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "PYTHONPATH": path}
+    shared = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+        "PYTHONPATH": path,
+    }
     line = [sys.executable, str(HERE / "one_rank.py"), kind, str(folder), str(steps), str(stop)]
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {} for r in range(world)]
-    processes = [subprocess.Popen(line, env=shared | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for own in ranks]
+    processes = [
+        subprocess.Popen(
+            line, env=shared | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for own in ranks
+    ]
     outputs = [process.communicate(timeout=180)[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
@@ -46,7 +59,9 @@ def single(tiny_teacher, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_give_the_losses_of_one_and_resume_after_a_killed_rank(kind, single, tiny_teacher, tmp_path):
+def test_two_processes_give_the_losses_of_one_and_resume_after_a_killed_rank(
+    kind, single, tiny_teacher, tmp_path
+):
     codes, outputs = launch(kind, tmp_path / "a", tiny_teacher)
     assert codes == [0, 0], outputs
     (about, weights), (expected, expected_weights) = result(tmp_path / "a"), single
@@ -54,7 +69,9 @@ def test_two_processes_give_the_losses_of_one_and_resume_after_a_killed_rank(kin
     for ours, theirs in zip(about["curve"], expected["curve"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert about["validation"]["validation_kl_best_nats"] == pytest.approx(expected["validation"]["validation_kl_best_nats"], rel=1e-4)
+    assert about["validation"]["validation_kl_best_nats"] == pytest.approx(
+        expected["validation"]["validation_kl_best_nats"], rel=1e-4
+    )
     for name, tensor in expected_weights.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
 
@@ -63,18 +80,24 @@ def test_two_processes_give_the_losses_of_one_and_resume_after_a_killed_rank(kin
     assert len(list((tmp_path / "b" / "work").glob("state-*"))) == 1
     codes, outputs = launch(kind, tmp_path / "b", tiny_teacher)
     assert codes == [0, 0] and "resuming at step" in outputs[0], outputs
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in result(tmp_path / "b")[1].items())
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in result(tmp_path / "b")[1].items()
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_stochastic"])
 def test_shards_train_in_bf16_as_one_process_does(precision, tiny_teacher, tmp_path):
     made = []
     for kind, world in (("none", 1), ("fsdp2", 2)):
-        codes, outputs = launch(f"{kind}-{precision}", tmp_path / kind, tiny_teacher, steps=3, world=world)
+        codes, outputs = launch(
+            f"{kind}-{precision}", tmp_path / kind, tiny_teacher, steps=3, world=world
+        )
         assert set(codes) == {0}, outputs
         made.append(result(tmp_path / kind)[0])
     assert made[1]["sharded"] == made[1]["parameters"]
-    assert made[0]["types"] == made[1]["types"] == ["torch.float32"]  # the teacher's probabilities, which add up to 1
+    assert (
+        made[0]["types"] == made[1]["types"] == ["torch.float32"]
+    )  # the teacher's probabilities, which add up to 1
     for ours, theirs in zip(made[1]["curve"], made[0]["curve"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)
@@ -93,7 +116,12 @@ def test_a_rank_waits_for_another_longer_than_any_stage_takes(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }.items():
         monkeypatch.setenv(name, value)
     with parallel.group():
         group = torch.distributed.distributed_c10d._get_default_group()
@@ -112,36 +140,93 @@ def test_a_sharded_teacher_gives_the_losses_of_a_whole_one(tiny_teacher, tmp_pat
 def test_sharded_state_of_another_number_of_processes_is_refused(tiny_teacher, tmp_path):
     launch("fsdp2", tmp_path / "a", tiny_teacher, stop=2)
     codes, outputs = launch("none", tmp_path / "a", tiny_teacher, world=1)
-    assert codes != [0] and "was saved by 2 sharded processes, this run has 1; use as many, or delete it" in outputs[0]
+    assert (
+        codes != [0]
+        and "was saved by 2 sharded processes, this run has 1; use as many, or delete it"
+        in outputs[0]
+    )
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_the_command_starts_its_own_followers(kind, tmp_path):
-    line = [sys.executable, "-m", "compress", "run", "smoke", f"trainer={kind}", "trainer.processes=2", "trainer.threads=1",
-            "pipeline=[depth,heal,chat]", "export=none"]  # fmt: skip
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, timeout=240)
+    line = [
+        sys.executable,
+        "-m",
+        "compress",
+        "run",
+        "smoke",
+        f"trainer={kind}",
+        "trainer.processes=2",
+        "trainer.threads=1",
+        "pipeline=[depth,heal,chat]",
+        "export=none",
+    ]
+    done = subprocess.run(
+        line,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
-    records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/smoke/*/*/record.json"))]
+    records = [
+        json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/smoke/*/*/record.json"))
+    ]
     assert [record["slot"] for record in records] == ["teacher", "depth", "heal", "chat"]
     assert len(list(tmp_path.glob("runs/smoke/*"))) == 1
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path):
-    line = [sys.executable, "-m", "compress", "run", "smoke", "trainer=ddp", "trainer.processes=2", "stages.heal.batch_sequences=3"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, timeout=120)
+    line = [
+        sys.executable,
+        "-m",
+        "compress",
+        "run",
+        "smoke",
+        "trainer=ddp",
+        "trainer.processes=2",
+        "stages.heal.batch_sequences=3",
+    ]
+    done = subprocess.run(
+        line,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+        timeout=120,
+    )
     assert done.returncode == 2, done.stderr
-    assert "stages.heal.batch_sequences=3 can't be shared by 2 processes; use a multiple of that" in done.stderr
+    assert (
+        "stages.heal.batch_sequences=3 can't be shared by 2 processes; use a multiple of that"
+        in done.stderr
+    )
 
 
 def test_processes_without_a_way_to_train_together_are_refused(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(HERE.parent)}
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": str(HERE.parent),
+    }
     line = [sys.executable, "-m", "compress", "run", "smoke"]
     ranks = [
-        subprocess.Popen(line, cwd=tmp_path, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in (0, 1)
+        subprocess.Popen(
+            line,
+            cwd=tmp_path,
+            env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in (0, 1)
     ]
     said = [process.communicate(timeout=120)[1] for process in ranks]
-    assert ranks[0].returncode == 2 and "2 processes were started, but trainer.parallel=none; use trainer=ddp" in said[0]
+    assert (
+        ranks[0].returncode == 2
+        and "2 processes were started, but trainer.parallel=none; use trainer=ddp" in said[0]
+    )
     assert ranks[1].returncode != 0

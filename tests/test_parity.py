@@ -14,7 +14,16 @@ from test_gguf import tiny_checkpoint
 from compress.checkpoint import load_model, load_tokenizer
 from compress.export.compressed_tensors import export_compressed_tensors
 from compress.export.gguf import decode_gguf, export_gguf, read_fields
-from compress.export.parity import GREEDY, TOP1_GAP, greedy, parity, strings, top1_beyond_gap, twin_of, values_differing
+from compress.export.parity import (
+    GREEDY,
+    TOP1_GAP,
+    greedy,
+    parity,
+    strings,
+    top1_beyond_gap,
+    twin_of,
+    values_differing,
+)
 from compress.score.fidelity import States, checkpoint_head, hidden_of
 from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.stages.ptq import GridName, Ptq
@@ -53,8 +62,16 @@ def measured(checkpoint: Path, file: Path, kind: str) -> dict[str, float]:
 def test_a_rounded_export_of_a_plain_checkpoint_is_its_rounded_twin(parent, tmp_path, kind):
     export_gguf(parent, tmp_path / "m.gguf", kind)
     figures = measured(parent, tmp_path / "m.gguf", kind)
-    assert figures["parity_values_differing"] == figures["parity_strings_differing"] == figures["parity_eos_differing_flag"] == 0
-    assert figures["parity_top1_beyond_gap"] == 1.0 and 0 < figures["parity_greedy_tokens_count"] <= GREEDY
+    assert (
+        figures["parity_values_differing"]
+        == figures["parity_strings_differing"]
+        == figures["parity_eos_differing_flag"]
+        == 0
+    )
+    assert (
+        figures["parity_top1_beyond_gap"] == 1.0
+        and 0 < figures["parity_greedy_tokens_count"] <= GREEDY
+    )
     assert figures["parity_kl_nats"] < (1e-5 if kind == "F16" else 5e-3)
 
 
@@ -65,11 +82,24 @@ def test_a_quantized_checkpoint_is_its_own_twin(quantized):
 def test_one_flipped_byte_of_a_matrix_is_counted_and_refused(quantized, tmp_path):
     checkpoint, file = quantized
     data, tensors = bytearray(file.read_bytes()), read_fields(file)[1]
-    place = next(t for t in tensors if t.name == "blk.1.ffn_up.weight").data_offset + 2  # two codes of the first block, behind its scale
+    place = (
+        next(t for t in tensors if t.name == "blk.1.ffn_up.weight").data_offset + 2
+    )  # two codes of the first block, behind its scale
     data[place] ^= 0x11
     (tmp_path / "m.gguf").write_bytes(data)
-    assert values_differing(twin_of(checkpoint, "gguf:Q4_0"), decode_gguf(*read_fields(tmp_path / "m.gguf"))) == 2
-    with pytest.raises(ValueError, match=r"m.gguf is not the checkpoint it was made of.*parity_values_differing is 2, at most 0 is allowed"):
+    assert (
+        values_differing(
+            twin_of(checkpoint, "gguf:Q4_0"), decode_gguf(*read_fields(tmp_path / "m.gguf"))
+        )
+        == 2
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"m.gguf is not the checkpoint it was made of.*parity_values_differing is 2, at most 0"
+            r" is allowed"
+        ),
+    ):
         measured(checkpoint, tmp_path / "m.gguf", "Q4_0")
 
 
@@ -77,7 +107,13 @@ def test_another_models_file_is_refused_naming_every_figure(quantized, tmp_path)
     torch.manual_seed(5)
     other = tiny_checkpoint(tmp_path / "other", initializer_range=0.3)
     export_gguf(other, tmp_path / "m.gguf", "Q4_0")
-    with pytest.raises(ValueError, match=r"parity_values_differing is \d+.*parity_kl_nats is .*at most 0.005.*parity_top1_beyond_gap is 0"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"parity_values_differing is \d+.*parity_kl_nats is .*at most"
+            r" 0.005.*parity_top1_beyond_gap is 0"
+        ),
+    ):
         measured(quantized[0], tmp_path / "m.gguf", "Q4_0")
 
 
@@ -115,7 +151,9 @@ def test_top1_counts_only_where_the_twin_is_sure():
 
 def test_greedy_stops_at_the_first_token_the_twin_would_not_have_said(parent):
     twin, prompt = twin_of(parent, "gguf:F16"), ROWS[0, :8]
-    said = twin.generate(prompt[None], max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 8:].tolist()
+    said = twin.generate(prompt[None], max_new_tokens=6, do_sample=False, eos_token_id=None)[
+        0, 8:
+    ].tolist()
     assert greedy(twin, said, prompt.tolist()) == (6, 0.0)
     spoiled = [*said[:3], (said[3] + 1) % 300, *said[4:]]
     count, gap = greedy(twin, spoiled, prompt.tolist())
@@ -127,7 +165,11 @@ def test_a_thousand_strings_come_from_the_held_out_text(parent):
     rows = torch.randint(3, 300, (20, 129), generator=torch.Generator().manual_seed(1))
     made = list(strings(tokenizer, rows))
     text = tokenizer.decode(rows.flatten(), skip_special_tokens=True)
-    assert len(made) == min(1000, len(text)) and all(s and s in text for s in made) and len(set(made)) > 500
+    assert (
+        len(made) == min(1000, len(text))
+        and all(s and s in text for s in made)
+        and len(set(made)) > 500
+    )
 
 
 def packed(checkpoint: Path, folder: Path) -> dict[str, float]:
@@ -140,7 +182,12 @@ def test_a_packed_directory_is_the_checkpoint_to_the_last_bit(quantized, tmp_pat
     export_compressed_tensors(quantized[0], tmp_path / "packed")
     figures = packed(quantized[0], tmp_path / "packed")
     assert figures.keys() == measured(*quantized, "Q4_0").keys()
-    assert figures["parity_values_differing"] == figures["parity_strings_differing"] == figures["parity_eos_differing_flag"] == 0
+    assert (
+        figures["parity_values_differing"]
+        == figures["parity_strings_differing"]
+        == figures["parity_eos_differing_flag"]
+        == 0
+    )
     assert figures["parity_kl_nats"] < 1e-9 and figures["parity_top1_beyond_gap"] == 1.0
     assert figures["parity_greedy_tokens_count"] == GREEDY
 
@@ -148,7 +195,10 @@ def test_a_packed_directory_is_the_checkpoint_to_the_last_bit(quantized, tmp_pat
 @pytest.mark.parametrize("damage", ["code", "eos", "tokenizer"])
 def test_a_packed_directory_that_differs_is_refused(quantized, tmp_path, damage):
     export_compressed_tensors(quantized[0], tmp_path / "packed")
-    config, weights = json.loads((tmp_path / "packed/config.json").read_text()), load_file(tmp_path / "packed/model.safetensors")
+    config, weights = (
+        json.loads((tmp_path / "packed/config.json").read_text()),
+        load_file(tmp_path / "packed/model.safetensors"),
+    )
     if damage == "code":
         weights["model.layers.1.mlp.up_proj.weight_packed"][0, 0] ^= 1
         save_file(weights, tmp_path / "packed/model.safetensors", metadata={"format": "pt"})
@@ -158,6 +208,12 @@ def test_a_packed_directory_that_differs_is_refused(quantized, tmp_path, damage)
         tokenizer = json.loads((tmp_path / "packed/tokenizer.json").read_text())
         tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
         (tmp_path / "packed/tokenizer.json").write_text(json.dumps(tokenizer))
-    figure = {"code": "values_differing is 1,", "eos": "eos_differing_flag is 1,", "tokenizer": "strings_differing is [1-9]"}[damage]
-    with pytest.raises(ValueError, match=f"packed is not the checkpoint it was made of.*parity_{figure}"):
+    figure = {
+        "code": "values_differing is 1,",
+        "eos": "eos_differing_flag is 1,",
+        "tokenizer": "strings_differing is [1-9]",
+    }[damage]
+    with pytest.raises(
+        ValueError, match=f"packed is not the checkpoint it was made of.*parity_{figure}"
+    ):
         packed(quantized[0], tmp_path / "packed")

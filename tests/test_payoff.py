@@ -89,7 +89,12 @@ def test_whatever_limit_names_the_tasks_the_points_are_of_accuracy(metric):
 
 
 def test_limits_on_the_same_items_are_told_once():
-    assert [c.metric for c in told(model(known=90), model(known=60), ["kept", "flips", "acc/facts", "points_lost/facts"])] == ["acc", "acc/facts"]
+    assert [
+        c.metric
+        for c in told(
+            model(known=90), model(known=60), ["kept", "flips", "acc/facts", "points_lost/facts"]
+        )
+    ] == ["acc", "acc/facts"]
 
 
 def test_where_tasks_stopped_early_the_items_that_both_answered_count():

@@ -8,7 +8,9 @@ from compress.config import Eval
 from compress.errors import ConfigError
 from compress.score.perturb import PERTURBATIONS, perturbed
 
-TEXT = "Question: Which of these do green plants make out of water, air and light?\n" * 4 + "Answer:"
+TEXT = (
+    "Question: Which of these do green plants make out of water, air and light?\n" * 4 + "Answer:"
+)
 
 
 @pytest.mark.parametrize("name", PERTURBATIONS)
@@ -20,8 +22,12 @@ def test_a_damage_is_the_same_every_time_and_another_for_another_text(name):
 
 
 def test_each_damage_does_what_it_is_called():
-    typos, case, whitespace, truncation = (perturbed(TEXT, name) for name in ("typos", "case", "whitespace", "truncation"))
-    assert sorted(typos) == sorted(TEXT) and [len(w) for w in typos.split()] == [len(w) for w in TEXT.split()]
+    typos, case, whitespace, truncation = (
+        perturbed(TEXT, name) for name in ("typos", "case", "whitespace", "truncation")
+    )
+    assert sorted(typos) == sorted(TEXT) and [len(w) for w in typos.split()] == [
+        len(w) for w in TEXT.split()
+    ]
     assert case.lower() == TEXT.lower() and case != TEXT
     assert whitespace.split() == TEXT.split() and len(whitespace) > len(TEXT)
     assert TEXT.endswith(truncation) and 0.55 * len(TEXT) < len(truncation) < 0.9 * len(TEXT)
@@ -31,17 +37,32 @@ def test_each_damage_does_what_it_is_called():
 
 def test_contexts_of_one_item_keep_what_they_have_in_common():
     first, second = perturbed([TEXT + " Ann", TEXT + " Bo"], "typos")
-    assert first[: len(TEXT)] == second[: len(TEXT)] == perturbed(TEXT + " Ann", "typos")[: len(TEXT)] != TEXT
+    assert (
+        first[: len(TEXT)]
+        == second[: len(TEXT)]
+        == perturbed(TEXT + " Ann", "typos")[: len(TEXT)]
+        != TEXT
+    )
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="eval.perturbations='typo' is no perturbation; did you mean 'typos'"):
+    with pytest.raises(
+        ConfigError, match="eval.perturbations='typo' is no perturbation; did you mean 'typos'"
+    ):
         Eval(perturbations=["typo"])
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "least"), [("new_tokens", 1, 2), ("heldout_sequences", 1, 2), ("repeats", 0, 1), ("batch_sizes", [4, 0], 1)]
+    ("name", "value", "least"),
+    [
+        ("new_tokens", 1, 2),
+        ("heldout_sequences", 1, 2),
+        ("repeats", 0, 1),
+        ("batch_sizes", [4, 0], 1),
+    ],
 )
 def test_settings_that_give_no_figure_are_refused_before_work_starts(name, value, least):
-    with pytest.raises(ConfigError, match=rf"eval\.{name}={re.escape(str(value))} must be at least {least}"):
+    with pytest.raises(
+        ConfigError, match=rf"eval\.{name}={re.escape(str(value))} must be at least {least}"
+    ):
         Eval(**{name: value})

@@ -23,11 +23,20 @@ FAST = ["eval.tasks=[grammar]", "eval.limit=4", "trainer.threads=1"]
 
 
 def compress(folder, *arguments, **options):
-    return subprocess.run([sys.executable, "-m", "compress", *arguments], cwd=folder, env=ENV, capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "compress", *arguments],
+        cwd=folder,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        **options,
+    )
 
 
 def newest(folder, recipe="smoke"):
-    return max(path for path in (folder / "runs" / recipe).iterdir() if (path / "run.json").is_file())
+    return max(
+        path for path in (folder / "runs" / recipe).iterdir() if (path / "run.json").is_file()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +55,50 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
     folder, done = smoke
     run = newest(folder)
     found = records(run)
-    assert [r["slot"] for r in found] == ["teacher", "depth", "width", "heal", "chat", "round", "qat", "gguf_q4_0", "compressed_tensors", "onnx"]
+    assert [r["slot"] for r in found] == [
+        "teacher",
+        "depth",
+        "width",
+        "heal",
+        "chat",
+        "round",
+        "qat",
+        "gguf_q4_0",
+        "compressed_tensors",
+        "onnx",
+    ]
     for record in found:
-        measured = {"params", "size_bytes", "bits_per_byte/heldout", "latency_ms_p50", "ttft_ms_p50", "peak_rss_bytes"}
-        answered = {"acc/grammar", "open/right", "open/loops", "open/ended"}  # a second file holds the first one's numbers: it is not asked
+        measured = {
+            "params",
+            "size_bytes",
+            "bits_per_byte/heldout",
+            "latency_ms_p50",
+            "ttft_ms_p50",
+            "peak_rss_bytes",
+        }
+        answered = {
+            "acc/grammar",
+            "open/right",
+            "open/loops",
+            "open/ended",
+        }  # a second file holds the first one's numbers: it is not asked
         again = record["slot"] in ("compressed_tensors", "onnx")
         assert measured <= record["scores"].keys()
         assert answered & record["scores"].keys() == (set() if again else answered)
         assert record["slot"] == "teacher" or record["scores"]["kl_to_teacher"] > 0
         assert (run / f"{record['index']:02d}-{record['slot']}" / "weights").exists()
-    assert [r["parent"] for r in found] == [None, "teacher", "depth", "width", "heal", "chat", "chat", "qat", "qat", "qat"]
+    assert [r["parent"] for r in found] == [
+        None,
+        "teacher",
+        "depth",
+        "width",
+        "heal",
+        "chat",
+        "chat",
+        "qat",
+        "qat",
+        "qat",
+    ]
     about = json.loads((run / "run.json").read_text())
     assert about["exit"] == 0
     assert about["finished"]
@@ -83,19 +126,42 @@ def test_all_files_are_proven_to_be_the_checkpoint_and_the_packed_one_opens_plai
 
     run = newest(smoke[0])
     shipped = [record for record in records(run) if record["technique"].startswith("export_")]
-    assert [(r["slot"], r["runtime"]) for r in shipped] == [("gguf_q4_0", "llama.cpp"), ("compressed_tensors", "torch"), ("onnx", "onnxruntime")]
-    assert all(r["metrics"]["parity_values_differing"] == r["metrics"]["parity_strings_differing"] == 0 for r in shipped)
-    packed = AutoModelForCausalLM.from_pretrained(run / "bundle" / "compressed_tensors").state_dict()
+    assert [(r["slot"], r["runtime"]) for r in shipped] == [
+        ("gguf_q4_0", "llama.cpp"),
+        ("compressed_tensors", "torch"),
+        ("onnx", "onnxruntime"),
+    ]
+    assert all(
+        r["metrics"]["parity_values_differing"] == r["metrics"]["parity_strings_differing"] == 0
+        for r in shipped
+    )
+    packed = AutoModelForCausalLM.from_pretrained(
+        run / "bundle" / "compressed_tensors"
+    ).state_dict()
     plain = AutoModelForCausalLM.from_pretrained(run / "bundle" / "hf").state_dict()
-    assert packed.keys() == plain.keys() and all(torch.equal(packed[name], plain[name]) for name in plain)
-    assert shipped[1]["scores"]["size_bytes"] == sum(file.stat().st_size for file in (run / "bundle" / "compressed_tensors").iterdir())
-    assert shipped[1]["scores"]["kl_to_teacher"] == records(run)[-4]["scores"]["kl_to_teacher"]  # qat's: the same tensors
+    assert packed.keys() == plain.keys() and all(
+        torch.equal(packed[name], plain[name]) for name in plain
+    )
+    assert shipped[1]["scores"]["size_bytes"] == sum(
+        file.stat().st_size for file in (run / "bundle" / "compressed_tensors").iterdir()
+    )
+    assert (
+        shipped[1]["scores"]["kl_to_teacher"] == records(run)[-4]["scores"]["kl_to_teacher"]
+    )  # qat's: the same tensors
     onnx = shipped[2]
-    assert abs(onnx["metrics"]["parity_kl_nats"]) < 1e-6 and onnx["metrics"]["parity_top1_beyond_gap"] == 1
-    assert onnx["scores"]["size_bytes"] == sum(file.stat().st_size for file in (run / "bundle" / "onnx").iterdir())
+    assert (
+        abs(onnx["metrics"]["parity_kl_nats"]) < 1e-6
+        and onnx["metrics"]["parity_top1_beyond_gap"] == 1
+    )
+    assert onnx["scores"]["size_bytes"] == sum(
+        file.stat().st_size for file in (run / "bundle" / "onnx").iterdir()
+    )
     card = (run / "bundle" / "README.md").read_text()
     assert "`model-Q4_0.gguf` is the file that was judged" in card
-    assert "- `model-Q4_0.gguf`: one file for llama.cpp" in card and "- `compressed_tensors`: a packed directory for transformers" in card
+    assert (
+        "- `model-Q4_0.gguf`: one file for llama.cpp" in card
+        and "- `compressed_tensors`: a packed directory for transformers" in card
+    )
 
 
 def test_what_ships_is_asked_everything_and_a_stage_a_quarter(smoke):
@@ -103,7 +169,10 @@ def test_what_ships_is_asked_everything_and_a_stage_a_quarter(smoke):
     assert asked["teacher"] == asked["gguf_q4_0"] == 8 and asked["heal"] == asked["qat"] == 2
     run = newest(smoke[0])
     prompts = (run / "bundle" / "open_prompts.jsonl").read_text().splitlines()
-    answers = [json.loads(line) for line in (run / "bundle" / "open_answers.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line)
+        for line in (run / "bundle" / "open_answers.jsonl").read_text().splitlines()
+    ]
     assert len(prompts) == len(answers) == 8 and {"teacher", "student"} <= answers[0].keys()
 
 
@@ -111,7 +180,11 @@ def test_a_stage_that_buys_only_quality_says_whether_it_paid(smoke):
     told = {r["slot"]: r.get("payoff") for r in records(newest(smoke[0]))}
     assert {slot for slot, found in told.items() if found} == {"heal", "chat"}
     words = ("paid: ", "did not pay: ")
-    assert all(found["kept"] == slot and found["sentence"].startswith(words) for slot, found in told.items() if found)
+    assert all(
+        found["kept"] == slot and found["sentence"].startswith(words)
+        for slot, found in told.items()
+        if found
+    )
     assert "heal did not pay" in smoke[1].stderr or "heal paid" in smoke[1].stderr
 
 
@@ -145,7 +218,9 @@ def test_repeating_the_command_reuses_every_stage_and_ends_in_the_same_weights(s
 def test_changing_the_evaluation_keeps_the_weights(smoke):
     folder, _ = smoke
     time.sleep(1.1)
-    done = compress(folder, "run", "smoke", *FAST, "eval.limit=3", "pipeline=[depth,width]", "export=none")
+    done = compress(
+        folder, "run", "smoke", *FAST, "eval.limit=3", "pipeline=[depth,width]", "export=none"
+    )
     assert done.returncode == 0, done.stderr
     assert [r["reused"] for r in records(newest(folder))] == [False, True, True]
 
@@ -169,7 +244,11 @@ def test_verify_passes_and_names_every_kind_of_damage(smoke, tmp_path, capfd):
 
 
 def newest_full(folder):
-    return max(path.parent for path in (folder / "runs" / "smoke").glob("*/bundle") if (path / "model-Q4_0.gguf").is_file())
+    return max(
+        path.parent
+        for path in (folder / "runs" / "smoke").glob("*/bundle")
+        if (path / "model-Q4_0.gguf").is_file()
+    )
 
 
 def test_a_checksum_file_that_leaves_the_bundle_is_refused(smoke, tmp_path, capfd):
@@ -193,11 +272,20 @@ def test_accept_scores_the_requests_in_the_bundle_without_their_tasks(smoke, tmp
     shutil.copytree(newest_full(smoke[0]) / "bundle", bundle)
     rows = [json.loads(line) for line in (bundle / "requests.jsonl").read_text().splitlines()]
     assert {row["task"] for row in rows} == {"grammar"}
-    assert all(row["context"] == "" and len(row["logliks"]) == len(row["choices"]) == 2 and row["gold"] in (0, 1) for row in rows)
+    assert all(
+        row["context"] == ""
+        and len(row["logliks"]) == len(row["choices"]) == 2
+        and row["gold"] in (0, 1)
+        for row in rows
+    )
     manifest = json.loads((bundle / "manifest.json").read_text())
     answers = [json.loads(line) for line in (bundle / "answers.jsonl").read_text().splitlines()]
-    assert [row["doc_id"] for row in answers] == [row["doc_id"] for row in rows] and manifest["rows"]["kl_to_teacher"]
-    assert sum(row["correct"] for row in answers) / len(answers) == manifest["scores"]["acc/grammar"]
+    assert [row["doc_id"] for row in answers] == [row["doc_id"] for row in rows] and manifest[
+        "rows"
+    ]["kl_to_teacher"]
+    assert (
+        sum(row["correct"] for row in answers) / len(answers) == manifest["scores"]["acc/grammar"]
+    )
     manifest["config"]["eval"]["tasks"] = ["known_nowhere"]
     manifest["config"]["budget"]["limits"] = {
         "acc/grammar": {"min": 0.0, "max": None, "why": ""},
@@ -206,7 +294,9 @@ def test_accept_scores_the_requests_in_the_bundle_without_their_tasks(smoke, tmp
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     sums = bundle / "SHA256SUMS"
     old = next(line for line in sums.read_text().splitlines() if line.endswith("  manifest.json"))
-    sums.write_text(sums.read_text().replace(old, f"{sha256_file(bundle / 'manifest.json')}  manifest.json"))
+    sums.write_text(
+        sums.read_text().replace(old, f"{sha256_file(bundle / 'manifest.json')}  manifest.json")
+    )
     done = compress(smoke[0], "accept", str(bundle))
     assert done.returncode == 0, done.stderr
     assert "PASS         acc/grammar" in done.stdout and "PASS         flips/grammar" in done.stdout
@@ -227,11 +317,27 @@ def test_the_model_card_and_the_page_hold_the_measured_numbers(smoke):
 def test_compare_prints_runs_side_by_side_and_writes_a_page(smoke, tmp_path):
     folder, _ = smoke
     full, page = newest_full(folder), ["--html", str(tmp_path / "c.html")]
-    done = compress(folder, "compare", str(full), f"{full}/gguf_q4_0", str(full / "bundle"), "--speed", "2", *page)
+    done = compress(
+        folder,
+        "compare",
+        str(full),
+        f"{full}/gguf_q4_0",
+        str(full / "bundle"),
+        "--speed",
+        "2",
+        *page,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c.html").stat().st_size > 5000
-    assert "acc/grammar              the same" in done.stdout or "acc/grammar              +0.0 points" in done.stdout
-    assert re.search(r"a further token: .*/gguf_q4_0 is [\d.]+ times as fast \(95% interval [\d.e+]+ to [\d.e+]+\) as smoke/", done.stdout)
+    assert (
+        "acc/grammar              the same" in done.stdout
+        or "acc/grammar              +0.0 points" in done.stdout
+    )
+    assert re.search(
+        r"a further token: .*/gguf_q4_0 is [\d.]+ times as fast \(95% interval [\d.e+]+ to"
+        r" [\d.e+]+\) as smoke/",
+        done.stdout,
+    )
 
 
 def test_runs_of_other_settings_are_not_compared(smoke, tmp_path):
@@ -241,7 +347,9 @@ def test_runs_of_other_settings_are_not_compared(smoke, tmp_path):
     about = json.loads((run / "run.json").read_text())
     about["config"]["eval"]["limit"] = 3
     (run / "run.json").write_text(json.dumps(about))
-    done = compress(folder, "compare", str(newest_full(folder)), str(run), "--html", str(tmp_path / "c.html"))
+    done = compress(
+        folder, "compare", str(newest_full(folder)), str(run), "--html", str(tmp_path / "c.html")
+    )
     assert done.returncode == 3 and "eval.limit is 4 in smoke/" in done.stderr
 
 
@@ -251,8 +359,13 @@ def test_sync_replays_the_run_that_was_tracked_live(smoke):
     live = sorted(path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*"))
     done = compress(folder, "sync", str(run), "--to", "wandb")
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*")) == live and len(live) == 10
-    assert (run / "03-heal" / "steps.jsonl").stat().st_size and len((run / "records.jsonl").read_text().splitlines()) == 10
+    assert (
+        sorted(path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*")) == live
+        and len(live) == 10
+    )
+    assert (run / "03-heal" / "steps.jsonl").stat().st_size and len(
+        (run / "records.jsonl").read_text().splitlines()
+    ) == 10
 
 
 def test_score_judges_a_checkpoint_and_a_gguf_it_did_not_make(smoke, tmp_path):
@@ -260,9 +373,22 @@ def test_score_judges_a_checkpoint_and_a_gguf_it_did_not_make(smoke, tmp_path):
     run = newest_full(folder)
     model = tmp_path / "foreign"
     shutil.copytree(run / "bundle" / "hf", model)
-    for target in (model, run / "bundle" / "model-Q4_0.gguf", run / "bundle" / "compressed_tensors", run / "bundle" / "onnx"):
+    for target in (
+        model,
+        run / "bundle" / "model-Q4_0.gguf",
+        run / "bundle" / "compressed_tensors",
+        run / "bundle" / "onnx",
+    ):
         done = compress(
-            folder, "score", str(target), "--teacher", "random", "eval=smoke", "data.seq_len=64", "+budget.limits={size_bytes:{max:1000}}", *FAST
+            folder,
+            "score",
+            str(target),
+            "--teacher",
+            "random",
+            "eval=smoke",
+            "data.seq_len=64",
+            "+budget.limits={size_bytes:{max:1000}}",
+            *FAST,
         )
         assert done.returncode == 4, done.stderr
         assert "kl_to_teacher" in done.stdout
@@ -280,7 +406,9 @@ def test_gc_keeps_what_runs_name(smoke, tmp_path):
     assert len(left) >= 7
     shutil.rmtree(copy / "runs" / "smoke")
     assert compress(copy, "gc", "--yes").returncode == 0
-    assert set((copy / "runs" / ".store" / "entries").iterdir()) == left, "the store lists the run directories that were copied"
+    assert set((copy / "runs" / ".store" / "entries").iterdir()) == left, (
+        "the store lists the run directories that were copied"
+    )
     shutil.rmtree(copy / "runs" / ".store" / "runs")
     refused = compress(copy, "gc", "--yes")
     assert refused.returncode == 2 and "--all" in refused.stderr
@@ -316,16 +444,25 @@ LONG = ["stages.heal.tokens=19200", "pipeline=[depth,heal]", "export=none", *FAS
 def test_an_interrupted_run_resumes_to_the_same_bytes(smoke, tmp_path, how):
     folder, _ = smoke
     process = subprocess.Popen(
-        [sys.executable, "-m", "compress", "run", "smoke", *LONG, "store=cut"], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell job lets its children ignore it
-    )  # fmt: skip
+        [sys.executable, "-m", "compress", "run", "smoke", *LONG, "store=cut"],
+        cwd=tmp_path,
+        env=ENV,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a background shell job lets its children ignore it
+    )
     for line in process.stderr:
         if "teacher signal" in line and "2/" in line:  # training begins a moment later
             break
     time.sleep(0.5)
     process.send_signal(how)
     process.communicate()
-    assert process.returncode in {signal.SIGINT: (130,), signal.SIGTERM: (143,), signal.SIGKILL: (-9,)}[how]
+    assert (
+        process.returncode
+        in {signal.SIGINT: (130,), signal.SIGTERM: (143,), signal.SIGKILL: (-9,)}[how]
+    )
     if how is not signal.SIGKILL:
         assert json.loads((newest(tmp_path) / "run.json").read_text())["exit"] == process.returncode
     time.sleep(1.1)
@@ -336,18 +473,32 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(smoke, tmp_path, how):
     assert whole.returncode == 0, whole.stderr
     runs = sorted((tmp_path / "runs" / "smoke").iterdir())
     assert [r["digest"] for r in records(runs[-1])] == [r["digest"] for r in records(runs[-2])]
-    assert file_table((runs[-1] / "02-heal" / "weights").resolve()) == file_table((runs[-2] / "02-heal" / "weights").resolve())
+    assert file_table((runs[-1] / "02-heal" / "weights").resolve()) == file_table(
+        (runs[-2] / "02-heal" / "weights").resolve()
+    )
 
 
 REFUSED = {
-    "missing teacher": (["teacher=./nowhere"], 3, "teacher './nowhere' does not exist; give a checkpoint directory"),
+    "missing teacher": (
+        ["teacher=./nowhere"],
+        3,
+        "teacher './nowhere' does not exist; give a checkpoint directory",
+    ),
     "no tokenizer": (["teacher=./untokenized"], 3, "has no tokenizer"),
     "architecture": (["teacher=./strange"], 3, "strange"),
     "empty data": (["data.train=[empty.txt]"], 3, "empty.txt has no usable text"),
     "too many blocks": (["stages.depth.blocks=9"], 3, "slot 'depth' after 'teacher'"),
     "unknown task": (["eval.tasks=[gramar]"], 2, "grammar"),
-    "format without package": (["export.files=[compressed_tensors]"], 2, "needs compressed_tensors, which is not installed: pip install 'compressed"),
-    "architecture of a file": (["teacher=./scaled"], 3, "rope_type 'linear' can't be written as GGUF"),
+    "format without package": (
+        ["export.files=[compressed_tensors]"],
+        2,
+        "needs compressed_tensors, which is not installed: pip install 'compressed",
+    ),
+    "architecture of a file": (
+        ["teacher=./scaled"],
+        3,
+        "rope_type 'linear' can't be written as GGUF",
+    ),
     "read-only store": (["store=file/store"], 5, "can't be written"),
 }
 
@@ -359,7 +510,9 @@ def test_bad_input_is_refused_before_any_stage(tmp_path, tiny_teacher, monkeypat
         shutil.copytree(tiny_teacher, tmp_path / name)
     (tmp_path / "untokenized" / "tokenizer.json").unlink()
     config = json.loads((tmp_path / "strange" / "config.json").read_text())
-    (tmp_path / "strange" / "config.json").write_text(json.dumps(config | {"model_type": "strange", "architectures": ["StrangeForCausalLM"]}))
+    (tmp_path / "strange" / "config.json").write_text(
+        json.dumps(config | {"model_type": "strange", "architectures": ["StrangeForCausalLM"]})
+    )
     rope = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
     (tmp_path / "scaled" / "config.json").write_text(json.dumps(config | rope))
     if case == "format without package":
@@ -381,7 +534,9 @@ def test_a_full_disk_is_exit_5_and_keeps_what_was_made(tmp_path, monkeypatch, ca
     monkeypatch.setattr("compress.checkpoint.save_file", full)
     assert main(["run", "smoke", *FAST]) == 5
     assert "the disk refuses" in capfd.readouterr().err
-    assert not list(tmp_path.glob("runs/.store/entries/[0-9a-f]*")) and not list(tmp_path.glob("runs/.store/entries/.*.part"))
+    assert not list(tmp_path.glob("runs/.store/entries/[0-9a-f]*")) and not list(
+        tmp_path.glob("runs/.store/entries/.*.part")
+    )
 
 
 def test_too_little_disk_is_refused_before_work(tmp_path, monkeypatch, capfd):
@@ -397,7 +552,14 @@ def test_too_little_disk_is_refused_before_work(tmp_path, monkeypatch, capfd):
 
 def test_a_stage_that_did_not_pay_is_passed_over_where_the_recipe_says_so(tmp_path):
     done = compress(
-        tmp_path, "run", "smoke", "pipeline=[depth,heal,round]", "stages.heal.lr=1.0", "stages.heal.keep=better", "export=none", *FAST
+        tmp_path,
+        "run",
+        "smoke",
+        "pipeline=[depth,heal,round]",
+        "stages.heal.lr=1.0",
+        "stages.heal.keep=better",
+        "export=none",
+        *FAST,
     )
     assert done.returncode == 0, done.stderr
     by = {record["slot"]: record for record in records(newest(tmp_path))}

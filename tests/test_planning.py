@@ -16,13 +16,25 @@ BOTH = ["gguf:Q4_0", "compressed_tensors"]
 
 def stages_on(grid):
     qat = STAGES["qat"](tokens=1000, grid=GridName(grid))
-    return {"depth": STAGES["prune_depth"](blocks=1), "heal": STAGES["distill"](tokens=1000), "qat": qat}
+    return {
+        "depth": STAGES["prune_depth"](blocks=1),
+        "heal": STAGES["distill"](tokens=1000),
+        "qat": qat,
+    }
 
 
 def recipe(**changes):
     stages = stages_on("q4_0")
-    parts = {"teacher": Teacher(), "data": Data(["embedded:docstrings"], [], ["embedded:topics"], 64), "eval": Eval(), "budget": Budget(),
-             "export": Export(BOTH), "trainer": Trainer(), "stages": stages, "pipeline": ["depth", "heal", "qat"]}  # fmt: skip
+    parts = {
+        "teacher": Teacher(),
+        "data": Data(["embedded:docstrings"], [], ["embedded:topics"], 64),
+        "eval": Eval(),
+        "budget": Budget(),
+        "export": Export(BOTH),
+        "trainer": Trainer(),
+        "stages": stages,
+        "pipeline": ["depth", "heal", "qat"],
+    }
     return Recipe(**(parts | changes))
 
 
@@ -55,18 +67,39 @@ def test_more_tokens_cost_more_time_and_smaller_students_less_memory(tiny_teache
     ("changes", "message"),
     [
         ({"pipeline": ["depth", "heal", "heal"]}, "'heal' twice"),
-        ({"pipeline": ["depth", "heal@qat"]}, "slot 'heal' branches off 'qat', which does not run before it"),
-        ({"pipeline": ["qat", "depth"]}, "impossible order: 'depth' .prune_depth. comes after 'qat'"),
+        (
+            {"pipeline": ["depth", "heal@qat"]},
+            "slot 'heal' branches off 'qat', which does not run before it",
+        ),
+        (
+            {"pipeline": ["qat", "depth"]},
+            "impossible order: 'depth' .prune_depth. comes after 'qat'",
+        ),
         ({"ship": "hael"}, "did you mean 'heal'"),
         (
             {"export": Export(["gguf:Q8_0"])},
-            "re-round slot 'qat', which is on the grid q4_0, .* q8_0; export it as gguf:Q4_0, compressed_tensors",
+            (
+                "re-round slot 'qat', which is on the grid q4_0, .* q8_0; export it as gguf:Q4_0,"
+                " compressed_tensors"
+            ),
         ),
-        ({"stages": stages_on("q5_0"), "export": Export(["compressed_tensors"])}, "is on the grid q5_0, .*int4_g32.*; export it as gguf:Q5_0$"),
-        ({"stages": stages_on("int4_g64")}, "gguf:Q4_0 would re-round slot 'qat', .* grid int4_g64, .*; export it as compressed_tensors$"),
+        (
+            {"stages": stages_on("q5_0"), "export": Export(["compressed_tensors"])},
+            "is on the grid q5_0, .*int4_g32.*; export it as gguf:Q5_0$",
+        ),
+        (
+            {"stages": stages_on("int4_g64")},
+            (
+                "gguf:Q4_0 would re-round slot 'qat', .* grid int4_g64, .*; export it as"
+                " compressed_tensors$"
+            ),
+        ),
         (
             {"pipeline": ["depth", "heal"]},
-            "compressed_tensors writes codes, and slot 'heal' has none; ship a ptq or qat slot on q4_0, q8_0",
+            (
+                "compressed_tensors writes codes, and slot 'heal' has none; ship a ptq or qat slot"
+                " on q4_0, q8_0"
+            ),
         ),
         ({"stages": {"depth": {}, "heal": 3, "qat": None}}, "is no stage; write it as"),
     ],

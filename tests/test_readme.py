@@ -1,4 +1,6 @@
-"""The README tells the truth: its tree is the package's, its verbs are the program's, its table is the committed record's."""
+"""The README tells the truth: its tree is the package's, its verbs are the program's, its table is
+the committed record's.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def test_the_tree_names_every_file_of_the_package():
         f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")
     }
     assert real <= named, f"the README's tree lacks {sorted(real - named)}"
-    assert all((ROOT / name).exists() for name in named), [name for name in named if not (ROOT / name).exists()]
+    assert all((ROOT / name).exists() for name in named), [
+        name for name in named if not (ROOT / name).exists()
+    ]
 
 
 def test_every_verb_is_in_the_readme():
@@ -38,7 +42,10 @@ def test_every_verb_is_in_the_readme():
 
 
 def test_the_table_is_that_of_the_committed_record():
-    records = [json.loads(line) for line in (ROOT / "results" / "demo" / "records.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (ROOT / "results" / "demo" / "records.jsonl").read_text().splitlines()
+    ]
     assert markdown_table(records) in README
 
 
@@ -46,10 +53,15 @@ def test_the_answers_are_those_of_the_committed_record():
     sys.path.insert(0, str(ROOT / "scripts"))
     from make_results import answers_block
 
-    rows = [json.loads(line) for line in (ROOT / "results" / "demo" / "open.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (ROOT / "results" / "demo" / "open.jsonl").read_text().splitlines()
+    ]
     assert answers_block(rows) in README and answers_block(rows).count("\n") == 4
 
 
 def test_no_file_of_the_package_is_long():
-    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "compress").rglob("*.py")}
+    lengths = {
+        path: len(path.read_text().splitlines()) for path in (ROOT / "compress").rglob("*.py")
+    }
     assert not [str(path) for path, length in lengths.items() if length > 400]

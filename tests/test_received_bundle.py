@@ -1,4 +1,6 @@
-"""Bundles that somebody else wrote: what `verify`, `accept` and `ask` refuse, and what they never open."""
+"""Bundles that somebody else wrote: what `verify`, `accept` and `ask` refuse, and what they never
+open.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def bundle(whole, tmp_path):
 
 
 def sealed(bundle, manifest=None):
-    """The bundle with a changed manifest, its table of files and all sums written again: what a forger does."""
+    """The bundle with a changed manifest, its table of files and all sums written again: what a
+    forger does.
+    """
     manifest = manifest or json.loads((bundle / "manifest.json").read_text())
     names = sorted(str(p.relative_to(bundle)) for p in bundle.rglob("*") if p.is_file())
     digest = {n: hashlib.sha256((bundle / n).read_bytes()).hexdigest() for n in names}
@@ -344,16 +348,41 @@ def test_timing_is_bounded_as_a_whole(bundle, capfd, nothing_is_measured):
 
 
 ITEM = {
-    "task": "grammar", "doc_id": 0, "rule": "argmax", "context": "", "choices": ["a", "b"], "gold": 0, "logliks": [-1.0, -2.0], "choice": 0,
+    "task": "grammar",
+    "doc_id": 0,
+    "rule": "argmax",
+    "context": "",
+    "choices": ["a", "b"],
+    "gold": 0,
+    "logliks": [-1.0, -2.0],
+    "choice": 0,
     "correct": True,
-}  # fmt: skip
+}
 OTHERS = [
     ITEM | {"rule": "greedy", "task": "lambada_openai", "choices": ["a"], "logliks": [-1.0]},
     {key: value for key, value in ITEM.items() if key != "correct"}
     | {"rule": "mass", "task": "truthfulqa_mc2", "gold": [0, 1], "value": 0.5},
-    {"task": "wikitext", "doc_id": 0, "rule": "rolling", "context": "", "choices": ["text"], "logliks": [-9.0], "words": 2, "bytes": 9},
-    {"task": "gsm8k", "doc_id": 0, "rule": "text", "context": "q", "choices": [], "gold": "4", "text": "4", "correct": True},
-]  # fmt: skip
+    {
+        "task": "wikitext",
+        "doc_id": 0,
+        "rule": "rolling",
+        "context": "",
+        "choices": ["text"],
+        "logliks": [-9.0],
+        "words": 2,
+        "bytes": 9,
+    },
+    {
+        "task": "gsm8k",
+        "doc_id": 0,
+        "rule": "text",
+        "context": "q",
+        "choices": [],
+        "gold": "4",
+        "text": "4",
+        "correct": True,
+    },
+]
 
 
 @pytest.mark.parametrize("row", [ITEM, *OTHERS], ids=lambda row: row["rule"])

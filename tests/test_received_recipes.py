@@ -1,4 +1,6 @@
-"""Recipes, sweeps and command lines that somebody else wrote: refused in a sentence before anything runs."""
+"""Recipes, sweeps and command lines that somebody else wrote: refused in a sentence before
+anything runs.
+"""
 
 from __future__ import annotations
 
@@ -218,8 +220,10 @@ def test_files_that_never_end_are_refused_at_once(ran, capfd, files, told):
     for name, content in files.items():
         path = Path("own", name)
         path.parent.mkdir(exist_ok=True)
-        path.mkdir() if content is None else path.write_bytes(
-            content if isinstance(content, bytes) else content.encode()
+        (
+            path.mkdir()
+            if content is None
+            else path.write_bytes(content if isinstance(content, bytes) else content.encode())
         )
     assert told in refused(capfd, "r", "--config-dir=own")
     if "r.yaml" not in told and len(files) > 1 and "circle" not in told:
@@ -385,9 +389,26 @@ def test_chat_data_is_asked_for_by_slots_that_run_alone():
 
 
 ODD = (
-    "o'brien", "a b", "x${y}z", "b\\", "q\\'", "a,b", "[x]", "{a}", "a=b", "\u00e9\u4e2d", "a\\${b}", "'", '"', "$x", "#h", "a:b", "x~",
-    "a\\\\'b\\\\", "%(x)s",
-)  # fmt: skip
+    "o'brien",
+    "a b",
+    "x${y}z",
+    "b\\",
+    "q\\'",
+    "a,b",
+    "[x]",
+    "{a}",
+    "a=b",
+    "\u00e9\u4e2d",
+    "a\\${b}",
+    "'",
+    '"',
+    "$x",
+    "#h",
+    "a:b",
+    "x~",
+    "a\\\\'b\\\\",
+    "%(x)s",
+)
 
 
 @pytest.mark.parametrize("name", ODD)

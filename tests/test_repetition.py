@@ -10,8 +10,10 @@ LOOPS = [
     "The following is a list of the top 1000000000000000000000000",
     "the city of the city of the city of the city of the city of",
     "Yes. Yes. Yes. Yes. Yes. Yes. Yes. Yes.",
-    "1. The Golden Gate Bridge is red\n2. The Golden Gate Bridge is tall\n"
-    "3. The Golden Gate Bridge is big\n4. The Golden Gate Bridge is old",
+    (
+        "1. The Golden Gate Bridge is red\n2. The Golden Gate Bridge is tall\n"
+        "3. The Golden Gate Bridge is big\n4. The Golden Gate Bridge is old"
+    ),
     "He said that it was good and that it was bad. " * 3,
     "hahahahahahahahahahahahahahahahahahahahahahaha",
 ]

@@ -1,4 +1,6 @@
-"""Reading runs back, the tables and the page: the numbers shown are the records' numbers, and nothing else gets in."""
+"""Reading runs back, the tables and the page: the numbers shown are the records' numbers, and
+nothing else gets in.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from rich.console import Console
 from compress.report.html import write_html
 from compress.report.picture import lines_svg
 from compress.report.records import load_run, open_run, worst
-from compress.report.table import compare_table, fronts, markdown_table, print_table, stage_table, standing, undominated, verdict_lines
+from compress.report.table import (
+    compare_table,
+    fronts,
+    markdown_table,
+    print_table,
+    stage_table,
+    standing,
+    undominated,
+    verdict_lines,
+)
 
 HOSTILE = "<script>alert(1)</script>\"'&|"
 
@@ -47,14 +58,19 @@ def test_records_come_in_slot_order_whatever_the_folders_say(run):
 
 def test_interrupted_run_is_readable_and_a_finished_one_with_a_hole_is_not(run):
     (run.path / "07-gguf" / "record.json").unlink()
-    with pytest.raises(ValueError, match="incomplete run .*no record.json for gguf; `compress run demo` again"):
+    with pytest.raises(
+        ValueError, match="incomplete run .*no record.json for gguf; `compress run demo` again"
+    ):
         load_run(run.path)
     (run.path / "run.json").write_text(json.dumps({**run.info, "exit": None, "finished": None}))
     assert load_run(run.path).final["slot"] == "qat"
 
 
 def test_missing_run_says_what_a_run_is(tmp_path):
-    with pytest.raises(ValueError, match="no run at .*nowhere: it has no run.json; a run is .*runs/<recipe>/<time>/"):
+    with pytest.raises(
+        ValueError,
+        match="no run at .*nowhere: it has no run.json; a run is .*runs/<recipe>/<time>/",
+    ):
         load_run(tmp_path / "nowhere")
 
 
@@ -90,7 +106,12 @@ def test_open_run_takes_a_path_a_name_the_newest_and_a_slot(run, later, tmp_path
         found = open_run(name, tmp_path)
         assert (found.path, found.final["slot"]) == (path, slot), name
     assert open_run("demo/heal", tmp_path).name == "demo/2026-11-22T09-00-00/heal"
-    with pytest.raises(ValueError, match="no run called 'dmeo' in .*; did you mean 'demo'. allowed: demo; name a run directory"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "no run called 'dmeo' in .*; did you mean 'demo'. allowed: demo; name a run directory"
+        ),
+    ):
         open_run("dmeo", tmp_path)
     with pytest.raises(ValueError, match="has no run or slot 'haal'; did you mean 'heal'"):
         open_run("demo/haal", tmp_path)
@@ -100,10 +121,18 @@ def test_a_committed_run_without_folders_is_readable_and_has_no_weights(run, tmp
     committed = tmp_path / "results"
     committed.mkdir()
     (committed / "run.json").write_text(json.dumps(run.info))
-    (committed / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in run.records))
+    (committed / "records.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in run.records)
+    )
     found = open_run(str(committed))
     assert found.records == run.records and found.rows(found.final, "items") == []
-    with pytest.raises(ValueError, match="does not hold the weights of gguf: .*07-gguf/weights is missing; name the run itself or its bundle"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "does not hold the weights of gguf: .*07-gguf/weights is missing; name the run itself"
+            " or its bundle"
+        ),
+    ):
         found.model()
     assert run.model() == ((run.path / "07-gguf" / "weights").resolve(), "llama.cpp")
     (committed / "records.jsonl").write_text('{"schema": 1}\n')
@@ -117,7 +146,18 @@ def test_a_committed_run_without_folders_is_readable_and_has_no_weights(run, tmp
 def test_piped_table_has_every_number_whole_and_no_colours(run):
     text = printed(stage_table(run.records))
     assert "\x1b" not in text and "…" not in text
-    for number in ("134.5", "233.6", "4.64", "0.8120", "68.1%", "1.702", "83.9%", "138.6", "7.20", "INCONCLUSIVE"):
+    for number in (
+        "134.5",
+        "233.6",
+        "4.64",
+        "0.8120",
+        "68.1%",
+        "1.702",
+        "83.9%",
+        "138.6",
+        "7.20",
+        "INCONCLUSIVE",
+    ):
         assert number in text
     assert max(map(len, text.splitlines())) <= 105
 
@@ -129,7 +169,9 @@ def test_terminal_table_mutes_differences_against_the_teacher(run):
 def test_columns_absent_everywhere_are_left_out(run):
     for record in run.records:
         del record["scores"]["kept"]
-    assert "kept" not in printed(stage_table(run.records)) and "kept" not in markdown_table(run.records)
+    assert "kept" not in printed(stage_table(run.records)) and "kept" not in markdown_table(
+        run.records
+    )
     del run.records[3]["scores"]["kl_to_teacher"]
     assert re.search(
         r"heal +97.3 +194.7 +16.00 +- .*\n distill ", printed(stage_table(run.records))
@@ -141,7 +183,10 @@ def test_verdicts_are_words_where_enforced_and_distances_elsewhere(run, tmp_path
     assert verdict_lines(run.records)[0] == "PASS         gguf: size 56.4 MB is within 60.0 MB"
     assert len(verdict_lines(run.records)) == 3
     texts = page_of([run], tmp_path).texts
-    assert texts[texts.index(" size 194.7 MB is 134.7 MB over 60.0 MB") - 2 :][:2] == ["not yet", "prune_width"]
+    assert texts[texts.index(" size 194.7 MB is 134.7 MB over 60.0 MB") - 2 :][:2] == [
+        "not yet",
+        "prune_width",
+    ]
     assert texts[texts.index(" size 56.4 MB is within 60.0 MB") - 2 :][:2] == ["PASS", "gguf"]
 
 
@@ -226,7 +271,9 @@ def test_page_asks_nobody_and_needs_no_script(run, later, tmp_path):
         assert not {"src", "href", "onload", "onclick"} & {name for name, _ in page.attributes}
         assert all(value.startswith("#") for name, value in page.attributes if name == "xlink:href")
         text = (tmp_path / "report.html").read_text()
-        assert not re.search(r"https?:|url\(|@import|//[a-z]", re.sub(r' xmlns(:xlink)?="[^"]*"', "", text))
+        assert not re.search(
+            r"https?:|url\(|@import|//[a-z]", re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+        )
         assert ' style="' not in re.sub("<svg.*?</svg>", "", text, flags=re.DOTALL)
         assert ("http-equiv", "Content-Security-Policy") in page.attributes
         assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
@@ -236,15 +283,25 @@ def test_page_shows_the_values_of_the_records(run, tmp_path):
     page = page_of([run], tmp_path)
     for record in run.records:
         scores = record["scores"]
-        assert f"{scores['size_bytes'] / 1e6:.1f}" in page.texts and f"{scores['kept'] * 100:.1f}%" in page.texts
+        assert (
+            f"{scores['size_bytes'] / 1e6:.1f}" in page.texts
+            and f"{scores['kept'] * 100:.1f}%" in page.texts
+        )
         assert f"{scores['kl_to_teacher']:.4f}" in page.texts
         assert record["digest"] in page.texts
         assert all(any(v["sentence"] in text for text in page.texts) for v in record["verdicts"])
-    assert any("gguf: 56.4 MB, kept 83.9%, 7.20 ms per token in llama.cpp" in (v or "") for k, v in page.attributes)
+    assert any(
+        "gguf: 56.4 MB, kept 83.9%, 7.20 ms per token in llama.cpp" in (v or "")
+        for k, v in page.attributes
+    )
 
 
 def test_bars_are_in_proportion_to_kl(run, tmp_path):
-    widths = [float(v[:-1]) for k, v in page_of([run], tmp_path).attributes if k == "width" and v.endswith("%")]
+    widths = [
+        float(v[:-1])
+        for k, v in page_of([run], tmp_path).attributes
+        if k == "width" and v.endswith("%")
+    ]
     kls = [r["scores"]["kl_to_teacher"] for r in run.records]
     assert widths == pytest.approx([100 * kl / max(kls) for kl in kls], abs=0.01)
 
@@ -252,7 +309,9 @@ def test_bars_are_in_proportion_to_kl(run, tmp_path):
 def test_hostile_names_stay_text(tmp_path):
     rows = [(HOSTILE if x == "heal" else x for x in row) for row in ROWS]
     run = load_run(write_run(tmp_path, rows=[tuple(row) for row in rows]))
-    run.records[7]["verdicts"][0]["sentence"] = run.info["machine"]["cpu"] = run.records[7]["digest"] = HOSTILE
+    run.records[7]["verdicts"][0]["sentence"] = run.info["machine"]["cpu"] = run.records[7][
+        "digest"
+    ] = HOSTILE
     run.info["config"][HOSTILE] = run.info["started"] = run.records[7]["runtime"] = HOSTILE
     page = page_of([run], tmp_path)
     assert "script" not in page.tags and HOSTILE in page.texts
@@ -260,12 +319,16 @@ def test_hostile_names_stay_text(tmp_path):
 
 
 def test_page_survives_records_without_scores_and_nan(run, tmp_path):
-    run.records[2]["scores"].update(kl_to_teacher=float("nan"), kept=float("nan"), latency_ms_p50=float("inf"))
+    run.records[2]["scores"].update(
+        kl_to_teacher=float("nan"), kept=float("nan"), latency_ms_p50=float("inf")
+    )
     assert "nan" in page_of([run], tmp_path).texts
     for record in run.records:
         record["scores"], record["verdicts"] = {}, []
     page = page_of([run], tmp_path)
-    assert page.tags.count("section") == 5 and "No limit was enforced." in page.texts  # no picture, no bars
+    assert (
+        page.tags.count("section") == 5 and "No limit was enforced." in page.texts
+    )  # no picture, no bars
 
 
 def test_picture_falls_back_to_kl_with_up_still_better(run, tmp_path):
@@ -273,14 +336,29 @@ def test_picture_falls_back_to_kl_with_up_still_better(run, tmp_path):
         del record["scores"]["kept"]
     text = page_of([run], tmp_path) and (tmp_path / "report.html").read_text()
     assert "KL to teacher (nats, less is better)" in text
-    heights = {m[1]: float(m[2]) for m in re.finditer(r'aria-label="(\w+): [^>]*><title>.*? y="([\d.]+)"', text)}
+    heights = {
+        m[1]: float(m[2])
+        for m in re.finditer(r'aria-label="(\w+): [^>]*><title>.*? y="([\d.]+)"', text)
+    }
     assert heights["teacher"] < heights["heal"] < heights["prune_width"]  # y grows downwards in SVG
 
 
 def test_pareto_front_is_what_nothing_beats_in_both():
     sizes_and_kept = [(100, 1.0), (50, 0.8), (60, 0.8), (50, 0.7), (40, 0.2)]
-    assert undominated([(size, -kept) for size, kept in sizes_and_kept]) == [True, True, False, False, True]
-    assert undominated(sizes_and_kept) == [False, False, False, False, True]  # less is better: the smallest also has the least
+    assert undominated([(size, -kept) for size, kept in sizes_and_kept]) == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert undominated(sizes_and_kept) == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]  # less is better: the smallest also has the least
 
 
 def test_names_of_bubbles_in_one_place_stand_apart_and_inside(run, tmp_path):
@@ -288,7 +366,10 @@ def test_names_of_bubbles_in_one_place_stand_apart_and_inside(run, tmp_path):
     text = (tmp_path / "report.html").read_text()
     for kind, width in (("wide", 960), ("narrow", 380)):
         svg = re.search(f'<svg class="{kind}".*?</svg>', text, re.DOTALL)[0]
-        places = {m[3]: (float(m[1]), float(m[2])) for m in re.finditer(r'x="([\d.]+)" y="([\d.]+)">(\w+)', svg)}
+        places = {
+            m[3]: (float(m[1]), float(m[2]))
+            for m in re.finditer(r'x="([\d.]+)" y="([\d.]+)">(\w+)', svg)
+        }
         for one, other in (("heal", "lora"), ("qat", "gguf")):
             (x, y), (u, v) = places[one], places[other]
             assert abs(x - u) > 20 or abs(y - v) > 12
@@ -302,14 +383,24 @@ def test_drawings_follow_the_dark_page_and_are_the_same_every_time(run, tmp_path
     page_of([run], tmp_path)
     assert (tmp_path / "report.html").read_bytes() == first
     drawn = "".join(re.findall("<svg.*?</svg>", first.decode(), re.DOTALL))
-    assert "fill: var(--ink, #" in drawn and "stroke: var(--line, #" in drawn and "fill: var(--quant, #" in drawn
-    assert not re.search(": (#1d1c1a|#6d6a64|#e4e1da|#ffffff)", drawn) and "fill: black" not in drawn
+    assert (
+        "fill: var(--ink, #" in drawn
+        and "stroke: var(--line, #" in drawn
+        and "fill: var(--quant, #" in drawn
+    )
+    assert (
+        not re.search(": (#1d1c1a|#6d6a64|#e4e1da|#ffffff)", drawn) and "fill: black" not in drawn
+    )
 
 
 def test_training_curves_are_drawn_from_the_records_and_absent_without_them(run, tmp_path):
     assert "Training" not in page_of([run], tmp_path).texts
     steps = [{"step": step, "loss": 2.0 - 0.1 * step} for step in range(5)]
-    run.records[2]["curve"] = [*steps, {"step": 4, "validation_kl": 1.5}, {"step": 5, "validation_kl": 1.4}]
+    run.records[2]["curve"] = [
+        *steps,
+        {"step": 4, "validation_kl": 1.5},
+        {"step": 5, "validation_kl": 1.4},
+    ]
     page = page_of([run], tmp_path)
     slot = run.records[2]["slot"]
     assert "Training" in page.texts and {slot, f"{slot}, validation KL"} <= set(page.texts)

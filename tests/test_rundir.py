@@ -1,4 +1,6 @@
-"""Run directories: taken only when they are new, empty or ours; rewritten without a user's file being lost; readable after any kill."""
+"""Run directories: taken only when they are new, empty or ours; rewritten without a user's file
+being lost; readable after any kill.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,34 @@ SLOTS = ("teacher", "depth", "heal")
 def known_machine(monkeypatch):
     """Asking git and the machine takes most of the time, and so does the disk."""
     monkeypatch.setattr("compress.store.fsync", lambda path: None)
-    monkeypatch.setattr("compress.rundir.machine", SimpleNamespace(git_sha=str, versions=dict, describe=lambda threads: {}))
+    monkeypatch.setattr(
+        "compress.rundir.machine",
+        SimpleNamespace(git_sha=str, versions=dict, describe=lambda threads: {}),
+    )
 
 
 def opened(path: Path, store: Path) -> RunDir:
     """A run directory of a session that has done nothing."""
     scorer = SimpleNamespace(digests={})
-    return RunDir(path, SimpleNamespace(recipe=recipe(), store=Store(store), scorer=scorer, threads=1))
+    return RunDir(
+        path, SimpleNamespace(recipe=recipe(), store=Store(store), scorer=scorer, threads=1)
+    )
 
 
 def add(folder: RunDir, slot: str, weights: Path, key: str = "") -> None:
     if key:
         folder.name_key(key)
-    measured = Measured(Model(weights, "d" * 64), "k", {"size_bytes": 1.0}, [{"doc_id": 0}], {}, {}, {}, {})
-    record = {"slot": slot, "technique": slot, "parent": None, "digest": "d" * 64, "scores": {"size_bytes": 1.0}, "verdicts": []}
+    measured = Measured(
+        Model(weights, "d" * 64), "k", {"size_bytes": 1.0}, [{"doc_id": 0}], {}, {}, {}, {}
+    )
+    record = {
+        "slot": slot,
+        "technique": slot,
+        "parent": None,
+        "digest": "d" * 64,
+        "scores": {"size_bytes": 1.0},
+        "verdicts": [],
+    }
     folder.add(record, measured, [])
 
 
@@ -59,7 +75,9 @@ def whole(path: Path, store: Path, slots: tuple[str, ...] = SLOTS) -> RunDir:
 
 def bundle(path: Path) -> None:
     planted(path / "bundle", "manifest.json", "hf/config.json")
-    (path / "bundle" / "SHA256SUMS").write_text(f"{'0' * 64}  manifest.json\n{'0' * 64}  hf/config.json\n")
+    (path / "bundle" / "SHA256SUMS").write_text(
+        f"{'0' * 64}  manifest.json\n{'0' * 64}  hf/config.json\n"
+    )
 
 
 OURS = '{"schema": 1, "recipe": "r", "name": "r/t", "slots": [], "keys": []}'
@@ -70,19 +88,34 @@ REFUSED = {
     "a torn run.json": ({"run.json": '{"schema": 1,'}, "is not JSON"),
     "a list": ({"run.json": "[]"}, "holds a JSON list"),
     "a newer run": ({"run.json": OURS.replace("1", "2", 1)}, r"\(schema 2\)"),
-    "a bundle of the user's": ({"run.json": OURS, "bundle/thesis.tex": "mine"}, "bundle was not written with a bundle"),
+    "a bundle of the user's": (
+        {"run.json": OURS, "bundle/thesis.tex": "mine"},
+        "bundle was not written with a bundle",
+    ),
     "a file in our bundle": (
-        {"run.json": OURS, "bundle/SHA256SUMS": f"{'0' * 64}  manifest.json\n", "bundle/manifest.json": "{}", "bundle/thesis.tex": "mine"},
+        {
+            "run.json": OURS,
+            "bundle/SHA256SUMS": f"{'0' * 64}  manifest.json\n",
+            "bundle/manifest.json": "{}",
+            "bundle/thesis.tex": "mine",
+        },
         "thesis.tex was not written with a bundle",
     ),
     "copied weights": (
-        {"run.json": OURS, "00-teacher/record.json": '{"schema": 1, "slot": "teacher", "index": 0}', "00-teacher/weights/a": "1"},
+        {
+            "run.json": OURS,
+            "00-teacher/record.json": '{"schema": 1, "slot": "teacher", "index": 0}',
+            "00-teacher/weights/a": "1",
+        },
         "holds weights themselves",
     ),
-    "a page that is a folder": ({"run.json": OURS, "report.html/thesis.tex": "mine"}, "report.html is in the way"),
+    "a page that is a folder": (
+        {"run.json": OURS, "report.html/thesis.tex": "mine"},
+        "report.html is in the way",
+    ),
     "a store": ({"store.json": "{}", "entries/a": "1"}, "and no run.json"),
     "a hidden file": ({".profile": "mine"}, "holds .profile and no run.json"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -132,11 +165,21 @@ def test_a_repeated_command_rewrites_its_run_and_nothing_of_the_user_s(tmp_path)
     out, store = tmp_path / "out", tmp_path / "store"
     whole(out, store)
     bundle(out)
-    mine = planted(out, "todo.md", "plots/a.png", "01-depth/remarks.txt", "02-heal/remarks.txt", "2024-notes/record.json", ".todo.md.4194305")
+    mine = planted(
+        out,
+        "todo.md",
+        "plots/a.png",
+        "01-depth/remarks.txt",
+        "02-heal/remarks.txt",
+        "2024-notes/record.json",
+        ".todo.md.4194305",
+    )
     planted(out, f".records.jsonl.{DEAD}", ".bundle.part/half", "report.html")
     with reserved(out) as path:
         folder = opened(path, store)
-        assert json.loads((out / "run.json").read_text())["keys"] == [str(n) * 64 for n in range(3)], "gc keeps them until the end"
+        assert json.loads((out / "run.json").read_text())["keys"] == [
+            str(n) * 64 for n in range(3)
+        ], "gc keeps them until the end"
         with pytest.raises(ValueError, match="incomplete run"):
             load_run(out)
         assert (out / "bundle" / "manifest.json").is_file(), "it stays until there is another"
@@ -149,8 +192,17 @@ def test_a_repeated_command_rewrites_its_run_and_nothing_of_the_user_s(tmp_path)
     assert load_run(out).info["keys"] == ["7" * 64]
     names = {path.name for path in out.iterdir()}
     assert names == {
-        "00-teacher", "01-depth", "01-heal", "02-heal", "2024-notes", "plots", "records.jsonl", "run.json", "todo.md", ".todo.md.4194305",
-    }  # fmt: skip
+        "00-teacher",
+        "01-depth",
+        "01-heal",
+        "02-heal",
+        "2024-notes",
+        "plots",
+        "records.jsonl",
+        "run.json",
+        "todo.md",
+        ".todo.md.4194305",
+    }
     assert [path.name for path in (out / "02-heal").iterdir()] == ["remarks.txt"]
 
 
@@ -176,7 +228,10 @@ def test_a_directory_that_was_named_belongs_to_one_run_at_a_time(tmp_path):
     for name in ("mine", "2020-01-01T00-00-00"):
         with reserved(tmp_path / name) as path:
             opened(path, tmp_path / "store")
-            with pytest.raises(ResourceError, match="another run is writing"), reserved(tmp_path / name):
+            with (
+                pytest.raises(ResourceError, match="another run is writing"),
+                reserved(tmp_path / name),
+            ):
                 raise AssertionError("work began")
         with reserved(tmp_path / name) as again:
             assert again == path, "an earlier run is taken up where it is"
@@ -193,7 +248,9 @@ def test_a_slot_is_one_folder_whatever_it_is_called(tmp_path, slot):
 
 
 def killed_at(event: int, path: Path, store: Path) -> bool:
-    """Write a run in a child that dies at its n-th write or rename; whether it was through before that."""
+    """Write a run in a child that dies at its n-th write or rename; whether it was through before
+    that.
+    """
     child = os.fork()
     if child == 0:
         events = 0
@@ -227,7 +284,9 @@ def test_a_run_that_was_killed_anywhere_is_readable_and_taken_up(tmp_path):
         try:
             records = [record["slot"] for record in load_run(out).records]
         except ValueError as error:
-            assert any(said in str(error) for said in ("it has no run.json", "no record.json for any slot")), error
+            assert any(
+                said in str(error) for said in ("it has no run.json", "no record.json for any slot")
+            ), error
             records = []
         assert records == list(SLOTS[: len(records)])
         seen.add(len(records))
@@ -260,7 +319,11 @@ def test_a_run_that_ends_by_a_full_disk_says_so_where_it_can(tmp_path, monkeypat
     monkeypatch.setattr("compress.rundir.write_json", full)
     folder.finish(EXIT_RESOURCES)
     about = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert about["exit"] == 5 and about["slots"] == ["teacher"] and (tmp_path / "out" / "run.json").stat().st_size == size
+    assert (
+        about["exit"] == 5
+        and about["slots"] == ["teacher"]
+        and (tmp_path / "out" / "run.json").stat().st_size == size
+    )
 
 
 def test_a_file_size_limit_is_a_matter_of_the_disk(tmp_path):
@@ -271,7 +334,10 @@ def test_a_file_size_limit_is_a_matter_of_the_disk(tmp_path):
     if child == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         codes = []
-        for write in (lambda: save_file({"a": torch.zeros(9999)}, tmp_path / "a"), lambda: (tmp_path / "b").write_bytes(b"x" * 9999)):
+        for write in (
+            lambda: save_file({"a": torch.zeros(9999)}, tmp_path / "a"),
+            lambda: (tmp_path / "b").write_bytes(b"x" * 9999),
+        ):
             try:
                 write()
             except Exception as error:
@@ -279,7 +345,9 @@ def test_a_file_size_limit_is_a_matter_of_the_disk(tmp_path):
         os._exit(0 if codes == [EXIT_RESOURCES] * 2 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     for code in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        assert is_disk(OSError(code, "x")) and is_disk(RuntimeError(f"I/O error: x (os error {code})"))
+        assert is_disk(OSError(code, "x")) and is_disk(
+            RuntimeError(f"I/O error: x (os error {code})")
+        )
     assert not is_disk(OSError(errno.ENOENT, "x")) and not is_disk(ValueError("(os error 2)"))
 
 
@@ -307,7 +375,9 @@ def test_a_curve_and_its_time_outlive_a_kill_after_the_weights_are_there(tmp_pat
             return {}
 
     session = SimpleNamespace(
-        recipe=SimpleNamespace(stages={"heal": Stage()}), store=store, context=lambda slot, work, curve: {"curve": curve}
+        recipe=SimpleNamespace(stages={"heal": Stage()}),
+        store=store,
+        context=lambda slot, work, curve: {"curve": curve},
     )
     parent = SimpleNamespace(model=SimpleNamespace(path=tmp_path))
 
@@ -321,4 +391,8 @@ def test_a_curve_and_its_time_outlive_a_kill_after_the_weights_are_there(tmp_pat
     (tmp_path / "work" / ("a" * 64)).mkdir(exist_ok=True)
     assert pipeline.build(session, "heal", parent, "a" * 64, {}) == store.entry("a" * 64)
     note = store.note("a" * 64)
-    assert note["curve"] == [{"step": 1}] and note["seconds"] > 0 and not (tmp_path / "work" / ("a" * 64)).exists()
+    assert (
+        note["curve"] == [{"step": 1}]
+        and note["seconds"] > 0
+        and not (tmp_path / "work" / ("a" * 64)).exists()
+    )

@@ -1,4 +1,6 @@
-"""The teacher signal: unbiased with the predicted spread, exact where it says so, refused by name when it is another one or damaged."""
+"""The teacher signal: unbiased with the predicted spread, exact where it says so, refused by name
+when it is another one or damaged.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,12 @@ def test_the_mean_gradient_over_64_draws_differs_from_the_full_one_by_less_than_
         return h.grad.flatten().double()
 
     exact = gradient(Dense(hidden, head))
-    draws = torch.stack([gradient(as_target(draw(hidden, head, Scheme("sampled", threshold=1 / 10), seed), None)) for seed in range(64)])
+    draws = torch.stack(
+        [
+            gradient(as_target(draw(hidden, head, Scheme("sampled", threshold=1 / 10), seed), None))
+            for seed in range(64)
+        ]
+    )
     predicted = (draws.var(0).sum() / 64).sqrt()
     assert (draws.mean(0) - exact).norm() < 1.5 * predicted
     assert predicted / exact.norm() < 0.1
@@ -90,7 +97,12 @@ def test_the_mean_gradient_over_64_draws_differs_from_the_full_one_by_less_than_
 @pytest.mark.parametrize("name", ["sampled", "topk"])
 @pytest.mark.parametrize("certain", [0.9998, 0.99995, 0.51])
 def test_what_heads_leave_is_kept_whatever_their_own_rounding(name, certain):
-    p = torch.cat([torch.tensor([certain, 0.995 - certain if certain < 0.9 else 0.0], dtype=torch.float64), torch.full((298,), 0.0)])
+    p = torch.cat(
+        [
+            torch.tensor([certain, 0.995 - certain if certain < 0.9 else 0.0], dtype=torch.float64),
+            torch.full((298,), 0.0),
+        ]
+    )
     p[2:] = (1 - p.sum()) / 298
     hidden, head, draws = torch.ones(L, 1), Head(p.clamp_min(1e-30).log().float()[:, None]), 200
     total = torch.zeros(2, dtype=torch.float64)
@@ -99,9 +111,19 @@ def test_what_heads_leave_is_kept_whatever_their_own_rounding(name, certain):
         weights = batch["probs"].double()
         is_head = batch["ids"] < 2
         kept = (weights * is_head).sum(-1)
-        total += torch.stack([kept.mean(), (weights * ~is_head).sum(-1).mean() if name == "sampled" else 1 - kept.mean()]) / draws
+        total += (
+            torch.stack(
+                [
+                    kept.mean(),
+                    (weights * ~is_head).sum(-1).mean() if name == "sampled" else 1 - kept.mean(),
+                ]
+            )
+            / draws
+        )
         if name == "sampled":
-            torch.testing.assert_close(weights.sum(-1), torch.ones(L, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                weights.sum(-1), torch.ones(L, dtype=torch.float64), rtol=1e-6, atol=1e-6
+            )
     rest = float(p[2:].sum())
     assert float(total[1]) == pytest.approx(rest, rel=2e-3)
     assert float(total[0]) == pytest.approx(1 - rest, abs=1e-3 * rest + 1e-7)
@@ -115,15 +137,27 @@ def test_the_kl_of_a_certain_teacher_to_itself_is_not_negative():
     loss = head_loss(hidden, head, torch.zeros(L).long(), torch.ones(L).bool(), target, Mix())
     p = logits.double().softmax(-1)[0]
     assert p[0] == pytest.approx(0.9998, abs=1e-5)
-    assert float(loss) / L == pytest.approx(0.0, abs=1e-5 - float((p * p.log()).sum()) * 5e-4)  # entropy is kept in fp16
+    assert float(loss) / L == pytest.approx(
+        0.0, abs=1e-5 - float((p * p.log()).sum()) * 5e-4
+    )  # entropy is kept in fp16
 
 
 def test_a_scheme_of_all_ids_gives_the_exact_gradient():
     hidden, head = teacher(40)
     student = torch.randn(L, H, requires_grad=True)
     grads = []
-    for target in (Dense(hidden, head), as_target(draw(hidden, head, Scheme("topk", top=39)), None)):
-        head_loss(student, Head(torch.ones(40, H).cumsum(0) * 0.05), torch.zeros(L).long(), torch.ones(L).bool(), target, Mix()).backward()
+    for target in (
+        Dense(hidden, head),
+        as_target(draw(hidden, head, Scheme("topk", top=39)), None),
+    ):
+        head_loss(
+            student,
+            Head(torch.ones(40, H).cumsum(0) * 0.05),
+            torch.zeros(L).long(),
+            torch.ones(L).bool(),
+            target,
+            Mix(),
+        ).backward()
         grads.append(student.grad.clone())
         student.grad = None
     torch.testing.assert_close(grads[1], grads[0], rtol=5e-3, atol=5e-3)
@@ -138,19 +172,33 @@ def test_hidden_states_in_int8_keep_the_kl_below_1e_3():
 
 def test_full_keeps_the_logits_in_fp16():
     hidden, head = teacher()
-    torch.testing.assert_close(draw(hidden, head, Scheme("full"))["teacher_logits"], head.logits(hidden), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        draw(hidden, head, Scheme("full"))["teacher_logits"],
+        head.logits(hidden),
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_a_tempered_sample_is_one_of_the_tempered_teacher():
     hidden, head = teacher(40)
     batch = draw(hidden, head, Scheme("topk", top=5, temperature=3.0))
-    torch.testing.assert_close(batch["probs"], (head.logits(hidden) / 3).softmax(-1).topk(5).values, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        batch["probs"], (head.logits(hidden) / 3).softmax(-1).topk(5).values, rtol=1e-3, atol=1e-3
+    )
 
 
 def open_signals(context, folder, scheme=None, **changes):
-    options = {"seed": 0, "precision": "fp32", "log": lambda message: None, "own_folder": True} | changes
+    options = {
+        "seed": 0,
+        "precision": "fp32",
+        "log": lambda message: None,
+        "own_folder": True,
+    } | changes
     data = options.pop("data", None) or context.text()
-    return Signals(folder, options.pop("teacher", context.teacher), data, scheme or Scheme(), **options)
+    return Signals(
+        folder, options.pop("teacher", context.teacher), data, scheme or Scheme(), **options
+    )
 
 
 @pytest.mark.parametrize("name", ["sampled", "topk", "hidden", "full"])
@@ -169,8 +217,12 @@ def test_two_processes_make_the_shards_of_one(context, tmp_path, monkeypatch):
     for rank in (0, 1):
         monkeypatch.setattr("compress.train.parallel.rank", lambda rank=rank: rank)
         open_signals(context, tmp_path / "two").make(64)
-        assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2 * (rank + 1)  # every second one each
-    names = [sorted(p.name for p in (tmp_path / which).glob("*.safetensors")) for which in ("one", "two")]
+        assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2 * (
+            rank + 1
+        )  # every second one each
+    names = [
+        sorted(p.name for p in (tmp_path / which).glob("*.safetensors")) for which in ("one", "two")
+    ]
     assert names[0] == names[1] and len(names[0]) == 4
 
 
@@ -188,7 +240,9 @@ def test_listings_are_read_again_once_every_process_has_written(context, monkeyp
 
     done = []
     monkeypatch.setattr("compress.train.parallel.wait", lambda: done.append("waited"))
-    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: done.append(path))
+    monkeypatch.setattr(
+        MemoryFileSystem, "invalidate_cache", lambda self, path=None: done.append(path)
+    )
     signals = Signal(path="memory://listed").open(context, context.teacher, context.text(), 16)
     assert done == ["waited", signals.folder]
 
@@ -205,7 +259,10 @@ def test_making_goes_on_where_it_stopped(context, tmp_path):
 def test_shards_can_lie_on_any_file_system_that_fsspec_opens(context):
     signals = open_signals(context, "memory://signals-test")
     signals.make(16)
-    assert open_signals(context, "memory://signals-test").read([3])["probs"].shape[0] == context.seq_len
+    assert (
+        open_signals(context, "memory://signals-test").read([3])["probs"].shape[0]
+        == context.seq_len
+    )
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
@@ -230,7 +287,9 @@ def test_a_damaged_shard_is_refused_by_name(context, tmp_path, damage):
 )
 def test_another_signal_is_refused_naming_the_field(context, tmp_path, field, changes):
     open_signals(context, tmp_path / "s")
-    with pytest.raises(ValueError, match=f"was made with another {field}: .*give signal.path an empty folder"):
+    with pytest.raises(
+        ValueError, match=f"was made with another {field}: .*give signal.path an empty folder"
+    ):
         open_signals(context, tmp_path / "s", **changes)
 
 
@@ -244,13 +303,21 @@ def test_another_teacher_tokenizer_or_text_is_refused_naming_it(context, tmp_pat
 
 
 def test_a_disk_too_small_for_all_shards_is_refused_after_the_first(context, tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.distill.signal.shutil.disk_usage", lambda path: type("usage", (), {"free": 1000})())
-    with pytest.raises(ResourceError, match="the teacher signal needs .* GB are free; set signal.path"):
+    monkeypatch.setattr(
+        "compress.distill.signal.shutil.disk_usage",
+        lambda path: type("usage", (), {"free": 1000})(),
+    )
+    with pytest.raises(
+        ResourceError, match="the teacher signal needs .* GB are free; set signal.path"
+    ):
         open_signals(context, tmp_path / "s").make(160)
 
 
 def test_a_4_bit_teacher_makes_a_signal_close_to_the_whole_one(context, tmp_path):
     pytest.importorskip("bitsandbytes")
-    whole, packed = (open_signals(context, tmp_path / load, Scheme("topk", top=8), load=load).read([0]) for load in ("plain", "nf4"))
+    whole, packed = (
+        open_signals(context, tmp_path / load, Scheme("topk", top=8), load=load).read([0])
+        for load in ("plain", "nf4")
+    )
     same = (whole["ids"][:, :1] == packed["ids"]).any(-1).float().mean()
     assert same > 0.9 and not torch.equal(whole["probs"], packed["probs"])

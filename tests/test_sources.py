@@ -1,4 +1,6 @@
-"""Data as people have it: every usual kind of file and row, and one sentence with file and row for the rest."""
+"""Data as people have it: every usual kind of file and row, and one sentence with file and row for
+the rest.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ import pytest
 
 from compress.train.sources import documents
 
-ASKED = [{"role": "user", "content": "What is a river?"}, {"role": "assistant", "content": "Water."}]
+ASKED = [
+    {"role": "user", "content": "What is a river?"},
+    {"role": "assistant", "content": "Water."},
+]
 
 
 def jsonl(folder, *rows, name="rows.jsonl"):
@@ -44,7 +49,9 @@ def test_line_separators_inside_strings_end_no_line(tmp_path):
 
 def test_half_a_character_is_replaced_and_said_once(tmp_path):
     path, said = tmp_path / "cut.jsonl", []
-    path.write_text('{"text": "whole \\ud83d\\ude42"}\n{"text": "cut \\ud83d"}\n{"text": "\\udc00"}\n')
+    path.write_text(
+        '{"text": "whole \\ud83d\\ude42"}\n{"text": "cut \\ud83d"}\n{"text": "\\udc00"}\n'
+    )
     assert documents(str(path), said.append) == ["whole 🙂", "cut \ufffd", "\ufffd"]
     assert len(said) == 1 and f"{path}, line 2 holds half a character" in said[0]
 
@@ -68,9 +75,15 @@ def test_rows_of_every_usual_kind_are_the_same_chat(tmp_path, row):
 def test_system_tools_and_calls_are_kept(tmp_path):
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     tools = [{"type": "function", "function": {"name": "add"}}]
-    turns = [ASKED[0], {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "3"}]  # fmt: skip
+    turns = [
+        ASKED[0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+    ]
     for given in (tools, json.dumps(tools)):
-        (chat,) = documents(jsonl(tmp_path, {"messages": turns, "tools": given, "system": "Be short."}))
+        (chat,) = documents(
+            jsonl(tmp_path, {"messages": turns, "tools": given, "system": "Be short."})
+        )
         assert chat.tools == tools and chat.where.endswith("rows.jsonl, line 1")
         assert chat[0] == {"role": "system", "content": "Be short."}
         assert chat[2] == {"role": "assistant", "tool_calls": [call]}
@@ -206,7 +219,9 @@ def test_hub_rows_are_texts_or_turns_and_what_the_hub_refuses_is_a_sentence(monk
     assert documents("hub:owner/name:train:text") == ["one"]
     (chat,) = documents("hub:owner/name@config:train[:1]:messages")
     assert chat == ASKED and chat.tools == [{"name": "add"}]
-    with pytest.raises(ValueError, match=r"the dataset has the fields \['messages', 'text', 'tools'\]"):
+    with pytest.raises(
+        ValueError, match=r"the dataset has the fields \['messages', 'text', 'tools'\]"
+    ):
         documents("hub:owner/name:train:body")
 
     def refuse(*given, **more):

@@ -1,4 +1,6 @@
-"""Entries are whole or absent, changed bytes are noticed, a held key is refused, gc leaves what runs name."""
+"""Entries are whole or absent, changed bytes are noticed, a held key is refused, gc leaves what
+runs name.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_a_failing_stage_leaves_no_entry_but_keeps_its_work(tmp_path):
     assert store.has(KEY)
 
 
-def test_an_entry_finished_by_another_process_before_the_lock_is_had_is_taken(tmp_path, monkeypatch):
+def test_an_entry_finished_by_another_process_before_the_lock_is_had_is_taken(
+    tmp_path, monkeypatch
+):
     store, other = Store(tmp_path), Store(tmp_path)
 
     def late(key):
@@ -87,7 +91,9 @@ def test_a_damaged_entry_is_refused_by_file_name(tmp_path, damage):
         (path / "weights").unlink()
     else:
         (path / "extra").write_text("x")
-    with pytest.raises(ValueError, match=f"is {damage} since it was written; delete .* and run again"):
+    with pytest.raises(
+        ValueError, match=f"is {damage} since it was written; delete .* and run again"
+    ):
         store.has(KEY)
 
 
@@ -103,7 +109,10 @@ with Store(Path(sys.argv[1])).lock(sys.argv[2]):
 
 def test_a_second_process_on_the_same_key_is_refused_at_once_and_a_killed_one_frees_it(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path), KEY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}
+        [sys.executable, "-c", HOLD, str(tmp_path), KEY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
     )
     try:
         assert holder.stdout.readline() == b"held\n"

@@ -1,4 +1,6 @@
-"""Task files that somebody else wrote: a row that the task can't take is named by file, line and field."""
+"""Task files that somebody else wrote: a row that the task can't take is named by file, line and
+field.
+"""
 
 from __future__ import annotations
 
@@ -58,12 +60,18 @@ def test_a_field_of_another_type_is_named(tmp_path, name, change):
     split, row = ROWS[name]
     write(tmp_path / name, split, [row(0), row(1) | change])
     [field] = change
-    with pytest.raises(ValueError, match=rf"{split}\.jsonl, line 2: the field '{field}' is .*; task {name} needs"):
+    with pytest.raises(
+        ValueError, match=rf"{split}\.jsonl, line 2: the field '{field}' is .*; task {name} needs"
+    ):
         tasks._load(name, tmp_path)
 
 
 def test_labels_that_nobody_tells_are_as_on_the_hub(tmp_path):
-    for name, hidden in (("hellaswag", {"label": ""}), ("piqa", {"label": -1}), ("winogrande", {"answer": ""})):
+    for name, hidden in (
+        ("hellaswag", {"label": ""}),
+        ("piqa", {"label": -1}),
+        ("winogrande", {"answer": ""}),
+    ):
         split, row = ROWS[name]
         write(tmp_path / name, split, [row(0)])
         write(tmp_path / name, "test", [row(0) | hidden])
@@ -75,11 +83,15 @@ def test_a_task_without_known_fields_fails_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="task 'sciq' can't read the rows in .*sciq"):
         tasks._load("sciq", tmp_path)
     write(tmp_path / "sciq", "test", [{"question": "q"}, {"question": 5}])
-    with pytest.raises(ValueError, match=r"test\.jsonl, line 2: the field 'question' is a int, a str above"):
+    with pytest.raises(
+        ValueError, match=r"test\.jsonl, line 2: the field 'question' is a int, a str above"
+    ):
         tasks._load("sciq", tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[1]", "5", "[" * 50_000, "{", '{"a": ' + "9" * 5000 + "}", '\n\n{"a"'])
+@pytest.mark.parametrize(
+    "text", ["[1]", "5", "[" * 50_000, "{", '{"a": ' + "9" * 5000 + "}", '\n\n{"a"']
+)
 def test_a_line_that_is_no_object_is_named(tmp_path, text):
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "arc_easy" / "test.jsonl").write_text(text)

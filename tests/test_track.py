@@ -34,7 +34,14 @@ def run(tmp_path, monkeypatch):
     ask(path, judged="03-heal")
     for slot, rights in (("00-teacher", (1, 1, 0)), ("03-heal", (1, 0, 1))):
         items = [
-            {"task": "grammar", "doc_id": i, "correct": bool(right), "choice": 1 - right, "logliks": [-5.0, -4.0]} for i, right in enumerate(rights)
+            {
+                "task": "grammar",
+                "doc_id": i,
+                "correct": bool(right),
+                "choice": 1 - right,
+                "logliks": [-5.0, -4.0],
+            }
+            for i, right in enumerate(rights)
         ]
         items[1]["logliks"] = [-8.0, -4.0]
         (path / slot / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -53,7 +60,9 @@ def offline_runs(run) -> dict[str, list]:
 
 
 def read_offline(file: Path) -> list:
-    """W&B's records: 7 bytes, then LevelDB log framing (32 KiB blocks of crc32, uint16 length, type, data)."""
+    """W&B's records: 7 bytes, then LevelDB log framing (32 KiB blocks of crc32, uint16 length,
+    type, data).
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole, records = file.read_bytes(), 7, b"", []
@@ -105,7 +114,10 @@ def test_wandb_offline_files_hold_the_record_and_no_secret(run, tmp_path, monkey
     assert curve == [(row["step"], row["loss"]) for row in STEPS]
     scored = next(h for h in history if "score/kl_to_teacher" in h)
     assert {k: scored[f"score/{k}"] for k in heal["scores"]} == heal["scores"]
-    assert scored["stage/loss_nats"] == 2.5 and scored["stage/stage_seconds"] == heal["seconds"]["stage"]
+    assert (
+        scored["stage/loss_nats"] == 2.5
+        and scored["stage/stage_seconds"] == heal["seconds"]["stage"]
+    )
 
     summary: dict = {}
     for update in of_kind(by_slot["gguf"], "summary"):
@@ -116,10 +128,16 @@ def test_wandb_offline_files_hold_the_record_and_no_secret(run, tmp_path, monkey
     (artifact,) = of_kind(by_slot["gguf"], "artifact")
     (entry,) = artifact.manifest.contents
     assert (artifact.type, json.loads(artifact.metadata)["digest"]) == ("model", gguf["digest"])
-    assert json.loads(artifact.metadata)["parent_digest"] == run.records[6]["digest"] and gguf["digest"][:12] in artifact.aliases
+    assert (
+        json.loads(artifact.metadata)["parent_digest"] == run.records[6]["digest"]
+        and gguf["digest"][:12] in artifact.aliases
+    )
     table = next(h for h in history if "flips/path" in h)
     stored = json.loads(next(run.path.rglob(Path(table["flips/path"]).name)).read_text())
-    assert stored["data"] == [["grammar", 1, "worse", 4.0, "", "choice 0", "choice 1"], ["grammar", 2, "better", 1.0, "", "choice 0", "choice 1"]]
+    assert stored["data"] == [
+        ["grammar", 1, "worse", 4.0, "", "choice 0", "choice 1"],
+        ["grammar", 2, "better", 1.0, "", "choice 0", "choice 1"],
+    ]
     table = next(h for h in history if "open/path" in h)
     stored = json.loads(next(run.path.rglob(Path(table["open/path"]).name)).read_text())
     columns = "id kind prompt teacher student teacher_right right loops ended"
@@ -128,12 +146,18 @@ def test_wandb_offline_files_hold_the_record_and_no_secret(run, tmp_path, monkey
     assert stored["data"][0] == [*loop, True, False, True, False]
     gguf_history = [items(h.item) for h in of_kind(by_slot["gguf"], "history")]
     assert not [h for h in gguf_history if "open/path" in h], "it was not asked"
-    assert entry.ref == (run.path / "07-gguf/weights/model.safetensors").as_uri() and entry.digest and entry.size == 64
+    assert (
+        entry.ref == (run.path / "07-gguf/weights/model.safetensors").as_uri()
+        and entry.digest
+        and entry.size == 64
+    )
 
     everything = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert not [p for p in everything if SECRET.encode() in p.read_bytes()]
     assert not [p for p in everything if "metadata" in p.name or p.name == "requirements.txt"]
-    assert not list(elsewhere.iterdir()) and not [p for p in (tmp_path / "home").rglob("*") if p.is_file()]
+    assert not list(elsewhere.iterdir()) and not [
+        p for p in (tmp_path / "home").rglob("*") if p.is_file()
+    ]
 
 
 def test_wandb_is_offline_without_an_account_and_online_with_one(run, monkeypatch):
@@ -165,7 +189,9 @@ def test_missing_wandb_names_the_extra_before_work(monkeypatch):
 
 
 def test_unknown_tracker_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown tracker 'wanbd'; did you mean 'wandb'. allowed: jsonl, wandb"):
+    with pytest.raises(
+        ValueError, match="unknown tracker 'wanbd'; did you mean 'wandb'. allowed: jsonl, wandb"
+    ):
         check("wanbd")
     for name in TRACKERS:
         check(name)
@@ -185,7 +211,10 @@ def test_dead_tracker_warns_once_and_the_run_goes_on(run, monkeypatch, capsys):
     tracker.finish(0)
     assert len(calls) == 1
     err = capsys.readouterr().err
-    assert err.count("tracker jsonl stopped (OSError: no space left)") == 1 and f"compress sync {run.path} --to jsonl" in err
+    assert (
+        err.count("tracker jsonl stopped (OSError: no space left)") == 1
+        and f"compress sync {run.path} --to jsonl" in err
+    )
 
 
 def test_a_server_that_never_answers_costs_a_bounded_time_once(run, monkeypatch, capfd):
@@ -219,7 +248,9 @@ def test_sync_replays_a_run_and_repeating_it_duplicates_nothing(run, monkeypatch
         found = offline_runs(run)
         assert set(found) == {record["slot"] for record in run.records}
         steps = [items(h.item) for h in of_kind(found["heal"], "history")]
-        assert [h["train/loss"] for h in steps if "train/loss" in h] == [row["loss"] for row in STEPS]
+        assert [h["train/loss"] for h in steps if "train/loss" in h] == [
+            row["loss"] for row in STEPS
+        ]
     monkeypatch.setattr(Wandb, "record", lambda self, record: 1 / 0)
     assert main(["sync", str(run.path), "--to", "wandb"]) == 5
     assert "wandb did not take all of demo/2026-11-21T03-30-00; repeat" in capfd.readouterr().err
@@ -227,11 +258,16 @@ def test_sync_replays_a_run_and_repeating_it_duplicates_nothing(run, monkeypatch
     assert "did you mean 'wandb'" in capfd.readouterr().err
 
 
-def test_online_lineage_names_the_parent_s_weights_on_a_double_because_no_server_runs_here(run, monkeypatch):
+def test_online_lineage_names_the_parent_s_weights_on_a_double_because_no_server_runs_here(
+    run, monkeypatch
+):
     pytest.importorskip("wandb")
     online, sink = mock.MagicMock(), Wandb(run.path, mode="online")
     monkeypatch.setattr(sink, "_open", lambda record, about: online)
     sink.record(run.records[3])
     online.use_artifact.assert_called_once_with(f"demo-prune_width:{run.records[2]['digest'][:12]}")
-    artifact, aliases = online.log_artifact.call_args.args[0], online.log_artifact.call_args.kwargs["aliases"]
+    artifact, aliases = (
+        online.log_artifact.call_args.args[0],
+        online.log_artifact.call_args.kwargs["aliases"],
+    )
     assert artifact.name == "demo-heal" and run.records[3]["digest"][:12] in aliases

@@ -1,4 +1,6 @@
-"""The search of IQ4_NL's scale tries the largest weight of a block at both ends of the sixteen numbers, which are not mirror images."""
+"""The search of IQ4_NL's scale tries the largest weight of a block at both ends of the sixteen
+numbers, which are not mirror images.
+"""
 
 from __future__ import annotations
 

@@ -110,7 +110,10 @@ def test_with_a_mocked_gpu_and_a_mocked_vllm_the_prompts_go_there_seeded_one_by_
     [
         ("many:embedded:topics", "is not generated:COUNTxTOKENS:PROMPTS"),
         ("9999x8:embedded:topics", "wants 9999 prompts"),
-        ("1x8:" + "generated:1x8:" * 500 + "nothing", "on prompts that are to be written themselves"),
+        (
+            "1x8:" + "generated:1x8:" * 500 + "nothing",
+            "on prompts that are to be written themselves",
+        ),
         ("7" * 5000 + "x8:nothing", "is not generated:COUNTxTOKENS:PROMPTS"),
     ],
 )

@@ -1,12 +1,14 @@
 """The bundle: what a deployment team receives, and can check without trusting us.
 
-hf/               the checkpoint as a plain Hugging Face directory
-model-TYPE.gguf, compressed_tensors/   the same weights as the recipe's `export.files` says (export/formats.py)
-README.md         model card: score table, verdicts, what it says, lineage, licences
-manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
-requests.jsonl    every scored item as it was put to the teacher (context, choices, gold) and what it answered (logliks), so that accuracy
+hf/               the checkpoint as a plain Hugging Face directory model-TYPE.gguf,
+compressed_tensors/   the same weights as the recipe's `export.files` says (export/formats.py)
+README.md         model card: score table, verdicts, what it says, lineage, licences manifest.json
+files, lineage, limits, scores and evaluation settings; all that `accept` needs requests.jsonl
+every scored item as it was put to the teacher (context, choices, gold) and what it answered
+(logliks), so that accuracy
                   kept can be measured again without any task's code
-answers.jsonl     what the judged file answered to these (where it could stop early, to those it was asked), so that `compress compare` can
+answers.jsonl     what the judged file answered to these (where it could stop early, to those it was
+asked), so that `compress compare` can
                   name what got better or worse
 open_prompts.jsonl   the open prompts with their checks, as `eval.open_prompts` takes them
                   (score/open.py); not there when nothing was asked
@@ -53,8 +55,14 @@ def write_bundle(
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(checkpoint, part / "hf", ignore=shutil.ignore_patterns(STAGE_JSON))
     for shipped in files:
-        (shutil.copytree if shipped.model.path.is_dir() else shutil.copyfile)(shipped.model.path, part / shipped.model.path.name)
-    source = json.loads((teacher.path / "source.json").read_text()) if (teacher.path / "source.json").is_file() else {}
+        (shutil.copytree if shipped.model.path.is_dir() else shutil.copyfile)(
+            shipped.model.path, part / shipped.model.path.name
+        )
+    source = (
+        json.loads((teacher.path / "source.json").read_text())
+        if (teacher.path / "source.json").is_file()
+        else {}
+    )
     origin = {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest} | source
     first = next(r for r in run.records if r["slot"] == "teacher")
     judged = files[0].record if files else run.final
@@ -62,18 +70,27 @@ def write_bundle(
         shutil.copyfile(folder_of(run.path, record) / "items.jsonl", part / name)
     _write_open(part, prompts, *(run.rows(record, "open") for record in (first, judged)))
     manifest = {
-        "schema": 1, "run": run.info["name"], "budget": "PASS" if passed else "FAIL", "teacher": origin, "config": run.info["config"],
-        "judged": files[0].model.path.name if files else "hf", **{key: judged[key] for key in ("scores", "intervals", "rows", "verdicts")},
-        "machine": run.info["machine"], "versions": run.info["versions"], "git_sha": run.info["git_sha"],
+        "schema": 1,
+        "run": run.info["name"],
+        "budget": "PASS" if passed else "FAIL",
+        "teacher": origin,
+        "config": run.info["config"],
+        "judged": files[0].model.path.name if files else "hf",
+        **{key: judged[key] for key in ("scores", "intervals", "rows", "verdicts")},
+        "machine": run.info["machine"],
+        "versions": run.info["versions"],
+        "git_sha": run.info["git_sha"],
         "digests": run.info["digests"],
         "lineage": [{k: r[k] for k in LINEAGE if k in r} for r in run.records],
         "files": file_table(part),
-    }  # fmt: skip
+    }
     write_json(part / "manifest.json", manifest)
     card = model_card(run, manifest, passed=passed)
     (part / "README.md").write_text(card, encoding="utf-8", errors="replace")
     table = file_table(part)
-    (part / SUMS).write_text("".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(table.items())))
+    (part / SUMS).write_text(
+        "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(table.items()))
+    )
     shutil.rmtree(final, ignore_errors=True)
     commit(part, final)
     return final
@@ -119,51 +136,106 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
     """The bundle's README: what it is, what it costs, where it comes from."""
     origin = manifest["teacher"]
     lines = [
-        f"# {run.info['recipe']}: a student of {origin['source']}", "",
+        f"# {run.info['recipe']}: a student of {origin['source']}",
+        "",
         "" if passed else "**This bundle violates its budget; see the verdicts below.**\n",
-        f"Made by `compress run {run.info['recipe']}` ({run.info['name']}). `{manifest['judged']}` is the file that was judged.", "",
-        "## Files", "", "- `hf/`: the checkpoint for transformers and further training, unpacked",
-        *[f"- `{(file := format.file.format(type=type))}`: {format.about.format(file=file)}"
-          for format, type, _ in map(formats.parse, run.info["config"]["export"]["files"])], "",
-        "## Scores", "", markdown_table(run.records), "", "## Verdicts", "",
-        *[f"- {line}" for line in verdict_lines(run.records)], "",
-        *_what_it_says(run), "## Lineage", "",
-        *[f"{i}. `{e['slot']}` ({e['technique']}) from `{e['parent'] or 'nothing'}`, weights sha256 `{e['digest'][:16]}`"
-          for i, e in enumerate(manifest["lineage"], 1)], "",
-        "## Licences", "",
-        f"- Teacher: {origin.get('licence', 'unknown; ask its publisher')}. The student is a derived work and stays under those terms.",
-        *[f"- Training text: {name}" for name in [*run.info['config']['data']['train'], *run.info['config']['data']['chat']]], "",
-        "## Check it", "", "```", f"sha256sum -c {SUMS}", "compress verify .",
-        "compress accept .   # measures the budget again on this machine", "```", "",
-    ]  # fmt: skip
+        (
+            f"Made by `compress run {run.info['recipe']}` ({run.info['name']})."
+            f" `{manifest['judged']}` is the file that was judged."
+        ),
+        "",
+        "## Files",
+        "",
+        "- `hf/`: the checkpoint for transformers and further training, unpacked",
+        *[
+            f"- `{(file := format.file.format(type=type))}`: {format.about.format(file=file)}"
+            for format, type, _ in map(formats.parse, run.info["config"]["export"]["files"])
+        ],
+        "",
+        "## Scores",
+        "",
+        markdown_table(run.records),
+        "",
+        "## Verdicts",
+        "",
+        *[f"- {line}" for line in verdict_lines(run.records)],
+        "",
+        *_what_it_says(run),
+        "## Lineage",
+        "",
+        *[
+            f"{i}. `{e['slot']}` ({e['technique']}) from `{e['parent'] or 'nothing'}`, weights"
+            f" sha256 `{e['digest'][:16]}`"
+            for i, e in enumerate(manifest["lineage"], 1)
+        ],
+        "",
+        "## Licences",
+        "",
+        (
+            f"- Teacher: {origin.get('licence', 'unknown; ask its publisher')}. The student is a"
+            " derived work and stays under those terms."
+        ),
+        *[
+            f"- Training text: {name}"
+            for name in [*run.info["config"]["data"]["train"], *run.info["config"]["data"]["chat"]]
+        ],
+        "",
+        "## Check it",
+        "",
+        "```",
+        f"sha256sum -c {SUMS}",
+        "compress verify .",
+        "compress accept .   # measures the budget again on this machine",
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 
 def sums_digest(bundle: Path) -> str:
-    """sha256 of SHA256SUMS, which stands for all of the bundle's bytes: to compare over another channel."""
+    """sha256 of SHA256SUMS, which stands for all of the bundle's bytes: to compare over another
+    channel.
+    """
     return sha256_file(bundle / SUMS)
 
 
 def read_sums(bundle: Path) -> dict[str, str]:
-    """Name -> sha256 as SHA256SUMS says. ValueError for a line that `sha256sum -c` would read otherwise, or not at all."""
+    """Name -> sha256 as SHA256SUMS says. ValueError for a line that `sha256sum -c` would read
+    otherwise, or not at all.
+    """
     sums = bundle / SUMS
     if not stat.S_ISREG(sums.lstat().st_mode if os.path.lexists(sums) else 0):
-        raise ValueError(f"{bundle} is no bundle: {SUMS} is missing or no plain file; give the folder bundle/ of a run")
+        raise ValueError(
+            f"{bundle} is no bundle: {SUMS} is missing or no plain file; give the folder bundle/ of"
+            " a run"
+        )
     if sums.stat().st_size > SUMS_BYTES:
-        raise ValueError(f"{sums} has {sums.stat().st_size:,} bytes, at most {SUMS_BYTES:,} are read; copy the bundle again from its source")
+        raise ValueError(
+            f"{sums} has {sums.stat().st_size:,} bytes, at most {SUMS_BYTES:,} are read; copy the"
+            " bundle again from its source"
+        )
     *lines, rest = sums.read_bytes().split(b"\n")
     expected: dict[str, str] = {}
     for number, line in enumerate([*lines, rest] if rest else lines, 1):
         match = LINE.fullmatch(line.decode("utf-8", "surrogateescape"))
         name = match[2] if match else ""
         whole = match and number <= len(lines) and name.isprintable() and "\\" not in name
-        if not whole or str(PurePosixPath(name)) != name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if (
+            not whole
+            or str(PurePosixPath(name)) != name
+            or PurePosixPath(name).is_absolute()
+            or ".." in PurePosixPath(name).parts
+        ):
             shown = line.decode("utf-8", "replace")[:200]
             raise ValueError(
-                f"{sums}, line {number} is not 'sha256  relative/name' and a line feed: {shown!r}; the bundle was damaged or made to mislead"
+                f"{sums}, line {number} is not 'sha256  relative/name' and a line feed: {shown!r};"
+                " the bundle was damaged or made to mislead"
             )
         if name in expected or name == SUMS:
-            raise ValueError(f"{sums}, line {number} names {name!r} again; the bundle was damaged or made to mislead")
+            raise ValueError(
+                f"{sums}, line {number} names {name!r} again; the bundle was damaged or made to"
+                " mislead"
+            )
         expected[name] = line[:64].decode()
     return expected
 
@@ -192,21 +264,33 @@ def _strangers(bundle: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def verify_bundle(bundle: Path, sha256: str | None = None) -> dict[str, Any]:
-    """Compare every byte with SHA256SUMS, and the manifest with the files and with itself. Returns the manifest.
+    """Compare every byte with SHA256SUMS, and the manifest with the files and with itself. Returns
+    the manifest.
 
-    `sha256`: of SHA256SUMS, as its sender said. ValueError naming every file that differs, lacks or does not belong, or the key of the manifest.
+    `sha256`: of SHA256SUMS, as its sender said. ValueError naming every file that differs, lacks or
+    does not belong, or the key of the manifest.
     """
     expected = read_sums(bundle)
     if sha256 is not None and (got := sums_digest(bundle)) != sha256.lower():
-        raise ValueError(f"{bundle / SUMS} has the sha256 {got}, not {sha256.lower()}: it is not the bundle that was meant; ask its sender")
+        raise ValueError(
+            f"{bundle / SUMS} has the sha256 {got}, not {sha256.lower()}: it is not the bundle that"
+            " was meant; ask its sender"
+        )
     files, bad = _strangers(bundle)
     files.pop(SUMS, None)
     linked = {sentence.partition(" is ")[0] for sentence in bad}
     bad += [f"{name} is missing" for name in sorted(expected.keys() - files.keys() - linked)]
     bad += [f"{name} is not in {SUMS}" for name in sorted(files.keys() - expected.keys())]
-    bad += [f"{name} was changed" for name in sorted(expected.keys() & files.keys()) if sha256_file(files[name]) != expected[name]]
+    bad += [
+        f"{name} was changed"
+        for name in sorted(expected.keys() & files.keys())
+        if sha256_file(files[name]) != expected[name]
+    ]
     if bad:
-        raise ValueError(f"{bundle} does not verify: {'; '.join(sorted(bad))}. Copy the bundle again from its source")
+        raise ValueError(
+            f"{bundle} does not verify: {'; '.join(sorted(bad))}. Copy the bundle again from its"
+            " source"
+        )
     if "manifest.json" not in expected:
         raise ValueError(f"{bundle} has no manifest.json; copy the bundle again from its source")
     return read_manifest(bundle, expected)

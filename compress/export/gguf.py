@@ -1,12 +1,14 @@
 """A checkpoint as one GGUF file for llama.cpp, and back.
 
-Names: `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`; tied embeddings are in it once, no `output.weight`.
-Rotary layout: HF Llama rotates row j with row j + d/2 of a head (d: head width), llama.cpp's "llama" architecture rows
-2j and 2j + 1; so q and k rows are interleaved on the way out and back on the way in. Codes and scales are rows too:
-they move along and are never computed again. qwen2 keeps HF's layout.
-All matrices, the embedding too, get the type asked for: F16, or a grid of `compress/quant/grids/`, whose modules say
-what their blocks hold; MIXED gives each matrix the type of its codes. 1-D tensors stay F32.
-Left out: llama.cpp's own mixtures such as Q4_K_M (Q4_K here is Q4_K throughout), rope scaling, experts, attention biases of Llama: refused by name.
+Names: `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`; tied embeddings are in it once,
+no `output.weight`. Rotary layout: HF Llama rotates row j with row j + d/2 of a head (d: head
+width), llama.cpp's "llama" architecture rows 2j and 2j + 1; so q and k rows are interleaved on the
+way out and back on the way in. Codes and scales are rows too: they move along and are never
+computed again. qwen2 keeps HF's layout. All matrices, the embedding too, get the type asked for:
+F16, or a grid of `compress/quant/grids/`, whose modules say what their blocks hold; MIXED gives
+each matrix the type of its codes. 1-D tensors stay F32. Left out: llama.cpp's own mixtures such as
+Q4_K_M (Q4_K here is Q4_K throughout), rope scaling, experts, attention biases of Llama: refused by
+name.
 """
 
 import os
@@ -35,23 +37,35 @@ from compress.score.size import size, tensor_shapes
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18, "IQ4_NL": 25}
 TENSOR_BYTES = 160  # name, shape, place and padding of a tensor
 MIXED = "MIXED"  # every matrix in the type of its own codes
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # HF model_type -> general.architecture
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+}  # HF model_type -> general.architecture
 _NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"} | {
     f"model.layers.{{}}.{name}": f"blk.{{}}.{short}"
     for name, short in {
-        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     }.items()
-}  # fmt: skip
+}
 _BACK = {short: name for name, short in _NAMES.items()}
 
 
 def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]:
-    """Writes `checkpoint` as `out_file` in `type`, one of TYPES or MIXED; returns `size_bytes`, `params`, `bits_per_weight`.
+    """Writes `checkpoint` as `out_file` in `type`, one of TYPES or MIXED; returns `size_bytes`,
+    `params`, `bits_per_weight`.
 
-    With `quant.safetensors` in the checkpoint, its codes and scales are written as they are. ValueError: a type that is unknown or
-    not their grid, MIXED without codes, an architecture, tensor or tokenizer without a place in the file, values that the type can't hold.
+    With `quant.safetensors` in the checkpoint, its codes and scales are written as they are.
+    ValueError: a type that is unknown or not their grid, MIXED without codes, an architecture,
+    tensor or tokenizer without a place in the file, values that the type can't hold.
     """
     import gguf
 
@@ -60,10 +74,16 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     part = out_file.with_name(out_file.name + ".part")
     held = [(q.grid.upper(), q.codes.numel()) for q in made.values()]
-    most = max(TYPES, key=lambda kind: sum(count for grid, count in held if grid == kind)) if held else type
+    most = (
+        max(TYPES, key=lambda kind: sum(count for grid, count in held if grid == kind))
+        if held
+        else type
+    )
     writer = _described(checkpoint, config, most, part)
     for name, raw, kind in _packed(checkpoint, type, made, config):
-        short = _renamed(name, _NAMES, f"tensor {name} has no place in a GGUF; export this model as Hugging Face")
+        short = _renamed(
+            name, _NAMES, f"tensor {name} has no place in a GGUF; export this model as Hugging Face"
+        )
         writer.add_tensor(short, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -99,7 +119,9 @@ def _described(checkpoint: Path, config: Any, type: str, file: Path) -> Any:
 
 
 def overhead_bytes(checkpoint: Path) -> int:
-    """Bytes of the checkpoint's GGUF besides its matrices: metadata, tokenizer, 1-D tensors, and at most TENSOR_BYTES for every tensor."""
+    """Bytes of the checkpoint's GGUF besides its matrices: metadata, tokenizer, 1-D tensors, and
+    at most TENSOR_BYTES for every tensor.
+    """
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     with tempfile.TemporaryDirectory() as folder:
         writer = _described(checkpoint, config, "F16", Path(folder) / "header.gguf")
@@ -108,44 +130,75 @@ def overhead_bytes(checkpoint: Path) -> int:
         writer.close()
         header_bytes = (Path(folder) / "header.gguf").stat().st_size
     shapes = [shape for file in weight_files(checkpoint) for shape in tensor_shapes(file).values()]
-    return header_bytes + len(shapes) * TENSOR_BYTES + sum(4 * shape[0] for shape in shapes if len(shape) == 1)
+    return (
+        header_bytes
+        + len(shapes) * TENSOR_BYTES
+        + sum(4 * shape[0] for shape in shapes if len(shape) == 1)
+    )
 
 
 def architecture(config: Any) -> str:
     """The GGUF architecture of a transformers config. ValueError when there is none."""
-    check_config(config, "GGUF", "export compressed_tensors", model_type=tuple(ARCHITECTURES), rope_type=("default",), sliding_window=(None,))
+    check_config(
+        config,
+        "GGUF",
+        "export compressed_tensors",
+        model_type=tuple(ARCHITECTURES),
+        rope_type=("default",),
+        sliding_window=(None,),
+    )
     return ARCHITECTURES[config.model_type]
 
 
 def check_teacher(path: Path) -> None:
-    """ValueError when a teacher has a tokenizer or tensors that no student of it could bring into a GGUF."""
+    """ValueError when a teacher has a tokenizer or tensors that no student of it could bring into
+    a GGUF.
+    """
     tokenizer = load_tokenizer(path)
     pre_name(tokenizer)
     end_keys(tokenizer, end_ids(path, tokenizer))
     templates_of(tokenizer.chat_template)
     for name, _ in meta_model(read_config(path)).named_parameters():
-        _renamed(name, _NAMES, f"tensor {name} has no place in a GGUF; export this model as compressed_tensors")
+        _renamed(
+            name,
+            _NAMES,
+            f"tensor {name} has no place in a GGUF; export this model as compressed_tensors",
+        )
 
 
 def _renamed(name: str, table: dict[str, str], refusal: str) -> str:
-    """A tensor's name by `table`, the number of its block in place of {}. ValueError, the refusal, when it is not in there."""
+    """A tensor's name by `table`, the number of its block in place of {}. ValueError, the refusal,
+    when it is not in there.
+    """
     stem, _, suffix = name.rpartition(".")
     block = next((part for part in stem.split(".") if part.isdigit()), "{}")
     place = table.get(stem.replace(f".{block}.", ".{}."))
-    if place is None or (suffix == "bias" and not place.endswith(("_q", "_k", "_v", "q_proj", "k_proj", "v_proj"))):
+    if place is None or (
+        suffix == "bias" and not place.endswith(("_q", "_k", "_v", "q_proj", "k_proj", "v_proj"))
+    ):
         raise ValueError(refusal)
     return f"{place.format(block)}.{suffix}"
 
 
 def _interleave(heads: int, rows: int) -> np.ndarray:
-    """Row order p of `heads` stacked heads with gguf[i] = hf[p[i]]: within a head 0, d/2, 1, d/2 + 1, ..."""
+    """Row order p of `heads` stacked heads with gguf[i] = hf[p[i]]: within a head 0, d/2, 1, d/2 +
+    1, ...
+    """
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _packed(checkpoint: Path, type: str, made: dict[str, Quantized], config: Any) -> Iterator[tuple[str, np.ndarray, str]]:
-    """(HF name, bytes or values as the writer takes them, ggml type) of every tensor of the checkpoint."""
+def _packed(
+    checkpoint: Path, type: str, made: dict[str, Quantized], config: Any
+) -> Iterator[tuple[str, np.ndarray, str]]:
+    """(HF name, bytes or values as the writer takes them, ggml type) of every tensor of the
+    checkpoint.
+    """
     d, q, kv = head_dim(config), config.num_attention_heads, config.num_key_value_heads
-    orders = {"q_proj": _interleave(q, q * d), "k_proj": _interleave(kv, kv * d)} if architecture(config) == "llama" else {}
+    orders = (
+        {"q_proj": _interleave(q, q * d), "k_proj": _interleave(kv, kv * d)}
+        if architecture(config) == "llama"
+        else {}
+    )
     for file in weight_files(checkpoint):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (the handle is no mapping)
@@ -166,20 +219,26 @@ def _encode(name: str, w: Tensor, type: str) -> np.ndarray:
     if type == "F16":
         half = w.half()
         if not half.isfinite().all():
-            raise ValueError(f"{name}: values up to {w.abs().max():.3g} don't fit F16 (65504); export as Q8_0")
+            raise ValueError(
+                f"{name}: values up to {w.abs().max():.3g} don't fit F16 (65504); export as Q8_0"
+            )
         return half.numpy()
     grid = GRIDS[type.lower()]
     return grid.pack(*grid.encode(w, name)).numpy()
 
 
 def read_fields(file: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Metadata of a GGUF as plain Python values, and its tensors as `gguf.ReaderTensor`. ValueError as `gguf_header.read_header`."""
+    """Metadata of a GGUF as plain Python values, and its tensors as `gguf.ReaderTensor`.
+    ValueError as `gguf_header.read_header`.
+    """
     import gguf
 
     read_header(file)  # the reader below allocates what a header claims
 
     class Reader(gguf.GGUFReader):
-        """Reads through a plain array: slicing a memmap object 1.5 million times takes 2 s, a view of it 0.5 s."""
+        """Reads through a plain array: slicing a memmap object 1.5 million times takes 2 s, a view
+        of it 0.5 s.
+        """
 
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
@@ -197,7 +256,8 @@ def hf_name(tensor: str) -> str:
 
 
 def decode_gguf(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]:
-    """HF state-dict name -> fp32 tensor of what `read_fields` returned: exactly the file's numbers, in HF's row order.
+    """HF state-dict name -> fp32 tensor of what `read_fields` returned: exactly the file's
+    numbers, in HF's row order.
 
     ValueError: an architecture or tensor that is not known.
     """
@@ -205,7 +265,9 @@ def decode_gguf(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]
 
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES.values():
-        raise ValueError(f"the GGUF's architecture {arch!r} can't be decoded; allowed: llama, qwen2")
+        raise ValueError(
+            f"the GGUF's architecture {arch!r} can't be decoded; allowed: llama, qwen2"
+        )
     names = {tensor.name: hf_name(tensor.name) for tensor in tensors}  # all, before any is decoded
     decoded = {}
     for tensor in tensors:
@@ -213,23 +275,34 @@ def decode_gguf(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]
         kind = tensor.name.split(".")[-2]
         if arch == "llama" and kind in ("attn_q", "attn_k"):
             heads = fields["llama.attention.head_count"]
-            heads = fields.get("llama.attention.head_count_kv", heads) if kind == "attn_k" else heads
+            heads = (
+                fields.get("llama.attention.head_count_kv", heads) if kind == "attn_k" else heads
+            )
             if type(heads) is not int or heads < 1 or len(w) % (2 * heads):
-                raise ValueError(f"GGUF tensor {tensor.name} of {len(w)} rows can't be of {heads} heads; copy the file again")
+                raise ValueError(
+                    f"GGUF tensor {tensor.name} of {len(w)} rows can't be of {heads} heads; copy"
+                    " the file again"
+                )
             w = w[np.argsort(_interleave(heads, len(w)))]
         decoded[names[tensor.name]] = torch.from_numpy(w)
     return decoded
 
 
 class ReloadedGguf:
-    """A `Reloaded` (export/parity.py): the file as llama.cpp opens it, and its numbers as the `gguf` package decodes them."""
+    """A `Reloaded` (export/parity.py): the file as llama.cpp opens it, and its numbers as the
+    `gguf` package decodes them.
+    """
 
     def __init__(self, file: Path, threads: int) -> None:
         from compress.score.llamacpp import LlamaCpp
 
         self.fields, self.listed = read_fields(file)
         llama = LlamaCpp(file, threads, 512, 1, embedding=False)
-        self.generate_ids, self.tokenize, self.close = llama.generate_ids, llama.tokenize, llama.close
+        self.generate_ids, self.tokenize, self.close = (
+            llama.generate_ids,
+            llama.tokenize,
+            llama.close,
+        )
         self.ends_at = llama.ends_at
 
     def tensors(self) -> dict[str, Tensor]:

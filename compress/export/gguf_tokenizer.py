@@ -1,14 +1,18 @@
 """Byte-level BPE tokenizers between Hugging Face and GGUF.
 
-A GGUF stores vocabulary, merges and token types, but the pre-tokenizer (how text is cut before merging) by name only, `tokenizer.ggml.pre`;
-llama.cpp holds the rules behind the name. `PRE_TOKENIZERS` is our copy of those rules, read in both directions: a name that is not in it is
-refused on import, rules that are not in it are refused on export. A guess would give other token ids, hence another model. ("\\n\\n1" is [1116,
-33] for SmolLM2; without its digit splitter it becomes [198, 198, 33].)
+A GGUF stores vocabulary, merges and token types, but the pre-tokenizer (how text is cut before
+merging) by name only, `tokenizer.ggml.pre`; llama.cpp holds the rules behind the name.
+`PRE_TOKENIZERS` is our copy of those rules, read in both directions: a name that is not in it is
+refused on import, rules that are not in it are refused on export. A guess would give other token
+ids, hence another model. ("\\n\\n1" is [1116, 33] for SmolLM2; without its digit splitter it
+becomes [198, 198, 33].)
 
-Of the ends of a text llama.cpp reads three: eos, eot (of a turn) and eom (of a message). Some more it knows by their names (ENDS_BY_NAME).
-Of several chat templates the default one is tokenizer.chat_template, the others are there by name.
+Of the ends of a text llama.cpp reads three: eos, eot (of a turn) and eom (of a message). Some more
+it knows by their names (ENDS_BY_NAME). Of several chat templates the default one is
+tokenizer.chat_template, the others are there by name.
 
-Left out: SentencePiece and Unigram tokenizers, and normalizers other than Qwen2's NFC, which llama.cpp does not apply.
+Left out: SentencePiece and Unigram tokenizers, and normalizers other than Qwen2's NFC, which
+llama.cpp does not apply.
 """
 
 import json
@@ -21,13 +25,34 @@ from compress.ends import as_value, turn_end
 # llama.cpp's src/llama-vocab.cpp, llama_token_type
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
-# Special tokens at which llama.cpp ends a text although no key of the file says so (seen by forcing each; tests/test_ends.py).
-ENDS_BY_NAME = frozenset((
-    "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<EOT>", "[EOT]", "</s>", "<eos>", "[EOS]",
-    "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>", "<|call|>",
-))  # fmt: skip
+# Special tokens at which llama.cpp ends a text although no key of the file says so (seen by forcing
+# each; tests/test_ends.py).
+ENDS_BY_NAME = frozenset(
+    (
+        "<|endoftext|>",
+        "<|im_end|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<EOT>",
+        "[EOT]",
+        "</s>",
+        "<eos>",
+        "[EOS]",
+        "<｜end▁of▁sentence｜>",
+        "<end_of_utterance>",
+        "<|return|>",
+        "<|call|>",
+    )
+)
 
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 _TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -39,39 +64,61 @@ def split(regex: str) -> dict[str, Any]:
 
 
 def _sequence(regex: str) -> dict[str, Any]:
-    return {"type": "Sequence", "pretokenizers": [split(regex), {**_BYTE_LEVEL, "use_regex": False}]}
+    return {
+        "type": "Sequence",
+        "pretokenizers": [split(regex), {**_BYTE_LEVEL, "use_regex": False}],
+    }
 
 
 # tokenizer.ggml.pre -> the pre-tokenizer as `tokenizers` writes it
 PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "gpt-2": _BYTE_LEVEL,
-    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]},
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
+    },
     "llama-bpe": _sequence(_WORDS + r"\p{N}{1,3}" + _SYMBOLS + _TAIL),
     "qwen2": _sequence(_WORDS + r"\p{N}" + _SYMBOLS + _TAIL),
 }
 
 
 def pre_name(tokenizer: Any) -> str:
-    """The `tokenizer.ggml.pre` name of a fast HF tokenizer. ValueError when llama.cpp would cut text otherwise."""
+    """The `tokenizer.ggml.pre` name of a fast HF tokenizer. ValueError when llama.cpp would cut
+    text otherwise.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["model"]["type"] != "BPE":
-        raise ValueError(f"the tokenizer's model is {state['model']['type']}; allowed in a GGUF: byte-level BPE")
+        raise ValueError(
+            f"the tokenizer's model is {state['model']['type']}; allowed in a GGUF: byte-level BPE"
+        )
     found = _rules(state["pre_tokenizer"])
     names = [name for name, rules in PRE_TOKENIZERS.items() if found == _rules(rules)]
     if not names:
         raise ValueError(
-            f"the tokenizer's pre-tokenizer {json.dumps(state['pre_tokenizer'])} is not known to be one of llama.cpp's "
-            f"(known: {', '.join(PRE_TOKENIZERS)}); add it to PRE_TOKENIZERS and compare token ids with llama.cpp"
+            f"the tokenizer's pre-tokenizer {json.dumps(state['pre_tokenizer'])} is not known to be"
+            f" one of llama.cpp's (known: {', '.join(PRE_TOKENIZERS)}); add it to PRE_TOKENIZERS"
+            " and compare token ids with llama.cpp"
         )
     if state["model"].get("ignore_merges", False) != (names[0] == "llama-bpe"):
-        raise ValueError(f"a {names[0]} tokenizer has ignore_merges = {names[0] != 'llama-bpe'}, which llama.cpp reverses")
-    if state["normalizer"] is not None and (names[0], state["normalizer"]["type"]) != ("qwen2", "NFC"):
-        raise ValueError(f"the tokenizer's normalizer {state['normalizer']['type']} is not in llama.cpp; allowed: none")
+        raise ValueError(
+            f"a {names[0]} tokenizer has ignore_merges = {names[0] != 'llama-bpe'}, which llama.cpp"
+            " reverses"
+        )
+    if state["normalizer"] is not None and (names[0], state["normalizer"]["type"]) != (
+        "qwen2",
+        "NFC",
+    ):
+        raise ValueError(
+            f"the tokenizer's normalizer {state['normalizer']['type']} is not in llama.cpp;"
+            " allowed: none"
+        )
     return names[0]
 
 
 def _rules(pre_tokenizer: Any) -> Any:
-    """The rules without what does not change ids: `trim_offsets`, and ByteLevel's own default of `use_regex`."""
+    """The rules without what does not change ids: `trim_offsets`, and ByteLevel's own default of
+    `use_regex`.
+    """
 
     def rule(entry: dict[str, Any]) -> dict[str, Any]:
         entry.pop("trim_offsets", None)
@@ -81,16 +128,29 @@ def _rules(pre_tokenizer: Any) -> Any:
 
 
 def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence[int]) -> None:
-    """Adds vocabulary, merges, types, special tokens, `ends` of texts and chat templates of an HF tokenizer to a `gguf.GGUFWriter`.
+    """Adds vocabulary, merges, types, special tokens, `ends` of texts and chat templates of an HF
+    tokenizer to a `gguf.GGUFWriter`.
 
     ValueError: what llama.cpp would read otherwise, or has no place for.
     """
     pre = pre_name(tokenizer)
     vocab = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(vocab) >= vocab_size:
-        raise ValueError(f"the tokenizer has ids up to {max(vocab)}, the model embeds {vocab_size} tokens; one is foreign")
+        raise ValueError(
+            f"the tokenizer has ids up to {max(vocab)}, the model embeds {vocab_size} tokens; one"
+            " is foreign"
+        )
     added = tokenizer.added_tokens_decoder
-    kinds = [(CONTROL if added[i].special else USER_DEFINED) if i in added else NORMAL if i in vocab else UNUSED for i in range(vocab_size)]
+    kinds = [
+        (
+            (CONTROL if added[i].special else USER_DEFINED)
+            if i in added
+            else NORMAL
+            if i in vocab
+            else UNUSED
+        )
+        for i in range(vocab_size)
+    ]
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -99,7 +159,9 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
     writer.add_add_space_prefix(False)
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")} | end_keys(tokenizer, ends)
+    ids = {
+        name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")
+    } | end_keys(tokenizer, ends)
     for name in ("bos", "eos", "unk", "pad", "eot", "eom"):
         if (index := ids.get(name)) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
@@ -107,20 +169,32 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence
 
 
 def end_keys(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
-    """eos, eot, eom -> id: the tokenizer's end, then the turn's, then those that llama.cpp does not know by name."""
+    """eos, eot, eom -> id: the tokenizer's end, then the turn's, then those that llama.cpp does
+    not know by name.
+    """
     closing = turn_end(tokenizer)
     unknown = {i for i in ends if tokenizer.convert_ids_to_tokens(i) not in ENDS_BY_NAME}
     order = sorted(ends, key=lambda i: (i != ends[0], i != closing, i not in unknown, i))
     if left := unknown.intersection(order[3:]):
-        raise ValueError(f"texts end at {len(ends)} tokens; a GGUF has keys for three, and llama.cpp does not know {sorted(left)} by name")
+        raise ValueError(
+            f"texts end at {len(ends)} tokens; a GGUF has keys for three, and llama.cpp does not"
+            f" know {sorted(left)} by name"
+        )
     return dict(zip(("eos", "eot", "eom"), order, strict=False))
 
 
 def templates_of(templates: str | dict[str, str] | None) -> dict[str, str]:
-    """A tokenizer's chat templates by name; a single one is the default. ValueError when none of several is."""
-    named = templates if isinstance(templates, dict) else {"default": templates} if templates else {}
+    """A tokenizer's chat templates by name; a single one is the default. ValueError when none of
+    several is.
+    """
+    named = (
+        templates if isinstance(templates, dict) else {"default": templates} if templates else {}
+    )
     if named and "default" not in named:
-        raise ValueError(f"the tokenizer has the chat templates {', '.join(sorted(named))}, and none is called default; name one so")
+        raise ValueError(
+            f"the tokenizer has the chat templates {', '.join(sorted(named))}, and none is called"
+            " default; name one so"
+        )
     return named
 
 
@@ -136,7 +210,9 @@ def _write_templates(writer: Any, named: dict[str, str]) -> None:
 
 
 def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Writes the HF tokenizer files of a GGUF's metadata into `out`; returns its special ids (`bos_token_id`, ...; of ends one or a list)."""
+    """Writes the HF tokenizer files of a GGUF's metadata into `out`; returns its special ids
+    (`bos_token_id`, ...; of ends one or a list).
+    """
     from tokenizers import AddedToken, Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -144,33 +220,67 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, Any]:
     model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
-            f"the GGUF's tokenizer is model {model!r} with pre-tokenizer {pre!r}; known are model 'gpt2' with "
-            f"{', '.join(PRE_TOKENIZERS)}. A guess would change token ids: use this model's Hugging Face checkpoint"
+            f"the GGUF's tokenizer is model {model!r} with pre-tokenizer {pre!r}; known are model"
+            f" 'gpt2' with {', '.join(PRE_TOKENIZERS)}. A guess would change token ids: use this"
+            " model's Hugging Face checkpoint"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
-    backend = Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": _BYTE_LEVEL}))
+    backend = Tokenizer.from_str(
+        json.dumps(
+            json.loads(backend.to_str())
+            | {
+                "pre_tokenizer": PRE_TOKENIZERS[pre],
+                "decoder": _BYTE_LEVEL,
+            }
+        )
+    )
     backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
     if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
         bos = tokens[ids["bos"]]
-        backend.post_processor = processors.TemplateProcessing([bos, "$A"], [bos, "$A", "$B:0"], [(bos, ids["bos"])])
+        backend.post_processor = processors.TemplateProcessing(
+            [bos, "$A"], [bos, "$A", "$B:0"], [(bos, ids["bos"])]
+        )
     added = [pair for pair in zip(tokens, kinds, strict=True) if pair[1] in (CONTROL, USER_DEFINED)]
-    backend.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added])
+    backend.add_tokens(
+        [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added]
+    )
     length = fields.get(f"{fields['general.architecture']}.context_length")
     special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=length, **special)
-    default, names = fields.get("tokenizer.chat_template"), fields.get("tokenizer.chat_templates", [])
-    more = {name: fields[f"tokenizer.chat_template.{name}"] for name in names if f"tokenizer.chat_template.{name}" in fields}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_max_length=length,
+        **special,
+    )
+    default, names = (
+        fields.get("tokenizer.chat_template"),
+        fields.get("tokenizer.chat_templates", []),
+    )
+    more = {
+        name: fields[f"tokenizer.chat_template.{name}"]
+        for name in names
+        if f"tokenizer.chat_template.{name}" in fields
+    }
     tokenizer.chat_template = {"default": default} | more if default and more else default
     tokenizer.save_pretrained(out)
     file = out / "tokenizer_config.json"
     config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config.pop("backend", None)  # like the class name of transformers 5, older readers (vLLM) don't know it; all know the old name
+    config.pop(
+        "backend",
+        None,
+        # like the class name of transformers 5, older readers (vLLM) don't know it; all know the old
+        # name
+    )
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    found: dict[str, Any] = {f"{name}_token_id": index for name, index in ids.items() if index is not None and name != "unk"}
+    found: dict[str, Any] = {
+        f"{name}_token_id": index
+        for name, index in ids.items()
+        if index is not None and name != "unk"
+    }
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     if several := list(dict.fromkeys(i for i in ends if i is not None)):
         found["eos_token_id"] = as_value(several)

@@ -1,7 +1,9 @@
-"""manifest.json of a bundle that somebody else may have written: its keys and their types, and whether it agrees with itself.
+"""manifest.json of a bundle that somebody else may have written: its keys and their types, and
+whether it agrees with itself.
 
-SHA256SUMS says that nothing was changed since it was written, not who wrote it: whoever edits a bundle can write new sums. So what the
-manifest concludes is concluded again here, from the scores and limits that it holds itself.
+SHA256SUMS says that nothing was changed since it was written, not who wrote it: whoever edits a
+bundle can write new sums. So what the manifest concludes is concluded again here, from the scores
+and limits that it holds itself.
 """
 
 from collections.abc import Mapping
@@ -10,30 +12,72 @@ from types import SimpleNamespace
 from typing import Any
 
 from compress import budget
-from compress.doors import FLAG, NUMBER, TABLE, TEXT, Kind, check_object, is_number, optional, read_json
+from compress.doors import (
+    FLAG,
+    NUMBER,
+    TABLE,
+    TEXT,
+    Kind,
+    check_object,
+    is_number,
+    optional,
+    read_json,
+)
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
 MANIFEST_BYTES = 100_000_000
 WORDS = (budget.PASS, budget.FAIL, budget.INCONCLUSIVE)
-ROWS = Kind("a list of JSON objects", lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value))
-SCORES = Kind("numbers by name", lambda value: isinstance(value, dict) and all(map(_is_score, value.values())))
-INTERVALS = Kind("pairs of numbers by name", lambda value: isinstance(value, dict) and all(map(_is_pair, value.values())))
+ROWS = Kind(
+    "a list of JSON objects",
+    lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value),
+)
+SCORES = Kind(
+    "numbers by name", lambda value: isinstance(value, dict) and all(map(_is_score, value.values()))
+)
+INTERVALS = Kind(
+    "pairs of numbers by name",
+    lambda value: isinstance(value, dict) and all(map(_is_pair, value.values())),
+)
 VERDICT = Kind(f"one of {', '.join(WORDS)}", lambda value: value in WORDS)
 ANY_TEXT = Kind("a text or null", lambda value: value is None or isinstance(value, str))
 KINDS = {
-    "schema": Kind(str(SCHEMA), lambda value: value == SCHEMA), "run": TEXT, "budget": Kind("PASS or FAIL", lambda value: value in ("PASS", "FAIL")),
-    "teacher": TABLE, "config": TABLE, "judged": TEXT, "scores": SCORES, "intervals": INTERVALS, "rows": optional(TABLE), "verdicts": ROWS,
-    "machine": TABLE, "versions": TABLE, "git_sha": ANY_TEXT, "digests": optional(TABLE), "lineage": ROWS, "files": TABLE,
-}  # fmt: skip
+    "schema": Kind(str(SCHEMA), lambda value: value == SCHEMA),
+    "run": TEXT,
+    "budget": Kind("PASS or FAIL", lambda value: value in ("PASS", "FAIL")),
+    "teacher": TABLE,
+    "config": TABLE,
+    "judged": TEXT,
+    "scores": SCORES,
+    "intervals": INTERVALS,
+    "rows": optional(TABLE),
+    "verdicts": ROWS,
+    "machine": TABLE,
+    "versions": TABLE,
+    "git_sha": ANY_TEXT,
+    "digests": optional(TABLE),
+    "lineage": ROWS,
+    "files": TABLE,
+}
 VERDICT_KINDS = {
-    "limit": TEXT, "bound": NUMBER, "op": Kind("<= or >=", lambda value: value in ("<=", ">=")), "verdict": VERDICT, "sentence": TEXT,
-    "value": Kind("a number or null", lambda value: value is None or _is_score(value)), "enforced": FLAG, "why": optional(TEXT),
-}  # fmt: skip
+    "limit": TEXT,
+    "bound": NUMBER,
+    "op": Kind("<= or >=", lambda value: value in ("<=", ">=")),
+    "verdict": VERDICT,
+    "sentence": TEXT,
+    "value": Kind("a number or null", lambda value: value is None or _is_score(value)),
+    "enforced": FLAG,
+    "why": optional(TEXT),
+}
 LIMIT_KINDS = {
-    "max": optional(Kind("a finite number or null", lambda value: value is None or is_number(value))),
-    "min": optional(Kind("a finite number or null", lambda value: value is None or is_number(value))), "why": optional(TEXT),
-}  # fmt: skip
+    "max": optional(
+        Kind("a finite number or null", lambda value: value is None or is_number(value))
+    ),
+    "min": optional(
+        Kind("a finite number or null", lambda value: value is None or is_number(value))
+    ),
+    "why": optional(TEXT),
+}
 
 
 def _is_score(value: Any) -> bool:
@@ -48,23 +92,33 @@ def _is_pair(value: Any) -> bool:
 def read_manifest(bundle: Path, sums: Mapping[str, str]) -> dict[str, Any]:
     """The manifest of a bundle whose files have the sha256 `sums` by name.
 
-    ValueError naming file and key: an unknown key, a wrong type, a newer schema, a table of files that is not that of SHA256SUMS, a
-    judged name outside the bundle, or verdicts that are not those of its own scores and limits.
+    ValueError naming file and key: an unknown key, a wrong type, a newer schema, a table of files
+    that is not that of SHA256SUMS, a judged name outside the bundle, or verdicts that are not those
+    of its own scores and limits.
     """
     file = bundle / MANIFEST
     if (length := file.stat().st_size) > MANIFEST_BYTES:
-        raise ValueError(f"{file} has {length:,} bytes, at most {MANIFEST_BYTES:,} are read; copy the bundle again")
+        raise ValueError(
+            f"{file} has {length:,} bytes, at most {MANIFEST_BYTES:,} are read; copy the bundle"
+            " again"
+        )
     manifest: dict[str, Any] = read_json(file)
     schema = manifest.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
-        raise ValueError(f"{file} has schema {schema}, this version of compress reads {SCHEMA}: install a newer one to read it")
+        raise ValueError(
+            f"{file} has schema {schema}, this version of compress reads {SCHEMA}: install a newer"
+            " one to read it"
+        )
     check_object(manifest, KINDS, file)
     _check_files(manifest["files"], sums, file)
     check_judged(manifest["judged"], sums, file)
     for number, entry in enumerate(manifest["lineage"]):
         for key in ("slot", "technique"):
             if not isinstance(entry.get(key), str):
-                raise ValueError(f"{file}, lineage[{number}]: {key!r} is missing or no text; copy the bundle again")
+                raise ValueError(
+                    f"{file}, lineage[{number}]: {key!r} is missing or no text; copy the bundle"
+                    " again"
+                )
     if not isinstance(manifest["teacher"].get("digest"), str):
         raise ValueError(f"{file}, teacher: 'digest' is missing or no text; copy the bundle again")
     _check_verdicts(manifest, file)
@@ -72,22 +126,38 @@ def read_manifest(bundle: Path, sums: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_files(table: Mapping[str, Any], sums: Mapping[str, str], file: Path) -> None:
-    """ValueError where the manifest's own table of files is not that of SHA256SUMS. Manifest and README.md are written after it."""
-    hashes = {name: entry.get("sha256") if isinstance(entry, dict) else None for name, entry in table.items()}
+    """ValueError where the manifest's own table of files is not that of SHA256SUMS. Manifest and
+    README.md are written after it.
+    """
+    hashes = {
+        name: entry.get("sha256") if isinstance(entry, dict) else None
+        for name, entry in table.items()
+    }
     later = (MANIFEST, "README.md")
     wanted = {name: sha256 for name, sha256 in sums.items() if name not in later}
-    if differing := sorted(name for name in hashes.keys() | wanted.keys() if hashes.get(name) != wanted.get(name)):
-        raise ValueError(f"{file}: its table of files differs from SHA256SUMS in {', '.join(differing[:5])}; the manifest is of another bundle")
+    if differing := sorted(
+        name for name in hashes.keys() | wanted.keys() if hashes.get(name) != wanted.get(name)
+    ):
+        raise ValueError(
+            f"{file}: its table of files differs from SHA256SUMS in {', '.join(differing[:5])}; the"
+            " manifest is of another bundle"
+        )
     for name, entry in table.items():
         if entry.get("bytes") != (got := (file.parent / name).stat().st_size):
-            raise ValueError(f"{file}, files: {name} has {got:,} bytes, not {entry.get('bytes')!r}; the manifest is of another bundle")
+            raise ValueError(
+                f"{file}, files: {name} has {got:,} bytes, not {entry.get('bytes')!r}; the manifest"
+                " is of another bundle"
+            )
 
 
 def check_judged(judged: Any, names: Any, file: Path) -> None:
     """ValueError when what was judged is no file or folder of the bundle's files `names`."""
     inside = isinstance(judged, str) and bool(judged) and "/" not in judged
     if not inside or not any(name == judged or name.startswith(f"{judged}/") for name in names):
-        raise ValueError(f"{file}: 'judged' is {judged!r}, which is no file or folder of this bundle; ask its sender")
+        raise ValueError(
+            f"{file}: 'judged' is {judged!r}, which is no file or folder of this bundle; ask its"
+            " sender"
+        )
 
 
 def limits_of(manifest: Mapping[str, Any], file: Path) -> dict[str, dict[str, Any]]:
@@ -103,21 +173,43 @@ def limits_of(manifest: Mapping[str, Any], file: Path) -> dict[str, dict[str, An
 
 
 def _check_verdicts(manifest: Mapping[str, Any], file: Path) -> None:
-    """ValueError where a verdict, or all of them together, is not what the manifest's own scores, intervals and limits give."""
-    scores, intervals = manifest["scores"], {name: tuple(pair) for name, pair in manifest["intervals"].items()}
-    given = [check_object(one, VERDICT_KINDS, f"{file}, verdicts[{number}]") for number, one in enumerate(manifest["verdicts"])]
+    """ValueError where a verdict, or all of them together, is not what the manifest's own scores,
+    intervals and limits give.
+    """
+    scores, intervals = (
+        manifest["scores"],
+        {name: tuple(pair) for name, pair in manifest["intervals"].items()},
+    )
+    given = [
+        check_object(one, VERDICT_KINDS, f"{file}, verdicts[{number}]")
+        for number, one in enumerate(manifest["verdicts"])
+    ]
     for one in given:
         name, bound = one["limit"], one["bound"]
-        limit = SimpleNamespace(max=bound if one["op"] == "<=" else None, min=bound if one["op"] == ">=" else None, why="")
+        limit = SimpleNamespace(
+            max=bound if one["op"] == "<=" else None,
+            min=bound if one["op"] == ">=" else None,
+            why="",
+        )
         [own] = budget.judge(scores, intervals, {name: limit}, enforced=one["enforced"])
-        if own["verdict"] != one["verdict"] or repr(own["value"]) != repr(one["value"]):  # NaN is no number's equal
+        if own["verdict"] != one["verdict"] or repr(own["value"]) != repr(
+            one["value"]
+        ):  # NaN is no number's equal
             told = f"{one['verdict']} for {name} at {one['value']}"
-            raise ValueError(f"{file}: a verdict says {told}, its own scores and limits give {own['verdict']} at {own['value']}: it was edited")
+            raise ValueError(
+                f"{file}: a verdict says {told}, its own scores and limits give {own['verdict']} at"
+                f" {own['value']}: it was edited"
+            )
     # What the recipe's limits give, also where their verdicts were taken out.
-    limits = {name: SimpleNamespace(**{"max": None, "min": None, "why": ""} | table) for name, table in limits_of(manifest, file).items()}
+    limits = {
+        name: SimpleNamespace(**{"max": None, "min": None, "why": ""} | table)
+        for name, table in limits_of(manifest, file).items()
+    }
     again = [*given, *budget.judge(scores, intervals, limits, enforced=True)]
     strict = manifest["config"]["budget"].get("strict", False)
     if not isinstance(strict, bool):
         raise ValueError(f"{file}, config.budget: 'strict' is {strict!r}, needed: true or false")
     if manifest["budget"] == budget.PASS and budget.failed(again, strict=strict):
-        raise ValueError(f"{file}: 'budget' is PASS, its own scores and limits say FAIL: it was edited")
+        raise ValueError(
+            f"{file}: 'budget' is PASS, its own scores and limits say FAIL: it was edited"
+        )

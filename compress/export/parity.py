@@ -1,18 +1,25 @@
-"""Proof that a file is the checkpoint it was made of, by reloading it in its own runtime, whatever its format.
+"""Proof that a file is the checkpoint it was made of, by reloading it in its own runtime, whatever
+its format.
 
-The twin is the checkpoint with each matrix as the file's type holds it: the checkpoint itself when it is quantized, its rounded copy
-otherwise. The file is a `Reloaded`. Measured, and refused where it is more than arithmetic can explain; exact: F16 in llama.cpp and all
-that torch runs; others: integer types of llama.cpp, whose kernels round activations to 8 bits:
+The twin is the checkpoint with each matrix as the file's type holds it: the checkpoint itself when
+it is quantized, its rounded copy otherwise. The file is a `Reloaded`. Measured, and refused where
+it is more than arithmetic can explain; exact: F16 in llama.cpp and all that torch runs; others:
+integer types of llama.cpp, whose kernels round activations to 8 bits:
 
-    parity_values_differing     numbers of the twin that the decoded file does not hold bit for bit: 0
-    parity_kl_nats              KL(twin || file) on held-out text: at most 1e-5 where exact, 5e-3 for others
-    parity_top1_beyond_gap      top-1 agreement where the twin's first two candidates are more than TOP1_GAP nats apart: 1 where exact; at
-                                least 0.995 for others: 8-bit activations turned 1 of 1,789 such tokens of a demo
-    parity_greedy_tokens_count  greedy tokens of the file, of GREEDY, before the first that the twin would not have said
-    parity_greedy_gap_nats      by how much the twin preferred its own token there, 0 without such a place: at most 1e-3 where exact, else told only
-    parity_strings_differing    held-out strings that the runtime's tokenizer and the checkpoint's cut differently: 0
-    parity_eos_differing_flag   1 unless texts of the file end at every special token that ends the checkpoint's (compress/ends.py), at one
-                                at least that each of its files names, and the file names no other end: 0
+    parity_values_differing     numbers of the twin that the decoded file does not hold bit for bit:
+    0 parity_kl_nats              KL(twin || file) on held-out text: at most 1e-5 where exact, 5e-3
+    for others parity_top1_beyond_gap      top-1 agreement where the twin's first two candidates are
+    more than TOP1_GAP nats apart: 1 where exact; at
+                                least 0.995 for others: 8-bit activations turned 1 of 1,789 such
+                                tokens of a demo
+    parity_greedy_tokens_count  greedy tokens of the file, of GREEDY, before the first that the twin
+    would not have said parity_greedy_gap_nats      by how much the twin preferred its own token
+    there, 0 without such a place: at most 1e-3 where exact, else told only parity_strings_differing
+    held-out strings that the runtime's tokenizer and the checkpoint's cut differently: 0
+    parity_eos_differing_flag   1 unless texts of the file end at every special token that ends the
+    checkpoint's (compress/ends.py), at one
+                                at least that each of its files names, and the file names no other
+                                end: 0
 
 Legend: N tokens, C tokens a chunk, V vocabulary.
 """
@@ -42,8 +49,14 @@ GREEDY = 64
 class Reloaded(Protocol):
     """A file as its own runtime opens it; each module of `export/formats.py` has one."""
 
-    def tensors(self) -> dict[str, Tensor]: ...  # HF state-dict name -> fp32, as decoded from the file; without a tied head
-    def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]: ...  # greedy continuation, ended by EOS
+    def tensors(
+        self,
+    ) -> dict[
+        str, Tensor
+    ]: ...  # HF state-dict name -> fp32, as decoded from the file; without a tied head
+    def generate_ids(
+        self, prompt: Sequence[int], n: int
+    ) -> list[int]: ...  # greedy continuation, ended by EOS
     def tokenize(self, text: str) -> list[int]: ...  # by the file's tokenizer, nothing added
     def eos_ids(self) -> set[int]: ...  # at which generation ends, as the file says
     def ends_at(self, token: int) -> bool: ...  # whether generation ends at it
@@ -51,20 +64,30 @@ class Reloaded(Protocol):
 
 
 def twin_of(checkpoint: Path, name: str) -> Any:
-    """The checkpoint's model in fp32 with each matrix as a file of `name`, an entry of `export.files`, holds it."""
+    """The checkpoint's model in fp32 with each matrix as a file of `name`, an entry of
+    `export.files`, holds it.
+    """
     model, kind = load_model(checkpoint), parse(name)[1]
     if is_quantized(checkpoint) or not kind:
         return model
     with torch.no_grad():
         for matrix, home in quantizable(model).items():
             weight = home.weight
-            weight.copy_(weight.half().float() if kind == "F16" else (grid := GRIDS[kind.lower()]).decode(*grid.encode(weight, matrix)))
+            weight.copy_(
+                weight.half().float()
+                if kind == "F16"
+                else (grid := GRIDS[kind.lower()]).decode(*grid.encode(weight, matrix))
+            )
     return model
 
 
 def values_differing(twin: Any, decoded: dict[str, Tensor]) -> int:
     """Numbers of the twin's state dict that the file, decoded, holds otherwise or not at all."""
-    wanted = {name: tensor for name, tensor in twin.state_dict().items() if name not in twin.all_tied_weights_keys}
+    wanted = {
+        name: tensor
+        for name, tensor in twin.state_dict().items()
+        if name not in twin.all_tied_weights_keys
+    }
     differing = sum(tensor.numel() for name, tensor in decoded.items() if name not in wanted)
     for name, tensor in wanted.items():
         found = decoded.get(name)
@@ -77,7 +100,9 @@ def values_differing(twin: Any, decoded: dict[str, Tensor]) -> int:
 def top1_beyond_gap(twin: States, shipped: States) -> float:
     """Top-1 agreement over the tokens where the twin's first two logits are more than TOP1_GAP apart."""
     agree = count = 0
-    for twin_CH, shipped_CH in zip(twin.hidden_NH.split(CHUNK), shipped.hidden_NH.split(CHUNK), strict=True):
+    for twin_CH, shipped_CH in zip(
+        twin.hidden_NH.split(CHUNK), shipped.hidden_NH.split(CHUNK), strict=True
+    ):
         top_C2 = twin.head.logits(twin_CH).topk(2, -1)
         sure_C = top_C2.values[:, 0] - top_C2.values[:, 1] > TOP1_GAP
         same_C = shipped.head.logits(shipped_CH).argmax(-1) == top_C2.indices[:, 0]
@@ -87,7 +112,9 @@ def top1_beyond_gap(twin: States, shipped: States) -> float:
 
 @torch.inference_mode()
 def greedy(twin: Any, written: Sequence[int], prompt: Sequence[int]) -> tuple[int, float]:
-    """(tokens before the first that the twin would not have said, nats by which it preferred another there or 0)."""
+    """(tokens before the first that the twin would not have said, nats by which it preferred
+    another there or 0).
+    """
     ids = torch.tensor([[*prompt, *written]], device=twin.device)
     logits_LV = head_of(twin).logits(hidden_states(twin, ids)[len(prompt) - 1 : -1])
     gap_L = logits_LV.amax(-1) - logits_LV.gather(1, ids[0, len(prompt) :, None])[:, 0]
@@ -103,44 +130,82 @@ def strings(tokenizer: Any, rows: Tensor, count: int = 1000) -> Iterator[str]:
         yield text[i * step : i * step + 24 + i % 41]
 
 
-def parity(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
+def parity(
+    checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: States, threads: int
+) -> dict[str, float]:
     """`figures`, or ValueError naming every figure that is beyond its limit."""
-    measured, exact = figures(checkpoint, file, name, heldout, shipped, threads), parse(name)[2].exact
-    limits = {key: 0.0 for key in measured if key.endswith(("_differing", "_flag"))} | (EXACT_LIMITS if exact else INTEGER_LIMITS)
-    bad = [f"{key} is {measured[key]:.6g}, at most {limit:g} is allowed" for key, limit in limits.items() if not measured[key] <= limit]
+    measured, exact = (
+        figures(checkpoint, file, name, heldout, shipped, threads),
+        parse(name)[2].exact,
+    )
+    limits = {key: 0.0 for key in measured if key.endswith(("_differing", "_flag"))} | (
+        EXACT_LIMITS if exact else INTEGER_LIMITS
+    )
+    bad = [
+        f"{key} is {measured[key]:.6g}, at most {limit:g} is allowed"
+        for key, limit in limits.items()
+        if not measured[key] <= limit
+    ]
     least = 1.0 if exact else TOP1_LEAST
     if measured["parity_top1_beyond_gap"] < least:
-        bad.append(f"parity_top1_beyond_gap is {measured['parity_top1_beyond_gap']:.6f}, at least {least:g} is needed")
+        bad.append(
+            f"parity_top1_beyond_gap is {measured['parity_top1_beyond_gap']:.6f}, at least"
+            f" {least:g} is needed"
+        )
     if bad:
-        raise ValueError(f"{file.name} is not the checkpoint it was made of and is not bundled: {'; '.join(bad)}; report this with the recipe")
+        raise ValueError(
+            f"{file.name} is not the checkpoint it was made of and is not bundled:"
+            f" {'; '.join(bad)}; report this with the recipe"
+        )
     return measured
 
 
-def figures(checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: States, threads: int) -> dict[str, float]:
-    """Those of the module's docstring. `heldout` (R, L + 1) ids are those whose states `shipped` (R L, H) the file gave."""
+def figures(
+    checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: States, threads: int
+) -> dict[str, float]:
+    """Those of the module's docstring. `heldout` (R, L + 1) ids are those whose states `shipped`
+    (R L, H) the file gave.
+    """
     twin, tokenizer = twin_of(checkpoint, name), load_tokenizer(checkpoint)
     twin.to(best_device())
     states = States(hidden_of(twin, heldout), head_of(twin.to("cpu")).detach())
-    measured = {"parity_kl_nats": closeness(states, shipped)["kl"], "parity_top1_beyond_gap": top1_beyond_gap(states, shipped)}
+    measured = {
+        "parity_kl_nats": closeness(states, shipped)["kl"],
+        "parity_top1_beyond_gap": top1_beyond_gap(states, shipped),
+    }
     reloaded: Reloaded = parse(name)[0].module.reload(file, threads)
     prompt = heldout[0, :32].tolist()
     try:
         measured["parity_values_differing"] = values_differing(twin, reloaded.tensors())
         written = reloaded.generate_ids(prompt, GREEDY)
-        differing = sum(reloaded.tokenize(s) != tokenizer.encode(s, add_special_tokens=False) for s in strings(tokenizer, heldout))
-        measured["parity_eos_differing_flag"] = float(not _ends_agree(checkpoint, tokenizer, reloaded))
+        differing = sum(
+            reloaded.tokenize(s) != tokenizer.encode(s, add_special_tokens=False)
+            for s in strings(tokenizer, heldout)
+        )
+        measured["parity_eos_differing_flag"] = float(
+            not _ends_agree(checkpoint, tokenizer, reloaded)
+        )
     finally:
         reloaded.close()
-    measured["parity_greedy_tokens_count"], measured["parity_greedy_gap_nats"] = greedy(twin, written, prompt)
+    measured["parity_greedy_tokens_count"], measured["parity_greedy_gap_nats"] = greedy(
+        twin, written, prompt
+    )
     measured["parity_strings_differing"] = differing
     return measured
 
 
 def _ends_agree(checkpoint: Path, tokenizer: Any, reloaded: Reloaded) -> bool:
     """Whether the file ends texts where its checkpoint does."""
-    places = in_files(checkpoint) | {"tokenizer": [tokenizer.eos_token_id], "template": [turn_end(tokenizer)]}
+    places = in_files(checkpoint) | {
+        "tokenizer": [tokenizer.eos_token_id],
+        "template": [turn_end(tokenizer)],
+    }
     named = [set(ids) - {None} for ids in places.values()]
     wanted = set[int]().union(*named)
     reached = {i for i in wanted if reloaded.ends_at(i)}
     special = {i for i in wanted if is_special(tokenizer, i)}
-    return special <= reached and reloaded.eos_ids() <= wanted and all(ids & reached for ids in named if ids)
+    return (
+        special <= reached
+        and reloaded.eos_ids() <= wanted
+        and all(ids & reached for ids in named if ids)
+    )

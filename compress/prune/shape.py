@@ -1,13 +1,16 @@
-"""What may be cut, and what a Hugging Face config says afterwards. No torch at import: a plan needs only numbers.
+"""What may be cut, and what a Hugging Face config says afterwards. No torch at import: a plan
+needs only numbers.
 
-Supported are decoder-only models built of `model.layers[i].mlp.{gate,up,down}_proj`. Everything stays uniform across layers, so that
-stock transformers, llama.cpp and vLLM load the result.
+Supported are decoder-only models built of `model.layers[i].mlp.{gate,up,down}_proj`. Everything
+stays uniform across layers, so that stock transformers, llama.cpp and vLLM load the result.
 """
 
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = [f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3")]
+ARCHITECTURES = [
+    f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3")
+]
 
 
 def check_architecture(config: dict[str, Any], what: str = "pruned") -> None:
@@ -15,16 +18,22 @@ def check_architecture(config: dict[str, Any], what: str = "pruned") -> None:
     got = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
     if got not in ARCHITECTURES:
         needed = "needed is model.layers[i].mlp with gate_proj, up_proj and down_proj"
-        raise ValueError(f"architecture {got} can't be {what}: {needed}; allowed are {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"architecture {got} can't be {what}: {needed}; allowed are {', '.join(ARCHITECTURES)}"
+        )
 
 
 def snap(width: int, multiple: int) -> int:
-    """The multiple nearest to `width`, halves up, at least one multiple: 900 with multiple 64 gives 896."""
+    """The multiple nearest to `width`, halves up, at least one multiple: 900 with multiple 64
+    gives 896.
+    """
     return max(1, (2 * width + multiple) // (2 * multiple)) * multiple
 
 
 def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:
-    """The config without those blocks: their count, and every list with an entry per block (`layer_types`, ...)."""
+    """The config without those blocks: their count, and every list with an entry per block
+    (`layer_types`, ...).
+    """
     blocks = config["num_hidden_layers"]
     per_block = {
         key: [value[i] for i in range(blocks) if i not in dropped]
@@ -35,7 +44,9 @@ def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:
 
 
 def save_checked(model: Any, out: Path, parent: Path) -> None:
-    """Save in bf16 and prove that stock transformers reads back exactly the model in memory, renumbering and all."""
+    """Save in bf16 and prove that stock transformers reads back exactly the model in memory,
+    renumbering and all.
+    """
     import torch
 
     from compress import checkpoint

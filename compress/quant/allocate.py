@@ -1,10 +1,13 @@
-"""Bits where they matter: a grid for every matrix, so that the file meets a byte budget at the least expected loss.
+"""Bits where they matter: a grid for every matrix, so that the file meets a byte budget at the
+least expected loss.
 
-With matrix i alone on grid g, its damage c_ig = KL(p || p_ig) is measured on calibration text. Damages of different matrices add up as long as
-they are small, their errors being nearly independent. Chosen is the minimum of sum_i c_ig under sum_i bytes_ig <= budget: a multiple-choice
-knapsack, solved exactly as an integer program (HiGHS, through scipy). Every grid is measured, because no error of the weights, weighted by the
-inputs or not, foretold it: a parent trained from a quantized model loses what it learned when it goes back to that model's grid, whose
-error is the smallest (`results/quant/bench.md`). Left out: grids chosen anew after training.
+With matrix i alone on grid g, its damage c_ig = KL(p || p_ig) is measured on calibration text.
+Damages of different matrices add up as long as they are small, their errors being nearly
+independent. Chosen is the minimum of sum_i c_ig under sum_i bytes_ig <= budget: a multiple-choice
+knapsack, solved exactly as an integer program (HiGHS, through scipy). Every grid is measured,
+because no error of the weights, weighted by the inputs or not, foretold it: a parent trained from a
+quantized model loses what it learned when it goes back to that model's grid, whose error is the
+smallest (`results/quant/bench.md`). Left out: grids chosen anew after training.
 """
 
 import json
@@ -29,16 +32,31 @@ Options = dict[str, dict[str, tuple[float, int]]]  # matrix -> grid -> (cost in 
 
 
 @torch.no_grad()
-def options(model: Any, ids_RL: Tensor, grids: Collection[str], kept: Path, label: str, log: Callable[[str], None]) -> Options:
-    """c_ig, measured on `ids_RL`, and bytes of every matrix of an fp32 model on each grid whose blocks its rows divide into.
+def options(
+    model: Any,
+    ids_RL: Tensor,
+    grids: Collection[str],
+    kept: Path,
+    label: str,
+    log: Callable[[str], None],
+) -> Options:
+    """c_ig, measured on `ids_RL`, and bytes of every matrix of an fp32 model on each grid whose
+    blocks its rows divide into.
 
-    Damages in the file `kept` are not measured again. ValueError, naming the matrix, when no grid takes its rows.
+    Damages in the file `kept` are not measured again. ValueError, naming the matrix, when no grid
+    takes its rows.
     """
     matrices = quantizable(model)
-    able = {name: [grid for grid in grids if home.weight.shape[-1] % GRIDS[grid].block == 0] for name, home in matrices.items()}
+    able = {
+        name: [grid for grid in grids if home.weight.shape[-1] % GRIDS[grid].block == 0]
+        for name, home in matrices.items()
+    }
     for name in (name for name, some in able.items() if not some):
         rows = f"{name} has rows of {matrices[name].weight.shape[-1]}"
-        raise ValueError(f"{rows}: none of {', '.join(grids)} takes them; add q8_0, whose blocks are {GRIDS['q8_0'].block}")
+        raise ValueError(
+            f"{rows}: none of {', '.join(grids)} takes them; add q8_0, whose blocks are"
+            f" {GRIDS['q8_0'].block}"
+        )
     states, keywords = block_inputs(model, ids_RL)
 
     def final(name: str) -> Tensor:
@@ -62,30 +80,53 @@ def options(model: Any, ids_RL: Tensor, grids: Collection[str], kept: Path, labe
             whole, start, damage = weight.clone(), time.monotonic(), {}
             for grid in able[name]:
                 weight.copy_(GRIDS[grid].decode(*GRIDS[grid].encode(whole, name)))
-                damage[grid] = max(0.0, float(head_loss(final(name), head_of(model).detach(), labels, every, full, Mix())) / len(labels))
+                damage[grid] = max(
+                    0.0,
+                    float(
+                        head_loss(final(name), head_of(model).detach(), labels, every, full, Mix())
+                    )
+                    / len(labels),
+                )
             weight.copy_(whole)
             found[name] = damage
             write_json(kept, found)
-            update(len(found), max(damage.values()), len(damage) * len(labels) / (time.monotonic() - start))
+            update(
+                len(found),
+                max(damage.values()),
+                len(damage) * len(labels) / (time.monotonic() - start),
+            )
     numel = {name: home.weight.numel() for name, home in matrices.items()}
-    return {name: {g: (found[name][g], round(numel[name] * GRIDS[g].bits_per_weight / 8)) for g in some} for name, some in able.items()}
+    return {
+        name: {g: (found[name][g], round(numel[name] * GRIDS[g].bits_per_weight / 8)) for g in some}
+        for name, some in able.items()
+    }
 
 
 def choose(options: Options, budget_bytes: int) -> dict[str, str]:
-    """The grid of every matrix with the least total cost within `budget_bytes`. ValueError, with the least possible, when nothing fits."""
+    """The grid of every matrix with the least total cost within `budget_bytes`. ValueError, with
+    the least possible, when nothing fits.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
     least = sum(min(size for _, size in grids.values()) for grids in options.values())
     if least > budget_bytes:
         raise ValueError(
-            f"the matrices take at least {least:,} bytes on the grids given, the budget leaves {budget_bytes:,}; raise it or add smaller grids"
+            f"the matrices take at least {least:,} bytes on the grids given, the budget leaves"
+            f" {budget_bytes:,}; raise it or add smaller grids"
         )
     pairs = [(name, grid) for name, grids in options.items() for grid in grids]
     cost, size = np.array([options[name][grid] for name, grid in pairs], dtype=float).T
     row = {name: i for i, name in enumerate(options)}
     once = csr_array((np.ones(len(pairs)), ([row[name] for name, _ in pairs], range(len(pairs)))))
     rules = [LinearConstraint(once, 1, 1), LinearConstraint(size[None], 0, budget_bytes)]
-    solved = milp(cost / max(cost.max(), 1e-30), integrality=np.ones(len(pairs)), bounds=Bounds(0, 1), constraints=rules)
+    solved = milp(
+        cost / max(cost.max(), 1e-30),
+        integrality=np.ones(len(pairs)),
+        bounds=Bounds(0, 1),
+        constraints=rules,
+    )
     assert solved.x is not None, f"a feasible knapsack: {solved.message}"
-    return {name: grid for (name, grid), chosen in zip(pairs, solved.x, strict=True) if chosen > 0.5}
+    return {
+        name: grid for (name, grid), chosen in zip(pairs, solved.x, strict=True) if chosen > 0.5
+    }

@@ -1,14 +1,18 @@
-"""Balance: one factor a channel moves between what a group of linear layers multiplies and what made it; logits stay what they are.
+"""Balance: one factor a channel moves between what a group of linear layers multiplies and what
+made it; logits stay what they are.
 
-Whoever makes channel j of the inputs X divides by s_j, whoever reads it multiplies column j of W by s_j. It is exact where nothing non-linear
-lies between: a norm's weight before q, k, v and before gate, up; v's rows before o (attention only averages values; heads that share a v share
-its factors); up's rows before down (gate * up). Rows keep no trace of it on a grid with a scale in every row, columns do:
+Whoever makes channel j of the inputs X divides by s_j, whoever reads it multiplies column j of W by
+s_j. It is exact where nothing non-linear lies between: a norm's weight before q, k, v and before
+gate, up; v's rows before o (attention only averages values; heads that share a v share its
+factors); up's rows before down (gate * up). Rows keep no trace of it on a grid with a scale in
+every row, columns do:
 
-    AWQ          s = mean|X|^a, a from 0 to 1 by the least output error of the rounded group      arXiv 2306.00978, section 3.2, eq. 4, 5
-    SmoothQuant  s = max|X|^0.5 / max|W|^0.5, for activations quantized by the runtime            arXiv 2211.10438, section 4, eq. 4
+    AWQ          s = mean|X|^a, a from 0 to 1 by the least output error of the rounded group
+    arXiv 2306.00978, section 3.2, eq. 4, 5 SmoothQuant  s = max|X|^0.5 / max|W|^0.5, for
+    activations quantized by the runtime            arXiv 2211.10438, section 4, eq. 4
 
-AWQ's error comes from the inputs' Gram matrix, tr((Q(W s) / s - W) G (...)^T), which is the error summed over tokens.
-Left out: AWQ's clipping, which a search of scales does on the grid itself.
+AWQ's error comes from the inputs' Gram matrix, tr((Q(W s) / s - W) G (...)^T), which is the error
+summed over tokens. Left out: AWQ's clipping, which a search of scales does on the grid itself.
 
 Letters: C channels of the inputs, R rows, N tokens, K channels of the maker.
 """
@@ -26,7 +30,9 @@ HALF = 0.5  # SmoothQuant's migration strength, the paper's own for most models
 
 
 class Inputs:
-    """What is kept of a group's inputs on calibration text: the sum of x x^T (C, C), of |x| and its largest (C,)."""
+    """What is kept of a group's inputs on calibration text: the sum of x x^T (C, C), of |x| and
+    its largest (C,).
+    """
 
     def __init__(self) -> None:
         self.gram_CC = self.total_C = self.peak_C = torch.zeros(())
@@ -37,12 +43,17 @@ class Inputs:
         size_NC = x_NC.abs()
         with torch.autocast(x.device.type, enabled=False):
             self.gram_CC = self.gram_CC + x_NC.T @ x_NC
-        self.total_C, self.peak_C = self.total_C + size_NC.sum(0), torch.maximum(self.peak_C, size_NC.amax(0))
+        self.total_C, self.peak_C = (
+            self.total_C + size_NC.sum(0),
+            torch.maximum(self.peak_C, size_NC.amax(0)),
+        )
 
 
 @dataclass
 class Group:
-    """Linear layers that read the same inputs, by name below their block, and the module that makes those inputs."""
+    """Linear layers that read the same inputs, by name below their block, and the module that
+    makes those inputs.
+    """
 
     readers: dict[str, nn.Linear]
     maker: Any
@@ -55,7 +66,9 @@ class Group:
 
 
 def groups_of(block: Any) -> list[Group]:
-    """The four groups of a decoder block of `prune.shape.ARCHITECTURES`, in the order in which text reaches them."""
+    """The four groups of a decoder block of `prune.shape.ARCHITECTURES`, in the order in which
+    text reaches them.
+    """
     attention, mlp = block.self_attn, block.mlp
     repeats = attention.o_proj.in_features // attention.v_proj.out_features
 
@@ -65,7 +78,10 @@ def groups_of(block: Any) -> list[Group]:
     return [
         Group(named("self_attn", "q_proj", "k_proj", "v_proj"), block.input_layernorm),
         Group(named("self_attn", "o_proj"), attention.v_proj, repeats, attention.head_dim),
-        Group(named("mlp", "gate_proj", "up_proj"), getattr(block, "pre_feedforward_layernorm", None) or block.post_attention_layernorm),
+        Group(
+            named("mlp", "gate_proj", "up_proj"),
+            getattr(block, "pre_feedforward_layernorm", None) or block.post_attention_layernorm,
+        ),
         Group(named("mlp", "down_proj"), mlp.up_proj),
     ]
 
@@ -78,7 +94,9 @@ def gain(norm: Any) -> Tensor:
 
 @torch.no_grad()
 def fold(group: Group, s_C: Tensor) -> None:
-    """Divide the maker's channels by s and multiply the readers' columns by it, in place: the function stays the same."""
+    """Divide the maker's channels by s and multiply the readers' columns by it, in place: the
+    function stays the same.
+    """
     maker = group.maker
     if isinstance(maker, nn.Linear):
         s_K = s_C.view(-1, group.repeats, group.width)[:, 0].flatten()
@@ -93,7 +111,9 @@ def fold(group: Group, s_C: Tensor) -> None:
 
 
 def share(size_C: Tensor, group: Group) -> Tensor:
-    """(C,): the largest among channels that one channel of the maker feeds, so that they can have one factor."""
+    """(C,): the largest among channels that one channel of the maker feeds, so that they can have
+    one factor.
+    """
     heads = size_C.view(-1, group.repeats, group.width)
     return heads.amax(1, keepdim=True).expand_as(heads).flatten()
 
@@ -101,7 +121,12 @@ def share(size_C: Tensor, group: Group) -> Tensor:
 def smoothquant_scales(group: Group, inputs: Inputs) -> Tensor:
     """(C,): sqrt(max|X| / max|W|), 1 where a channel or its column is always 0."""
     weight_C = share(group.matrix().abs().amax(0), group)
-    return (share(inputs.peak_C, group) / weight_C).pow(HALF).nan_to_num_(1.0, 1.0, 1.0).clamp_(1e-4, 1e4)
+    return (
+        (share(inputs.peak_C, group) / weight_C)
+        .pow(HALF)
+        .nan_to_num_(1.0, 1.0, 1.0)
+        .clamp_(1e-4, 1e4)
+    )
 
 
 def awq_scales(group: Group, inputs: Inputs, grid: Grid, name: str = "weight") -> Tensor:
@@ -110,7 +135,9 @@ def awq_scales(group: Group, inputs: Inputs, grid: Grid, name: str = "weight") -
     best, found_C = torch.inf, torch.ones_like(size_C)
     for step in range(STEPS):
         s_C = size_C.log().mul_(step / STEPS)
-        s_C = s_C.sub_(s_C.aminmax()[0].add(s_C.max()) / 2).exp_().clamp_(1e-4, 1e4)  # as AWQ's code: over sqrt(min * max)
+        s_C = (
+            s_C.sub_(s_C.aminmax()[0].add(s_C.max()) / 2).exp_().clamp_(1e-4, 1e4)
+        )  # as AWQ's code: over sqrt(min * max)
         scaled_RC = w_RC * s_C
         gap_RC = grid.trial(scaled_RC, name).div_(s_C).sub_(w_RC)
         error = ((gap_RC @ inputs.gram_CC) * gap_RC).sum().item()

@@ -1,9 +1,11 @@
-"""Quantizing block by block: each is calibrated with what the already quantized ones before it produce, and kept when finished.
+"""Quantizing block by block: each is calibrated with what the already quantized ones before it
+produce, and kept when finished.
 
-What lies in memory besides the model are the hidden states of the calibration text in front of the present block (AutoRound: also
-the unquantized model's). A finished block is one file in the work folder: a killed run finds it there and only sends the text
-through it again. Inside a block the groups go in order of use, each behind the rounded ones before it (GPTQ's "true
-sequential" order). A tied embedding goes first, measured as a head by the unquantized model's final states.
+What lies in memory besides the model are the hidden states of the calibration text in front of the
+present block (AutoRound: also the unquantized model's). A finished block is one file in the work
+folder: a killed run finds it there and only sends the text through it again. Inside a block the
+groups go in order of use, each behind the rounded ones before it (GPTQ's "true sequential" order).
+A tied embedding goes first, measured as a head by the unquantized model's final states.
 
 Legend: B sequences, L tokens of one, H hidden, C channels.
 """
@@ -34,10 +36,17 @@ class _Stop(Exception):
 
 
 class Stream:
-    """The calibration text in front of a block: `states`, tensors (ROWS, L, H), and the keywords each block is called with."""
+    """The calibration text in front of a block: `states`, tensors (ROWS, L, H), and the keywords
+    each block is called with.
+    """
 
     def __init__(self, model: Any, ids_BL: Tensor, precision: str) -> None:
-        self.model, self.ids_BL, self.precision, self.blocks = model, ids_BL, precision, model.model.layers
+        self.model, self.ids_BL, self.precision, self.blocks = (
+            model,
+            ids_BL,
+            precision,
+            model.model.layers,
+        )
         self.keywords = block_inputs(model, ids_BL[:1])[1]
         self.enter()
 
@@ -56,7 +65,9 @@ class Stream:
 
     def cast(self) -> torch.autocast:
         """Products in bf16 unless the precision is fp32; the stream itself stays fp32."""
-        return torch.autocast(self.ids_BL.device.type, torch.bfloat16, enabled=self.precision != "fp32")
+        return torch.autocast(
+            self.ids_BL.device.type, torch.bfloat16, enabled=self.precision != "fp32"
+        )
 
     def call(self, index: int, x_BLH: Tensor) -> Tensor:
         """What a block makes of its input."""
@@ -82,7 +93,9 @@ class Stream:
 
         with ExitStack() as hooks:
             for i, group in enumerate(groups):
-                hooks.enter_context(next(iter(group.readers.values())).register_forward_pre_hook(partial(note, i)))
+                hooks.enter_context(
+                    next(iter(group.readers.values())).register_forward_pre_hook(partial(note, i))
+                )
             for x_BLH in self.states:
                 with suppress(_Stop):
                     self.call(index, x_BLH)
@@ -97,20 +110,30 @@ class Stream:
 
 
 class Blockwise:
-    """One model on its way to the grids of `layout` (grid by state-dict name); the options are those of `stages/ptq.py`.
+    """One model on its way to the grids of `layout` (grid by state-dict name); the options are
+    those of `stages/ptq.py`.
 
-    With `keep`, `restore` puts back the weights as they were before rounding, balanced: from there training goes on.
+    With `keep`, `restore` puts back the weights as they were before rounding, balanced: from there
+    training goes on.
     """
 
     def __init__(
         self, model: Any, layout: dict[str, str], *, method: str = "nearest", search: bool = False, balance: str = "none",
         damping: float = 0.01, autoround: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None, keep: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.layout, self.method, self.search, self.balance = model, layout, method, search, balance
+        self.model, self.layout, self.method, self.search, self.balance = (
+            model,
+            layout,
+            method,
+            search,
+            balance,
+        )
         self.damping, self.autoround, self.keep = damping, autoround, keep
         self.whole: dict[str, Tensor] = {}  # with `keep`: every matrix before rounding
         self.made: dict[str, Quantized] = {}
-        self.lost = torch.zeros(2, dtype=torch.float64)  # squared error of all rounded matrices, and their squares
+        self.lost = torch.zeros(
+            2, dtype=torch.float64
+        )  # squared error of all rounded matrices, and their squares
 
     def put(self, name: str, weight: Tensor, codes: Tensor, scales: Tensor) -> None:
         """One matrix is done: its codes are kept, the model goes on with their values."""
@@ -118,7 +141,9 @@ class Blockwise:
         self.made[name] = bake(weight, Quantized(self.layout[name], codes, scales))
         if self.keep:
             self.whole[name] = before.cpu()
-        self.lost += torch.stack([w.square().sum(dtype=torch.float64) for w in (before - weight, before)]).cpu()
+        self.lost += torch.stack(
+            [w.square().sum(dtype=torch.float64) for w in (before - weight, before)]
+        ).cpu()
 
     def round(self, name: str, weight: Any, gram_CC: Tensor | None = None) -> None:
         """Round one matrix by the method, given its inputs' second moments where they are known."""
@@ -145,16 +170,32 @@ class Blockwise:
             self.round(name, home.weight)
 
     @torch.no_grad()
-    def calibrated(self, ids_BL: Tensor, work: Path, precision: str, log: Callable[[str], None]) -> None:
-        """Every matrix behind what is quantized before it, on ids (B, L) in the run's precision; finished pieces lie in `work`."""
-        (first, embedding), *heads = [pair for pair in quantizable(self.model).items() if not pair[0].startswith("model.layers.")]
+    def calibrated(
+        self, ids_BL: Tensor, work: Path, precision: str, log: Callable[[str], None]
+    ) -> None:
+        """Every matrix behind what is quantized before it, on ids (B, L) in the run's precision;
+        finished pieces lie in `work`.
+        """
+        (first, embedding), *heads = [
+            pair
+            for pair in quantizable(self.model).items()
+            if not pair[0].startswith("model.layers.")
+        ]
         stream, started, fresh = Stream(self.model, ids_BL, precision), time.monotonic(), 0
         reference = list(stream.states) if self.autoround else []
-        self._kept(work / "embeddings.safetensors", embedding, partial(self._embedding, first, embedding, stream, tied=not heads))
+        self._kept(
+            work / "embeddings.safetensors",
+            embedding,
+            partial(self._embedding, first, embedding, stream, tied=not heads),
+        )
         stream.enter()
         for index, block in enumerate(stream.blocks):
             reference = [stream.call(index, x_BLH) for x_BLH in reference]
-            fresh += self._kept(work / f"block-{index:04d}.safetensors", block, partial(self._block, index, stream, reference))
+            fresh += self._kept(
+                work / f"block-{index:04d}.safetensors",
+                block,
+                partial(self._block, index, stream, reference),
+            )
             stream.advance(index)
             left = (time.monotonic() - started) / max(1, fresh) * (len(stream.blocks) - index - 1)
             log(f"block {index + 1}/{len(stream.blocks)} quantized  {left:,.0f} s left")
@@ -167,14 +208,23 @@ class Blockwise:
         self.round(name, embedding.weight, stream.final_gram() if tied else None)
 
     def _block(self, index: int, stream: Stream, wanted: list[Tensor]) -> None:
-        """Balance and round one block. `wanted`: its output in the unquantized model, where that is needed."""
+        """Balance and round one block. `wanted`: its output in the unquantized model, where that
+        is needed.
+        """
         block, prefix = stream.blocks[index], f"model.layers.{index}."
         groups = groups_of(block)
         if self.balance != "none":  # all of them measured on the weights as they are
             for group, inputs in zip(groups, stream.inputs(index, groups), strict=True):
                 name = f"{prefix}{next(iter(group.readers))}.weight"
                 awq = self.balance == "awq"
-                fold(group, awq_scales(group, inputs, GRIDS[self.layout[name]], name) if awq else smoothquant_scales(group, inputs))
+                fold(
+                    group,
+                    (
+                        awq_scales(group, inputs, GRIDS[self.layout[name]], name)
+                        if awq
+                        else smoothquant_scales(group, inputs)
+                    ),
+                )
         if self.autoround is not None:
             with stream.cast():
                 learned = self.autoround(block, stream.keywords[index], stream.states, wanted)
@@ -182,14 +232,24 @@ class Blockwise:
                 self.put(f"{prefix}{name}.weight", block.get_submodule(name).weight, *made)
             return
         for group in groups:
-            gram_CC = stream.inputs(index, [group])[0].gram_CC if self.method == "gptq" or self.search else None
+            gram_CC = (
+                stream.inputs(index, [group])[0].gram_CC
+                if self.method == "gptq" or self.search
+                else None
+            )
             for name, reader in group.readers.items():
                 self.round(f"{prefix}{name}.weight", reader.weight, gram_CC)
 
     def _kept(self, file: Path, home: nn.Module, make: Callable[[], None]) -> bool:
-        """Make a piece and keep it with `home`'s vectors (norms, biases), or find it in `file`: whether it was made now."""
+        """Make a piece and keep it with `home`'s vectors (norms, biases), or find it in `file`:
+        whether it was made now.
+        """
         before, lost = set(self.made), self.lost
-        vectors = {f"vector:{name}": parameter for name, parameter in home.named_parameters() if parameter.dim() == 1}
+        vectors = {
+            f"vector:{name}": parameter
+            for name, parameter in home.named_parameters()
+            if parameter.dim() == 1
+        }
         if file.is_file():
             kept = load_file(file)
             self.lost = lost + kept.pop("lost")
@@ -202,8 +262,19 @@ class Blockwise:
             return False
         self.lost = torch.zeros_like(lost)
         make()
-        tensors = {f"{part}:{name}": getattr(self.made[name], part) for name in self.made.keys() - before for part in ("codes", "scales")}
+        tensors = {
+            f"{part}:{name}": getattr(self.made[name], part)
+            for name in self.made.keys() - before
+            for part in ("codes", "scales")
+        }
         tensors |= {f"whole:{name}": self.whole[name] for name in self.whole.keys() - before}
-        write_whole(file, save(tensors | {key: parameter.detach() for key, parameter in vectors.items()} | {"lost": self.lost}))
+        write_whole(
+            file,
+            save(
+                tensors
+                | {key: parameter.detach() for key, parameter in vectors.items()}
+                | {"lost": self.lost}
+            ),
+        )
         self.lost = lost + self.lost
         return True

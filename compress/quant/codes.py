@@ -1,7 +1,9 @@
-"""`quant.safetensors`: of every matrix its grid, codes and scales. Whatever ships is packed from these and never rounded again.
+"""`quant.safetensors`: of every matrix its grid, codes and scales. Whatever ships is packed from
+these and never rounded again.
 
-A quantized checkpoint is a plain fp32 one whose matrices equal what these codes decode to, with this file beside it. Tensors
-`NAME.codes` (R, C) and `NAME.scales`, and the metadata `grids`, a JSON object that names each matrix's grid.
+A quantized checkpoint is a plain fp32 one whose matrices equal what these codes decode to, with
+this file beside it. Tensors `NAME.codes` (R, C) and `NAME.scales`, and the metadata `grids`, a JSON
+object that names each matrix's grid.
 """
 
 import json
@@ -33,7 +35,8 @@ class Quantized(NamedTuple):
 
 
 def quantizable(model: nn.Module) -> dict[str, Any]:
-    """The Linear or Embedding of each weight matrix, by its state-dict name; a tied one once, under its first name.
+    """The Linear or Embedding of each weight matrix, by its state-dict name; a tied one once,
+    under its first name.
 
     ValueError when another parameter has two or more dimensions: it could not be packed.
     """
@@ -45,7 +48,8 @@ def quantizable(model: nn.Module) -> dict[str, Any]:
             homes[name] = home
         elif parameter.dim() > 1:
             raise ValueError(
-                f"{name} with shape {tuple(parameter.shape)} belongs to no Linear or Embedding: only those can be quantized; use another architecture"
+                f"{name} with shape {tuple(parameter.shape)} belongs to no Linear or Embedding:"
+                " only those can be quantized; use another architecture"
             )
     return homes
 
@@ -53,10 +57,14 @@ def quantizable(model: nn.Module) -> dict[str, Any]:
 def verified(name: str, w: Tensor, made: dict[str, Quantized]) -> Quantized:
     """The codes of a checkpoint's matrix `w` (R, C). ValueError when absent or not what `w` is."""
     if name not in made:
-        raise ValueError(f"{FILE} has no codes for {name}; quantize all matrices, the embedding too")
+        raise ValueError(
+            f"{FILE} has no codes for {name}; quantize all matrices, the embedding too"
+        )
     q = made[name]
     if q.codes.shape != w.shape or not torch.equal(q.decode(), w):
-        raise ValueError(f"{name}: model.safetensors differs from what {FILE} decodes to; quantize it again")
+        raise ValueError(
+            f"{name}: model.safetensors differs from what {FILE} decodes to; quantize it again"
+        )
     return q
 
 
@@ -67,11 +75,21 @@ def bake(weight: Tensor, made: Quantized) -> Quantized:
     return Quantized(made.grid, made.codes.cpu(), made.scales.cpu())
 
 
-def save_quantized(model: PreTrainedModel, out: Path, tokenizer_from: Path, made: dict[str, Quantized]) -> None:
+def save_quantized(
+    model: PreTrainedModel, out: Path, tokenizer_from: Path, made: dict[str, Quantized]
+) -> None:
     """Write a baked model as a plain fp32 checkpoint, with `quant.safetensors` beside it."""
     save_model(model, out, tokenizer_from, dtype=torch.float32)
-    tensors = {f"{name}.{part}": getattr(q, part) for name, q in made.items() for part in ("codes", "scales")}
-    save_file(tensors, out / FILE, metadata={"grids": json.dumps({name: q.grid for name, q in made.items()}, sort_keys=True)})
+    tensors = {
+        f"{name}.{part}": getattr(q, part)
+        for name, q in made.items()
+        for part in ("codes", "scales")
+    }
+    save_file(
+        tensors,
+        out / FILE,
+        metadata={"grids": json.dumps({name: q.grid for name, q in made.items()}, sort_keys=True)},
+    )
 
 
 def is_quantized(path: Path) -> bool:
@@ -80,10 +98,14 @@ def is_quantized(path: Path) -> bool:
 
 
 def check_parent(stage: Any, parent: Path, work: str) -> None:
-    """ValueError naming the directory when `stage` can't work on it: damaged, of a wrong shape, or on a grid, which any `work` would leave."""
+    """ValueError naming the directory when `stage` can't work on it: damaged, of a wrong shape, or
+    on a grid, which any `work` would leave.
+    """
     check(parent)
     if is_quantized(parent):
-        raise ValueError(f"{parent} is quantized already (it has {FILE}): {work} an unquantized checkpoint")
+        raise ValueError(
+            f"{parent} is quantized already (it has {FILE}): {work} an unquantized checkpoint"
+        )
     try:
         stage.check_shape(read_config(parent))
     except ValueError as error:
@@ -91,7 +113,9 @@ def check_parent(stage: Any, parent: Path, work: str) -> None:
 
 
 def load_quantized(path: Path) -> dict[str, Quantized]:
-    """Every matrix's grid, codes and scales. ValueError when the file is missing, damaged or names an unknown grid."""
+    """Every matrix's grid, codes and scales. ValueError when the file is missing, damaged or names
+    an unknown grid.
+    """
     if not is_quantized(path):
         raise ValueError(f"{path} has no {FILE}: it is not quantized; run ptq or qat on it first")
     try:
@@ -99,10 +123,21 @@ def load_quantized(path: Path) -> dict[str, Quantized]:
             grids = json.loads((file.metadata() or {}).get("grids", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path / FILE} can't be read ({error}); make the checkpoint again") from error
+        raise ValueError(
+            f"{path / FILE} can't be read ({error}); make the checkpoint again"
+        ) from error
     if {f"{name}.{part}" for name in grids for part in ("codes", "scales")} != set(tensors):
-        raise ValueError(f"{path / FILE} does not hold a grid, codes and scales of each matrix; make the checkpoint again")
+        raise ValueError(
+            f"{path / FILE} does not hold a grid, codes and scales of each matrix; make the"
+            " checkpoint again"
+        )
     for name, grid in grids.items():
         if grid not in GRIDS:
-            raise ValueError(f"{path / FILE}: {name} says grid {grid!r}: known grids are {', '.join(GRIDS)}; make it again")
-    return {name: Quantized(grid, tensors[f"{name}.codes"], tensors[f"{name}.scales"]) for name, grid in grids.items()}
+            raise ValueError(
+                f"{path / FILE}: {name} says grid {grid!r}: known grids are {', '.join(GRIDS)};"
+                " make it again"
+            )
+    return {
+        name: Quantized(grid, tensors[f"{name}.codes"], tensors[f"{name}.scales"])
+        for name, grid in grids.items()
+    }

@@ -1,25 +1,32 @@
-"""The one fake-quant module: a model computes with decode(codes(w, s), s), the optimizer moves the master weights w.
+"""The one fake-quant module: a model computes with decode(codes(w, s), s), the optimizer moves the
+master weights w.
 
-Straight-through estimator: with q = round(w / s) and the grid's range [low, high], forward is s * clamp(q, low, high) and
+Straight-through estimator: with q = round(w / s) and the grid's range [low, high], forward is s *
+clamp(q, low, high) and
 
     dL/dw = dL/dw_q where low <= q <= high, else 0        (q before clamping)
 
-that is, rounding counts as the identity and clamping as itself: PACT (arXiv 1805.06085, section 3) for the clamp, LSQ (arXiv 1902.08153, section
-2) for weights. LSQ's inequality is strict; here the end codes themselves pass gradient, because the largest weight of every Q4_0 block sits
-exactly on one and would never move again. Grids with a minimum round (w - floor) / s instead (grids/grid.py). `scales`, all numbers the file
-holds besides the codes, stay fixed.
+that is, rounding counts as the identity and clamping as itself: PACT (arXiv 1805.06085, section 3)
+for the clamp, LSQ (arXiv 1902.08153, section 2) for weights. LSQ's inequality is strict; here the
+end codes themselves pass gradient, because the largest weight of every Q4_0 block sits exactly on
+one and would never move again. Grids with a minimum round (w - floor) / s instead (grids/grid.py).
+`scales`, all numbers the file holds besides the codes, stay fixed.
 
-Cost: the quantized weight and its place in the autograd graph are kept until w or s changes (tensor version counters, and a hook on optimizer
-steps, since fused optimizers don't count), so a step of many micro-batches quantizes once, a tied embedding and head share one result, and each
-backward costs one masked copy. Nothing is saved for backward, so the kept node may be walked many times; w must not change between a forward and
-its backward. Memory: 4 bytes per weight. Writing to `weight.data` in place goes unseen; write under `torch.no_grad()`.
+Cost: the quantized weight and its place in the autograd graph are kept until w or s changes (tensor
+version counters, and a hook on optimizer steps, since fused optimizers don't count), so a step of
+many micro-batches quantizes once, a tied embedding and head share one result, and each backward
+costs one masked copy. Nothing is saved for backward, so the kept node may be walked many times; w
+must not change between a forward and its backward. Memory: 4 bytes per weight. Writing to
+`weight.data` in place goes unseen; write under `torch.no_grad()`.
 
-With adapters (LoRA, arXiv 2106.09685, section 4.1, under the grid) the master is W + B A with W frozen, and of dL/dw only dL/dA = B^T dL/dw and
-dL/dB = dL/dw A^T are kept: what merges is on the grid already, not rounded afterwards.
+With adapters (LoRA, arXiv 2106.09685, section 4.1, under the grid) the master is W + B A with W
+frozen, and of dL/dw only dL/dA = B^T dL/dw and dL/dB = dL/dw A^T are kept: what merges is on the
+grid already, not rounded afterwards.
 
-Master weights keep their names and identity: the class of each Linear / Embedding is swapped for a subclass whose `weight` attribute is the
-quantized tensor, whatever its forward does, while `state_dict` and `parameters` still hold the master. Scales are buffers
-(`<module>.quant_scales`). The subclass can't be pickled or deep-copied; call `finish` first.
+Master weights keep their names and identity: the class of each Linear / Embedding is swapped for a
+subclass whose `weight` attribute is the quantized tensor, whatever its forward does, while
+`state_dict` and `parameters` still hold the master. Scales are buffers (`<module>.quant_scales`).
+The subclass can't be pickled or deep-copied; call `finish` first.
 """
 
 from types import SimpleNamespace
@@ -39,7 +46,12 @@ class _Snapped:
     """One master weight on its grid: the values, and the graph node that leads back to the master."""
 
     def __init__(self, home: Any, modules: list[nn.Module], grid: Grid, scales: Tensor) -> None:
-        self.home, self.modules, self.grid, self.scales = home, modules, grid, scales  # those that `values` are made with
+        self.home, self.modules, self.grid, self.scales = (
+            home,
+            modules,
+            grid,
+            scales,
+        )  # those that `values` are made with
         self.key: tuple[int, ...] = ()
         self.values = torch.empty(0)
         self.linked: Tensor | None = None
@@ -61,18 +73,31 @@ class _Snapped:
         return scales if shift is None else (scales.float() * shift.exp()).half()
 
     def tensor(self, _: nn.Module) -> Tensor:
-        """fp32 (R, C): the quantized weight, as a property of modules; recomputed only when the master or the scales have changed."""
+        """fp32 (R, C): the quantized weight, as a property of modules; recomputed only when the
+        master or the scales have changed.
+        """
         parts, scales = self.parts(), self.home.quant_scales
-        key = (id(parts[0]), parts[0].data_ptr(), id(scales), scales._version, *(-1 if part is None else part._version for part in parts))
+        key = (
+            id(parts[0]),
+            parts[0].data_ptr(),
+            id(scales),
+            scales._version,
+            *(-1 if part is None else part._version for part in parts),
+        )
         if key != self.key:
             self.scales = self.learned()
             with torch.inference_mode(False), torch.no_grad():
                 master = self.master()
                 if self.values.shape != master.shape or self.values.device != master.device:
-                    self.values = torch.empty_like(master, memory_format=torch.contiguous_format, requires_grad=False)
+                    self.values = torch.empty_like(
+                        master, memory_format=torch.contiguous_format, requires_grad=False
+                    )
                 self.grid.snap(master, self.scales, self.values)
             self.key, self.linked = key, None
-        if not (torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)):
+        if not (
+            torch.is_grad_enabled()
+            and any(part is not None and part.requires_grad for part in parts)
+        ):
             return self.values
         if self.linked is None:
             self.linked = cast(Tensor, _StraightThrough.apply(*parts, self))
@@ -81,31 +106,54 @@ class _Snapped:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, shift: Tensor | None, a: Tensor | None, b: Tensor | None, snapped: _Snapped) -> Tensor:
+    def forward(
+        ctx: Any,
+        w: Tensor,
+        shift: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        snapped: _Snapped,
+    ) -> Tensor:
         ctx.snapped = snapped
         return snapped.values.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """From d loss / d values (R, C) to those of the parts that need it: (R, C), (R, C / block), (r, C), (R, r)."""
+        """From d loss / d values (R, C) to those of the parts that need it: (R, C), (R, C /
+        block), (r, C), (R, r).
+        """
         snapped, needed = ctx.snapped, ctx.needs_input_grad
         w, (_, _, a, b) = snapped.master(), snapped.parts()
         inside, shift = snapped.grid.unclipped(w, snapped.scales, grad), None
         if needed[1]:
-            blocks = [t.reshape(-1, snapped.grid.length(t.shape[1])) for t in (grad, snapped.values, inside, w)]
-            shift = (torch.linalg.vecdot(blocks[0], blocks[1]) - torch.linalg.vecdot(blocks[2], blocks[3])).view(snapped.scales.shape)
+            blocks = [
+                t.reshape(-1, snapped.grid.length(t.shape[1]))
+                for t in (grad, snapped.values, inside, w)
+            ]
+            shift = (
+                torch.linalg.vecdot(blocks[0], blocks[1])
+                - torch.linalg.vecdot(blocks[2], blocks[3])
+            ).view(snapped.scales.shape)
         low = (None, None) if a is None else (b.T @ inside, inside @ a.T)
         return inside if needed[0] else None, shift, *low, None
 
 
-def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round", rank: int = 0, start: dict[str, Quantized] | None = None) -> None:
-    """Make each Linear and Embedding compute on a grid, the same for all or one for each matrix by its state-dict name.
+def attach(
+    model: nn.Module,
+    grids: str | dict[str, str],
+    scales: str = "round",
+    rank: int = 0,
+    start: dict[str, Quantized] | None = None,
+) -> None:
+    """Make each Linear and Embedding compute on a grid, the same for all or one for each matrix by
+    its state-dict name.
 
-    Scales are those of `start`, which holds all matrices or is None: then by llama.cpp's rule ("round") or, on grids of one scale,
-    by "search" or "learned". Learned ones begin so and add a parameter `quant_shift` (R, C / block) to each module; grids of more
-    numbers keep theirs. Master weights must be fp32; with a `rank` above 0 they are frozen, and adapters `quant_a` (rank, C), drawn
-    from torch's generator, and `quant_b` (R, rank), 0, are trained.
-    ValueError when a weight does not fit its grid (naming it), or when attached already.
+    Scales are those of `start`, which holds all matrices or is None: then by llama.cpp's rule
+    ("round") or, on grids of one scale, by "search" or "learned". Learned ones begin so and add a
+    parameter `quant_shift` (R, C / block) to each module; grids of more numbers keep theirs. Master
+    weights must be fp32; with a `rank` above 0 they are frozen, and adapters `quant_a` (rank, C),
+    drawn from torch's generator, and `quant_b` (R, rank), 0, are trained. ValueError when a weight
+    does not fit its grid (naming it), or when attached already.
     """
     if hasattr(model, "fake_quant"):
         raise ValueError("the model is fake-quantized already: call finish before attaching again")
@@ -113,13 +161,24 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
     for name, home in quantizable(model).items():
         weight = home.weight
         if weight.dtype != torch.float32:
-            raise ValueError(f"{name} is {weight.dtype}: masters must be fp32; load the model as torch.float32")
+            raise ValueError(
+                f"{name} is {weight.dtype}: masters must be fp32; load the model as torch.float32"
+            )
         grid = GRIDS[grids if isinstance(grids, str) else grids[name]]
         if start:
             found = start[name].scales.to(weight.device)
         else:
-            found = grid.search(weight, name=name) if scales == "search" and grid.searches else grid.encode(weight, name)[1]
-        snaps[name] = _Snapped(home, [module for module in model.modules() if module._parameters.get("weight") is weight], grid, found)
+            found = (
+                grid.search(weight, name=name)
+                if scales == "search" and grid.searches
+                else grid.encode(weight, name)[1]
+            )
+        snaps[name] = _Snapped(
+            home,
+            [module for module in model.modules() if module._parameters.get("weight") is weight],
+            grid,
+            found,
+        )
     for snapped in snaps.values():
         home = snapped.home
         home.register_buffer("quant_scales", snapped.scales)
@@ -127,11 +186,17 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
             home.quant_shift = nn.Parameter(torch.zeros_like(snapped.scales, dtype=torch.float32))
         if rank:
             weight = home.weight.requires_grad_(False)
-            home.quant_a = nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5))
+            home.quant_a = nn.Parameter(
+                nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5)
+            )
             home.quant_b = nn.Parameter(weight.new_zeros(len(weight), rank))
         for module in snapped.modules:
             kind = type(module)
-            module.__class__ = type(f"FakeQuant{kind.__name__}", (kind,), {"weight": property(snapped.tensor), "unquantized": kind})
+            module.__class__ = type(
+                f"FakeQuant{kind.__name__}",
+                (kind,),
+                {"weight": property(snapped.tensor), "unquantized": kind},
+            )
 
     def stepped(*_: Any) -> None:
         for snapped in snaps.values():
@@ -141,7 +206,9 @@ def attach(model: nn.Module, grids: str | dict[str, str], scales: str = "round",
 
 
 def finish(model: nn.Module) -> dict[str, Quantized]:
-    """Bake decode(codes) into the weights, undo everything `attach` added, return what `save_quantized` takes."""
+    """Bake decode(codes) into the weights, undo everything `attach` added, return what
+    `save_quantized` takes.
+    """
     attached: Any = model.fake_quant
     made: dict[str, Quantized] = {}
     for name, snapped in attached.snaps.items():
@@ -151,7 +218,10 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
         del home.quant_scales
         for part in PARTS[1:]:
             home._parameters.pop(part, None)
-        made[name] = bake(home.weight.requires_grad_(True), Quantized(grid.name, grid.codes(master, scales), scales))
+        made[name] = bake(
+            home.weight.requires_grad_(True),
+            Quantized(grid.name, grid.codes(master, scales), scales),
+        )
     attached.hook.remove()
     del model.fake_quant
     return made

@@ -1,16 +1,23 @@
-"""Rotations folded into the weights where they cost nothing at inference: outliers spread, blocks of weights round better.
+"""Rotations folded into the weights where they cost nothing at inference: outliers spread, blocks
+of weights round better.
 
-Hidden vectors x become x Q with orthogonal Q, writers take W -> Q^T W, readers W -> W Q, and logits stay what they are. Two places need no
-operation at run time (QuaRot, arXiv 2404.00456, section 4, stage 1; R1 and R2 of SpinQuant, arXiv 2405.16406, section 3.1):
+Hidden vectors x become x Q with orthogonal Q, writers take W -> Q^T W, readers W -> W Q, and logits
+stay what they are. Two places need no operation at run time (QuaRot, arXiv 2404.00456, section 4,
+stage 1; R1 and R2 of SpinQuant, arXiv 2405.16406, section 3.1):
 
-  values    inside every head, between v_proj and o_proj: attention averages values and Q is the same for all positions. All heads
-            that share a value head turn alike, so grouped-query attention is no obstacle. Q is a Hadamard matrix.
-  residual  the stream between blocks. Norms without weights commute with Q, so their weights are first multiplied into
-            the readers; the last norm's goes into the head. A tied head is the embedding too, which must not take that weight: left as
-            it is, like a stream with norms on blocks' outputs (Gemma 3).
+  values    inside every head, between v_proj and o_proj: attention averages values and Q is the
+  same for all positions. All heads
+            that share a value head turn alike, so grouped-query attention is no obstacle. Q is a
+            Hadamard matrix.
+  residual  the stream between blocks. Norms without weights commute with Q, so their weights are
+  first multiplied into
+            the readers; the last norm's goes into the head. A tied head is the embedding too, which
+            must not take that weight: left as it is, like a stream with norms on blocks' outputs
+            (Gemma 3).
 
-Hadamard matrices are Sylvester's, of order 2^k; other widths m 2^k take the product of a random orthogonal m x m matrix and one, with random
-signs (a randomized Hadamard transform). Left out: learned rotations, and those that need a transform at run time.
+Hadamard matrices are Sylvester's, of order 2^k; other widths m 2^k take the product of a random
+orthogonal m x m matrix and one, with random signs (a randomized Hadamard transform). Left out:
+learned rotations, and those that need a transform at run time.
 """
 
 from typing import Any
@@ -28,9 +35,13 @@ def hadamard(order: int) -> Tensor:
 
 
 def rotation(width: int, seed: int) -> Tensor:
-    """float64 (width, width): a randomized Hadamard transform, its odd factor a random orthogonal matrix."""
+    """float64 (width, width): a randomized Hadamard transform, its odd factor a random orthogonal
+    matrix.
+    """
     generator, power = torch.Generator().manual_seed(seed), width & -width
-    odd = torch.linalg.qr(torch.randn(width // power, width // power, dtype=torch.float64, generator=generator))[0]
+    odd = torch.linalg.qr(
+        torch.randn(width // power, width // power, dtype=torch.float64, generator=generator)
+    )[0]
     signs = torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
     return torch.kron(odd.contiguous(), hadamard(power)) * signs
 
@@ -39,7 +50,11 @@ def _turn(layer: nn.Module, q: Tensor, *, rows: bool) -> None:
     """W -> Q^T W (with its bias) or W -> W Q, in pieces as long as Q."""
     weight: Any = layer.weight
     w = weight.double()
-    turned = (q.T @ w.view(-1, len(q), w.shape[1])).view(w.shape) if rows else (w.view(w.shape[0], -1, len(q)) @ q).view(w.shape)
+    turned = (
+        (q.T @ w.view(-1, len(q), w.shape[1])).view(w.shape)
+        if rows
+        else (w.view(w.shape[0], -1, len(q)) @ q).view(w.shape)
+    )
     weight.copy_(turned)
     bias: Any = getattr(layer, "bias", None)
     if rows and bias is not None:
@@ -66,14 +81,20 @@ def residual_obstacle(model: Any) -> str:
 
 @torch.no_grad()
 def rotate(model: Any, seed: int) -> str:
-    """Turn in place whatever can be turned, norms of the residual stream folded away; why that can't be, empty where it was."""
+    """Turn in place whatever can be turned, norms of the residual stream folded away; why that
+    can't be, empty where it was.
+    """
     rotate_values(model)
     if obstacle := residual_obstacle(model):
         return obstacle
     q = rotation(model.config.hidden_size, seed)
     norms = [(model.model.norm, [model.get_output_embeddings()])]
     for block in model.model.layers:
-        norms += [(group.maker, list(group.readers.values())) for group in groups_of(block) if not isinstance(group.maker, nn.Linear)]
+        norms += [
+            (group.maker, list(group.readers.values()))
+            for group in groups_of(block)
+            if not isinstance(group.maker, nn.Linear)
+        ]
         _turn(block.self_attn.o_proj, q, rows=True)
         _turn(block.mlp.down_proj, q, rows=True)
     for norm, readers in norms:

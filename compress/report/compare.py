@@ -1,12 +1,15 @@
-r"""Candidates beside the first: whether they may be compared, by how much each number differs, and which items got worse.
+r"""Candidates beside the first: whether they may be compared, by how much each number differs, and
+which items got worse.
 
-Accuracy is paired item by item (`score/paired.py`): the bootstrap's 95% interval, and exact McNemar's p, for tasks corrected after Holm. KL, top-1
-agreement and bits per byte are paired row by row of the held-out text. Other numbers with an interval on both sides, and these where records keep
+Accuracy is paired item by item (`score/paired.py`): the bootstrap's 95% interval, and exact
+McNemar's p, for tasks corrected after Holm. KL, top-1 agreement and bits per byte are paired row by
+row of the held-out text. Other numbers with an interval on both sides, and these where records keep
 no rows: d = b - a within (MOVER; Zou & Donner 2008, Statistics in Medicine 27, section 2)
 
     d - sqrt((b - b_low)^2 + (a_high - a)^2),   d + sqrt((b_high - b)^2 + (a - a_low)^2),
 
-right for independent estimates and too wide for ones that move together. A difference whose interval contains 0 is not shown.
+right for independent estimates and too wide for ones that move together. A difference whose
+interval contains 0 is not shown.
 
 Open answers are paired prompt by prompt (`score/open.py`), `open/kept` over those that the teacher
 gets right.
@@ -36,7 +39,9 @@ SPEEDS = {"latency_ms_p50": "a further token", "ttft_ms_p50": "the first token"}
 
 
 class Difference(NamedTuple):
-    """Other minus first in one score, its 95% interval if there is one, and McNemar's p where answers are paired."""
+    """Other minus first in one score, its 95% interval if there is one, and McNemar's p where
+    answers are paired.
+    """
 
     metric: str
     value: float
@@ -45,7 +50,11 @@ class Difference(NamedTuple):
 
     def signed(self, value: float) -> str:
         """A difference as people say it; of shares in points."""
-        size = f"{abs(value):.3g} ms" if "_ms" in self.metric else budget.human(self.metric, abs(value)).replace("%", " points")
+        size = (
+            f"{abs(value):.3g} ms"
+            if "_ms" in self.metric
+            else budget.human(self.metric, abs(value)).replace("%", " points")
+        )
         return ("-" if value < 0 else "+") + size
 
     def __str__(self) -> str:
@@ -54,11 +63,16 @@ class Difference(NamedTuple):
         low, high = self.interval
         p = "" if self.p is None else f", p {self.p:.2g}"
         shown = ": no difference shown" if low <= 0 <= high else ""
-        return f"{self.signed(self.value)} (95% interval {self.signed(low)} to {self.signed(high)}{p}){shown}"
+        return (
+            f"{self.signed(self.value)} (95% interval {self.signed(low)} to"
+            f" {self.signed(high)}{p}){shown}"
+        )
 
 
 class Flip(NamedTuple):
-    """An item whose correctness changed. `nats`: how much likelier the model that is wrong finds its choice than the right one."""
+    """An item whose correctness changed. `nats`: how much likelier the model that is wrong finds
+    its choice than the right one.
+    """
 
     task: str
     doc_id: int
@@ -70,17 +84,27 @@ class Flip(NamedTuple):
 
 
 def check_same_settings(runs: Sequence[Run]) -> None:
-    """ValueError naming the setting in which one was scored differently from the first; what only one of them knows is left out."""
+    """ValueError naming the setting in which one was scored differently from the first; what only
+    one of them knows is left out.
+    """
 
-    held = all("digests" in run.info for run in runs)  # then files count by what they hold, not by their names
+    held = all(
+        "digests" in run.info for run in runs
+    )  # then files count by what they hold, not by their names
     idle = NO_MATTER | ({"eval.data_dir", "data.heldout"} if held else set())
     prompts = {run.info.get("digests", {}).get("the open prompts") for run in runs}
     if len(prompts) == 1 and None not in prompts:  # the same ones, however they were named
         idle |= {"eval.open_prompts", "eval.open_limit"}
 
     def settings(run: Run) -> dict[str, Any]:
-        own = {f"{group}.{name}": value for group in ("eval", "data") for name, value in run.info.get("config", {}).get(group, {}).items()}
-        digests = {f"the digest of {what}": value for what, value in run.info.get("digests", {}).items()}
+        own = {
+            f"{group}.{name}": value
+            for group in ("eval", "data")
+            for name, value in run.info.get("config", {}).get(group, {}).items()
+        }
+        digests = {
+            f"the digest of {what}": value for what, value in run.info.get("digests", {}).items()
+        }
         digests |= {"the teacher's digest": run.teacher["digest"]} if run.teacher else {}
         return {name: own[name] for name in own if name not in idle} | digests
 
@@ -89,12 +113,19 @@ def check_same_settings(runs: Sequence[Run]) -> None:
         own = settings(run)
         for name in sorted(first.keys() & own.keys()):
             if first[name] != own[name]:
-                where = f"{name} is {first[name]!r} in {runs[0].name} and {own[name]!r} in {run.name}"
-                raise ValueError(f"these can't be compared, they were scored with other settings: {where}; run one again with the other's settings")
+                where = (
+                    f"{name} is {first[name]!r} in {runs[0].name} and {own[name]!r} in {run.name}"
+                )
+                raise ValueError(
+                    f"these can't be compared, they were scored with other settings: {where}; run"
+                    " one again with the other's settings"
+                )
 
 
 def differences(first: Run, other: Run) -> list[Difference]:
-    """All numbers that both final records hold, in the order of the tables, then accuracies; no times of different machines."""
+    """All numbers that both final records hold, in the order of the tables, then accuracies; no
+    times of different machines.
+    """
     a, b, found = first.final, other.final, []
     timed = first.info.get("machine") == other.info.get("machine")
     known = first.rows(first.teacher, "open") if first.teacher else []
@@ -137,17 +168,28 @@ def _limits(name: str, a: Record, b: Record) -> tuple[float, float] | None:
     """The 95% interval of b - a in one score, None where an interval is missing."""
     mine, other = (record.get("rows", {}).get(name, []) for record in (a, b))
     if mine and other and mine[1:] == other[1:] and len(mine[0]) == len(other[0]):  # the same text
-        return ratio_interval(np.subtract(other[0], mine[0]).tolist(), mine[1] if mine[1:] else None, -math.inf)
+        return ratio_interval(
+            np.subtract(other[0], mine[0]).tolist(), mine[1] if mine[1:] else None, -math.inf
+        )
     if not all(name in record.get("intervals", {}) for record in (a, b)):
         return None
-    (x, x_low, x_high), (y, y_low, y_high) = ((record["scores"][name], *record["intervals"][name]) for record in (a, b))
+    (x, x_low, x_high), (y, y_low, y_high) = (
+        (record["scores"][name], *record["intervals"][name]) for record in (a, b)
+    )
     return y - x - math.hypot(y - y_low, x_high - x), y - x + math.hypot(y_high - y, x - x_low)
 
 
 def accuracy_differences(first: Items, other: Items) -> list[Difference]:
-    """`acc/<task>` of the items that both sides kept, and above several tasks their mean; empty where there are none."""
-    keys = {(item["task"], item["doc_id"]) for item in first if "correct" in item} & {(item["task"], item["doc_id"]) for item in other}
-    a, b = ([item for item in items if (item["task"], item["doc_id"]) in keys] for items in (first, other))
+    """`acc/<task>` of the items that both sides kept, and above several tasks their mean; empty
+    where there are none.
+    """
+    keys = {(item["task"], item["doc_id"]) for item in first if "correct" in item} & {
+        (item["task"], item["doc_id"]) for item in other
+    }
+    a, b = (
+        [item for item in items if (item["task"], item["doc_id"]) in keys]
+        for items in (first, other)
+    )
     tasks = sorted({task for task, _ in keys})
     if not tasks:
         return []
@@ -157,22 +199,38 @@ def accuracy_differences(first: Items, other: Items) -> list[Difference]:
         low, high = found.intervals[f"points_lost{end}"]
         return -found.scores[f"points_lost{end}"], (-high, -low)
 
-    each = [Difference(f"acc/{task}", *lost(f"/{task}"), found.scores[f"mcnemar_p_holm/{task}"]) for task in tasks]
+    each = [
+        Difference(f"acc/{task}", *lost(f"/{task}"), found.scores[f"mcnemar_p_holm/{task}"])
+        for task in tasks
+    ]
     return [Difference("acc/mean", *lost("")), *each] if len(each) > 1 else each
 
 
 def flips(first: Items, other: Items) -> list[Flip]:
-    """Items with choices whose correctness changed from the first to the other: what got worse, the surest mistakes first, then what got better."""
+    """Items with choices whose correctness changed from the first to the other: what got worse,
+    the surest mistakes first, then what got better.
+    """
     before, found = {(item["task"], item["doc_id"]): item for item in first}, []
     for item in other:
         known = before.get((item["task"], item["doc_id"]), item)
         if "choice" in item and known.get("correct") != item.get("correct"):
             good, bad = sorted((known, item), key=lambda one: not one["correct"])
-            context, said = item.get("context", ""), [choice.strip() for choice in item.get("choices", [])]
+            context, said = (
+                item.get("context", ""),
+                [choice.strip() for choice in item.get("choices", [])],
+            )
             if not isinstance(context, str):  # one for each choice
-                context, said = "", [f"{start} {choice}" for start, choice in zip(context, said, strict=True)]
-            right, wrong = (said[one["choice"]] if said else f"choice {one['choice']}" for one in (good, bad))
-            nats, became = bad["logliks"][bad["choice"]] - bad["logliks"][good["choice"]], "worse" if bad is item else "better"
+                context, said = (
+                    "",
+                    [f"{start} {choice}" for start, choice in zip(context, said, strict=True)],
+                )
+            right, wrong = (
+                said[one["choice"]] if said else f"choice {one['choice']}" for one in (good, bad)
+            )
+            nats, became = (
+                bad["logliks"][bad["choice"]] - bad["logliks"][good["choice"]],
+                ("worse" if bad is item else "better"),
+            )
             found.append(Flip(item["task"], item["doc_id"], became, nats, context, right, wrong))
     return sorted(found, key=lambda flip: (flip.became == "better", -flip.nats))
 
@@ -180,4 +238,7 @@ def flips(first: Items, other: Items) -> list[Flip]:
 def speed_sentence(first: Run, other: Run, metric: str, found: tuple[float, float, float]) -> str:
     """What `compare_speed` found, in words."""
     shown = "no difference shown, " if found[1] <= 1 <= found[2] else ""
-    return f"{SPEEDS[metric]}: {shown}{other.name} is {found[0]:.3g} times as fast (95% interval {found[1]:.3g} to {found[2]:.3g}) as {first.name}"
+    return (
+        f"{SPEEDS[metric]}: {shown}{other.name} is {found[0]:.3g} times as fast (95% interval"
+        f" {found[1]:.3g} to {found[2]:.3g}) as {first.name}"
+    )

@@ -1,7 +1,8 @@
-"""One page for one or several runs: self-contained, no scripts, no request to anywhere, readable without a mouse.
+"""One page for one or several runs: self-contained, no scripts, no request to anywhere, readable
+without a mouse.
 
-A pure view of records. `report.html.j2` is the page; it escapes every string out of a record, and a Content-Security-Policy
-makes the browser refuse whatever would still ask for the network.
+A pure view of records. `report.html.j2` is the page; it escapes every string out of a record, and a
+Content-Security-Policy makes the browser refuse whatever would still ask for the network.
 """
 
 import json
@@ -22,21 +23,32 @@ from compress.report.table import COLUMN, Column
 
 
 def write_html(runs: list[Run], out: Path, speeds: Sequence[str] = ()) -> None:
-    """Write the report of `runs` (at least one; several are compared with the first) and what was found of their `speeds` to the file `out`."""
+    """Write the report of `runs` (at least one; several are compared with the first) and what was
+    found of their `speeds` to the file `out`.
+    """
     page = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     page.globals.update(answers=answers, compare=compare, picture=picture)
     page.globals.update(records=records, table=table)
     page.globals.update(closeness=_closeness, summary=_summary, times=_times, training=_training)
-    page.filters.update(family=picture.family, pretty=lambda config: json.dumps(config, indent=2, ensure_ascii=False))
+    page.filters.update(
+        family=picture.family,
+        pretty=lambda config: json.dumps(config, indent=2, ensure_ascii=False),
+    )
     page.tests["finite"] = lambda value: isinstance(value, int | float) and math.isfinite(value)
     text = page.get_template("report.html.j2").render(runs=runs, speeds=speeds)
     Path(out).write_text(text, encoding="utf-8", errors="replace")
 
 
 def _times(info: dict[str, Any]) -> list[str]:
-    """When the run began, how long it took, and whether it is over, as far as its own words can be read."""
+    """When the run began, how long it took, and whether it is over, as far as its own words can be
+    read.
+    """
     started, finished = info.get("started") or "", info.get("finished") or ""
     words = [started, "", "" if finished else "still running or interrupted"]
     with suppress(TypeError, ValueError):
@@ -51,7 +63,10 @@ def _summary(run: Run) -> str:
     teacher, final, said = run.teacher, run.final, []
     if teacher is None or final is teacher:
         return f"{len(run.records)} slot(s) on record, last: {final['slot']}."
-    for key, form in (("params", "{} M parameters became {} M"), ("size_bytes", "{} MB became {} MB")):
+    for key, form in (
+        ("params", "{} M parameters became {} M"),
+        ("size_bytes", "{} MB became {} MB"),
+    ):
         if COLUMN[key].value(teacher) is not None and COLUMN[key].value(final) is not None:
             said.append(form.format(COLUMN[key].text(teacher), COLUMN[key].text(final)))
     if COLUMN["open/kept"].value(final) is not None:
@@ -73,11 +88,15 @@ def _closeness(run: Run) -> list[tuple[str, Column]]:
 
 
 def _training(run: Run) -> str:
-    """The loss of every stage that trained, and the validation KL where it was measured; for a wide and a narrow screen."""
+    """The loss of every stage that trained, and the validation KL where it was measured; for a
+    wide and a narrow screen.
+    """
     lines = {}
     for key, name in (("loss", "{}"), ("validation_kl", "{}, validation KL")):
         for r in run.records:
             if rows := [(row["step"], row[key]) for row in r.get("curve", []) if key in row]:
                 lines[name.format(r["slot"])] = rows
     drawings = ("wide curves", 640), ("narrow curves", 340)
-    return "".join(lines_svg(lines, "optimizer step", "loss (nats)", kind, width) for kind, width in drawings)
+    return "".join(
+        lines_svg(lines, "optimizer step", "loss (nats)", kind, width) for kind, width in drawings
+    )

@@ -1,7 +1,9 @@
-"""Read run directories back: `run.json` plus one `record.json` per slot, checked at the door; committed runs and bundles as well.
+"""Read run directories back: `run.json` plus one `record.json` per slot, checked at the door;
+committed runs and bundles as well.
 
-Everything below `report/` is a pure view: records go in, tables and pages come out. A run that is still going, or was interrupted, is
-readable: the slots that have a record, and that run.json names, are shown.
+Everything below `report/` is a pure view: records go in, tables and pages come out. A run that is
+still going, or was interrupted, is readable: the slots that have a record, and that run.json names,
+are shown.
 """
 
 import json
@@ -24,7 +26,9 @@ VERDICTS = ("FAIL", "INCONCLUSIVE", "PASS")  # worst first
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, one slot of it, or a bundle: `info` is run.json as written, `records` are in slot order (at least one)."""
+    """A run directory, one slot of it, or a bundle: `info` is run.json as written, `records` are
+    in slot order (at least one).
+    """
 
     path: Path
     info: dict[str, Any]
@@ -42,21 +46,33 @@ class Run:
     @property
     def final(self) -> Record:
         """The slot that was asked for, or what the budget judges."""
-        return next((r for r in self.records if r["slot"] == self.chosen), judged(self.records, self.info))
+        return next(
+            (r for r in self.records if r["slot"] == self.chosen), judged(self.records, self.info)
+        )
 
     def rows(self, record: Record, what: str) -> list[dict[str, Any]]:
         """Rows of a record's `items` (answers to tasks), `open` (answers to open prompts) or
-        `steps` (training curve), empty where they were not kept; of a bundle, both sides' answers."""
+        `steps` (training curve), empty where they were not kept; of a bundle, both sides' answers.
+        """
         if "judged" in self.info:
             side = "teacher" if record["technique"] == "teacher" else "student"
             return bundle_rows(self.path, side, what)
         return _rows(folder_of(self.path, record) / f"{what}.jsonl")
 
     def model(self) -> tuple[Path, str]:
-        """Weights or file of `final`, and the runtime that it is for. ValueError when they are not here."""
-        path = self.path / self.info["judged"] if "judged" in self.info else (folder_of(self.path, self.final) / "weights").resolve()
+        """Weights or file of `final`, and the runtime that it is for. ValueError when they are not
+        here.
+        """
+        path = (
+            self.path / self.info["judged"]
+            if "judged" in self.info
+            else (folder_of(self.path, self.final) / "weights").resolve()
+        )
         if not path.exists():
-            raise ValueError(f"{self.path} does not hold the weights of {self.final['slot']}: {path} is missing; name the run itself or its bundle")
+            raise ValueError(
+                f"{self.path} does not hold the weights of {self.final['slot']}: {path} is missing;"
+                " name the run itself or its bundle"
+            )
         return path, self.final.get("runtime", "torch")
 
 
@@ -68,7 +84,11 @@ def folder_of(run_dir: Path, record: Record) -> Path:
 
 def record_files(run_dir: Path) -> list[Path]:
     """The records in the folders of a run directory that are called like a slot's."""
-    return [file for file in sorted(run_dir.glob("*/record.json")) if SLOT_FOLDER.match(file.parent.name)]
+    return [
+        file
+        for file in sorted(run_dir.glob("*/record.json"))
+        if SLOT_FOLDER.match(file.parent.name)
+    ]
 
 
 def bundle_rows(bundle: Path, side: str, what: str) -> list[dict[str, Any]]:
@@ -92,9 +112,13 @@ def bundle_rows(bundle: Path, side: str, what: str) -> list[dict[str, Any]]:
 
 
 def judged(records: Sequence[Record], info: Record) -> Record:
-    """What the budget judges: the first file that ships, else the slot that the run's `config` ships, else the last one."""
+    """What the budget judges: the first file that ships, else the slot that the run's `config`
+    ships, else the last one.
+    """
     ship = info.get("config", {}).get("ship")
-    found = [r for r in records if r["technique"].startswith("export_")] or [r for r in records if r["slot"] == ship]
+    found = [r for r in records if r["technique"].startswith("export_")] or [
+        r for r in records if r["slot"] == ship
+    ]
     return next(iter(found), records[-1])
 
 
@@ -103,98 +127,180 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def teacher_of(records: Sequence[Record], runtime: str = "torch") -> Record | None:
-    """The teacher's record that a difference is taken against: in the same runtime if it was scored there, for times must be comparable."""
+    """The teacher's record that a difference is taken against: in the same runtime if it was
+    scored there, for times must be comparable.
+    """
     teachers = [r for r in records if r["technique"] == "teacher"]
-    return next((r for r in teachers if r.get("runtime") == runtime), teachers[0] if teachers else None)
+    return next(
+        (r for r in teachers if r.get("runtime") == runtime), teachers[0] if teachers else None
+    )
 
 
 def worst(records: list[Record]) -> str | None:
-    """The worst enforced verdict of these records (FAIL before INCONCLUSIVE before PASS), None without any."""
+    """The worst enforced verdict of these records (FAIL before INCONCLUSIVE before PASS), None
+    without any.
+    """
     found = {v["verdict"] for r in records for v in r["verdicts"] if v.get("enforced")}
     return next((word for word in VERDICTS if word in found), None)
 
 
 def load_run(path: Path | str) -> Run:
-    """Load a run directory. ValueError (what, got, allowed, next) when it is missing, malformed or has no record."""
+    """Load a run directory. ValueError (what, got, allowed, next) when it is missing, malformed or
+    has no record.
+    """
     path = Path(path)
     if not (path / "run.json").is_file():
-        raise ValueError(f"no run at {path}: it has no run.json; a run is a folder runs/<recipe>/<time>/ written by "
-                         "`compress run RECIPE`; name such a folder, or `<recipe>` for its newest run")  # fmt: skip
+        raise ValueError(
+            f"no run at {path}: it has no run.json; a run is a folder runs/<recipe>/<time>/ written"
+            " by `compress run RECIPE`; name such a folder, or `<recipe>` for its newest run"
+        )
     info = _read(path / "run.json", RUN_KEYS)
     slots = info["slots"]
     found = {file: _read(file, RECORD_KEYS) for file in record_files(path)}
     if not found:  # a committed run: its records in one file, without folders
         found = {
-            path / f"records.jsonl, line {number}": _checked(path / "records.jsonl", row, RECORD_KEYS)
+            path / f"records.jsonl, line {number}": _checked(
+                path / "records.jsonl", row, RECORD_KEYS
+            )
             for number, row in enumerate(_rows(path / "records.jsonl"), 1)
         }
     for file, record in found.items():
         if record["slot"] not in slots and info.get("exit") in (EXIT_OK, EXIT_BUDGET):
-            raise ValueError(f"malformed {file}: slot {record['slot']!r} is not in run.json's slots {slots}")
+            raise ValueError(
+                f"malformed {file}: slot {record['slot']!r} is not in run.json's slots {slots}"
+            )
         for key, value in record["scores"].items():
             if isinstance(value, bool) or not isinstance(value, int | float | None):
-                raise ValueError(f"malformed {file}: scores[{key!r}] is {value!r}, allowed: a number")
+                raise ValueError(
+                    f"malformed {file}: scores[{key!r}] is {value!r}, allowed: a number"
+                )
         for verdict in record["verdicts"]:
-            if not isinstance(verdict, dict) or verdict.get("verdict") not in VERDICTS or "sentence" not in verdict:
-                raise ValueError(f"malformed {file}: verdict {verdict!r}, allowed: a sentence and one of {VERDICTS}")
-    named = [record for record in found.values() if record["slot"] in slots]  # others were being written when the run was stopped
+            if (
+                not isinstance(verdict, dict)
+                or verdict.get("verdict") not in VERDICTS
+                or "sentence" not in verdict
+            ):
+                raise ValueError(
+                    f"malformed {file}: verdict {verdict!r}, allowed: a sentence and one of"
+                    f" {VERDICTS}"
+                )
+    named = [
+        record for record in found.values() if record["slot"] in slots
+    ]  # others were being written when the run was stopped
     records = sorted(named, key=lambda record: slots.index(record["slot"]))
     names = [r["slot"] for r in records]
     if len(set(names)) < len(names):
-        raise ValueError(f"malformed run {path}: two records for one slot in {names}; remove the stale folder")
+        raise ValueError(
+            f"malformed run {path}: two records for one slot in {names}; remove the stale folder"
+        )
     missing = [slot for slot in slots if slot not in names]
     if not records or (missing and info.get("exit") == 0):
-        raise ValueError(f"incomplete run {path}: no record.json for {', '.join(missing) or 'any slot'}; "
-                         f"`compress run {info['recipe']}` again picks up what is finished")  # fmt: skip
+        raise ValueError(
+            f"incomplete run {path}: no record.json for {', '.join(missing) or 'any slot'}; "
+            f"`compress run {info['recipe']}` again picks up what is finished"
+        )
     return Run(path, info, records)
 
 
 def open_run(name: str, runs_dir: Path | str = "runs") -> Run:
-    """A run by its path, by `demo/2026-11-21T03-30-00` or by `demo` (its newest); one slot of it, as RUN/SLOT; or a bundle, by its path."""
+    """A run by its path, by `demo/2026-11-21T03-30-00` or by `demo` (its newest); one slot of it,
+    as RUN/SLOT; or a bundle, by its path.
+    """
     above, _, slot = name.rstrip("/").rpartition("/")
     for run_name, chosen in ((name, ""), (above or name, re.sub(r"^\d\d-", "", slot))):
         for place in (Path(run_name), Path(runs_dir) / run_name):
             if not chosen and (place / "manifest.json").is_file():
                 return _load_bundle(place)
-            runs = [place] if (place / "run.json").is_file() else [file.parent for file in place.glob("*/run.json")]
+            runs = (
+                [place]
+                if (place / "run.json").is_file()
+                else [file.parent for file in place.glob("*/run.json")]
+            )
             if runs:
-                run = load_run(max(runs, key=lambda run: run.name))  # the names are times and sort as such
+                run = load_run(
+                    max(runs, key=lambda run: run.name)
+                )  # the names are times and sort as such
                 if chosen not in ("", *(slots := [r["slot"] for r in run.records])):
-                    raise ValueError(f"{place} has no run or slot {chosen!r}; {nearest(chosen, slots)}")
+                    raise ValueError(
+                        f"{place} has no run or slot {chosen!r}; {nearest(chosen, slots)}"
+                    )
                 return replace(run, chosen=chosen)
     known = {p.parent.parent.name for p in Path(runs_dir).glob("*/*/run.json")}
-    raise ValueError(f"no run called {name!r} in {runs_dir}; {nearest(name, known)}; name a run directory, <recipe>/<time> or <recipe>, "
-                     "a slot below one of these, or a bundle; or make one with `compress run RECIPE`")  # fmt: skip
+    raise ValueError(
+        f"no run called {name!r} in {runs_dir}; {nearest(name, known)}; name a run directory,"
+        " <recipe>/<time> or <recipe>, a slot below one of these, or a bundle; or make one with"
+        " `compress run RECIPE`"
+    )
 
 
 def _load_bundle(path: Path) -> Run:
     """A bundle as a run of two records: the teacher, and the file that was judged."""
-    manifest = _read(path / "manifest.json", {"run": str, "judged": str, "scores": dict, "verdicts": list, "lineage": list, "config": dict})
+    manifest = _read(
+        path / "manifest.json",
+        {
+            "run": str,
+            "judged": str,
+            "scores": dict,
+            "verdicts": list,
+            "lineage": list,
+            "config": dict,
+        },
+    )
     if re.fullmatch(r"\.*|.*/.*", manifest["judged"], re.DOTALL):
-        raise ValueError(f"malformed {path / 'manifest.json'}: 'judged' is {manifest['judged']!r}, allowed: a file or folder of the bundle")
-    if not manifest["lineage"] or not all(isinstance(r, dict) and {"slot", "technique"} <= r.keys() for r in manifest["lineage"]):
-        raise ValueError(f"malformed {path / 'manifest.json'}: 'lineage', allowed: slots with their techniques; copy the bundle again")
+        raise ValueError(
+            f"malformed {path / 'manifest.json'}: 'judged' is {manifest['judged']!r}, allowed: a"
+            " file or folder of the bundle"
+        )
+    if not manifest["lineage"] or not all(
+        isinstance(r, dict) and {"slot", "technique"} <= r.keys() for r in manifest["lineage"]
+    ):
+        raise ValueError(
+            f"malformed {path / 'manifest.json'}: 'lineage', allowed: slots with their techniques;"
+            " copy the bundle again"
+        )
     made = judged(manifest["lineage"], manifest)
-    runtime = {"export_gguf": "llama.cpp", "export_onnx": "onnxruntime"}.get(made["technique"], "torch")
-    records = [r | {"scores": {}, "verdicts": []} for r in manifest["lineage"] if r["slot"] == "teacher"]
-    records += [made | {key: manifest.get(key, {}) for key in ("scores", "intervals", "rows", "verdicts")} | {"runtime": runtime}]
-    return Run(path, manifest | {"name": f"{manifest['run']}/bundle", "recipe": manifest["run"].partition("/")[0]}, records)
+    runtime = {"export_gguf": "llama.cpp", "export_onnx": "onnxruntime"}.get(
+        made["technique"], "torch"
+    )
+    records = [
+        r | {"scores": {}, "verdicts": []} for r in manifest["lineage"] if r["slot"] == "teacher"
+    ]
+    records += [
+        made
+        | {key: manifest.get(key, {}) for key in ("scores", "intervals", "rows", "verdicts")}
+        | {"runtime": runtime}
+    ]
+    return Run(
+        path,
+        manifest
+        | {
+            "name": f"{manifest['run']}/bundle",
+            "recipe": manifest["run"].partition("/")[0],
+        },
+        records,
+    )
 
 
 def _read(file: Path, keys: dict[str, type]) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}; restore it, or run the recipe again") from error
+        raise ValueError(
+            f"cannot read {file}: {error}; restore it, or run the recipe again"
+        ) from error
     return _checked(file, data, keys)
 
 
 def _checked(file: Path, data: Any, keys: dict[str, type]) -> dict[str, Any]:
     if (got := data.get("schema") if isinstance(data, dict) else type(data).__name__) != SCHEMA:
-        raise ValueError(f"cannot read {file}: schema {got!r}, this version reads schema {SCHEMA}; "
-                         "use the version of compress which wrote it, or run the recipe again")  # fmt: skip
+        raise ValueError(
+            f"cannot read {file}: schema {got!r}, this version reads schema {SCHEMA}; "
+            "use the version of compress which wrote it, or run the recipe again"
+        )
     for key, kind in keys.items():
         if not isinstance(data.get(key), kind):
-            raise ValueError(f"malformed {file}: {key!r} is {data.get(key)!r}, allowed: a {kind.__name__}; "
-                             "restore the file, or run the recipe again")  # fmt: skip
+            raise ValueError(
+                f"malformed {file}: {key!r} is {data.get(key)!r}, allowed: a {kind.__name__}; "
+                "restore the file, or run the recipe again"
+            )
     return dict(tree_without_credentials(data))

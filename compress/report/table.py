@@ -1,8 +1,10 @@
-"""Records as tables: the terminal (rich), the README and the model card (Markdown). One list of columns serves all.
+"""Records as tables: the terminal (rich), the README and the model card (Markdown). One list of
+columns serves all.
 
-A cell is a value and, in a muted second line, its difference from a reference: the teacher's record within a run, the first run's in a
-comparison; a slot has its technique or its run there. KL, agreement and accuracy kept already
-compare with the teacher, so they carry a difference only between runs.
+A cell is a value and, in a muted second line, its difference from a reference: the teacher's record
+within a run, the first run's in a comparison; a slot has its technique or its run there. KL,
+agreement and accuracy kept already compare with the teacher, so they carry a difference only
+between runs.
 """
 
 import math
@@ -21,7 +23,9 @@ NONE = "-"  # ASCII: survives LANG=C and every pipe
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a record and how it is written. `value * scale` with `digits` decimals; `ratio`: differences in %."""
+    """A number of a record and how it is written. `value * scale` with `digits` decimals; `ratio`:
+    differences in %.
+    """
 
     key: str
     head: str
@@ -80,38 +84,60 @@ def columns_of(records: Sequence[Record]) -> list[Column]:
 
 
 def standing(record: Record) -> str:
-    """A slot's verdict in a word: the worst enforced one, else how many limits are already met ('2/4 met')."""
+    """A slot's verdict in a word: the worst enforced one, else how many limits are already met
+    ('2/4 met').
+    """
     verdicts = record["verdicts"]
     met = sum(v["verdict"] == "PASS" for v in verdicts)
     return worst([record]) or (f"{met}/{len(verdicts)} met" if verdicts else NONE)
 
 
 def undominated(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points (less is better in both) no other is at least as good as in both and better in one: the Pareto front."""
+    """Which points (less is better in both) no other is at least as good as in both and better in
+    one: the Pareto front.
+    """
     return [not any(x <= a and y <= b and (x < a or y < b) for x, y in points) for a, b in points]
 
 
 def fronts(records: Sequence[Record]) -> list[str]:
-    """For every record in which of `bytes` and `ms` nothing here beats it at its accuracy kept, or at its KL where no tasks were scored."""
+    """For every record in which of `bytes` and `ms` nothing here beats it at its accuracy kept, or
+    at its KL where no tasks were scored.
+    """
     marks: list[list[str]] = [[] for _ in records]
-    measure, sign = next((pair for pair in (("kept", -1), ("kl_to_teacher", 1)) if sum(pair[0] in r["scores"] for r in records) > 1), ("", 1))
+    measure, sign = next(
+        (
+            pair
+            for pair in (("kept", -1), ("kl_to_teacher", 1))
+            if sum(pair[0] in r["scores"] for r in records) > 1
+        ),
+        ("", 1),
+    )
     for name, key in (("bytes", "size_bytes"), ("ms", "latency_ms_p50")):
         pairs = [(r["scores"].get(key), r["scores"].get(measure)) for r in records]
         known = [i for i, pair in enumerate(pairs) if None not in pair and math.isfinite(sum(pair))]
-        for i, on in zip(known, undominated([(pairs[i][0], sign * pairs[i][1]) for i in known]), strict=True):
+        for i, on in zip(
+            known, undominated([(pairs[i][0], sign * pairs[i][1]) for i in known]), strict=True
+        ):
             marks[i] += [name] * on
     return [", ".join(mark) for mark in marks]
 
 
 def verdict_word(verdict: dict) -> str:
-    """PASS / FAIL / INCONCLUSIVE where the limit is enforced; elsewhere it is only a distance to the budget."""
+    """PASS / FAIL / INCONCLUSIVE where the limit is enforced; elsewhere it is only a distance to
+    the budget.
+    """
     distance = {"PASS": "met", "FAIL": "not yet", "INCONCLUSIVE": "open"}
     return verdict["verdict"] if verdict.get("enforced") else distance[verdict["verdict"]]
 
 
 def verdict_lines(records: Sequence[Record]) -> list[str]:
     """One line per enforced limit: 'PASS         gguf: size 58.6 MB is within 60.0 MB'."""
-    return [f"{v['verdict']:<12} {r['slot']}: {v['sentence']}" for r in records for v in r["verdicts"] if v.get("enforced")]
+    return [
+        f"{v['verdict']:<12} {r['slot']}: {v['sentence']}"
+        for r in records
+        for v in r["verdicts"]
+        if v.get("enforced")
+    ]
 
 
 def stage_table(records: Sequence[Record]) -> Table:
@@ -129,15 +155,26 @@ def compare_table(runs: Sequence[Run]) -> Table:
 def markdown_table(records: Sequence[Record]) -> str:
     """The same numbers for the README and the model card, without differences."""
     columns = columns_of(records)
-    heads = ["slot", "technique", *(c.head.replace("/\n", "/").replace("\n", " ") for c in columns), "verdict"]
-    rows = [[r["slot"], r["technique"], *(c.text(r) for c in columns), standing(r)] for r in records]
+    heads = [
+        "slot",
+        "technique",
+        *(c.head.replace("/\n", "/").replace("\n", " ") for c in columns),
+        "verdict",
+    ]
+    rows = [
+        [r["slot"], r["technique"], *(c.text(r) for c in columns), standing(r)] for r in records
+    ]
     escaped = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "})
     lines = [heads, ["---", "---", *(["---:"] * len(columns)), "---"], *rows]
-    return "".join("| " + " | ".join(cell.translate(escaped) for cell in line) + " |\n" for line in lines)
+    return "".join(
+        "| " + " | ".join(cell.translate(escaped) for cell in line) + " |\n" for line in lines
+    )
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """Print at the table's own width: a pipe gets no colours and no shortened number, whatever $COLUMNS says."""
+    """Print at the table's own width: a pipe gets no colours and no shortened number, whatever
+    $COLUMNS says.
+    """
     table.width = Console(width=10_000).measure(table).maximum
     (console or Console()).print(table, soft_wrap=True)
 
@@ -149,12 +186,24 @@ def _table(rows: Sequence[tuple[str, str, Record, Record | None]], between_runs:
     for column in columns:
         table.add_column(column.head, justify="right")
     table.add_column("verdict")
-    for (slot, name, record, reference), mark in zip(rows, fronts([record for _, _, record, _ in rows]), strict=True):
-        differences = (c.difference(record, reference) if between_runs or c.against_teacher else "" for c in columns)
-        cells = [Text.assemble(c.text(record), (f"\n{d}" if d else "", "dim")) for c, d in zip(columns, differences, strict=True)]
+    for (slot, name, record, reference), mark in zip(
+        rows, fronts([record for _, _, record, _ in rows]), strict=True
+    ):
+        differences = (
+            c.difference(record, reference) if between_runs or c.against_teacher else ""
+            for c in columns
+        )
+        cells = [
+            Text.assemble(c.text(record), (f"\n{d}" if d else "", "dim"))
+            for c, d in zip(columns, differences, strict=True)
+        ]
         word = standing(record)
         style = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}.get(word, "dim")
-        cells.append(Text.assemble((word, style), (f"\nfront: {mark}" if mark and between_runs else "", "dim")))
+        cells.append(
+            Text.assemble(
+                (word, style), (f"\nfront: {mark}" if mark and between_runs else "", "dim")
+            )
+        )
         below = f"\n{name}" if name != slot else ""
         table.add_row(Text.assemble((slot, "bold"), (below, "dim")), *cells)
     return table

@@ -1,1 +1,3 @@
-"""What a model is worth: tasks, closeness to the teacher, size, latency, memory, and paired statistics."""
+"""What a model is worth: tasks, closeness to the teacher, size, latency, memory, and paired
+statistics.
+"""

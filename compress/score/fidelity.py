@@ -1,19 +1,20 @@
 """How close a student is to a reference, on held-out text: KL, top-1 agreement, bits per byte.
 
-    kl(ref || student) = mean over tokens of sum_v p_v (log p_v - log q_v), in nats
-    top1_agree         = share of positions where both put the same token first
-    bits_per_byte      = -sum log2 q(label) / bytes of the labels' text     (comparable across tokenizers)
+    kl(ref || student) = mean over tokens of sum_v p_v (log p_v - log q_v), in nats top1_agree
+    = share of positions where both put the same token first bits_per_byte      = -sum log2 q(label)
+    / bytes of the labels' text     (comparable across tokenizers)
 
-All are ratios r = sum_s a_s / sum_s b_s over the rows of packed held-out text, and so are those of a task that scores documents of s nats, w words
-and b bytes in all, over documents,
+All are ratios r = sum_s a_s / sum_s b_s over the rows of packed held-out text, and so are those of
+a task that scores documents of s nats, w words and b bytes in all, over documents,
 
     word_perplexity = exp(s / w)    byte_perplexity = exp(s / b)    bits_per_byte = s / (b ln 2)
 
-They come with a 95% interval over rows or documents (score/paired.py, ratio_interval). A row is not quite a document: one cut in two lies in
-neighbouring rows.
+They come with a 95% interval over rows or documents (score/paired.py, ratio_interval). A row is not
+quite a document: one cut in two lies in neighbouring rows.
 
-A model is kept as its final hidden states and its head weight, from which all logits follow: 2.3 kB a token at H = 576 instead of
-197 kB of logits, and the same two tensors come out of transformers and of llama.cpp. Everything is fp32, the reference's too.
+A model is kept as its final hidden states and its head weight, from which all logits follow: 2.3 kB
+a token at H = 576 instead of 197 kB of logits, and the same two tensors come out of transformers
+and of llama.cpp. Everything is fp32, the reference's too.
 
 Legend: N tokens, H hidden, V vocabulary, C tokens a chunk.
 """
@@ -48,12 +49,18 @@ class States:
 
 @torch.inference_mode()
 def hidden_of(model: Any, ids_SL: Tensor) -> Tensor:
-    """Final hidden states (N, H), in the model's type but on the CPU, of rows of ids whose last is only a label; one row at a time."""
-    return torch.cat([hidden_states(model, row[None, :-1].long().to(model.device)).cpu() for row in ids_SL])
+    """Final hidden states (N, H), in the model's type but on the CPU, of rows of ids whose last is
+    only a label; one row at a time.
+    """
+    return torch.cat(
+        [hidden_states(model, row[None, :-1].long().to(model.device)).cpu() for row in ids_SL]
+    )
 
 
 def checkpoint_head(model_dir: Path) -> Head:
-    """The fp32 head of a checkpoint, read without loading the model unless its weights are packed or have other names in the file."""
+    """The fp32 head of a checkpoint, read without loading the model unless its weights are packed
+    or have other names in the file.
+    """
     config = read_config(model_dir)
     names = None if is_packed(config) else head_place(model_dir)
     if names is None:
@@ -61,13 +68,20 @@ def checkpoint_head(model_dir: Path) -> Head:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(model_dir):
         with safe_open(file, "pt") as held:
-            tensors |= {name: held.get_tensor(name).float() for name in names if name in held.keys()}  # noqa: SIM118 (no mapping)
-    return Head(tensors[names[0]], tensors[names[1]] if len(names) > 1 else None, **scale_and_softcap(config_object(config).to_dict()))
+            tensors |= {
+                name: held.get_tensor(name).float() for name in names if name in held.keys()
+            }  # noqa: SIM118 (no mapping)
+    return Head(
+        tensors[names[0]],
+        tensors[names[1]] if len(names) > 1 else None,
+        **scale_and_softcap(config_object(config).to_dict()),
+    )
 
 
 def perplexities(items: Items) -> Paired:
-    """word_perplexity, byte_perplexity and bits_per_byte of every task whose items are whole documents (logliks, words, bytes), with intervals
-    over documents where there are several."""
+    """word_perplexity, byte_perplexity and bits_per_byte of every task whose items are whole
+    documents (logliks, words, bytes), with intervals over documents where there are several.
+    """
     found = Paired({}, {}, [])
     for task in {item["task"] for item in items if "words" in item}:
         own = [item for item in items if item["task"] == task]
@@ -75,38 +89,70 @@ def perplexities(items: Items) -> Paired:
         for unit in ("word", "byte"):
             counts = [item[f"{unit}s"] for item in own]
             rate = sum(nats) / sum(counts)
-            found.scores.update({f"{unit}_perplexity/{task}": float(np.exp(rate)), f"bits_per_byte/{task}": rate / math.log(2)})  # bytes come last
+            found.scores.update(
+                {
+                    f"{unit}_perplexity/{task}": float(np.exp(rate)),
+                    f"bits_per_byte/{task}": rate / math.log(2),
+                }
+            )  # bytes come last
             if len(own) > 1:
                 low, high = ratio_interval(nats, counts)
-                found.intervals[f"{unit}_perplexity/{task}"] = float(np.exp(low)), float(np.exp(high))
+                found.intervals[f"{unit}_perplexity/{task}"] = (
+                    float(np.exp(low)),
+                    float(np.exp(high)),
+                )
                 found.intervals[f"bits_per_byte/{task}"] = low / math.log(2), high / math.log(2)
     return found
 
 
 @torch.inference_mode()
 def closeness(reference: States, student: States, rows: int = 1) -> dict[str, Any]:
-    """{"kl", "top1"} of the student to the reference, and "kl_rows", "top1_rows": the means of each of `rows` rows of equal length.
-    ValueError when vocabularies or lengths differ."""
-    (words, tokens), (other_words, other_tokens) = ((len(s.head.weight_VH), len(s.hidden_NH)) for s in (reference, student))
+    """{"kl", "top1"} of the student to the reference, and "kl_rows", "top1_rows": the means of
+    each of `rows` rows of equal length. ValueError when vocabularies or lengths differ.
+    """
+    (words, tokens), (other_words, other_tokens) = (
+        (len(s.head.weight_VH), len(s.hidden_NH)) for s in (reference, student)
+    )
     if (words, tokens) != (other_words, other_tokens):
-        what = f"vocabularies {words} and {other_words}, {tokens} and {other_tokens} held-out tokens"
+        what = (
+            f"vocabularies {words} and {other_words}, {tokens} and {other_tokens} held-out tokens"
+        )
         raise ValueError(f"the models can't be compared: {what}; both must use the same tokenizer")
     parts = []
-    for reference_CH, student_CH in zip(reference.hidden_NH.split(CHUNK), student.hidden_NH.split(CHUNK), strict=True):
-        log_p, log_q = reference.head.logits(reference_CH).log_softmax(-1), student.head.logits(student_CH).log_softmax(-1)
+    for reference_CH, student_CH in zip(
+        reference.hidden_NH.split(CHUNK), student.hidden_NH.split(CHUNK), strict=True
+    ):
+        log_p, log_q = (
+            reference.head.logits(reference_CH).log_softmax(-1),
+            student.head.logits(student_CH).log_softmax(-1),
+        )
         kl_C = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
         parts.append(torch.stack([kl_C, (log_p.argmax(-1) == log_q.argmax(-1)).double()]))
     kl_S, top1_S = torch.cat(parts, 1).view(2, rows, -1).mean(-1)
-    return {"kl": float(kl_S.mean()), "top1": float(top1_S.mean()), "kl_rows": kl_S.tolist(), "top1_rows": top1_S.tolist()}
+    return {
+        "kl": float(kl_S.mean()),
+        "top1": float(top1_S.mean()),
+        "kl_rows": kl_S.tolist(),
+        "top1_rows": top1_S.tolist(),
+    }
 
 
 @torch.inference_mode()
 def bits_and_bytes(states: States, ids_SL: Tensor, tokenizer: Any) -> tuple[list[float], list[int]]:
     """Cross-entropy of the held-out labels in bits, and the bytes of their text, of each row."""
     labels_SL = ids_SL[:, 1:].long()
-    bytes_S = [max(1, len(tokenizer.decode(row, skip_special_tokens=True).encode())) for row in labels_SL]
-    nats, begins = [], torch.tensor(opening(tokenizer), dtype=torch.long)  # a BOS between documents is given, not written
-    for hidden_CH, labels_C in zip(states.hidden_NH.split(CHUNK), labels_SL.flatten().split(CHUNK), strict=True):
-        lost_C = torch.nn.functional.cross_entropy(states.head.logits(hidden_CH), labels_C, reduction="none").double()
+    bytes_S = [
+        max(1, len(tokenizer.decode(row, skip_special_tokens=True).encode())) for row in labels_SL
+    ]
+    nats, begins = (
+        [],
+        torch.tensor(opening(tokenizer), dtype=torch.long),
+    )  # a BOS between documents is given, not written
+    for hidden_CH, labels_C in zip(
+        states.hidden_NH.split(CHUNK), labels_SL.flatten().split(CHUNK), strict=True
+    ):
+        lost_C = torch.nn.functional.cross_entropy(
+            states.head.logits(hidden_CH), labels_C, reduction="none"
+        ).double()
         nats.append(lost_C.masked_fill(torch.isin(labels_C, begins), 0.0))
     return (torch.cat(nats).view(len(bytes_S), -1).sum(1) / math.log(2)).tolist(), bytes_S

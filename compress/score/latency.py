@@ -1,14 +1,19 @@
-r"""Time and memory of a checkpoint under torch, a GGUF under llama.cpp or a directory under ONNX Runtime GenAI: one protocol, fresh processes.
+r"""Time and memory of a checkpoint under torch, a GGUF under llama.cpp or a directory under ONNX
+Runtime GenAI: one protocol, fresh processes.
 
-A process keeps itself to as many CPUs as it has threads, warms up, and `repeats` times generates greedily after a prompt of fixed ids, obeying no
-end token: `ttft_ms_p50` is the time until the first token is chosen (`/N`: after N tokens), `latency_ms_p50` to `_p99` that of one further token
-with the KV cache, `tok_per_sec` further tokens / their total time; `throughput_tok_per_sec/B` the tokens of B sequences together / the whole
-time, prompts included; `bandwidth_share` tok_per_sec x bytes of the weights / the bytes a second that a sweep of as many reads on the same
-CPUs; `peak_rss_bytes` the kernel's high-water mark, loading included, before other lengths and batches.
+A process keeps itself to as many CPUs as it has threads, warms up, and `repeats` times generates
+greedily after a prompt of fixed ids, obeying no end token: `ttft_ms_p50` is the time until the
+first token is chosen (`/N`: after N tokens), `latency_ms_p50` to `_p99` that of one further token
+with the KV cache, `tok_per_sec` further tokens / their total time; `throughput_tok_per_sec/B` the
+tokens of B sequences together / the whole time, prompts included; `bandwidth_share` tok_per_sec x
+bytes of the weights / the bytes a second that a sweep of as many reads on the same CPUs;
+`peak_rss_bytes` the kernel's high-water mark, loading included, before other lengths and batches.
 
-Processes differ more than repeats inside one (addresses, clocks, neighbours), so they are the sample: a score is exp(mean log x), its 95%
-interval exp(mean +- t_{n-1} s / sqrt(n)) of the logs: Student's t, because a percentile bootstrap of five values covers 84%. One process has no
-interval; memory is the largest. `compare_speed` runs two models in the order A B B A, which cancels what drifts linearly: four processes, one ratio.
+Processes differ more than repeats inside one (addresses, clocks, neighbours), so they are the
+sample: a score is exp(mean log x), its 95% interval exp(mean +- t_{n-1} s / sqrt(n)) of the logs:
+Student's t, because a percentile bootstrap of five values covers 84%. One process has no interval;
+memory is the largest. `compare_speed` runs two models in the order A B B A, which cancels what
+drifts linearly: four processes, one ratio.
 """
 
 import json
@@ -27,7 +32,9 @@ from typing import Any
 
 # Imports wait in functions: a process's memory is measured.
 LARGEST_SWEEP = 2**30  # bytes; far beyond every cache, where the rate no longer depends on the size
-Generate = Callable[[int, int, int], list[float]]  # (prompt tokens, new tokens, sequences) -> milliseconds: of each token if it is one sequence
+Generate = Callable[
+    [int, int, int], list[float]
+]  # (prompt tokens, new tokens, sequences) -> milliseconds: of each token if it is one sequence
 
 
 @dataclass(frozen=True)
@@ -43,24 +50,46 @@ class Timing:
     batch_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        counts = self.prompt_tokens, self.new_tokens - 1, self.repeats, self.threads, self.processes, *self.prompt_lengths, *self.batch_sizes
+        counts = (
+            self.prompt_tokens,
+            self.new_tokens - 1,
+            self.repeats,
+            self.threads,
+            self.processes,
+            *self.prompt_lengths,
+            *self.batch_sizes,
+        )
         if min(counts) < 1:
-            raise ValueError(f"latency can't be measured with {self}; allowed: counts from 1, new_tokens from 2")
+            raise ValueError(
+                f"latency can't be measured with {self}; allowed: counts from 1, new_tokens from 2"
+            )
 
 
-def measure(model: Path, runtime: str = "torch", how: Timing | None = None) -> dict[str, dict[str, Any]]:
-    """{"scores", "intervals", "latency"}, the last one what a reader of the times should know (CPUs, load, processes), from fresh processes one
-    after the other. ValueError with a process's last words when it fails."""
+def measure(
+    model: Path, runtime: str = "torch", how: Timing | None = None
+) -> dict[str, dict[str, Any]]:
+    """{"scores", "intervals", "latency"}, the last one what a reader of the times should know
+    (CPUs, load, processes), from fresh processes one after the other. ValueError with a
+    process's last words when it fails.
+    """
     how, load = how or Timing(), os.getloadavg()[0]
     done = [_fresh(model, runtime, how) for _ in range(how.processes)]
-    facts = done[0]["latency"] | {"processes": how.processes, "repeats": how.repeats, "load": [load, os.getloadavg()[0]]}
+    facts = done[0]["latency"] | {
+        "processes": how.processes,
+        "repeats": how.repeats,
+        "load": [load, os.getloadavg()[0]],
+    }
     values = {key: [one["scores"][key] for one in done] for key in done[0]["scores"]}
     memory = {"peak_rss_bytes": max(values.pop("peak_rss_bytes"))}
     if how.processes == 1:
         return {"scores": done[0]["scores"], "intervals": {}, "latency": facts}
     spread = {key: geometric_mean(sample) for key, sample in values.items()}
     scores = {key: mean for key, (mean, _, _) in spread.items()}
-    return {"scores": scores | memory, "intervals": {key: (low, high) for key, (_, low, high) in spread.items()}, "latency": facts}
+    return {
+        "scores": scores | memory,
+        "intervals": {key: (low, high) for key, (_, low, high) in spread.items()},
+        "latency": facts,
+    }
 
 
 def geometric_mean(values: Sequence[float]) -> tuple[float, float, float]:
@@ -74,20 +103,38 @@ def geometric_mean(values: Sequence[float]) -> tuple[float, float, float]:
     return middle, low, high
 
 
-def compare_speed(a: tuple[Path, str], b: tuple[Path, str], how: Timing, blocks: int = 5) -> dict[str, tuple[float, float, float]]:
-    """How many times as fast the second (model, runtime) is: {metric: (ratio, low, high)}, 95%, over `blocks` of processes A B B A."""
+def compare_speed(
+    a: tuple[Path, str], b: tuple[Path, str], how: Timing, blocks: int = 5
+) -> dict[str, tuple[float, float, float]]:
+    """How many times as fast the second (model, runtime) is: {metric: (ratio, low, high)}, 95%,
+    over `blocks` of processes A B B A.
+    """
     if blocks < 2:
-        raise ValueError(f"a speed-up needs at least 2 blocks of A B B A for its interval, got {blocks}")
+        raise ValueError(
+            f"a speed-up needs at least 2 blocks of A B B A for its interval, got {blocks}"
+        )
     quads = [[_fresh(*model, how)["scores"] for model in (a, b, b, a)] for _ in range(blocks)]
     names = ("latency_ms_p50", "ttft_ms_p50")
-    return {n: geometric_mean([math.sqrt(a1[n] * a2[n] / (b1[n] * b2[n])) for a1, b1, b2, a2 in quads]) for n in names}
+    return {
+        n: geometric_mean([math.sqrt(a1[n] * a2[n] / (b1[n] * b2[n])) for a1, b1, b2, a2 in quads])
+        for n in names
+    }
 
 
 def _fresh(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
     """One process's numbers."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
+    )
     env = os.environ | {"OMP_NUM_THREADS": str(how.threads), "PYTHONPATH": path}
-    own = [sys.executable, "-m", "compress.score.latency", str(model), runtime, json.dumps(asdict(how))]
+    own = [
+        sys.executable,
+        "-m",
+        "compress.score.latency",
+        str(model),
+        runtime,
+        json.dumps(asdict(how)),
+    ]
     done = subprocess.run(own, capture_output=True, text=True, env=env)
     if done.returncode:
         words = done.stderr.strip().splitlines() or ["no message"]
@@ -96,18 +143,25 @@ def _fresh(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process. Linux's VmHWM starts at exec; ru_maxrss starts with the parent's peak (a child of a
-    process of 1 GB, itself 9 MB, reported 979 MB)."""
+    """Peak resident memory of this process. Linux's VmHWM starts at exec; ru_maxrss starts with
+    the parent's peak (a child of a process of 1 GB, itself 9 MB, reported 979 MB).
+    """
     status = Path("/proc/self/status")
     if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def read_bytes_per_second(size: int, threads: int) -> float:
-    """How fast `threads` threads read `size` bytes (at most LARGEST_SWEEP), the best of ten. An integer maximum, because a sum of floats is
-    bound by its additions: on two cores 19 GB/s, where this reads 40."""
+    """How fast `threads` threads read `size` bytes (at most LARGEST_SWEEP), the best of ten. An
+    integer maximum, because a sum of floats is bound by its additions: on two cores 19 GB/s,
+    where this reads 40.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
@@ -119,7 +173,9 @@ def read_bytes_per_second(size: int, threads: int) -> float:
 
 
 def pin(threads: int) -> list[int]:
-    """Keep this process to `threads` CPUs, of different cores as far as there are, and return them; [] where the system offers no pinning."""
+    """Keep this process to `threads` CPUs, of different cores as far as there are, and return
+    them; [] where the system offers no pinning.
+    """
 
     def second(cpu: int) -> tuple[bool, int]:
         """Whether the CPU is not its core's first."""
@@ -146,18 +202,29 @@ def run(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
 
     runs_ms = np.array(runs)  # (repeats, new_tokens)
     tokens_ms = runs_ms[:, 1:]
-    scores = {"ttft_ms_p50": float(np.median(runs_ms[:, 0])), "tok_per_sec": 1000 / float(tokens_ms.mean()), "peak_rss_bytes": peak}
+    scores = {
+        "ttft_ms_p50": float(np.median(runs_ms[:, 0])),
+        "tok_per_sec": 1000 / float(tokens_ms.mean()),
+        "peak_rss_bytes": peak,
+    }
     scores |= {f"latency_ms_p{q}": float(np.quantile(tokens_ms, q / 100)) for q in (50, 90, 95, 99)}
     for length in how.prompt_lengths:
         generate(length, 1, 1)
-        scores[f"ttft_ms_p50/{length}"] = float(np.median([generate(length, 1, 1) for _ in repeats]))
+        scores[f"ttft_ms_p50/{length}"] = float(
+            np.median([generate(length, 1, 1) for _ in repeats])
+        )
     for batch in how.batch_sizes:
         generate(how.prompt_tokens, how.new_tokens, batch)
-        whole_ms = np.median([sum(generate(how.prompt_tokens, how.new_tokens, batch)) for _ in repeats])
+        whole_ms = np.median(
+            [sum(generate(how.prompt_tokens, how.new_tokens, batch)) for _ in repeats]
+        )
         scores[f"throughput_tok_per_sec/{batch}"] = 1000 * batch * how.new_tokens / float(whole_ms)
     read = read_bytes_per_second(weight_bytes, how.threads)
     scores["bandwidth_share"] = scores["tok_per_sec"] * weight_bytes / read
-    return {"scores": scores, "latency": {"pinned_cpus": cpus, "weight_bytes": weight_bytes, "read_bytes_per_sec": read}}
+    return {
+        "scores": scores,
+        "latency": {"pinned_cpus": cpus, "weight_bytes": weight_bytes, "read_bytes_per_sec": read},
+    }
 
 
 def _torch(model_dir: Path, threads: int) -> tuple[Generate, int]:
@@ -171,7 +238,11 @@ def _torch(model_dir: Path, threads: int) -> tuple[Generate, int]:
 
     @torch.inference_mode()
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
-        ids_BL, cache, times = (torch.arange(prompt_tokens) * 7919 % model.config.vocab_size).repeat(batch, 1), None, []
+        ids_BL, cache, times = (
+            (torch.arange(prompt_tokens) * 7919 % model.config.vocab_size).repeat(batch, 1),
+            None,
+            [],
+        )
         for _ in range(count):
             start = time.perf_counter()
             out = model(ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -1,13 +1,17 @@
-"""The file that ships, run by llama.cpp itself (`xllamacpp`): hidden states, log-likelihoods, text, latency.
+"""The file that ships, run by llama.cpp itself (`xllamacpp`): hidden states, log-likelihoods,
+text, latency.
 
-llama.cpp's server gives no prompt log-probabilities, but as an embedding server without pooling it returns the hidden states of all
-positions, after the final norm: h (L, H). With the decoded head W (V, H) of that file, logits = h W^T. All blocks run with llama.cpp's own
-kernels (which quantize activations to 8 bits); only the head's product is done here in fp32, so its quantized product is skipped. Prompts
-go in as token ids: no BOS is added and ids are those of the torch side. The server listens on a free port of 127.0.0.1 inside this process.
+llama.cpp's server gives no prompt log-probabilities, but as an embedding server without pooling it
+returns the hidden states of all positions, after the final norm: h (L, H). With the decoded head W
+(V, H) of that file, logits = h W^T. All blocks run with llama.cpp's own kernels (which quantize
+activations to 8 bits); only the head's product is done here in fp32, so its quantized product is
+skipped. Prompts go in as token ids: no BOS is added and ids are those of the torch side. The server
+listens on a free port of 127.0.0.1 inside this process.
 
-Cost: the server computes the head for every position (about a fifth of the time for SmolLM2) and writes JSON (2%). A causal state depends
-on nothing to its right, so of prompts that begin alike only the longest is run. torch is imported where it is needed:
-`python -m compress.score.latency` measures peak memory.
+Cost: the server computes the head for every position (about a fifth of the time for SmolLM2) and
+writes JSON (2%). A causal state depends on nothing to its right, so of prompts that begin alike
+only the longest is run. torch is imported where it is needed: `python -m compress.score.latency`
+measures peak memory.
 
 Shapes: L length, H hidden, V vocabulary, N answer tokens.
 """
@@ -35,7 +39,9 @@ _PARALLEL = 4  # sequences that the server decodes together: short prompts fill 
 
 
 class Answer(NamedTuple):
-    """Token ids that were generated, the end token left out; their text; whether the model ended by itself."""
+    """Token ids that were generated, the end token left out; their text; whether the model ended
+    by itself.
+    """
 
     ids: list[int]
     text: str
@@ -43,19 +49,30 @@ class Answer(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """What a stream returns: tokens that were generated, the end token left out; whether the model ended by itself."""
+    """What a stream returns: tokens that were generated, the end token left out; whether the model
+    ended by itself.
+    """
 
     tokens: int
     ended: bool
 
 
 class LlamaCpp:
-    """A GGUF held by a llama.cpp server in this process, for hidden states or, without `embedding`, for speed. Close it after use.
+    """A GGUF held by a llama.cpp server in this process, for hidden states or, without
+    `embedding`, for speed. Close it after use.
 
     `ctx_len`: longest prompt in tokens. ValueError: the file is missing or llama.cpp can't load it.
     """
 
-    def __init__(self, gguf: Path, threads: int, ctx_len: int, parallel: int = _PARALLEL, *, embedding: bool = True) -> None:
+    def __init__(
+        self,
+        gguf: Path,
+        threads: int,
+        ctx_len: int,
+        parallel: int = _PARALLEL,
+        *,
+        embedding: bool = True,
+    ) -> None:
         import xllamacpp
 
         self.gguf, self.ctx_len = gguf, ctx_len
@@ -65,7 +82,9 @@ class LlamaCpp:
         params.model.path = str(gguf)
         params.n_parallel = parallel
         params.n_ctx = ctx_len * parallel
-        params.n_batch = params.n_ubatch = ctx_len  # without pooling a prompt must fit one micro-batch
+        params.n_batch = params.n_ubatch = (
+            ctx_len  # without pooling a prompt must fit one micro-batch
+        )
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.n_gpu_layers = 0
         params.fit_params = params.warmup = params.ui = False
@@ -78,60 +97,97 @@ class LlamaCpp:
         try:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
-            raise ValueError(f"{gguf}: llama.cpp can't load it ({error}); export it again") from error
+            raise ValueError(
+                f"{gguf}: llama.cpp can't load it ({error}); export it again"
+            ) from error
 
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Hidden states after the final norm, (L, H) fp32 per prompt of L token ids. ValueError: empty or too long.
+        """Hidden states after the final norm, (L, H) fp32 per prompt of L token ids. ValueError:
+        empty or too long.
 
-        The kernels for quantized weights round by batch, so a prompt's states may depend a little on what else is in the list.
+        The kernels for quantized weights round by batch, so a prompt's states may depend a little
+        on what else is in the list.
         """
         import torch
         from more_itertools import constrained_batches
 
         runs = maximal(prompts, self.ctx_len)
         states: dict[tuple[int, ...], Tensor] = {}
-        for batch in constrained_batches(sorted(set(runs.values()), key=lambda ids: (len(ids), ids)), self.ctx_len * _PARALLEL):  # bounds an answer
+        for batch in constrained_batches(
+            sorted(set(runs.values()), key=lambda ids: (len(ids), ids)), self.ctx_len * _PARALLEL
+        ):  # bounds an answer
             answer = self._post("/embedding", {"content": batch})
-            for ids, entry in zip(batch, sorted(answer, key=lambda entry: entry["index"]), strict=True):
+            for ids, entry in zip(
+                batch, sorted(answer, key=lambda entry: entry["index"]), strict=True
+            ):
                 states[ids] = torch.tensor(entry["embedding"], dtype=torch.float32)
                 assert len(states[ids]) == len(ids), "the server added or dropped tokens"
         return [states[runs[tuple(ids)]][: len(ids)] for ids in prompts]
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids by llama.cpp's own tokenizer, special tokens in the text recognised, none added."""
-        return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+        return self._post(
+            "/tokenize", {"content": text, "add_special": False, "parse_special": True}
+        )["tokens"]
 
     def generate(self, prompt: Sequence[int], n: int, stop: Sequence[str] = ()) -> str:
-        """Greedy continuation of at most `n` tokens as text, ended by EOS or a string of `stop` (which is cut off)."""
-        return self._post("/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "stop": list(stop)})["content"]
+        """Greedy continuation of at most `n` tokens as text, ended by EOS or a string of `stop`
+        (which is cut off).
+        """
+        return self._post(
+            "/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "stop": list(stop)}
+        )["content"]
 
     def chat_prompt(self, turns: Sequence[dict[str, str]]) -> str:
-        """A conversation rendered for an answer by the chat template inside the file, as llama.cpp reads it. ValueError: it fails."""
+        """A conversation rendered for an answer by the chat template inside the file, as llama.cpp
+        reads it. ValueError: it fails.
+        """
         return self._post("/apply-template", {"messages": list(turns)})["prompt"]
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a rendered prompt as a deployment's server cuts it: with BOS where the file asks for it."""
-        return self._post("/tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"]
+        """Token ids of a rendered prompt as a deployment's server cuts it: with BOS where the file
+        asks for it.
+        """
+        return self._post(
+            "/tokenize", {"content": prompt, "add_special": True, "parse_special": True}
+        )["tokens"]
 
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
-        """Greedy answers of at most `n` tokens to rendered prompts, cut into tokens by llama.cpp as in a deployment (with BOS where the file
-        asks for it), decoded together: one request holds them all, so that they are batched in the same way every time."""
-        found = self._post("/completion", GREEDY | {"prompt": list(prompts), "n_predict": n, "return_tokens": True})
+        """Greedy answers of at most `n` tokens to rendered prompts, cut into tokens by llama.cpp
+        as in a deployment (with BOS where the file asks for it), decoded together: one request
+        holds them all, so that they are batched in the same way every time.
+        """
+        found = self._post(
+            "/completion", GREEDY | {"prompt": list(prompts), "n_predict": n, "return_tokens": True}
+        )
         found = found if isinstance(found, list) else [found]
         return [_answer(one) for one in sorted(found, key=lambda one: one["index"])]
 
-    def sample(self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int], **how: float) -> list[Answer]:
-        """Sampled continuations of at most `n` tokens, each with a seed of its own; `how`: temperature, top_p, top_k."""
+    def sample(
+        self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int], **how: float
+    ) -> list[Answer]:
+        """Sampled continuations of at most `n` tokens, each with a seed of its own; `how`:
+        temperature, top_p, top_k.
+        """
 
         def one(ids: Sequence[int], seed: int) -> Answer:
-            body = {"min_p": 0.0, "cache_prompt": False, "return_tokens": True, "prompt": list(ids), "n_predict": n, "seed": seed}
+            body = {
+                "min_p": 0.0,
+                "cache_prompt": False,
+                "return_tokens": True,
+                "prompt": list(ids),
+                "n_predict": n,
+                "seed": seed,
+            }
             return _answer(self._post("/completion", body | how))
 
         with ThreadPoolExecutor(max(1, len(prompts))) as pool:
             return list(pool.map(one, prompts, seeds))
 
     def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
-        """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come. ValueError: the server refuses."""
+        """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come.
+        ValueError: the server refuses.
+        """
         body = GREEDY | {"prompt": prompt, "n_predict": n, "stream": True}
         found: dict[str, Any] = {}
         with closing(self._request("/completion", body)) as connection:
@@ -140,13 +196,17 @@ class LlamaCpp:
                     found = json.loads(event)
                     yield found.get("content", "")
         if "stop_type" not in found:
-            raise ValueError(f"llama.cpp with {self.gguf}: /completion refused: {found.get('error', found)}")
+            raise ValueError(
+                f"llama.cpp with {self.gguf}: /completion refused: {found.get('error', found)}"
+            )
         ended = found["stop_type"] == "eos"
         return Ending(found["tokens_predicted"] - ended, ended)
 
     def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]:
         """Greedy continuation of at most `n` token ids, ended by EOS."""
-        return self._post("/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "return_tokens": True})["tokens"]
+        return self._post(
+            "/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "return_tokens": True}
+        )["tokens"]
 
     def ends_at(self, token: int) -> bool:
         """Whether a text ends at a token: it is made to come next, and llama.cpp says why it stopped."""
@@ -157,7 +217,9 @@ class LlamaCpp:
         """Milliseconds of each token of a streamed completion, the first counted from the request."""
 
         def on_chunk(chunk: Any) -> None:
-            if isinstance(chunk, dict) and any(choice.get("text") for choice in chunk.get("choices", [])):
+            if isinstance(chunk, dict) and any(
+                choice.get("text") for choice in chunk.get("choices", [])
+            ):
                 times.append(time.perf_counter())
 
         times = [time.perf_counter()]
@@ -165,15 +227,21 @@ class LlamaCpp:
         return [1000 * (after - before) for before, after in pairwise(times)]
 
     def close(self) -> None:
-        """Stops the server and frees the model. A server that is stopped before its loop runs would never end: its slots are asked for first."""
+        """Stops the server and frees the model. A server that is stopped before its loop runs
+        would never end: its slots are asked for first.
+        """
         if self._server is not None:
             with closing(self._request("/slots", method="GET")) as connection:
                 connection.getresponse().read()
         self._server = None
 
-    def _request(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> http.client.HTTPConnection:
+    def _request(
+        self, path: str, body: dict[str, Any] | None = None, method: str = "POST"
+    ) -> http.client.HTTPConnection:
         """A request that was sent. One connection each: the server drops idle ones."""
-        connection = http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))
+        connection = http.client.HTTPConnection(
+            self._server.listening_address.removeprefix("http://")
+        )
         connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
         return connection
 
@@ -183,7 +251,9 @@ class LlamaCpp:
             response = connection.getresponse()
             answer = json.loads(response.read())
         if response.status != 200:
-            raise ValueError(f"llama.cpp with {self.gguf}: {path} refused: {answer.get('error', answer)}")
+            raise ValueError(
+                f"llama.cpp with {self.gguf}: {path} refused: {answer.get('error', answer)}"
+            )
         return answer
 
 
@@ -193,8 +263,12 @@ def _answer(found: dict[str, Any]) -> Answer:
     return Answer(found["tokens"][:-1] if ended else found["tokens"], found["content"], ended)
 
 
-def maximal(prompts: Sequence[Sequence[int]], ctx_len: int) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Prompt -> the longest given prompt that begins with it: in sorted order it follows directly. ValueError: empty, or above `ctx_len` tokens."""
+def maximal(
+    prompts: Sequence[Sequence[int]], ctx_len: int
+) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Prompt -> the longest given prompt that begins with it: in sorted order it follows directly.
+    ValueError: empty, or above `ctx_len` tokens.
+    """
     runs: dict[tuple[int, ...], tuple[int, ...]] = {}
     last: tuple[int, ...] = ()
     for ids in sorted({tuple(ids) for ids in prompts}, reverse=True):
@@ -206,7 +280,9 @@ def maximal(prompts: Sequence[Sequence[int]], ctx_len: int) -> dict[tuple[int, .
 
 
 def gguf_head(gguf: Path) -> Head:
-    """The fp32 head as decoded from the file: `output.weight`, or the tied embedding. ValueError for logits that are scaled or capped."""
+    """The fp32 head as decoded from the file: `output.weight`, or the tied embedding. ValueError
+    for logits that are scaled or capped.
+    """
     import torch
     from gguf.quants import dequantize
 
@@ -216,12 +292,17 @@ def gguf_head(gguf: Path) -> Head:
     fields, listed = read_fields(gguf)
     special = [key for key in fields if key.endswith((".final_logit_softcapping", ".logit_scale"))]
     if special or any(tensor.name == "output.bias" for tensor in listed):
-        raise ValueError(f"{gguf}: logits with {special or 'a bias'} can't be scored through llama.cpp yet; score the checkpoint it was made of")
+        raise ValueError(
+            f"{gguf}: logits with {special or 'a bias'} can't be scored through llama.cpp yet;"
+            " score the checkpoint it was made of"
+        )
     tensors = {tensor.name: tensor for tensor in listed}
     tensor = tensors.get("output.weight", tensors.get("token_embd.weight"))
     if tensor is None:
         raise ValueError(f"{gguf}: neither output.weight nor token_embd.weight is in it")
-    return Head(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True)))
+    return Head(
+        torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True))
+    )
 
 
 def timer(gguf: Path, threads: int) -> tuple[Callable[[int, int, int], list[float]], int]:
@@ -234,15 +315,21 @@ def timer(gguf: Path, threads: int) -> tuple[Callable[[int, int, int], list[floa
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
         llama = server(prompt_tokens + count + 8, batch)
         word = llama.tokenize("a")[-1:]
-        # One word over and over: dense kernels take the same time for any ids, and each token is whole text, sent at once.
-        # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds back.)
+        # One word over and over: dense kernels take the same time for any ids, and each token is
+        # whole text, sent at once.
+        # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds
+        # back.)
         body = GREEDY | {"ignore_eos": True, "logit_bias": [[word[0], 1000.0]]}
         if batch == 1:
-            times = llama.token_times(body | {"prompt": word * prompt_tokens, "max_tokens": count, "stream": True})
+            times = llama.token_times(
+                body | {"prompt": word * prompt_tokens, "max_tokens": count, "stream": True}
+            )
             assert len(times) == count, f"{len(times)} chunks for {count} tokens"
             return times
         start = time.perf_counter()
-        answers = llama._post("/completion", body | {"prompt": [word * prompt_tokens] * batch, "n_predict": count})
+        answers = llama._post(
+            "/completion", body | {"prompt": [word * prompt_tokens] * batch, "n_predict": count}
+        )
         assert [answer["tokens_predicted"] for answer in answers] == [count] * batch
         return [1000 * (time.perf_counter() - start)]
 

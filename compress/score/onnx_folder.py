@@ -1,8 +1,9 @@
 """What a directory for ONNX Runtime may hold, read before ONNX Runtime reads it.
 
-genai_config.json can name a shared library to load, other providers, other files; a graph can name operators of a library and tensors
-anywhere on the disk. `check_folder` takes neither on trust: both files may say only what export/onnx.py writes. The graph is walked as
-plain protobuf, so nothing is loaded or computed for the check.
+genai_config.json can name a shared library to load, other providers, other files; a graph can name
+operators of a library and tensors anywhere on the disk. `check_folder` takes neither on trust: both
+files may say only what export/onnx.py writes. The graph is walked as plain protobuf, so nothing is
+loaded or computed for the check.
 """
 
 import json
@@ -36,38 +37,110 @@ TABLES: dict[str, dict[str, Kind]] = {
     "": {"model": TABLE, "search": TABLE},
     "search": {"do_sample": FLAG, "max_length": SIZE, "past_present_share_buffer": FLAG},
     "model": {
-        "type": Kind(f"one of {', '.join(MODEL_TYPES)}", lambda value: value in MODEL_TYPES), "context_length": SIZE, "vocab_size": SIZE,
-        "decoder": TABLE, "bos_token_id": optional(TOKEN_ID), "eos_token_id": ENDS, "pad_token_id": TOKEN_ID,
+        "type": Kind(f"one of {', '.join(MODEL_TYPES)}", lambda value: value in MODEL_TYPES),
+        "context_length": SIZE,
+        "vocab_size": SIZE,
+        "decoder": TABLE,
+        "bos_token_id": optional(TOKEN_ID),
+        "eos_token_id": ENDS,
+        "pad_token_id": TOKEN_ID,
     },
     "model.decoder": {
-        "filename": Kind(MODEL, lambda value: value == MODEL), "session_options": TABLE, "inputs": TABLE, "outputs": TABLE,
-        **dict.fromkeys(("head_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"), SIZE),
+        "filename": Kind(MODEL, lambda value: value == MODEL),
+        "session_options": TABLE,
+        "inputs": TABLE,
+        "outputs": TABLE,
+        **dict.fromkeys(
+            (
+                "head_size",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+            ),
+            SIZE,
+        ),
     },
     "model.decoder.session_options": {},
-    "model.decoder.inputs": dict.fromkeys(("input_ids", "attention_mask", "past_key_names", "past_value_names"), NAME),
-    "model.decoder.outputs": dict.fromkeys(("logits", "present_key_names", "present_value_names"), NAME),
-}  # fmt: skip
+    "model.decoder.inputs": dict.fromkeys(
+        ("input_ids", "attention_mask", "past_key_names", "past_value_names"), NAME
+    ),
+    "model.decoder.outputs": dict.fromkeys(
+        ("logits", "present_key_names", "present_value_names"), NAME
+    ),
+}
 OPERATORS = (  # of export/onnx.py's graphs
-    "Add", "Cast", "Cos", "Gather", "GatherBlockQuantized", "GroupQueryAttention", "MatMul", "MatMulNBits", "Mul", "Range", "ReduceSum",
-    "Reshape", "Shape", "Sigmoid", "SimplifiedLayerNormalization", "Sin", "Sub", "Transpose", "Unsqueeze",
-)  # fmt: skip
+    "Add",
+    "Cast",
+    "Cos",
+    "Gather",
+    "GatherBlockQuantized",
+    "GroupQueryAttention",
+    "MatMul",
+    "MatMulNBits",
+    "Mul",
+    "Range",
+    "ReduceSum",
+    "Reshape",
+    "Shape",
+    "Sigmoid",
+    "SimplifiedLayerNormalization",
+    "Sin",
+    "Sub",
+    "Transpose",
+    "Unsqueeze",
+)
 DOMAINS = ("", "com.microsoft")
-# Field numbers of onnx.proto3 that such a graph has: message -> number -> (name, message below or "").
+# Field numbers of onnx.proto3 that such a graph has: message -> number -> (name, message below or
+# "").
 FIELDS: dict[str, dict[int, tuple[str, str]]] = {
-    "model": {1: ("ir_version", ""), 2: ("producer_name", ""), 3: ("producer_version", ""), 7: ("graph", "graph"), 8: ("opset_import", "opset")},
+    "model": {
+        1: ("ir_version", ""),
+        2: ("producer_name", ""),
+        3: ("producer_version", ""),
+        7: ("graph", "graph"),
+        8: ("opset_import", "opset"),
+    },
     "opset": {1: ("domain", ""), 2: ("version", "")},
-    "graph": {1: ("node", "node"), 2: ("name", ""), 5: ("initializer", "tensor"), 11: ("input", ""), 12: ("output", "")},
-    "node": {1: ("input", ""), 2: ("output", ""), 3: ("name", ""), 4: ("op_type", ""), 5: ("attribute", "attribute"), 7: ("domain", "")},
-    "attribute": {1: ("name", ""), 2: ("f", ""), 3: ("i", ""), 7: ("floats", ""), 8: ("ints", ""), 20: ("type", "")},
+    "graph": {
+        1: ("node", "node"),
+        2: ("name", ""),
+        5: ("initializer", "tensor"),
+        11: ("input", ""),
+        12: ("output", ""),
+    },
+    "node": {
+        1: ("input", ""),
+        2: ("output", ""),
+        3: ("name", ""),
+        4: ("op_type", ""),
+        5: ("attribute", "attribute"),
+        7: ("domain", ""),
+    },
+    "attribute": {
+        1: ("name", ""),
+        2: ("f", ""),
+        3: ("i", ""),
+        7: ("floats", ""),
+        8: ("ints", ""),
+        20: ("type", ""),
+    },
     "tensor": {
-        1: ("dims", ""), 2: ("data_type", ""), 8: ("name", ""), 9: ("raw_data", ""), 13: ("external_data", "entry"), 14: ("data_location", ""),
+        1: ("dims", ""),
+        2: ("data_type", ""),
+        8: ("name", ""),
+        9: ("raw_data", ""),
+        13: ("external_data", "entry"),
+        14: ("data_location", ""),
     },
     "entry": {1: ("key", ""), 2: ("value", "")},
-}  # fmt: skip
+}
 
 
 def genai_config(folder: Path) -> dict[str, Any]:
-    """genai_config.json, which holds what export/onnx.py writes and nothing else. ValueError naming the file and the key."""
+    """genai_config.json, which holds what export/onnx.py writes and nothing else. ValueError
+    naming the file and the key.
+    """
     file = folder / CONFIG
     text = read_text(file)
     config = parse_json(text, file)
@@ -91,7 +164,9 @@ def genai_config(folder: Path) -> dict[str, Any]:
 def _fields(
     data: memoryview, message: str, where: str
 ) -> Iterator[tuple[str, str, int | memoryview]]:
-    """(name, message below or "", value) of a protobuf message's fields, each one that `FIELDS` knows. ValueError for any other."""
+    """(name, message below or "", value) of a protobuf message's fields, each one that `FIELDS`
+    knows. ValueError for any other.
+    """
     at = 0
 
     def varint() -> int:
@@ -111,7 +186,8 @@ def _fields(
         if number not in FIELDS[message] or wire not in (0, 1, 2, 5):
             known = ", ".join(name for name, _ in FIELDS[message].values())
             raise ValueError(
-                f"{where}: {message} has field {number}, which compress never writes (only {known}); export the model with compress"
+                f"{where}: {message} has field {number}, which compress never writes (only"
+                f" {known}); export the model with compress"
             )
         name, below = FIELDS[message][number]
         if wire == 0:
@@ -125,7 +201,9 @@ def _fields(
 
 
 def _check_message(data: memoryview, message: str, folder: Path) -> None:
-    """Refuses what a graph of export/onnx.py does not hold, in one message and all below it. ValueError."""
+    """Refuses what a graph of export/onnx.py does not hold, in one message and all below it.
+    ValueError.
+    """
     where = str(folder / MODEL)
     texts: dict[str, str] = {}
     for name, below, value in _fields(data, message, where):
@@ -149,32 +227,39 @@ def _check_text(message: str, name: str, texts: Mapping[str, str], folder: Path)
     where, text = folder / MODEL, texts[name]
     if name == "op_type" and text not in OPERATORS:
         raise ValueError(
-            f"{where} has the operator {text!r}; read are graphs of compress's own export, with {', '.join(OPERATORS)}"
+            f"{where} has the operator {text!r}; read are graphs of compress's own export, with"
+            f" {', '.join(OPERATORS)}"
         )
     if name == "domain" and text not in DOMAINS:
         raise ValueError(
-            f"{where} has operators of the domain {text!r}, which needs a library of others; allowed: ONNX's and com.microsoft"
+            f"{where} has operators of the domain {text!r}, which needs a library of others;"
+            " allowed: ONNX's and com.microsoft"
         )
     if name == "key" and text not in ("location", "offset", "length"):
         raise ValueError(
-            f"{where}: a tensor is kept outside with the key {text!r}; allowed: location, offset, length"
+            f"{where}: a tensor is kept outside with the key {text!r}; allowed: location, offset,"
+            " length"
         )
     if message != "entry" or name != "value" or text.isdecimal():
         return
     if not re.fullmatch(r"\w[\w.-]*", text) or not (folder / text).is_file():
         raise ValueError(
-            f"{where} keeps tensors in {text!r}, which is no file of this directory; copy the whole directory again"
+            f"{where} keeps tensors in {text!r}, which is no file of this directory; copy the whole"
+            " directory again"
         )
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """Returns genai_config.json of a directory that export/onnx.py could have written. ValueError, before any other code reads it."""
+    """Returns genai_config.json of a directory that export/onnx.py could have written. ValueError,
+    before any other code reads it.
+    """
     config, file = genai_config(folder), folder / MODEL
     if not file.is_file():
         raise ValueError(f"{file} does not exist; copy the whole directory again")
     if (length := file.stat().st_size) > MODEL_BYTES:
         raise ValueError(
-            f"{file} has {length:,} bytes, at most {MODEL_BYTES:,} are read: large tensors belong beside it; export it again"
+            f"{file} has {length:,} bytes, at most {MODEL_BYTES:,} are read: large tensors belong"
+            " beside it; export it again"
         )
     _check_message(memoryview(file.read_bytes()), "model", folder)
     return config

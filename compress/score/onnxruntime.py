@@ -1,13 +1,17 @@
-"""The directory that ships, run by ONNX Runtime: hidden states by `onnxruntime`, text and latency by `onnxruntime_genai`.
+"""The directory that ships, run by ONNX Runtime: hidden states by `onnxruntime`, text and latency
+by `onnxruntime_genai`.
 
-Both open the same model.onnx. Hidden states of all positions are an output of the graph, so the head's product over the vocabulary
-is not computed for them; logits = h W^T with the head decoded from the file, in fp32, as for llama.cpp. Generation goes the way a
-deployment does: GenAI's generator, its tokenizer, the end tokens of genai_config.json.
+Both open the same model.onnx. Hidden states of all positions are an output of the graph, so the
+head's product over the vocabulary is not computed for them; logits = h W^T with the head decoded
+from the file, in fp32, as for llama.cpp. Generation goes the way a deployment does: GenAI's
+generator, its tokenizer, the end tokens of genai_config.json.
 
-A directory may come from anybody, and genai_config.json can name a shared library, other files and other providers. So
-score/onnx_folder.py reads both files first, and refuses whatever export/onnx.py does not write, before ONNX Runtime sees the directory.
+A directory may come from anybody, and genai_config.json can name a shared library, other files and
+other providers. So score/onnx_folder.py reads both files first, and refuses whatever export/onnx.py
+does not write, before ONNX Runtime sees the directory.
 
-torch is imported where it is needed: `python -m compress.score.latency` measures peak memory. Shapes: L length, H hidden.
+torch is imported where it is needed: `python -m compress.score.latency` measures peak memory.
+Shapes: L length, H hidden.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ MODEL, CONFIG = "model.onnx", "genai_config.json"
 
 
 def wheel(name: str) -> Any:
-    """Import onnx, onnxruntime or onnxruntime_genai. ValueError with the install line when it is missing.
+    """Import onnx, onnxruntime or onnxruntime_genai. ValueError with the install line when it is
+    missing.
 
     The last two report use over the network unless this variable is set before they are loaded.
     """
@@ -42,11 +47,16 @@ def wheel(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"ONNX files need the package {error.name}, which is not installed: pip install 'compress-lm[onnx]'") from error
+        raise ValueError(
+            f"ONNX files need the package {error.name}, which is not installed: pip install"
+            " 'compress-lm[onnx]'"
+        ) from error
 
 
 class OnnxRuntime:
-    """An exported directory on `threads` threads; prompts of at most `ctx_len` tokens. ValueError: it can't be opened. Close it after use."""
+    """An exported directory on `threads` threads; prompts of at most `ctx_len` tokens. ValueError:
+    it can't be opened. Close it after use.
+    """
 
     def __init__(self, folder: Path, threads: int, ctx_len: int) -> None:
         self.folder, self.threads, self.ctx_len = folder, threads, ctx_len
@@ -56,14 +66,22 @@ class OnnxRuntime:
         genai = self._genai = wheel("onnxruntime_genai")
         try:
             config = genai.Config(str(folder))
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+            config.overlay(
+                json.dumps(
+                    {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+                )
+            )
             self._model = genai.Model(config)
             self._tokenizer = genai.Tokenizer(self._model)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ValueError(f"{folder}: ONNX Runtime GenAI can't load it ({error}); export it again") from error
+            raise ValueError(
+                f"{folder}: ONNX Runtime GenAI can't load it ({error}); export it again"
+            ) from error
 
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Hidden states after the final norm, (L, H) fp32 per prompt of L token ids, run one by one. ValueError: empty or too long."""
+        """Hidden states after the final norm, (L, H) fp32 per prompt of L token ids, run one by
+        one. ValueError: empty or too long.
+        """
         import numpy as np
         import torch
 
@@ -71,12 +89,18 @@ class OnnxRuntime:
         options = wheel("onnxruntime").RunOptions()
         options.only_execute_path_to_fetches = True  # leaves the head out
         inputs = self._session.get_inputs()
-        nothing = {n.name: np.zeros([1, n.shape[1], 0, n.shape[3]], "float32") for n in inputs if n.name.startswith("past")}
+        nothing = {
+            n.name: np.zeros([1, n.shape[1], 0, n.shape[3]], "float32")
+            for n in inputs
+            if n.name.startswith("past")
+        }
         states = {}
         for row in set(runs.values()):
             ids_1L = np.array([row], "int64")
             feed = nothing | {"input_ids": ids_1L, "attention_mask": np.ones_like(ids_1L)}
-            states[row] = torch.from_numpy(self._session.run(["hidden_states"], feed, options)[0][0])
+            states[row] = torch.from_numpy(
+                self._session.run(["hidden_states"], feed, options)[0][0]
+            )
         return [states[runs[tuple(ids)]][: len(ids)] for ids in prompts]
 
     @cached_property
@@ -85,7 +109,9 @@ class OnnxRuntime:
         ort = wheel("onnxruntime")
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
-        return ort.InferenceSession(self.folder / MODEL, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            self.folder / MODEL, options, providers=["CPUExecutionProvider"]
+        )
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids by GenAI's own tokenizer."""
@@ -100,11 +126,18 @@ class OnnxRuntime:
         return token in self.eos_ids()
 
     def chat_prompt(self, turns: Sequence[dict[str, str]]) -> str:
-        """A conversation rendered for an answer by the directory's own chat template, as GenAI reads it. ValueError: it fails."""
+        """A conversation rendered for an answer by the directory's own chat template, as GenAI
+        reads it. ValueError: it fails.
+        """
         try:
-            return self._tokenizer.apply_chat_template(json.dumps(list(turns)), add_generation_prompt=True)
+            return self._tokenizer.apply_chat_template(
+                json.dumps(list(turns)), add_generation_prompt=True
+            )
         except RuntimeError as error:
-            raise ValueError(f"{self.folder}: ONNX Runtime GenAI can't apply the chat template ({error}); mend it and export again") from error
+            raise ValueError(
+                f"{self.folder}: ONNX Runtime GenAI can't apply the chat template ({error}); mend"
+                " it and export again"
+            ) from error
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a rendered prompt by GenAI's own tokenizer."""
@@ -137,7 +170,9 @@ class OnnxRuntime:
         return decode_onnx(self.folder)
 
     def tokens(self, prompt: Sequence[int], n: int, **search: Any) -> Iterator[int]:
-        """Greedy continuation of at most `n` ids, one by one; an end token is the last. `search`: more of GenAI's search options."""
+        """Greedy continuation of at most `n` ids, one by one; an end token is the last. `search`:
+        more of GenAI's search options.
+        """
         params = self._genai.GeneratorParams(self._model)
         params.set_search_options(do_sample=False, max_length=len(prompt) + n, **search)
         generator = self._genai.Generator(self._model, params)
@@ -151,7 +186,9 @@ class OnnxRuntime:
         return list(self.tokens(prompt, n))
 
     def generate(self, prompt: Sequence[int], n: int, stop: Sequence[str] = ()) -> str:
-        """Greedy continuation of at most `n` tokens as text, ended by an end token or a string of `stop` (which is cut off)."""
+        """Greedy continuation of at most `n` tokens as text, ended by an end token or a string of
+        `stop` (which is cut off).
+        """
         text, stream, ends = "", self._tokenizer.create_stream(), self.eos_ids()
         for token in self.tokens(prompt, n):
             if token not in ends:
@@ -184,7 +221,12 @@ def timer(folder: Path, threads: int) -> tuple[Callable[[int, int, int], list[fl
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
         prompt = [i * 7919 % runtime.about["vocab_size"] for i in range(prompt_tokens)]
         times = [time.perf_counter()]
-        times += [time.perf_counter() for _ in runtime.tokens(prompt, count, min_length=prompt_tokens + count, batch_size=batch)]
+        times += [
+            time.perf_counter()
+            for _ in runtime.tokens(
+                prompt, count, min_length=prompt_tokens + count, batch_size=batch
+            )
+        ]
         return [1000 * (after - before) for before, after in pairwise(times)]
 
     return generate, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,13 +1,15 @@
-r"""Open answers: what a model says when it is asked, checked by rule and put beside what its teacher says.
+r"""Open answers: what a model says when it is asked, checked by rule and put beside what its
+teacher says.
 
-Likelihood tasks and KL can't see a student that answers in circles: pruned models pass multiple choice and fail in open generation ("the
-benchmark illusion", arXiv 2606.17609). So every model answers short prompts greedily, in at most ANSWER_TOKENS tokens, through its own chat
-template (score/talk.py), and an answer is right when all checks of its prompt hold:
+Likelihood tasks and KL can't see a student that answers in circles: pruned models pass multiple
+choice and fail in open generation ("the benchmark illusion", arXiv 2606.17609). So every model
+answers short prompts greedily, in at most ANSWER_TOKENS tokens, through its own chat template
+(score/talk.py), and an answer is right when all checks of its prompt hold:
 
-    must_contain       every member occurs, as a word, in any case; of a member that is a list, any of its strings
-    must_not_contain   none of these strings occurs
-    pattern            a regular expression is found (any case, ^ and $ at lines), within PATTERN_SECONDS
-    exact              the whole answer is one of these, but for case, white space and punctuation around it
+    must_contain       every member occurs, as a word, in any case; of a member that is a list, any
+    of its strings must_not_contain   none of these strings occurs pattern            a regular
+    expression is found (any case, ^ and $ at lines), within PATTERN_SECONDS exact              the
+    whole answer is one of these, but for case, white space and punctuation around it
 
 Of one model, shares of its prompts with Jeffreys' interval (score/paired.py):
 
@@ -16,18 +18,24 @@ Of one model, shares of its prompts with Jeffreys' interval (score/paired.py):
 
 Beside the teacher, on the same prompts, paired:
 
-    open/kept          of what the teacher gets right, the share that the model gets right; Jeffreys' interval. Undecided where the teacher
+    open/kept          of what the teacher gets right, the share that the model gets right;
+    Jeffreys' interval. Undecided where the teacher
                        gets fewer than TEACHER_RIGHT right
-    open/loops_gained  loops minus the teacher's     open/ended_lost   the teacher's ended minus the model's, both with the paired interval
-    open/plausible     nats a token by which the teacher finds the model's answers less likely than its own, the mean over prompts of
-                       (log p_T(own) / tokens - log p_T(answer) / tokens), on the fixed quarter; Student's interval. About 0: it says what
-                       its teacher would. An answer's end counts as a token where it ended
-    open/form_differing   share of the prompts that reach the model as other token ids than its teacher: a template that lost
+    open/loops_gained  loops minus the teacher's     open/ended_lost   the teacher's ended minus the
+    model's, both with the paired interval open/plausible     nats a token by which the teacher
+    finds the model's answers less likely than its own, the mean over prompts of
+                       (log p_T(own) / tokens - log p_T(answer) / tokens), on the fixed quarter;
+                       Student's interval. About 0: it says what its teacher would. An answer's end
+                       counts as a token where it ended
+    open/form_differing   share of the prompts that reach the model as other token ids than its
+    teacher: a template that lost
                        something, a doubled BOS, another tokenizer. Exact, no interval
-    open/choice_gap    accuracy of picking the right one of four minus open/right, on the facts that can be asked in both forms: how much
+    open/choice_gap    accuracy of picking the right one of four minus open/right, on the facts that
+    can be asked in both forms: how much
                        the likelihood form flatters
 
-Intermediate stages answer the fixed quarter of the prompts whose number is divisible by 4; teacher and what ships answer all.
+Intermediate stages answer the fixed quarter of the prompts whose number is divisible by 4; teacher
+and what ships answer all.
 """
 
 import json
@@ -66,7 +74,9 @@ Answers = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's turn, and what makes an answer right. `choices`: wrong ones for the choice form, `answer` the right one."""
+    """A user's turn, and what makes an answer right. `choices`: wrong ones for the choice form,
+    `answer` the right one.
+    """
 
     id: str
     prompt: str
@@ -110,11 +120,14 @@ def _bare(text: str) -> str:
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """The prompts of a JSON Lines file. ValueError naming file, line and key: not JSON, a key that is unknown or of the wrong type, no
-    check, an id twice, a pattern that does not compile or runs away on a short text."""
+    """The prompts of a JSON Lines file. ValueError naming file, line and key: not JSON, a key that
+    is unknown or of the wrong type, no check, an id twice, a pattern that does not compile or
+    runs away on a short text.
+    """
     if not file.is_file():
         raise ValueError(
-            f"eval.open_prompts: {file} does not exist; name a JSON Lines file with `prompt` and one of {', '.join(CHECKS)} a line"
+            f"eval.open_prompts: {file} does not exist; name a JSON Lines file with `prompt` and"
+            f" one of {', '.join(CHECKS)} a line"
         )
     prompts: list[Prompt] = []
     places: list[str] = []
@@ -124,7 +137,8 @@ def read_prompts(file: Path) -> list[Prompt]:
             prompts.append(_prompt(line, places[-1], number))
     if not prompts:
         raise ValueError(
-            f"{file} holds no prompt; write one JSON object a line with `prompt` and one of {', '.join(CHECKS)}"
+            f"{file} holds no prompt; write one JSON object a line with `prompt` and one of"
+            f" {', '.join(CHECKS)}"
         )
     counts = Counter(prompt.id for prompt in prompts)
     if twice := sorted(name for name, count in counts.items() if count > 1):
@@ -189,11 +203,16 @@ def embedded_file() -> Path:
 def prompts_of_eval(
     open_prompts: Sequence[str], data_dir: str | None, limit: int | None
 ) -> list[Prompt]:
-    """The prompts that `eval.open_prompts` names, up to `limit` of each: "embedded", a file, or a file's name below `data_dir`.
-    ValueError as `read_prompts`, and when two files give one id."""
+    """The prompts that `eval.open_prompts` names, up to `limit` of each: "embedded", a file, or a
+    file's name below `data_dir`. ValueError as `read_prompts`, and when two files give one id.
+    """
     found: dict[str, Prompt] = {}
     for name in open_prompts:
-        near = Path(os.path.expanduser(data_dir)) / "open" / f"{name}.jsonl" if data_dir else Path(name)
+        near = (
+            Path(os.path.expanduser(data_dir)) / "open" / f"{name}.jsonl"
+            if data_dir
+            else Path(name)
+        )
         file = (
             embedded_file()
             if name == "embedded"
@@ -204,7 +223,8 @@ def prompts_of_eval(
         for prompt in read_prompts(file)[:limit]:
             if prompt.id in found:
                 raise ValueError(
-                    f"{file}: the id {prompt.id!r} is in another file of eval.open_prompts too; give each prompt one of its own"
+                    f"{file}: the id {prompt.id!r} is in another file of eval.open_prompts too;"
+                    " give each prompt one of its own"
                 )
             found[prompt.id] = prompt
     return list(found.values())
@@ -242,7 +262,9 @@ def answered(model: Model, prompts: Sequence[Prompt], threads: int) -> list[dict
 def choice_gap(
     picked: Mapping[str, bool], answers: Answers
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """open/choice_gap of one model: `picked` says by id whether it chose the right one of four; with the paired interval."""
+    """open/choice_gap of one model: `picked` says by id whether it chose the right one of four;
+    with the paired interval.
+    """
     by_id = {row["id"]: bool(row["right"]) for row in answers}
     both = [name for name in picked if name in by_id]
     if not both:
@@ -254,7 +276,9 @@ def choice_gap(
 
 
 def difference_of_flags(mine: np.ndarray, its: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """The mean of `mine` minus that of `its`, flags (N,) of the same prompts, with the paired interval of score/paired.py."""
+    """The mean of `mine` minus that of `its`, flags (N,) of the same prompts, with the paired
+    interval of score/paired.py.
+    """
     draws = bootstrap(cells(mine, its))
     value = float(mine.mean() - its.mean())
     low, high = interval(draws[:, 1] - draws[:, 2])
@@ -262,7 +286,9 @@ def difference_of_flags(mine: np.ndarray, its: np.ndarray) -> tuple[float, tuple
 
 
 def own_scores(answers: Answers) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """open/right, open/loops, open/ended of one model's answers, the number of them as n/open, and their intervals."""
+    """open/right, open/loops, open/ended of one model's answers, the number of them as n/open, and
+    their intervals.
+    """
     scores: dict[str, float] = {"n/open": len(answers)}
     spread: dict[str, tuple[float, float]] = {}
     for name in ("right", "loops", "ended"):
@@ -275,8 +301,10 @@ def own_scores(answers: Answers) -> tuple[dict[str, float], dict[str, tuple[floa
 def beside_teacher(
     answers: Answers, teacher: Answers
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """open/kept, open/loops_gained, open/ended_lost of a model's answers beside its teacher's, and n/open_kept, what the teacher gets right.
-    ValueError when a prompt was put to the model alone."""
+    """open/kept, open/loops_gained, open/ended_lost of a model's answers beside its teacher's, and
+    n/open_kept, what the teacher gets right. ValueError when a prompt was put to the model
+    alone.
+    """
     by_id = {row["id"]: row for row in teacher}
     if lacking := [
         row["id"]
@@ -284,7 +312,8 @@ def beside_teacher(
         if row["id"] not in by_id or by_id[row["id"]]["prompt"] != row["prompt"]
     ]:
         raise ValueError(
-            f"open prompts {lacking[:3]} were put to one of the models only; score both with the same eval.open_prompts"
+            f"open prompts {lacking[:3]} were put to one of the models only; score both with the"
+            " same eval.open_prompts"
         )
     pairs = [(row, by_id[row["id"]]) for row in answers]
     known = [mine for mine, its in pairs if its["right"]]
@@ -318,9 +347,11 @@ def _jeffreys(count: int, n: int) -> tuple[float, float]:
 
 
 def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> dict[str, Any]:
-    """{"value", "interval"} of open/plausible over the prompts that both answered with at least a token; {} where fewer than two did.
+    """{"value", "interval"} of open/plausible over the prompts that both answered with at least a
+    token; {} where fewer than two did.
 
-    `lm`: the teacher as an `score.lm.LM`, with its HF `tokenizer`: an answer counts in the teacher's own tokens.
+    `lm`: the teacher as an `score.lm.LM`, with its HF `tokenizer`: an answer counts in the
+    teacher's own tokens.
     """
     by_id = {row["id"]: row for row in teacher}
     closing = turn_end(tokenizer)
@@ -354,17 +385,28 @@ def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> di
 
 
 def worst_first(answers: Answers, teacher: Answers) -> list[dict[str, Any]]:
-    """Both answers to each prompt, worst first: what the teacher got right and the model loops on, then what it got wrong, then
-    other loops, then the rest; rows {id, kind, prompt, teacher, student, teacher_right, right, loops, ended}."""
+    """Both answers to each prompt, worst first: what the teacher got right and the model loops on,
+    then what it got wrong, then other loops, then the rest; rows {id, kind, prompt, teacher,
+    student, teacher_right, right, loops, ended}.
+    """
     by_id = {row["id"]: row for row in teacher}
     rows = []
     for row in answers:
         its = by_id.get(row["id"])
         if its is not None:
-            rows.append({
-                "id": row["id"], "kind": row["kind"], "prompt": row["prompt"], "teacher": its["answer"], "student": row["answer"],
-                "teacher_right": its["right"], "right": row["right"], "loops": row["loops"], "ended": row["ended"],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "id": row["id"],
+                    "kind": row["kind"],
+                    "prompt": row["prompt"],
+                    "teacher": its["answer"],
+                    "student": row["answer"],
+                    "teacher_right": its["right"],
+                    "right": row["right"],
+                    "loops": row["loops"],
+                    "ended": row["ended"],
+                }
+            )
     return sorted(
         rows,
         key=lambda r: (

@@ -1,27 +1,37 @@
-r"""Student against a reference, the teacher or any other model, on the same items: every comparison is paired.
+r"""Student against a reference, the teacher or any other model, on the same items: every comparison
+is paired.
 
-Per item, reference right/wrong x student right/wrong gives four counts; b = only the reference right, c = only the student.
+Per item, reference right/wrong x student right/wrong gives four counts; b = only the reference
+right, c = only the student.
 
 - kept = (acc - chance) / (acc_teacher - chance): accuracy kept above chance.
 - points_lost = acc_teacher - acc = (b - c) / n, a fraction: 0.02 is two points.
-- flips = (b + c) / n: share of items whose correctness changed, also when accuracy did not (Dutta et al. 2024, arXiv 2407.09141).
-- Exact McNemar test (McNemar 1947): under equal accuracy b ~ Binomial(b + c, 1/2). Over m tasks, Holm (1979): the i-th smallest p is
-  multiplied by m - i + 1, and none may fall below the one before; the chance of any wrong rejection stays at the level.
-- Paired bootstrap, in Rubin's (1981) form: an item's weight is random instead of a whole number, so the shares of the four cells are
-  Dirichlet(counts + 1/2), of which all three are functions. The half item in each cell (Jeffreys' prior; Agresti & Min 2005, Biometrics 61,
-  advise it for pairs) is for students close to their teacher: with 1-4% flips among 100 items, resampling whole items covered the truth in
-  76% of 1,000 simulated pairs (no flip seen, no width), this in 97%. Draws with a teacher not above chance are left out.
-- Accuracy alone: Jeffreys' interval, Beta(right + 1/2, wrong + 1/2) (Brown, Cai & DasGupta 2001, section 3.1). A task on which the lower end of
-  the teacher's is not above chance leaves `kept` and is named.
+- flips = (b + c) / n: share of items whose correctness changed, also when accuracy did not (Dutta
+  et al. 2024, arXiv 2407.09141).
+- Exact McNemar test (McNemar 1947): under equal accuracy b ~ Binomial(b + c, 1/2). Over m tasks,
+  Holm (1979): the i-th smallest p is multiplied by m - i + 1, and none may fall below the one
+  before; the chance of any wrong rejection stays at the level.
+- Paired bootstrap, in Rubin's (1981) form: an item's weight is random instead of a whole number, so
+  the shares of the four cells are Dirichlet(counts + 1/2), of which all three are functions. The
+  half item in each cell (Jeffreys' prior; Agresti & Min 2005, Biometrics 61, advise it for pairs)
+  is for students close to their teacher: with 1-4% flips among 100 items, resampling whole items
+  covered the truth in 76% of 1,000 simulated pairs (no flip seen, no width), this in 97%. Draws
+  with a teacher not above chance are left out.
+- Accuracy alone: Jeffreys' interval, Beta(right + 1/2, wrong + 1/2) (Brown, Cai & DasGupta 2001,
+  section 3.1). A task on which the lower end of the teacher's is not above chance leaves `kept` and
+  is named.
 
-The mean over tasks, which are independent samples, is bootstrapped as the mean of their draws. An interval always holds its own value.
+The mean over tasks, which are independent samples, is bootstrapped as the mean of their draws. An
+interval always holds its own value.
 
-Figures of text are ratios r = sum_s a_s / sum_s b_s over S rows or documents, and so is the difference of two models' on the same text:
+Figures of text are ratios r = sum_s a_s / sum_s b_s over S rows or documents, and so is the
+difference of two models' on the same text:
 
-    r +- t_{S-1} se       se the spread of r over Rubin's resamples: weights Dirichlet(1, ..., 1), whose variance (S + 1) / (S - 1) unbiases
+    r +- t_{S-1} se       se the spread of r over Rubin's resamples: weights Dirichlet(1, ..., 1),
+    whose variance (S + 1) / (S - 1) unbiases
 
-Not the percentiles: for the few rows of a quick evaluation they are far too narrow (Hesterberg 2015, Am. Stat. 69; of 1,000 samples of 4 rows
-they covered 77%, this 93%).
+Not the percentiles: for the few rows of a quick evaluation they are far too narrow (Hesterberg
+2015, Am. Stat. 69; of 1,000 samples of 4 rows they covered 77%, this 93%).
 """
 
 import math
@@ -38,11 +48,14 @@ Items = Sequence[Mapping[str, Any]]
 Right = NDArray[np.bool_]  # (N,): whether each item was answered rightly
 Draws = NDArray[np.float64]
 Interval = tuple[float, float]
-RESAMPLES = 10_000  # four of them lie beyond either end of the widest interval that is asked for (score/sequential.py)
+# four of them lie beyond either end of the widest interval that is asked for (score/sequential.py)
+RESAMPLES = 10_000
 
 
 class Paired(NamedTuple):
-    """`excluded`: tasks on which the teacher is not surely above chance. `rows`: for figures of text, arguments of `ratio_interval`."""
+    """`excluded`: tasks on which the teacher is not surely above chance. `rows`: for figures of
+    text, arguments of `ratio_interval`.
+    """
 
     scores: dict[str, float]
     intervals: dict[str, Interval]
@@ -51,7 +64,9 @@ class Paired(NamedTuple):
 
 
 def cells(student: Right, reference: Right) -> NDArray[np.int64]:
-    """How many of the items (N,) were answered rightly by neither, the student only, the reference only, both: (4,)."""
+    """How many of the items (N,) were answered rightly by neither, the student only, the reference
+    only, both: (4,).
+    """
     return np.bincount(2 * reference.astype(int) + student.astype(int), minlength=4)
 
 
@@ -61,7 +76,9 @@ def bootstrap(counts: NDArray[np.int64], seed: int = 0, resamples: int = RESAMPL
 
 
 def compared(shares: Draws, chance: float) -> dict[str, Draws]:
-    """kept, points_lost and flips of shares (R, 4): each (R,). kept is NaN where the teacher is not above chance."""
+    """kept, points_lost and flips of shares (R, 4): each (R,). kept is NaN where the teacher is
+    not above chance.
+    """
     _, student, teacher, both = shares.T
     above = teacher + both - chance
     kept = (student + both - chance) / np.where(above > 0, above, np.nan)
@@ -74,8 +91,12 @@ def interval(draws: Draws, level: float = 0.95) -> Interval:
     return float(low), float(high)
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float] | None = None, least: float = 0.0) -> Interval:
-    """95% interval of sum a_s / sum b_s, never below `least`, over S >= 2 rows or documents; without `denominators` of the mean of a_s."""
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float] | None = None, least: float = 0.0
+) -> Interval:
+    """95% interval of sum a_s / sum b_s, never below `least`, over S >= 2 rows or documents;
+    without `denominators` of the mean of a_s.
+    """
     a_S, count = np.asarray(numerators, float), len(numerators)
     b_S = np.ones(count) if denominators is None else np.asarray(denominators, float)
     weights_RS = np.random.default_rng(0).dirichlet(np.ones(count), 10_000)
@@ -98,13 +119,22 @@ def holm(p_by_task: Mapping[str, float]) -> dict[str, float]:
 
 
 def accuracy(items: Items, level: float = 0.95) -> Paired:
-    """acc/<task>, acc_stderr/<task> = sqrt(acc (1 - acc) / (n - 1)) as lm-eval reports it, n/<task>, and acc, the mean over tasks, of one model's
-    items, with intervals of the accuracies."""
+    """acc/<task>, acc_stderr/<task> = sqrt(acc (1 - acc) / (n - 1)) as lm-eval reports it,
+    n/<task>, and acc, the mean over tasks, of one model's items, with intervals of the
+    accuracies.
+    """
     found, column = Paired({}, {}, []), []
     for index, (task, docs) in enumerate(sorted(_by_task(items).items())):
         n, right = len(docs), sum(docs.values())
-        column.append((acc := right / n, np.random.default_rng(index).beta(right + 0.5, n - right + 0.5, RESAMPLES)))
-        found.scores.update({f"acc_stderr/{task}": (acc * (1 - acc) / max(n - 1, 1)) ** 0.5, f"n/{task}": n})
+        column.append(
+            (
+                acc := right / n,
+                np.random.default_rng(index).beta(right + 0.5, n - right + 0.5, RESAMPLES),
+            )
+        )
+        found.scores.update(
+            {f"acc_stderr/{task}": (acc * (1 - acc) / max(n - 1, 1)) ** 0.5, f"n/{task}": n}
+        )
         _add(found, f"acc/{task}", column[-1:], level)
     if column:
         _add(found, "acc", column, level)
@@ -112,25 +142,47 @@ def accuracy(items: Items, level: float = 0.95) -> Paired:
 
 
 def paired_scores(
-    student_items: Items, teacher_items: Items, chance_by_task: Mapping[str, float], level: float = 0.95, *, partial: bool = False
+    student_items: Items,
+    teacher_items: Items,
+    chance_by_task: Mapping[str, float],
+    level: float = 0.95,
+    *,
+    partial: bool = False,
 ) -> Paired:
-    """Compare per-item results (dicts with task, doc_id, correct): kept, points_lost and flips, per task and over tasks, with intervals at
-    `level`; mcnemar_p/<task> and mcnemar_p_holm/<task>. ValueError unless both hold exactly the same items; with `partial` the student, which
-    stopped early, may lack some. Which tasks are excluded is always told from all of the teacher's items."""
+    """Compare per-item results (dicts with task, doc_id, correct): kept, points_lost and flips,
+    per task and over tasks, with intervals at `level`; mcnemar_p/<task> and
+    mcnemar_p_holm/<task>. ValueError unless both hold exactly the same items; with `partial`
+    the student, which stopped early, may lack some. Which tasks are excluded is always told
+    from all of the teacher's items.
+    """
     student, teacher = _by_task(student_items), _by_task(teacher_items)
     if student.keys() != teacher.keys():
-        raise ValueError(f"student was scored on {sorted(student)}, teacher on {sorted(teacher)}; score both with the same eval settings")
+        raise ValueError(
+            f"student was scored on {sorted(student)}, teacher on {sorted(teacher)}; score both"
+            " with the same eval settings"
+        )
     result, p_by_task = Paired({}, {}, []), {}
     columns: dict[str, list[tuple[float, Draws]]] = defaultdict(list)
     for index, (task, docs) in enumerate(teacher.items()):
-        if odd := sorted(student[task].keys() - docs.keys() if partial else student[task].keys() ^ docs.keys()):
+        if odd := sorted(
+            student[task].keys() - docs.keys() if partial else student[task].keys() ^ docs.keys()
+        ):
             got = f"{len(odd)} items were scored for one model only (first: doc_id {odd[0]})"
             raise ValueError(f"task {task}: {got}; use the same eval settings and limit")
-        right = np.array(list(student[task].values())), np.array([docs[doc] for doc in student[task]])
+        right = (
+            np.array(list(student[task].values())),
+            np.array([docs[doc] for doc in student[task]]),
+        )
         counts, p_by_task[task] = cells(*right), mcnemar_p(*right)
-        values, draws = (compared(shares, chance_by_task[task]) for shares in (counts[None] / counts.sum(), bootstrap(counts, index)))
+        values, draws = (
+            compared(shares, chance_by_task[task])
+            for shares in (counts[None] / counts.sum(), bootstrap(counts, index))
+        )
         known = sum(docs.values())
-        if not known or beta.ppf(0.025, known + 0.5, len(docs) - known + 0.5) <= chance_by_task[task]:
+        if (
+            not known
+            or beta.ppf(0.025, known + 0.5, len(docs) - known + 0.5) <= chance_by_task[task]
+        ):
             result.excluded.append(task)
             del values["kept"]
         for name, value in values.items():
@@ -145,8 +197,15 @@ def paired_scores(
 
 def _add(to: Paired, name: str, column: Sequence[tuple[float, Draws]], level: float) -> None:
     """The mean of values and of their draws (R,), as score and interval."""
-    value, draws = float(np.mean([value for value, _ in column])), np.mean([draws for _, draws in column], axis=0)
-    if not math.isnan(value):  # on the first items of an early stop even a good teacher may be below chance: nothing is known yet
+    value, draws = (
+        float(np.mean([value for value, _ in column])),
+        np.mean([draws for _, draws in column], axis=0),
+    )
+    if not math.isnan(
+        value
+        # on the first items of an early stop even a good teacher may be below chance: nothing is known
+        # yet
+    ):
         low, high = interval(draws, level)
         to.scores[name], to.intervals[name] = value, (min(low, value), max(high, value))
 
@@ -157,6 +216,8 @@ def _by_task(items: Items) -> dict[str, dict[int, bool]]:
     for item in (item for item in items if "correct" in item):
         docs = table.setdefault(item["task"], {})
         if item["doc_id"] in docs:
-            raise ValueError(f"task {item['task']}: item {item['doc_id']} appears twice; score the model again")
+            raise ValueError(
+                f"task {item['task']}: item {item['doc_id']} appears twice; score the model again"
+            )
         docs[item["doc_id"]] = bool(item["correct"])
     return table

@@ -1,9 +1,11 @@
 """Regular expressions that somebody else wrote, tried in a process of its own before they are used.
 
-`regex` gives a search a time limit, but nothing limits what compiling takes: ((a{1000}){1000}){1000} asks for more memory than there is.
-So every pattern is first compiled, and searched for in short texts, by a process that may take MEMORY_BYTES and SECONDS in all:
+`regex` gives a search a time limit, but nothing limits what compiling takes:
+((a{1000}){1000}){1000} asks for more memory than there is. So every pattern is first compiled, and
+searched for in short texts, by a process that may take MEMORY_BYTES and SECONDS in all:
 
-    python -m compress.score.patterns < a JSON list of [pattern, prompt]     one line of JSON each: "" or what is wrong with it
+    python -m compress.score.patterns < a JSON list of [pattern, prompt]     one line of JSON each:
+    "" or what is wrong with it
 """
 
 import json
@@ -30,8 +32,13 @@ def problems(patterns: Sequence[tuple[str, str]]) -> list[str]:
     stopped = False
     try:
         done = subprocess.run(
-            own, input=json.dumps(list(patterns)), capture_output=True, text=True, timeout=2 * SECONDS, cwd=root
-        )  # fmt: skip
+            own,
+            input=json.dumps(list(patterns)),
+            capture_output=True,
+            text=True,
+            timeout=2 * SECONDS,
+            cwd=root,
+        )
         lines = done.stdout.splitlines()
     except subprocess.TimeoutExpired as error:
         lines, stopped = (error.stdout or b"").decode().splitlines(), True

@@ -1,15 +1,18 @@
 """Whether a stage paid: is its student better than its parent on what the budget names?
 
-Pruning and rounding buy bytes and may cost; a stage that leaves size and shape as they are (distillation, LoRA) must buy quality. On each
-measure that the budget limits, stage and parent are compared on the same items, prompts or rows of text, by the paired interval of 95%:
+Pruning and rounding buy bytes and may cost; a stage that leaves size and shape as they are
+(distillation, LoRA) must buy quality. On each measure that the budget limits, stage and parent are
+compared on the same items, prompts or rows of text, by the paired interval of 95%:
 
     better, worse    the interval of the difference excludes 0
     no difference    it does not
 
-Limits on the tasks (kept, flips, points_lost, acc) are all about how many items are right: what a stage changed of that is told in points of
-`acc`, over all tasks or of one, whichever of them the budget names.
+Limits on the tasks (kept, flips, points_lost, acc) are all about how many items are right: what a
+stage changed of that is told in points of `acc`, over all tasks or of one, whichever of them the
+budget names.
 
-A stage pays when it made something better and nothing worse. A budget that names no such measure is read as naming open/kept and kl_to_teacher.
+A stage pays when it made something better and nothing worse. A budget that names no such measure is
+read as naming open/kept and kl_to_teacher.
 """
 
 from collections.abc import Iterable, Mapping
@@ -121,9 +124,17 @@ def _common(items: Any, other: Any) -> list[Any]:
 
 
 def _answers_gained(metric: str, student: Any, parent: Any, teacher: Any) -> tuple[Any, Any]:
-    """Share of the common prompts that the student has and the parent has not; of open/kept among those the teacher gets right."""
-    flag = {"open/kept": "right", "open/right": "right", "open/loops": "loops", "open/loops_gained": "loops",
-            "open/ended": "ended", "open/ended_lost": "ended"}.get(metric)  # fmt: skip
+    """Share of the common prompts that the student has and the parent has not; of open/kept among
+    those the teacher gets right.
+    """
+    flag = {
+        "open/kept": "right",
+        "open/right": "right",
+        "open/loops": "loops",
+        "open/loops_gained": "loops",
+        "open/ended": "ended",
+        "open/ended_lost": "ended",
+    }.get(metric)
     its = {row["id"]: row for row in parent}
     right = {row["id"] for row in teacher if row["right"]} if metric == "open/kept" else its.keys()
     both = [
@@ -138,7 +149,10 @@ def _answers_gained(metric: str, student: Any, parent: Any, teacher: Any) -> tup
 
 def sentence(found: list[Change]) -> str:
     """What to tell: 'paid: ...' or 'did not pay: ...'."""
-    return f"{'paid' if paid(found) else 'did not pay'}: {'; '.join(map(str, found)) or 'nothing to compare it by was measured'}"
+    return (
+        f"{'paid' if paid(found) else 'did not pay'}:"
+        f" {'; '.join(map(str, found)) or 'nothing to compare it by was measured'}"
+    )
 
 
 def paid(found: list[Change]) -> bool:

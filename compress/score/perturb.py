@@ -1,7 +1,9 @@
-"""Small damages to a prompt that leave its question answerable: how much of a score hangs on the exact wording?
+"""Small damages to a prompt that leave its question answerable: how much of a score hangs on the
+exact wording?
 
-Each is a pure function of a text and a random generator seeded by sha256 of the damage's name and the text: teacher, student and every run see the
-same. Contexts of one item's choices (winogrande) share a seed, so what they have in common stays in common.
+Each is a pure function of a text and a random generator seeded by sha256 of the damage's name and
+the text: teacher, student and every run see the same. Contexts of one item's choices (winogrande)
+share a seed, so what they have in common stays in common.
 """
 
 import hashlib
@@ -14,7 +16,9 @@ SHARE = 0.2  # of the words
 
 
 def _words(text: str, rng: random.Random, change: Callable[[str, random.Random], str]) -> str:
-    return re.sub(r"\S+", lambda word: change(word[0], rng) if rng.random() < SHARE else word[0], text)
+    return re.sub(
+        r"\S+", lambda word: change(word[0], rng) if rng.random() < SHARE else word[0], text
+    )
 
 
 def _swap_letters(word: str, rng: random.Random) -> str:
@@ -26,7 +30,9 @@ PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
     "typos": partial(_words, change=_swap_letters),
     "case": partial(_words, change=lambda word, rng: word.swapcase()),
     "whitespace": partial(_words, change=lambda word, rng: " " * rng.randint(1, 3) + word),
-    "truncation": lambda text, rng: text[int(len(text) * rng.uniform(0.1, 0.4)) :].lstrip(),  # the beginning goes, as where a window is too short
+    "truncation": (
+        lambda text, rng: text[int(len(text) * rng.uniform(0.1, 0.4)) :].lstrip()
+    ),  # the beginning goes, as where a window is too short
 }
 
 

@@ -1,19 +1,25 @@
 """Stop asking a model when every limit on its accuracy is already decided: `eval.stop_early`.
 
-The teacher is scored in full. A student is asked a quarter, a half, three quarters, then all of each task's items, in an order drawn once and
-for all, compared with the teacher on the items it answered, and stopped at the first look at which every limit is a PASS or a FAIL. The first 95%
-interval that excludes a limit would be wrong far more often than in 5%, so look k, of a share t_k, has a level of its own, P(|Z| < z_k), with
+The teacher is scored in full. A student is asked a quarter, a half, three quarters, then all of
+each task's items, in an order drawn once and for all, compared with the teacher on the items it
+answered, and stopped at the first look at which every limit is a PASS or a FAIL. The first 95%
+interval that excludes a limit would be wrong far more often than in 5%, so look k, of a share t_k,
+has a level of its own, P(|Z| < z_k), with
 
-    P(|Z_1| < z_1, ..., |Z_k-1| < z_k-1, |Z_k| >= z_k) = 0.05 (t_k^3 - t_k-1^3)       Z normal, corr(Z_i, Z_j) = sqrt(t_i / t_j) for i < j
+    P(|Z_1| < z_1, ..., |Z_k-1| < z_k-1, |Z_k| >= z_k) = 0.05 (t_k^3 - t_k-1^3)       Z normal,
+    corr(Z_i, Z_j) = sqrt(t_i / t_j) for i < j
 
-alpha spending (Lan & DeMets 1983) by the cube (Kim & DeMets 1987), close to O'Brien & Fleming's bounds. All four intervals hold the truth together in
-95% of evaluations (repeated confidence intervals, Jennison & Turnbull 1989), hence also the reported one; a PASS with the truth exactly at the limit
-comes in about 2.5%. That is for each limit by itself, as without stopping.
+alpha spending (Lan & DeMets 1983) by the cube (Kim & DeMets 1987), close to O'Brien & Fleming's
+bounds. All four intervals hold the truth together in 95% of evaluations (repeated confidence
+intervals, Jennison & Turnbull 1989), hence also the reported one; a PASS with the truth exactly at
+the limit comes in about 2.5%. That is for each limit by itself, as without stopping.
 
-Where nothing is decided early, the last interval is 2.029 / 1.960, 4%, wider. With the limit d standard errors (of the full evaluation) away, 77%
-of the items are asked at d = 3, 51% at 5, 32% at 8. Betting confidence sequences (Waudby-Smith & Ramdas 2023), looked at after each of 400 simulated
-items, needed 17% where this needs 28%, but decided 91% of cases against 98%, then 36% against 53%, as the limit drew near; and they bound one
-mean at a time, where `kept` is a mean over tasks of ratios.
+Where nothing is decided early, the last interval is 2.029 / 1.960, 4%, wider. With the limit d
+standard errors (of the full evaluation) away, 77% of the items are asked at d = 3, 51% at 5, 32% at
+8. Betting confidence sequences (Waudby-Smith & Ramdas 2023), looked at after each of 400 simulated
+items, needed 17% where this needs 28%, but decided 91% of cases against 98%, then 36% against 53%,
+as the limit drew near; and they bound one mean at a time, where `kept` is a mean over tasks of
+ratios.
 """
 
 import math
@@ -26,11 +32,18 @@ from compress.budget import INCONCLUSIVE, is_accuracy, judge
 from compress.score.paired import Items, accuracy, paired_scores
 from compress.score.tasks import TaskResult
 
-LOOKS = ((0.25, 0.999219), (0.5, 0.994227), (0.75, 0.981693), (1.0, 0.957572))  # share of the items, level; tests derive them again
+LOOKS = (
+    (0.25, 0.999219),
+    (0.5, 0.994227),
+    (0.75, 0.981693),
+    (1.0, 0.957572),
+)  # share of the items, level; tests derive them again
 
 
 def asked_in_parts(items: Items) -> dict[str, list[Any]]:
-    """Items by task that can be asked one by one, in the order drawn for them: those with choices, which are right or wrong."""
+    """Items by task that can be asked one by one, in the order drawn for them: those with choices,
+    which are right or wrong.
+    """
     rows: dict[str, list[Any]] = defaultdict(list)
     for item in sorted(items, key=lambda item: item["doc_id"]):
         if "correct" in item and item.get("rule") != "text":
@@ -42,18 +55,37 @@ def until_certain(
     ask: Callable[[list[Any]], TaskResult], teacher_items: Items, chance: Mapping[str, float], limits: Sequence[Mapping[str, Any]],
     rest: TaskResult,
 ) -> tuple[TaskResult, float]:  # fmt: skip
-    """What is known at the look that decides every accuracy limit in `limits`, and that look's level. `ask(rows)` scores items of the teacher's
-    anew (`score/tasks.py`, rescore), `rest` holds the student's other tasks. After an early stop, items_left/<task> counts those not asked."""
+    """What is known at the look that decides every accuracy limit in `limits`, and that look's
+    level. `ask(rows)` scores items of the teacher's anew (`score/tasks.py`, rescore), `rest`
+    holds the student's other tasks. After an early stop, items_left/<task> counts those not
+    asked.
+    """
     rows = asked_in_parts(teacher_items)
     wanted = [{name: limit for name, limit in some.items() if is_accuracy(name)} for some in limits]
     items, done, left = list(rest.items), dict.fromkeys(rows, 0), {}
     for share, level in LOOKS:
         upto = {task: math.ceil(share * len(own)) for task, own in rows.items()}
-        items += ask([row for task, own in rows.items() for row in own[done[task] : upto[task]]]).items
-        done, left = upto, {f"items_left/{task}": len(own) - upto[task] for task, own in rows.items() if upto[task] < len(own)}
-        own, paired = accuracy(items, level), paired_scores(items, teacher_items, chance, level, partial=True)
+        items += ask(
+            [row for task, own in rows.items() for row in own[done[task] : upto[task]]]
+        ).items
+        done, left = (
+            upto,
+            {
+                f"items_left/{task}": len(own) - upto[task]
+                for task, own in rows.items()
+                if upto[task] < len(own)
+            },
+        )
+        own, paired = (
+            accuracy(items, level),
+            paired_scores(items, teacher_items, chance, level, partial=True),
+        )
         scores, intervals = own.scores | paired.scores, own.intervals | paired.intervals
-        words = {verdict["verdict"] for some in wanted for verdict in judge(scores, intervals, some, enforced=False)}
+        words = {
+            verdict["verdict"]
+            for some in wanted
+            for verdict in judge(scores, intervals, some, enforced=False)
+        }
         if words and INCONCLUSIVE not in words:
             break
     return TaskResult(rest.scores | left, items, dict(chance), {}), level

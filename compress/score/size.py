@@ -12,14 +12,24 @@ from compress.checkpoint import read_config, weight_files
 from compress.doors import read_json, tensor_places
 from compress.score.onnxruntime import CONFIG
 
-COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older checkpoints hold: no parameters
+COMPUTED = (
+    "rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+)  # buffers that older checkpoints hold: no parameters
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a safetensors file's floating-point tensors, and of what compressed-tensors packed. ValueError when it is damaged."""
+    """Shapes of a safetensors file's floating-point tensors, and of what compressed-tensors
+    packed. ValueError when it is damaged.
+    """
     places = tensor_places(file)
-    plain = {name: place.shape for name, place in places.items() if "F" in place.dtype and not name.endswith(".weight_scale")}
+    plain = {
+        name: place.shape
+        for name, place in places.items()
+        if "F" in place.dtype and not name.endswith(".weight_scale")
+    }
     # Of a packed matrix the shape is a tensor by itself, and scales are no parameters.
     packed: dict[str, tuple[int, ...]] = {}
     if shapes := [name for name in places if name.endswith(".weight_shape")]:
@@ -29,15 +39,21 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def size(path: Path) -> dict[str, float]:
-    """`params` (a tied matrix counted once), `size_bytes`, `bits_per_weight` of a checkpoint directory, a GGUF file or an ONNX directory.
+    """`params` (a tied matrix counted once), `size_bytes`, `bits_per_weight` of a checkpoint
+    directory, a GGUF file or an ONNX directory.
 
-    `size_bytes` is all files of what ships as it is: a GGUF, an ONNX or packed directory; else the weight files; or `source_bytes` of
-    `source.json` when the checkpoint was imported from a packed file (a GGUF teacher): that file is what its user has on disk.
+    `size_bytes` is all files of what ships as it is: a GGUF, an ONNX or packed directory; else the
+    weight files; or `source_bytes` of `source.json` when the checkpoint was imported from a packed
+    file (a GGUF teacher): that file is what its user has on disk.
     """
     params, files = _params_and_files(path)
     source = path / "source.json"
     imported = read_json(source).get("source_bytes") if source.is_file() else None
-    size_bytes = imported if type(imported) is int and imported > 0 else sum(file.stat().st_size for file in files)
+    size_bytes = (
+        imported
+        if type(imported) is int and imported > 0
+        else sum(file.stat().st_size for file in files)
+    )
     return {"params": params, "size_bytes": size_bytes, "bits_per_weight": 8 * size_bytes / params}
 
 
@@ -55,7 +71,14 @@ def _params_and_files(path: Path) -> tuple[int, list[Path]]:
 
         return sum(weight.numel() for weight in decode_onnx(path).values()), _all_files(path)
     config, files = read_config(path), weight_files(path)
-    shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items() if not name.endswith(COMPUTED)}
+    shapes = {
+        name: shape
+        for file in files
+        for name, shape in tensor_shapes(file).items()
+        if not name.endswith(COMPUTED)
+    }
     if config.get("tie_word_embeddings") and any(name.endswith(EMBEDDINGS) for name in shapes):
         shapes.pop("lm_head.weight", None)
-    return sum(math.prod(shape) for shape in shapes.values()), _all_files(path) if "quantization_config" in config else files
+    return sum(math.prod(shape) for shape in shapes.values()), (
+        _all_files(path) if "quantization_config" in config else files
+    )

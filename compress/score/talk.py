@@ -1,11 +1,14 @@
-"""Asking a model something, in the runtime it is for and the way a deployment would: greedy answers to a user's turn.
+"""Asking a model something, in the runtime it is for and the way a deployment would: greedy
+answers to a user's turn.
 
-Every model is asked through what ships with it: its own chat template and tokenizer as its own runtime reads them, and its own idea of
-where an answer ends (a GGUF's metadata, genai_config.json, generation_config.json). That is the point: a template that lost its generation
-prompt, a doubled BOS or a missing end is then seen as what it does to answers. A model without a chat template is asked in plain text.
+Every model is asked through what ships with it: its own chat template and tokenizer as its own
+runtime reads them, and its own idea of where an answer ends (a GGUF's metadata, genai_config.json,
+generation_config.json). That is the point: a template that lost its generation prompt, a doubled
+BOS or a missing end is then seen as what it does to answers. A model without a chat template is
+asked in plain text.
 
-llama.cpp and ONNX Runtime speak in score/llamacpp.py and score/onnxruntime.py; torch here, in fp32 as everything is scored.
-Legend: B prompts.
+llama.cpp and ONNX Runtime speak in score/llamacpp.py and score/onnxruntime.py; torch here, in fp32
+as everything is scored. Legend: B prompts.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -32,7 +35,9 @@ Turns = Sequence[dict[str, str]]
 
 
 class Speaker(Protocol):
-    """A model in its runtime. `chat_prompt` renders turns {"role", "content"} for an answer; ValueError where its template fails."""
+    """A model in its runtime. `chat_prompt` renders turns {"role", "content"} for an answer;
+    ValueError where its template fails.
+    """
 
     def chat_prompt(self, turns: Turns) -> str: ...
     def prompt_ids(self, prompt: str) -> list[int]: ...  # what the model sees
@@ -46,22 +51,28 @@ class Speaker(Protocol):
 
 
 def rendered(tokenizer: Any, turns: Turns, where: Path) -> str:
-    """Turns as an HF tokenizer's chat template renders them for an answer. ValueError when it fails or renders nothing of what was said."""
+    """Turns as an HF tokenizer's chat template renders them for an answer. ValueError when it
+    fails or renders nothing of what was said.
+    """
     try:
         text = render(tokenizer, [turns], generation=True)[0]
     except ValueError as error:
         raise ValueError(
-            f"{where}: its chat template fails ({error}); mend chat_template in the tokenizer's files"
+            f"{where}: its chat template fails ({error}); mend chat_template in the tokenizer's"
+            " files"
         ) from error
     if turns[-1]["content"].strip() not in text:
         raise ValueError(
-            f"{where}: its chat template drops what the user says; mend chat_template in the tokenizer's files"
+            f"{where}: its chat template drops what the user says; mend chat_template in the"
+            " tokenizer's files"
         )
     return text
 
 
 class TorchSpeaker:
-    """A checkpoint directory as transformers runs it, its generation_config.json obeyed but for sampling; it ends where compress/ends.py says."""
+    """A checkpoint directory as transformers runs it, its generation_config.json obeyed but for
+    sampling; it ends where compress/ends.py says.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,7 +102,9 @@ class TorchSpeaker:
         return [found[i] for i in range(len(prompts))]
 
     def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
-        """By transformers' own streamer; the model runs in a thread of its own, which stops when the stream is closed."""
+        """By transformers' own streamer; the model runs in a thread of its own, which stops when
+        the stream is closed.
+        """
         from transformers import TextIteratorStreamer
 
         streamer, closed = (
@@ -156,9 +169,11 @@ SPEAKERS: dict[str, Callable[[Path, int, int, int], Speaker]] = {
 def open_speaker(
     model: Model, threads: int, context: int = CONTEXT_TOKENS, together: int = TOGETHER
 ) -> AbstractContextManager[Speaker]:
-    """A model in its own runtime for `together` questions of `context` tokens with their answers, closed at the end of a `with` block.
+    """A model in its own runtime for `together` questions of `context` tokens with their answers,
+    closed at the end of a `with` block.
 
-    ValueError when the runtime can't load it."""
+    ValueError when the runtime can't load it.
+    """
     return closing(SPEAKERS[model.runtime](model.path, threads, context, together))
 
 
@@ -170,12 +185,18 @@ def plain_text(turns: Turns) -> str:
 def question_ids(tokenizer: Any, question: str) -> list[int]:
     """Token ids of a question for an answer, as an HF tokenizer's model is asked it."""
     turns = [{"role": "user", "content": question}]
-    return prompt_ids(tokenizer, turns) if tokenizer.chat_template else text_ids(tokenizer, plain_text(turns))
+    return (
+        prompt_ids(tokenizer, turns)
+        if tokenizer.chat_template
+        else text_ids(tokenizer, plain_text(turns))
+    )
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a rendered prompt; a chat template writes its own BOS."""
-    return tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)[
+        "input_ids"
+    ]
 
 
 def has_template(model: Model) -> bool:

@@ -1,4 +1,6 @@
-"""What a stage may ask of the pipeline, besides its parent: the teacher, text, seeds and a place for unfinished work."""
+"""What a stage may ask of the pipeline, besides its parent: the teacher, text, seeds and a place
+for unfinished work.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Shapes: calibration(n) gives ids (n, seq_len) int64 of packed training text; the same n gives the same ids."""
+    """Shapes: calibration(n) gives ids (n, seq_len) int64 of packed training text; the same n
+    gives the same ids.
+    """
 
     teacher: Path
     seed: int
     seq_len: int
-    work: Path  # unfinished state of this very stage; survives kills, removed when the stage is committed
+    # unfinished state of this very stage; survives kills, removed when the stage is committed
+    work: Path
     signals: Path  # teacher signals, shared by all stages and runs of one store
     calibration: Callable[[int], Tensor]
     text: Callable[[], Packed]  # all training text, packed to seq_len + 1 tokens a sequence
     chat: Callable[[], Packed]  # question-answer training data; the loss mask covers answers
     file_overhead: Callable[[Path], int]  # bytes of a checkpoint's GGUF besides its matrices
-    precision: str  # of training: "bf16" autocast over fp32 master weights, "bf16_stochastic" weights, or "fp32"
+    # of training: "bf16" autocast over fp32 master weights, "bf16_stochastic" weights, or "fp32"
+    precision: str
     label: str  # what progress lines call this stage
     log: Callable[[str], None]
     curve: Callable[[list[dict[str, float]]], None]  # receives the training curve

@@ -1,7 +1,9 @@
-"""Knowledge distillation: the parent learns the teacher's distribution on packed text, from the teacher's cached signal.
+"""Knowledge distillation: the parent learns the teacher's distribution on packed text, from the
+teacher's cached signal.
 
-loss = kl_weight * T^2 D(teacher, student) + ce_weight * cross-entropy + hidden_weight * (last hidden states' squared distance), with D and T as
-in `compress/distill/losses.py`. Forward KL on all positions is what recovers pruned models best (Minitron, arXiv 2407.14679, section 4.3).
+loss = kl_weight * T^2 D(teacher, student) + ce_weight * cross-entropy + hidden_weight * (last
+hidden states' squared distance), with D and T as in `compress/distill/losses.py`. Forward KL on all
+positions is what recovers pruned models best (Minitron, arXiv 2407.14679, section 4.3).
 """
 
 from __future__ import annotations
@@ -22,16 +24,23 @@ Divergence = StrEnum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_va
 
 @dataclass
 class Features:
-    """Weights of the teacher's inner states (`compress/distill/steps.py`); above 0 they need signal.scheme=online."""
+    """Weights of the teacher's inner states (`compress/distill/steps.py`); above 0 they need
+    signal.scheme=online.
+    """
 
     layers: float = 0.0
     relations: float = 0.0
     blocks: float = 0.0  # a phase of its own: every other weight must be 0
-    pairs: list[list[int]] = field(default_factory=list)  # [student block, teacher block]; empty: evenly spaced, every block with `blocks`, else 4
+    pairs: list[list[int]] = field(
+        default_factory=list
+    )  # [student block, teacher block]; empty: evenly spaced, every block with `blocks`, else 4
 
     def __post_init__(self) -> None:
         if min(self.layers, self.relations, self.blocks) < 0:
-            raise ConfigError(f"features of weights {self.layers}, {self.relations}, {self.blocks}: none may be negative")
+            raise ConfigError(
+                f"features of weights {self.layers}, {self.relations}, {self.blocks}: none may be"
+                " negative"
+            )
 
     @property
     def used(self) -> bool:
@@ -45,57 +54,108 @@ class Distill(Optimization):
 
     kl_weight: float = 0.9
     ce_weight: float = 0.1
-    hidden_weight: float = 0.0  # needs a student of the teacher's hidden size, and signal.scheme hidden or online
+    hidden_weight: float = (
+        0.0  # needs a student of the teacher's hidden size, and signal.scheme hidden or online
+    )
     features: Features = field(default_factory=Features)
     divergence: Divergence = Divergence.forward_kl
     jsd_beta: float = 0.5  # 0 is reverse, 1 forward KL in the limit
     temperature: float = 1.0
     signal: Signal = field(default_factory=Signal)
-    on_policy: float = 0.0  # share of the steps whose text the student writes itself; needs signal.scheme=online
+    on_policy: float = (
+        0.0  # share of the steps whose text the student writes itself; needs signal.scheme=online
+    )
     prompt_tokens: int = 64  # of each row, before the student writes on
-    train_embeddings: bool = True  # false keeps the teacher's: a short run at a high rate spoils the tokens it hardly sees
+    # false keeps the teacher's: a short run at a high rate spoils the tokens it hardly sees
+    train_embeddings: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         weights = (self.kl_weight, self.ce_weight, self.hidden_weight)
-        if min(weights) < 0 or (self.kl_weight + self.hidden_weight == 0 and not self.features.used):
+        if min(weights) < 0 or (
+            self.kl_weight + self.hidden_weight == 0 and not self.features.used
+        ):
             raise ConfigError(
-                f"kl_weight, ce_weight, hidden_weight = {weights}: none may be negative, and kl_weight, hidden_weight or a feature must be above 0"
+                f"kl_weight, ce_weight, hidden_weight = {weights}: none may be negative, and"
+                " kl_weight, hidden_weight or a feature must be above 0"
             )
         if self.temperature <= 0 or not 0 < self.jsd_beta < 1:
-            raise ConfigError(f"temperature={self.temperature} must be above 0 and jsd_beta={self.jsd_beta} between 0 and 1")
-        if self.divergence is not Divergence.forward_kl and self.signal.scheme in ("sampled", "topk"):
-            raise ConfigError(f"divergence={self.divergence} needs all of the teacher's probabilities; set signal.scheme to hidden or online")
+            raise ConfigError(
+                f"temperature={self.temperature} must be above 0 and jsd_beta={self.jsd_beta}"
+                " between 0 and 1"
+            )
+        if self.divergence is not Divergence.forward_kl and self.signal.scheme in (
+            "sampled",
+            "topk",
+        ):
+            raise ConfigError(
+                f"divergence={self.divergence} needs all of the teacher's probabilities; set"
+                " signal.scheme to hidden or online"
+            )
         if self.hidden_weight and self.signal.scheme not in ("hidden", "online"):
-            raise ConfigError(f"hidden_weight={self.hidden_weight} needs the teacher's hidden states; set signal.scheme to hidden or online")
-        if self.features.blocks and (sum(weights) or self.features.layers or self.features.relations):
-            raise ConfigError("features.blocks trains every block by itself; set kl_weight, ce_weight, hidden_weight and the other features to 0")
+            raise ConfigError(
+                f"hidden_weight={self.hidden_weight} needs the teacher's hidden states; set"
+                " signal.scheme to hidden or online"
+            )
+        if self.features.blocks and (
+            sum(weights) or self.features.layers or self.features.relations
+        ):
+            raise ConfigError(
+                "features.blocks trains every block by itself; set kl_weight, ce_weight,"
+                " hidden_weight and the other features to 0"
+            )
         if self.features.used and (self.signal.scheme != "online" or self.on_policy):
-            raise ConfigError("features need the teacher's inner states on given text; set signal.scheme=online and on_policy=0")
+            raise ConfigError(
+                "features need the teacher's inner states on given text; set signal.scheme=online"
+                " and on_policy=0"
+            )
         if not 0 <= self.on_policy <= 1 or self.prompt_tokens < 1:
-            raise ConfigError(f"on_policy={self.on_policy} must be in [0, 1] and prompt_tokens={self.prompt_tokens} at least 1")
+            raise ConfigError(
+                f"on_policy={self.on_policy} must be in [0, 1] and"
+                f" prompt_tokens={self.prompt_tokens} at least 1"
+            )
         if self.on_policy and self.signal.scheme != "online":
-            raise ConfigError(f"on_policy={self.on_policy} needs the teacher at every step; set signal.scheme=online")
+            raise ConfigError(
+                f"on_policy={self.on_policy} needs the teacher at every step; set"
+                " signal.scheme=online"
+            )
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats, loss_last_nats."""
+        """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats,
+        loss_last_nats.
+        """
         from compress.checkpoint import load_model, read_config, save_model
         from compress.distill.losses import Mix
-        from compress.distill.steps import FeatureLoss, OnlineTeacher, common_vocabulary, with_rollouts
+        from compress.distill.steps import (
+            FeatureLoss,
+            OnlineTeacher,
+            common_vocabulary,
+            with_rollouts,
+        )
         from compress.ends import end_ids
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "distill before quantizing, or use the qat stage, on")
-        if self.hidden_weight and read_config(parent)["hidden_size"] != read_config(ctx.teacher)["hidden_size"]:
-            raise ValueError(f"{parent}: hidden_weight={self.hidden_weight} needs a student of the teacher's hidden size; set it to 0")
+        if (
+            self.hidden_weight
+            and read_config(parent)["hidden_size"] != read_config(ctx.teacher)["hidden_size"]
+        ):
+            raise ValueError(
+                f"{parent}: hidden_weight={self.hidden_weight} needs a student of the teacher's"
+                " hidden size; set it to 0"
+            )
         if self.on_policy and (self.prompt_tokens >= ctx.seq_len or ctx.parallel == "fsdp2"):
             raise ValueError(
-                f"on_policy needs prompt_tokens={self.prompt_tokens} below data.seq_len={ctx.seq_len}, and a whole model: trainer=auto or ddp"
+                f"on_policy needs prompt_tokens={self.prompt_tokens} below"
+                f" data.seq_len={ctx.seq_len}, and a whole model: trainer=auto or ddp"
             )
         alone = self.features.blocks and (ctx.parallel != "none" or ctx.activation_checkpointing)
-        if self.features.used and (ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic" or alone):
+        if self.features.used and (
+            ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic" or alone
+        ):
             raise ValueError(
-                "features need whole fp32 models (trainer=auto or ddp); features.blocks needs trainer=auto without activation_checkpointing"
+                "features need whole fp32 models (trainer=auto or ddp); features.blocks needs"
+                " trainer=auto without activation_checkpointing"
             )
         vocabulary = common_vocabulary(parent, ctx.teacher)
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
@@ -105,16 +165,31 @@ class Distill(Optimization):
                 embeddings.weight.requires_grad_(False)
         self.reserve(model, ctx)
         source = self.signal.open(ctx, ctx.teacher, data, sequences, self.temperature)
-        mix = Mix(self.kl_weight, self.ce_weight, self.divergence.value, self.temperature, self.jsd_beta, self.hidden_weight)
+        mix = Mix(
+            self.kl_weight,
+            self.ce_weight,
+            self.divergence.value,
+            self.temperature,
+            self.jsd_beta,
+            self.hidden_weight,
+        )
         wraps: dict[str, Any] = {}
         if isinstance(source, OnlineTeacher) and self.on_policy:
             ends, share = end_ids(parent), self.on_policy
             wraps["wrap_batches"] = partial(
-                with_rollouts, model=model, teacher=source, share=share, prompt_tokens=self.prompt_tokens, ends=ends, seed=ctx.seed,
+                with_rollouts,
+                model=model,
+                teacher=source,
+                share=share,
+                prompt_tokens=self.prompt_tokens,
+                ends=ends,
+                seed=ctx.seed,
                 vocabulary=vocabulary,
-            )  # fmt: skip
+            )
         if isinstance(source, OnlineTeacher) and self.features.used:
-            wraps["wrap_loss"] = partial(FeatureLoss, student=model, teacher=source, features=self.features, seed=ctx.seed)
+            wraps["wrap_loss"] = partial(
+                FeatureLoss, student=model, teacher=source, features=self.features, seed=ctx.seed
+            )
         metrics = self.optimize(model, mix, data, source, ctx, vocabulary=vocabulary, **wraps)
         save_model(model, out, tokenizer_from=parent)
         return metrics

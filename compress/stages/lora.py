@@ -1,9 +1,12 @@
-"""LoRA fine-tuning: low-rank updates W + (alpha / r) B A of the linear layers (arXiv 2106.09685, section 4.1), merged at the end.
+"""LoRA fine-tuning: low-rank updates W + (alpha / r) B A of the linear layers (arXiv 2106.09685,
+section 4.1), merged at the end.
 
-With `load_in_4bit` the frozen base is held in bitsandbytes' NF4 while the adapters train (QLoRA, arXiv 2305.14314, section 3) and are then
-merged into the unquantized base. The adapter itself is kept in `adapter/`, never beside config.json, where transformers would apply it a
-second time. Adapted is every linear layer of the decoder blocks, whatever its name, and the matrices of experts; a line says what is not.
-Embeddings and head are never adapted: with tied weights one of the two updates would be lost on reload.
+With `load_in_4bit` the frozen base is held in bitsandbytes' NF4 while the adapters train (QLoRA,
+arXiv 2305.14314, section 3) and are then merged into the unquantized base. The adapter itself is
+kept in `adapter/`, never beside config.json, where transformers would apply it a second time.
+Adapted is every linear layer of the decoder blocks, whatever its name, and the matrices of experts;
+a line says what is not. Embeddings and head are never adapted: with tied weights one of the two
+updates would be lost on reload.
 """
 
 from __future__ import annotations
@@ -29,9 +32,13 @@ class Targets(NamedTuple):
     """Which matrices of the decoder blocks get adapters, by the ends of their names."""
 
     linears: list[str]  # linear layers, by their last name
-    experts: list[str]  # matrices that a block stacks for its experts (E, R, C), by their path inside of the block
+    experts: list[
+        str
+    ]  # matrices that a block stacks for its experts (E, R, C), by their path inside of the block
     outside: list[str]  # whole names of layers that share such a last name and lie in no block
-    left: list[str]  # what has two dimensions or more and gets none, by its path inside of the block
+    left: list[
+        str
+    ]  # what has two dimensions or more and gets none, by its path inside of the block
 
 
 def targets_of(model: Any) -> Targets:
@@ -46,7 +53,8 @@ def targets_of(model: Any) -> Targets:
         for path, module in block.named_modules():
             inside.add(id(module))
             place, _, last = path.rpartition(".")
-            # a state-space mixer's kernel takes the bare weight of its last projection, past any adapter
+            # a state-space mixer's kernel takes the bare weight of its last projection, past any
+            # adapter
             bare = last == "out_proj" and hasattr(block.get_submodule(place), "conv1d")
             for name, parameter in module.named_parameters(recurse=False):
                 if isinstance(module, nn.Linear | Conv1D) and not bare:
@@ -56,8 +64,15 @@ def targets_of(model: Any) -> Targets:
                 elif parameter.ndim > 1:
                     left.add(f"{path}.{name}")
     if not linears:
-        raise ValueError(f"{type(model).__name__} has no linear layer in its blocks that an adapter fits; use a distill stage")
-    outside = [name for name, module in model.named_modules() if name.rpartition(".")[2] in linears and id(module) not in inside]
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer in its blocks that an adapter fits; use a"
+            " distill stage"
+        )
+    outside = [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in linears and id(module) not in inside
+    ]
     return Targets(sorted(linears), sorted(experts), outside, sorted(left))
 
 
@@ -66,11 +81,18 @@ def adapted(base: nn.Module, targets: Targets, rank: int, alpha: int) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    transposed = any(isinstance(module, Conv1D) for module in base.modules())  # GPT-2 keeps weights so
+    transposed = any(
+        isinstance(module, Conv1D) for module in base.modules()
+    )  # GPT-2 keeps weights so
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=targets.linears, target_parameters=targets.experts or None,
-        exclude_modules=targets.outside or None, fan_in_fan_out=transposed, task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets.linears,
+        target_parameters=targets.experts or None,
+        exclude_modules=targets.outside or None,
+        fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(base, config)
 
 
@@ -88,10 +110,15 @@ class Lora(Optimization):
         if self.rank <= 0 or self.alpha <= 0:
             raise ConfigError(f"rank={self.rank}, alpha={self.alpha}: both must be above 0")
         if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError("load_in_4bit=true needs bitsandbytes, which is not installed: pip install 'compress-lm[qlora]'")
+            raise ConfigError(
+                "load_in_4bit=true needs bitsandbytes, which is not installed: pip install"
+                " 'compress-lm[qlora]'"
+            )
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Write the merged model and `adapter/`. Metrics: as every training stage, and adapter_params_count."""
+        """Write the merged model and `adapter/`. Metrics: as every training stage, and
+        adapter_params_count.
+        """
         import torch
         from peft import PeftModel
 
@@ -103,7 +130,10 @@ class Lora(Optimization):
         torch.manual_seed(ctx.seed)
         base = load_model(parent, load="nf4" if self.load_in_4bit else "plain")
         targets = targets_of(base)
-        for kind, names in (("adapters on", targets.linears + targets.experts), ("left as they are:", targets.left)):
+        for kind, names in (
+            ("adapters on", targets.linears + targets.experts),
+            ("left as they are:", targets.left),
+        ):
             if names:
                 ctx.log(f"{ctx.label}: {kind} {', '.join(names)}")
         model = adapted(base, targets, self.rank, self.alpha)
@@ -114,9 +144,15 @@ class Lora(Optimization):
         (adapter / "README.md").unlink(missing_ok=True)  # peft's card
         config = json.loads((adapter / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = None  # a path of this machine
-        for key in ("target_modules", "target_parameters", "exclude_modules"):  # sets: their order differs from process to process
+        for key in (
+            "target_modules",
+            "target_parameters",
+            "exclude_modules",
+        ):  # sets: their order differs from process to process
             config[key] = sorted(config[key]) if config[key] else config[key]
-        (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (adapter / "adapter_config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n"
+        )
         adapter_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.load_in_4bit:
             model = PeftModel.from_pretrained(load_model(parent), adapter)

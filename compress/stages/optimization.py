@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from compress.train.data import Packed
 
 
-# how the teacher is seen: kept signals (`compress/distill/signal.py`), or the teacher run at every step
+# how the teacher is seen: kept signals (`compress/distill/signal.py`), or the teacher run at every
+# step
 SchemeName = StrEnum("SchemeName", ["sampled", "topk", "hidden", "full", "online"])
-Keep = StrEnum("Keep", ["always", "better"])  # which weights go on: the stage's, or its parent's where it did not pay
+Keep = StrEnum(
+    "Keep", ["always", "better"]
+)  # which weights go on: the stage's, or its parent's where it did not pay
 TeacherLoad = StrEnum("TeacherLoad", ["plain", "nf4", "int8"])  # how its weights are held meanwhile
-Schedule = StrEnum("Schedule", ["cosine", "wsd"])  # how the learning rate falls (`compress/train/loop.py`)
+Schedule = StrEnum(
+    "Schedule", ["cosine", "wsd"]
+)  # how the learning rate falls (`compress/train/loop.py`)
 
 
 @dataclass
@@ -29,14 +34,19 @@ class Signal:
     """The teacher's signal of a stage."""
 
     scheme: SchemeName = SchemeName.sampled
-    threshold: float = 0.05  # sampled: probabilities above it are exact, ids a token are bounded by its inverse
+    threshold: float = (
+        0.05  # sampled: probabilities above it are exact, ids a token are bounded by its inverse
+    )
     top: int = 64  # topk: ids a token
     path: str | None = None  # a folder or URL (s3://...) that keeps the shards; null is the store
     teacher: TeacherLoad = TeacherLoad.plain  # nf4 needs bitsandbytes, int8 torchao
 
     def __post_init__(self) -> None:
         if not 1 / 255 <= self.threshold < 1:
-            raise ConfigError(f"signal.threshold={self.threshold} must be in [1/255, 1): it bounds the ids a token at 1 / threshold")
+            raise ConfigError(
+                f"signal.threshold={self.threshold} must be in [1/255, 1): it bounds the ids a"
+                " token at 1 / threshold"
+            )
         if self.top < 1:
             raise ConfigError(f"signal.top={self.top} must be at least 1")
         if self.path and "://" in self.path:
@@ -47,8 +57,12 @@ class Signal:
             except (ImportError, ValueError) as error:
                 raise ConfigError(f"signal.path={self.path} can't be opened: {error}") from error
 
-    def open(self, ctx: Context, teacher: Path, data: Packed, sequences: int, temperature: float = 1.0) -> TeacherSource:
-        """The teacher for the first `sequences` rows of `data`; kept signals are made now where they are missing."""
+    def open(
+        self, ctx: Context, teacher: Path, data: Packed, sequences: int, temperature: float = 1.0
+    ) -> TeacherSource:
+        """The teacher for the first `sequences` rows of `data`; kept signals are made now where
+        they are missing.
+        """
         import torch
 
         from compress.checkpoint import load_model
@@ -58,12 +72,23 @@ class Signal:
 
         if self.scheme is SchemeName.online:
             dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
-            return OnlineTeacher(load_model(teacher, dtype, self.teacher.value), data, sharded=ctx.parallel == "fsdp2")
+            return OnlineTeacher(
+                load_model(teacher, dtype, self.teacher.value),
+                data,
+                sharded=ctx.parallel == "fsdp2",
+            )
         scheme = Scheme(self.scheme.value, self.threshold, self.top, temperature)
         signals = Signals(
-            self.path or ctx.signals, teacher, data, scheme, seed=ctx.seed, precision=ctx.precision, log=ctx.log,
-            own_folder=bool(self.path), load=self.teacher.value,
-        )  # fmt: skip
+            self.path or ctx.signals,
+            teacher,
+            data,
+            scheme,
+            seed=ctx.seed,
+            precision=ctx.precision,
+            log=ctx.log,
+            own_folder=bool(self.path),
+            load=self.teacher.value,
+        )
         signals.make(min(sequences, len(data.ids)))
         parallel.wait()
         signals.refresh()
@@ -76,30 +101,54 @@ class Optimization:
 
     tokens: int = 200_000  # training tokens over all epochs, rounded up to whole steps
     epochs: int = 1  # times each sequence is read; a second one costs no teacher
-    batch_sequences: int = 4  # sequences of data.seq_len tokens per optimizer step, over all processes
-    micro_batch_sequences: int = 4  # sequences held in memory at once; changes memory and speed, not the result's meaning
+    batch_sequences: int = (
+        4  # sequences of data.seq_len tokens per optimizer step, over all processes
+    )
+    micro_batch_sequences: int = (
+        4  # sequences held in memory at once; changes memory and speed, not the result's meaning
+    )
     lr: float = 5e-4
     schedule: Schedule = Schedule.cosine
     decay_fraction: float = 0.2  # wsd: share of the steps, at the end, in which the rate falls
     warmup_fraction: float = 0.05
     grad_clip: float = 1.0
-    validations: int = 0  # measurements of the loss on the last rows of the text, which are then not trained on; the best weights ship
+    # measurements of the loss on the last rows of the text, which are then not trained on; the best
+    # weights ship
+    validations: int = 0
     validation_sequences: int = 8
     patience: int = 0  # measurements without a better one that end the stage; 0: never
-    keep: Keep = Keep.always  # better: where the stage did not pay (`compress/score/payoff.py`), later slots and what ships take its parent
+    # better: where the stage did not pay (`compress/score/payoff.py`), later slots and what ships
+    # take its parent
+    keep: Keep = Keep.always
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "epochs", "batch_sequences", "micro_batch_sequences", "lr", "grad_clip", "validation_sequences"):
+        for name in (
+            "tokens",
+            "epochs",
+            "batch_sequences",
+            "micro_batch_sequences",
+            "lr",
+            "grad_clip",
+            "validation_sequences",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         if not 0 <= self.warmup_fraction < 1 or not 0 < self.decay_fraction <= 1:
-            raise ConfigError(f"warmup_fraction={self.warmup_fraction} must be in [0, 1) and decay_fraction={self.decay_fraction} in (0, 1]")
+            raise ConfigError(
+                f"warmup_fraction={self.warmup_fraction} must be in [0, 1) and"
+                f" decay_fraction={self.decay_fraction} in (0, 1]"
+            )
         if self.validations < 0 or self.patience < 0 or (self.patience and not self.validations):
-            raise ConfigError(f"validations={self.validations}, patience={self.patience}: neither below 0, and patience needs validations")
+            raise ConfigError(
+                f"validations={self.validations}, patience={self.patience}: neither below 0, and"
+                " patience needs validations"
+            )
 
     @property
     def leaves_a_grid(self) -> bool:
-        """Whether the stage's weights are quantized: it buys bytes, and need not be better than its parent."""
+        """Whether the stage's weights are quantized: it buys bytes, and need not be better than
+        its parent.
+        """
         return False
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -115,26 +164,32 @@ class Optimization:
         return -(-self.steps(seq_len) * self.batch_sequences // self.epochs)
 
     def readings(self, seq_len: int, sequences: int) -> float:
-        """How often each sequence is read where the text has so many: `epochs`, or more where it has too few."""
+        """How often each sequence is read where the text has so many: `epochs`, or more where it
+        has too few.
+        """
         there = max(1, sequences - self.validation_sequences * bool(self.validations))
         return self.steps(seq_len) * self.batch_sequences / min(self.sequences(seq_len), there)
 
     def told_readings(self, seq_len: int, sequences: int) -> str:
-        """What is wrong where the text is too short for `epochs` readings; empty where it is long enough."""
+        """What is wrong where the text is too short for `epochs` readings; empty where it is long
+        enough.
+        """
         there = sequences - self.validation_sequences * bool(self.validations)
         if self.sequences(seq_len) <= max(1, there):
             return ""
         most = max(1, there) * self.epochs * seq_len
         return (
-            f"tokens={self.tokens} read each of {max(1, there)} sequences of text {self.readings(seq_len, sequences):.1f} times, "
-            f"epochs={self.epochs} asks for {self.epochs}: add text to the data, or set tokens to at most {most}"
+            f"tokens={self.tokens} read each of {max(1, there)} sequences of text"
+            f" {self.readings(seq_len, sequences):.1f} times, epochs={self.epochs} asks for"
+            f" {self.epochs}: add text to the data, or set tokens to at most {most}"
         )
 
     def reserve(self, model: Any, ctx: Context, copies: int = 0, frozen: bool = False) -> None:
-        """Allocate what training holds besides activations, and let go of it: a teacher's signal may take hours and comes behind.
+        """Allocate what training holds besides activations, and let go of it: a teacher's signal
+        may take hours and comes behind.
 
-        Of each trained weight: itself, its gradient, two moments, the best one so far and `copies` more; `frozen` weights are held alone.
-        ResourceError when there is no such room.
+        Of each trained weight: itself, its gradient, two moments, the best one so far and `copies`
+        more; `frozen` weights are held alone. ResourceError when there is no such room.
         """
         import psutil
         import torch
@@ -162,13 +217,27 @@ class Optimization:
         except (RuntimeError, MemoryError) as error:
             if not is_memory(error):
                 raise
-            raise ResourceError(f"{ctx.label}: training needs {needed / 1e6:,.0f} MB on {best_device()} ({error}): {NO_ROOM}") from error
+            raise ResourceError(
+                f"{ctx.label}: training needs {needed / 1e6:,.0f} MB on {best_device()} ({error}):"
+                f" {NO_ROOM}"
+            ) from error
         torch.cuda.empty_cache()  # does nothing where no GPU is in use
 
-    def optimize(self, model: Any, mix: Mix, data: Packed, source: TeacherSource | None, ctx: Context, *, vocabulary: int | None = None,
-                 wrap_batches: Callable[[Any], Any] = lambda batches: batches,
-                 wrap_loss: Callable[[Any], Any] = lambda loss: loss) -> dict[str, float]:  # fmt: skip
-        """Train `model` on `data` with a loss mix. Deterministic figures; the whole curve, with its times, goes to the store's note."""
+    def optimize(
+        self,
+        model: Any,
+        mix: Mix,
+        data: Packed,
+        source: TeacherSource | None,
+        ctx: Context,
+        *,
+        vocabulary: int | None = None,
+        wrap_batches: Callable[[Any], Any] = lambda batches: batches,
+        wrap_loss: Callable[[Any], Any] = lambda loss: loss,
+    ) -> dict[str, float]:
+        """Train `model` on `data` with a loss mix. Deterministic figures; the whole curve, with
+        its times, goes to the store's note.
+        """
         from compress.distill.steps import make_batches, make_loss, one_batch
         from compress.train.loop import Plan, train
 
@@ -178,24 +247,57 @@ class Optimization:
         if self.validations:
             held = list(range(len(data.ids) - self.validation_sequences, len(data.ids)))
             if held[0] < 1:
-                raise ValueError(f"{ctx.label}: {len(data.ids)} sequences of text leave none to train on besides {len(held)} for validation")
+                raise ValueError(
+                    f"{ctx.label}: {len(data.ids)} sequences of text leave none to train on besides"
+                    f" {len(held)} for validation"
+                )
             rows = min(rows, held[0])
             # the divergence alone, else plain cross-entropy
-            alone = replace(mix, kl_weight=float(source is not None), ce_weight=float(source is None), hidden_weight=0.0)
-            validation = make_loss(alone, head, vocabulary), [one_batch(data, source, [row]) for row in held]
-        batches = wrap_batches(make_batches(data, source, seed=ctx.seed, sequences=rows, batch=self.batch_sequences))
+            alone = replace(
+                mix,
+                kl_weight=float(source is not None),
+                ce_weight=float(source is None),
+                hidden_weight=0.0,
+            )
+            validation = (
+                make_loss(alone, head, vocabulary),
+                [one_batch(data, source, [row]) for row in held],
+            )
+        batches = wrap_batches(
+            make_batches(data, source, seed=ctx.seed, sequences=rows, batch=self.batch_sequences)
+        )
         plan = Plan(
-            steps=self.steps(ctx.seq_len), micro=self.micro_batch_sequences, lr=self.lr, schedule=self.schedule.value,
-            decay_fraction=self.decay_fraction, warmup_fraction=self.warmup_fraction, grad_clip=self.grad_clip, seed=ctx.seed,
-            precision=ctx.precision, activation_checkpointing=ctx.activation_checkpointing, parallel=ctx.parallel,
-            validations=self.validations, patience=self.patience,
-        )  # fmt: skip
-        result = train(model, loss, batches, plan, work=ctx.work, label=ctx.label, log=ctx.log, validation=validation)
+            steps=self.steps(ctx.seq_len),
+            micro=self.micro_batch_sequences,
+            lr=self.lr,
+            schedule=self.schedule.value,
+            decay_fraction=self.decay_fraction,
+            warmup_fraction=self.warmup_fraction,
+            grad_clip=self.grad_clip,
+            seed=ctx.seed,
+            precision=ctx.precision,
+            activation_checkpointing=ctx.activation_checkpointing,
+            parallel=ctx.parallel,
+            validations=self.validations,
+            patience=self.patience,
+        )
+        result = train(
+            model,
+            loss,
+            batches,
+            plan,
+            work=ctx.work,
+            label=ctx.label,
+            log=ctx.log,
+            validation=validation,
+        )
         ctx.curve(sorted([*result.curve, *result.measured], key=lambda row: row["step"]))
         losses = [row["loss"] for row in result.curve]
         tenth = max(1, len(losses) // 10)
         return {
-            "steps_count": len(losses), "tokens_count": len(losses) * self.batch_sequences * ctx.seq_len,
+            "steps_count": len(losses),
+            "tokens_count": len(losses) * self.batch_sequences * ctx.seq_len,
             "readings_count": round(self.readings(ctx.seq_len, len(data.ids)), 2),
-            "loss_first_nats": sum(losses[:tenth]) / tenth, "loss_last_nats": sum(losses[-tenth:]) / tenth,
-        } | result.outcome  # fmt: skip
+            "loss_first_nats": sum(losses[:tenth]) / tenth,
+            "loss_last_nats": sum(losses[-tenth:]) / tenth,
+        } | result.outcome

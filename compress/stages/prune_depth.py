@@ -1,6 +1,8 @@
-"""Drop whole transformer blocks by block influence (ShortGPT, arXiv 2403.03853), scored again after every removal.
+"""Drop whole transformer blocks by block influence (ShortGPT, arXiv 2403.03853), scored again
+after every removal.
 
-A dropped block turns into latency one to one, unlike a narrower one. Which blocks went is written to `pruning.json`.
+A dropped block turns into latency one to one, unlike a narrower one. Which blocks went is written
+to `pruning.json`.
 """
 
 import json
@@ -22,24 +24,38 @@ class PruneDepth:
     keep_last: int = 1
 
     def __post_init__(self) -> None:
-        for key, least in (("blocks", 1), ("calibration_sequences", 1), ("keep_first", 0), ("keep_last", 0)):
+        for key, least in (
+            ("blocks", 1),
+            ("calibration_sequences", 1),
+            ("keep_first", 0),
+            ("keep_last", 0),
+        ):
             if getattr(self, key) < least:
-                raise ValueError(f"prune_depth.{key} is {getattr(self, key)}: allowed is {least} or more")
+                raise ValueError(
+                    f"prune_depth.{key} is {getattr(self, key)}: allowed is {least} or more"
+                )
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The config of the result. Which blocks go is known after `run` only; their number decides every size."""
+        """The config of the result. Which blocks go is known after `run` only; their number
+        decides every size.
+        """
         shape.check_architecture(config)
         present = config["num_hidden_layers"]
         most = min(present - 1, present - self.keep_first - self.keep_last)
         if self.blocks > most:
             raise ValueError(
-                f"prune_depth.blocks is {self.blocks} and the model has {present} blocks: allowed is at most"
-                f" {max(0, most)} with keep_first={self.keep_first} and keep_last={self.keep_last}"
+                f"prune_depth.blocks is {self.blocks} and the model has {present} blocks: allowed"
+                f" is at most {max(0, most)} with keep_first={self.keep_first} and"
+                f" keep_last={self.keep_last}"
             )
-        return shape.without_blocks(config, set(range(self.keep_first, self.keep_first + self.blocks)))
+        return shape.without_blocks(
+            config, set(range(self.keep_first, self.keep_first + self.blocks))
+        )
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Write the shallower checkpoint. ValueError for a parent that is quantized, unsupported or too shallow."""
+        """Write the shallower checkpoint. ValueError for a parent that is quantized, unsupported
+        or too shallow.
+        """
         import torch
 
         from compress.checkpoint import load_model
@@ -52,12 +68,17 @@ class PruneDepth:
         params = model.num_parameters()
         with torch.no_grad():
             entering, keywords = block_inputs(model, ctx.calibration(self.calibration_sequences))
-            blocks = [lambda h, b=block, k=kwargs: b(h, **k) for block, kwargs in zip(model.model.layers, keywords, strict=True)]
+            blocks = [
+                lambda h, b=block, k=kwargs: b(h, **k)
+                for block, kwargs in zip(model.model.layers, keywords, strict=True)
+            ]
             dropped = drop_blocks(blocks, entering, self.blocks, self.keep_first, self.keep_last)
         _cut(model, {index for index, _ in dropped})
         shape.save_checked(model, out, parent)
         removed = [{"block": index, "influence": influence} for index, influence in dropped]
-        (out / "pruning.json").write_text(json.dumps({"blocks_removed_in_order": removed}, indent=2) + "\n")
+        (out / "pruning.json").write_text(
+            json.dumps({"blocks_removed_in_order": removed}, indent=2) + "\n"
+        )
         return {
             "blocks_removed_count": float(len(dropped)),
             "params_removed_fraction": 1 - model.num_parameters() / params,
@@ -66,7 +87,9 @@ class PruneDepth:
 
 
 def _cut(model: Any, dropped: set[int]) -> None:
-    """Remove the blocks in place; the config's per-block lists and the attention's KV cache slots follow."""
+    """Remove the blocks in place; the config's per-block lists and the attention's KV cache slots
+    follow.
+    """
     for key, value in shape.without_blocks(model.config.to_dict(), dropped).items():
         if key == "num_hidden_layers" or isinstance(value, list) and "layer" in key:
             setattr(model.config, key, value)

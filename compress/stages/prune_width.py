@@ -1,9 +1,11 @@
-"""Narrow every FFN to the same width: channels by second-order cost (OBS, `compress.prune.importance`), the cut made through torch-pruning's
-dependency graph, and the down projection then fitted again by least squares.
+"""Narrow every FFN to the same width: channels by second-order cost (OBS,
+`compress.prune.importance`), the cut made through torch-pruning's dependency graph, and the
+down projection then fitted again by least squares.
 
-One forward of the calibration text does it all: when it reaches a down projection, that FFN is cut and fitted, so every later block is
-fitted to what the blocks already cut send it. On the embedded teacher this beats fitting all blocks to the dense model's activations
-(KL on WikiText 1.44 against 1.48, FFN 1536 -> 896); asking each block to undo the errors of the earlier ones overfits (1.82).
+One forward of the calibration text does it all: when it reaches a down projection, that FFN is cut
+and fitted, so every later block is fitted to what the blocks already cut send it. On the embedded
+teacher this beats fitting all blocks to the dense model's activations (KL on WikiText 1.44 against
+1.48, FFN 1536 -> 896); asking each block to undo the errors of the earlier ones overfits (1.82).
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from compress.stages.context import Context
 
 @dataclass
 class PruneWidth:
-    """Keep `ffn` channels of every FFN, snapped to the nearest `multiple`. `damping` is relative to mean(diag G)."""
+    """Keep `ffn` channels of every FFN, snapped to the nearest `multiple`. `damping` is relative
+    to mean(diag G).
+    """
 
     ffn: int = 1024
     multiple: int = 64
@@ -28,7 +32,10 @@ class PruneWidth:
             if getattr(self, key) < 1:
                 raise ValueError(f"prune_width.{key} is {getattr(self, key)}: allowed is 1 or more")
         if not 0 < self.damping < 1:
-            raise ValueError(f"prune_width.damping is {self.damping}: allowed is between 0 and 1, for example 0.01")
+            raise ValueError(
+                f"prune_width.damping is {self.damping}: allowed is between 0 and 1, for example"
+                " 0.01"
+            )
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result. ValueError when nothing would be cut or the architecture can't be."""
@@ -36,13 +43,15 @@ class PruneWidth:
         present, target = config["intermediate_size"], shape.snap(self.ffn, self.multiple)
         if target >= present:
             raise ValueError(
-                f"prune_width.ffn is {self.ffn} ({target} as a multiple of {self.multiple}) and the model has"
-                f" {present} FFN channels: allowed is less than that"
+                f"prune_width.ffn is {self.ffn} ({target} as a multiple of {self.multiple}) and the"
+                f" model has {present} FFN channels: allowed is less than that"
             )
         return {**config, "intermediate_size": target}
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Write the narrower checkpoint. ValueError for a parent that is quantized, unsupported or narrow already."""
+        """Write the narrower checkpoint. ValueError for a parent that is quantized, unsupported or
+        narrow already.
+        """
         import torch
 
         from compress.checkpoint import load_model
@@ -54,7 +63,9 @@ class PruneWidth:
         params, present = model.num_parameters(), model.config.intermediate_size
         target = shape.snap(self.ffn, self.multiple)
         with torch.no_grad():
-            errors = cut_ffns(model, ctx.calibration(self.calibration_sequences), target, self.damping)
+            errors = cut_ffns(
+                model, ctx.calibration(self.calibration_sequences), target, self.damping
+            )
         model.config.intermediate_size = target
         shape.save_checked(model, out, parent)
         return {

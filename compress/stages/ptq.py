@@ -1,10 +1,13 @@
-"""`ptq`: post-training quantization of every matrix of a model, embeddings and head included, onto a grid that ships.
+"""`ptq`: post-training quantization of every matrix of a model, embeddings and head included, onto
+a grid that ships.
 
-Codes to the nearest, by GPTQ or by AutoRound; before that, weights may be balanced (AWQ, SmoothQuant) and rotated: one file
-each in `compress/quant/`. Scales by the format's own plain rounding (`round`: with `method: nearest` the codes are what
-llama.cpp's quantizer writes, bit for bit) or by a search that minimises each block's squared error, weighted by its inputs where
-they are known (`search`, on the grids of one scale); see `compress/quant/grids/`. The result loads with plain transformers as
-fp32 weights equal to the decoded codes, which lie in `quant.safetensors`. Rounding, its search and rotation need no data.
+Codes to the nearest, by GPTQ or by AutoRound; before that, weights may be balanced (AWQ,
+SmoothQuant) and rotated: one file each in `compress/quant/`. Scales by the format's own plain
+rounding (`round`: with `method: nearest` the codes are what llama.cpp's quantizer writes, bit for
+bit) or by a search that minimises each block's squared error, weighted by its inputs where they are
+known (`search`, on the grids of one scale); see `compress/quant/grids/`. The result loads with
+plain transformers as fp32 weights equal to the decoded codes, which lie in `quant.safetensors`.
+Rounding, its search and rotation need no data.
 """
 
 from dataclasses import dataclass, field
@@ -15,34 +18,78 @@ from typing import Any
 from compress.prune.shape import check_architecture
 from compress.stages.context import Context
 
-# the grids of `compress.quant.grids.GRIDS`, named here because reading the configuration must not import torch
-GridName = StrEnum("GridName", [
-    "q4_0", "iq4_nl", "q4_1", "q5_0", "q8_0", "q4_k", "q6_k", "int4_g32", "int4_g64", "int4_g128", "int4_asym_g32", "int4_asym_g64", "int4_asym_g128",
-    "int8_g32", "int8_g64", "int8_g128", "int8",
-])  # fmt: skip
+# the grids of `compress.quant.grids.GRIDS`, named here because reading the configuration must not
+# import torch
+GridName = StrEnum(
+    "GridName",
+    [
+        "q4_0",
+        "iq4_nl",
+        "q4_1",
+        "q5_0",
+        "q8_0",
+        "q4_k",
+        "q6_k",
+        "int4_g32",
+        "int4_g64",
+        "int4_g128",
+        "int4_asym_g32",
+        "int4_asym_g64",
+        "int4_asym_g128",
+        "int8_g32",
+        "int8_g64",
+        "int8_g128",
+        "int8",
+    ],
+)
 Method = StrEnum("Method", ["nearest", "gptq", "autoround"])  # how codes are chosen
-Balance = StrEnum("Balance", ["none", "awq", "smoothquant"])  # what is folded between layers before rounding
-Scales = StrEnum("Scales", ["round", "search", "learned"])  # how a block's scale is chosen; learned: qat only, from the rule on, with the weights
+Balance = StrEnum(
+    "Balance", ["none", "awq", "smoothquant"]
+)  # what is folded between layers before rounding
+Scales = StrEnum(
+    "Scales", ["round", "search", "learned"]
+)  # how a block's scale is chosen; learned: qat only, from the rule on, with the weights
 # row lengths must be multiples
-BLOCK = {grid: 256 if grid.endswith("_k") else int(grid.rpartition("_g")[2]) if "_g" in grid else 32 for grid in GridName} | {GridName.int8: 1}
+BLOCK = {
+    grid: 256 if grid.endswith("_k") else int(grid.rpartition("_g")[2]) if "_g" in grid else 32
+    for grid in GridName
+} | {GridName.int8: 1}
 # grids of one scale; Q4_K and Q6_K search in their plain rounding already
-SEARCHED = tuple(grid for grid in GridName if grid in ("q4_0", "iq4_nl", "q5_0", "q8_0", "int8") or grid.startswith(("int4_g", "int8_g")))
+SEARCHED = tuple(
+    grid
+    for grid in GridName
+    if grid in ("q4_0", "iq4_nl", "q5_0", "q8_0", "int8") or grid.startswith(("int4_g", "int8_g"))
+)
 
 
 @dataclass
 class Allocation:
-    """A grid for every matrix (`compress/quant/allocate.py`), so that the GGUF, type MIXED, has at most `file_bytes`; 0: one grid for all."""
+    """A grid for every matrix (`compress/quant/allocate.py`), so that the GGUF, type MIXED, has at
+    most `file_bytes`; 0: one grid for all.
+    """
 
     file_bytes: int = 0
-    grids: list[GridName] = field(default_factory=lambda: [GridName.q4_0, GridName.q4_1, GridName.q5_0, GridName.q6_k, GridName.q8_0])
-    calibration_sequences: int = 1  # on which the damage of each matrix is measured: a second one doubles the time
+    grids: list[GridName] = field(
+        default_factory=lambda: [
+            GridName.q4_0,
+            GridName.q4_1,
+            GridName.q5_0,
+            GridName.q6_k,
+            GridName.q8_0,
+        ]
+    )
+    calibration_sequences: int = (
+        1  # on which the damage of each matrix is measured: a second one doubles the time
+    )
 
     def __post_init__(self) -> None:
         wrong = [grid.value for grid in self.grids if grid.startswith("int")]
         if self.file_bytes < 0 or self.calibration_sequences < 1 or not self.grids or wrong:
             raise ValueError(
-                f"allocate.file_bytes={self.file_bytes}, calibration_sequences={self.calibration_sequences}, grids={[g.value for g in self.grids]}: "
-                "bytes from 0, sequences from 1, and at least one grid, each of llama.cpp's: a GGUF alone may mix them"
+                f"allocate.file_bytes={self.file_bytes},"
+                f" calibration_sequences={self.calibration_sequences},"
+                f" grids={[g.value for g in self.grids]}: bytes from 0, sequences from 1, and at"
+                " least one grid, each of llama.cpp's: a GGUF alone may mix them"
             )
 
 
@@ -51,19 +98,34 @@ class OnGrid:
     """What ptq and qat both say of the grid."""
 
     grid: GridName = GridName.q4_0
-    scales: Scales = Scales.round  # where qat starts too: on a distilled 98M parent, round gave KL 0.215 and search 0.322 before training
-    balance: Balance = Balance.none  # awq or smoothquant: fold between layers first (`compress/quant/balance.py`)
+    # where qat starts too: on a distilled 98M parent, round gave KL 0.215 and search 0.322 before
+    # training
+    scales: Scales = Scales.round
+    balance: Balance = (
+        Balance.none
+    )  # awq or smoothquant: fold between layers first (`compress/quant/balance.py`)
     allocate: Allocation = field(default_factory=Allocation)
 
     def check_grid(self, stage: str) -> None:
-        """ValueError when the grid, or a stage without training, has no such scales (of a mixture one grid that has them is enough) or balance."""
+        """ValueError when the grid, or a stage without training, has no such scales (of a mixture
+        one grid that has them is enough) or balance.
+        """
         grids = set(self.allocate.grids) if self.allocate.file_bytes else {self.grid}
         if self.scales != Scales.round and not grids & set(SEARCHED):
-            raise ValueError(f"{stage}.scales is {self.scales}: grid {self.grid} has none, only {', '.join(SEARCHED)}; use scales=round")
+            raise ValueError(
+                f"{stage}.scales is {self.scales}: grid {self.grid} has none, only"
+                f" {', '.join(SEARCHED)}; use scales=round"
+            )
         if self.scales == Scales.learned and stage != "qat":
-            raise ValueError(f"{stage}.scales is learned: nothing is trained there; use round or search, or the qat stage")
+            raise ValueError(
+                f"{stage}.scales is learned: nothing is trained there; use round or search, or the"
+                " qat stage"
+            )
         if self.balance == Balance.smoothquant and "8" not in self.layout_name:
-            raise ValueError(f"{stage}.balance is smoothquant: it is for grids of 8 bits, got {self.layout_name}; use balance=awq")
+            raise ValueError(
+                f"{stage}.balance is smoothquant: it is for grids of 8 bits, got"
+                f" {self.layout_name}; use balance=awq"
+            )
 
     @property
     def layout_name(self) -> str:
@@ -71,19 +133,37 @@ class OnGrid:
         return "mixed" if self.allocate.file_bytes else self.grid.value
 
     def layout(self, model: Any, parent: Path, ctx: Context) -> dict[str, str]:
-        """The grid of every matrix of an fp32 model. ValueError when `allocate.file_bytes` is below the smallest possible file."""
+        """The grid of every matrix of an fp32 model. ValueError when `allocate.file_bytes` is
+        below the smallest possible file.
+        """
         from compress.quant.allocate import choose, options
         from compress.quant.codes import quantizable
 
         if not self.allocate.file_bytes:
             return dict.fromkeys(quantizable(model), self.grid.value)
-        text, label = ctx.calibration(self.allocate.calibration_sequences), f"{ctx.label}, damage of each matrix"
-        measured = options(model, text, [g.value for g in self.allocate.grids], ctx.work / "damages.json", label, ctx.log)
+        text, label = (
+            ctx.calibration(self.allocate.calibration_sequences),
+            f"{ctx.label}, damage of each matrix",
+        )
+        measured = options(
+            model,
+            text,
+            [g.value for g in self.allocate.grids],
+            ctx.work / "damages.json",
+            label,
+            ctx.log,
+        )
         return choose(measured, self.allocate.file_bytes - ctx.file_overhead(parent))
 
     def check_rows(self, config: dict[str, Any]) -> None:
-        """ValueError naming key and nearest legal value when an HF config has rows the grid, or every one of a mixture, can't cut into blocks."""
-        grid = min(self.allocate.grids, key=lambda g: BLOCK[g]) if self.allocate.file_bytes else self.grid
+        """ValueError naming key and nearest legal value when an HF config has rows the grid, or
+        every one of a mixture, can't cut into blocks.
+        """
+        grid = (
+            min(self.allocate.grids, key=lambda g: BLOCK[g])
+            if self.allocate.file_bytes
+            else self.grid
+        )
         block, heads = BLOCK[grid], config.get("num_attention_heads") or 0
         rows = {key: config[key] for key in ("hidden_size", "intermediate_size") if config.get(key)}
         if config.get("head_dim"):
@@ -91,7 +171,10 @@ class OnGrid:
         for key, length in rows.items():
             if length % block:
                 near = max(block, round(length / block) * block)
-                raise ValueError(f"{key} is {length}: grid {grid} needs rows of a multiple of {block}; the nearest legal value is {near}")
+                raise ValueError(
+                    f"{key} is {length}: grid {grid} needs rows of a multiple of {block}; the"
+                    f" nearest legal value is {near}"
+                )
 
 
 @dataclass
@@ -108,37 +191,55 @@ class Ptq(OnGrid):
         self.check_grid("ptq")
         if self.method == Method.autoround and self.layout_name != "q4_0":
             raise ValueError(
-                f"ptq.method is autoround: its symmetric 4-bit blocks of 32 are those of grid q4_0, got {self.layout_name}; use method=gptq"
+                "ptq.method is autoround: its symmetric 4-bit blocks of 32 are those of grid q4_0,"
+                f" got {self.layout_name}; use method=gptq"
             )
         gptq, autoround = self.method == Method.gptq, self.method == Method.autoround
-        for key, used in (("calibration_sequences", self.passes > 0), ("iterations", autoround), ("damping", gptq)):
+        for key, used in (
+            ("calibration_sequences", self.passes > 0),
+            ("iterations", autoround),
+            ("damping", gptq),
+        ):
             value, default = getattr(self, key), getattr(Ptq, key)
             if value != default and not used:
-                raise ValueError(f"ptq.{key} is {value}: nothing uses it with method={self.method}, balance={self.balance}; leave it at {default}")
+                raise ValueError(
+                    f"ptq.{key} is {value}: nothing uses it with method={self.method},"
+                    f" balance={self.balance}; leave it at {default}"
+                )
             if key != "damping" and value < 1:
                 raise ValueError(f"ptq.{key} is {value}: allowed is 1 or more")
         if not 0 < self.damping < 1:
-            raise ValueError(f"ptq.damping is {self.damping}: allowed is between 0 and 1, for example 0.01")
+            raise ValueError(
+                f"ptq.damping is {self.damping}: allowed is between 0 and 1, for example 0.01"
+            )
 
     @property
     def passes(self) -> int:
         """How often the calibration text goes through the model: 0 where no data is needed."""
-        trained = -(-24 * self.iterations // max(1, self.calibration_sequences))  # batches of 8, forward and backward
+        trained = -(
+            -24 * self.iterations // max(1, self.calibration_sequences)
+        )  # batches of 8, forward and backward
         rounding = {Method.nearest: 0, Method.gptq: 6, Method.autoround: 3 + trained}[self.method]
         return rounding + (2 if self.balance != Balance.none else 0)
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The config of the result: the parent's, unchanged. ValueError when its rows don't divide into blocks, or its layers have other names."""
+        """The config of the result: the parent's, unchanged. ValueError when its rows don't divide
+        into blocks, or its layers have other names.
+        """
         self.check_rows(config)
         if self.passes or self.rotate or self.allocate.file_bytes:
             check_architecture(config, "calibrated, allocated or rotated")
-        width = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads") or 1)
+        width = config.get("head_dim") or config.get("hidden_size", 0) // max(
+            1, config.get("num_attention_heads") or 1
+        )
         if self.rotate and width % 2:
             raise ValueError(f"head_dim is {width}: ptq.rotate needs an even one; use rotate=false")
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Quantize `parent` into `out`. ValueError when the parent is quantized already or does not fit the grid or the method."""
+        """Quantize `parent` into `out`. ValueError when the parent is quantized already or does
+        not fit the grid or the method.
+        """
         from compress.checkpoint import load_model
         from compress.quant.autoround import rounder
         from compress.quant.blockwise import Blockwise
@@ -150,17 +251,35 @@ class Ptq(OnGrid):
         autoround = rounder(self.iterations, ctx.seed) if self.method == Method.autoround else None
         model = load_model(parent)
         if self.rotate and (obstacle := rotate(model, ctx.seed)):
-            ctx.log(f"{ctx.label}: values rotated; the residual stream is left as it is: {obstacle}")
+            ctx.log(
+                f"{ctx.label}: values rotated; the residual stream is left as it is: {obstacle}"
+            )
         layout, search = self.layout(model, parent, ctx), self.scales == Scales.search
-        work = Blockwise(model, layout, method=self.method, search=search, balance=self.balance, damping=self.damping, autoround=autoround)
+        work = Blockwise(
+            model,
+            layout,
+            method=self.method,
+            search=search,
+            balance=self.balance,
+            damping=self.damping,
+            autoround=autoround,
+        )
         if self.passes:
-            work.calibrated(ctx.calibration(self.calibration_sequences), ctx.work, ctx.precision, lambda line: ctx.log(f"{ctx.label}: {line}"))
+            work.calibrated(
+                ctx.calibration(self.calibration_sequences),
+                ctx.work,
+                ctx.precision,
+                lambda line: ctx.log(f"{ctx.label}: {line}"),
+            )
         else:
             work.plain()
         save_quantized(model, out, parent, work.made)
         total = model.num_parameters()
         numel = {name: made.codes.numel() for name, made in work.made.items()}
-        bits = sum(count * GRIDS[layout[name]].bits_per_weight for name, count in numel.items()) + (total - sum(numel.values())) * 32
+        bits = (
+            sum(count * GRIDS[layout[name]].bits_per_weight for name, count in numel.items())
+            + (total - sum(numel.values())) * 32
+        )
         error, power = work.lost.tolist()
         return {
             "bits_per_weight": bits / total,

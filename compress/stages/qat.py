@@ -1,11 +1,14 @@
-"""Quantization-aware training on the exact grid of the file that ships: the student learns under its own rounding.
+"""Quantization-aware training on the exact grid of the file that ships: the student learns under
+its own rounding.
 
-Every step computes with decode(encode(W)) and lets gradients pass straight through to the fp32 master weights (`quant/fake.py`). The
-loss is KL(p || student) from a cached signal. With `learn_from` parent, p is the model whose loss through rounding is to be won back
-(LLM-QAT, arXiv 2305.17888, section 3.1); with teacher, quantization-aware distillation, it is the recipe's teacher. With
-`balance` training starts from folded weights, and searched or learned scales from what loses least of each block's outputs, behind blocks
-that are rounded already (`quant/blockwise.py`): far nearer than the format's own rule. GPTQ's codes are no such start: they are nearer
-still, but weights in the middle of their cells have forgotten where they came from (`results/quant/bench.md`).
+Every step computes with decode(encode(W)) and lets gradients pass straight through to the fp32
+master weights (`quant/fake.py`). The loss is KL(p || student) from a cached signal. With
+`learn_from` parent, p is the model whose loss through rounding is to be won back (LLM-QAT, arXiv
+2305.17888, section 3.1); with teacher, quantization-aware distillation, it is the recipe's teacher.
+With `balance` training starts from folded weights, and searched or learned scales from what loses
+least of each block's outputs, behind blocks that are rounded already (`quant/blockwise.py`): far
+nearer than the format's own rule. GPTQ's codes are no such start: they are nearer still, but
+weights in the middle of their cells have forgotten where they came from (`results/quant/bench.md`).
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from compress.stages.ptq import Balance, OnGrid, Scales
 if TYPE_CHECKING:
     from compress.quant.codes import Quantized
 
-LearnFrom = StrEnum("LearnFrom", ["parent", "teacher"])  # whose distribution the quantized model learns
+LearnFrom = StrEnum(
+    "LearnFrom", ["parent", "teacher"]
+)  # whose distribution the quantized model learns
 
 
 @dataclass
@@ -35,17 +40,27 @@ class Qat(Optimization, OnGrid):
     tokens: int = 100_000
     learn_from: LearnFrom = LearnFrom.parent
     calibration_sequences: int = 16  # for balance
-    rank: int = 0  # above 0 the parent is frozen on its grid, and adapters of that rank are trained and merged there
-    # All of p: so near its target, sampled ids drown it (41k tokens on the embedded teacher: KL 0.24 from sampled, 0.18 from exact).
+    # above 0 the parent is frozen on its grid, and adapters of that rank are trained and merged
+    # there
+    rank: int = 0
+    # All of p: so near its target, sampled ids drown it (41k tokens on the embedded teacher: KL
+    # 0.24 from sampled, 0.18 from exact).
     signal: Signal = field(default_factory=lambda: Signal(scheme=SchemeName.hidden))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_grid("qat")
         if self.keep != Keep.always:
-            raise ConfigError(f"qat.keep={self.keep}: its parent has no codes to ship; use keep=always")
-        if self.calibration_sequences < 1 or (self.balance == Balance.none and self.calibration_sequences != 16):
-            raise ConfigError(f"qat.calibration_sequences={self.calibration_sequences} must be at least 1, and is used by balance only")
+            raise ConfigError(
+                f"qat.keep={self.keep}: its parent has no codes to ship; use keep=always"
+            )
+        if self.calibration_sequences < 1 or (
+            self.balance == Balance.none and self.calibration_sequences != 16
+        ):
+            raise ConfigError(
+                f"qat.calibration_sequences={self.calibration_sequences} must be at least 1, and is"
+                " used by balance only"
+            )
         if self.rank < 0:
             raise ConfigError(f"qat.rank={self.rank} must be 0 (every weight is trained) or above")
 
@@ -62,7 +77,9 @@ class Qat(Optimization, OnGrid):
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Write the quantized student (fp32 values on the grid, codes in quant.safetensors). Metrics: as every training stage."""
+        """Write the quantized student (fp32 values on the grid, codes in quant.safetensors).
+        Metrics: as every training stage.
+        """
         import torch
 
         from compress.checkpoint import load_model
@@ -73,7 +90,10 @@ class Qat(Optimization, OnGrid):
 
         check_parent(self, parent, "train")
         if ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic":
-            raise ValueError(f"qat needs whole fp32 master weights, got trainer {ctx.parallel}, {ctx.precision}; use trainer=auto or ddp")
+            raise ValueError(
+                f"qat needs whole fp32 master weights, got trainer {ctx.parallel}, {ctx.precision};"
+                " use trainer=auto or ddp"
+            )
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
         learned_from = ctx.teacher if self.learn_from is LearnFrom.teacher else parent
         vocabulary = common_vocabulary(parent, learned_from)
@@ -87,14 +107,25 @@ class Qat(Optimization, OnGrid):
         save_quantized(model, out, parent, finish(model))
         return metrics
 
-    def start(self, model: Any, parent: Path, ctx: Context) -> tuple[dict[str, str], dict[str, Quantized] | None]:
-        """Put an fp32 model where training starts: the grid of each matrix, and where they were searched its scales."""
+    def start(
+        self, model: Any, parent: Path, ctx: Context
+    ) -> tuple[dict[str, str], dict[str, Quantized] | None]:
+        """Put an fp32 model where training starts: the grid of each matrix, and where they were
+        searched its scales.
+        """
         from compress.quant.blockwise import Blockwise
 
         layout = self.layout(model, parent, ctx)
         if self.balance == Balance.none:
             return layout, None
-        work = Blockwise(model, layout, search=self.scales != Scales.round, balance=self.balance.value, keep=True)
-        work.calibrated(ctx.calibration(self.calibration_sequences), ctx.work, ctx.precision, lambda line: ctx.log(f"{ctx.label}: {line}"))
+        work = Blockwise(
+            model, layout, search=self.scales != Scales.round, balance=self.balance.value, keep=True
+        )
+        work.calibrated(
+            ctx.calibration(self.calibration_sequences),
+            ctx.work,
+            ctx.precision,
+            lambda line: ctx.log(f"{ctx.label}: {line}"),
+        )
         work.restore()
         return layout, work.made

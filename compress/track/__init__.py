@@ -1,7 +1,8 @@
-"""Where records go besides the run directory. A sink is imported only when it is asked for, and only copies what is already on disk.
+"""Where records go besides the run directory. A sink is imported only when it is asked for, and
+only copies what is already on disk.
 
-A live run hands over each record as soon as its folder is whole, `compress sync` hands over all of them again: the same call, which
-replaces what it wrote before.
+A live run hands over each record as soon as its folder is whole, `compress sync` hands over all of
+them again: the same call, which replaces what it wrote before.
 """
 
 import json
@@ -29,7 +30,9 @@ class Tracker:
         """ValueError when something is missing; called before any work."""
 
     def record(self, record: Record) -> None:
-        """One finished slot of the run directory; for the same slot again, what was written of it before is replaced."""
+        """One finished slot of the run directory; for the same slot again, what was written of it
+        before is replaced.
+        """
 
     def finish(self, exit_code: int) -> None:
         """The run has ended; nothing is called afterwards."""
@@ -39,11 +42,16 @@ class Jsonl(Tracker):
     """Every record of a run, one a line, in `records.jsonl`. On disk when it returns."""
 
     def record(self, record: Record) -> None:
-        write_whole(self.run_dir / "records.jsonl", "".join(json.dumps(row) + "\n" for row in load_run(self.run_dir).records).encode())
+        write_whole(
+            self.run_dir / "records.jsonl",
+            "".join(json.dumps(row) + "\n" for row in load_run(self.run_dir).records).encode(),
+        )
 
 
 class Guarded:
-    """A tracker that cannot stop a run: the first exception is one line on stderr, and the sink is left alone."""
+    """A tracker that cannot stop a run: the first exception is one line on stderr, and the sink is
+    left alone.
+    """
 
     def __init__(self, name: str, sink: Tracker) -> None:
         self.name, self.sink, self.alive = name, sink, True
@@ -55,20 +63,28 @@ class Guarded:
         except Exception as error:
             self.alive = False
             why = without_credentials(str(error))
-            print(f"warning: tracker {self.name} stopped ({type(error).__name__}: {why}); nothing else stops, the records are in the "
-                  f"run directory: compress sync {self.sink.run_dir} --to {self.name}", file=sys.stderr)  # fmt: skip
+            print(
+                f"warning: tracker {self.name} stopped ({type(error).__name__}: {why}); nothing"
+                " else stops, the records are in the run directory: compress sync"
+                f" {self.sink.run_dir} --to {self.name}",
+                file=sys.stderr,
+            )
 
     record = partialmethod(_call, "record")
     finish = partialmethod(_call, "finish")
 
 
 def check(name: str) -> None:
-    """Raise ConfigError when the tracker is unknown, ValueError when its package is missing. Call it before any work starts."""
+    """Raise ConfigError when the tracker is unknown, ValueError when its package is missing. Call
+    it before any work starts.
+    """
     if name not in TRACKERS:
         raise ConfigError(f"unknown tracker {name!r}; {nearest(name, TRACKERS)}")
     pkgutil.resolve_name(TRACKERS[name]).check()
 
 
 def open_tracker(name: str, run_dir: Path, project: str = "compress", **options: Any) -> Guarded:
-    """The checked tracker `name` writing below `run_dir`; `options` are that sink's own (see its class)."""
+    """The checked tracker `name` writing below `run_dir`; `options` are that sink's own (see its
+    class).
+    """
     return Guarded(name, pkgutil.resolve_name(TRACKERS[name])(run_dir, project, **options))

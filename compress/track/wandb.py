@@ -1,11 +1,13 @@
-"""Weights & Biases, offline unless there is an account: `wandb sync RUN/wandb/offline-run-*` uploads later.
+"""Weights & Biases, offline unless there is an account: `wandb sync RUN/wandb/offline-run-*`
+uploads later.
 
-Group = the run's name, job type = the slot, one W&B run per stage, opened when the stage's record exists and closed at once. History:
-`train/*` over `train/step`, the tables `flips` of answers that changed and `open` of what was said
-to open prompts, then one row of `score/*` and `stage/*`. Summary: `verdict` and one
-`verdict/<limit>` with its sentence. Weights are reference artifacts: a path and checksums, never a copy, with their parent's digest.
-W&B would by itself collect sys.argv, the list of packages, the git remote (which can hold a token), the source file, the machine and
-the console. Secrets live there, so all of it is off.
+Group = the run's name, job type = the slot, one W&B run per stage, opened when the stage's record
+exists and closed at once. History: `train/*` over `train/step`, the tables `flips` of answers that
+changed and `open` of what was said to open prompts, then one row of `score/*` and `stage/*`.
+Summary: `verdict` and one `verdict/<limit>` with its sentence. Weights are reference artifacts: a
+path and checksums, never a copy, with their parent's digest. W&B would by itself collect sys.argv,
+the list of packages, the git remote (which can hold a token), the source file, the machine and the
+console. Secrets live there, so all of it is off.
 """
 
 import hashlib
@@ -31,13 +33,23 @@ SECONDS_TO_CONNECT, SECONDS_TO_UPLOAD = 20, 30  # after that the tracker is give
 
 
 class Wandb(Tracker):
-    """`mode`: online | offline | disabled; empty means $WANDB_MODE, else online with an account and offline without."""
+    """`mode`: online | offline | disabled; empty means $WANDB_MODE, else online with an account
+    and offline without.
+    """
 
     def __init__(self, run_dir: Path, project: str = "compress", mode: str = "") -> None:
         super().__init__(run_dir, project)
-        account = os.environ.get("WANDB_API_KEY") or get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-        self.mode: Any = mode or os.environ.get("WANDB_MODE") or ("online" if account else "offline")
-        for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):  # below the run directory too, not in the home
+        account = os.environ.get("WANDB_API_KEY") or get_netrc_auth(
+            os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        )
+        self.mode: Any = (
+            mode or os.environ.get("WANDB_MODE") or ("online" if account else "offline")
+        )
+        for name in (
+            "WANDB_CACHE_DIR",
+            "WANDB_DATA_DIR",
+            "WANDB_CONFIG_DIR",
+        ):  # below the run directory too, not in the home
             os.environ.setdefault(name, str(self.run_dir / "wandb" / "cache"))
 
     @staticmethod
@@ -58,62 +70,129 @@ class Wandb(Tracker):
             run.define_metric("train/*", step_metric="train/step")
             for row in whole.rows(record, "steps"):
                 run.log({f"train/{key}": value for key, value in row.items()})
-            if whole.teacher and (changed := flips(whole.rows(whole.teacher, "items"), whole.rows(record, "items"))):
-                run.log({"flips": wandb.Table(list(Flip._fields), [list(flip) for flip in changed])})
+            if whole.teacher and (
+                changed := flips(whole.rows(whole.teacher, "items"), whole.rows(record, "items"))
+            ):
+                run.log(
+                    {"flips": wandb.Table(list(Flip._fields), [list(flip) for flip in changed])}
+                )
             teacher_said = whole.rows(whole.teacher, "open") if whole.teacher else []
             if said := worst_first(whole.rows(record, "open"), teacher_said):
                 rows = [[row[key] for key in OPEN] for row in said]
                 run.log({"open": wandb.Table(list(OPEN), rows)})
-            named = {"score/{}": record["scores"], "stage/{}": record.get("metrics", {}), "stage/{}_seconds": record.get("seconds", {})}
-            run.log({form.format(key): value for form, values in named.items() for key, value in values.items()})
+            named = {
+                "score/{}": record["scores"],
+                "stage/{}": record.get("metrics", {}),
+                "stage/{}_seconds": record.get("seconds", {}),
+            }
+            run.log(
+                {
+                    form.format(key): value
+                    for form, values in named.items()
+                    for key, value in values.items()
+                }
+            )
             run.summary["verdict"] = worst([record]) or "none enforced"
-            run.summary.update({f"verdict/{v['limit']}": f"{v['verdict']}: {v['sentence']}" for v in record["verdicts"]})
+            run.summary.update(
+                {
+                    f"verdict/{v['limit']}": f"{v['verdict']}: {v['sentence']}"
+                    for v in record["verdicts"]
+                }
+            )
             weights = (folder_of(self.run_dir, record) / "weights").resolve()
             if weights.exists():
                 parent = next((r for r in whole.records if r["slot"] == record["parent"]), {})
-                lineage = {key: record.get(key) for key in ("digest", "key", "parent", "technique")} | {"parent_digest": parent.get("digest")}
+                lineage = {
+                    key: record.get(key) for key in ("digest", "key", "parent", "technique")
+                } | {"parent_digest": parent.get("digest")}
                 artifact = wandb.Artifact(_artifact(record), "model", metadata=lineage)
                 artifact.add_reference(weights.as_uri(), checksum=True)
-                if parent and self.mode == "online":  # offline it raises; the metadata says the same
+                if (
+                    parent and self.mode == "online"
+                ):  # offline it raises; the metadata says the same
                     run.use_artifact(f"{_artifact(parent)}:{parent['digest'][:12]}")
                 run.log_artifact(artifact, aliases=["latest", record["digest"][:12]])
         finally:
             run.finish(exit_code=0)
 
     def finish(self, exit_code: int) -> None:
-        """Wait for W&B's own process: closing a run returns some milliseconds before its file is whole."""
+        """Wait for W&B's own process: closing a run returns some milliseconds before its file is
+        whole.
+        """
         import wandb
 
         wandb.teardown(exit_code)
 
     def _open(self, record: Record, about: dict[str, Any]) -> Any:
-        """A W&B run for the record, in place of what an earlier one wrote; offline from now on when there is no connection."""
+        """A W&B run for the record, in place of what an earlier one wrote; offline from now on
+        when there is no connection.
+        """
         import wandb
 
         name = f"{record['run']}/{record['slot']}"
-        config = {k: record.get(k) for k in ("recipe", "slot", "index", "technique", "runtime", "parent", "digest", "key", "reused", "stage_config")}
-        id = hashlib.sha256(name.encode()).hexdigest()[:16]  # online, a run of the same id is replaced; offline, its files are
+        config = {
+            k: record.get(k)
+            for k in (
+                "recipe",
+                "slot",
+                "index",
+                "technique",
+                "runtime",
+                "parent",
+                "digest",
+                "key",
+                "reused",
+                "stage_config",
+            )
+        }
+        id = hashlib.sha256(name.encode()).hexdigest()[
+            :16
+        ]  # online, a run of the same id is replaced; offline, its files are
         for earlier in self.run_dir.glob(f"wandb/offline-run-*-{id}"):
             shutil.rmtree(earlier)
         settings = wandb.Settings(
-            x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
-            disable_git=True, disable_code=True, save_code=False, disable_job_creation=True, console="off",
-            silent=True, host="", program="", init_timeout=SECONDS_TO_CONNECT, finish_timeout=SECONDS_TO_UPLOAD,
-            finish_timeout_raises=True, root_dir=str(self.run_dir),
-        )  # fmt: skip
-        wandb.setup(settings=settings)  # progress lines of artifacts obey only the process-wide settings
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            disable_job_creation=True,
+            console="off",
+            silent=True,
+            host="",
+            program="",
+            init_timeout=SECONDS_TO_CONNECT,
+            finish_timeout=SECONDS_TO_UPLOAD,
+            finish_timeout_raises=True,
+            root_dir=str(self.run_dir),
+        )
+        wandb.setup(
+            settings=settings
+        )  # progress lines of artifacts obey only the process-wide settings
         try:
             return wandb.init(
-                project=self.project, mode=self.mode, dir=str(self.run_dir), settings=settings, name=name, group=record["run"],
-                id=id, job_type=record["slot"], config=config | {k: about.get(k) for k in ("git_sha", "versions", "machine")},
-            )  # fmt: skip
+                project=self.project,
+                mode=self.mode,
+                dir=str(self.run_dir),
+                settings=settings,
+                name=name,
+                group=record["run"],
+                id=id,
+                job_type=record["slot"],
+                config=config | {k: about.get(k) for k in ("git_sha", "versions", "machine")},
+            )
         except (wandb.errors.Error, TimeoutError) as error:
             if self.mode != "online":
                 raise
             self.mode = "offline"
             wandb.teardown(exit_code=1)  # the failed run would hold its id otherwise
-            print(f"warning: W&B cannot be reached ({without_credentials(str(error))}); writing offline, later: "
-                  f"wandb sync {self.run_dir}/wandb/offline-run-*", file=sys.stderr)  # fmt: skip
+            print(
+                f"warning: W&B cannot be reached ({without_credentials(str(error))}); writing"
+                f" offline, later: wandb sync {self.run_dir}/wandb/offline-run-*",
+                file=sys.stderr,
+            )
             return self._open(record, about)
 
 

@@ -1,7 +1,8 @@
 """A teacher as an author: who writes text on a prompt, on whatever this machine has.
 
-llama.cpp writes on a CPU, from a Q8_0 file of the teacher; vLLM on a GPU where it is installed, else transformers.
-Batched floating-point sums differ between engines and machines, and with them now and then a word.
+llama.cpp writes on a CPU, from a Q8_0 file of the teacher; vLLM on a GPU where it is installed,
+else transformers. Batched floating-point sums differ between engines and machines, and with them
+now and then a word.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ class Said(NamedTuple):
 
 
 class Author(Protocol):
-    """A teacher that writes: prompts (ids), tokens at most, temperature, a seed each -> what it wrote behind each.
+    """A teacher that writes: prompts (ids), tokens at most, temperature, a seed each -> what it
+    wrote behind each.
 
     `slots`: calls that it serves at the same time; 1 where a call's own prompts are the batch.
     """
@@ -152,7 +154,9 @@ class LlamaCppAuthor:
 
 
 def engine_for(teacher: Path) -> str:
-    """What writes here: vllm, llama.cpp where the teacher's architecture has a place in a GGUF, or transformers."""
+    """What writes here: vllm, llama.cpp where the teacher's architecture has a place in a GGUF, or
+    transformers.
+    """
     from transformers import AutoConfig
 
     from compress.export import gguf

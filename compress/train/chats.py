@@ -1,12 +1,16 @@
-"""Chats: what a row says, turn by turn, as the teacher's chat template renders it, and which of its tokens are an answer's.
+"""Chats: what a row says, turn by turn, as the teacher's chat template renders it, and which of
+its tokens are an answer's.
 
-`render` is the one door to a chat template: it runs in a process of its own under limits of time, memory and length
-(`compress/confined.py`), and whatever it raises becomes a ValueError that names the row.
+`render` is the one door to a chat template: it runs in a process of its own under limits of time,
+memory and length (`compress/confined.py`), and whatever it raises becomes a ValueError that names
+the row.
 
-A template need not render a conversation's beginning as it renders the conversation: Qwen3's and DeepSeek's leave the reasoning out of
-all answers but the last. Which characters are an answer's is therefore asked of the whole rendering. Where it begins with the renderings
-of its own beginnings, an answer is what its turn adds, header and end included. Else every answer is replaced by a mark in turn: what
-stands between the same beginning and the same end is the answer; the special token behind it, where the model stops, is learned too.
+A template need not render a conversation's beginning as it renders the conversation: Qwen3's and
+DeepSeek's leave the reasoning out of all answers but the last. Which characters are an answer's is
+therefore asked of the whole rendering. Where it begins with the renderings of its own beginnings,
+an answer is what its turn adds, header and end included. Else every answer is replaced by a mark in
+turn: what stands between the same beginning and the same end is the answer; the special token
+behind it, where the model stops, is learned too.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ MARK = "\ue000answer\ue000"  # private characters, which no text and no template
 
 
 class Chat(list[dict[str, Any]]):
-    """Turns {"role", "content", ...}, the tools that a model may call in them, and where they come from."""
+    """Turns {"role", "content", ...}, the tools that a model may call in them, and where they come
+    from.
+    """
 
     def __init__(
         self,
@@ -59,7 +65,9 @@ def content(document: Document) -> Any:
 def render(
     tokenizer: Any, chats: Sequence[Turns], *, generation: bool = False, limits: Limits = LIMITS
 ) -> list[str]:
-    """Chats as text, with `generation` up to where an answer begins. ValueError naming the row whose template fails."""
+    """Chats as text, with `generation` up to where an answer begins. ValueError naming the row
+    whose template fails.
+    """
     texts: list[str] = []
     for chat, text in zip(chats, _rendered(tokenizer, chats, generation, limits), strict=True):
         if isinstance(text, Failure):
@@ -70,16 +78,22 @@ def render(
 
 def _told(chat: Turns, failure: Failure) -> str:
     where = getattr(chat, "where", "the chat")
-    return f"{where}: the chat template fails ({failure.why}); change the row, or chat_template in the tokenizer's files"
+    return (
+        f"{where}: the chat template fails ({failure.why}); change the row, or chat_template in the"
+        " tokenizer's files"
+    )
 
 
 def _rendered(
     tokenizer: Any, chats: Sequence[Turns], generation: bool, limits: Limits
 ) -> Iterator[str | Failure]:
-    """The text of every chat, or what its template raises. ValueError where there is no template, or where a limit ended it."""
+    """The text of every chat, or what its template raises. ValueError where there is no template,
+    or where a limit ended it.
+    """
     if not tokenizer.chat_template:
         raise ValueError(
-            "chat data was given, but the teacher's tokenizer has no chat template; use plain text sources"
+            "chat data was given, but the teacher's tokenizer has no chat template; use plain text"
+            " sources"
         )
     special = tokenizer.special_tokens_map
     for some in _requests(chats):
@@ -124,7 +138,8 @@ def chat_tokens(tokenizer: Any, chats: Sequence[Chat], limits: Limits = LIMITS) 
     for i, some in zip(marked, clear, strict=True):
         spans[i] = some
 
-    # Characters to tokens: a token that stands on both sides of a place belongs to what is behind it.
+    # Characters to tokens: a token that stands on both sides of a place belongs to what is behind
+    # it.
     special = {i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
     tokens = []
     for i, (ids, ends) in enumerate(encode_with_ends(tokenizer, texts)):
@@ -139,7 +154,9 @@ def chat_tokens(tokenizer: Any, chats: Sequence[Chat], limits: Limits = LIMITS) 
 
 
 def _through_end(tokenizer: Any, row: np.ndarray, place: int, ends: set[int]) -> int:
-    """Behind the special token that follows a place, with nothing but space between; else the place itself."""
+    """Behind the special token that follows a place, with nothing but space between; else the
+    place itself.
+    """
     for i in range(place, len(row)):
         if int(row[i]) in ends:
             return i + 1
@@ -151,7 +168,9 @@ def _through_end(tokenizer: Any, row: np.ndarray, place: int, ends: set[int]) ->
 def _turn_spans(
     tokenizer: Any, chats: Sequence[Chat], texts: Sequence[str], limits: Limits
 ) -> list[list[Span] | None]:
-    """Characters that each answer's turn adds to the chat before it; None where a rendering does not begin with its beginning's."""
+    """Characters that each answer's turn adds to the chat before it; None where a rendering does
+    not begin with its beginning's.
+    """
     wanted = [
         (i, turns)
         for i, chat in enumerate(chats)
@@ -184,7 +203,9 @@ def _answers(chat: Turns) -> list[int]:
 def _marked_spans(
     tokenizer: Any, chats: Sequence[Chat], texts: Sequence[str], limits: Limits
 ) -> list[list[Span]]:
-    """Characters of each answer, by what changes when a mark takes its place. ValueError naming the row where that is not clear."""
+    """Characters of each answer, by what changes when a mark takes its place. ValueError naming
+    the row where that is not clear.
+    """
     wanted = [(i, turn) for i, chat in enumerate(chats) for turn in _answers(chat)]
     marked = []
     for i, turn in wanted:
@@ -200,15 +221,18 @@ def _marked_spans(
             or not _says(texts[i][slice(*span)], chats[i][turn].get("content"))
         ):
             raise ValueError(
-                f"{chats[i].where}: in what the chat template makes of it, answer {turn + 1} can't be told from the other turns; "
-                "use data.chat_labels=all for this source, or other rows"
+                f"{chats[i].where}: in what the chat template makes of it, answer {turn + 1} can't"
+                " be told from the other turns; use data.chat_labels=all for this source, or other"
+                " rows"
             )
         spans[i].append(span)
     return spans
 
 
 def _between(text: str, marked: str) -> Span | None:
-    """What of `text` lies between the beginning and the end that it shares with `marked`, in which one MARK stands for it."""
+    """What of `text` lies between the beginning and the end that it shares with `marked`, in which
+    one MARK stands for it.
+    """
     before, found, after = marked.partition(MARK)
     if not found or MARK in after:
         return None

@@ -1,15 +1,20 @@
-"""Documents in, packed token sequences out: what every training stage, calibration and the held-out scores read.
+"""Documents in, packed token sequences out: what every training stage, calibration and the
+held-out scores read.
 
-Documents (`sources.py`) are tokenised, ended with EOS, concatenated and cut to sequences of L + 1 tokens, so that position i predicts i + 1.
-Where the tokenizer begins every text with BOS, as Gemma's and Llama 3's do, a plain text begins with it too, and it is no label; a chat
-begins as its template says. Documents are shuffled once, with a fixed seed, before they are joined: the first n sequences are a sample of
-the whole, which a small token budget, the calibration and the teacher's signal all read. With weights, the source that is furthest behind
-its share of the tokens comes next, until that one is used up: nothing is repeated.
+Documents (`sources.py`) are tokenised, ended with EOS, concatenated and cut to sequences of L + 1
+tokens, so that position i predicts i + 1. Where the tokenizer begins every text with BOS, as
+Gemma's and Llama 3's do, a plain text begins with it too, and it is no label; a chat begins as its
+template says. Documents are shuffled once, with a fixed seed, before they are joined: the first n
+sequences are a sample of the whole, which a small token budget, the calibration and the teacher's
+signal all read. With weights, the source that is furthest behind its share of the tokens comes
+next, until that one is used up: nothing is repeated.
 
-`mask` marks the labels that count: everything in plain text; in chat everything too when a student learns from a teacher, who has an opinion
-on every token, or only the answers (`chat_labels`, `chats.py`). Sequences without a label, such as a question of pages, are left out. With
-packing "documents" a token sees its own document only (positions start again at each), and its first token, which nothing announces, is no
-label; with "stream" a row is one text. Epoch e of training is a permutation seeded by (seed, e), so that resuming needs no replay.
+`mask` marks the labels that count: everything in plain text; in chat everything too when a student
+learns from a teacher, who has an opinion on every token, or only the answers (`chat_labels`,
+`chats.py`). Sequences without a label, such as a question of pages, are left out. With packing
+"documents" a token sees its own document only (positions start again at each), and its first token,
+which nothing announces, is no label; with "stream" a row is one text. Epoch e of training is a
+permutation seeded by (seed, e), so that resuming needs no replay.
 
 Legend: S sequences, L positions, R rows of a batch.
 """
@@ -41,7 +46,9 @@ DOCUMENTS_AT_ONCE = 1000  # rendered and tokenised together
 
 @dataclass(frozen=True)
 class Packed:
-    """ids (S, L+1) int32, mask (S, L+1) bool, the digest that names them; first (S, L+1) bool marks documents' first tokens."""
+    """ids (S, L+1) int32, mask (S, L+1) bool, the digest that names them; first (S, L+1) bool
+    marks documents' first tokens.
+    """
 
     ids: Tensor
     mask: Tensor
@@ -49,12 +56,19 @@ class Packed:
     first: Tensor | None = None  # None: rows are one text each
 
     def rows(self, seed: int, start: int, count: int, first: int) -> list[int]:
-        """Sequence numbers of positions start..start+count of the endless shuffled stream over the `first` sequences."""
+        """Sequence numbers of positions start..start+count of the endless shuffled stream over the
+        `first` sequences.
+        """
         size = min(len(self.ids), first)
-        return [_permutation(seed, index // size, size)[index % size] for index in range(start, start + count)]
+        return [
+            _permutation(seed, index // size, size)[index % size]
+            for index in range(start, start + count)
+        ]
 
     def inputs(self, rows: list[int]) -> dict[str, Tensor]:
-        """inputs (R, L) int64 and, where documents are apart, positions (R, L) int64: what a model is given."""
+        """inputs (R, L) int64 and, where documents are apart, positions (R, L) int64: what a model
+        is given.
+        """
         ids_RL = self.ids[rows, :-1].long()
         if self.first is None:
             return {"inputs": ids_RL}
@@ -64,7 +78,10 @@ class Packed:
 
     def batch(self, rows: list[int]) -> dict[str, Tensor]:
         """`inputs`, and labels (R, L) int64 with their mask (R, L) bool."""
-        return self.inputs(rows) | {"labels": self.ids[rows, 1:].long(), "mask": self.mask[rows, 1:].contiguous()}
+        return self.inputs(rows) | {
+            "labels": self.ids[rows, 1:].long(),
+            "mask": self.mask[rows, 1:].contiguous(),
+        }
 
 
 @cache
@@ -85,7 +102,9 @@ def _shuffled(tokenizer: Any, texts: list[Document], chat_labels: str) -> Iterat
 
 def _plain_tokens(tokenizer: Any, texts: list[str]) -> list[Tokens]:
     """Texts between BOS, where the tokenizer adds one, and EOS. All but BOS are labels."""
-    before, after = (np.array(ids, dtype=np.int32) for ids in (opening(tokenizer), [tokenizer.eos_token_id]))
+    before, after = (
+        np.array(ids, dtype=np.int32) for ids in (opening(tokenizer), [tokenizer.eos_token_id])
+    )
     rows = []
     for ids in encode(tokenizer, texts):
         mask = np.ones(len(before) + len(ids) + 1, dtype=bool)
@@ -98,14 +117,19 @@ def _chats(tokenizer: Any, chats: list[Chat], chat_labels: str) -> list[Tokens]:
     """Chats as the teacher's template renders them: their answers as labels, or everything."""
     if chat_labels == "answers":
         return chat_tokens(tokenizer, chats)
-    return [(ids, np.ones(len(ids), dtype=bool)) for ids in encode(tokenizer, render(tokenizer, chats))]
+    return [
+        (ids, np.ones(len(ids), dtype=bool)) for ids in encode(tokenizer, render(tokenizer, chats))
+    ]
 
 
 def _mixed(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[Tokens]:
     """Documents of several streams in proportion to their weights."""
     taken = [0] * len(streams)
     while True:
-        behind = [weight / sum(weights) * (1 + sum(taken)) - count for weight, count in zip(weights, taken, strict=True)]
+        behind = [
+            weight / sum(weights) * (1 + sum(taken)) - count
+            for weight, count in zip(weights, taken, strict=True)
+        ]
         chosen = behind.index(max(behind))
         if (document := next(streams[chosen], None)) is None:
             return
@@ -113,26 +137,46 @@ def _mixed(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[To
         yield document
 
 
-def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, weights: list[float] | None = None, packing: str = "stream",
-         chat_labels: str = "all", log: Callable[[str], None] = lambda message: None) -> Packed:  # fmt: skip
+def pack(
+    sources: list[str],
+    teacher: Path,
+    seq_len: int,
+    cache_dir: Path,
+    *,
+    weights: list[float] | None = None,
+    packing: str = "stream",
+    chat_labels: str = "all",
+    log: Callable[[str], None] = lambda message: None,
+) -> Packed:
     """`sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content.
 
-    ValueError when they don't fill one sequence, or no sequence has a label. `chat_labels`: "all" tokens of a chat count as labels, or
-    only the "answers".
+    ValueError when they don't fill one sequence, or no sequence has a label. `chat_labels`: "all"
+    tokens of a chat count as labels, or only the "answers".
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     texts = [
-        generated(source, teacher, cache_dir, log, documents) if source.startswith("generated:") else documents(source, log)
+        (
+            generated(source, teacher, cache_dir, log, documents)
+            if source.startswith("generated:")
+            else documents(source, log)
+        )
         for source in sources
     ]
     named = {
-        "tokens": token_inputs(teacher), "texts": sha256_json([[content(one) for one in some] for some in texts]), "seq_len": seq_len,
-        "weights": weights or [], "chat_labels": chat_labels, "schema": 4,
-    }  # fmt: skip
+        "tokens": token_inputs(teacher),
+        "texts": sha256_json([[content(one) for one in some] for some in texts]),
+        "seq_len": seq_len,
+        "weights": weights or [],
+        "chat_labels": chat_labels,
+        "schema": 4,
+    }
     path = cache_dir / f"{sha256_json(named)}.safetensors"
     if not path.is_file():
         tokenizer = load_tokenizer(teacher)
-        streams = [_shuffled(tokenizer, source, chat_labels) for source in (texts if weights else [list(chain(*texts))])]
+        streams = [
+            _shuffled(tokenizer, source, chat_labels)
+            for source in (texts if weights else [list(chain(*texts))])
+        ]
         pairs = list(_mixed(streams, weights or [1.0]))
         ids, mask = (np.concatenate(column) for column in zip(*pairs, strict=True))
         assert len(ids) == len(mask)
@@ -141,11 +185,26 @@ def pack(sources: list[str], teacher: Path, seq_len: int, cache_dir: Path, *, we
         del pairs
         count = len(ids) // (seq_len + 1) * (seq_len + 1)
         if count == 0:
-            raise ValueError(f"{sources} hold {len(ids)} tokens, one sequence needs {seq_len + 1}; add text or lower data.seq_len")
-        write_whole(path, save({name: torch.from_numpy(column[:count]) for name, column in (("ids", ids), ("mask", mask), ("first", first))}))
+            raise ValueError(
+                f"{sources} hold {len(ids)} tokens, one sequence needs {seq_len + 1}; add text or"
+                " lower data.seq_len"
+            )
+        write_whole(
+            path,
+            save(
+                {
+                    name: torch.from_numpy(column[:count])
+                    for name, column in (("ids", ids), ("mask", mask), ("first", first))
+                }
+            ),
+        )
     columns = load_file(path)
-    ids_SL, mask_SL, first_SL = (columns[name].view(-1, seq_len + 1) for name in ("ids", "mask", "first"))
-    name = sha256_json([sha256_file(path), packing])  # of what came out: a newer tokenizer that cuts alike changes nothing
+    ids_SL, mask_SL, first_SL = (
+        columns[name].view(-1, seq_len + 1) for name in ("ids", "mask", "first")
+    )
+    name = sha256_json(
+        [sha256_file(path), packing]
+    )  # of what came out: a newer tokenizer that cuts alike changes nothing
     if packing == "documents":
         mask_SL = mask_SL & ~first_SL
     labelled_S = mask_SL[:, 1:].any(1)
@@ -160,5 +219,11 @@ def _tell_labels(sources: list[str], labelled_S: Tensor, log: Callable[[str], No
     without, count = int((~labelled_S).sum()), len(labelled_S)
     if without == count:
         hint = "give chats with assistant turns, or set data.chat_labels=all"
-        raise ValueError(f"{sources}: none of {count} sequences holds a token of an answer, so there is nothing to learn; {hint}")
-    log(f"{', '.join(sources)}: {without} of {count} sequences hold no token of an answer and are left out")
+        raise ValueError(
+            f"{sources}: none of {count} sequences holds a token of an answer, so there is nothing"
+            f" to learn; {hint}"
+        )
+    log(
+        f"{', '.join(sources)}: {without} of {count} sequences hold no token of an answer and are"
+        " left out"
+    )

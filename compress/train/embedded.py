@@ -1,4 +1,6 @@
-"""Text that is on every machine: the running Python's own documentation, and conversations that ship with the package."""
+"""Text that is on every machine: the running Python's own documentation, and conversations that
+ship with the package.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,18 @@ from typing import Any
 
 from compress.assets import configs_dir
 
-SKIPPED_MODULES = ("test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "__pycache__")
-MIN_CHARACTERS = 80  # shorter docstrings are one-line summaries that teach little and cost an EOS each
+SKIPPED_MODULES = (
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "__pycache__",
+)
+MIN_CHARACTERS = (
+    80  # shorter docstrings are one-line summaries that teach little and cost an EOS each
+)
 HELDOUT_SHARE = 0.1  # of the embedded conversations
 Plain = str | list[dict[str, Any]]  # a text, or turns of a chat
 
@@ -40,7 +52,9 @@ def _docstrings() -> tuple[tuple[str, str], ...]:
     return tuple((name, text) for text, name in found.items())
 
 
-def _docs_below(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[tuple[str, str]]:
+def _docs_below(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[tuple[str, str]]:
     if text := ast.get_docstring(node):
         yield name, inspect.cleandoc(text)
     for child in node.body:
@@ -54,7 +68,9 @@ def _docstring_chat() -> list[Plain]:
         answer = " ".join(text.split("\n\n")[0].split())
         if name.count(".") >= 1 and "._" not in name and MIN_CHARACTERS <= len(answer) <= 600:
             question = f"What does `{name}` do in Python's standard library?"
-            chats.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+            chats.append(
+                [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            )
     return chats
 
 

@@ -1,23 +1,29 @@
-"""From token ids to final hidden states and the head: the two things every loss and every closeness score needs.
+"""From token ids to final hidden states and the head: the two things every loss and every
+closeness score needs.
 
-Training on a CPU has its own attention and RMS norms (`use_cpu_kernels`): exact, in pieces that stay in the cache. Attention is several times
-faster than torch's own CPU kernel, most of it backwards. For a block of C queries and the keys up to its end, with s = 1 / sqrt(D) or what
-the model says,
+Training on a CPU has its own attention and RMS norms (`use_cpu_kernels`): exact, in pieces that
+stay in the cache. Attention is several times faster than torch's own CPU kernel, most of it
+backwards. For a block of C queries and the keys up to its end, with s = 1 / sqrt(D) or what the
+model says,
 
-    P = softmax(s Q K^T + mask)    O = P V    dV = P^T dO    dP = dO V^T    dS = P (dP - rowsum(P dP))    dQ = s dS K    dK = s dS^T Q
+    P = softmax(s Q K^T + mask)    O = P V    dV = P^T dO    dP = dO V^T    dS = P (dP - rowsum(P
+    dP))    dQ = s dS K    dK = s dS^T Q
 
-so nothing right of the diagonal is computed but inside a block. Only Q, K and V are kept; backward makes P again, as FlashAttention does
-(arXiv 2205.14135, section 3.1). Query heads that share a KV head are rows of one product: K and V are never repeated. Products
-are of the autocast type (else of V's), softmax sums in fp32, as transformers' eager attention.
+so nothing right of the diagonal is computed but inside a block. Only Q, K and V are kept; backward
+makes P again, as FlashAttention does (arXiv 2205.14135, section 3.1). Query heads that share a KV
+head are rows of one product: K and V are never repeated. Products are of the autocast type (else of
+V's), softmax sums in fp32, as transformers' eager attention.
 
-RMS norm (arXiv 1910.07467), y = x r w with r = (mean x^2 + eps)^(-1/2), keeps x and r alone. With x' = x r and g = w dL/dy,
+RMS norm (arXiv 1910.07467), y = x r w with r = (mean x^2 + eps)^(-1/2), keeps x and r alone. With
+x' = x r and g = w dL/dy,
 
     dL/dx = r (g - x' mean(g x'))    dL/dw = sum x' dL/dy
 
 Under autocast y is of its type at once, which every linear layer behind it would round it to.
 
-Legend: R rows (sequences), L positions, N = R * L tokens, C tokens a chunk, H hidden, V vocabulary; of the kernels: B sequences, H query heads,
-K KV heads, D head dimension, C queries of a block, E keys up to its end, W hidden.
+Legend: R rows (sequences), L positions, N = R * L tokens, C tokens a chunk, H hidden, V vocabulary;
+of the kernels: B sequences, H query heads, K KV heads, D head dimension, C queries of a block, E
+keys up to its end, W hidden.
 """
 
 from __future__ import annotations
@@ -42,7 +48,9 @@ ROWS = 256  # tokens of a norm at once: 0.6 MB at width 576
 
 @dataclass(frozen=True)
 class Head:
-    """What turns final hidden states into logits: z = (h W^T + bias) * scale, then softcap * tanh(z / softcap) where the model caps them."""
+    """What turns final hidden states into logits: z = (h W^T + bias) * scale, then softcap *
+    tanh(z / softcap) where the model caps them.
+    """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
@@ -50,13 +58,19 @@ class Head:
     softcap: float | None = None
 
     def finish(self, product_CV: Tensor) -> Tensor:
-        """Logits (C, V) in fp32 (fp64 for fp64) of h W^T; a new tensor unless the product has that type and nothing is to be done."""
+        """Logits (C, V) in fp32 (fp64 for fp64) of h W^T; a new tensor unless the product has that
+        type and nothing is to be done.
+        """
         logits_CV = product_CV if product_CV.dtype == torch.float64 else product_CV.float()
         if self.bias_V is not None:
             logits_CV = logits_CV + self.bias_V
         if self.scale != 1.0:
             logits_CV = logits_CV * self.scale
-        return logits_CV if self.softcap is None else (logits_CV / self.softcap).tanh_().mul_(self.softcap)
+        return (
+            logits_CV
+            if self.softcap is None
+            else (logits_CV / self.softcap).tanh_().mul_(self.softcap)
+        )
 
     def back(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
         """d loss / d product from d loss / d logits."""
@@ -72,11 +86,19 @@ class Head:
         """The head of the first `rows` ids: what is behind them is padding that no tokenizer gives."""
         if rows == len(self.weight_VH):
             return self
-        return replace(self, weight_VH=self.weight_VH[:rows], bias_V=None if self.bias_V is None else self.bias_V[:rows])
+        return replace(
+            self,
+            weight_VH=self.weight_VH[:rows],
+            bias_V=None if self.bias_V is None else self.bias_V[:rows],
+        )
 
     def detach(self) -> Head:
         """The same head outside the autograd graph."""
-        return replace(self, weight_VH=self.weight_VH.detach(), bias_V=None if self.bias_V is None else self.bias_V.detach())
+        return replace(
+            self,
+            weight_VH=self.weight_VH.detach(),
+            bias_V=None if self.bias_V is None else self.bias_V.detach(),
+        )
 
     def to(self, dtype: torch.dtype) -> Head:
         """The same head with its weight in `dtype`."""
@@ -84,11 +106,12 @@ class Head:
 
 
 def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
-    """What a transformers config, as a dict with its defaults, says of the logits besides the weight, as transformers 5's own families read it.
+    """What a transformers config, as a dict with its defaults, says of the logits besides the
+    weight, as transformers 5's own families read it.
 
-    Cohere and Falcon H1 multiply them, HyperCLOVA X too, under the key by which Granite divides them; MiniCPM 3 divides
-    them by a ratio of widths; Gemma and NanoChat cap them. Keys of other families are not followed: `compress/loaded.py`
-    compares each model with itself.
+    Cohere and Falcon H1 multiply them, HyperCLOVA X too, under the key by which Granite divides
+    them; MiniCPM 3 divides them by a ratio of widths; Gemma and NanoChat cap them. Keys of other
+    families are not followed: `compress/loaded.py` compares each model with itself.
     """
     family, scale = str(config.get("model_type", "")), 1.0
     if family.startswith("cohere"):
@@ -105,15 +128,21 @@ def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
 def head_of(model: Any) -> Head:
     """The output head of a causal language model, peft-wrapped or not."""
     output = model.get_output_embeddings()
-    return Head(output.weight, getattr(output, "bias", None), **scale_and_softcap(model.config.to_dict()))
+    return Head(
+        output.weight, getattr(output, "bias", None), **scale_and_softcap(model.config.to_dict())
+    )
 
 
 def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Hidden states after the final norm (N, H) of a causal language model, peft-wrapped or not, for ids (R, L).
+    """Hidden states after the final norm (N, H) of a causal language model, peft-wrapped or not,
+    for ids (R, L).
 
-    Where positions (R, L) start again a new document does: transformers then masks attention across documents.
+    Where positions (R, L) start again a new document does: transformers then masks attention across
+    documents.
     """
-    hidden_RLH: Tensor = model.get_decoder()(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
+    hidden_RLH: Tensor = model.get_decoder()(
+        input_ids=inputs, position_ids=positions, use_cache=False
+    ).last_hidden_state
     return hidden_RLH.flatten(0, 1)
 
 
@@ -121,11 +150,15 @@ class _Blocks(torch.autograd.Function):
     """(B, H, L, D), (B, K, L, D), (B, K, L, D) -> (B, H, L, D)."""
 
     @staticmethod
-    def forward(ctx: Any, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             out_BHLD = torch.empty_like(q_BHLD, memory_format=torch.contiguous_format)
             for part, end, p, _ in _probabilities(q_BHLD, k_BKLD, mask, scale):
-                out_BHLD[:, :, part] = torch.bmm(p, v_BKLD.flatten(0, 1)[:, :end]).view(out_BHLD[:, :, part].shape)
+                out_BHLD[:, :, part] = torch.bmm(p, v_BKLD.flatten(0, 1)[:, :end]).view(
+                    out_BHLD[:, :, part].shape
+                )
         ctx.save_for_backward(q_BHLD, k_BKLD, v_BKLD, mask)
         ctx.scale = scale
         return out_BHLD
@@ -135,17 +168,30 @@ class _Blocks(torch.autograd.Function):
         q_BHLD, k_BKLD, v_BKLD, mask = ctx.saved_tensors
         d_q, out = torch.empty_like(q_BHLD, memory_format=torch.contiguous_format), grad_outputs[0]
         k, v = k_BKLD.flatten(0, 1), v_BKLD.flatten(0, 1)
-        d_k, d_v = (torch.zeros(k.shape, dtype=torch.promote_types(k.dtype, torch.float32)) for _ in range(2))
+        d_k, d_v = (
+            torch.zeros(k.shape, dtype=torch.promote_types(k.dtype, torch.float32))
+            for _ in range(2)
+        )
         for part, end, p, q in _probabilities(q_BHLD, k_BKLD, mask, ctx.scale):
             d_out = out[:, :, part].reshape(q.shape)
             d_v[:, :end] += torch.bmm(p.transpose(1, 2), d_out)
-            d_s = torch._softmax_backward_data(torch.bmm(d_out, v[:, :end].transpose(1, 2)), p, -1, p.dtype)
+            d_s = torch._softmax_backward_data(
+                torch.bmm(d_out, v[:, :end].transpose(1, 2)), p, -1, p.dtype
+            )
             d_q[:, :, part] = torch.bmm(d_s, k[:, :end]).mul_(ctx.scale).view(d_q[:, :, part].shape)
             d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q)  # these queries carry the scale
-        return d_q, d_k.view(k_BKLD.shape).to(k.dtype), d_v.view(v_BKLD.shape).to(v.dtype), None, None
+        return (
+            d_q,
+            d_k.view(k_BKLD.shape).to(k.dtype),
+            d_v.view(v_BKLD.shape).to(v.dtype),
+            None,
+            None,
+        )
 
 
-def _probabilities(q_BHLD: Tensor, k_BKLD: Tensor, mask: Tensor | None, scale: float) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+def _probabilities(
+    q_BHLD: Tensor, k_BKLD: Tensor, mask: Tensor | None, scale: float
+) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
     """Of each block: its queries' place, E, P (B K, G C, E) and the scaled queries (B K, G C, D)."""
     batch, heads, length, dim = q_BHLD.shape
     groups = batch * k_BKLD.shape[1]
@@ -156,23 +202,52 @@ def _probabilities(q_BHLD: Tensor, k_BKLD: Tensor, mask: Tensor | None, scale: f
         scores = torch.bmm(q, k[:, :end].transpose(1, 2))
         by_head = scores.view(batch, heads, end - start, end)
         if mask is None:
-            by_head[..., start:].add_(torch.full((end - start, end - start), -torch.inf, dtype=scores.dtype).triu_(1))
+            by_head[..., start:].add_(
+                torch.full((end - start, end - start), -torch.inf, dtype=scores.dtype).triu_(1)
+            )
         else:
-            # The least number, not -inf: a query that sees nothing, as padding on the left, must not become NaN, which spreads to all others.
+            # The least number, not -inf: a query that sees nothing, as padding on the left, must
+            # not become NaN, which spreads to all others.
             by_head.masked_fill_(~mask[:, :, part, :end], torch.finfo(scores.dtype).min)
         yield part, end, scores.softmax(-1), q
 
 
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-               scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
-    """As transformers calls it, (B, L, H, D); whatever is not plain causal attention of whole sequences on a CPU goes to torch's own."""
-    whole = query.device.type == "cpu" and query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3] and not dropout
-    causal = is_causal is not False and getattr(module, "is_causal", True) and (attention_mask is None or attention_mask.dtype == torch.bool)
-    if not (whole and causal) or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux")):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it, (B, L, H, D); whatever is not plain causal attention of whole
+    sequences on a CPU goes to torch's own.
+    """
+    whole = (
+        query.device.type == "cpu"
+        and query.shape[2] == key.shape[2] > 1
+        and query.shape[3] == value.shape[3]
+        and not dropout
+    )
+    causal = (
+        is_causal is not False
+        and getattr(module, "is_causal", True)
+        and (attention_mask is None or attention_mask.dtype == torch.bool)
+    )
+    if not (whole and causal) or any(
+        kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux")
+    ):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
     compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     q, k, v = (t.to(compute).contiguous() for t in (query, key, value))
-    out = _Blocks.apply(q, k, v, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    out = _Blocks.apply(
+        q, k, v, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -183,7 +258,9 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x_NW: Tensor, w_W: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         out_NW = torch.empty(x_NW.shape, dtype=dtype)
         r_N1 = torch.empty(len(x_NW), 1, dtype=x_NW.dtype)
-        for x_CW, out_CW, r_C1 in zip(x_NW.split(ROWS), out_NW.split(ROWS), r_N1.split(ROWS), strict=True):
+        for x_CW, out_CW, r_C1 in zip(
+            x_NW.split(ROWS), out_NW.split(ROWS), r_N1.split(ROWS), strict=True
+        ):
             torch.linalg.vector_norm(x_CW, dim=-1, keepdim=True, out=r_C1)
             r_C1.square_().div_(x_CW.shape[1]).add_(eps).rsqrt_()
             out_CW.copy_((x_CW * r_C1).mul_(w_W))
@@ -194,7 +271,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x_NW, w_W, r_N1 = ctx.saved_tensors
         d_x, d_w = torch.empty_like(x_NW), torch.zeros_like(w_W)
-        for x_CW, r_C1, g_CW, d_x_CW in zip(*(t.split(ROWS) for t in (x_NW, r_N1, grad_outputs[0], d_x)), strict=True):
+        for x_CW, r_C1, g_CW, d_x_CW in zip(
+            *(t.split(ROWS) for t in (x_NW, r_N1, grad_outputs[0], d_x)), strict=True
+        ):
             unit_CW, g_CW = x_CW * r_C1, g_CW.to(x_NW.dtype, copy=True)
             d_w += (g_CW * unit_CW).sum(0)
             mean_C1 = torch.linalg.vecdot(g_CW.mul_(w_W), unit_CW)[:, None].div_(x_CW.shape[1])
@@ -213,7 +292,8 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 
 def use_cpu_kernels(model: Any) -> None:
-    """Let a transformers model, peft-wrapped or not, compute this way where it can; the choice is not saved with the model.
+    """Let a transformers model, peft-wrapped or not, compute this way where it can; the choice is
+    not saved with the model.
 
     What does not use torch's attention, or another norm than Llama's, keeps its own.
     """
@@ -227,13 +307,17 @@ def use_cpu_kernels(model: Any) -> None:
 
 
 def _code(kind: type) -> Any:
-    """What `forward` does: transformers' modelling files hold copies of the same norm under their own names."""
+    """What `forward` does: transformers' modelling files hold copies of the same norm under their
+    own names.
+    """
     code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]
     return code and (code.co_code, code.co_names, code.co_consts)
 
 
 def block_inputs(model: Any, ids_BL: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """What every block of a decoder receives for ids (B, L): hidden states (B, L, H), and the keywords that it is called with."""
+    """What every block of a decoder receives for ids (B, L): hidden states (B, L, H), and the
+    keywords that it is called with.
+    """
     states: list[Tensor] = []
     keywords: list[dict[str, Any]] = []
 

@@ -1,12 +1,13 @@
-"""A row of data, whatever its fields are called, as a document: a text, or a chat whose roles and contents were checked.
+"""A row of data, whatever its fields are called, as a document: a text, or a chat whose roles and
+contents were checked.
 
-    text                                              a text
-    messages, conversations                           turns: role or from, content or value, as OpenAI's and ShareGPT's
-    instruction, input, output                        Alpaca's question and answer
-    prompt|question and answer|response|completion    a question and its answer, as strings or as turns
+    text                                              a text messages, conversations
+    turns: role or from, content or value, as OpenAI's and ShareGPT's instruction, input, output
+    Alpaca's question and answer prompt|question and answer|response|completion    a question and
+    its answer, as strings or as turns
 
-The first of these that a row has counts. `system`, a string, stands before a chat's turns; `tools`, a list of JSON schemas, is given to
-the chat template.
+The first of these that a row has counts. `system`, a string, stands before a chat's turns; `tools`,
+a list of JSON schemas, is given to the chat template.
 """
 
 from __future__ import annotations
@@ -31,16 +32,22 @@ FIELDS = (
     "system",
     "tools",
 )
-NEEDED = "needed: text, messages, conversations, instruction with output, or prompt|question with answer|response|completion"
+NEEDED = (
+    "needed: text, messages, conversations, instruction with output, or prompt|question with"
+    " answer|response|completion"
+)
 
 
 def document(row: Any, where: str) -> Document:
-    """What a row says. ValueError that begins with `where` when it says nothing that can be trained on."""
+    """What a row says. ValueError that begins with `where` when it says nothing that can be
+    trained on.
+    """
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
         raise ValueError(
-            f"{where} is a JSON {type(row).__name__}; a row is an object with named fields, or a string; {NEEDED}"
+            f"{where} is a JSON {type(row).__name__}; a row is an object with named fields, or a"
+            f" string; {NEEDED}"
         )
     given = {key: row[key] for key in FIELDS if row.get(key) is not None}
     if "text" in given:
@@ -99,7 +106,9 @@ def _chat(turns: Any, row: dict[str, Any], where: str, field: str) -> Chat:
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """A turn with an allowed role and a string as content, besides whatever else it holds for the template."""
+    """A turn with an allowed role and a string as content, besides whatever else it holds for the
+    template.
+    """
     if not isinstance(turn, dict):
         raise ValueError(f"{where} is a {_kind(turn)}; a turn is an object with role and content")
     # Fields that are null are as good as absent: a table of turns has every field in every one.
@@ -112,7 +121,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     role = CALLED.get(name, name) if isinstance(name, str) else name
     if role not in ROLES:
         raise ValueError(
-            f"{where} has the role {repr(name)[:60]}; allowed: {', '.join(ROLES)}, or ShareGPT's {', '.join(CALLED)}"
+            f"{where} has the role {repr(name)[:60]}; allowed: {', '.join(ROLES)}, or ShareGPT's"
+            f" {', '.join(CALLED)}"
         )
     calls = turn.get("tool_calls")
     if calls is not None and not (
@@ -139,7 +149,8 @@ def _content(content: Any, where: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else _kind(part)
         if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
             raise ValueError(
-                f"{where}: its content has a part of the type {kind!r}; only text can be trained on: leave such rows out"
+                f"{where}: its content has a part of the type {kind!r}; only text can be trained"
+                " on: leave such rows out"
             )
     return "".join(part["text"] for part in content)
 
@@ -152,6 +163,7 @@ def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(
-            f"{where}: the field 'tools' is no list of objects, one a tool; write them as JSON schemas, or leave them out"
+            f"{where}: the field 'tools' is no list of objects, one a tool; write them as JSON"
+            " schemas, or leave them out"
         )
     return tools

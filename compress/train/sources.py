@@ -1,18 +1,23 @@
-"""Documents of a source of text, each a string or a chat; everything that is wrong with one is a sentence with file and row.
+"""Documents of a source of text, each a string or a chat; everything that is wrong with one is a
+sentence with file and row.
 
 A *source* is one string:
 
-embedded:docstrings      docstrings of the running Python's standard library (PSF licence), read with `ast`, never imported
-embedded:topics          `pydoc_data.topics`, the language reference's help texts (PSF licence)
-embedded:docstring_chat  question and answer pairs made of the docstrings' first paragraphs
-embedded:conversations   what the embedded teacher wrote out of nothing (`configs/conversations/README.md`), in its own chat template
-embedded:conversations_heldout   the last tenth of these, which the source above leaves out: never trained on
-PATH                     .txt (documents split at blank lines), .jsonl or .json (a row a line, or one array of rows), .parquet; all but the
+embedded:docstrings      docstrings of the running Python's standard library (PSF licence), read
+with `ast`, never imported embedded:topics          `pydoc_data.topics`, the language reference's
+help texts (PSF licence) embedded:docstring_chat  question and answer pairs made of the docstrings'
+first paragraphs embedded:conversations   what the embedded teacher wrote out of nothing
+(`configs/conversations/README.md`), in its own chat template embedded:conversations_heldout   the
+last tenth of these, which the source above leaves out: never trained on PATH
+.txt (documents split at blank lines), .jsonl or .json (a row a line, or one array of rows),
+.parquet; all but the
                          last also as .gz. A row is a string or has fields as in `rows.py`
 hub:NAME[@CONFIG]:SPLIT:FIELD   a hub dataset (FIELD holds a text or turns; needs the network)
-generated:COUNTxTOKENS:PROMPTS  what the teacher writes itself, out of nothing or on prompts (`written.py`)
+generated:COUNTxTOKENS:PROMPTS  what the teacher writes itself, out of nothing or on prompts
+(`written.py`)
 
-Text is UTF-8. Half surrogates (`\\ud83d` alone, as cut text has them) become U+FFFD, which is said once for a source.
+Text is UTF-8. Half surrogates (`\\ud83d` alone, as cut text has them) become U+FFFD, which is said
+once for a source.
 """
 
 from __future__ import annotations
@@ -45,12 +50,15 @@ def quiet(message: str) -> None:
 
 
 def documents(source: str, log: Log = quiet) -> list[Document]:
-    """All documents of a source but empty chats. ValueError when it is unknown, missing, malformed or has no text."""
+    """All documents of a source but empty chats. ValueError when it is unknown, missing, malformed
+    or has no text.
+    """
     kind, _, name = source.partition(":")
     if kind == "embedded":
         if name not in EMBEDDED:
             raise ValueError(
-                f"data source {source!r} is unknown; embedded sources are {', '.join(sorted(EMBEDDED))}"
+                f"data source {source!r} is unknown; embedded sources are"
+                f" {', '.join(sorted(EMBEDDED))}"
             )
         given = [
             one if isinstance(one, str) else Chat(one, where=f"{source}, row {i}")
@@ -60,7 +68,8 @@ def documents(source: str, log: Log = quiet) -> list[Document]:
         given = [document(row, where) for where, row in _whole(_hub_rows(source), log)]
     elif kind == "generated":
         raise ValueError(
-            f"data source {source[:80]!r} is what a teacher writes: it can't be read, nor be what another one is written on"
+            f"data source {source[:80]!r} is what a teacher writes: it can't be read, nor be what"
+            " another one is written on"
         )
     else:
         given = _from_file(Path(source).expanduser(), log)
@@ -82,7 +91,8 @@ def _whole(rows: Rows, log: Log) -> Rows:
             raise ValueError(f"{where} is {error}; flatten it") from error
         if whole is not row and not told:
             log(
-                f"{where} holds half a character (a surrogate without its other half): U+FFFD stands in its place, here and below"
+                f"{where} holds half a character (a surrogate without its other half): U+FFFD"
+                " stands in its place, here and below"
             )
             told = True
         yield where, whole
@@ -129,7 +139,9 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _parquet_rows(path: Path) -> Rows:
-    """The known fields of a Parquet file's rows. ValueError when the file is damaged or has none of them."""
+    """The known fields of a Parquet file's rows. ValueError when the file is damaged or has none
+    of them.
+    """
     import pyarrow.parquet as parquet
     from pyarrow.lib import ArrowException
 
@@ -144,7 +156,8 @@ def _parquet_rows(path: Path) -> Rows:
                 room -= batch.nbytes
                 if room < 0:
                     raise ValueError(
-                        f"{path} unpacks to {UNPACKED_FACTOR} times its size and more; write it anew"
+                        f"{path} unpacks to {UNPACKED_FACTOR} times its size and more; write it"
+                        " anew"
                     )
                 for row in batch.to_pylist():
                     number += 1
@@ -157,16 +170,20 @@ def _parquet_rows(path: Path) -> Rows:
 
 
 def _hub_rows(source: str) -> Rows:
-    """Rows of a hub dataset, each what `document` takes. ValueError when the source is malformed or can't be had."""
+    """Rows of a hub dataset, each what `document` takes. ValueError when the source is malformed
+    or can't be had.
+    """
     match = re.fullmatch(r"hub:([^:@]+)(?:@([^:]+))?:(.+):(\w+)", source)
     if not match:
         raise ValueError(
-            f"data source {source!r} is not hub:NAME[@CONFIG]:SPLIT:FIELD, as in hub:Salesforce/wikitext@wikitext-2-raw-v1:test:text"
+            f"data source {source!r} is not hub:NAME[@CONFIG]:SPLIT:FIELD, as in"
+            " hub:Salesforce/wikitext@wikitext-2-raw-v1:test:text"
         )
     name, config, split, field = match.groups()
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or Path(name).exists():
         raise ValueError(
-            f"data source {source!r} names no dataset of the hub but a path; name the files themselves"
+            f"data source {source!r} names no dataset of the hub but a path; name the files"
+            " themselves"
         )
     import datasets
 
@@ -175,12 +192,14 @@ def _hub_rows(source: str) -> Rows:
     except (OSError, ValueError, RuntimeError) as error:  # scripts, unknown splits, no network, ...
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
-            f"data source {source} can't be had ({why}); check the name and the network, or use a local file"
+            f"data source {source} can't be had ({why}); check the name and the network, or use a"
+            " local file"
         ) from error
     for number, row in enumerate(rows, 1):
         if field not in row:
             raise ValueError(
-                f"data source {source}: the dataset has the fields {sorted(row)}; name one of them behind the split"
+                f"data source {source}: the dataset has the fields {sorted(row)}; name one of them"
+                " behind the split"
             )
         given = row[field]
         yield (

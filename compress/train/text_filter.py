@@ -17,7 +17,9 @@ def words_of(text: str) -> tuple[str, ...]:
 
 @cache
 def evaluation_texts() -> tuple[str, ...]:
-    """What students are asked in the embedded tasks and open prompts: nothing like it may be trained on."""
+    """What students are asked in the embedded tasks and open prompts: nothing like it may be
+    trained on.
+    """
     rows = []
     for file in [
         *sorted((configs_dir() / "tasks").glob("*/*.jsonl")),
@@ -40,11 +42,11 @@ def evaluation_texts() -> tuple[str, ...]:
 class Filter:
     """Why a conversation is not kept, in a word; what is kept is remembered.
 
-    unended    the teacher did not stop by itself
-    looping    a turn repeats itself (`repetition.loops`)
-    short      a question of fewer than 3 words or an answer without a word
-    evaluated  it shares PHRASE words in a row with a text that students are evaluated on, or holds a shorter such text whole
-    duplicate  more than ALIKE of its first question's word triples, of both together, are those of an earlier question
+    unended    the teacher did not stop by itself looping    a turn repeats itself
+    (`repetition.loops`) short      a question of fewer than 3 words or an answer without a word
+    evaluated  it shares PHRASE words in a row with a text that students are evaluated on, or holds
+    a shorter such text whole duplicate  more than ALIKE of its first question's word triples, of
+    both together, are those of an earlier question
     """
 
     PHRASE, ALIKE = 8, 0.7

@@ -16,7 +16,9 @@ ENDS = (
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """A text in parts of at most `size` characters, cut behind the last paragraph, line or word that fits."""
+    """A text in parts of at most `size` characters, cut behind the last paragraph, line or word
+    that fits.
+    """
     start = 0
     while len(text) - start > size:
         ends = (text.rfind(mark, start + 1, start + size - len(mark)) + len(mark) for mark in ENDS)
@@ -27,7 +29,9 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
 
 
 def encode(tokenizer: Any, texts: Sequence[str], size: int = PIECE) -> list[np.ndarray]:
-    """Ids int32 of each text, without the special tokens that a tokenizer adds. ValueError when it fails."""
+    """Ids int32 of each text, without the special tokens that a tokenizer adds. ValueError when it
+    fails.
+    """
     rows: list[list[np.ndarray]] = [[] for _ in texts]
     for owner, ids, _ in _encoded(tokenizer, texts, size):
         rows[owner].append(np.array(ids, dtype=np.int32))
@@ -43,8 +47,8 @@ def encode_with_ends(
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            "the tokenizer does not say which characters a token stands for, so answers can't be told from questions: "
-            "set data.chat_labels=all, or use a model with a tokenizer.json"
+            "the tokenizer does not say which characters a token stands for, so answers can't be"
+            " told from questions: set data.chat_labels=all, or use a model with a tokenizer.json"
         )
     rows: list[list[np.ndarray]] = [[] for _ in texts]
     ends: list[list[np.ndarray]] = [[] for _ in texts]
@@ -90,7 +94,9 @@ def _encoded(
 
 
 def opening(tokenizer: Any) -> list[int]:
-    """The BOS with which this tokenizer begins every text, as Gemma's and Llama 3's do; [] where it adds none."""
+    """The BOS with which this tokenizer begins every text, as Gemma's and Llama 3's do; [] where
+    it adds none.
+    """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     bos = tokenizer.bos_token_id

@@ -1,20 +1,29 @@
-"""Text that the teacher writes itself: conversations out of nothing, or continuations of given prompts.
+"""Text that the teacher writes itself: conversations out of nothing, or continuations of given
+prompts.
 
-generated:COUNTxTOKENS:PROMPTS   Sequence-level distillation (arXiv 1606.07947, section 3.2): of plain text the teacher continues the
-                                 first PROMPT_TOKENS tokens by up to TOKENS; in a chat it answers the questions anew, turn by turn.
-generated:COUNTxTOKENS:nothing   An instruct teacher gets nothing but the start of a user's turn, writes the question and then answers
-                                 it in up to TOKENS tokens (Magpie, arXiv 2406.08464, section 2.1). It has learned on such turns, so what
-                                 comes is near what it was trained on: the best stand-in for data that nobody has any more. Left to
-                                 itself a small teacher mostly plans trips and launches products, so OPENED of the conversations begin
-                                 with one to five given words (`configs/conversations/openings.txt`). A base model writes from BOS.
+generated:COUNTxTOKENS:PROMPTS   Sequence-level distillation (arXiv 1606.07947, section 3.2): of
+plain text the teacher continues the
+                                 first PROMPT_TOKENS tokens by up to TOKENS; in a chat it answers
+                                 the questions anew, turn by turn.
+generated:COUNTxTOKENS:nothing   An instruct teacher gets nothing but the start of a user's turn,
+writes the question and then answers
+                                 it in up to TOKENS tokens (Magpie, arXiv 2406.08464, section 2.1).
+                                 It has learned on such turns, so what comes is near what it was
+                                 trained on: the best stand-in for data that nobody has any more.
+                                 Left to itself a small teacher mostly plans trips and launches
+                                 products, so OPENED of the conversations begin with one to five
+                                 given words (`configs/conversations/openings.txt`). A base model
+                                 writes from BOS.
 
 It samples from the TOP_P nucleus (arXiv 1904.09751): plain text at temperature 1, questions at
-QUESTION_TEMPERATURE, above which a small teacher asks for things that do not exist, answers at ANSWER_TEMPERATURE,
-near what it says when asked. Of the conversations out of nothing those are kept that ended by themselves, do not loop,
-are not too short, resemble no earlier question and share no phrase with what students are evaluated on (`Filter`).
+QUESTION_TEMPERATURE, above which a small teacher asks for things that do not exist, answers at
+ANSWER_TEMPERATURE, near what it says when asked. Of the conversations out of nothing those are kept
+that ended by themselves, do not loop, are not too short, resemble no earlier question and share no
+phrase with what students are evaluated on (`Filter`).
 
-What is written is kept in the store, piece by piece, so that an interrupted run goes on where it stopped; every conversation has a seed
-of its own, which its row names (`train/authors.py`: in which engine).
+What is written is kept in the store, piece by piece, so that an interrupted run goes on where it
+stopped; every conversation has a seed of its own, which its row names (`train/authors.py`: in which
+engine).
 """
 
 import json
@@ -53,17 +62,19 @@ FUTILE_PIECES = 20  # pieces in a row without a usable conversation that end the
 
 
 def parse(source: str) -> tuple[int, int, str]:
-    """(documents, tokens each at most, prompts) of a `generated:` source. ValueError when it is malformed."""
+    """(documents, tokens each at most, prompts) of a `generated:` source. ValueError when it is
+    malformed.
+    """
     match = re.fullmatch(r"generated:(\d{1,9})x(\d{1,9}):(.+)", source)
     if not match or not int(match[1]) or not int(match[2]):
         raise ValueError(
-            f"data source {source[:200]!r} is not generated:COUNTxTOKENS:PROMPTS with numbers above 0, "
-            "as in generated:200x128:embedded:docstrings or generated:500x160:nothing"
+            f"data source {source[:200]!r} is not generated:COUNTxTOKENS:PROMPTS with numbers above"
+            " 0, as in generated:200x128:embedded:docstrings or generated:500x160:nothing"
         )
     if match[3].startswith("generated:"):
         raise ValueError(
-            f"data source {source[:80]!r} asks for text on prompts that are to be written themselves; "
-            "write the prompts first, or name text that is there"
+            f"data source {source[:80]!r} asks for text on prompts that are to be written"
+            " themselves; write the prompts first, or name text that is there"
         )
     return int(match[1]), int(match[2]), match[3]
 
@@ -71,26 +82,39 @@ def parse(source: str) -> tuple[int, int, str]:
 def generated(
     source: str, teacher: Path, folder: Path, log: Log, read: Callable[[str], list[Document]]
 ) -> list[Document]:
-    """The documents of a `generated:` source; `read` gives those of another one. ValueError when it is malformed, its prompts are too few,
-    or the teacher writes nothing usable."""
+    """The documents of a `generated:` source; `read` gives those of another one. ValueError when
+    it is malformed, its prompts are too few, or the teacher writes nothing usable.
+    """
     count, tokens, name = parse(source)
     if name == "nothing":
         rows = from_nothing(count, tokens, teacher, folder, log)
         return [
-            Chat(row["messages"], where=f"{source}, row {number}")
-            if row.get("messages")
-            else row["text"]
+            (
+                Chat(row["messages"], where=f"{source}, row {number}")
+                if row.get("messages")
+                else row["text"]
+            )
             for number, row in enumerate(rows, 1)
         ]
     prompts = read(name)[:count]
     if len(prompts) < count:
         raise ValueError(
-            f"data source {source!r} wants {count} prompts; {name} has {len(prompts)} documents: ask for at most that many"
+            f"data source {source!r} wants {count} prompts; {name} has {len(prompts)} documents:"
+            " ask for at most that many"
         )
     engine = "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
     asked = [content(prompt) for prompt in prompts]
     key = sha256_json(
-        [author_inputs(teacher), asked, tokens, PROMPT_TOKENS, TOP_P, TOP_K, engine, AT_ONCE[engine]]
+        [
+            author_inputs(teacher),
+            asked,
+            tokens,
+            PROMPT_TOKENS,
+            TOP_P,
+            TOP_K,
+            engine,
+            AT_ONCE[engine],
+        ]
     )[:32]
     whole = folder / f"generated-{key}.jsonl"
     if not whole.is_file():
@@ -173,9 +197,11 @@ def openings() -> tuple[str, ...]:
     """The given first words of questions."""
     return tuple(
         line
-        for line in (configs_dir() / "conversations" / "openings.txt")
-        .read_text(encoding="utf-8")
-        .split("\n")
+        for line in (
+            (configs_dir() / "conversations" / "openings.txt")
+            .read_text(encoding="utf-8")
+            .split("\n")
+        )
         if line
     )
 
@@ -191,7 +217,15 @@ def from_nothing(
     engine, avoid = engine_for(teacher), evaluation_texts()
     # What decides a row's text. A larger COUNT goes on with the same file.
     about = [
-        *(author_inputs(teacher), tokens, engine, AT_ONCE[engine], openings(), avoid, QUESTION_TOKENS),
+        *(
+            author_inputs(teacher),
+            tokens,
+            engine,
+            AT_ONCE[engine],
+            openings(),
+            avoid,
+            QUESTION_TOKENS,
+        ),
         *(OPENED, SECOND_TURN, QUESTION_TEMPERATURE, ANSWER_TEMPERATURE, TOP_P, TOP_K),
     ]
     kept = Kept(folder / f"conversations-{sha256_json(about)[:32]}.jsonl")
@@ -216,13 +250,15 @@ def from_nothing(
             futile = 0 if usable else futile + 1
             if futile == FUTILE_PIECES:
                 raise ValueError(
-                    f"{teacher}: of {kept.next_seed} conversations {len(kept.rows)} are usable, none of "
-                    f"the last ones ({kept.told()}); allow more tokens, or name text in data.train"
+                    f"{teacher}: of {kept.next_seed} conversations {len(kept.rows)} are usable,"
+                    f" none of the last ones ({kept.told()}); allow more tokens, or name text in"
+                    " data.train"
                 )
             rate = (time.monotonic() - begun) / max(1, len(kept.rows) - first)
             left = max(0.0, rate * (count - len(kept.rows)))
             log(
-                f"teacher writes: {len(kept.rows)}/{count} kept; not: {kept.told()}; {left:.0f} s left"
+                f"teacher writes: {len(kept.rows)}/{count} kept; not: {kept.told()}; {left:.0f} s"
+                " left"
             )
     return kept.rows[:count]
 
@@ -268,7 +304,9 @@ def _turns(row: dict[str, Any]) -> list[str]:
 def _piece(
     author: Author, tokenizer: Any, tokens: int, seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A conversation for each seed, in their order: where the author has several slots each goes its own way, else all together."""
+    """A conversation for each seed, in their order: where the author has several slots each goes
+    its own way, else all together.
+    """
     parts = [[seed] for seed in seeds] if author.slots > 1 else [list(seeds)]
     with ThreadPoolExecutor(author.slots) as pool:
         return list(
@@ -281,7 +319,9 @@ def _piece(
 def _written(
     author: Author, tokenizer: Any, tokens: int, seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A conversation for each seed, or without a chat template a text, as rows that say whether the teacher `ended` them."""
+    """A conversation for each seed, or without a chat template a text, as rows that say whether
+    the teacher `ended` them.
+    """
     if not tokenizer.chat_template:
         start = (
             tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -354,7 +394,8 @@ def _question_ids(tokenizer: Any, row: dict[str, Any]) -> list[int]:
     before, found, _ = rendered.partition(mark)
     if not found:
         raise ValueError(
-            "the teacher's chat template drops what the user says; use plain text in data.train, or mend the template"
+            "the teacher's chat template drops what the user says; use plain text in data.train, or"
+            " mend the template"
         )
     return tokenizer(
         before + ("" if row["messages"] else row["opening"]),

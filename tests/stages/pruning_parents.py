@@ -1,4 +1,6 @@
-"""Tiny random parents for the pruning tests, one per kind of supported model, and what every result is held to."""
+"""Tiny random parents for the pruning tests, one per kind of supported model, and what every
+result is held to.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,16 @@ from transformers import (
 from compress.checkpoint import save_model
 
 SIZES = {
-    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
 KINDS = {
     "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -34,7 +43,10 @@ KINDS = {
     "gemma": lambda: GemmaConfig(**SIZES),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, **ALTERNATING),
 }
-CONTEXT = SimpleNamespace(calibration=lambda n: torch.randint(256, (n, 32), generator=torch.Generator().manual_seed(0)), seed=0)
+CONTEXT = SimpleNamespace(
+    calibration=lambda n: torch.randint(256, (n, 32), generator=torch.Generator().manual_seed(0)),
+    seed=0,
+)
 
 
 def make(folder: Path, kind: str = "llama") -> Path:
@@ -52,7 +64,9 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def run(stage, parent: Path, out: Path) -> dict[str, float]:
-    """Run the stage and hold it to: parent untouched, tokenizer carried, cached and uncached decoding agree."""
+    """Run the stage and hold it to: parent untouched, tokenizer carried, cached and uncached
+    decoding agree.
+    """
     before = files(parent)
     out.mkdir()
     metrics = stage.run(parent, out, CONTEXT)

@@ -41,18 +41,33 @@ def test_channels_that_do_nothing_are_free(tmp_path):
     assert metrics["down_error_max_fraction"] < 1e-6
     ids = torch.arange(24)[None]
     with torch.no_grad():
-        here, there = load_model(tmp_path / "out")(ids).logits, load_model(tmp_path / "redundant")(ids).logits
-    assert (here - there).abs().max() < 0.02 * there.abs().max()  # bf16 rounding of the fitted weights
+        here, there = (
+            load_model(tmp_path / "out")(ids).logits,
+            load_model(tmp_path / "redundant")(ids).logits,
+        )
+    assert (
+        here - there
+    ).abs().max() < 0.02 * there.abs().max()  # bf16 rounding of the fitted weights
 
 
 def test_fitting_beats_the_plain_cut_and_damping_acts(tmp_path):
     parent = parents.make(tmp_path)
-    errors = [parents.run(PruneWidth(ffn=64, damping=d), parent, tmp_path / str(d))["down_error_mean_fraction"] for d in (1e-4, 0.99)]
-    assert errors[0] < errors[1] and parents.files(tmp_path / "0.0001") != parents.files(tmp_path / "0.99")
+    errors = [
+        parents.run(PruneWidth(ffn=64, damping=d), parent, tmp_path / str(d))[
+            "down_error_mean_fraction"
+        ]
+        for d in (1e-4, 0.99)
+    ]
+    assert errors[0] < errors[1] and parents.files(tmp_path / "0.0001") != parents.files(
+        tmp_path / "0.99"
+    )
 
 
 def test_the_plan_is_the_result_and_repeating_gives_the_same_bytes(tmp_path):
-    parent, stage = parents.make(tmp_path), PruneWidth(ffn=100, multiple=32, calibration_sequences=2)
+    parent, stage = (
+        parents.make(tmp_path),
+        PruneWidth(ffn=100, multiple=32, calibration_sequences=2),
+    )
     for name in ("a", "b"):
         parents.run(stage, parent, tmp_path / name)
     assert parents.files(tmp_path / "a") == parents.files(tmp_path / "b")
@@ -60,7 +75,9 @@ def test_the_plan_is_the_result_and_repeating_gives_the_same_bytes(tmp_path):
     assert read_config(tmp_path / "a")["intermediate_size"] == 96
 
 
-@pytest.mark.parametrize("key, value", [("ffn", 0), ("multiple", 0), ("calibration_sequences", 0), ("damping", 0.0)])
+@pytest.mark.parametrize(
+    "key, value", [("ffn", 0), ("multiple", 0), ("calibration_sequences", 0), ("damping", 0.0)]
+)
 def test_impossible_values_are_refused(key, value):
     with pytest.raises(ValueError, match=f"prune_width.{key} is {value}: allowed is"):
         PruneWidth(**{key: value})
@@ -69,7 +86,9 @@ def test_impossible_values_are_refused(key, value):
 @pytest.mark.parametrize("ffn", [1000, 192, 180])
 def test_a_width_that_cuts_nothing_is_refused_naming_the_directory(tmp_path, ffn):
     parent = parents.make(tmp_path)
-    message = f"{parent}: prune_width.ffn is {ffn} .* the model has 192 FFN channels: allowed is less"
+    message = (
+        f"{parent}: prune_width.ffn is {ffn} .* the model has 192 FFN channels: allowed is less"
+    )
     with pytest.raises(ValueError, match=message):
         PruneWidth(ffn=ffn).run(parent, tmp_path, parents.CONTEXT)
 
@@ -77,7 +96,9 @@ def test_a_width_that_cuts_nothing_is_refused_naming_the_directory(tmp_path, ffn
 def test_other_architectures_and_quantized_parents_are_refused(tmp_path):
     parent = parents.make(tmp_path)
     config = read_config(parent)
-    (parent / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    (parent / "config.json").write_text(
+        json.dumps({**config, "architectures": ["GPT2LMHeadModel"]})
+    )
     with pytest.raises(ValueError, match=f"{parent}: architecture GPT2LMHeadModel can't be pruned"):
         PruneWidth(ffn=64).run(parent, tmp_path, parents.CONTEXT)
     (parent / "quant.safetensors").write_bytes(b"")

@@ -27,7 +27,9 @@ def _parent(path: Path, **changes) -> Path:
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": True, **changes}))
+    model = LlamaForCausalLM(
+        LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": True, **changes})
+    )
     tokenizer = path / "tokenizer"
     tokenizer.mkdir(parents=True)
     write_tokenizer(tokenizer)
@@ -41,11 +43,19 @@ def _run(stage: Ptq, parent: Path, out: Path) -> dict[str, float]:
 
 
 def _hashes(path: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())
+    }
 
 
 @pytest.mark.parametrize(
-    ("grid", "scales"), [(grid, s) for grid in GridName for s in (Scales.round, Scales.search) if s == "round" or grid in SEARCHED]
+    ("grid", "scales"),
+    [
+        (grid, s)
+        for grid in GridName
+        for s in (Scales.round, Scales.search)
+        if s == "round" or grid in SEARCHED
+    ],
 )
 def test_result_loads_plainly_and_equals_its_codes(tmp_path, grid, scales):
     wide = {"hidden_size": 256, "intermediate_size": 512}
@@ -56,13 +66,25 @@ def test_result_loads_plainly_and_equals_its_codes(tmp_path, grid, scales):
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     loaded = load_quantized(tmp_path / "out")
     assert is_quantized(tmp_path / "out")
-    assert set(loaded) == {key for key, value in state.items() if value.dim() == 2 and key != "lm_head.weight"}
+    assert set(loaded) == {
+        key for key, value in state.items() if value.dim() == 2 and key != "lm_head.weight"
+    }
     for key, made in loaded.items():
-        assert made.grid == grid and state[key].dtype == torch.float32 and torch.equal(state[key], made.decode())
+        assert (
+            made.grid == grid
+            and state[key].dtype == torch.float32
+            and torch.equal(state[key], made.decode())
+        )
     bits = GRIDS[grid].bits_per_weight
     assert metrics["tensors_quantized_count"] == 15
     assert bits < metrics["bits_per_weight"] < bits + 0.2
-    assert 0 < metrics["weight_mse_relative"] < {"q8_0": 1e-4, "q6_k": 1e-3, "q5_0": 5e-3}.get(grid, 3e-4 if grid.startswith("int8") else 0.025)
+    assert (
+        0
+        < metrics["weight_mse_relative"]
+        < {"q8_0": 1e-4, "q6_k": 1e-3, "q5_0": 5e-3}.get(
+            grid, 3e-4 if grid.startswith("int8") else 0.025
+        )
+    )
 
 
 def test_round_writes_llama_cpps_own_bytes(tmp_path):
@@ -77,7 +99,9 @@ def test_round_writes_llama_cpps_own_bytes(tmp_path):
 def test_searched_scales_have_less_error_than_rounding(tmp_path):
     parent = _parent(tmp_path)
     plain = _run(Ptq(), parent, tmp_path / "a")["weight_mse_relative"]
-    assert _run(Ptq(scales=Scales.search), parent, tmp_path / "b")["weight_mse_relative"] < 0.9 * plain
+    assert (
+        _run(Ptq(scales=Scales.search), parent, tmp_path / "b")["weight_mse_relative"] < 0.9 * plain
+    )
 
 
 def test_same_input_gives_the_same_bytes(tmp_path):
@@ -106,7 +130,9 @@ def test_a_missing_parent_is_refused(tmp_path):
 ])  # fmt: skip
 def test_rows_that_do_not_divide_are_refused_by_shape_and_by_run(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        Ptq().check_shape({"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, **changes})
+        Ptq().check_shape(
+            {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, **changes}
+        )
     parent = _parent(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         _run(Ptq(), parent, tmp_path / "out")
@@ -114,12 +140,24 @@ def test_rows_that_do_not_divide_are_refused_by_shape_and_by_run(tmp_path, chang
 
 
 def test_k_quants_need_rows_of_256():
-    with pytest.raises(ValueError, match="hidden_size is 576: grid q6_k needs rows of a multiple of 256; the nearest legal value is 512"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "hidden_size is 576: grid q6_k needs rows of a multiple of 256; the nearest legal value"
+            " is 512"
+        ),
+    ):
         Ptq(GridName.q6_k).check_shape({"hidden_size": 576, "intermediate_size": 1536})
 
 
 def test_search_is_refused_where_there_is_none():
-    with pytest.raises(ValueError, match="scales is search: grid q4_k has none, only q4_0, iq4_nl, q5_0, q8_0, int4_g32, .*; use scales=round"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "scales is search: grid q4_k has none, only q4_0, iq4_nl, q5_0, q8_0, int4_g32, .*; use"
+            " scales=round"
+        ),
+    ):
         Ptq(GridName.q4_k, Scales.search)
 
 
@@ -135,7 +173,12 @@ def test_names_of_the_configuration_are_the_grids_that_exist():
 
 
 def test_scales_are_learned_by_qat_alone():
-    with pytest.raises(ValueError, match="ptq.scales is learned: nothing is trained there; use round or search, or the qat stage"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "ptq.scales is learned: nothing is trained there; use round or search, or the qat stage"
+        ),
+    ):
         Ptq(GridName.q4_0, Scales.learned)
     assert Qat(scales=Scales.learned).scales is Scales.learned
 
@@ -143,10 +186,20 @@ def test_scales_are_learned_by_qat_alone():
 def _calibrated(folder: Path, ids: torch.Tensor | None = None, precision="fp32") -> SimpleNamespace:
     """A context with calibration text, work folder and log for stages that need them."""
     (folder / "work").mkdir(exist_ok=True)
-    ids = torch.randint(0, 256, (12, 48), generator=torch.Generator().manual_seed(1)) if ids is None else ids
+    ids = (
+        torch.randint(0, 256, (12, 48), generator=torch.Generator().manual_seed(1))
+        if ids is None
+        else ids
+    )
     lines: list[str] = []
     return SimpleNamespace(
-        calibration=lambda n: ids[:n], work=folder / "work", label="ptq", log=lines.append, lines=lines, seed=0, precision=precision
+        calibration=lambda n: ids[:n],
+        work=folder / "work",
+        label="ptq",
+        log=lines.append,
+        lines=lines,
+        seed=0,
+        precision=precision,
     )
 
 
@@ -157,7 +210,9 @@ def _errors(folder: Path, parent: Path, stage: Ptq, **context) -> float:
     stage.run(parent, folder / "out", _calibrated(folder, **context))
     ids = torch.randint(0, 256, (8, 48), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        before, after = (load_model(path)(ids).logits.log_softmax(-1) for path in (parent, folder / "out"))
+        before, after = (
+            load_model(path)(ids).logits.log_softmax(-1) for path in (parent, folder / "out")
+        )
     return ((after - before).square().mean() / before.var()).item()
 
 
@@ -174,7 +229,9 @@ def _errors(folder: Path, parent: Path, stage: Ptq, **context) -> float:
     ids=str,
 )
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_method_writes_a_checkpoint_equal_to_its_codes_and_the_same_bytes_again(tmp_path, options, tied):
+def test_every_method_writes_a_checkpoint_equal_to_its_codes_and_the_same_bytes_again(
+    tmp_path, options, tied
+):
     parent = _parent(tmp_path, tie_word_embeddings=tied)
     needs = {} if set(options) == {"rotate"} else {"calibration_sequences": 8}
     for name in "ab":
@@ -183,7 +240,11 @@ def test_every_method_writes_a_checkpoint_equal_to_its_codes_and_the_same_bytes_
     assert 0 < error < 0.1
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "out").state_dict()
     loaded = load_quantized(tmp_path / "a" / "out")
-    assert set(loaded) == {key for key, value in state.items() if value.dim() == 2 and not (tied and key == "lm_head.weight")}
+    assert set(loaded) == {
+        key
+        for key, value in state.items()
+        if value.dim() == 2 and not (tied and key == "lm_head.weight")
+    }
     assert all(torch.equal(state[key], made.decode()) for key, made in loaded.items())
 
 
@@ -195,18 +256,40 @@ def test_gptq_and_awq_move_the_model_less_than_rounding(tmp_path):
             layer.input_layernorm.weight[:3] = 12.0  # salient channels
     save_model(model, parent, parent)
     plain = _errors(tmp_path / "plain", parent, Ptq())
-    assert _errors(tmp_path / "gptq", parent, Ptq(method=Method.gptq, calibration_sequences=12)) < 0.9 * plain
-    assert _errors(tmp_path / "bf16", parent, Ptq(method=Method.gptq, calibration_sequences=12), precision="bf16") < 0.9 * plain
-    assert _errors(tmp_path / "awq", parent, Ptq(balance=Balance.awq, calibration_sequences=12)) < 0.9 * plain
+    assert (
+        _errors(tmp_path / "gptq", parent, Ptq(method=Method.gptq, calibration_sequences=12))
+        < 0.9 * plain
+    )
+    assert (
+        _errors(
+            tmp_path / "bf16",
+            parent,
+            Ptq(method=Method.gptq, calibration_sequences=12),
+            precision="bf16",
+        )
+        < 0.9 * plain
+    )
+    assert (
+        _errors(tmp_path / "awq", parent, Ptq(balance=Balance.awq, calibration_sequences=12))
+        < 0.9 * plain
+    )
 
 
-@pytest.mark.parametrize("options", [{"method": Method.gptq}, {"balance": Balance.awq, "scales": Scales.search, "rotate": True}], ids=str)
-def test_a_killed_run_finds_its_finished_blocks_and_ends_in_the_same_bytes(tmp_path, monkeypatch, options):
+@pytest.mark.parametrize(
+    "options",
+    [{"method": Method.gptq}, {"balance": Balance.awq, "scales": Scales.search, "rotate": True}],
+    ids=str,
+)
+def test_a_killed_run_finds_its_finished_blocks_and_ends_in_the_same_bytes(
+    tmp_path, monkeypatch, options
+):
     parent, stage = _parent(tmp_path), Ptq(**options, calibration_sequences=8)
     metrics = {}
     for name in ("whole", "killed"):
         (tmp_path / name / "out").mkdir(parents=True)
-    metrics["whole"] = stage.run(parent, tmp_path / "whole" / "out", _calibrated(tmp_path / "whole"))
+    metrics["whole"] = stage.run(
+        parent, tmp_path / "whole" / "out", _calibrated(tmp_path / "whole")
+    )
     real, done = blockwise.Blockwise._block, []
 
     def dies_in_the_second(self, index, *rest):
@@ -221,10 +304,16 @@ def test_a_killed_run_finds_its_finished_blocks_and_ends_in_the_same_bytes(tmp_p
     with pytest.raises(KeyboardInterrupt):
         stage.run(parent, tmp_path / "killed" / "out", context)
     assert done == [0, 1] and not any((tmp_path / "killed" / "out").iterdir())
-    assert sorted(file.name for file in context.work.iterdir()) == ["block-0000.safetensors", "embeddings.safetensors"]
+    assert sorted(file.name for file in context.work.iterdir()) == [
+        "block-0000.safetensors",
+        "embeddings.safetensors",
+    ]
     metrics["killed"] = stage.run(parent, tmp_path / "killed" / "out", context)
     assert done == [0, 1, 1]
-    assert _hashes(tmp_path / "whole" / "out") == _hashes(tmp_path / "killed" / "out") and metrics["whole"] == metrics["killed"]
+    assert (
+        _hashes(tmp_path / "whole" / "out") == _hashes(tmp_path / "killed" / "out")
+        and metrics["whole"] == metrics["killed"]
+    )
     assert any("block 1/2 quantized" in line and line.endswith("s left") for line in context.lines)
 
 
@@ -234,8 +323,14 @@ def test_what_rotation_leaves_out_is_said(tmp_path):
         context = _calibrated(tmp_path)
         (tmp_path / str(tied) / "out").mkdir()
         Ptq(rotate=True).run(parent, tmp_path / str(tied) / "out", context)
-        assert context.lines == (["ptq: values rotated; the residual stream is left as it is: its embeddings are the head's, which would have to"
-                                  " take the last norm's weight"] if tied else [])  # fmt: skip
+        assert context.lines == (
+            [
+                "ptq: values rotated; the residual stream is left as it is: its embeddings are the"
+                " head's, which would have to take the last norm's weight"
+            ]
+            if tied
+            else []
+        )
 
 
 def test_nan_on_the_calibration_text_is_named(tmp_path, monkeypatch):
@@ -243,8 +338,15 @@ def test_nan_on_the_calibration_text_is_named(tmp_path, monkeypatch):
     model = load_model(parent)
     model.model.layers[1].input_layernorm.weight.data[:] = 3e38  # finite, unlike what comes of it
     save_model(model, parent, parent)
-    monkeypatch.setattr("compress.checkpoint.check_forward", lambda *_: None)  # which would find it on other text
-    with pytest.raises(ValueError, match="the output of block 1 on the calibration text holds NaN or infinity: repair the parent"):
+    monkeypatch.setattr(
+        "compress.checkpoint.check_forward", lambda *_: None
+    )  # which would find it on other text
+    with pytest.raises(
+        ValueError,
+        match=(
+            "the output of block 1 on the calibration text holds NaN or infinity: repair the parent"
+        ),
+    ):
         _errors(tmp_path / "a", parent, Ptq(method=Method.gptq, calibration_sequences=4))
 
 
@@ -266,25 +368,47 @@ def test_layers_of_other_names_are_refused_where_they_are_needed():
     other = {"hidden_size": 64, "architectures": ["GPT2LMHeadModel"]}
     assert Ptq().check_shape(other) == other
     for stage in (Ptq(method=Method.gptq), Ptq(balance=Balance.awq), Ptq(rotate=True)):
-        with pytest.raises(ValueError, match="architecture GPT2LMHeadModel can't be calibrated, allocated or rotated"):
+        with pytest.raises(
+            ValueError,
+            match="architecture GPT2LMHeadModel can't be calibrated, allocated or rotated",
+        ):
             stage.check_shape(other)
     with pytest.raises(ValueError, match="head_dim is 5: ptq.rotate needs an even one"):
-        Ptq(rotate=True).check_shape({"hidden_size": 64, "head_dim": 5, "num_attention_heads": 32, "architectures": ["LlamaForCausalLM"]})
+        Ptq(rotate=True).check_shape(
+            {
+                "hidden_size": 64,
+                "head_dim": 5,
+                "num_attention_heads": 32,
+                "architectures": ["LlamaForCausalLM"],
+            }
+        )
 
 
 def test_autoround_names_the_line_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"method=autoround needs auto_round, sentencepiece, not installed: pip install 'compress-lm\[autoround\]'"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"method=autoround needs auto_round, sentencepiece, not installed: pip install"
+            r" 'compress-lm\[autoround\]'"
+        ),
+    ):
         Ptq(method=Method.autoround).run(_parent(tmp_path), tmp_path, _calibrated(tmp_path))
 
 
 @pytest.mark.slow
 def test_autoround_lands_on_codes_and_moves_the_model_less_than_rounding(tmp_path):
     pytest.importorskip("auto_round", reason="the autoround extra is not installed")
-    parent, stage = _parent(tmp_path, num_hidden_layers=1), Ptq(method=Method.autoround, calibration_sequences=12, iterations=12)
+    parent, stage = (
+        _parent(tmp_path, num_hidden_layers=1),
+        Ptq(method=Method.autoround, calibration_sequences=12, iterations=12),
+    )
     plain = _errors(tmp_path / "plain", parent, Ptq())
     errors = [_errors(tmp_path / name, parent, stage) for name in "ab"]
     assert _hashes(tmp_path / "a" / "out") == _hashes(tmp_path / "b" / "out")
     assert errors[0] < plain
     state = load_model(tmp_path / "a" / "out").state_dict()
-    assert all(torch.equal(state[key], made.decode()) for key, made in load_quantized(tmp_path / "a" / "out").items())
+    assert all(
+        torch.equal(state[key], made.decode())
+        for key, made in load_quantized(tmp_path / "a" / "out").items()
+    )

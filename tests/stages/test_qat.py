@@ -1,4 +1,6 @@
-"""QAT as a stage: learned scales resume bit for bit, and the distribution to learn is the parent's or the teacher's."""
+"""QAT as a stage: learned scales resume bit for bit, and the distribution to learn is the parent's
+or the teacher's.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def interrupt(stage: Qat, teacher: Path, out: Path, context, monkeypatch) -> Non
             stage.run(teacher, out, context)
 
 
-def test_learned_scales_interrupted_and_resumed_end_in_the_same_bits(tiny_teacher, tmp_path, monkeypatch):
+def test_learned_scales_interrupted_and_resumed_end_in_the_same_bits(
+    tiny_teacher, tmp_path, monkeypatch
+):
     stage = Qat(tokens=32 * 4 * 5, scales=Scales.learned, lr=3e-3)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -57,7 +61,9 @@ def test_learned_scales_are_not_those_of_the_rule(tiny_teacher, tmp_path):
     for name in ("round", "learned"):
         (tmp_path / name).mkdir()
         stage = Qat(tokens=32 * 4 * 3, scales=Scales(name), lr=3e-3)
-        stage.run(tiny_teacher, tmp_path / f"{name}-out", make_context(tiny_teacher, tmp_path / name))
+        stage.run(
+            tiny_teacher, tmp_path / f"{name}-out", make_context(tiny_teacher, tmp_path / name)
+        )
     made = [files(tmp_path / f"{name}-out")["quant.safetensors"] for name in ("round", "learned")]
     scales = [name for name in made[0] if name.endswith(".scales")]
     assert scales and all(not torch.equal(made[0][name], made[1][name]) for name in scales)
@@ -66,13 +72,19 @@ def test_learned_scales_are_not_those_of_the_rule(tiny_teacher, tmp_path):
 def test_qad_learns_from_the_teacher_and_not_from_its_parent(tiny_teacher, tmp_path):
     from compress.stages.prune_depth import PruneDepth
 
-    PruneDepth(blocks=1, calibration_sequences=2).run(tiny_teacher, tmp_path / "cut", make_context(tiny_teacher, tmp_path))
+    PruneDepth(blocks=1, calibration_sequences=2).run(
+        tiny_teacher, tmp_path / "cut", make_context(tiny_teacher, tmp_path)
+    )
     first = {}
     for who in LearnFrom:
         (tmp_path / who).mkdir()
-        metrics = Qat(tokens=32 * 4 * 2, learn_from=who).run(tmp_path / "cut", tmp_path / f"{who}-out", make_context(tiny_teacher, tmp_path / who))
+        metrics = Qat(tokens=32 * 4 * 2, learn_from=who).run(
+            tmp_path / "cut", tmp_path / f"{who}-out", make_context(tiny_teacher, tmp_path / who)
+        )
         first[who] = metrics["loss_first_nats"]
-    assert first[LearnFrom.teacher] > first[LearnFrom.parent]  # the cut is farther from its teacher than rounding takes it from itself
+    assert (
+        first[LearnFrom.teacher] > first[LearnFrom.parent]
+    )  # the cut is farther from its teacher than rounding takes it from itself
 
 
 def test_adapters_merge_on_the_grid_and_resume_bit_for_bit(tiny_teacher, tmp_path, monkeypatch):
@@ -81,18 +93,25 @@ def test_adapters_merge_on_the_grid_and_resume_bit_for_bit(tiny_teacher, tmp_pat
     stage, saved = Qat(tokens=32 * 4 * 4, rank=4, lr=1e-2), []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    metrics = stage.run(tiny_teacher, tmp_path / "whole", make_context(tiny_teacher, tmp_path / "a"))
+    metrics = stage.run(
+        tiny_teacher, tmp_path / "whole", make_context(tiny_teacher, tmp_path / "a")
+    )
     assert metrics["loss_last_nats"] < metrics["loss_first_nats"]
 
     context = make_context(tiny_teacher, tmp_path / "b")
     interrupt(stage, tiny_teacher, tmp_path / "resumed", context, monkeypatch)
     for state in context.work.glob("state-*/tensors-0.safetensors"):
         saved += load_file(state)
-    assert not [name for name in saved if name.endswith("proj.weight")] and [name for name in saved if name.endswith("quant_a")]
+    assert not [name for name in saved if name.endswith("proj.weight")] and [
+        name for name in saved if name.endswith("quant_a")
+    ]
     stage.run(tiny_teacher, tmp_path / "resumed", context)
     assert same(tmp_path / "whole", tmp_path / "resumed")
     state = load_file(tmp_path / "whole" / "model.safetensors")
-    assert all(torch.equal(made.decode(), state[name]) for name, made in load_quantized(tmp_path / "whole").items())
+    assert all(
+        torch.equal(made.decode(), state[name])
+        for name, made in load_quantized(tmp_path / "whole").items()
+    )
 
 
 def test_a_negative_rank_is_refused():
@@ -104,7 +123,9 @@ def uneven(model) -> None:
     """Channels of very different size, as trained models have them."""
     with torch.no_grad():
         for block in model.model.layers:
-            block.input_layernorm.weight.mul_(torch.linspace(-2, 2, len(block.input_layernorm.weight)).exp())
+            block.input_layernorm.weight.mul_(
+                torch.linspace(-2, 2, len(block.input_layernorm.weight)).exp()
+            )
 
 
 def test_training_starts_from_the_same_function_which_rounding_costs_less(tiny_teacher, tmp_path):
@@ -123,8 +144,13 @@ def test_training_starts_from_the_same_function_which_rounding_costs_less(tiny_t
         with torch.no_grad():
             whole = plain(ids).logits
             if scales:
-                layout, start = Qat(balance=Balance.awq, calibration_sequences=4, scales=scales).start(model, tiny_teacher, context)
-                assert not torch.equal(plain.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight)
+                layout, start = Qat(
+                    balance=Balance.awq, calibration_sequences=4, scales=scales
+                ).start(model, tiny_teacher, context)
+                assert not torch.equal(
+                    plain.model.layers[0].self_attn.q_proj.weight,
+                    model.model.layers[0].self_attn.q_proj.weight,
+                )
                 assert torch.allclose(whole, model(ids).logits, atol=1e-4)
             attach(model, layout, str(scales or "round"), start=start)
             gaps[scales] = float((model(ids).logits - whole).square().mean())
@@ -132,7 +158,13 @@ def test_training_starts_from_the_same_function_which_rounding_costs_less(tiny_t
 
 
 def test_a_balanced_start_is_found_again_bit_for_bit(tiny_teacher, tmp_path, monkeypatch):
-    stage = Qat(tokens=32 * 4 * 4, scales=Scales.learned, balance=Balance.awq, calibration_sequences=4, lr=3e-3)
+    stage = Qat(
+        tokens=32 * 4 * 4,
+        scales=Scales.learned,
+        balance=Balance.awq,
+        calibration_sequences=4,
+        lr=3e-3,
+    )
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     stage.run(tiny_teacher, tmp_path / "whole", make_context(tiny_teacher, tmp_path / "a"))
@@ -157,7 +189,11 @@ def test_a_balanced_start_is_found_again_bit_for_bit(tiny_teacher, tmp_path, mon
 
 
 def test_balance_is_refused_where_it_does_not_fit():
-    with pytest.raises(ValueError, match="qat.balance is smoothquant: it is for grids of 8 bits, got q4_0"):
+    with pytest.raises(
+        ValueError, match="qat.balance is smoothquant: it is for grids of 8 bits, got q4_0"
+    ):
         Qat(balance=Balance.smoothquant)
-    with pytest.raises(ConfigError, match="calibration_sequences=4 must be at least 1, and is used by balance only"):
+    with pytest.raises(
+        ConfigError, match="calibration_sequences=4 must be at least 1, and is used by balance only"
+    ):
         Qat(calibration_sequences=4)

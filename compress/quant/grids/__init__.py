@@ -8,5 +8,9 @@ from compress.quant.grids.nonlinear import IQ4_NL
 
 _LLAMACPP = (Q4_0(), IQ4_NL(), Q4_1(), Q5_0(), Q8_0(), Q4_K(), Q6_K())
 _GROUPS = (32, 64, 128)
-_INTEGER = (*(Int(Q4_0(), 4, n) for n in _GROUPS), *(Int4Asym(n) for n in _GROUPS), *(Int(Q8_0(), 8, n) for n in (*_GROUPS, 0)))
+_INTEGER = (
+    *(Int(Q4_0(), 4, n) for n in _GROUPS),
+    *(Int4Asym(n) for n in _GROUPS),
+    *(Int(Q8_0(), 8, n) for n in (*_GROUPS, 0)),
+)
 GRIDS: dict[str, Grid] = {grid.name: grid for grid in _LLAMACPP + _INTEGER}

@@ -1,18 +1,23 @@
-"""What every grid shares: a matrix cut into blocks, each block codes plus a few numbers, and from those one value per code.
+"""What every grid shares: a matrix cut into blocks, each block codes plus a few numbers, and from
+those one value per code.
 
-    value = step * q + floor      in fp32, in this order: the multiplication is rounded, then the addition
+    value = step * q + floor      in fp32, in this order: the multiplication is rounded, then the
+    addition
 
-q is an integer in low..high and the stored code is q + offset, but on non-linear grids (nonlinear.py), where a code names one of a few
-such integers. `group` neighbours share one step and one floor (0 on symmetric grids). What the
-file keeps of a block besides its codes is one row of `scales`, fp16: all of it is fp16 in the file too, or wider, or an integer of at most 8
-bits, which fp16 holds exactly. `levels` turns that row into steps and floors.
+q is an integer in low..high and the stored code is q + offset, but on non-linear grids
+(nonlinear.py), where a code names one of a few such integers. `group` neighbours share one step and
+one floor (0 on symmetric grids). What the file keeps of a block besides its codes is one row of
+`scales`, fp16: all of it is fp16 in the file too, or wider, or an integer of at most 8 bits, which
+fp16 holds exactly. `levels` turns that row into steps and floors.
 
-Rounding to the nearest code, decoding and the straight-through mask follow from the levels. A grid adds `plain`, the codes and numbers that its
-format's own plain rounding picks, and for GGUF files `parts`, the bytes. Where a step is 0 the code is that of q = 0.
+Rounding to the nearest code, decoding and the straight-through mask follow from the levels. A grid
+adds `plain`, the codes and numbers that its format's own plain rounding picks, and for GGUF files
+`parts`, the bytes. Where a step is 0 the code is that of q = 0.
 
-A chain of k torch operations over a whole tensor moves it through memory k times, and pays for k temporaries. Cut into pieces of at most torch's
-own grain (32,768 elements, below which it starts no OpenMP region) the chain runs from cache; torch releases the interpreter lock inside
-operations, so plain threads scale. The cuts, and so the results, do not depend on the number of threads.
+A chain of k torch operations over a whole tensor moves it through memory k times, and pays for k
+temporaries. Cut into pieces of at most torch's own grain (32,768 elements, below which it starts no
+OpenMP region) the chain runs from cache; torch releases the interpreter lock inside operations, so
+plain threads scale. The cuts, and so the results, do not depend on the number of threads.
 """
 
 from collections.abc import Callable
@@ -31,7 +36,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def ratio(x: Tensor | float, d: Tensor) -> Tensor:
-    """x / d, rounded once (for a number x torch's `x / d` is x * (1 / d)), and 0 where that is not finite."""
+    """x / d, rounded once (for a number x torch's `x / d` is x * (1 / d)), and 0 where that is not
+    finite.
+    """
     return torch.div(torch.as_tensor(x), d).nan_to_num_(0.0, 0.0, 0.0)
 
 
@@ -41,7 +48,9 @@ def inverse(d: Tensor) -> Tensor:
 
 
 class Grid:
-    """A block format. Weights and codes (R, C), C a multiple of `block`; scales fp16 (R, C / block * stored)."""
+    """A block format. Weights and codes (R, C), C a multiple of `block`; scales fp16 (R, C / block
+    * stored).
+    """
 
     name: str  # for messages
     bits_per_weight: float
@@ -60,23 +69,33 @@ class Grid:
         return self.block or columns
 
     def check(self, w: Tensor, name: str = "weight") -> None:
-        """ValueError naming the tensor when the grid can't hold it: shape, NaN, infinity, a scale beyond fp16."""
+        """ValueError naming the tensor when the grid can't hold it: shape, NaN, infinity, a scale
+        beyond fp16.
+        """
         columns = w.shape[-1] if w.dim() == 2 else 0
         block = self.length(columns) or 1
         if columns == 0 or columns % block:
             near = max(block, round(columns / block) * block)
             raise ValueError(
-                f"{name} has shape {tuple(w.shape)}: {self.name} needs a matrix whose rows are multiples of {block} "
-                f"long; the nearest legal row length is {near}"
+                f"{name} has shape {tuple(w.shape)}: {self.name} needs a matrix whose rows are"
+                f" multiples of {block} long; the nearest legal row length is {near}"
             )
         least, most = w.aminmax()
         if not (torch.isfinite(least) and torch.isfinite(most)):
-            raise ValueError(f"{name} holds NaN or infinity: {self.name} takes finite values; repair the checkpoint it came from")
+            raise ValueError(
+                f"{name} holds NaN or infinity: {self.name} takes finite values; repair the"
+                " checkpoint it came from"
+            )
         if max(-least.item(), most.item()) > self.largest:
-            raise ValueError(f"{name} holds a value beyond {self.largest:g}: {self.name} stores its scale as fp16; rescale the weights")
+            raise ValueError(
+                f"{name} holds a value beyond {self.largest:g}: {self.name} stores its scale as"
+                " fp16; rescale the weights"
+            )
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, block) fp32 -> (N, block) codes, (N, stored) numbers of the format's own rounding without an importance matrix."""
+        """(N, block) fp32 -> (N, block) codes, (N, stored) numbers of the format's own rounding
+        without an importance matrix.
+        """
         raise NotImplementedError
 
     def rounded(self, q: Tensor) -> Tensor:
@@ -84,8 +103,12 @@ class Grid:
         return q.round_().clamp_(self.low, self.high)
 
     def inside(self, q: Tensor) -> Tensor:
-        """(x - floor) / step -> 1.0 where rounding it stays in the range of codes, else 0.0; overwrites q."""
-        return q.round_().clamp(self.low, self.high).eq_(q)  # several times faster than a mask of bools
+        """(x - floor) / step -> 1.0 where rounding it stays in the range of codes, else 0.0;
+        overwrites q.
+        """
+        return (
+            q.round_().clamp(self.low, self.high).eq_(q)
+        )  # several times faster than a mask of bools
 
     def stored_codes(self, q: Tensor) -> Tensor:
         """Numbers q -> the codes that are stored, in place."""
@@ -96,27 +119,42 @@ class Grid:
         return codes.sub_(self.offset)
 
     def levels(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(N, stored) -> the steps and the floors of its groups, each fp32 (N, block / group, 1); None: no floor."""
+        """(N, stored) -> the steps and the floors of its groups, each fp32 (N, block / group, 1);
+        None: no floor.
+        """
         return stored.float().unsqueeze(-1), None
 
     def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """(R, C), (R, C / block * stored) -> (R, C / block * bytes per block) uint8: the rows of a GGUF."""
+        """(R, C), (R, C / block * stored) -> (R, C / block * bytes per block) uint8: the rows of a
+        GGUF.
+        """
         blocks = codes.reshape(-1, self.length(codes.shape[1]))
-        return torch.cat(self.parts(blocks, scales.reshape(len(blocks), -1)), dim=1).view(len(codes), -1)
+        return torch.cat(self.parts(blocks, scales.reshape(len(blocks), -1)), dim=1).view(
+            len(codes), -1
+        )
 
     def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
         """(N, block), (N, stored) -> the bytes of each block, uint8, in pieces (N, any)."""
-        raise ValueError(f"grid {self.name} is not llama.cpp's and has no bytes in a GGUF; export compressed_tensors")
+        raise ValueError(
+            f"grid {self.name} is not llama.cpp's and has no bytes in a GGUF; export"
+            " compressed_tensors"
+        )
 
     def search(self, w: Tensor, importance: Tensor | None = None, name: str = "weight") -> Tensor:
-        """fp32 (R, C) -> scales of less squared error than `plain`'s, on grids that have such a search."""
+        """fp32 (R, C) -> scales of less squared error than `plain`'s, on grids that have such a
+        search.
+        """
         raise ValueError(f"{name}: grid {self.name} has no search of scales; use scales=round")
 
     def encode(self, w: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
-        """fp32 (R, C) -> codes (R, C), scales of plain rounding; on llama.cpp's grids what its quantizer writes, bit for bit."""
+        """fp32 (R, C) -> codes (R, C), scales of plain rounding; on llama.cpp's grids what its
+        quantizer writes, bit for bit.
+        """
         self.check(w, name)
         codes = w.new_empty(w.shape, dtype=self.dtype)
-        scales = w.new_empty(len(w), w.shape[1] // self.length(w.shape[1]) * self.stored, dtype=torch.float16)
+        scales = w.new_empty(
+            len(w), w.shape[1] // self.length(w.shape[1]) * self.stored, dtype=torch.float16
+        )
 
         def work(x: Tensor, q: Tensor, stored: Tensor) -> None:
             q[:], stored[:] = self.plain(x)
@@ -125,11 +163,15 @@ class Grid:
         return codes, scales
 
     def trial(self, w: Tensor, name: str = "weight") -> Tensor:
-        """fp32 (R, C) -> what it decodes to after plain rounding, or on grids where that takes long after a quicker one: to compare weights by."""
+        """fp32 (R, C) -> what it decodes to after plain rounding, or on grids where that takes
+        long after a quicker one: to compare weights by.
+        """
         return self.decode(*self.encode(w, name))
 
     def codes(self, w: Tensor, scales: Tensor) -> Tensor:
-        """(R, C), scales whose steps have either sign -> (R, C) stored codes, the nearest on that grid."""
+        """(R, C), scales whose steps have either sign -> (R, C) stored codes, the nearest on that
+        grid.
+        """
         codes = w.new_empty(w.shape, dtype=self.dtype)
 
         def work(x: Tensor, stored: Tensor, out: Tensor) -> None:
@@ -154,12 +196,16 @@ class Grid:
 
         def work(x: Tensor, stored: Tensor, out: Tensor) -> None:
             step, floor = self.levels(stored)
-            self._value(self.rounded(self._quotient(x, step, floor, self._grouped(out))), step, floor)
+            self._value(
+                self.rounded(self._quotient(x, step, floor, self._grouped(out))), step, floor
+            )
 
         self._each(work, w.detach(), scales, values)
 
     def unclipped(self, w: Tensor, scales: Tensor, grad: Tensor) -> Tensor:
-        """`grad` (R, C) where rounding (w - floor) / step stays inside the range of codes, 0 elsewhere."""
+        """`grad` (R, C) where rounding (w - floor) / step stays inside the range of codes, 0
+        elsewhere.
+        """
         passed = w.new_empty(w.shape)
 
         def work(x: Tensor, stored: Tensor, g: Tensor, out: Tensor) -> None:
@@ -172,7 +218,9 @@ class Grid:
         """(N, block) -> (N, block / group, group), the same memory."""
         return x.view(len(x), -1, self.group or x.shape[1])
 
-    def _quotient(self, x: Tensor, step: Tensor, floor: Tensor | None, out: Tensor | None = None) -> Tensor:
+    def _quotient(
+        self, x: Tensor, step: Tensor, floor: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
         """(N, block) -> (x - floor) / step, not yet rounded, (N, block / group, group)."""
         over = inverse(step)
         if floor is None:
@@ -186,13 +234,18 @@ class Grid:
             q.add_(floor)
 
     def _each(self, work: Callable[..., None], matrix: Tensor, *others: Tensor) -> None:
-        """`work` without gradient on pieces (N, any) of the blocks of a matrix (R, C) and of what belongs to them, on all threads; on anything
-        but a CPU on all blocks at once. What is written must be contiguous."""
+        """`work` without gradient on pieces (N, any) of the blocks of a matrix (R, C) and of what
+        belongs to them, on all threads; on anything but a CPU on all blocks at once. What is
+        written must be contiguous.
+        """
         length = self.length(matrix.shape[1])
         blocks, size = matrix.numel() // length, max(1, GRAIN // length)
         tensors = [tensor.reshape(blocks, -1) for tensor in (matrix, *others)]
         on_cpu = matrix.device.type == "cpu"
-        threads, piece = min(torch.get_num_threads(), -(-blocks // size)), size if on_cpu else max(blocks, 1)
+        threads, piece = (
+            min(torch.get_num_threads(), -(-blocks // size)),
+            (size if on_cpu else max(blocks, 1)),
+        )
 
         def span(start: int, stop: int) -> None:
             with torch.inference_mode(False), torch.no_grad():  # both are thread-local
@@ -202,5 +255,7 @@ class Grid:
         if threads <= 1 or not on_cpu:
             span(0, blocks)
             return
-        bounds = [min(blocks, -(-blocks // piece) * i // threads * piece) for i in range(threads + 1)]
+        bounds = [
+            min(blocks, -(-blocks // piece) * i // threads * piece) for i in range(threads + 1)
+        ]
         list(_pool(threads).map(span, bounds[:-1], bounds[1:]))  # raises what a piece raised

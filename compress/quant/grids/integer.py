@@ -1,20 +1,23 @@
-"""Plain integers as the compressed-tensors package stores them and transformers and vLLM read them, bit for bit.
+"""Plain integers as the compressed-tensors package stores them and transformers and vLLM read
+them, bit for bit.
 
-Source: compressed_tensors/quantization/lifecycle/forward.py, `quantize`, `dequantize`. A group shares a scale s and, when
-asymmetric, a zero point z, an integer:
+Source: compressed_tensors/quantization/lifecycle/forward.py, `quantize`, `dequantize`. A group
+shares a scale s and, when asymmetric, a zero point z, an integer:
 
-    value = (q - z) * s       in the type of s, fp32 in our files        q in -8..7 or -127..127, z in -8..7 or absent
-    q     = round(clamp(x / s + z))       half to even, with s as it is stored
+    value = (q - z) * s       in the type of s, fp32 in our files        q in -8..7 or -127..127, z
+    in -8..7 or absent q     = round(clamp(x / s + z))       half to even, with s as it is stored
 
-Here s is an fp16 number, though files hold it as fp32: both readers multiply in the type of the stored scale, and an fp16
-product of an 11-bit scale and a code would be rounded. In fp32 s * q, z * s and their difference are exact, so this grid's
-step * q + floor, floor = -z * s, is that value. s may be negative: integers 4 bits wide reach further down than up, and
-the weight of largest magnitude takes the code -8 (llama.cpp's rule, so int4_g32 has the values of Q4_0).
+Here s is an fp16 number, though files hold it as fp32: both readers multiply in the type of the
+stored scale, and an fp16 product of an 11-bit scale and a code would be rounded. In fp32 s * q, z *
+s and their difference are exact, so this grid's step * q + floor, floor = -z * s, is that value. s
+may be negative: integers 4 bits wide reach further down than up, and the weight of largest
+magnitude takes the code -8 (llama.cpp's rule, so int4_g32 has the values of Q4_0).
 
-    int4_gN       s = m / -8, m the first element of largest magnitude with its sign                 4 + 32 / N bits
-    int4_asym_gN  s = (max(x, 0) - min(x, 0)) / 15, z = round(-8 - min(x, 0) / s)                     4 + 36 / N bits
-    int8_gN       s = max |x| / 127, as Q8_0: -128 stays unused                                                               8 + 32 / N bits
-    int8          the same with a scale for a whole row of any length                                8 + 32 / row length bits
+    int4_gN       s = m / -8, m the first element of largest magnitude with its sign
+    4 + 32 / N bits int4_asym_gN  s = (max(x, 0) - min(x, 0)) / 15, z = round(-8 - min(x, 0) / s)
+    4 + 36 / N bits int8_gN       s = max |x| / 127, as Q8_0: -128 stays unused
+    8 + 32 / N bits int8          the same with a scale for a whole row of any length
+    8 + 32 / row length bits
 """
 
 import torch
@@ -25,11 +28,24 @@ from compress.quant.grids.llamacpp import OneScale
 
 
 class Int(OneScale):
-    """Symmetric, with the rule, range and search of `like`: a scale a group, or a row where `group` is 0; codes nearest to it as stored."""
+    """Symmetric, with the rule, range and search of `like`: a scale a group, or a row where
+    `group` is 0; codes nearest to it as stored.
+    """
 
     def __init__(self, like: OneScale, bits: int, group: int) -> None:
-        self.like, self.low, self.high, self.offset, self.dtype = like, like.low, like.high, like.offset, like.dtype
-        self.largest, self.targets, self.block, self.group = like.largest, like.targets, group, group
+        self.like, self.low, self.high, self.offset, self.dtype = (
+            like,
+            like.low,
+            like.high,
+            like.offset,
+            like.dtype,
+        )
+        self.largest, self.targets, self.block, self.group = (
+            like.largest,
+            like.targets,
+            group,
+            group,
+        )
         self.name = f"int{bits}_g{group}" if group else f"int{bits}"
         self.bits_per_weight = bits + (32 / group if group else 0)
 

@@ -1,28 +1,33 @@
 """llama.cpp's K-quants Q4_K and Q6_K: 256 weights a block, scales in two levels, bit for bit.
 
-Source: ggml/src/ggml-quants.c, `quantize_row_q4_K_ref`, `quantize_row_q6_K_ref` (what is run without an importance
-matrix), `make_qkx2_quants`, `make_qx_quants`, `dequantize_row_*`. A block is cut into groups with integer scales of
-their own; only the fp16 unit of those integers is stored for the whole block.
+Source: ggml/src/ggml-quants.c, `quantize_row_q4_K_ref`, `quantize_row_q6_K_ref` (what is run
+without an importance matrix), `make_qkx2_quants`, `make_qx_quants`, `dequantize_row_*`. A block is
+cut into groups with integer scales of their own; only the fp16 unit of those integers is stored for
+the whole block.
 
-    Q4_K, 144 bytes, 4.5 bits: fp16 d, fp16 dmin | 12 bytes, 8 scales sc and 8 minima mn of 6 bits | 128 bytes of codes
-        value = (d * sc) * code - dmin * mn, code 0..15, groups of 32
-        12 bytes: 0-3 low 6 bits sc[0..3], 4-7 low 6 bits mn[0..3], their high 2 bits those of sc[4..7], mn[4..7];
-        8-11 the low 4 bits of sc[4..7] and, in the high half, of mn[4..7]
-        codes: byte j of 32, for groups 2k and 2k + 1, = code[2k][j] | code[2k + 1][j] << 4
-    Q6_K, 210 bytes, 6.5625 bits: 128 bytes low halves | 64 bytes high pairs | 16 int8 scales sc | fp16 d
-        value = (d * sc) * (code - 32), code 0..63, groups of 16
-        each 128 codes, as 4 runs a, b, c, e of 32: bytes a | c << 4, then b | e << 4 (low 4 bits), and a | b << 2 | c << 4 |
-        e << 6 (high 2 bits)
+    Q4_K, 144 bytes, 4.5 bits: fp16 d, fp16 dmin | 12 bytes, 8 scales sc and 8 minima mn of 6 bits |
+    128 bytes of codes
+        value = (d * sc) * code - dmin * mn, code 0..15, groups of 32 12 bytes: 0-3 low 6 bits
+        sc[0..3], 4-7 low 6 bits mn[0..3], their high 2 bits those of sc[4..7], mn[4..7]; 8-11 the
+        low 4 bits of sc[4..7] and, in the high half, of mn[4..7] codes: byte j of 32, for groups 2k
+        and 2k + 1, = code[2k][j] | code[2k + 1][j] << 4
+    Q6_K, 210 bytes, 6.5625 bits: 128 bytes low halves | 64 bytes high pairs | 16 int8 scales sc |
+    fp16 d
+        value = (d * sc) * (code - 32), code 0..63, groups of 16 each 128 codes, as 4 runs a, b, c,
+        e of 32: bytes a | c << 4, then b | e << 4 (low 4 bits), and a | b << 2 | c << 4 | e << 6
+        (high 2 bits)
 
-Q4_K fits a line to every group: 21 times, cut the range into 14 + k / 10 steps from the best floor so far, round,
-refit step and floor by weighted least squares (weights: the group's root mean square + |x|), keep the least error.
-Q6_K fits a scale to every group: of 19 first scales, keep the refitted one with the largest gain, weights x^2. Then
-scales are rounded to integers of the largest (63 and -128), and codes taken again as the nearest to what is stored.
+Q4_K fits a line to every group: 21 times, cut the range into 14 + k / 10 steps from the best floor
+so far, round, refit step and floor by weighted least squares (weights: the group's root mean square
++ |x|), keep the least error. Q6_K fits a scale to every group: of 19 first scales, keep the
+refitted one with the largest gain, weights x^2. Then scales are rounded to integers of the largest
+(63 and -128), and codes taken again as the nearest to what is stored.
 
-Which fit is kept hangs on the last bit of a sum, so sums run in C's order, one row of many groups at a time, and
-nothing is contracted to a fused multiply-add: this equals llama.cpp as built for x86-64. A build for a machine whose
-compiler contracts (gcc on arm64) may write other bytes. A group's codes stay those of its fit where its scale, rounded
-to an integer, is 0: they decode to one value anyway, but the bytes of the file show them.
+Which fit is kept hangs on the last bit of a sum, so sums run in C's order, one row of many groups
+at a time, and nothing is contracted to a fused multiply-add: this equals llama.cpp as built for
+x86-64. A build for a machine whose compiler contracts (gcc on arm64) may write other bytes. A
+group's codes stay those of its fit where its scale, rounded to an integer, is 0: they decode to one
+value anyway, but the bytes of the file show them.
 """
 
 import torch
@@ -43,15 +48,22 @@ def in_order(terms: Tensor) -> Tensor:
 
 
 class Q4_K(Grid):
-    """4 bits, 6-bit scales and minima for 32, their fp16 units for 256. A row of scales: d, dmin, 8 sc, 8 mn."""
+    """4 bits, 6-bit scales and minima for 32, their fp16 units for 256. A row of scales: d, dmin,
+    8 sc, 8 mn.
+    """
 
     name, bits_per_weight, largest = "q4_k", 4.5, 65504.0 * 63
     block, stored, low, high = 256, 18, 0, 15
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         groups = x.view(-1, self.group)
-        codes, scale, least = (part.t().reshape(len(x), 8, -1) for part in self._fit(groups.t().contiguous()))
-        (unit, integers), (least_unit, least_integers) = self._in_63ths(scale), self._in_63ths(least)
+        codes, scale, least = (
+            part.t().reshape(len(x), 8, -1) for part in self._fit(groups.t().contiguous())
+        )
+        (unit, integers), (least_unit, least_integers) = (
+            self._in_63ths(scale),
+            self._in_63ths(least),
+        )
         stored = torch.cat([unit, least_unit, integers, least_integers], dim=1)
         step, floor = self.levels(stored.half())
         again = (groups.view(codes.shape) - floor).div_(step).round_().clamp_(0, 15)
@@ -64,7 +76,9 @@ class Q4_K(Grid):
 
     def _fit(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(32, G) -> codes (32, G), scales (1, G), minima (1, G), those with their sign turned."""
-        w = (in_order(x * x) / 32).double().sqrt().float() + x.abs()  # torch's fp32 root can be a bit off
+        w = (
+            in_order(x * x) / 32
+        ).double().sqrt().float() + x.abs()  # torch's fp32 root can be a bit off
         sum_w, sum_x = in_order(torch.stack([w, w * x], dim=1))
         least, most = x.amin(0).clamp(max=0.0), x.amax(0)
         constant = most == least
@@ -113,13 +127,17 @@ class Q6_K(Grid):
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         groups = x.view(-1, self.group)
-        codes, scale = (part.t().reshape(len(x), 16, -1) for part in self._fit(groups.t().contiguous()))
+        codes, scale = (
+            part.t().reshape(len(x), 16, -1) for part in self._fit(groups.t().contiguous())
+        )
         top = scale.gather(1, scale.abs().argmax(1, keepdim=True))
         over = torch.where(top.abs() < EPS, 0.0, ratio(-128.0, top))
         small = (scale * over).round_().clamp_(max=127).add_(0.0)  # an integer has no -0
         stored = torch.cat([ratio(1.0, over), small], dim=1)[..., 0]
         step, _ = self.levels(stored.half())
-        again = (groups.view(codes.shape) / step).round_().clamp_(self.low, self.high).add_(self.offset)
+        again = (
+            (groups.view(codes.shape) / step).round_().clamp_(self.low, self.high).add_(self.offset)
+        )
         codes = torch.where(over == 0, 0.0, torch.where(step == 0, codes, again))
         return codes.flatten(1), stored
 
@@ -127,9 +145,17 @@ class Q6_K(Grid):
         """(16, G) -> stored codes (16, G), scales (1, G)."""
         peak = x.gather(0, x.abs().argmax(0, keepdim=True))[0]
         w = x * x
-        codes, scale, gain = torch.zeros_like(x), torch.zeros_like(peak), torch.full_like(peak, -1.0)
+        codes, scale, gain = (
+            torch.zeros_like(x),
+            torch.zeros_like(peak),
+            torch.full_like(peak, -1.0),
+        )
         for k in (0, *range(-9, 0), *range(1, 10)):
-            q = (x * ratio(-(torch.tensor(0.1) * k + 32.0).item(), peak)).round_().clamp_(self.low, self.high)
+            q = (
+                (x * ratio(-(torch.tensor(0.1) * k + 32.0).item(), peak))
+                .round_()
+                .clamp_(self.low, self.high)
+            )
             xq, qq = in_order(torch.stack([w * x * q, w * q * q], dim=1))
             better = (qq > 0) & (xq * xq > gain * qq)
             codes = torch.where(better, q + self.offset, codes)
@@ -147,4 +173,9 @@ class Q6_K(Grid):
         low, high = runs & 15, runs >> 4
         pairs = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
         nibbles = low[:, :, :2] | (low[:, :, 2:] << 4)
-        return [nibbles.flatten(1), pairs.flatten(1), as_bytes(scales[:, 1:].to(torch.int8)), as_bytes(scales[:, :1])]
+        return [
+            nibbles.flatten(1),
+            pairs.flatten(1),
+            as_bytes(scales[:, 1:].to(torch.int8)),
+            as_bytes(scales[:, :1]),
+        ]

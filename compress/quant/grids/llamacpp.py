@@ -1,24 +1,33 @@
 """llama.cpp's formats of 32 weights a block: Q4_0, Q4_1, Q5_0, Q8_0, bit for bit.
 
-Source: ggml/src/ggml-quants.c, `quantize_row_q*_ref`, `dequantize_row_q*`. A block holds d, an fp16 scale, then codes:
+Source: ggml/src/ggml-quants.c, `quantize_row_q*_ref`, `dequantize_row_q*`. A block holds d, an fp16
+scale, then codes:
 
-    Q4_0, 18 bytes, 4.5 bits:  d | 16 bytes, byte j = code[j] | code[j + 16] << 4     value = d * (code - 8), code 0..15
-        m = the first element of largest magnitude, with its sign;  d = m / -8;  code = min(15, trunc(x / d + 8.5))
-    Q4_1, 20 bytes, 5 bits:    d | fp16 minimum m | 16 bytes as in Q4_0               value = d * code + m, code 0..15
+    Q4_0, 18 bytes, 4.5 bits:  d | 16 bytes, byte j = code[j] | code[j + 16] << 4     value = d *
+    (code - 8), code 0..15
+        m = the first element of largest magnitude, with its sign;  d = m / -8;  code = min(15,
+        trunc(x / d + 8.5))
+    Q4_1, 20 bytes, 5 bits:    d | fp16 minimum m | 16 bytes as in Q4_0               value = d *
+    code + m, code 0..15
         m = min x;  d = (max x - m) / 15;  code = min(15, trunc((x - m) / d + 0.5))
     Q5_0, 22 bytes, 5.5 bits:  d | 4 bytes, bit j = code[j] >> 4 | low halves as in Q4_0
-        value = d * (code - 16), code 0..31;  as Q4_0 with d = m / -16, code = min(31, trunc(x / d + 16.5))
-    Q8_0, 34 bytes, 8.5 bits:  d | 32 int8                                            value = d * code, code -127..127
+        value = d * (code - 16), code 0..31;  as Q4_0 with d = m / -16, code = min(31, trunc(x / d +
+        16.5))
+    Q8_0, 34 bytes, 8.5 bits:  d | 32 int8                                            value = d *
+    code, code -127..127
         d = max |x| / 127;  code = roundf(x / d), half away from zero
 
-x / d is x * (1 / d) with d (and m) still in fp32; only what is stored is rounded to fp16. So these codes are not always the nearest ones to the
-stored d, and a block whose d underflows fp16 stores d = 0. Where 1 / d is not finite (d = 0, or below 2.9e-39, where C's conversion is undefined)
-codes are those of 0; such a block decodes to a constant either way.
+x / d is x * (1 / d) with d (and m) still in fp32; only what is stored is rounded to fp16. So these
+codes are not always the nearest ones to the stored d, and a block whose d underflows fp16 stores d
+= 0. Where 1 / d is not finite (d = 0, or below 2.9e-39, where C's conversion is undefined) codes
+are those of 0; such a block decodes to a constant either way.
 
-`search`, on the grids of one scale, looks for a scale with less squared error, after llama.cpp's `make_qx_quants`: map m to each of a few targets
-t (scale m / t, both signs), round to codes q, refit in closed form s = sum(h x q) / sum(h q^2), keep the largest gain sum(h x q)^2 / sum(h q^2).
-Then round s to fp16, refit once more, and keep whichever stored scale, the plain rule's included, has the least sum(h (x - s q)^2) with its own
-nearest codes: never worse than the rule. The sign of d is free: a negative d turns the grid -8..7 into -7..8.
+`search`, on the grids of one scale, looks for a scale with less squared error, after llama.cpp's
+`make_qx_quants`: map m to each of a few targets t (scale m / t, both signs), round to codes q,
+refit in closed form s = sum(h x q) / sum(h q^2), keep the largest gain sum(h x q)^2 / sum(h q^2).
+Then round s to fp16, refit once more, and keep whichever stored scale, the plain rule's included,
+has the least sum(h (x - s q)^2) with its own nearest codes: never worse than the rule. The sign of
+d is free: a negative d turns the grid -8..7 into -7..8.
 """
 
 import torch
@@ -33,7 +42,9 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 def halves(codes: Tensor) -> Tensor:
-    """(..., 2, K) codes below 16 -> (..., K): the first in the low half of a byte, the second in the high half."""
+    """(..., 2, K) codes below 16 -> (..., K): the first in the low half of a byte, the second in
+    the high half.
+    """
     return codes[..., 0, :] | (codes[..., 1, :] << 4)
 
 
@@ -45,10 +56,14 @@ class OneScale(Grid):
 
     def rule(self, x: Tensor) -> Tensor:
         """(N, block) -> (N, 1): the fp32 scale of plain rounding."""
-        return (x.gather(1, x.abs().argmax(1, keepdim=True)) + 0.0) / self.low  # no -0: the C code begins with 0
+        return (
+            x.gather(1, x.abs().argmax(1, keepdim=True)) + 0.0
+        ) / self.low  # no -0: the C code begins with 0
 
     def nearest(self, x: Tensor) -> Tensor:
-        """(N, 32) weights over scale -> (N, 32) stored codes of llama.cpp's plain rounding; overwrites x."""
+        """(N, 32) weights over scale -> (N, 32) stored codes of llama.cpp's plain rounding;
+        overwrites x.
+        """
         return x.add_(self.offset + 0.5).trunc_().clamp_(max=self.high + self.offset)
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +71,14 @@ class OneScale(Grid):
         return self.nearest(x * inverse(d)), d
 
     def search(self, w: Tensor, importance: Tensor | None = None, name: str = "weight") -> Tensor:
-        """fp32 (R, C) -> fp16 scales (R, C / block) of least squared error; `importance` >= 0, (C,) or (R, C), weights."""
+        """fp32 (R, C) -> fp16 scales (R, C / block) of least squared error; `importance` >= 0,
+        (C,) or (R, C), weights.
+        """
         self.check(w, name)
         scales = w.new_empty(len(w), w.shape[1] // self.length(w.shape[1]), dtype=torch.float16)
-        h = (w.new_ones(w.shape[1]) if importance is None else importance.detach().float()).reshape(-1, self.length(w.shape[1]))
+        h = (w.new_ones(w.shape[1]) if importance is None else importance.detach().float()).reshape(
+            -1, self.length(w.shape[1])
+        )
 
         def work(x: Tensor, number: Tensor, out: Tensor) -> None:
             out[:, 0] = self._search(x, h[number[:, 0] % len(h)].t().contiguous())
@@ -68,7 +87,9 @@ class OneScale(Grid):
         return scales
 
     def _search(self, rows: Tensor, h: Tensor) -> Tensor:
-        """(N, block), (block, N) -> (N,) fp16. Works on columns: sums over a block are then sums of vectors."""
+        """(N, block), (block, N) -> (N,) fp16. Works on columns: sums over a block are then sums
+        of vectors.
+        """
         x = rows.t().contiguous()
         hx = h * x
         peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]
@@ -108,7 +129,9 @@ class Q4_0(OneScale):
 
 
 class Q4_1(Grid):
-    """4 bits, an fp16 scale and an fp16 minimum for 32 weights: scales (R, C / 32 * 2) holds d, m, d, m, ..."""
+    """4 bits, an fp16 scale and an fp16 minimum for 32 weights: scales (R, C / 32 * 2) holds d, m,
+    d, m, ...
+    """
 
     name, bits_per_weight, largest = "q4_1", 5.0, 65504.0
     low, high, stored = 0, 15, 2
@@ -116,7 +139,9 @@ class Q4_1(Grid):
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         least, most = x.aminmax(dim=1, keepdim=True)
         d = (most - least) / 15
-        return (x - least).mul_(inverse(d)).add_(0.5).trunc_().clamp_(max=15), torch.cat([d, least], dim=1)
+        return (x - least).mul_(inverse(d)).add_(0.5).trunc_().clamp_(max=15), torch.cat(
+            [d, least], dim=1
+        )
 
     def levels(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
         step, floor = stored.float()[:, :, None].split(1, dim=1)
@@ -135,7 +160,9 @@ class Q5_0(OneScale):
 
     def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
         q = codes.view(-1, 4, 8)
-        fifth = ((q >> 4) << torch.arange(8, dtype=torch.uint8, device=q.device)).sum(-1, dtype=torch.uint8)
+        fifth = ((q >> 4) << torch.arange(8, dtype=torch.uint8, device=q.device)).sum(
+            -1, dtype=torch.uint8
+        )
         return [as_bytes(scales), fifth, halves((q & 15).view(-1, 2, 16))]
 
 
@@ -151,7 +178,9 @@ class Q8_0(OneScale):
 
     def nearest(self, x: Tensor) -> Tensor:
         whole = x.trunc()
-        return whole.add_(x.sub_(whole).mul_(2).trunc_())  # the fraction is exact, so this is C's roundf
+        return whole.add_(
+            x.sub_(whole).mul_(2).trunc_()
+        )  # the fraction is exact, so this is C's roundf
 
     def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
         return [as_bytes(scales), as_bytes(codes)]

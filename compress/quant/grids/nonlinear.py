@@ -1,16 +1,19 @@
 """llama.cpp's IQ4_NL: 4 bits that name one of sixteen uneven numbers, bit for bit.
 
-Source: ggml/src/ggml-quants.c, `quantize_iq4_nl`, `dequantize_row_iq4_nl`. A block of 32 holds d, an fp16 scale, then
-16 bytes as in Q4_0: the bytes of Q4_0, 4.5 bits a weight, but
+Source: ggml/src/ggml-quants.c, `quantize_iq4_nl`, `dequantize_row_iq4_nl`. A block of 32 holds d,
+an fp16 scale, then 16 bytes as in Q4_0: the bytes of Q4_0, 4.5 bits a weight, but
 
-    value = d * NUMBERS[code]        the numbers lie closer where weights of a bell shape are more frequent
+    value = d * NUMBERS[code]        the numbers lie closer where weights of a bell shape are more
+    frequent
 
-    plain rounding, without an importance matrix: with m the first element of largest magnitude, the scales m / t for
-    t = 127, -134, -133, ..., -120 are tried in this order; each gives codes and, refitted with the weights' squares as
-    importance, s = sum(x^2 x q) / sum(x^2 q^2), of which the one of largest gain stays. Codes are those nearest to it in
-    fp32, ties upwards; only then is it rounded to fp16. Sums run in C's order, without fused multiply-adds.
+    plain rounding, without an importance matrix: with m the first element of largest magnitude, the
+    scales m / t for t = 127, -134, -133, ..., -120 are tried in this order; each gives codes and,
+    refitted with the weights' squares as importance, s = sum(x^2 x q) / sum(x^2 q^2), of which the
+    one of largest gain stays. Codes are those nearest to it in fp32, ties upwards; only then is it
+    rounded to fp16. Sums run in C's order, without fused multiply-adds.
 
-`search` tries both ends of the range, weighs by what it is given, and refits to the stored fp16 scale (llamacpp.py).
+`search` tries both ends of the range, weighs by what it is given, and refits to the stored fp16
+scale (llamacpp.py).
 """
 
 import torch
@@ -24,7 +27,9 @@ NUMBERS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 
 
 
 def _tables() -> tuple[Tensor, Tensor]:
-    """Nearest number and its code, for every half from the first number to the last: no midpoint lies between two halves."""
+    """Nearest number and its code, for every half from the first number to the last: no midpoint
+    lies between two halves.
+    """
     numbers = torch.tensor(NUMBERS, dtype=torch.float32)
     steps = torch.arange(2 * NUMBERS[0], 2 * NUMBERS[-1] + 1) / 2
     code = torch.bucketize(steps, (numbers[1:] + numbers[:-1]) / 2, right=True)
@@ -32,7 +37,9 @@ def _tables() -> tuple[Tensor, Tensor]:
 
 
 class IQ4_NL(OneScale):
-    """4 bits that name one of NUMBERS, and an fp16 scale for 32 weights. q is the number, not the code."""
+    """4 bits that name one of NUMBERS, and an fp16 scale for 32 weights. q is the number, not the
+    code.
+    """
 
     name, bits_per_weight, largest = "iq4_nl", 4.5, 65504.0 * 113
     low, high = NUMBERS[0], NUMBERS[-1]
@@ -52,14 +59,20 @@ class IQ4_NL(OneScale):
             q = self.rounded(columns * over)
             wq = weight * q
             xq, qq = in_order(torch.stack([wq * columns, wq * q], dim=1))
-            better = (qq > 0) & (xq * xq > best * qq) if attempt else torch.ones_like(peak, dtype=torch.bool)
+            better = (
+                (qq > 0) & (xq * xq > best * qq)
+                if attempt
+                else torch.ones_like(peak, dtype=torch.bool)
+            )
             scale = torch.where(better, ratio(xq, qq), scale)
             best = torch.where(better, scale * xq, best)
         scale = torch.where(peak.abs() < EPS, 0.0, scale)[:, None]
         return self.stored_codes(self.rounded(x * inverse(scale))), scale
 
     def trial(self, w: Tensor, name: str = "weight") -> Tensor:
-        """One scale a block, that of the first number, in place of the sixteen that plain rounding tries."""
+        """One scale a block, that of the first number, in place of the sixteen that plain rounding
+        tries.
+        """
         self.check(w, name)
         values = torch.empty_like(w, dtype=torch.float32)
 
@@ -74,17 +87,24 @@ class IQ4_NL(OneScale):
         return self._looked_up(self.nearest_number, q)
 
     def inside(self, q: Tensor) -> Tensor:
-        ends = self.low - 11.5, self.high + 12.0  # half a gap beyond the outermost numbers, as on even grids
+        ends = (
+            self.low - 11.5,
+            self.high + 12.0,
+        )  # half a gap beyond the outermost numbers, as on even grids
         return q.clamp(*ends).eq_(q)
 
     def stored_codes(self, q: Tensor) -> Tensor:
         return self._looked_up(self.nearest_code, q)
 
     def numbers(self, codes: Tensor) -> Tensor:
-        return codes.copy_(torch.tensor(NUMBERS, dtype=torch.float32, device=codes.device)[codes.int()])
+        return codes.copy_(
+            torch.tensor(NUMBERS, dtype=torch.float32, device=codes.device)[codes.int()]
+        )
 
     def _looked_up(self, table: Tensor, q: Tensor) -> Tensor:
-        """The table's entry for every number of q, any shape, in place. Doubling and rounding down are exact."""
+        """The table's entry for every number of q, any shape, in place. Doubling and rounding down
+        are exact.
+        """
         index = q.mul_(2).floor_().clamp_(2 * self.low, 2 * self.high).sub_(2 * self.low).int()
         return q.copy_(table.to(q.device).index_select(0, index.flatten()).view(q.shape))
 

@@ -123,8 +123,8 @@ def score(arguments: list[str]) -> int:
     from rich.table import Table
 
     from compress import session
-    from compress.checkpoint import model_of
     from compress.launch import without_recipe
+    from compress.models.checkpoint import model_of
     from compress.report.answers import in_pairs, printed
 
     parser = _Parser(prog="compress score")
@@ -138,7 +138,7 @@ def score(arguments: list[str]) -> int:
     )
     model = model_of(options.model)
     if model.runtime == "onnxruntime":
-        from compress.score.onnx_folder import check_folder
+        from compress.formats.onnx_folder import check_folder
 
         check_folder(model.path)  # before the teacher is scored
     limits = parts.pop("budget")
@@ -287,7 +287,7 @@ def sync(arguments: list[str]) -> int:
 
 def verify(arguments: list[str]) -> int:
     """Check every byte of a bundle, and that its manifest agrees with itself."""
-    from compress.export.bundle import SUMS, sums_digest, verify_bundle
+    from compress.ship.bundle import SUMS, sums_digest, verify_bundle
 
     parser = _Parser(prog="compress verify")
     parser.add_argument("bundle", type=Path)

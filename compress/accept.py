@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from compress import session
 from compress.ask import printable
 from compress.budget import failed, is_heldout, judge
-from compress.checkpoint import Model, model_of, read_config, weights_digest
 from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
 from compress.doors import (
     FLAG,
@@ -33,14 +32,15 @@ from compress.doors import (
     whole,
 )
 from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError
-from compress.export.bundle import verify_bundle
-from compress.export.manifest import MANIFEST, limits_of
+from compress.formats.onnx_folder import check_folder
+from compress.models.checkpoint import Model, model_of, read_config, weights_digest
 from compress.report.records import bundle_rows
-from compress.score.onnx_folder import check_folder
+from compress.score.intervals import Paired, paired_scores
 from compress.score.open import Prompt, beside_teacher, read_prompts
-from compress.score.paired import Paired, paired_scores
 from compress.score.scorer import Measured, Scorer
 from compress.score.tasks import DRIFTS, RULES
+from compress.ship.bundle import verify_bundle
+from compress.ship.manifest import MANIFEST, limits_of
 
 LINES_BYTES = 1_000_000_000  # of each of the bundle's JSON Lines files
 MOST_CHOICES, MOST_REQUESTS, MOST_PROMPTS = (

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-from compress.checkpoint import Model, model_of, read_config, weights_digest
 from compress.errors import ConfigError, ResourceError, nearest
-from compress.export.gguf import read_fields
+from compress.formats.gguf import read_fields
+from compress.formats.llamacpp import Ending
+from compress.formats.onnx_folder import genai_config
+from compress.models.checkpoint import Model, model_of, read_config, weights_digest
 from compress.report.records import Run, folder_of, open_run
-from compress.score.llamacpp import Ending
-from compress.score.onnx_folder import genai_config
 from compress.score.talk import Speaker, has_template, open_speaker, plain_text
 from compress.store import Store
 from compress.teacher import open_teacher
-from compress.train.repetition import loops
+from compress.text.repetition import loops
 
 CONTEXT_TOKENS = 2048  # of a conversation without its next answer
 MODEL_FILES = ("config.json", "genai_config.json", "model.safetensors")  # one of them makes a model

@@ -17,7 +17,7 @@ EMBEDDED_SOURCES = (
     "docstring_chat",
     "conversations",
     "conversations_heldout",
-)  # as train/embedded.py has them
+)  # as text/embedded.py has them
 SOURCE_KINDS = ("embedded", "hub", "generated")
 MOST_THREADS = max(64, 16 * (os.cpu_count() or 1))  # a hundred thousand of them end the process
 # Least and most of numbers, by the name of their field; what is not named here must be finite, and

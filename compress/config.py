@@ -17,10 +17,10 @@ from typing import Any, get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from compress import formats
 from compress.bounds import check_home, check_source, check_values
 from compress.budget import ACCURACY, HELDOUT, OPEN, is_accuracy, is_heldout
 from compress.errors import ConfigError, nearest
-from compress.export import formats
 from compress.score.perturb import PERTURBATIONS
 from compress.stages import STAGES
 from compress.track import TRACKERS
@@ -89,7 +89,7 @@ class Teacher:
 
 @dataclass
 class Data:
-    """Which text trains, calibrates and judges; sources as in `compress/train/sources.py`."""
+    """Which text trains, calibrates and judges; sources as in `compress/text/sources.py`."""
 
     train: list[str] = field(default_factory=list)
     chat: list[str] = field(default_factory=list)
@@ -321,7 +321,7 @@ class Budget:
 
 @dataclass
 class Export:
-    """Which files ship besides the Hugging Face directory, as `export/formats.py` names them; the
+    """Which files ship besides the Hugging Face directory, as `formats/__init__.py` names them; the
     first one is what the budget judges.
     """
 

@@ -14,23 +14,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from compress import budget, planning
-from compress.checkpoint import Model, model_of
+from compress import budget, formats, planning
 from compress.config import Recipe
 from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
-from compress.export import formats
-from compress.export.bundle import write_bundle
 from compress.keys import EXPORTS, sources_digest, versions_of
+from compress.models.checkpoint import Model, model_of
 from compress.report.html import write_html
 from compress.report.records import load_run
 from compress.report.table import print_table, stage_table, verdict_lines
 from compress.rundir import RunDir, now, reserved
 from compress.score import payoff
-from compress.score.paired import Paired
+from compress.score.intervals import Paired
 from compress.score.scorer import Measured
 from compress.score.talk import has_template
 from compress.session import Session, check_shapes, log, plain, thinned
-from compress.stages.optimization import Keep, Optimization
+from compress.ship.bundle import write_bundle
+from compress.stages.training import Keep, Optimization
 from compress.store import sha256_json
 from compress.train import parallel
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch.utils.benchmark import Timer
 
+from compress import formats
 from compress.errors import ResourceError
-from compress.export import formats
-from compress.model_config import meta_model
+from compress.models.model_config import meta_model
 from compress.session import Session
 
 # assumed share of the square matrix product's rate that a whole training step reaches; on the

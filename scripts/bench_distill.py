@@ -37,7 +37,7 @@ ROWS, LENGTH, STEPS, MICRO = 4, 512, 8, 4  # the first two steps of a process wa
 
 def prepare(work: Path) -> None:
     """Teacher, student and packed text."""
-    from compress.checkpoint import load_model, save_model
+    from compress.models.checkpoint import load_model, save_model
     from compress.stages.prune_depth import _cut
     from compress.store import Store
     from compress.teacher import open_teacher
@@ -51,7 +51,7 @@ def prepare(work: Path) -> None:
 
 
 def open_text(work: Path) -> Any:
-    from compress.train.data import pack
+    from compress.text.packing import pack
 
     return pack(["embedded:docstrings"], work / "teacher", LENGTH, work / "store" / "data")
 
@@ -72,9 +72,9 @@ def open_signals(work: Path, precision: str) -> Any:
 
 def step_seconds(side: str, work: Path, precision: str) -> list[float]:
     """Seconds of each timed step of one side."""
-    from compress.checkpoint import load_model
     from compress.distill.losses import Mix
     from compress.distill.steps import OnlineTeacher, make_batches, make_loss
+    from compress.models.checkpoint import load_model
     from compress.train.loop import Plan, train
 
     if side == "baseline":
@@ -155,7 +155,7 @@ def matmul_seconds(work: Path, precision: str) -> float:
     """The step's own matrix products, forward and both backwards, head included, each shape timed
     alone.
     """
-    from compress.checkpoint import load_model
+    from compress.models.checkpoint import load_model
 
     low = torch.bfloat16 if precision == "bf16" else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -186,7 +186,7 @@ def median(product: Any, repeats: int = 15) -> float:
 def gradient(model: Any, ids: torch.Tensor, target: Any) -> torch.Tensor:
     """Whole-model gradient of the mean forward KL, fp32, as one vector."""
     from compress.distill.losses import Mix, head_loss
-    from compress.train.forward import head_of, hidden_states
+    from compress.models.forward import head_of, hidden_states
 
     model.zero_grad(set_to_none=True)
     mask = torch.ones(ids[:, 1:].numel(), dtype=torch.bool)
@@ -200,10 +200,10 @@ def closeness_of_gradients(work: Path, batches: int, draws: int) -> dict[str, fl
     """grad_angle_deg (median over batches of 4 x 512 tokens) and the unbiasedness ratio over
     `draws` signals of 1 x 512 tokens, in fp32.
     """
-    from compress.checkpoint import load_model
     from compress.distill.losses import Dense
     from compress.distill.signal import Scheme, as_target, decode, encode
-    from compress.train.forward import head_of, hidden_states
+    from compress.models.checkpoint import load_model
+    from compress.models.forward import head_of, hidden_states
 
     teacher, student, data = (
         load_model(work / "teacher"),

@@ -30,8 +30,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from compress.checkpoint import load_model, load_tokenizer
 from compress.machine import available_threads, describe, git_sha, versions
+from compress.models.checkpoint import load_model, load_tokenizer
 from compress.score import tasks
 from compress.score.lm import LM, torch_lm
 from compress.store import Store

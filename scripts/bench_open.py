@@ -28,10 +28,10 @@ from torch import nn
 
 from compress import budget
 from compress.assets import configs_dir
-from compress.checkpoint import load_model, load_tokenizer, model_of, save_model
 from compress.config import Limit
-from compress.export.gguf import export_gguf, overhead_bytes
+from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
+from compress.models.checkpoint import load_model, load_tokenizer, model_of, save_model
 from compress.score.lm import torch_lm
 from compress.score.open import (
     answered,
@@ -48,7 +48,7 @@ from compress.stages.prune_depth import PruneDepth
 from compress.stages.ptq import Balance, Method, Ptq, Scales
 from compress.store import Store, write_json
 from compress.teacher import open_teacher
-from compress.train.data import pack
+from compress.text.packing import pack
 
 NOISE = 0.02  # of a matrix' standard deviation: about the KL of a careful 8-bit file
 SEEDS = 14  # good students made by noise
@@ -377,7 +377,7 @@ def good_students(bench: Bench) -> dict[str, Path]:
 
 def agreement(bench: Bench) -> dict[str, float]:
     """Share of prompts that two runtimes answer alike to the last token, on the same fp16 weights."""
-    from compress.export.onnx import export_onnx
+    from compress.formats.onnx import export_onnx
 
     twin = bench.work / "twin"
     if not twin.is_dir():

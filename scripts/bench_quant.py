@@ -35,16 +35,17 @@ import torch
 from gguf.quants import dequantize
 from make_golden import LLAMA_FTYPE, QUANTIZE
 
-from compress.checkpoint import best_device, load_model
-from compress.export.formats import parse
-from compress.export.gguf import export_gguf, overhead_bytes, read_fields
-from compress.export.parity import figures as parity_figures
+from compress.formats import parse
+from compress.formats.gguf import export_gguf, overhead_bytes, read_fields
+from compress.formats.llamacpp import LlamaCpp, gguf_head
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
+from compress.models.checkpoint import best_device, load_model
+from compress.models.forward import head_of
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, checkpoint_head, closeness, hidden_of
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
-from compress.score.llamacpp import LlamaCpp, gguf_head
+from compress.score.parity import figures as parity_figures
 from compress.score.scorer import HEADS, RUNTIMES
 from compress.score.size import size
 from compress.stages.context import Context
@@ -52,8 +53,7 @@ from compress.stages.ptq import Allocation, Balance, GridName, Method, Ptq, Scal
 from compress.stages.qat import Qat
 from compress.store import Store, write_json
 from compress.teacher import open_teacher
-from compress.train.data import Packed, pack
-from compress.train.forward import head_of
+from compress.text.packing import Packed, pack
 
 LENGTH, HELD_OUT = 512, 8  # held-out sequences of each text
 Q4_K_M = 15  # llama.cpp's number of that mixture

@@ -25,18 +25,18 @@ from typing import Any
 
 import torch
 
-from compress.checkpoint import load_model, model_of
-from compress.export.gguf import export_gguf, overhead_bytes
+from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
+from compress.models.checkpoint import load_model, model_of
 from compress.score.fidelity import States, checkpoint_head, closeness, hidden_of
 from compress.score.open import answered, beside_teacher, embedded_file, own_scores, read_prompts
 from compress.stages.context import Context
 from compress.stages.distill import Distill
-from compress.stages.optimization import SchemeName, Signal
 from compress.stages.prune_width import PruneWidth
+from compress.stages.training import SchemeName, Signal
 from compress.store import Store, write_json
 from compress.teacher import open_teacher
-from compress.train.data import pack
+from compress.text.packing import pack
 
 LENGTH, HELD_OUT, RATE = 512, 6, 2e-4
 TEXTS = {

@@ -3,7 +3,7 @@
     python scripts/make_conversations.py [--tokens 400000] [--answer-tokens 128] [--work DIR]
     [--rows FILE ...]
 
-Rows are written by `compress/train/written.py` until they hold so many of the teacher's tokens,
+Rows are written by `compress/text/written.py` until they hold so many of the teacher's tokens,
 template included, and put in a fixed random order into
 configs/conversations/conversations.jsonl.xz. Rows of earlier runs, `--rows`, are taken first, if
 they pass the filter. About 165 tokens a second are written on one core, of which a half is kept: an
@@ -18,12 +18,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import load_tokenizer
+from compress.models.checkpoint import load_tokenizer
 from compress.store import Store
 from compress.teacher import open_teacher
-from compress.train.embedded import conversations_file
-from compress.train.text_filter import Filter, evaluation_texts
-from compress.train.written import from_nothing
+from compress.text.embedded import conversations_file
+from compress.text.filter import Filter, evaluation_texts
+from compress.text.written import from_nothing
 
 STEP = 500  # conversations asked for at a time
 KEYS = ("messages", "seed", "opening", "teacher", "engine")

@@ -22,18 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import load_model
 from compress.distill.losses import Mix
 from compress.distill.signal import Scheme, Signals
 from compress.distill.steps import make_batches, make_loss, one_batch
-from compress.export.gguf import overhead_bytes
+from compress.formats.gguf import overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
+from compress.models.checkpoint import load_model
 from compress.report.picture import lines_svg
 from compress.stages.context import Context
 from compress.stages.prune_depth import PruneDepth
 from compress.store import Store
 from compress.teacher import open_teacher
-from compress.train.data import Packed, pack
+from compress.text.packing import Packed, pack
 from compress.train.loop import Plan, train
 
 LENGTH, BATCH, HELD_OUT = 512, 2, 4

@@ -37,7 +37,7 @@ def context(tiny_teacher: Path, tmp_path: Path):
 
 def make_context(teacher: Path, folder: Path, **changes):
     from compress.stages.context import Context
-    from compress.train.data import pack
+    from compress.text.packing import pack
 
     data, work = folder / "data", folder / "work"
     data.mkdir(exist_ok=True)

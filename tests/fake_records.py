@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from compress.score.open import Prompt, beside_teacher, own_scores
-from compress.train.repetition import loops
+from compress.text.repetition import loops
 
 # slot, technique, parent, params M, size MB, bits, KL, top1, bpb, kept, tok/s, ttft, ms, rss MB,
 # minutes

@@ -144,7 +144,7 @@ MUTANTS = [
         ("return loss, torch.count_nonzero(mask_N)", "return loss, torch.tensor(mask_N.numel())"),
     ),
     *of(
-        "stages/optimization.py",
+        "stages/training.py",
         "test_training.py -k no_row_of_the_validation",
         ("rows = min(rows, held[0])", "rows = min(rows, len(data.ids))"),
     ),
@@ -206,7 +206,7 @@ MUTANTS = [
         ("model.state_dict(keep_vars=True).values()", "[*model.parameters(), *model.buffers()]"),
     ),
     *of(
-        "stages/optimization.py",
+        "stages/training.py",
         ROOM,
         ('best_device().type == "cpu" and needed > free', "False"),
         ("+ size * bool(self.validations)", ""),
@@ -249,7 +249,7 @@ MUTANTS = [
         ("= common_vocabulary(parent, learned_from)", "= None"),
     ),
     *of(
-        "checkpoint.py",
+        "models/checkpoint.py",
         "test_contract.py -k ids_with_gaps",
         ("max(tokenizer.get_vocab().values(), default=-1) + 1", "len(tokenizer)"),
     ),
@@ -286,9 +286,7 @@ MUTANTS = [
             '        model.to(best_device() if self.load == "plain" else "cpu")',
         ),
     ),
-    *of(
-        "stages/optimization.py", "test_signal.py -k listings", ("        signals.refresh()\n", "")
-    ),
+    *of("stages/training.py", "test_signal.py -k listings", ("        signals.refresh()\n", "")),
     *of(
         "quant/grids/grid.py",
         GRIDS,
@@ -337,7 +335,7 @@ MUTANTS = [
     ),
     *of("quant/grids/kquants.py", GRIDS, (".round_().clamp_(0, 63)", ".round_().clamp_(0, 62)")),
     *of(
-        "score/paired.py",
+        "score/intervals.py",
         PAIRED,
         ("kept = (student + both - chance) /", "kept = (student + both) /"),
         ('"points_lost": teacher - student', '"points_lost": student - teacher'),
@@ -407,7 +405,7 @@ MUTANTS = [
         ("or name in (STAGE_JSON, *table)", "or True"),
     ),
     *of(
-        "ends.py",
+        "models/ends.py",
         "test_ends.py -k union",
         (
             "in stated(checkpoint, tokenizer).values()",

@@ -124,7 +124,7 @@ def test_a_budget_below_the_smallest_possible_file_is_refused():
 
 @pytest.mark.parametrize("technique", ["ptq", "qat"])
 def test_a_stage_meets_the_byte_budget_with_a_mixture(tiny_teacher, tmp_path, technique):
-    from compress.export.gguf import export_gguf, overhead_bytes
+    from compress.formats.gguf import export_gguf, overhead_bytes
     from compress.quant.codes import load_quantized
     from compress.stages.ptq import Allocation, GridName, Ptq
     from compress.stages.qat import Qat
@@ -154,7 +154,7 @@ def test_a_stage_meets_the_byte_budget_with_a_mixture(tiny_teacher, tmp_path, te
 
 def test_a_mixture_is_of_llama_cpps_grids_and_ships_as_mixed_only():
     from compress.errors import ConfigError
-    from compress.export.formats import check_grid
+    from compress.formats import check_grid
     from compress.stages.ptq import Allocation, GridName
 
     for wrong in (

@@ -14,11 +14,11 @@ from fake_records import ROWS, write_run
 
 from compress import ask
 from compress.__main__ import main
-from compress.checkpoint import digest, model_of
-from compress.export.gguf import export_gguf
-from compress.score.llamacpp import Ending
+from compress.formats.gguf import export_gguf
+from compress.formats.llamacpp import Ending
+from compress.models.checkpoint import digest, model_of
 from compress.score.talk import open_speaker, prompts_of
-from compress.train.repetition import loops
+from compress.text.repetition import loops
 
 
 class Terminal(io.StringIO):

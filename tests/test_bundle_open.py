@@ -15,15 +15,15 @@ from markdown_it import MarkdownIt
 
 from compress.__main__ import main
 from compress.budget import OPEN, judge
-from compress.checkpoint import Model
 from compress.config import Budget, Data, Eval, Limit
-from compress.export.bundle import write_bundle
-from compress.export.gguf import export_gguf
+from compress.formats.gguf import export_gguf
+from compress.models.checkpoint import Model
 from compress.report.answers import SHOWN, literal, one_line
 from compress.report.records import load_run, open_run
+from compress.score.intervals import Paired
 from compress.score.open import Prompt, as_row, beside_teacher, own_scores
-from compress.score.paired import Paired
 from compress.score.scorer import Measured, Scorer, open_prompts
+from compress.ship.bundle import write_bundle
 from compress.teacher import random_teacher
 
 HOSTILE = (

@@ -13,18 +13,18 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from compress import confined
-from compress.checkpoint import load_tokenizer
 from compress.confined import Limits
-from compress.probe import check_tokenizer
+from compress.models.chats import Chat, chat_tokens, render
+from compress.models.checkpoint import load_tokenizer
+from compress.models.forward import Head
+from compress.models.probe import check_tokenizer
+from compress.models.tokens import encode, encode_with_ends, opening, pieces
 from compress.score.fidelity import States, bits_and_bytes
 from compress.score.talk import rendered
-from compress.train import written
-from compress.train.authors import Said
-from compress.train.chats import Chat, chat_tokens, render
-from compress.train.data import pack
-from compress.train.forward import Head
-from compress.train.sources import documents
-from compress.train.tokens import encode, encode_with_ends, opening, pieces
+from compress.text import written
+from compress.text.authors import Said
+from compress.text.packing import pack
+from compress.text.sources import documents
 
 USER, ANSWER = (
     {"role": "user", "content": "What is 2 plus 2?"},
@@ -209,7 +209,7 @@ def test_a_template_takes_no_more_time_and_memory_than_it_is_given(tokenizer, te
 
 
 def test_a_hostile_template_is_refused_wherever_it_is_asked(tokenizer, tiny_teacher, monkeypatch):
-    monkeypatch.setattr("compress.train.chats.LIMITS", Limits(seconds=0.2))
+    monkeypatch.setattr("compress.models.chats.LIMITS", Limits(seconds=0.2))
     monkeypatch.setattr(
         render, "__kwdefaults__", {"generation": False, "limits": Limits(seconds=0.2)}
     )
@@ -425,7 +425,7 @@ def test_packed_ids_and_labels_without_bos_are_what_they_were(
     tiny_teacher, tokenizer, tmp_path, monkeypatch, labels
 ):
     some = [*documents("embedded:topics")[:20], *documents("embedded:conversations")[:40]]
-    monkeypatch.setattr("compress.train.data.documents", lambda source, log: some)
+    monkeypatch.setattr("compress.text.packing.documents", lambda source, log: some)
     packed = pack(["some"], tiny_teacher, 256, tmp_path, chat_labels=labels)
     ids, mask = by_hand(tokenizer, some, labels)
     count = packed.ids.numel()

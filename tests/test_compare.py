@@ -25,7 +25,7 @@ from compress.report.compare import (
 )
 from compress.report.html import write_html
 from compress.report.records import folder_of, load_run, open_run
-from compress.score.paired import ratio_interval
+from compress.score.intervals import ratio_interval
 
 TEXT = 'Which is right? <script>alert("x")</script> ' + "a-very-long-word" * 12
 

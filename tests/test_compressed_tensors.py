@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_gguf import quantized, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from compress.checkpoint import TOKENIZER_FILES, load_model
-from compress.export.compressed_tensors import ReloadedDirectory, export_compressed_tensors
-from compress.export.formats import parse
-from compress.export.gguf import export_gguf
+from compress.formats import parse
+from compress.formats.compressed_tensors import ReloadedDirectory, export_compressed_tensors
+from compress.formats.gguf import export_gguf
+from compress.models.checkpoint import TOKENIZER_FILES, load_model
 from compress.quant.codes import load_quantized
 from compress.score.fidelity import checkpoint_head
 from compress.score.size import size

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import make_context
 
-from compress.checkpoint import digest, load_model, load_tokenizer, save_model, token_count
 from compress.errors import Interrupted
+from compress.models.checkpoint import digest, load_model, load_tokenizer, save_model, token_count
 from compress.stages import STAGES
 from compress.stages.distill import Distill, Divergence
-from compress.stages.optimization import SchemeName, Signal
+from compress.stages.training import SchemeName, Signal
 from compress.store import Store, file_table
 
 SMALL = {
@@ -97,7 +97,7 @@ def test_a_stage_that_dies_leaves_no_entry(name, tiny_teacher, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", fails)
-    monkeypatch.setattr("compress.checkpoint.save_file", fails)
+    monkeypatch.setattr("compress.models.checkpoint.save_file", fails)
     monkeypatch.setattr("compress.distill.signal.write_whole", fails)
     context = make_context(tiny_teacher, tmp_path)
     with pytest.raises(OSError, match="No space left"):
@@ -149,7 +149,7 @@ def test_a_missing_optional_package_is_named_before_work(monkeypatch):
 
 
 def test_frozen_embeddings_stay_the_parents(tiny_teacher, tmp_path):
-    from compress.checkpoint import load_model
+    from compress.models.checkpoint import load_model
 
     for train in (True, False):
         out = tmp_path / str(train)

@@ -138,7 +138,7 @@ def test_a_recipe_that_came_past_the_command_line_is_refused_before_any_work(tmp
     from compress.config import Data, Eval, Teacher, Trainer
     from compress.session import Session, open_scorer
     from compress.stages import STAGES
-    from compress.stages.optimization import Signal
+    from compress.stages.training import Signal
 
     stages = recipe().stages | {"heal": STAGES["distill"](tokens=1000, signal=Signal(path=URLS[0]))}
     with pytest.raises(ConfigError, match="stages.heal.signal.path has a user"):

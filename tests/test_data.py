@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from compress.checkpoint import load_model, load_tokenizer
+from compress.models.checkpoint import load_model, load_tokenizer
+from compress.models.forward import hidden_states
 from compress.session import Session
 from compress.stages.distill import Distill
 from compress.stages.prune_width import PruneWidth
-from compress.train.data import pack
-from compress.train.embedded import EMBEDDED
-from compress.train.forward import hidden_states
-from compress.train.sources import documents
+from compress.text.embedded import EMBEDDED
+from compress.text.packing import pack
+from compress.text.sources import documents
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -85,7 +85,7 @@ def test_the_last_tenth_of_the_conversations_is_held_out():
 
 
 def test_no_conversation_shares_a_phrase_with_what_students_are_evaluated_on():
-    from compress.train.text_filter import Filter, evaluation_texts
+    from compress.text.filter import Filter, evaluation_texts
 
     accept = Filter(evaluation_texts())
     chats = documents("embedded:conversations") + documents("embedded:conversations_heldout")

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
-from compress.checkpoint import (
+from compress.formats.compressed_tensors import ReloadedDirectory, export_compressed_tensors
+from compress.formats.gguf import ReloadedGguf, export_gguf, read_fields
+from compress.formats.gguf_tokenizer import ENDS_BY_NAME, read_tokenizer
+from compress.formats.llamacpp import LlamaCpp
+from compress.formats.onnx import export_onnx
+from compress.formats.onnxruntime import OnnxRuntime
+from compress.models.checkpoint import (
     copy_beside,
     digest,
     load_model,
@@ -17,14 +23,8 @@ from compress.checkpoint import (
     model_of,
     save_model,
 )
-from compress.ends import as_ids, end_ids, in_files, obey, stated, turn_end
-from compress.export.compressed_tensors import ReloadedDirectory, export_compressed_tensors
-from compress.export.gguf import ReloadedGguf, export_gguf, read_fields
-from compress.export.gguf_tokenizer import ENDS_BY_NAME, read_tokenizer
-from compress.export.onnx import export_onnx
-from compress.export.parity import _ends_agree
-from compress.score.llamacpp import LlamaCpp
-from compress.score.onnxruntime import OnnxRuntime
+from compress.models.ends import as_ids, end_ids, in_files, obey, stated, turn_end
+from compress.score.parity import _ends_agree
 from compress.stages.ptq import GridName, Ptq
 from compress.store import Store
 from compress.teacher import open_teacher

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress.checkpoint import copy_tokenizer, load_model
+from compress.models.checkpoint import copy_tokenizer, load_model
 from compress.quant import codes, fake
 from compress.quant.grids import GRIDS
 from compress.quant.grids.nonlinear import NUMBERS

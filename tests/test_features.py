@@ -12,7 +12,6 @@ from conftest import make_context
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from compress.checkpoint import load_model, save_model
 from compress.distill.losses import Mix
 from compress.distill.steps import (
     FeatureLoss,
@@ -25,8 +24,9 @@ from compress.distill.steps import (
     tapped,
 )
 from compress.errors import Interrupted
+from compress.models.checkpoint import load_model, save_model
 from compress.stages.distill import Distill, Features
-from compress.stages.optimization import SchemeName, Signal
+from compress.stages.training import SchemeName, Signal
 
 ONLINE = Signal(scheme=SchemeName.online)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from scipy import stats
 
-from compress.checkpoint import check, load_model, load_tokenizer, weight_files
+from compress.models.checkpoint import check, load_model, load_tokenizer, weight_files
+from compress.models.forward import Head, head_of, hidden_states
 from compress.score.fidelity import (
     States,
     bits_and_bytes,
@@ -22,8 +23,7 @@ from compress.score.fidelity import (
 )
 from compress.store import Store
 from compress.teacher import open_teacher
-from compress.train.data import pack
-from compress.train.forward import Head, head_of, hidden_states
+from compress.text.packing import pack
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def heldout(tiny_teacher, tmp_path):
 
 
 def noisy(teacher, folder):
-    from compress.checkpoint import save_model
+    from compress.models.checkpoint import save_model
 
     torch.manual_seed(2)
     model = load_model(teacher)
@@ -134,7 +134,7 @@ def test_models_of_other_vocabularies_are_not_compared():
 
 
 def test_a_local_folder_is_used_in_place_and_a_gguf_is_imported_once(tiny_teacher, tmp_path):
-    from compress.export.gguf import export_gguf
+    from compress.formats.gguf import export_gguf
 
     store = Store(tmp_path / "store")
     assert open_teacher(str(tiny_teacher), None, store, print).path == tiny_teacher

@@ -27,12 +27,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from compress.checkpoint import load_model, load_tokenizer, save_model
-from compress.export.gguf import TYPES, decode_gguf, export_gguf, read_fields
-from compress.export.gguf_tokenizer import PRE_TOKENIZERS
+from compress.formats.gguf import TYPES, decode_gguf, export_gguf, read_fields
+from compress.formats.gguf_tokenizer import PRE_TOKENIZERS
+from compress.formats.llamacpp import LlamaCpp, gguf_head
+from compress.models.checkpoint import load_model, load_tokenizer, save_model
 from compress.quant.grids import GRIDS
 from compress.score.latency import Timing, measure
-from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.score.lm import served_lm
 from compress.score.size import size
 from compress.teacher import find_packaged, import_gguf

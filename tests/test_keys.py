@@ -12,14 +12,14 @@ import torch
 
 from compress import keys
 from compress.assets import PACKAGE
-from compress.checkpoint import digest, model_of, tokenizer_digest, weights_digest
 from compress.config import Trainer
 from compress.keys import closure, sources_digest, versions_of
+from compress.models.checkpoint import digest, model_of, tokenizer_digest, weights_digest
 from compress.session import Session
 from compress.stages import STAGES
 from compress.stages.ptq import Allocation, GridName, Ptq
 from compress.store import sha256_json
-from compress.train.data import Packed
+from compress.text.packing import Packed
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_class_or_a_file_can_be_a_root_of_its_own(package, tmp_path):
 def test_a_stages_sources_hold_its_formulas_and_no_report(technique):
     file = PACKAGE / "stages" / f"{STAGES[technique].__module__.rpartition('.')[2]}.py"
     reached = {path.relative_to(PACKAGE).as_posix() for path in closure([file], PACKAGE)}
-    assert {"checkpoint.py", "store.py", f"stages/{file.name}"} <= reached
+    assert {"models/checkpoint.py", "store.py", f"stages/{file.name}"} <= reached
     assert (
         not any(name.startswith(("report/", "track/")) for name in reached)
         and "pipeline.py" not in reached
@@ -272,4 +272,4 @@ def test_a_mixture_depends_on_what_the_rest_of_a_gguf_takes(opened, monkeypatch)
     for allocate in (Allocation(), Allocation(file_bytes=10**6)):
         monkeypatch.setattr(opened.recipe.stages["round"], "allocate", allocate)
         weights_key(opened, "round")
-    assert "compress.export.gguf" not in asked[0] and "compress.export.gguf" in asked[1]
+    assert "compress.formats.gguf" not in asked[0] and "compress.formats.gguf" in asked[1]

@@ -11,14 +11,14 @@ from test_keys import COPIED, OTHER, TEXT, append, other_version
 from test_keys import teacher as teacher
 
 from compress import keys
-from compress.checkpoint import model_of
 from compress.config import Eval
 from compress.distill.signal import Scheme, Signals
+from compress.models.checkpoint import model_of
 from compress.pipeline import export_inputs
 from compress.score.scorer import Scorer
 from compress.store import Store, sha256_json
-from compress.train.data import pack
-from compress.train.written import generated
+from compress.text.packing import pack
+from compress.text.written import generated
 
 # ---- signals ----
 
@@ -236,7 +236,7 @@ def test_a_texts_digest_is_of_what_came_out(teacher, tmp_path, monkeypatch):
 )
 def test_each_input_lets_the_teacher_write_again(teacher, tmp_path, monkeypatch, change):
     monkeypatch.setattr(
-        "compress.train.written._continue_all",
+        "compress.text.written._continue_all",
         lambda part, prompts, *_: part.write_text('"text"\n' * len(prompts)),
     )
 

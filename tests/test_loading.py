@@ -17,8 +17,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from compress import checkpoint
-from compress.checkpoint import (
+from compress.formats import gguf
+from compress.models import checkpoint
+from compress.models.checkpoint import (
     check,
     check_tokens,
     copy_beside,
@@ -27,14 +28,13 @@ from compress.checkpoint import (
     read_config,
     token_count,
 )
-from compress.export import gguf
-from compress.loading import head_place
-from compress.model_config import meta_model
+from compress.models.forward import hidden_states
+from compress.models.loading import head_place
+from compress.models.model_config import meta_model
 from compress.score.fidelity import checkpoint_head
 from compress.score.size import size
 from compress.session import check_shapes
 from compress.stages.ptq import Ptq
-from compress.train.forward import hidden_states
 
 COMMON = {
     "vocab_size": 512,
@@ -155,7 +155,7 @@ def test_a_config_of_no_object_or_too_long_or_deep_is_refused(copied, monkeypatc
         (copied / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_config(copied)
-    monkeypatch.setattr("compress.model_config.JSON_BYTES", 100)
+    monkeypatch.setattr("compress.models.model_config.JSON_BYTES", 100)
     with pytest.raises(ValueError, match="bytes, at most 100 are read"):
         read_config(copied)
 

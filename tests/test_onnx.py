@@ -28,19 +28,19 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from compress.checkpoint import TOKENIZER_FILES, load_model, load_tokenizer, save_model
-from compress.export.gguf_tokenizer import PRE_TOKENIZERS
-from compress.export.onnx import decode_onnx, export_onnx
-from compress.export.parity import greedy, strings, top1_beyond_gap
+from compress.formats.gguf_tokenizer import PRE_TOKENIZERS
+from compress.formats.onnx import decode_onnx, export_onnx
+from compress.formats.onnxruntime import OnnxRuntime, onnx_head
+from compress.models.checkpoint import TOKENIZER_FILES, load_model, load_tokenizer, save_model
+from compress.models.forward import head_of, hidden_states
 from compress.score.fidelity import States, closeness
 from compress.score.latency import Timing, measure
 from compress.score.lm import served_lm
-from compress.score.onnxruntime import OnnxRuntime, onnx_head
+from compress.score.parity import greedy, strings, top1_beyond_gap
 from compress.score.size import size
 from compress.stages.ptq import GridName, Ptq
 from compress.teacher import find_packaged, import_gguf
-from compress.train.data import pack
-from compress.train.forward import head_of, hidden_states
+from compress.text.packing import pack
 
 LLAMA, QWEN2, MISTRAL = (
     (LlamaConfig, LlamaForCausalLM),
@@ -261,7 +261,7 @@ def test_every_known_pre_tokenizer_cuts_alike(tmp_path, pre):
 
 
 def test_a_tokenizer_of_splits_keeps_its_bytes_and_other_rules_stay(tmp_path):
-    from compress.export.onnx import _only_splits
+    from compress.formats.onnx import _only_splits
 
     for rules in (
         {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}]},

@@ -12,12 +12,12 @@ import pytest
 
 from compress import ask
 from compress.__main__ import main
-from compress.checkpoint import Model
-from compress.export.onnx import ARCHITECTURES, export_onnx
-from compress.score import onnxruntime
+from compress.formats import onnxruntime
+from compress.formats.onnx import ARCHITECTURES, export_onnx
+from compress.formats.onnx_folder import MODEL_TYPES, check_folder
+from compress.formats.onnxruntime import OnnxRuntime, onnx_head
+from compress.models.checkpoint import Model
 from compress.score.latency import Timing, measure
-from compress.score.onnx_folder import MODEL_TYPES, check_folder
-from compress.score.onnxruntime import OnnxRuntime, onnx_head
 from compress.stages.ptq import GridName, Ptq
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compress.budget import OPEN, human
-from compress.checkpoint import load_model, load_tokenizer, model_of
+from compress.models.checkpoint import load_model, load_tokenizer, model_of
 from compress.score import open as open_answers
 from compress.score.open import (
     Prompt,
@@ -271,7 +271,7 @@ def test_intervals_of_kept_hold_the_truth():
 
 @pytest.fixture(scope="module")
 def f16(tiny_teacher, tmp_path_factory):
-    from compress.export.gguf import export_gguf
+    from compress.formats.gguf import export_gguf
 
     file = tmp_path_factory.mktemp("gguf") / "model-F16.gguf"
     export_gguf(tiny_teacher, file, "F16")
@@ -316,7 +316,7 @@ def test_llama_cpp_answers_as_torch_does_and_the_same_again(tiny_teacher, f16):
 
 
 def test_onnx_answers_as_torch_does(tiny_teacher, tmp_path):
-    from compress.export.onnx import export_onnx
+    from compress.formats.onnx import export_onnx
 
     export_onnx(tiny_teacher, tmp_path / "onnx", "")
     torch_rows, onnx_rows = (

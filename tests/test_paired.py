@@ -1,4 +1,4 @@
-"""compress/score/paired.py against scipy, closed forms and resampling items one by one; what its
+"""compress/score/intervals.py against scipy, closed forms and resampling items one by one; what its
 intervals cover.
 """
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from compress.score import paired
+from compress.score import intervals as paired
 
 RNG = np.random.default_rng(7)
 

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_gguf import tiny_checkpoint
 
-from compress.checkpoint import load_model, load_tokenizer
-from compress.export.compressed_tensors import export_compressed_tensors
-from compress.export.gguf import decode_gguf, export_gguf, read_fields
-from compress.export.parity import (
+from compress.formats.compressed_tensors import export_compressed_tensors
+from compress.formats.gguf import decode_gguf, export_gguf, read_fields
+from compress.formats.llamacpp import LlamaCpp, gguf_head
+from compress.models.checkpoint import load_model, load_tokenizer
+from compress.models.forward import Head
+from compress.score.fidelity import States, checkpoint_head, hidden_of
+from compress.score.parity import (
     GREEDY,
     TOP1_GAP,
     greedy,
@@ -24,10 +27,7 @@ from compress.export.parity import (
     twin_of,
     values_differing,
 )
-from compress.score.fidelity import States, checkpoint_head, hidden_of
-from compress.score.llamacpp import LlamaCpp, gguf_head
 from compress.stages.ptq import GridName, Ptq
-from compress.train.forward import Head
 
 ROWS = torch.randint(3, 300, (3, 49), generator=torch.Generator().manual_seed(0))
 

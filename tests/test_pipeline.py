@@ -109,8 +109,8 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
 def test_the_gguf_holds_the_qat_codes_bit_for_bit(smoke):
     import torch
 
-    from compress.checkpoint import load_model
-    from compress.export.gguf import decode_gguf, read_fields
+    from compress.formats.gguf import decode_gguf, read_fields
+    from compress.models.checkpoint import load_model
 
     run = newest(smoke[0])
     decoded = decode_gguf(*read_fields(run / "bundle" / "model-Q4_0.gguf"))
@@ -516,7 +516,7 @@ def test_bad_input_is_refused_before_any_stage(tmp_path, tiny_teacher, monkeypat
     rope = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
     (tmp_path / "scaled" / "config.json").write_text(json.dumps(config | rope))
     if case == "format without package":
-        monkeypatch.setattr("compress.export.formats.importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("compress.formats.importlib.util.find_spec", lambda name: None)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "file").write_text("")
     arguments, code, message = REFUSED[case]
@@ -531,7 +531,7 @@ def test_a_full_disk_is_exit_5_and_keeps_what_was_made(tmp_path, monkeypatch, ca
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compress.checkpoint.save_file", full)
+    monkeypatch.setattr("compress.models.checkpoint.save_file", full)
     assert main(["run", "smoke", *FAST]) == 5
     assert "the disk refuses" in capfd.readouterr().err
     assert not list(tmp_path.glob("runs/.store/entries/[0-9a-f]*")) and not list(

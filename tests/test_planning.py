@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from compress.checkpoint import load_model, read_config
 from compress.config import Budget, Data, Eval, Export, Recipe, Teacher, Trainer
 from compress.errors import ConfigError
+from compress.models.checkpoint import load_model, read_config
 from compress.planning import estimate, matmul_flops_per_sec, params_of
 from compress.stages import STAGES
 from compress.stages.ptq import GridName

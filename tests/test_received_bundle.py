@@ -18,10 +18,10 @@ from test_bundle_open import Asker, made
 from compress import accept as acceptance
 from compress.__main__ import main
 from compress.bounds import EMBEDDED_SOURCES
-from compress.checkpoint import Model
 from compress.config import Data, Eval, Limit
-from compress.export.bundle import SUMS
+from compress.models.checkpoint import Model
 from compress.score.tasks import DRIFTS, RULES
+from compress.ship.bundle import SUMS
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from compress.recipe_text import check_override
 from compress.score.open import embedded_file, read_prompts
 from compress.score.patterns import problems
 from compress.session import Session
-from compress.train.embedded import EMBEDDED
+from compress.text.embedded import EMBEDDED
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compress.train.repetition import loops
+from compress.text.repetition import loops
 
 LOOPS = [
     "The following is a list of the top 1000000000000000000000000",

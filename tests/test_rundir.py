@@ -17,8 +17,8 @@ import pytest
 from test_collect import DEAD, planted, tree
 from test_planning import recipe
 
-from compress.checkpoint import Model
 from compress.errors import EXIT_RESOURCES, ConfigError, ResourceError, exit_code, is_disk
+from compress.models.checkpoint import Model
 from compress.planning import amount
 from compress.report.records import folder_of, load_run
 from compress.rundir import RunDir, reserved

@@ -9,7 +9,8 @@ from test_paired import designs, items, true_kept
 
 from compress.budget import judge
 from compress.config import Limit
-from compress.score import paired, sequential
+from compress.score import intervals as paired
+from compress.score import sequential
 from compress.score.tasks import TaskResult, evaluate, rescore
 
 NO_REST = TaskResult({}, [], {}, {})  # tasks that can't be asked in parts
@@ -151,7 +152,7 @@ def test_items_are_saved_where_the_limit_is_far_and_hardly_any_where_it_is_the_t
 
 
 def test_items_asked_look_by_look_get_the_answers_of_the_full_evaluation(tiny_teacher):
-    from compress.checkpoint import load_model, load_tokenizer
+    from compress.models.checkpoint import load_model, load_tokenizer
     from compress.score.lm import torch_lm
 
     lm = torch_lm(load_model(tiny_teacher), load_tokenizer(tiny_teacher), 8)
@@ -182,12 +183,12 @@ def test_a_scorer_stops_a_student_early_beside_its_teacher_and_reads_it_back(
 ):
     from conftest import make_context
 
-    from compress.checkpoint import model_of
     from compress.config import Eval
+    from compress.models.checkpoint import model_of
     from compress.score.scorer import Scorer
     from compress.stages.prune_depth import PruneDepth
     from compress.store import Store
-    from compress.train.data import pack
+    from compress.text.packing import pack
 
     (tmp_path / "student").mkdir()
     PruneDepth(blocks=1, calibration_sequences=2).run(

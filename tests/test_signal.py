@@ -9,12 +9,12 @@ import json
 import pytest
 import torch
 
-from compress.checkpoint import load_model
 from compress.distill.losses import Dense, Mix, head_loss
 from compress.distill.signal import Scheme, Signals, as_target, decode, encode, sample
 from compress.errors import ResourceError
-from compress.stages.optimization import Signal
-from compress.train.forward import Head
+from compress.models.checkpoint import load_model
+from compress.models.forward import Head
+from compress.stages.training import Signal
 
 L, H, V = 11, 6, 300
 

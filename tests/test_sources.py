@@ -9,7 +9,7 @@ import json
 
 import pytest
 
-from compress.train.sources import documents
+from compress.text.sources import documents
 
 ASKED = [
     {"role": "user", "content": "What is a river?"},

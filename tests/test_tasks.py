@@ -20,12 +20,12 @@ from transformers import (
 
 from compress.accept import _item
 from compress.assets import configs_dir
-from compress.checkpoint import load_model, load_tokenizer
 from compress.errors import ConfigError
+from compress.models.checkpoint import load_model, load_tokenizer
 from compress.score import tasks
 from compress.score.fidelity import perplexities
+from compress.score.intervals import accuracy
 from compress.score.lm import torch_lm
-from compress.score.paired import accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "eval"

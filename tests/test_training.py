@@ -14,15 +14,15 @@ import pytest
 import torch
 from conftest import make_context
 
-from compress.checkpoint import digest, load_model, save_model
 from compress.distill.losses import Mix
 from compress.distill.signal import Scheme, Signals
 from compress.distill.steps import OnlineTeacher, make_batches, make_loss, one_batch
 from compress.errors import Interrupted, ResourceError
+from compress.models.checkpoint import digest, load_model, save_model
+from compress.models.forward import use_cpu_kernels
 from compress.stages.distill import Distill
 from compress.stages.qat import Qat
 from compress.train import loop
-from compress.train.forward import use_cpu_kernels
 from compress.train.loop import BETAS, Plan, StochasticAdamW, learning_rate, stochastic_bf16, train
 
 

@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 
-from compress.checkpoint import Model, load_tokenizer, model_of
 from compress.config import Eval
-from compress.export.gguf import export_gguf
+from compress.formats.gguf import export_gguf
+from compress.models.checkpoint import Model, load_tokenizer, model_of
+from compress.models.vocabulary import Vocabulary, check_same, difference, of_gguf, of_tokenizer
 from compress.score.scorer import Scorer
 from compress.store import Store
-from compress.train.data import pack
-from compress.vocabulary import Vocabulary, check_same, difference, of_gguf, of_tokenizer
+from compress.text.packing import pack
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from compress.checkpoint import load_tokenizer
-from compress.train import authors, written
-from compress.train.authors import Said
-from compress.train.data import pack
-from compress.train.sources import documents
-from compress.train.text_filter import Filter, evaluation_texts, words_of
-from compress.train.written import from_nothing
+from compress.models.checkpoint import load_tokenizer
+from compress.text import authors, written
+from compress.text.authors import Said
+from compress.text.filter import Filter, evaluation_texts, words_of
+from compress.text.packing import pack
+from compress.text.sources import documents
+from compress.text.written import from_nothing
 
 
 def generated(source, teacher, folder, log):
@@ -92,7 +92,7 @@ def test_with_a_mocked_gpu_and_a_mocked_vllm_the_prompts_go_there_seeded_one_by_
         sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace)
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("compress.train.written.find_spec", lambda name: name == "vllm")
+    monkeypatch.setattr("compress.text.written.find_spec", lambda name: name == "vllm")
     made = generated("generated:3x6:embedded:docstrings", tiny_teacher, tmp_path, print)
     tokenizer = load_tokenizer(tiny_teacher)
     assert [params.seed for _, params in asked] == [0, 1, 2] and {

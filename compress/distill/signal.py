@@ -55,7 +55,10 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load, save
 from torch import Tensor
 
-from compress.checkpoint import (
+from compress.distill.losses import Bucket, Dense, Sparse, Target
+from compress.errors import ResourceError
+from compress.keys import SIGNALS, sources_digest, versions_of
+from compress.models.checkpoint import (
     best_device,
     load_model,
     load_tokenizer,
@@ -63,13 +66,10 @@ from compress.checkpoint import (
     tokenizer_digest,
     weights_digest,
 )
-from compress.distill.losses import Bucket, Dense, Sparse, Target
-from compress.errors import ResourceError
-from compress.keys import SIGNALS, sources_digest, versions_of
+from compress.models.forward import Head, head_of, hidden_states, use_cpu_kernels
 from compress.store import sha256_json, write_whole
+from compress.text.packing import Packed
 from compress.train import parallel
-from compress.train.data import Packed
-from compress.train.forward import Head, head_of, hidden_states, use_cpu_kernels
 
 CHUNK = 32  # tokens whose full logits are held at once
 BLOCK = 64  # ids summed up together; a hit is looked for in the sums first
@@ -79,7 +79,7 @@ Shard = dict[str, Tensor]
 
 
 class Scheme(NamedTuple):
-    """What is kept of each token; `stages/optimization.py` checks the values."""
+    """What is kept of each token; `stages/training.py` checks the values."""
 
     name: str = "sampled"
     threshold: float = 1 / 20  # sampled: tau
@@ -243,7 +243,7 @@ def made_with(folder: str | None = None) -> dict[str, Any]:
         if fs.exists(f"{path}/meta.json"):
             return dict(json.loads(fs.cat_file(f"{path}/meta.json"))["made_with"])
     sources = sources_digest(
-        "compress.distill.signal:", "compress.train.forward", "compress.checkpoint"
+        "compress.distill.signal:", "compress.models.forward", "compress.models.checkpoint"
     )
     here = {"threads": torch.get_num_threads(), "device": best_device().type}
     return here | {"sources": sources, "versions": versions_of(*SIGNALS)}

@@ -40,7 +40,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from compress.checkpoint import (
+from compress.distill.losses import Mix, head_loss, hidden_mse
+from compress.distill.signal import Signals, as_target
+from compress.models.checkpoint import (
     best_device,
     head_dim,
     load_tokenizer,
@@ -48,13 +50,11 @@ from compress.checkpoint import (
     token_count,
     tokenizer_digest,
 )
-from compress.distill.losses import Mix, head_loss, hidden_mse
-from compress.distill.signal import Signals, as_target
+from compress.models.forward import Head, head_of, hidden_states, use_cpu_kernels
+from compress.models.vocabulary import difference, of_tokenizer
+from compress.text.packing import Packed
 from compress.train import parallel
-from compress.train.data import Packed
-from compress.train.forward import Head, head_of, hidden_states, use_cpu_kernels
 from compress.train.loop import Batch, LossFunction
-from compress.vocabulary import difference, of_tokenizer
 
 if TYPE_CHECKING:
     from compress.stages.distill import Features

@@ -49,7 +49,7 @@ def save_checked(model: Any, out: Path, parent: Path) -> None:
     """
     import torch
 
-    from compress import checkpoint
+    from compress.models import checkpoint
 
     checkpoint.save_model(model, out, tokenizer_from=parent)
     ids_BL = torch.arange(8).remainder(model.config.vocab_size)[None]

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from compress.distill.losses import Dense, Mix, head_loss
+from compress.models.forward import block_inputs, head_of, hidden_states
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS
 from compress.store import write_json
-from compress.train.forward import block_inputs, head_of, hidden_states
 from compress.train.loop import progress
 
 Options = dict[str, dict[str, tuple[float, int]]]  # matrix -> grid -> (cost in nats a token, bytes)

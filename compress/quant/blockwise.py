@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from compress.models.forward import block_inputs
 from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of, smoothquant_scales
 from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.gptq import gptq
 from compress.quant.grids import GRIDS
 from compress.store import write_whole
-from compress.train.forward import block_inputs
 
 ROWS = 4  # sequences sent through a block at a time
 

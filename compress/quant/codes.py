@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.checkpoint import check, read_config, save_model
+from compress.models.checkpoint import check, read_config, save_model
 from compress.quant.grids import GRIDS
 
 FILE = "quant.safetensors"

@@ -1,7 +1,7 @@
 r"""Candidates beside the first: whether they may be compared, by how much each number differs, and
 which items got worse.
 
-Accuracy is paired item by item (`score/paired.py`): the bootstrap's 95% interval, and exact
+Accuracy is paired item by item (`score/intervals.py`): the bootstrap's 95% interval, and exact
 McNemar's p, for tasks corrected after Holm. KL, top-1 agreement and bits per byte are paired row by
 row of the held-out text. Other numbers with an interval on both sides, and these where records keep
 no rows: d = b - a within (MOVER; Zou & Donner 2008, Statistics in Medicine 27, section 2)
@@ -24,8 +24,8 @@ import numpy as np
 from compress import budget
 from compress.report.records import Record, Run
 from compress.report.table import COLUMN
+from compress.score.intervals import paired_scores, ratio_interval
 from compress.score.open import TEACHER_RIGHT, difference_of_flags
-from compress.score.paired import paired_scores, ratio_interval
 
 Items = Sequence[Mapping[str, Any]]
 # What a score does not depend on: how surely times are known and of what, and training text.

@@ -9,7 +9,7 @@ a task that scores documents of s nats, w words and b bytes in all, over documen
 
     word_perplexity = exp(s / w)    byte_perplexity = exp(s / b)    bits_per_byte = s / (b ln 2)
 
-They come with a 95% interval over rows or documents (score/paired.py, ratio_interval). A row is not
+They come with a 95% interval over rows or documents (score/intervals.py, ratio_interval). A row is not
 quite a document: one cut in two lies in neighbouring rows.
 
 A model is kept as its final hidden states and its head weight, from which all logits follow: 2.3 kB
@@ -29,12 +29,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compress.checkpoint import config_object, load_model, read_config, weight_files
-from compress.loading import head_place
-from compress.model_config import is_packed
-from compress.score.paired import Items, Paired, ratio_interval
-from compress.train.forward import Head, head_of, hidden_states, scale_and_softcap
-from compress.train.tokens import opening
+from compress.models.checkpoint import config_object, load_model, read_config, weight_files
+from compress.models.forward import Head, head_of, hidden_states, scale_and_softcap
+from compress.models.loading import head_place
+from compress.models.model_config import is_packed
+from compress.models.tokens import opening
+from compress.score.intervals import Items, Paired, ratio_interval
 
 CHUNK = 256
 

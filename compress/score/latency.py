@@ -190,7 +190,7 @@ def pin(threads: int) -> list[int]:
 
 def run(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
     """The measurement itself, in this process."""
-    from compress.score import llamacpp, onnxruntime
+    from compress.formats import llamacpp, onnxruntime
 
     cpus, repeats = pin(how.threads), range(how.repeats)
     make = {"torch": _torch, "llama.cpp": llamacpp.timer, "onnxruntime": onnxruntime.timer}[runtime]
@@ -231,7 +231,7 @@ def _torch(model_dir: Path, threads: int) -> tuple[Generate, int]:
     """A checkpoint, in bf16: the type that weights ship in."""
     import torch
 
-    from compress.checkpoint import open_model
+    from compress.models.checkpoint import open_model
 
     torch.set_num_threads(threads)
     model = open_model(model_dir, torch.bfloat16)

@@ -11,9 +11,9 @@ answers short prompts greedily, in at most ANSWER_TOKENS tokens, through its own
     expression is found (any case, ^ and $ at lines), within PATTERN_SECONDS exact              the
     whole answer is one of these, but for case, white space and punctuation around it
 
-Of one model, shares of its prompts with Jeffreys' interval (score/paired.py):
+Of one model, shares of its prompts with Jeffreys' interval (score/intervals.py):
 
-    open/right     checks hold          open/loops   it repeats itself (train/repetition.py)
+    open/right     checks hold          open/loops   it repeats itself (text/repetition.py)
     open/ended     it stopped by itself
 
 Beside the teacher, on the same prompts, paired:
@@ -54,15 +54,15 @@ import regex
 from scipy.stats import beta
 
 from compress.assets import configs_dir
-from compress.checkpoint import Model
 from compress.doors import read_text
-from compress.ends import turn_end
 from compress.errors import nearest
-from compress.score.paired import bootstrap, cells, interval, ratio_interval
+from compress.models.checkpoint import Model
+from compress.models.ends import turn_end
+from compress.score.intervals import bootstrap, cells, interval, ratio_interval
 from compress.score.patterns import FLAGS, PATTERN_SECONDS, problems
 from compress.score.talk import has_template, open_speaker, prompts_of, question_ids
 from compress.store import sha256_json
-from compress.train.repetition import loops
+from compress.text.repetition import loops
 
 ANSWER_TOKENS = 64
 TEACHER_RIGHT = 20  # right answers of a teacher below which a share of them says nothing
@@ -277,7 +277,7 @@ def choice_gap(
 
 def difference_of_flags(mine: np.ndarray, its: np.ndarray) -> tuple[float, tuple[float, float]]:
     """The mean of `mine` minus that of `its`, flags (N,) of the same prompts, with the paired
-    interval of score/paired.py.
+    interval of score/intervals.py.
     """
     draws = bootstrap(cells(mine, its))
     value = float(mine.mean() - its.mean())

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compress.budget import human, is_accuracy, is_heldout
+from compress.score.intervals import paired_scores, ratio_interval
 from compress.score.open import difference_of_flags
-from compress.score.paired import paired_scores, ratio_interval
 
 DEFAULT = ("open/kept", "kl_to_teacher")
 LESS_IS_BETTER = ("kl_to_teacher", "bits_per_byte", "open/loops", "open/loops_gained")

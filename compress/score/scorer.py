@@ -25,10 +25,14 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from compress import machine
+from compress import formats, machine
 from compress.assets import configs_dir
 from compress.budget import is_accuracy
-from compress.checkpoint import (
+from compress.config import Eval
+from compress.formats.llamacpp import LlamaCpp, gguf_head
+from compress.formats.onnxruntime import OnnxRuntime, onnx_head
+from compress.keys import OF_RUNTIME, SCORES, sources_digest, versions_of
+from compress.models.checkpoint import (
     Model,
     best_device,
     load_model,
@@ -36,11 +40,8 @@ from compress.checkpoint import (
     read_config,
     tokenizer_digest,
 )
-from compress.config import Eval
-from compress.ends import obey
-from compress.export import formats
-from compress.export.parity import parity
-from compress.keys import OF_RUNTIME, SCORES, sources_digest, versions_of
+from compress.models.ends import obey
+from compress.models.vocabulary import check_same
 from compress.score.fidelity import (
     States,
     bits_and_bytes,
@@ -49,10 +50,9 @@ from compress.score.fidelity import (
     hidden_of,
     perplexities,
 )
+from compress.score.intervals import Paired, accuracy, paired_scores, ratio_interval
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
-from compress.score.llamacpp import LlamaCpp, gguf_head
-from compress.score.onnxruntime import OnnxRuntime, onnx_head
 from compress.score.open import (
     Prompt,
     answered,
@@ -63,14 +63,13 @@ from compress.score.open import (
     plausible,
     prompts_of_eval,
 )
-from compress.score.paired import Paired, accuracy, paired_scores, ratio_interval
+from compress.score.parity import parity
 from compress.score.sequential import asked_in_parts, until_certain
 from compress.score.size import size
 from compress.score.talk import question_ids
 from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
-from compress.train.data import Packed
-from compress.vocabulary import check_same
+from compress.text.packing import Packed
 
 RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
 HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}
@@ -80,21 +79,21 @@ SOURCES = (
     "compress.score.fidelity",
     "compress.score.lm",
     "compress.score.sequential",
-    "compress.checkpoint",
+    "compress.models.checkpoint",
     "compress.score.scorer:",
     "compress.score.open:",
     "compress.score.talk:",
     "compress.score.latency:",
     "compress.score.size:",
-    "compress.train.repetition:",
+    "compress.text.repetition:",
 )
 SOURCES_OF_RUNTIME = {
     "torch": (),
-    "llama.cpp": ("compress.score.llamacpp:", "compress.export.gguf:"),
+    "llama.cpp": ("compress.formats.llamacpp:", "compress.formats.gguf:"),
     "onnxruntime": (
-        "compress.score.onnxruntime:",
-        "compress.score.llamacpp:",
-        "compress.export.onnx:",
+        "compress.formats.onnxruntime:",
+        "compress.formats.llamacpp:",
+        "compress.formats.onnx:",
     ),
 }
 
@@ -283,14 +282,14 @@ class Scorer:
         return found._replace(rows=rows)
 
     def parity(self, shipped: Measured, checkpoint: Measured, name: str) -> dict[str, float]:
-        """What `export/parity.py` measures of a file, `name` in `export.files`, and its
+        """What `score/parity.py` measures of a file, `name` in `export.files`, and its
         checkpoint, from the store if it is there.
         """
         depends = sha256_json(
             [
                 checkpoint.key,
                 name,
-                sources_digest("compress.export.parity", formats.parse(name)[0].source),
+                sources_digest("compress.score.parity", formats.parse(name)[0].source),
             ]
         )[:32]
         path = self.store.root / "scores" / f"{shipped.key}-{depends}.parity.json"

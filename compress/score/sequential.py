@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from compress.budget import INCONCLUSIVE, is_accuracy, judge
-from compress.score.paired import Items, accuracy, paired_scores
+from compress.score.intervals import Items, accuracy, paired_scores
 from compress.score.tasks import TaskResult
 
 LOOKS = (

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from compress.checkpoint import read_config, weight_files
 from compress.doors import read_json, tensor_places
-from compress.score.onnxruntime import CONFIG
+from compress.formats.onnxruntime import CONFIG
+from compress.models.checkpoint import read_config, weight_files
 
 COMPUTED = (
     "rotary_emb.inv_freq",
@@ -63,11 +63,11 @@ def _all_files(folder: Path) -> list[Path]:
 
 def _params_and_files(path: Path) -> tuple[int, list[Path]]:
     if path.is_file():
-        from compress.export.gguf import read_fields
+        from compress.formats.gguf import read_fields
 
         return sum(int(tensor.n_elements) for tensor in read_fields(path)[1]), [path]
     if (path / CONFIG).is_file():
-        from compress.export.onnx import decode_onnx
+        from compress.formats.onnx import decode_onnx
 
         return sum(weight.numel() for weight in decode_onnx(path).values()), _all_files(path)
     config, files = read_config(path), weight_files(path)

@@ -7,7 +7,7 @@ generation_config.json). That is the point: a template that lost its generation 
 BOS or a missing end is then seen as what it does to answers. A model without a chat template is
 asked in plain text.
 
-llama.cpp and ONNX Runtime speak in score/llamacpp.py and score/onnxruntime.py; torch here, in fp32
+llama.cpp and ONNX Runtime speak in formats/llamacpp.py and formats/onnxruntime.py; torch here, in fp32
 as everything is scored. Legend: B prompts.
 """
 
@@ -21,13 +21,13 @@ from typing import Any, Protocol
 import torch
 from more_itertools import chunked
 
-from compress.checkpoint import Model, best_device, load_model, load_tokenizer
-from compress.ends import obey
-from compress.score.llamacpp import Answer, Ending, LlamaCpp
-from compress.score.onnxruntime import OnnxRuntime
-from compress.train.chats import render
-from compress.train.forward import use_cpu_kernels
-from compress.train.written import prompt_ids
+from compress.formats.llamacpp import Answer, Ending, LlamaCpp
+from compress.formats.onnxruntime import OnnxRuntime
+from compress.models.chats import render
+from compress.models.checkpoint import Model, best_device, load_model, load_tokenizer
+from compress.models.ends import obey
+from compress.models.forward import use_cpu_kernels
+from compress.text.written import prompt_ids
 
 CONTEXT_TOKENS = 512  # of a question with its answer
 TOGETHER = 32  # questions that are answered together: the rest waits
@@ -71,7 +71,7 @@ def rendered(tokenizer: Any, turns: Turns, where: Path) -> str:
 
 class TorchSpeaker:
     """A checkpoint directory as transformers runs it, its generation_config.json obeyed but for
-    sampling; it ends where compress/ends.py says.
+    sampling; it ends where compress/models/ends.py says.
     """
 
     def __init__(self, path: Path) -> None:
@@ -202,7 +202,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 def has_template(model: Model) -> bool:
     """Whether a chat template ships with the model."""
     if model.runtime == "llama.cpp":
-        from compress.export.gguf import read_fields
+        from compress.formats.gguf import read_fields
 
         return bool(read_fields(model.path)[0].get("tokenizer.chat_template"))
     return bool(load_tokenizer(model.path).chat_template)

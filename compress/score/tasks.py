@@ -4,7 +4,7 @@ task's code.
 For an item with context x and options y_1..y_K the choice is argmax_k log p(y_k | x), `acc` the
 share of right choices. A last word is right when greedy decoding would write it, a written answer
 when the task's first filter finds the reference in it. Intervals of accuracies and all that is said
-of whole documents follow from the items (score/paired.py, accuracy; score/fidelity.py,
+of whole documents follow from the items (score/intervals.py, accuracy; score/fidelity.py,
 perplexities).
 
 truthfulqa_mc2 (share of probability on true answers, its `acc`) and crows_pairs (share of pairs
@@ -41,7 +41,7 @@ from scipy.special import softmax
 from compress.assets import configs_dir
 from compress.doors import json_lines
 from compress.errors import ConfigError
-from compress.score.paired import Interval, accuracy, paired_scores
+from compress.score.intervals import Interval, accuracy, paired_scores
 from compress.score.perturb import perturbed
 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")

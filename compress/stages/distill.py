@@ -16,7 +16,7 @@ from typing import Any
 
 from compress.errors import ConfigError
 from compress.stages.context import Context
-from compress.stages.optimization import Optimization, Signal
+from compress.stages.training import Optimization, Signal
 
 # D of the loss; all but forward_kl need a signal with all of the teacher's probabilities
 Divergence = StrEnum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
@@ -124,7 +124,6 @@ class Distill(Optimization):
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats,
         loss_last_nats.
         """
-        from compress.checkpoint import load_model, read_config, save_model
         from compress.distill.losses import Mix
         from compress.distill.steps import (
             FeatureLoss,
@@ -132,7 +131,8 @@ class Distill(Optimization):
             common_vocabulary,
             with_rollouts,
         )
-        from compress.ends import end_ids
+        from compress.models.checkpoint import load_model, read_config, save_model
+        from compress.models.ends import end_ids
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "distill before quantizing, or use the qat stage, on")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compress.errors import ConfigError
 from compress.stages.context import Context
-from compress.stages.optimization import Optimization
+from compress.stages.training import Optimization
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,8 +122,8 @@ class Lora(Optimization):
         import torch
         from peft import PeftModel
 
-        from compress.checkpoint import load_model, save_model
         from compress.distill.losses import Mix
+        from compress.models.checkpoint import load_model, save_model
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "put lora before ptq and qat, on")

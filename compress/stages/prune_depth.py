@@ -58,10 +58,10 @@ class PruneDepth:
         """
         import torch
 
-        from compress.checkpoint import load_model
+        from compress.models.checkpoint import load_model
+        from compress.models.forward import block_inputs
         from compress.prune.importance import drop_blocks
         from compress.quant.codes import check_parent
-        from compress.train.forward import block_inputs
 
         check_parent(self, parent, "prune")
         model = load_model(parent)

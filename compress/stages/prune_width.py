@@ -54,7 +54,7 @@ class PruneWidth:
         """
         import torch
 
-        from compress.checkpoint import load_model
+        from compress.models.checkpoint import load_model
         from compress.prune.importance import cut_ffns
         from compress.quant.codes import check_parent
 

@@ -240,7 +240,7 @@ class Ptq(OnGrid):
         """Quantize `parent` into `out`. ValueError when the parent is quantized already or does
         not fit the grid or the method.
         """
-        from compress.checkpoint import load_model
+        from compress.models.checkpoint import load_model
         from compress.quant.autoround import rounder
         from compress.quant.blockwise import Blockwise
         from compress.quant.codes import check_parent, save_quantized

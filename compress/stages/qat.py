@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import ConfigError
 from compress.prune.shape import check_architecture
 from compress.stages.context import Context
-from compress.stages.optimization import Keep, Optimization, SchemeName, Signal
 from compress.stages.ptq import Balance, OnGrid, Scales
+from compress.stages.training import Keep, Optimization, SchemeName, Signal
 
 if TYPE_CHECKING:
     from compress.quant.codes import Quantized
@@ -82,9 +82,9 @@ class Qat(Optimization, OnGrid):
         """
         import torch
 
-        from compress.checkpoint import load_model
         from compress.distill.losses import Mix
         from compress.distill.steps import common_vocabulary
+        from compress.models.checkpoint import load_model
         from compress.quant.codes import check_parent, save_quantized
         from compress.quant.fake import attach, finish
 

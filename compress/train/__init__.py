@@ -1,1 +1,1 @@
-"""The one training loop, its data, its resumable state and its progress line."""
+"""The one training loop, its resumable state and its progress line."""

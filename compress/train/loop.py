@@ -57,11 +57,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compress.checkpoint import best_device
 from compress.errors import Interrupted, ResourceError, is_memory
+from compress.models.checkpoint import best_device
+from compress.models.forward import use_cpu_kernels
 from compress.store import commit
 from compress.train import parallel
-from compress.train.forward import use_cpu_kernels
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
@@ -79,7 +79,7 @@ NO_ROOM = (
 
 
 class Plan(NamedTuple):
-    """How `train` optimizes; fields as in `stages/optimization.py` and `config.Trainer`."""
+    """How `train` optimizes; fields as in `stages/training.py` and `config.Trainer`."""
 
     steps: int
     lr: float

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from compress.checkpoint import save_model
+from compress.models.checkpoint import save_model
 
 SIZES = {
     "vocab_size": 256,

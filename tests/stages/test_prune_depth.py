@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.checkpoint import load_model, read_config, save_model
+from compress.models.checkpoint import load_model, read_config, save_model
 from compress.stages.prune_depth import PruneDepth
 
 

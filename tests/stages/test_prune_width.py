@@ -8,7 +8,7 @@ import pruning_parents as parents
 import pytest
 import torch
 
-from compress.checkpoint import load_model, read_config, save_model
+from compress.models.checkpoint import load_model, read_config, save_model
 from compress.stages.prune_width import PruneWidth
 
 

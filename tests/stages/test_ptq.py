@@ -13,7 +13,7 @@ from gguf import quants
 from small_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from compress.checkpoint import load_model, save_model
+from compress.models.checkpoint import load_model, save_model
 from compress.quant import blockwise
 from compress.quant.codes import is_quantized, load_quantized
 from compress.quant.grids import GRIDS
@@ -339,7 +339,7 @@ def test_nan_on_the_calibration_text_is_named(tmp_path, monkeypatch):
     model.model.layers[1].input_layernorm.weight.data[:] = 3e38  # finite, unlike what comes of it
     save_model(model, parent, parent)
     monkeypatch.setattr(
-        "compress.checkpoint.check_forward", lambda *_: None
+        "compress.models.checkpoint.check_forward", lambda *_: None
     )  # which would find it on other text
     with pytest.raises(
         ValueError,

@@ -129,7 +129,7 @@ def uneven(model) -> None:
 
 
 def test_training_starts_from_the_same_function_which_rounding_costs_less(tiny_teacher, tmp_path):
-    from compress.checkpoint import load_model
+    from compress.models.checkpoint import load_model
     from compress.quant.fake import attach
 
     plain = load_model(tiny_teacher)

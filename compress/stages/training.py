@@ -14,7 +14,7 @@ from compress.stages.context import Context
 if TYPE_CHECKING:
     from compress.distill.losses import Mix
     from compress.distill.steps import TeacherSource
-    from compress.train.data import Packed
+    from compress.text.packing import Packed
 
 
 # how the teacher is seen: kept signals (`compress/distill/signal.py`), or the teacher run at every
@@ -65,9 +65,9 @@ class Signal:
         """
         import torch
 
-        from compress.checkpoint import load_model
         from compress.distill.signal import Scheme, Signals
         from compress.distill.steps import OnlineTeacher
+        from compress.models.checkpoint import load_model
         from compress.train import parallel
 
         if self.scheme is SchemeName.online:
@@ -194,8 +194,8 @@ class Optimization:
         import psutil
         import torch
 
-        from compress.checkpoint import best_device
         from compress.errors import ResourceError, is_memory
+        from compress.models.checkpoint import best_device
         from compress.train import parallel
         from compress.train.loop import NO_ROOM
 

@@ -6,7 +6,7 @@ FORMATS and a module with three names, imported when it is used, since reading t
 comes here:
 
     write(checkpoint, out, type) -> metrics     reload(file, threads) -> a `Reloaded` of
-    export/parity.py check_architecture(config)                  ValueError when an architecture, as
+    score/parity.py check_architecture(config)                  ValueError when an architecture, as
     a transformers config, has no place in it check_teacher(path)                         optional:
     ValueError when a teacher's tokenizer or tensors have none
 """
@@ -73,7 +73,7 @@ FORMATS: dict[str, Format] = {
         "llama.cpp",
         "one file for llama.cpp and what is built on it: `llama-server -m {file}`",
         {"gguf": "gguf>=0.19,<0.20", "xllamacpp": "xllamacpp>=2026.10"},
-        "compress.export.gguf",
+        "compress.formats.gguf",
         {"F16": Type(16, (), exact=True)}
         | {name: Type(bits, (name.lower(),)) for name, bits in _ROUNDED.items()}
         | {"MIXED": Type(8.5, ("mixed",), rounds=False)},
@@ -84,7 +84,7 @@ FORMATS: dict[str, Format] = {
         'a packed directory for transformers, `AutoModelForCausalLM.from_pretrained("{file}")` with'
         " the package compressed-tensors, in the layout that vLLM documents (not run in vLLM here)",
         {"compressed_tensors": "compressed-tensors>=0.20,<0.21"},
-        "compress.export.compressed_tensors",
+        "compress.formats.compressed_tensors",
         {"": Type(9.0, _INTEGERS, rounds=False, exact=True)},
     ),
     "onnx": Format(
@@ -96,7 +96,7 @@ FORMATS: dict[str, Format] = {
             "onnxruntime": "onnxruntime>=1.31,<2",
             "onnxruntime_genai": "onnxruntime-genai>=0.18,<0.19",
         },
-        "compress.export.onnx",
+        "compress.formats.onnx",
         {"": Type(32.0, ("q4_0", "q8_0"), exact=True)},
     ),
 }

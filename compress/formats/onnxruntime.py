@@ -7,7 +7,7 @@ from the file, in fp32, as for llama.cpp. Generation goes the way a deployment d
 generator, its tokenizer, the end tokens of genai_config.json.
 
 A directory may come from anybody, and genai_config.json can name a shared library, other files and
-other providers. So score/onnx_folder.py reads both files first, and refuses whatever export/onnx.py
+other providers. So formats/onnx_folder.py reads both files first, and refuses whatever formats/onnx.py
 does not write, before ONNX Runtime sees the directory.
 
 torch is imported where it is needed: `python -m compress.score.latency` measures peak memory.
@@ -26,13 +26,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.ends import as_ids
-from compress.score.llamacpp import Answer, Ending, maximal
+from compress.formats.llamacpp import Answer, Ending, maximal
+from compress.models.ends import as_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.train.forward import Head
+    from compress.models.forward import Head
 
 MODEL, CONFIG = "model.onnx", "genai_config.json"
 
@@ -60,7 +60,7 @@ class OnnxRuntime:
 
     def __init__(self, folder: Path, threads: int, ctx_len: int) -> None:
         self.folder, self.threads, self.ctx_len = folder, threads, ctx_len
-        from compress.score.onnx_folder import check_folder
+        from compress.formats.onnx_folder import check_folder
 
         self.about: dict[str, Any] = check_folder(folder)["model"]
         genai = self._genai = wheel("onnxruntime_genai")
@@ -165,7 +165,7 @@ class OnnxRuntime:
 
     def tensors(self) -> dict[str, Tensor]:
         """HF state-dict name -> fp32 tensor, decoded from the file."""
-        from compress.export.onnx import decode_onnx
+        from compress.formats.onnx import decode_onnx
 
         return decode_onnx(self.folder)
 
@@ -205,9 +205,9 @@ class OnnxRuntime:
 
 def onnx_head(folder: Path) -> Head:
     """The fp32 head as decoded from the file: the lm_head's own weight, or the tied embedding."""
-    from compress.export.onnx import decode_onnx
-    from compress.score.onnx_folder import check_folder
-    from compress.train.forward import Head
+    from compress.formats.onnx import decode_onnx
+    from compress.formats.onnx_folder import check_folder
+    from compress.models.forward import Head
 
     check_folder(folder)
     decoded = decode_onnx(folder)

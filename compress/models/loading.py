@@ -2,7 +2,7 @@
 
 Weights may be quantized already, cut short, lack tensors or hold no numbers. What transformers
 makes of such a directory is often a model, with random numbers in the gaps. So each is refused
-here, in one sentence, by name. What only a loaded model can tell is in `compress/loaded.py`.
+here, in one sentence, by name. What only a loaded model can tell is in `compress/models/loaded.py`.
 """
 
 import math
@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from compress.doors import TensorPlace, read_json, tensor_places
-from compress.model_config import MOST_MODULES, check_bytes, is_packed, meta_model, read_config
+from compress.models.model_config import (
+    MOST_MODULES,
+    check_bytes,
+    is_packed,
+    meta_model,
+    read_config,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PACKED_SUFFIXES = (
@@ -29,7 +35,7 @@ PACKED_SUFFIXES = (
     ".input_scale",
     ".weight_scale",
 )
-# Heads that `scale_and_softcap` (train/forward.py) follows; another family with such a key is
+# Heads that `scale_and_softcap` (models/forward.py) follows; another family with such a key is
 # loaded to see.
 SCALED_KEY = re.compile(r"logit|lm_head_mult|mup|dim_model_base|temperature")
 SCALED_FAMILIES = (

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from compress import machine
-from compress.checkpoint import best_device, digest, load_model, load_tokenizer
-from compress.ends import end_ids, obey
 from compress.keys import sources_digest
 from compress.machine import fast_dtype
+from compress.models.checkpoint import best_device, digest, load_model, load_tokenizer
+from compress.models.ends import end_ids, obey
 from compress.store import sha256_json
 
 TOP_P, TOP_K = 0.95, 50
@@ -130,10 +130,10 @@ class LlamaCppAuthor:
     slots = SLOTS
 
     def __init__(self, teacher: Path, folder: Path) -> None:
-        from compress.export.gguf import export_gguf
-        from compress.score.llamacpp import LlamaCpp
+        from compress.formats.gguf import export_gguf
+        from compress.formats.llamacpp import LlamaCpp
 
-        made = sha256_json([digest(teacher), sources_digest("compress.export.gguf")])
+        made = sha256_json([digest(teacher), sources_digest("compress.formats.gguf")])
         file = folder / f"author-{made[:32]}.gguf"
         if not file.is_file():
             export_gguf(teacher, file, "Q8_0")
@@ -159,7 +159,7 @@ def engine_for(teacher: Path) -> str:
     """
     from transformers import AutoConfig
 
-    from compress.export import gguf
+    from compress.formats import gguf
 
     if torch.cuda.is_available():
         return "vllm" if find_spec("vllm") else "transformers"

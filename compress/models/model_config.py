@@ -124,7 +124,7 @@ def config_object(config: dict[str, Any], where: object = "the config") -> Any:
 
 
 def is_packed(config: dict[str, Any]) -> bool:
-    """Whether a config is of a directory that export/compressed_tensors.py writes.
+    """Whether a config is of a directory that formats/compressed_tensors.py writes.
 
     It is packed, and transformers unpacks it while it loads.
     """

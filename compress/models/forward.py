@@ -111,7 +111,7 @@ def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
 
     Cohere and Falcon H1 multiply them, HyperCLOVA X too, under the key by which Granite divides
     them; MiniCPM 3 divides them by a ratio of widths; Gemma and NanoChat cap them. Keys of other
-    families are not followed: `compress/loaded.py` compares each model with itself.
+    families are not followed: `compress/models/loaded.py` compares each model with itself.
     """
     family, scale = str(config.get("model_type", "")), 1.0
     if family.startswith("cohere"):

@@ -36,7 +36,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compress.checkpoint import (
+from compress.doors import read_json
+from compress.formats import check_config, codes_of
+from compress.formats.gguf_tokenizer import split, templates_of
+from compress.formats.onnxruntime import CONFIG, MODEL, OnnxRuntime, wheel
+from compress.models.checkpoint import (
     GENERATION,
     MORE_TEMPLATES,
     check,
@@ -45,12 +49,8 @@ from compress.checkpoint import (
     load_tokenizer,
     weight_files,
 )
-from compress.doors import read_json
-from compress.ends import as_value, end_ids
-from compress.export.formats import check_config, codes_of
-from compress.export.gguf_tokenizer import split, templates_of
+from compress.models.ends import as_value, end_ids
 from compress.quant.codes import Quantized, verified
-from compress.score.onnxruntime import CONFIG, MODEL, OnnxRuntime, wheel
 from compress.score.size import size
 
 DATA = "model.onnx.data"
@@ -517,5 +517,5 @@ def decode_onnx(folder: Path) -> dict[str, Tensor]:
     return decoded
 
 
-# For export/formats.py; parity asks for prompts and texts of at most 1,024 tokens.
+# For formats/__init__.py; parity asks for prompts and texts of at most 1,024 tokens.
 write, reload = export_onnx, partial(OnnxRuntime, ctx_len=1024)

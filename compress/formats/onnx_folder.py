@@ -2,7 +2,7 @@
 
 genai_config.json can name a shared library to load, other providers, other files; a graph can name
 operators of a library and tensors anywhere on the disk. `check_folder` takes neither on trust: both
-files may say only what export/onnx.py writes. The graph is walked as plain protobuf, so nothing is
+files may say only what formats/onnx.py writes. The graph is walked as plain protobuf, so nothing is
 loaded or computed for the check.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.doors import FLAG, TABLE, Kind, check_object, optional, parse_json, read_text, whole
-from compress.score.onnxruntime import CONFIG, MODEL
+from compress.formats.onnxruntime import CONFIG, MODEL
 
-# export/onnx.py's ARCHITECTURES; of other types GenAI looks for other files.
+# formats/onnx.py's ARCHITECTURES; of other types GenAI looks for other files.
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 MODEL_BYTES = 64_000_000  # of model.onnx without its large tensors; ours have some hundred thousand
 SIZE = whole(1, 2**31 - 1)
@@ -69,7 +69,7 @@ TABLES: dict[str, dict[str, Kind]] = {
         ("logits", "present_key_names", "present_value_names"), NAME
     ),
 }
-OPERATORS = (  # of export/onnx.py's graphs
+OPERATORS = (  # of formats/onnx.py's graphs
     "Add",
     "Cast",
     "Cos",
@@ -138,7 +138,7 @@ FIELDS: dict[str, dict[int, tuple[str, str]]] = {
 
 
 def genai_config(folder: Path) -> dict[str, Any]:
-    """genai_config.json, which holds what export/onnx.py writes and nothing else. ValueError
+    """genai_config.json, which holds what formats/onnx.py writes and nothing else. ValueError
     naming the file and the key.
     """
     file = folder / CONFIG
@@ -201,7 +201,7 @@ def _fields(
 
 
 def _check_message(data: memoryview, message: str, folder: Path) -> None:
-    """Refuses what a graph of export/onnx.py does not hold, in one message and all below it.
+    """Refuses what a graph of formats/onnx.py does not hold, in one message and all below it.
     ValueError.
     """
     where = str(folder / MODEL)
@@ -250,7 +250,7 @@ def _check_text(message: str, name: str, texts: Mapping[str, str], folder: Path)
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """Returns genai_config.json of a directory that export/onnx.py could have written. ValueError,
+    """Returns genai_config.json of a directory that formats/onnx.py could have written. ValueError,
     before any other code reads it.
     """
     config, file = genai_config(folder), folder / MODEL

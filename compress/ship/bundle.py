@@ -1,7 +1,7 @@
 """The bundle: what a deployment team receives, and can check without trusting us.
 
 hf/               the checkpoint as a plain Hugging Face directory model-TYPE.gguf,
-compressed_tensors/   the same weights as the recipe's `export.files` says (export/formats.py)
+compressed_tensors/   the same weights as the recipe's `export.files` says (formats/__init__.py)
 README.md         model card: score table, verdicts, what it says, lineage, licences manifest.json
 files, lineage, limits, scores and evaluation settings; all that `accept` needs requests.jsonl
 every scored item as it was put to the teacher (context, choices, gold) and what it answered
@@ -26,13 +26,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from compress.checkpoint import sha256_file
-from compress.export import formats
-from compress.export.manifest import read_manifest
+from compress import formats
+from compress.models.checkpoint import sha256_file
 from compress.report import answers
 from compress.report.records import Run, folder_of
 from compress.report.table import markdown_table, verdict_lines
 from compress.score.open import Answers, Prompt, as_row
+from compress.ship.manifest import read_manifest
 from compress.store import STAGE_JSON, commit, file_table, write_json
 
 SUMS = "SHA256SUMS"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 from compress.assets import configs_dir
-from compress.train.repetition import loops
+from compress.text.repetition import loops
 
 
 def words_of(text: str) -> tuple[str, ...]:

@@ -23,12 +23,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from compress.checkpoint import check, head_dim, load_tokenizer, read_config, weight_files
-from compress.ends import end_ids
-from compress.export.formats import check_config, codes_of
-from compress.export.gguf_tokenizer import end_keys, pre_name, templates_of, write_tokenizer
-from compress.gguf_header import read_header
-from compress.model_config import meta_model
+from compress.formats import check_config, codes_of
+from compress.formats.gguf_tokenizer import end_keys, pre_name, templates_of, write_tokenizer
+from compress.models.checkpoint import check, head_dim, load_tokenizer, read_config, weight_files
+from compress.models.ends import end_ids
+from compress.models.gguf_header import read_header
+from compress.models.model_config import meta_model
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
 from compress.score.size import size, tensor_shapes
@@ -289,12 +289,12 @@ def decode_gguf(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]
 
 
 class ReloadedGguf:
-    """A `Reloaded` (export/parity.py): the file as llama.cpp opens it, and its numbers as the
+    """A `Reloaded` (score/parity.py): the file as llama.cpp opens it, and its numbers as the
     `gguf` package decodes them.
     """
 
     def __init__(self, file: Path, threads: int) -> None:
-        from compress.score.llamacpp import LlamaCpp
+        from compress.formats.llamacpp import LlamaCpp
 
         self.fields, self.listed = read_fields(file)
         llama = LlamaCpp(file, threads, 512, 1, embedding=False)
@@ -313,4 +313,8 @@ class ReloadedGguf:
         return {self.fields[key] for key in keys if key in self.fields}
 
 
-write, reload, check_architecture = export_gguf, ReloadedGguf, architecture  # for export/formats.py
+write, reload, check_architecture = (
+    export_gguf,
+    ReloadedGguf,
+    architecture,
+)  # for formats/__init__.py

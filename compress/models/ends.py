@@ -48,7 +48,7 @@ def end_ids(checkpoint: Path, tokenizer: Any = None) -> list[int]:
     ends can't be, or no end anywhere.
     """
     if tokenizer is None:
-        from compress.checkpoint import load_tokenizer
+        from compress.models.checkpoint import load_tokenizer
 
         tokenizer = load_tokenizer(checkpoint)
     ids = {i for place in stated(checkpoint, tokenizer).values() for i in place}
@@ -122,7 +122,7 @@ def turn_end(tokenizer: Any) -> int | None:
     """The special token that closes an answer in the chat template; None where there is none."""
     if not tokenizer.chat_template:
         return None
-    from compress.train.chats import render
+    from compress.models.chats import render
 
     # A template is a program: it may fail or never end, and is refused where it is used.
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER}]

@@ -35,9 +35,9 @@ from compress.doors import (
     unpacked_bytes,
     without_halves,
 )
-from compress.train.chats import Chat, Document
-from compress.train.embedded import EMBEDDED
-from compress.train.rows import FIELDS, NEEDED, document
+from compress.models.chats import Chat, Document
+from compress.text.embedded import EMBEDDED
+from compress.text.rows import FIELDS, NEEDED, document
 
 KINDS = "sources are embedded:NAME, hub:NAME:SPLIT:FIELD or a .txt, .jsonl or .parquet file"
 PARQUET_ROWS = 256  # read together

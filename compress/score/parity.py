@@ -17,7 +17,7 @@ integer types of llama.cpp, whose kernels round activations to 8 bits:
     there, 0 without such a place: at most 1e-3 where exact, else told only parity_strings_differing
     held-out strings that the runtime's tokenizer and the checkpoint's cut differently: 0
     parity_eos_differing_flag   1 unless texts of the file end at every special token that ends the
-    checkpoint's (compress/ends.py), at one
+    checkpoint's (compress/models/ends.py), at one
                                 at least that each of its files names, and the file names no other
                                 end: 0
 
@@ -31,13 +31,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.checkpoint import best_device, load_model, load_tokenizer
-from compress.ends import in_files, is_special, turn_end
-from compress.export.formats import parse
+from compress.formats import parse
+from compress.models.checkpoint import best_device, load_model, load_tokenizer
+from compress.models.ends import in_files, is_special, turn_end
+from compress.models.forward import head_of, hidden_states
 from compress.quant.codes import is_quantized, quantizable
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, closeness, hidden_of
-from compress.train.forward import head_of, hidden_states
 
 EXACT_LIMITS = {"parity_kl_nats": 1e-5, "parity_greedy_gap_nats": 1e-3}
 INTEGER_LIMITS = {"parity_kl_nats": 5e-3}
@@ -47,7 +47,7 @@ GREEDY = 64
 
 
 class Reloaded(Protocol):
-    """A file as its own runtime opens it; each module of `export/formats.py` has one."""
+    """A file as its own runtime opens it; each module of `formats/__init__.py` has one."""
 
     def tensors(
         self,

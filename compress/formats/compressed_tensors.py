@@ -30,7 +30,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.checkpoint import (
+from compress.formats import codes_of
+from compress.models.checkpoint import (
     WEIGHTS,
     check,
     copy_beside,
@@ -39,8 +40,7 @@ from compress.checkpoint import (
     read_config,
     weight_files,
 )
-from compress.ends import as_ids, as_value, end_ids
-from compress.export.formats import codes_of
+from compress.models.ends import as_ids, as_value, end_ids
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
 from compress.score.size import size
@@ -109,7 +109,7 @@ def _packed(name: str, made: Quantized, bits: int) -> dict[str, Tensor]:
 
 
 class ReloadedDirectory:
-    """A `Reloaded` (export/parity.py): the directory as transformers opens it, in fp32, on as many
+    """A `Reloaded` (score/parity.py): the directory as transformers opens it, in fp32, on as many
     threads as torch has.
     """
 
@@ -146,7 +146,7 @@ class ReloadedDirectory:
         self.model = None
 
 
-# For export/formats.py. Any architecture has its place: what can be quantized is in Linear and
+# For formats/__init__.py. Any architecture has its place: what can be quantized is in Linear and
 # Embedding modules.
 write, reload, check_architecture = (
     export_compressed_tensors,

@@ -28,12 +28,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from compress.doors import read_json
-from compress.ends import as_ids, as_value, end_ids, in_files
-from compress.gguf_header import check_file
-from compress.loaded import check_complete, check_forward
-from compress.loading import WEIGHTS, check_directory, check_weights, weight_files
-from compress.model_config import config_object, is_of_input, one_line, quiet, read_config
-from compress.probe import check_tokenizer
+from compress.models.ends import as_ids, as_value, end_ids, in_files
+from compress.models.gguf_header import check_file
+from compress.models.loaded import check_complete, check_forward
+from compress.models.loading import WEIGHTS, check_directory, check_weights, weight_files
+from compress.models.model_config import config_object, is_of_input, one_line, quiet, read_config
+from compress.models.probe import check_tokenizer
 from compress.store import sha256_file
 
 __all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # found here by their users
@@ -164,7 +164,7 @@ def load_model(
 
     `load` = "nf4" holds the linear layers in bitsandbytes' 4-bit, "int8" in torchao's 8-bit
     weights. ValueError as `check`, and when tensors are missing or foreign, or hidden states times
-    head are not the model's own logits (`compress/loaded.py`).
+    head are not the model's own logits (`compress/models/loaded.py`).
     """
     check(path)
     model = _opened(path, dtype, load)
@@ -239,7 +239,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights; one that names no end of its own gets the model's.
 
     ValueError naming its folder, and the file when one is damaged or its patterns fail on some text
-    (`compress/probe.py`).
+    (`compress/models/probe.py`).
     """
     check_tokenizer(path / "tokenizer.json")
     ends = [

@@ -33,13 +33,13 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from compress.checkpoint import load_tokenizer
 from compress.keys import token_inputs
+from compress.models.chats import Chat, Document, Tokens, chat_tokens, content, render
+from compress.models.checkpoint import load_tokenizer
+from compress.models.tokens import encode, opening
 from compress.store import sha256_file, sha256_json, write_whole
-from compress.train.chats import Chat, Document, Tokens, chat_tokens, content, render
-from compress.train.sources import documents
-from compress.train.tokens import encode, opening
-from compress.train.written import generated
+from compress.text.sources import documents
+from compress.text.written import generated
 
 DOCUMENTS_AT_ONCE = 1000  # rendered and tokenised together
 

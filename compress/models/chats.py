@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from compress.confined import Failure, Limits, ask
-from compress.train.tokens import encode_with_ends
+from compress.models.tokens import encode_with_ends
 
 Turns = Sequence[dict[str, Any]]
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 and label mask bool of one document

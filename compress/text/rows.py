@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from compress.doors import parse_json
-from compress.train.chats import Chat, Document
+from compress.models.chats import Chat, Document
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CALLED = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's names

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.train.forward import Head
+    from compress.models.forward import Head
 
 GREEDY = {"temperature": 0, "cache_prompt": False}
 _PARALLEL = 4  # sequences that the server decodes together: short prompts fill a batch
@@ -286,8 +286,8 @@ def gguf_head(gguf: Path) -> Head:
     import torch
     from gguf.quants import dequantize
 
-    from compress.export.gguf import read_fields
-    from compress.train.forward import Head
+    from compress.formats.gguf import read_fields
+    from compress.models.forward import Head
 
     fields, listed = read_fields(gguf)
     special = [key for key in fields if key.endswith((".final_logit_softcapping", ".logit_scale"))]

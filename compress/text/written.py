@@ -22,7 +22,7 @@ that ended by themselves, do not loop, are not too short, resemble no earlier qu
 phrase with what students are evaluated on (`Filter`).
 
 What is written is kept in the store, piece by piece, so that an interrupted run goes on where it
-stopped; every conversation has a seed of its own, which its row names (`train/authors.py`: in which
+stopped; every conversation has a seed of its own, which its row names (`text/authors.py`: in which
 engine).
 """
 
@@ -43,13 +43,13 @@ from typing import Any
 import torch
 
 from compress.assets import configs_dir
-from compress.checkpoint import digest, load_tokenizer
 from compress.keys import author_inputs
+from compress.models.chats import Chat, Document, Turns, content, render
+from compress.models.checkpoint import digest, load_tokenizer
+from compress.models.tokens import opening
 from compress.store import sha256_json
-from compress.train.authors import AT_ONCE, TOP_K, TOP_P, Author, engine_for, open_author
-from compress.train.chats import Chat, Document, Turns, content, render
-from compress.train.text_filter import Filter, evaluation_texts
-from compress.train.tokens import opening
+from compress.text.authors import AT_ONCE, TOP_K, TOP_P, Author, engine_for, open_author
+from compress.text.filter import Filter, evaluation_texts
 
 Log = Callable[[str], None]
 

@@ -1,1 +1,0 @@
-"""What ships: one file per format, and the bundle."""

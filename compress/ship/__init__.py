@@ -1,0 +1,1 @@
+"""What a deployment team receives: the bundle, its manifest and its sums."""

@@ -30,27 +30,38 @@ from compress.errors import (
     without_credentials,
 )
 
-HELP = """compress: turn a teacher language model into a student that fits a budget, and prove it on the files that ship.
+HELP = """\
+compress: turn a teacher language model into a student that fits a budget,
+and prove it on the files that ship.
 
-  compress run RECIPE [KEY=VALUE ...]   run a recipe; repeat the command to resume. --plan shows time, disk and memory first
-                                        Hydra's flags work: --cfg job, -m (sweep), --config-dir DIR (your own recipes), --help
+  compress run RECIPE [KEY=VALUE ...]   run a recipe; repeat the command to resume. --plan shows
+                                        time, disk and memory first
+                                        Hydra's flags work: --cfg job, -m (sweep), --help,
+                                        --config-dir DIR (your own recipes)
   compress list                         recipes, stages and every option, with one line each
   compress score MODEL [--budget NAME] [--teacher T] [KEY=VALUE ...]
-                                        score any checkpoint directory or GGUF file, also one made elsewhere
+                                        score any checkpoint directory or GGUF file, also one made
+                                        elsewhere
   compress ask RUN|BUNDLE|MODEL [QUESTION] [--alone] [--json] [--tokens N]
-                                        talk to what was made, its teacher beside it; without QUESTION, a conversation
+                                        talk to what was made, its teacher beside it; without
+                                        QUESTION, a conversation
   compress compare RUN [RUN ...] [--html FILE] [--speed]
-                                        stages of one run, or runs, stages (RUN/SLOT) and bundles side by side; writes one HTML page
+                                        stages of one run, or runs, stages (RUN/SLOT) and bundles
+                                        side by side; writes one HTML page
   compress sync RUN --to wandb          copy a finished run's records into a tracker
-  compress verify BUNDLE [--sha256 HEX] check every byte of a bundle: that it is unchanged, not who wrote it
+  compress verify BUNDLE [--sha256 HEX] check every byte of a bundle: that it is unchanged, not who
+                                        wrote it
   compress accept BUNDLE [--hub] [--local]
-                                        measure the bundle's budget again, on this machine; --hub may ask the hub for teacher
-                                        and text that it names, --local may open files outside the bundle
+                                        measure the bundle's budget again, on this machine; --hub
+                                        may ask the hub for teacher and text that it names, --local
+                                        may open files outside the bundle
   compress gc [--store DIR] [--runs DIR] [--yes] [--all]
-                                        empty the store of what no run names; --all where no run that is known needs anything
+                                        empty the store of what no run names; --all where no run
+                                        that is known needs anything
 
 --debug with any verb shows where in the program an error came from
-exit codes: 0 ok, 2 configuration, 3 input or integrity, 4 budget violated, 5 memory, disk or lock, 130/143 signals
+exit codes: 0 ok, 2 configuration, 3 input or integrity, 4 budget violated,
+            5 memory, disk or lock, 130/143 signals
 """
 
 
@@ -192,7 +203,9 @@ def ask(arguments: list[str]) -> int:
 
 
 def compare(arguments: list[str]) -> int:
-    """Print the stages of one run, or several candidates beside the first, and write one HTML page."""
+    """Print the stages of one run, or several candidates beside the first,
+    and write one HTML page.
+    """
     from compress.machine import available_threads
     from compress.report.compare import check_same_settings, differences, speed_sentence
     from compress.report.html import write_html

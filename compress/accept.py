@@ -187,7 +187,10 @@ def _item(row: Any, where: str) -> dict[str, Any]:
 
 
 def read_requests(file: Path) -> list[dict[str, Any]]:
-    """The items of requests.jsonl; none where the file is empty. ValueError naming file, line and key."""
+    """The items of requests.jsonl; none where the file is empty.
+
+    ValueError naming file, line and key.
+    """
     rows: list[dict[str, Any]] = []
     lines: dict[tuple[str, int], str] = {}
     rules: dict[str, str] = {}
@@ -412,7 +415,9 @@ def _open(
 def accept(
     bundle: Path, store: str, *, hub: bool = False, local: bool = False, sha256: str | None = None
 ) -> int:
-    """Measure a bundle's budget again and print one sentence a limit. Returns the exit code, 0 or 4.
+    """Measure a bundle's budget again and print one sentence a limit.
+
+    Returns the exit code, 0 or 4.
 
     ConfigError: it has no limits. ValueError naming file and key or line: it does not verify, or
     can't be meant like this.

@@ -108,7 +108,9 @@ def _unit(metric: str) -> str:
 
 
 def what_decides(n: int, unit: str, value: float, span: tuple[float, float], bound: float) -> str:
-    """How many more of `unit` would decide a limit that lies inside `span`, by the formula above."""
+    """How many more of `unit` would decide a limit that lies inside `span`,
+    by the formula above.
+    """
     if value == bound:
         return "no number would decide while the value is the limit itself"
     factor = ((span[1] - value if value < bound else value - span[0]) / (bound - value)) ** 2

@@ -487,7 +487,10 @@ class Recipe:
                 check_values(f"stages.{slot}", stage)
 
     def steps(self) -> list[tuple[str, str]]:
-        """(slot, parent slot) in order. The parent is the slot before, or the one named after '@'."""
+        """(slot, parent slot) in order.
+
+        The parent is the slot before, or the one named after '@'.
+        """
         steps, previous = [], "teacher"
         for item in self.pipeline:
             slot, _, parent = item.partition("@")

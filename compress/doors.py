@@ -89,7 +89,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def unpacked_bytes(path: Path) -> int:
-    """The most bytes that a packed file may unpack to: text shrinks to a tenth, seldom to a twentieth."""
+    """The most bytes that a packed file may unpack to: text shrinks to a tenth,
+    seldom to a twentieth.
+    """
     return max(UNPACKED_BYTES, UNPACKED_FACTOR * path.stat().st_size)
 
 

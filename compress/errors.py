@@ -11,16 +11,16 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-# A user and password, or a token, in front of a URL's host. A path takes one of the slashes away;
-# the
-# second form is for passwords with a slash in them, and leaves ports alone.
+# A user and password, or a token, in front of a URL's host. A path takes one of the slashes
+# away; the second form is for passwords with a slash in them, and leaves ports alone.
 SCHEME = r"(?P<scheme>[a-z][a-z0-9+.-]+:/{1,3})"
 USERINFO = re.compile(SCHEME + r"(?P<user>[^\s/?#\"'<>]+)@", re.IGNORECASE)
 SLASHED = re.compile(SCHEME + r"(?P<user>[^\s/?#@:]*:(?!\d{1,5}[/?#])[^\s@]*)@", re.IGNORECASE)
 CONTAINERS = ("abfs:", "abfss:", "wasb:", "wasbs:", "hf:")  # where NAME@ is an address, no user
 QUERY = re.compile(
     r"(?P<name>[?&;#](?:sig|sas|key|auth|pwd|pass|jwt"
-    r"|[\w.%-]*(?:token(?!s|iz)|secret|signature|passw|credential|api[_-]?key|access[_-]?key|authori)[\w.%-]*)=)"
+    r"|[\w.%-]*(?:token(?!s|iz)|secret|signature|passw|credential"
+    r"|api[_-]?key|access[_-]?key|authori)[\w.%-]*)=)"
     r"[^\s&#\"'<>;]+",
     re.IGNORECASE,
 )

@@ -241,7 +241,8 @@ def _jobs(composed: Any, overrides: list[str], recipe: str) -> list[list[str]]:
     """The overrides of every job of a sweep, as Hydra's basic sweeper makes them. ConfigError:
     refused ones, or too many jobs.
     """
-    params = OmegaConf.to_container(composed.hydra.sweeper, resolve=True).get("params") or {}  # type: ignore[union-attr]
+    sweeper: Any = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
+    params = sweeper.get("params") or {}
     if not isinstance(params, dict):
         raise ConfigError(
             f"hydra.sweeper.params of recipe {recipe!r} must be a table of KEY: VALUES, got"

@@ -52,10 +52,23 @@ def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[
 
 
 def conclude(
-    session: Session, folder: RunDir, slot: str, technique: str, model: Model, parent: Measured | None = None, *,
-    key: str = "", tasks: bool = True, asked: str = "quarter", timed: bool = False, shipped: bool = False, proven: str = "",
-    seconds: float = 0.0, curve: list[dict[str, Any]] | None = None, **made: Any,
-) -> Measured:  # fmt: skip
+    session: Session,
+    folder: RunDir,
+    slot: str,
+    technique: str,
+    model: Model,
+    parent: Measured | None = None,
+    *,
+    key: str = "",
+    tasks: bool = True,
+    asked: str = "quarter",
+    timed: bool = False,
+    shipped: bool = False,
+    proven: str = "",
+    seconds: float = 0.0,
+    curve: list[dict[str, Any]] | None = None,
+    **made: Any,
+) -> Measured:
     """Measure a model, put it beside teacher and parent, judge it, and record it with how it was
     `made`, in the store under `key` if it was.
 

@@ -21,7 +21,9 @@ RULES = [rule.split(".") for rule in ALLOWED_HYDRA]
 
 
 def _walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(names, value) of every key of nested dicts and lists; a key that holds dots is several names."""
+    """(names, value) of every key of nested dicts and lists;
+    a key that holds dots is several names.
+    """
     items = (
         node.items()
         if isinstance(node, dict)

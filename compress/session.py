@@ -56,9 +56,14 @@ def plain(value: Any) -> Any:
 
 
 def open_scorer(
-    teacher: Teacher, data: Data, eval: Eval, trainer: Trainer, store: str, requests: list[dict[str, Any]] | None = None,
+    teacher: Teacher,
+    data: Data,
+    eval: Eval,
+    trainer: Trainer,
+    store: str,
+    requests: list[dict[str, Any]] | None = None,
     prompts: list[Prompt] | None = None,
-) -> tuple[Scorer, Model]:  # fmt: skip
+) -> tuple[Scorer, Model]:
     """A scorer outside a run: what `compress score` and, with the bundle's `requests` and open
     `prompts`, `compress accept` use.
     """
@@ -76,7 +81,10 @@ def open_scorer(
 
 
 class Session:
-    """What all slots of one run share. Opening it refuses whatever can be refused before work starts."""
+    """What all slots of one run share.
+
+    Opening it refuses whatever can be refused before work starts.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe

@@ -156,7 +156,9 @@ class Store:
             ) from error
 
     def _open(self, create: bool) -> None:
-        """Make the mark and the rooms of a new store; ValueError for a folder that is not a store."""
+        """Make the mark and the rooms of a new store; ValueError for a folder
+        that is not a store.
+        """
         mark = self.root / STORE_JSON
         if create:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -189,7 +191,10 @@ class Store:
             (self.root / room).mkdir(exist_ok=True)
 
     def _share(self, *, wait: bool = True) -> None:
-        """Keep `compress gc` out. Where it is in already, it is waited for, by all but another one."""
+        """Keep `compress gc` out.
+
+        Where it is in already, it is waited for, by all but another one.
+        """
         try:
             fcntl.flock(self._shared, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

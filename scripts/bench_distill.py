@@ -319,7 +319,8 @@ def main() -> None:
         )
         return
     with tempfile.TemporaryDirectory() as folder:
-        work, runs = Path(folder), {side: [] for side in (*SIDES, "matmul")}  # type: ignore[var-annotated]
+        work = Path(folder)
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*SIDES, "matmul")}
         record = in_fresh_process("prepare", work, options)
         for number in range(options.rounds):
             for side in runs:
@@ -347,7 +348,8 @@ def main() -> None:
     for side in shown:
         low, _, high = statistics.quantiles(seconds[side], n=4)
         print(
-            f"{side:<13}{ROWS * LENGTH / middle[side]:>10.0f}{middle[side]:>9.2f}{f'{low:.2f} to {high:.2f}':>16}{rss[side] / 1e9:>15.2f}"
+            f"{side:<13}{ROWS * LENGTH / middle[side]:>10.0f}{middle[side]:>9.2f}"
+            f"{f'{low:.2f} to {high:.2f}':>16}{rss[side] / 1e9:>15.2f}"
         )
     record |= {f"tok_per_sec/{side}": ROWS * LENGTH / middle[side] for side in shown} | {
         f"peak_rss_bytes/{side}": rss[side] for side in shown

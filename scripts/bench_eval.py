@@ -183,11 +183,13 @@ def main() -> None:
         }
         found = equality(teacher, compared)
     print(
-        f"{'task':<12}{'shots':>6}{'requests':>10}{'hf (s)':>9}{'ours (s)':>10}{'times as fast':>15}"
+        f"{'task':<12}{'shots':>6}{'requests':>10}"
+        f"{'hf (s)':>9}{'ours (s)':>10}{'times as fast':>15}"
     )
     for (name, shots), own in seconds.items():
         print(
-            f"{name:<12}{shots:>6}{len(suite[name, shots]):>10}{own['hf']:>9.1f}{own['ours']:>10.1f}{own['hf'] / own['ours']:>15.2f}"
+            f"{name:<12}{shots:>6}{len(suite[name, shots]):>10}"
+            f"{own['hf']:>9.1f}{own['ours']:>10.1f}{own['hf'] / own['ours']:>15.2f}"
         )
     record: dict[str, Any] = {}
     for shots in {shots for _, shots in seconds}:

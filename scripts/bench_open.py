@@ -376,7 +376,9 @@ def good_students(bench: Bench) -> dict[str, Path]:
 
 
 def agreement(bench: Bench) -> dict[str, float]:
-    """Share of prompts that two runtimes answer alike to the last token, on the same fp16 weights."""
+    """Share of prompts that two runtimes answer alike to the last token,
+    on the same fp16 weights.
+    """
     from compress.formats.onnx import export_onnx
 
     twin = bench.work / "twin"

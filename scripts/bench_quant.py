@@ -182,18 +182,17 @@ def nf4(model_dir: Path, full: dict[str, States], held: dict[str, Packed]) -> di
 def torchao_int4(
     model_dir: Path, full: dict[str, States], held: dict[str, Packed]
 ) -> dict[str, float]:
-    """torchao int4, symmetric, groups of 32, bf16 scales, of the linear layers, embeddings in 16 bits."""
+    """torchao int4, symmetric, groups of 32, bf16 scales, of the linear layers,
+    embeddings in 16 bits.
+    """
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
     model = load_model(model_dir, torch.bfloat16)
     size_bytes = sum(
         p.numel() * (4.5 / 8 if "_proj" in name else 2) for name, p in model.named_parameters()
     )
-    quantize_(
-        model,
-        IntxWeightOnlyConfig(torch.int4, PerGroup(32)),
-        lambda _, name: name.endswith("_proj"),
-    )  # type: ignore[attr-defined]
+    config = IntxWeightOnlyConfig(torch.int4, PerGroup(32))  # type: ignore[attr-defined]
+    quantize_(model, config, lambda _, name: name.endswith("_proj"))
     return torch_row(model, size_bytes, full, held)
 
 
@@ -263,7 +262,8 @@ class Bench:
         (work / "data").mkdir(exist_ok=True)
         self.model = open_teacher(options.source, None, Store(work / "store"), say).path
         self.text, self.held, self.train = texts(work, self.model, options.data)
-        model, head = load_model(self.model).to(best_device()), checkpoint_head(self.model)  # type: ignore[arg-type]
+        model, head = load_model(self.model), checkpoint_head(self.model)
+        model.to(best_device())  # type: ignore[arg-type]
         self.full = {
             name: States(hidden_of(model, data.ids[:HELD_OUT]), head)
             for name, data in self.held.items()
@@ -352,7 +352,9 @@ class Bench:
     def hidden(self, folder: Path, runtime: str) -> list[torch.Tensor]:
         data = self.held["topics"]
         if runtime == "torch":
-            return [hidden_of(load_model(folder).to(best_device()), data.ids[:HELD_OUT])]  # type: ignore[arg-type]
+            model = load_model(folder)
+            model.to(best_device())  # type: ignore[arg-type]
+            return [hidden_of(model, data.ids[:HELD_OUT])]
         with closing(RUNTIMES[runtime](folder, available_threads(), LENGTH + 8)) as opened:
             return opened.hidden_states(data.ids[:HELD_OUT, :-1].tolist())
 

@@ -151,8 +151,9 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     healing = Healing(options.work, options.ffn)
     start = healing.measured(healing.cut.name, healing.cut)
-    # type: dict[tuple[str, int], list[dict[str, float]]]
-    runs = {(text, tokens): [] for text in TEXTS for tokens in options.tokens}
+    runs: dict[tuple[str, int], list[dict[str, float]]] = {
+        (text, tokens): [] for text in TEXTS for tokens in options.tokens
+    }
     for seed in range(options.seeds):
         for text, tokens in runs:
             runs[text, tokens].append(healing.healed(text, seed, tokens))

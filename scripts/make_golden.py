@@ -27,7 +27,8 @@ import json, pathlib, sys, cyllama, cyllama.llama.llama_cpp as c
 p = c.LlamaModelQuantizeParams()
 p.ftype, p.pure, p.nthread = int(sys.argv[3]), True, 1
 c.model_quantize(sys.argv[1], sys.argv[2], p)
-print(json.loads((pathlib.Path(cyllama.__file__).parent / "build_config.json").read_text())["versions"]["llama_cpp_version"])
+build = pathlib.Path(cyllama.__file__).parent / "build_config.json"
+print(json.loads(build.read_text())["versions"]["llama_cpp_version"])
 """
 
 

@@ -32,14 +32,15 @@ def item(rng: random.Random, kind: str, query: str, right: str, wrong: Iterable[
     return {"query": query, "choices": choices, "answer": choices.index(right), "kind": kind}
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # grammar
 # fmt: off
 # (singular, plural) people and animals that can do anything in VERBS; names with their reflexive
 # pronoun.
 NOUNS = [
-    ("boy", "boys"), ("girl", "girls"), ("teacher", "teachers"), ("doctor", "doctors"), ("student", "students"),
-    ("farmer", "farmers"), ("driver", "drivers"), ("child", "children"), ("woman", "women"), ("man", "men"),
+    ("boy", "boys"), ("girl", "girls"), ("teacher", "teachers"), ("doctor", "doctors"),
+    ("student", "students"), ("farmer", "farmers"), ("driver", "drivers"), ("child", "children"),
+    ("woman", "women"), ("man", "men"),
 ]
 # base, third person, past, participle, -ing, what follows
 VERBS = [
@@ -56,23 +57,34 @@ VERBS = [
 ]
 THINGS = [
     ("book", "books"), ("house", "houses"), ("car", "cars"), ("tree", "trees"), ("chair", "chairs"),
-    ("picture", "pictures"), ("letter", "letters"), ("shoe", "shoes"), ("flower", "flowers"), ("window", "windows"),
+    ("picture", "pictures"), ("letter", "letters"), ("shoe", "shoes"), ("flower", "flowers"),
+    ("window", "windows"),
 ]
-VOWEL = ["apple", "egg", "orange", "old car", "island", "animal", "elephant", "idea", "open door", "artist"]
-CONSONANT = ["banana", "dog", "lemon", "new car", "river", "table", "tiger", "plan", "closed door", "painter"]
+VOWEL = [
+    "apple", "egg", "orange", "old car", "island", "animal", "elephant", "idea", "open door",
+    "artist",
+]
+CONSONANT = [
+    "banana", "dog", "lemon", "new car", "river", "table", "tiger", "plan", "closed door",
+    "painter",
+]
 NAMES = [
     ("Mary", "herself", "himself"), ("John", "himself", "herself"), ("Anna", "herself", "himself"),
-    ("Peter", "himself", "herself"), ("My mother", "herself", "himself"), ("His father", "himself", "herself"),
-    ("The boys", "themselves", "himself"), ("Her sister", "herself", "themselves"),
-    ("My brother", "himself", "themselves"), ("The women", "themselves", "herself"),
+    ("Peter", "himself", "herself"), ("My mother", "herself", "himself"),
+    ("His father", "himself", "herself"), ("The boys", "themselves", "himself"),
+    ("Her sister", "herself", "themselves"), ("My brother", "himself", "themselves"),
+    ("The women", "themselves", "herself"),
 ]
 ADJECTIVES = [
-    ("tall", "taller"), ("old", "older"), ("fast", "faster"), ("small", "smaller"), ("strong", "stronger"),
-    ("young", "younger"), ("cheap", "cheaper"), ("short", "shorter"), ("rich", "richer"), ("warm", "warmer"),
+    ("tall", "taller"), ("old", "older"), ("fast", "faster"), ("small", "smaller"),
+    ("strong", "stronger"), ("young", "younger"), ("cheap", "cheaper"), ("short", "shorter"),
+    ("rich", "richer"), ("warm", "warmer"),
 ]
 SUBJECTS = [("He", "him"), ("She", "her"), ("They", "them"), ("We", "us"), ("I", "me")]
-PLACES = [("in", "the kitchen"), ("at", "the station"), ("on", "the table"), ("under", "the bridge"),
-          ("near", "the lake")]
+PLACES = [
+    ("in", "the kitchen"), ("at", "the station"), ("on", "the table"), ("under", "the bridge"),
+    ("near", "the lake"),
+]
 # fmt: on
 
 
@@ -138,18 +150,19 @@ def grammar() -> list[Item]:
     return items
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # facts
-CAPITALS = """France Paris|Germany Berlin|Italy Rome|Spain Madrid|Portugal Lisbon|Greece Athens|Japan Tokyo
-China Beijing|Russia Moscow|Egypt Cairo|Kenya Nairobi|Canada Ottawa|Cuba Havana|Peru Lima|Australia Canberra
-Austria Vienna|Hungary Budapest|Poland Warsaw|Ireland Dublin|Norway Oslo|Sweden Stockholm|Finland Helsinki
-Denmark Copenhagen|Turkey Ankara|Iran Tehran|Iraq Baghdad|Thailand Bangkok|Vietnam Hanoi|Nepal Kathmandu
-Belgium Brussels"""
-CONTINENTS = """Kenya Africa|Nigeria Africa|Ethiopia Africa|Japan Asia|China Asia|India Asia|France Europe
-Germany Europe|Poland Europe|Brazil America|Peru America|Canada America"""
-OPPOSITES = """hot cold|big small|up down|day night|black white|happy sad|left right|open closed|fast slow
-young old|rich poor|full empty|early late|strong weak|dry wet|hard soft|good bad|true false|near far
-inside outside|easy difficult|clean dirty|summer winter|north south|buy sell|win lose"""
+CAPITALS = """France Paris|Germany Berlin|Italy Rome|Spain Madrid|Portugal Lisbon|Greece Athens
+Japan Tokyo|China Beijing|Russia Moscow|Egypt Cairo|Kenya Nairobi|Canada Ottawa|Cuba Havana
+Peru Lima|Australia Canberra|Austria Vienna|Hungary Budapest|Poland Warsaw|Ireland Dublin
+Norway Oslo|Sweden Stockholm|Finland Helsinki|Denmark Copenhagen|Turkey Ankara|Iran Tehran
+Iraq Baghdad|Thailand Bangkok|Vietnam Hanoi|Nepal Kathmandu|Belgium Brussels"""
+CONTINENTS = """Kenya Africa|Nigeria Africa|Ethiopia Africa|Japan Asia|China Asia|India Asia
+France Europe|Germany Europe|Poland Europe|Brazil America|Peru America|Canada America"""
+OPPOSITES = """hot cold|big small|up down|day night|black white|happy sad|left right|open closed
+fast slow|young old|rich poor|full empty|early late|strong weak|dry wet|hard soft|good bad
+true false|near far|inside outside|easy difficult|clean dirty|summer winter|north south|buy sell
+win lose"""
 # Never side by side as options: the wrong one could be argued for.
 CLOSE = [
     {"sad", "bad", "poor", "weak"},
@@ -158,32 +171,39 @@ CLOSE = [
     {"bad", "false"},
     {"tool", "instrument"},
 ]
-PLURALS = """child children|mouse mice|foot feet|tooth teeth|goose geese|man men|woman women|leaf leaves
-knife knives|wolf wolves|wife wives|box boxes|baby babies|city cities|potato potatoes|church churches
-dish dishes|shelf shelves|thief thieves|country countries"""
-PAST = """go went gone goes|see saw seen sees|eat ate eaten eats|take took taken takes|give gave given gives
-write wrote written writes|drink drank drunk drinks|swim swam swum swims|sing sang sung sings
-buy bought boughted buys|think thought thoughted thinks|bring brought broughted brings
-catch caught caughted catches|teach taught taughted teaches|find found founded finds|know knew known knows
-speak spoke spoken speaks|choose chose chosen chooses"""
-YOUNG = """dog puppy|cat kitten|cow calf|horse foal|sheep lamb|pig piglet|bear cub|duck duckling|goose gosling
-frog tadpole|deer fawn|kangaroo joey"""
-COLOURS = """grass green|snow white|blood red|a banana yellow|the sky blue|coal black|a carrot orange
-chocolate brown|a lemon yellow|milk white|a strawberry red|a crow black"""
-KINDS = """rose flower|oak tree|hammer tool|violin instrument|banana fruit|carrot vegetable|salmon fish
-sparrow bird|mosquito insect|chair furniture|truck vehicle|cobra snake|football sport|copper metal
-shirt clothing|waltz dance"""
+PLURALS = """child children|mouse mice|foot feet|tooth teeth|goose geese|man men|woman women
+leaf leaves|knife knives|wolf wolves|wife wives|box boxes|baby babies|city cities|potato potatoes
+church churches|dish dishes|shelf shelves|thief thieves|country countries"""
+PAST = """go went gone goes|see saw seen sees|eat ate eaten eats|take took taken takes
+give gave given gives|write wrote written writes|drink drank drunk drinks|swim swam swum swims
+sing sang sung sings|buy bought boughted buys|think thought thoughted thinks
+bring brought broughted brings|catch caught caughted catches|teach taught taughted teaches
+find found founded finds|know knew known knows|speak spoke spoken speaks
+choose chose chosen chooses"""
+YOUNG = """dog puppy|cat kitten|cow calf|horse foal|sheep lamb|pig piglet|bear cub|duck duckling
+goose gosling|frog tadpole|deer fawn|kangaroo joey"""
+COLOURS = """grass green|snow white|blood red|a banana yellow|the sky blue|coal black
+a carrot orange|chocolate brown|a lemon yellow|milk white|a strawberry red|a crow black"""
+KINDS = """rose flower|oak tree|hammer tool|violin instrument|banana fruit|carrot vegetable
+salmon fish|sparrow bird|mosquito insect|chair furniture|truck vehicle|cobra snake|football sport
+copper metal|shirt clothing|waltz dance"""
 JOBS = """teaches children teacher|bakes bread baker|flies planes pilot|puts out fires firefighter
-writes books author|grows crops farmer|repairs teeth dentist|catches fish fisherman|cooks in a restaurant chef
-repairs cars mechanic|plays music musician|takes photographs photographer|studies the stars astronomer
-cuts hair barber"""
-COUNTS = """A week has seven days|A spider has eight legs|A triangle has three sides|A year has twelve months
-A dog has four legs|A bicycle has two wheels|A square has four sides|An insect has six legs"""
+writes books author|grows crops farmer|repairs teeth dentist|catches fish fisherman
+cooks in a restaurant chef|repairs cars mechanic|plays music musician|takes photographs photographer
+studies the stars astronomer|cuts hair barber"""
+COUNTS = """A week has seven days|A spider has eight legs|A triangle has three sides
+A year has twelve months|A dog has four legs|A bicycle has two wheels|A square has four sides
+An insect has six legs"""
 # fmt: off
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-          "November", "December"]
-NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+MONTHS = [
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
+]
+NUMBERS = [
+    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve",
+]
 # fmt: on
 
 
@@ -245,7 +265,7 @@ def facts() -> list[Item]:
     return items
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # arithmetic
 def arithmetic() -> list[Item]:
     """Small sums, differences and sequences. All four options have the same number of digits:

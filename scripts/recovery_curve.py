@@ -73,8 +73,17 @@ def prune(work: Path, teacher: Path, text: Packed, precision: str) -> Path:
     return out
 
 
-def curve(student: Path, text: Packed, signals: Signals, mix: Mix, held: tuple[Any, list[Any]], seed: int, steps: int, precision: str,
-          work: Path) -> list[dict[str, float]]:  # fmt: skip
+def curve(
+    student: Path,
+    text: Packed,
+    signals: Signals,
+    mix: Mix,
+    held: tuple[Any, list[Any]],
+    seed: int,
+    steps: int,
+    precision: str,
+    work: Path,
+) -> list[dict[str, float]]:
     """Points {"tokens", "seconds", "validation_kl"} of one training."""
     model = load_model(student)
     model.get_input_embeddings().weight.requires_grad_(False)

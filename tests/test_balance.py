@@ -1,4 +1,6 @@
-"""Folds and rotations leave fp32 logits what they are; the factors are those of the papers' formulas."""
+"""Folds and rotations leave fp32 logits what they are;
+the factors are those of the papers' formulas.
+"""
 
 from __future__ import annotations
 

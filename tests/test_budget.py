@@ -19,11 +19,18 @@ def verdict(value, limit, interval=None):
 @pytest.mark.parametrize(
     ("value", "interval", "limit", "word"),
     [
-        (0.9, None, Limit(min=0.8), PASS), (0.7, None, Limit(min=0.8), FAIL), (0.8, None, Limit(min=0.8), PASS), (0.8, None, Limit(max=0.8), PASS),
-        (0.9, (0.85, 0.95), Limit(min=0.8), PASS), (0.9, (0.75, 0.95), Limit(min=0.8), INCONCLUSIVE), (0.7, (0.6, 0.79), Limit(min=0.8), FAIL),
-        (0.7, (0.6, 0.81), Limit(max=0.8), INCONCLUSIVE), (0.9, (0.81, 0.95), Limit(max=0.8), FAIL), (None, None, Limit(max=0.8), INCONCLUSIVE),
+        (0.9, None, Limit(min=0.8), PASS),
+        (0.7, None, Limit(min=0.8), FAIL),
+        (0.8, None, Limit(min=0.8), PASS),
+        (0.8, None, Limit(max=0.8), PASS),
+        (0.9, (0.85, 0.95), Limit(min=0.8), PASS),
+        (0.9, (0.75, 0.95), Limit(min=0.8), INCONCLUSIVE),
+        (0.7, (0.6, 0.79), Limit(min=0.8), FAIL),
+        (0.7, (0.6, 0.81), Limit(max=0.8), INCONCLUSIVE),
+        (0.9, (0.81, 0.95), Limit(max=0.8), FAIL),
+        (None, None, Limit(max=0.8), INCONCLUSIVE),
     ],
-)  # fmt: skip
+)
 def test_a_limit_is_judged_by_the_whole_interval(value, interval, limit, word):
     assert verdict(value, limit, interval)["verdict"] == word
 

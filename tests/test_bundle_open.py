@@ -35,7 +35,9 @@ LIMITS = {"open/right": {"min": 0.5}, "open/kept": {"min": 0.3}, "open/loops": {
 
 @cache
 def whole_files() -> tuple[str, bytes]:
-    """config.json and a GGUF of a tiny model: damaged ones are refused before anything is measured."""
+    """config.json and a GGUF of a tiny model: damaged ones are refused before
+    anything is measured.
+    """
     with tempfile.TemporaryDirectory() as folder:
         random_teacher(Path(folder) / "hf", 0)
         export_gguf(Path(folder) / "hf", Path(folder) / "tiny.gguf", "Q4_0")

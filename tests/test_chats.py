@@ -37,8 +37,10 @@ BODY = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 # As Qwen3's and DeepSeek's: earlier answers lose their reasoning, the last one is given an empty
 # one.
 THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.role == 'assistant' %}{% set said = m.content.split('</think>')[-1].lstrip('\\n') %}{% if loop.last %}<think>
-{{ (m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '').strip('\\n') }}
+{% if m.role == 'assistant' %}{% set said = m.content.split('</think>')[-1].lstrip('\\n') %}\
+{% if loop.last %}<think>
+{{ (m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '')\
+.strip('\\n') }}
 </think>
 
 {% endif %}{{ said }}{% else %}{{ m.content }}{% endif %}<|im_end|>
@@ -336,7 +338,9 @@ def test_a_long_document_is_tokenised_in_pieces(tokenizer):
 
 @pytest.fixture
 def bos_teacher(tiny_teacher, tmp_path):
-    """The tiny teacher with a tokenizer that begins every text with BOS and a template that writes it."""
+    """The tiny teacher with a tokenizer that begins every text with BOS and a template
+    that writes it.
+    """
     path = tmp_path / "bos"
     shutil.copytree(tiny_teacher, path)
     tokenizer = load_tokenizer(path)

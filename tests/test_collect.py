@@ -58,7 +58,9 @@ def run_at(path: Path, *keys: str, digest: str = "") -> Path:
 
 
 def filled(root: Path) -> Store:
-    """A store with a finished entry, its note and scores for each of KEYS, and a signal and a text."""
+    """A store with a finished entry, its note and scores for each of KEYS,
+    and a signal and a text.
+    """
     store = Store(root)
     for number, key in enumerate(KEYS):
         store.build(key, {}, write)

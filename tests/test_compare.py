@@ -409,11 +409,14 @@ def test_the_committed_demo_can_be_compared(runs, tmp_path, capfd):
 
 PROBE = """<iframe id=f width=%d height=3000 src="page.html"></iframe><script>
 f.onload = () => {
-  const d = f.contentDocument, all = [...d.querySelectorAll("summary, [tabindex='0']")].filter(e => e.getClientRects().length);
+  const d = f.contentDocument;
+  const all = [...d.querySelectorAll("summary, [tabindex='0']")]
+    .filter(e => e.getClientRects().length);
   const reached = all.filter(e => { e.focus(); return d.activeElement === e; });
   d.querySelectorAll("summary").forEach(e => e.click());
   document.body.textContent = JSON.stringify({
-    scroll: d.documentElement.scrollWidth, width: d.documentElement.clientWidth, all: all.length, reached: reached.length,
+    scroll: d.documentElement.scrollWidth, width: d.documentElement.clientWidth,
+    all: all.length, reached: reached.length,
     open: d.querySelectorAll("details[open]").length, details: d.querySelectorAll("details").length,
     items: [...d.querySelectorAll(".items li")].filter(e => e.getClientRects().length).length,
     scripts: d.scripts.length, shown: d.querySelector(".items .context").innerText});

@@ -1,4 +1,6 @@
-"""Each door refuses what is damaged in one sentence that names the file, and reads what is whole."""
+"""Each door refuses what is damaged in one sentence that names the file,
+and reads what is whole.
+"""
 
 import gzip
 import json
@@ -81,14 +83,26 @@ def _file(header: object, data: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"\x80\x04pickle", struct.pack("<Q", 1 << 60) + b"{}", _file(b"\xff\xfe"), _file(b"[" * 50_000), _file([]),
-        _file({"a": 1}), _file({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"0000"),
+        b"",
+        b"\x80\x04pickle",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        _file(b"\xff\xfe"),
+        _file(b"[" * 50_000),
+        _file([]),
+        _file({"a": 1}),
+        _file({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"0000"),
         _file({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}),
         _file({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"000"),
-        _file({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"0000"),
+        _file(
+            {
+                "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            },
+            b"0000",
+        ),
         _file({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"00000000"),
     ],
-)  # fmt: skip
+)
 def test_damaged_safetensors_are_refused_by_file(tmp_path, data):
     (tmp_path / "m.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="m.safetensors"):

@@ -68,7 +68,9 @@ def _levels(name: str, scales: torch.Tensor, row: int, column: int) -> tuple[flo
 
 
 def _oracle(w: torch.Tensor, scales: torch.Tensor, grad: torch.Tensor, name: str):
-    """Value and master gradient of the clipped straight-through estimator, one element at a time."""
+    """Value and master gradient of the clipped straight-through estimator,
+    one element at a time.
+    """
     value, back = torch.zeros_like(w, dtype=torch.float64), torch.zeros_like(w, dtype=torch.float64)
     low, high = GRIDS[name].low, GRIDS[name].high
     numbers = NUMBERS if name == "iq4_nl" else range(low, high + 1)

@@ -152,7 +152,9 @@ def test_decode_equals_the_reader_bit_for_bit(name, how, kind):
 
 
 def _coded(name, how, w):
-    """Codes and scales of plain rounding, or of searched scales with weights that have moved since."""
+    """Codes and scales of plain rounding, or of searched scales with weights
+    that have moved since.
+    """
     grid = GRIDS[name]
     codes, scales = grid.encode(w)
     if how == "search":

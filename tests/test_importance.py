@@ -65,7 +65,9 @@ def test_the_least_influential_block_goes_first_and_the_ends_are_kept():
 
 
 def test_blocks_are_scored_again_after_a_removal():
-    """What a block receives changes when an earlier one goes, so its first score must not be used."""
+    """What a block receives changes when an earlier one goes,
+    so its first score must not be used.
+    """
 
     def set_second(value: float):
         return lambda h: torch.stack([h[..., 0], torch.full_like(h[..., 1], value)], -1)

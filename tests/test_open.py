@@ -1,4 +1,6 @@
-"""Open prompts: their file, their checks, what is made of the answers, and answers from every runtime."""
+"""Open prompts: their file, their checks, what is made of the answers,
+and answers from every runtime.
+"""
 
 from __future__ import annotations
 
@@ -256,7 +258,9 @@ def test_plausible_is_the_mean_difference_of_the_teachers_nats_a_token(tiny_teac
 
 
 def test_intervals_of_kept_hold_the_truth():
-    """Of 1,000 simulated students that keep 80% of 60 answers the interval holds 0.8 in about 95%."""
+    """Of 1,000 simulated students that keep 80% of 60 answers the interval holds 0.8
+    in about 95%.
+    """
     draw = np.random.default_rng(0)
     held = 0
     for _ in range(1000):

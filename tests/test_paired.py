@@ -177,9 +177,13 @@ def test_items_that_are_neither_right_nor_wrong_are_no_part_of_accuracy():
 
 @pytest.mark.parametrize(
     ("student", "partial", "message"),
-    [(items("b", [1, 0]), False, r"student was scored on \['b'\], teacher on \['a'\]"), (items("a", [1]), False, "first: doc_id 1"),
-     (items("a", [1, 0]) + items("a", [1]), False, "item 0 appears twice"), (items("a", [1, 0, 1]), True, "first: doc_id 2")],
-)  # fmt: skip
+    [
+        (items("b", [1, 0]), False, r"student was scored on \['b'\], teacher on \['a'\]"),
+        (items("a", [1]), False, "first: doc_id 1"),
+        (items("a", [1, 0]) + items("a", [1]), False, "item 0 appears twice"),
+        (items("a", [1, 0, 1]), True, "first: doc_id 2"),
+    ],
+)
 def test_items_that_do_not_match_are_refused(student, partial, message):
     with pytest.raises(ValueError, match=message):
         paired.paired_scores(student, items("a", [1, 0]), {"a": 0.5, "b": 0.5}, partial=partial)

@@ -1,4 +1,6 @@
-"""The smoke recipe from the command line: every verb on a real run, refusals, interrupts and resuming."""
+"""The smoke recipe from the command line: every verb on a real run, refusals,
+interrupts and resuming.
+"""
 
 from __future__ import annotations
 

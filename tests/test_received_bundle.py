@@ -263,7 +263,9 @@ def test_an_edited_verdict_contradicts_the_scores(tmp_path, capfd):
 
 @pytest.fixture
 def measured(monkeypatch, capfd, tmp_path):
-    """Runs `accept`, whose scorers are told what to say: code, what was printed, what was opened."""
+    """Runs `accept`, whose scorers are told what to say: code, what was printed,
+    what was opened.
+    """
 
     def measured(bundle, *flags, digest="of the teacher", has_teacher=True):
         opened = []

@@ -83,7 +83,9 @@ def test_keys_and_values_of_a_sweep_are_overrides_and_checked_as_such(ran, capfd
 
 
 def test_what_a_sweep_takes_from_elsewhere_is_checked_when_composed(ran, capfd):
-    """The table that Hydra would sweep is an interpolation: no text of the recipe says hydra.job."""
+    """The table that Hydra would sweep is an interpolation:
+    no text of the recipe says hydra.job.
+    """
     own(
         RECIPE
         + "track: {project: '+hydra.job.env_set.X=1'}\nhydra: {sweeper: {params: '${budget}'}}\n"
@@ -132,10 +134,22 @@ def test_a_failing_job_leaves_the_others_running_and_is_told_in_our_words(ran, c
 
 @pytest.mark.parametrize(
     "override",
-    ["x@a:hydra.job=evil", "+eval@_global_.hydra=quick", "+hydra.sweeper.params.hydra.job.chdir=true", "hydra.sweeper.params={a:1}",
-     "hydra.sweeper.params.+hydra.job.env_set.X=1", "+hydra={a:1}", "hydra=x", "eval@hydra.job=smoke", "++ hydra.job.chdir=true",
-     "hydra.sweeper.params.seed=${oc.env:HOME}", "hydra.run=x", "hydra.output_subdir=x", "hydra.sweeper.max_batch_size=1"],
-)  # fmt: skip
+    [
+        "x@a:hydra.job=evil",
+        "+eval@_global_.hydra=quick",
+        "+hydra.sweeper.params.hydra.job.chdir=true",
+        "hydra.sweeper.params={a:1}",
+        "hydra.sweeper.params.+hydra.job.env_set.X=1",
+        "+hydra={a:1}",
+        "hydra=x",
+        "eval@hydra.job=smoke",
+        "++ hydra.job.chdir=true",
+        "hydra.sweeper.params.seed=${oc.env:HOME}",
+        "hydra.run=x",
+        "hydra.output_subdir=x",
+        "hydra.sweeper.max_batch_size=1",
+    ],
+)
 def test_every_way_to_hydras_node_is_refused(override):
     with pytest.raises(ConfigError, match="can't name code"):
         check_override(override)

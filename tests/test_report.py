@@ -99,10 +99,14 @@ def test_broken_json_names_the_file(run):
 
 def test_open_run_takes_a_path_a_name_the_newest_and_a_slot(run, later, tmp_path):
     for name, path, slot in (
-        (str(run.path), run.path, "gguf"), ("demo/2026-11-21T03-30-00", run.path, "gguf"), ("demo", later.path, "gguf"),
-        (f"{tmp_path}/demo", later.path, "gguf"), ("demo/heal", later.path, "heal"), ("demo/2026-11-21T03-30-00/heal", run.path, "heal"),
+        (str(run.path), run.path, "gguf"),
+        ("demo/2026-11-21T03-30-00", run.path, "gguf"),
+        ("demo", later.path, "gguf"),
+        (f"{tmp_path}/demo", later.path, "gguf"),
+        ("demo/heal", later.path, "heal"),
+        ("demo/2026-11-21T03-30-00/heal", run.path, "heal"),
         (f"{run.path}/03-heal", run.path, "heal"),
-    ):  # fmt: skip
+    ):
         found = open_run(name, tmp_path)
         assert (found.path, found.final["slot"]) == (path, slot), name
     assert open_run("demo/heal", tmp_path).name == "demo/2026-11-22T09-00-00/heal"
@@ -234,7 +238,9 @@ def test_a_technique_stands_below_its_slot_unless_they_are_called_the_same(run):
 
 
 class Page(HTMLParser):
-    """Every tag, attribute and visible text of a page; fails on a tag that closes what is not open."""
+    """Every tag, attribute and visible text of a page;
+    fails on a tag that closes what is not open.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ def test_ids_beyond_two_bytes_come_back(name):
         assert [kept[i] for i in wanted] == pytest.approx(p[wanted].tolist(), rel=1e-3)
 
 
-def test_the_mean_gradient_over_64_draws_differs_from_the_full_one_by_less_than_1_5_predicted_errors():
+def test_the_mean_gradient_of_64_draws_is_within_1_5_predicted_errors_of_the_full_one():
     torch.manual_seed(2)
     hidden, head = teacher()
     student_h, student_w = torch.randn(L, H), torch.randn(V, H)

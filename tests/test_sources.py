@@ -61,13 +61,22 @@ def test_half_a_character_is_replaced_and_said_once(tmp_path):
     [
         {"messages": ASKED},
         {"text": None, "messages": [turn | {"name": None} for turn in ASKED]},
-        {"conversations": [{"from": "human", "value": "What is a river?"}, {"from": "gpt", "value": "Water."}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "What is a river?"},
+                {"from": "gpt", "value": "Water."},
+            ]
+        },
         {"instruction": "What is a river?", "input": "", "output": "Water."},
         {"question": "What is a river?", "response": "Water."},
         {"prompt": ASKED[:1], "completion": ASKED[1:]},
-        {"messages": [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in ASKED]},
+        {
+            "messages": [
+                turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in ASKED
+            ]
+        },
     ],
-)  # fmt: skip
+)
 def test_rows_of_every_usual_kind_are_the_same_chat(tmp_path, row):
     assert documents(jsonl(tmp_path, row)) == [ASKED]
 
@@ -106,18 +115,30 @@ def test_empty_chats_are_left_out(tmp_path):
         ({"messages": ["hello"]}, "line 2, turn 1 is a str; a turn is an object"),
         ({"messages": [{"role": "user", "content": 5}]}, "line 2, turn 1: its content is a int"),
         ({"messages": [{"role": "user"}]}, "line 2, turn 1: its content is a null"),
-        ({"messages": [{"role": "critic", "content": "No."}]}, "has the role 'critic'; allowed: system,"),
+        (
+            {"messages": [{"role": "critic", "content": "No."}]},
+            "has the role 'critic'; allowed: system,",
+        ),
         ({"messages": [{"content": "No."}]}, "line 2, turn 1 has the role None; allowed"),
         ({"messages": [{"role": ["user"], "content": "No."}]}, "has the role .*; allowed"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "a part of the type 'image_url'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "a part of the type 'image_url'",
+        ),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "a part of the type 'str'"),
-        ({"messages": [*ASKED, {"role": "assistant", "tool_calls": "add"}]}, "line 2, turn 3: tool_calls is no list of objects"),
+        (
+            {"messages": [*ASKED, {"role": "assistant", "tool_calls": "add"}]},
+            "line 2, turn 3: tool_calls is no list of objects",
+        ),
         ({"messages": ASKED, "tools": "{"}, "line 2: the field 'tools' is not JSON"),
         ({"messages": ASKED, "tools": [1]}, "line 2: the field 'tools' is no list of objects"),
-        ({"prompt": "a", "completion": ["b"]}, "line 2: the field 'completion' is a list, a string is needed"),
+        (
+            {"prompt": "a", "completion": ["b"]},
+            "line 2: the field 'completion' is a list, a string is needed",
+        ),
         ({"instruction": "a"}, r"line 2 has the fields \['instruction'\]; needed: text, messages"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_say_nothing_are_refused_by_line(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         documents(jsonl(tmp_path, "fine", row))
@@ -130,14 +151,22 @@ def test_rows_that_say_nothing_are_refused_by_line(tmp_path, row, message):
         ("latin1.txt", "Köln".encode("latin-1"), "latin1.txt, line 1 is not UTF-8"),
         ("torn.jsonl.gz", gzip.compress(b'"one"\n')[:-9], "is no whole gzip file"),
         ("deep.jsonl", b'"fine"\n' + b"[" * 100_000, "line 2 is nested too deep"),
-        ("tools.jsonl", b'{"messages": [], "tools": ' + b"[" * 300 + b"]" * 300 + b"}", "line 1 is nested more than 100 deep; flatten it"),
-        ("digits.jsonl", b'{"text": ' + b"7" * 5000 + b"}", "digits.jsonl, line 1 can't be read as JSON"),
+        (
+            "tools.jsonl",
+            b'{"messages": [], "tools": ' + b"[" * 300 + b"]" * 300 + b"}",
+            "line 1 is nested more than 100 deep; flatten it",
+        ),
+        (
+            "digits.jsonl",
+            b'{"text": ' + b"7" * 5000 + b"}",
+            "digits.jsonl, line 1 can't be read as JSON",
+        ),
         ("array.json", b'[{"text": "one"},]', "array.json is not JSON .*line 1"),
         ("row.json", b'[{"text": "one"}, 7]', "row.json, row 2 is a JSON int"),
         ("script.py", b"print(1)", "ends in '.py'; allowed"),
         ("only.gz", gzip.compress(b"x"), "ends in '.gz'; allowed"),
     ],
-)  # fmt: skip
+)
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,6 @@
-"""Distillation losses on the output head, without ever holding all logits. Pure functions of tensors.
+"""Distillation losses on the output head, without ever holding all logits.
+
+Pure functions of tensors.
 
 With student logits z and teacher logits t, q = softmax(z / T), p = softmax(t / T) and label y, the
 loss of one token is
@@ -227,8 +229,16 @@ def _reader(target: Any, part: slice) -> Callable[[slice], Any]:
     return lambda at: head.finish(products_CV[at])
 
 
-def _to_gradient(product_CV: Tensor, head: Head, labels_C: Tensor, counted_C: Tensor, target_at: Callable[[slice], Any], mix: Mix,
-                 d_bias: Tensor | None, shared: int) -> Tensor:  # fmt: skip
+def _to_gradient(
+    product_CV: Tensor,
+    head: Head,
+    labels_C: Tensor,
+    counted_C: Tensor,
+    target_at: Callable[[slice], Any],
+    mix: Mix,
+    d_bias: Tensor | None,
+    shared: int,
+) -> Tensor:
     """Overwrite a chunk's products by d loss / d product; the weighted loss sum. `d_bias` (V,) is
     added to.
     """
@@ -370,8 +380,17 @@ def _dense(logits_CV: Tensor, teacher_CV: Tensor, kl_C: Tensor, mix: Mix) -> tup
     )
 
 
-def head_loss(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tensor, target: Target | None, mix: Mix, chunk: int = CHUNK_TOKENS,
-              into_VH: Tensor | None = None, shared: int | None = None) -> Tensor:  # fmt: skip
+def head_loss(
+    hidden_NH: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    mask_N: Tensor,
+    target: Target | None,
+    mix: Mix,
+    chunk: int = CHUNK_TOKENS,
+    into_VH: Tensor | None = None,
+    shared: int | None = None,
+) -> Tensor:
     """Sum over the masked tokens of the loss in the module's docstring, in nats.
 
     hidden (N, H) after the final norm, labels (N,) int64, mask (N,) bool. Logits are computed in

@@ -222,7 +222,9 @@ def decode(rows: list[Shard], scheme: Scheme) -> dict[str, Tensor]:
 
 
 def as_target(batch: dict[str, Tensor], head: Head | None) -> Target | None:
-    """The teacher in a batch as `losses.py` wants it; `head` is the teacher's, for hidden states."""
+    """The teacher in a batch as `losses.py` wants it; `head` is the teacher's,
+    for hidden states.
+    """
     if "entropy" in batch:
         return Sparse(batch["ids"], batch["probs"], batch["entropy"])
     if "ids" in batch:
@@ -252,8 +254,19 @@ def made_with(folder: str | None = None) -> dict[str, Any]:
 class Signals:
     """Signals of one teacher on one packed text. Reading makes what is missing first."""
 
-    def __init__(self, root: Path | str, teacher: Path, data: Packed, scheme: Scheme, *, seed: int, precision: str, log: Callable[[str], None],
-                 own_folder: bool = False, load: str = "plain") -> None:  # fmt: skip
+    def __init__(
+        self,
+        root: Path | str,
+        teacher: Path,
+        data: Packed,
+        scheme: Scheme,
+        *,
+        seed: int,
+        precision: str,
+        log: Callable[[str], None],
+        own_folder: bool = False,
+        load: str = "plain",
+    ) -> None:
         """In a folder below `root` named by the meta; with `own_folder` in `root` itself.
         ValueError when a signal of another meta is there.
         """

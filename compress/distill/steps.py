@@ -188,8 +188,17 @@ def one_batch(data: Packed, source: TeacherSource | None, rows: list[int]) -> Ba
     return data.batch(rows) | (source.read(rows) if source else {})
 
 
-def with_rollouts(batches: Batches, model: Any, teacher: OnlineTeacher, *, share: float, prompt_tokens: int, ends: list[int], seed: int,
-                  vocabulary: int | None = None) -> Batches:  # fmt: skip
+def with_rollouts(
+    batches: Batches,
+    model: Any,
+    teacher: OnlineTeacher,
+    *,
+    share: float,
+    prompt_tokens: int,
+    ends: list[int],
+    seed: int,
+    vocabulary: int | None = None,
+) -> Batches:
     """`batches`, in a `share` of the steps with the student's own text behind each row's prompt,
     until one of `ends`.
 
@@ -447,7 +456,9 @@ class FeatureLoss(nn.Module):
     def _distance(
         self, seen: dict[str, Tensor], batch: dict[str, Tensor], mask_N: Tensor
     ) -> Tensor:
-        """Mean over the pairs of `hidden_mse`, the student's states projected where widths differ."""
+        """Mean over the pairs of `hidden_mse`, the student's states projected
+        where widths differ.
+        """
         terms = [
             hidden_mse(
                 projection(seen[f"layer{s}"]).flatten(0, 1),

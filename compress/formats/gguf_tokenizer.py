@@ -269,12 +269,9 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, Any]:
     tokenizer.save_pretrained(out)
     file = out / "tokenizer_config.json"
     config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config.pop(
-        "backend",
-        None,
-        # like the class name of transformers 5, older readers (vLLM) don't know it; all know the old
-        # name
-    )
+    # Like the class name of transformers 5, older readers (vLLM) don't know it; all know the old
+    # name.
+    config.pop("backend", None)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     found: dict[str, Any] = {
         f"{name}_token_id": index

@@ -125,7 +125,9 @@ class LlamaCpp:
         return [states[runs[tuple(ids)]][: len(ids)] for ids in prompts]
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids by llama.cpp's own tokenizer, special tokens in the text recognised, none added."""
+        """Token ids by llama.cpp's own tokenizer, special tokens in the text recognised,
+        none added.
+        """
         return self._post(
             "/tokenize", {"content": text, "add_special": False, "parse_special": True}
         )["tokens"]
@@ -209,12 +211,16 @@ class LlamaCpp:
         )["tokens"]
 
     def ends_at(self, token: int) -> bool:
-        """Whether a text ends at a token: it is made to come next, and llama.cpp says why it stopped."""
+        """Whether a text ends at a token: it is made to come next,
+        and llama.cpp says why it stopped.
+        """
         body = GREEDY | {"prompt": [token], "n_predict": 2, "logit_bias": [[token, 1000.0]]}
         return self._post("/completion", body)["stop_type"] == "eos"
 
     def token_times(self, body: dict[str, Any]) -> list[float]:
-        """Milliseconds of each token of a streamed completion, the first counted from the request."""
+        """Milliseconds of each token of a streamed completion,
+        the first counted from the request.
+        """
 
         def on_chunk(chunk: Any) -> None:
             if isinstance(chunk, dict) and any(

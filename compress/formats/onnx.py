@@ -97,7 +97,8 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]
             stack.enter_context(safe_open(file, framework="pt"))
             for file in weight_files(checkpoint)
         ]
-        weights = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (the handle is no mapping)
+        # The handle of a file is no mapping.
+        weights = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         with torch.device("meta"):
             needed = set(AutoModelForCausalLM.from_config(config).state_dict()) - (
                 {"lm_head.weight"} if config.tie_word_embeddings else set()

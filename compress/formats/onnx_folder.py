@@ -223,7 +223,9 @@ def _check_message(data: memoryview, message: str, folder: Path) -> None:
 
 
 def _check_text(message: str, name: str, texts: Mapping[str, str], folder: Path) -> None:
-    """Refuses an operator of others, a domain of others and tensors outside the directory. ValueError."""
+    """Refuses an operator of others, a domain of others and tensors outside the
+    directory. ValueError.
+    """
     where, text = folder / MODEL, texts[name]
     if name == "op_type" and text not in OPERATORS:
         raise ValueError(

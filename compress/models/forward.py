@@ -83,7 +83,9 @@ class Head:
         return self.finish(hidden_CH @ self.weight_VH.T)
 
     def first(self, rows: int) -> Head:
-        """The head of the first `rows` ids: what is behind them is padding that no tokenizer gives."""
+        """The head of the first `rows` ids: what is behind them is padding
+        that no tokenizer gives.
+        """
         if rows == len(self.weight_VH):
             return self
         return replace(
@@ -192,7 +194,9 @@ class _Blocks(torch.autograd.Function):
 def _probabilities(
     q_BHLD: Tensor, k_BKLD: Tensor, mask: Tensor | None, scale: float
 ) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
-    """Of each block: its queries' place, E, P (B K, G C, E) and the scaled queries (B K, G C, D)."""
+    """Of each block: its queries' place, E, P (B K, G C, E)
+    and the scaled queries (B K, G C, D).
+    """
     batch, heads, length, dim = q_BHLD.shape
     groups = batch * k_BKLD.shape[1]
     k = k_BKLD.flatten(0, 1)
@@ -282,7 +286,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
-    """Forward of a Llama-style norm; where x and weight are not fp32 on a CPU it is the module's own."""
+    """Forward of a Llama-style norm; where x and weight are not fp32 on a CPU it is
+    the module's own.
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32 or module.weight.dtype != torch.float32:
         return type(module).forward(module, x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype

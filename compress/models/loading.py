@@ -1,4 +1,5 @@
-"""One look at a checkpoint directory before anything is built from it: its files, headers and values.
+"""One look at a checkpoint directory before anything is built from it: its files, headers
+and values.
 
 Weights may be quantized already, cut short, lack tensors or hold no numbers. What transformers
 makes of such a directory is often a model, with random numbers in the gaps. So each is refused
@@ -243,7 +244,9 @@ def head_place(path: Path) -> list[str] | None:
 
 
 def _variants(model: Any, name: str) -> list[str]:
-    """A parameter's name, also without and with the base model's prefix, as transformers takes it."""
+    """A parameter's name, also without and with the base model's prefix,
+    as transformers takes it.
+    """
     prefix = f"{model.base_model_prefix}."
     return [name, name.removeprefix(prefix), prefix + name]
 

@@ -41,7 +41,8 @@ def encode(tokenizer: Any, texts: Sequence[str], size: int = PIECE) -> list[np.n
 def encode_with_ends(
     tokenizer: Any, texts: Sequence[str], size: int = PIECE
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """As `encode`, and for each id how many of the text's characters it and those before it stand for.
+    """As `encode`, and for each id how many of the text's characters
+    it and those before it stand for.
 
     ValueError for a tokenizer that can't tell.
     """
@@ -66,7 +67,9 @@ def encode_with_ends(
 def _encoded(
     tokenizer: Any, texts: Sequence[str], size: int, **how: bool
 ) -> Iterator[tuple[int, list[int], tuple[list[tuple[int, int]], int]]]:
-    """(number of the text, ids, (their places where asked for, characters)) of every piece, in order."""
+    """(number of the text, ids, (their places where asked for, characters)) of every piece,
+    in order.
+    """
     parts = [(owner, piece) for owner, text in enumerate(texts) for piece in pieces(text, size)]
     start = 0
     while start < len(parts):

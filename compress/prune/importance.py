@@ -42,7 +42,8 @@ def drop_blocks(
     keep_first: int,
     keep_last: int,
 ) -> list[tuple[int, float]]:
-    """The `count` blocks to drop as (index in `blocks`, influence when it went), in the order they go.
+    """The `count` blocks to drop as (index in `blocks`, influence when it went),
+    in the order they go.
 
     `entering[i]` (B, L, H) enters block i of the whole model; only what follows a dropped block is
     computed again.

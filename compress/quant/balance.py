@@ -130,7 +130,9 @@ def smoothquant_scales(group: Group, inputs: Inputs) -> Tensor:
 
 
 def awq_scales(group: Group, inputs: Inputs, grid: Grid, name: str = "weight") -> Tensor:
-    """(C,): by the best of `STEPS` exponents for the group's output error; exponent 0 is all ones."""
+    """(C,): by the best of `STEPS` exponents for the group's output error;
+    exponent 0 is all ones.
+    """
     w_RC, size_C = group.matrix(), share(inputs.total_C, group).clamp(min=1e-30)
     best, found_C = torch.inf, torch.ones_like(size_C)
     for step in range(STEPS):

@@ -118,9 +118,17 @@ class Blockwise:
     """
 
     def __init__(
-        self, model: Any, layout: dict[str, str], *, method: str = "nearest", search: bool = False, balance: str = "none",
-        damping: float = 0.01, autoround: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None, keep: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        layout: dict[str, str],
+        *,
+        method: str = "nearest",
+        search: bool = False,
+        balance: str = "none",
+        damping: float = 0.01,
+        autoround: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None,
+        keep: bool = False,
+    ) -> None:
         self.model, self.layout, self.method, self.search, self.balance = (
             model,
             layout,

@@ -23,7 +23,9 @@ FILE = "quant.safetensors"
 
 
 class Quantized(NamedTuple):
-    """One matrix on its grid: codes (R, C), scales as `compress/quant/grids/grid.py` stores them."""
+    """One matrix on its grid: codes (R, C), scales as
+    `compress/quant/grids/grid.py` stores them.
+    """
 
     grid: str
     codes: Tensor

@@ -43,7 +43,9 @@ PARTS = ("weight", "quant_shift", "quant_a", "quant_b")  # what may be trained o
 
 
 class _Snapped:
-    """One master weight on its grid: the values, and the graph node that leads back to the master."""
+    """One master weight on its grid: the values, and the graph node
+    that leads back to the master.
+    """
 
     def __init__(self, home: Any, modules: list[nn.Module], grid: Grid, scales: Tensor) -> None:
         self.home, self.modules, self.grid, self.scales = (
@@ -202,7 +204,8 @@ def attach(
         for snapped in snaps.values():
             snapped.key = ()
 
-    model.fake_quant = SimpleNamespace(snaps=snaps, hook=register_optimizer_step_post_hook(stepped))  # type: ignore[assignment]
+    hook = register_optimizer_step_post_hook(stepped)
+    model.fake_quant = SimpleNamespace(snaps=snaps, hook=hook)  # type: ignore[assignment]
 
 
 def finish(model: nn.Module) -> dict[str, Quantized]:

@@ -68,9 +68,8 @@ def checkpoint_head(model_dir: Path) -> Head:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(model_dir):
         with safe_open(file, "pt") as held:
-            tensors |= {
-                name: held.get_tensor(name).float() for name in names if name in held.keys()
-            }  # noqa: SIM118 (no mapping)
+            here = [name for name in names if name in held.keys()]  # noqa: SIM118 (no mapping)
+            tensors |= {name: held.get_tensor(name).float() for name in here}
     return Head(
         tensors[names[0]],
         tensors[names[1]] if len(names) > 1 else None,

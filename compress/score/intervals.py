@@ -112,7 +112,9 @@ def mcnemar_p(student: Right, reference: Right) -> float:
 
 
 def holm(p_by_task: Mapping[str, float]) -> dict[str, float]:
-    """p-values corrected for their number; a task below 0.05 differs although several were looked at."""
+    """p-values corrected for their number; a task below 0.05 differs although
+    several were looked at.
+    """
     ordered = sorted(p_by_task, key=p_by_task.__getitem__)
     raised = [min(1.0, (len(ordered) - i) * p_by_task[task]) for i, task in enumerate(ordered)]
     return dict(zip(ordered, np.maximum.accumulate(raised).tolist(), strict=True))
@@ -201,17 +203,17 @@ def _add(to: Paired, name: str, column: Sequence[tuple[float, Draws]], level: fl
         float(np.mean([value for value, _ in column])),
         np.mean([draws for _, draws in column], axis=0),
     )
-    if not math.isnan(
-        value
-        # on the first items of an early stop even a good teacher may be below chance: nothing is known
-        # yet
-    ):
+    # On the first items of an early stop even a good teacher may be below chance: nothing is known
+    # yet.
+    if not math.isnan(value):
         low, high = interval(draws, level)
         to.scores[name], to.intervals[name] = value, (min(low, value), max(high, value))
 
 
 def _by_task(items: Items) -> dict[str, dict[int, bool]]:
-    """Task -> doc_id -> right or wrong; items that can't be either, as a perplexity's, are left out."""
+    """Task -> doc_id -> right or wrong; items that can't be either, as a perplexity's,
+    are left out.
+    """
     table: dict[str, dict[int, bool]] = {}
     for item in (item for item in items if "correct" in item):
         docs = table.setdefault(item["task"], {})

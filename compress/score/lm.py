@@ -72,7 +72,9 @@ class Row:
 
 
 def rows_of(prompts: Sequence[list[int]], reach: int) -> list[Row]:
-    """Lay out prompts (token ids) in rows; a row with branches holds none of more than `reach` tokens."""
+    """Lay out prompts (token ids) in rows; a row with branches holds none of more
+    than `reach` tokens.
+    """
     rows: list[Row] = []
     last: list[int] = []
     path = np.arange(0)
@@ -185,7 +187,9 @@ class Torch:
 
 
 def torch_lm(model: Any, tokenizer: Any, batch_size: int, max_length: int | None = None) -> LM:
-    """lm-eval's view of a transformers model, which sees as many tokens as it can or `max_length`."""
+    """lm-eval's view of a transformers model, which sees as many tokens
+    as it can or `max_length`.
+    """
     tokenizer = configure_pad_token(tokenizer, model.config)
     length = min(max_length or sys.maxsize, resolve_max_length(model.config, tokenizer))
     return LM(Torch(model, tokenizer), head_of(model).detach(), tokenizer, batch_size, length)

@@ -98,7 +98,9 @@ def values_differing(twin: Any, decoded: dict[str, Tensor]) -> int:
 
 @torch.inference_mode()
 def top1_beyond_gap(twin: States, shipped: States) -> float:
-    """Top-1 agreement over the tokens where the twin's first two logits are more than TOP1_GAP apart."""
+    """Top-1 agreement over the tokens where the twin's first two logits are more
+    than TOP1_GAP apart.
+    """
     agree = count = 0
     for twin_CH, shipped_CH in zip(
         twin.hidden_NH.split(CHUNK), shipped.hidden_NH.split(CHUNK), strict=True
@@ -123,7 +125,9 @@ def greedy(twin: Any, written: Sequence[int], prompt: Sequence[int]) -> tuple[in
 
 
 def strings(tokenizer: Any, rows: Tensor, count: int = 1000) -> Iterator[str]:
-    """`count` pieces of held-out text, cut wherever: half of them begin inside a word or a number."""
+    """`count` pieces of held-out text, cut wherever:
+    half of them begin inside a word or a number.
+    """
     text = tokenizer.decode(rows.flatten(), skip_special_tokens=True)
     step = max(1, len(text) // count)
     for i in range(min(count, len(text))):

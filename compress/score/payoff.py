@@ -52,8 +52,14 @@ def _signed(metric: str, value: float) -> str:
     return ("-" if value < 0 else "+") + human(metric, abs(value)).replace("%", " points")
 
 
-def changes(student: Any, parent: Any, student_rows: Mapping[str, Any], parent_rows: Mapping[str, Any], teacher: Any,
-            metrics: Iterable[str]) -> list[Change]:  # fmt: skip
+def changes(
+    student: Any,
+    parent: Any,
+    student_rows: Mapping[str, Any],
+    parent_rows: Mapping[str, Any],
+    teacher: Any,
+    metrics: Iterable[str],
+) -> list[Change]:
     """What a stage changed of `metrics`, as far as they are measures of quality that both have.
 
     `student`, `parent`, `teacher`: `Measured`; the rows: of `Paired.rows` beside the teacher.
@@ -67,7 +73,9 @@ def changes(student: Any, parent: Any, student_rows: Mapping[str, Any], parent_r
 
 
 def _measured(metric: str) -> str:
-    """What is compared where a budget limits `metric`: of the tasks accuracy, `acc` or `acc/TASK`."""
+    """What is compared where a budget limits `metric`: of the tasks accuracy,
+    `acc` or `acc/TASK`.
+    """
     name, slash, task = metric.partition("/")
     return f"acc{slash}{task}" if is_accuracy(name) else metric
 

@@ -132,9 +132,15 @@ class Scorer:
     """
 
     def __init__(
-        self, store: Store, settings: Eval, heldout: Mapping[str, Packed], tokenizer_dir: Path, threads: int,
-        requests: list[dict[str, Any]] | None = None, prompts: list[Prompt] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        store: Store,
+        settings: Eval,
+        heldout: Mapping[str, Packed],
+        tokenizer_dir: Path,
+        threads: int,
+        requests: list[dict[str, Any]] | None = None,
+        prompts: list[Prompt] | None = None,
+    ) -> None:
         """`heldout`: texts by name. `requests`, `prompts`: a bundle's rendered items and open
         prompts, in place of the settings' own.
         """
@@ -197,9 +203,15 @@ class Scorer:
         self.settings_named = {name: str(value) for name, value in own.items()} | {"text": text}
 
     def measure(
-        self, model: Model, *, tasks: bool = True, asked: str = "all", timed: bool = True, against: Measured | None = None,
+        self,
+        model: Model,
+        *,
+        tasks: bool = True,
+        asked: str = "all",
+        timed: bool = True,
+        against: Measured | None = None,
         limits: Sequence[Mapping[str, Any]] = (),
-    ) -> Measured:  # fmt: skip
+    ) -> Measured:
         """The model's own scores, from the store if they are there.
 
         `tasks=False` leaves the tasks out; with `eval.stop_early` they go on only until every

@@ -52,9 +52,12 @@ def asked_in_parts(items: Items) -> dict[str, list[Any]]:
 
 
 def until_certain(
-    ask: Callable[[list[Any]], TaskResult], teacher_items: Items, chance: Mapping[str, float], limits: Sequence[Mapping[str, Any]],
+    ask: Callable[[list[Any]], TaskResult],
+    teacher_items: Items,
+    chance: Mapping[str, float],
+    limits: Sequence[Mapping[str, Any]],
     rest: TaskResult,
-) -> tuple[TaskResult, float]:  # fmt: skip
+) -> tuple[TaskResult, float]:
     """What is known at the look that decides every accuracy limit in `limits`, and that look's
     level. `ask(rows)` scores items of the teacher's anew (`score/tasks.py`, rescore), `rest`
     holds the student's other tasks. After an early stop, items_left/<task> counts those not

@@ -209,6 +209,8 @@ def has_template(model: Model) -> bool:
 
 
 def prompts_of(speaker: Speaker, questions: Sequence[str], templated: bool) -> list[str]:
-    """Questions as the model wants them: rendered by its chat template, or as lines of plain text."""
+    """Questions as the model wants them: rendered by its chat template,
+    or as lines of plain text.
+    """
     asked = [[{"role": "user", "content": question}] for question in questions]
     return [speaker.chat_prompt(turns) if templated else plain_text(turns) for turns in asked]

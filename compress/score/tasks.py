@@ -147,9 +147,14 @@ def _placed(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def evaluate(
-    lm: Any, tasks: Sequence[str], limit: int | None = None, data_dir: Path | None = None, *, num_fewshot: int | None = None,
+    lm: Any,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    data_dir: Path | None = None,
+    *,
+    num_fewshot: int | None = None,
     perturbations: Sequence[str] = (),
-) -> TaskResult:  # fmt: skip
+) -> TaskResult:
     """Score an lm-eval model on `limit` items of each task, evenly spaced over its file.
 
     `num_fewshot` examples stand before each item unless the task fixes none. `perturbations` (names
@@ -441,7 +446,9 @@ def _embedded_config(path: Path) -> dict[str, Any]:
 
 
 def local_folder(name: str, data_dir: Path) -> Path:
-    """Where a task's files are: its own folder, or for one paradigm or subject the folder of all."""
+    """Where a task's files are: its own folder, or for one paradigm or subject
+    the folder of all.
+    """
     group = next(
         (g for g in GROUPS if name.startswith(f"{g}_") and not (data_dir / name).is_dir()), name
     )
@@ -528,7 +535,9 @@ def _choices(name: str, field: str, value: Any) -> tuple[int, list[Any], str]:
 
 
 def _check_row(name: str, row: dict[str, Any], where: str) -> None:
-    """ValueError when a field of a row of a task in `FIELDS` is not what the task's own code takes."""
+    """ValueError when a field of a row of a task in `FIELDS` is
+    not what the task's own code takes.
+    """
     count = {"boolq": 2, "piqa": 2, "winogrande": 3}.get(name, 0)  # winogrande counts from 1
     labels: list[Any] = []
     for field in FIELDS[name].split():

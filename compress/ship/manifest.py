@@ -161,7 +161,10 @@ def check_judged(judged: Any, names: Any, file: Path) -> None:
 
 
 def limits_of(manifest: Mapping[str, Any], file: Path) -> dict[str, dict[str, Any]]:
-    """The limits on what ships, by metric, as the recipe wrote them. ValueError naming file and key."""
+    """The limits on what ships, by metric, as the recipe wrote them.
+
+    ValueError naming file and key.
+    """
     where, table = f"{file}, config.budget", manifest["config"].get("budget")
     if not isinstance(table, dict) or not isinstance(table.get("limits"), dict):
         raise ValueError(f"{where}: 'limits' is missing or no JSON object; copy the bundle again")

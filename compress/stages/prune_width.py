@@ -38,7 +38,10 @@ class PruneWidth:
             )
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The config of the result. ValueError when nothing would be cut or the architecture can't be."""
+        """The config of the result.
+
+        ValueError when nothing would be cut or the architecture can't be.
+        """
         shape.check_architecture(config)
         present, target = config["intermediate_size"], shape.snap(self.ffn, self.multiple)
         if target >= present:

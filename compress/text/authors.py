@@ -48,7 +48,10 @@ class Author(Protocol):
 
 
 class TransformersAuthor:
-    """Any checkpoint, in bf16 where the machine is faster so. One seed, the first, counts for a batch."""
+    """Any checkpoint, in bf16 where the machine is faster so.
+
+    One seed, the first, counts for a batch.
+    """
 
     slots = 1
 

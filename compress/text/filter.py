@@ -1,4 +1,6 @@
-"""Which conversations that a teacher wrote are worth training on, and which must not be trained on."""
+"""Which conversations that a teacher wrote are worth training on,
+and which must not be trained on.
+"""
 
 import json
 import re

@@ -91,7 +91,9 @@ def _permutation(seed: int, epoch: int, size: int) -> list[int]:
 
 
 def _shuffled(tokenizer: Any, texts: list[Document], chat_labels: str) -> Iterator[Tokens]:
-    """Ids and label mask of each document, BOS and EOS included, in an order that is always the same."""
+    """Ids and label mask of each document, BOS and EOS included,
+    in an order that is always the same.
+    """
     order = _permutation(0, 0, len(texts))
     for start in range(0, len(order), DOCUMENTS_AT_ONCE):
         some = [texts[i] for i in order[start : start + DOCUMENTS_AT_ONCE]]

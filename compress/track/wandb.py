@@ -54,7 +54,9 @@ class Wandb(Tracker):
 
     @staticmethod
     def check() -> None:
-        """ValueError with the install line when the wandb package is missing; does not import it."""
+        """ValueError with the install line when the wandb package is missing;
+        does not import it.
+        """
         if importlib.util.find_spec("wandb") is None:
             raise ValueError(
                 "track=wandb needs the package wandb, which is not installed; "

@@ -1,4 +1,5 @@
-"""The one training loop: distillation, LoRA and quantization-aware training all run through `train`.
+"""The one training loop: distillation, LoRA and quantization-aware training
+all run through `train`.
 
 Each step accumulates the gradient of a loss *sum* over its micro-batches (and, with several
 processes, over their rows), then divides once by the number of labels, clips to a global norm and
@@ -99,13 +100,11 @@ class Plan(NamedTuple):
 class Result(NamedTuple):
     """What training says of itself."""
 
-    curve: list[
-        dict[str, float]
-    ]  # a row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "seconds"} a step
-    measured: list[
-        dict[str, float]
-        # a row {"step", "tokens", "seconds", "validation_kl"} a measurement; all of the steps before it
-    ]
+    # A row {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "seconds"} a step.
+    curve: list[dict[str, float]]
+    # A row {"step", "tokens", "seconds", "validation_kl"} a measurement; all of the steps before
+    # it.
+    measured: list[dict[str, float]]
     outcome: dict[str, float]  # the best step and what it brought
 
 

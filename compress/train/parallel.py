@@ -116,7 +116,9 @@ def followers(processes: int, command: list[str]) -> Iterator[None]:
 
 @contextmanager
 def group() -> Iterator[None]:
-    """For the block, the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+    """For the block, the process group that RANK, WORLD_SIZE, MASTER_ADDR
+    and MASTER_PORT describe.
+    """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(

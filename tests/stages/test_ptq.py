@@ -123,11 +123,17 @@ def test_a_missing_parent_is_refused(tmp_path):
         Ptq().run(tmp_path / "nowhere", tmp_path, CONTEXT)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"hidden_size": 80}, "hidden_size is 80: grid q4_0 .* multiple of 32; the nearest legal value is 64"),
-    ({"intermediate_size": 120}, "intermediate_size is 120"),
-    ({"head_dim": 10}, r"num_attention_heads \* head_dim is 40"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_size": 80},
+            "hidden_size is 80: grid q4_0 .* multiple of 32; the nearest legal value is 64",
+        ),
+        ({"intermediate_size": 120}, "intermediate_size is 120"),
+        ({"head_dim": 10}, r"num_attention_heads \* head_dim is 40"),
+    ],
+)
 def test_rows_that_do_not_divide_are_refused_by_shape_and_by_run(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         Ptq().check_shape(
@@ -350,15 +356,34 @@ def test_nan_on_the_calibration_text_is_named(tmp_path, monkeypatch):
         _errors(tmp_path / "a", parent, Ptq(method=Method.gptq, calibration_sequences=4))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"method": Method.autoround, "grid": GridName.q5_0}, "ptq.method is autoround: .* grid q4_0, got q5_0; use method=gptq"),
-    ({"balance": Balance.smoothquant}, "ptq.balance is smoothquant: it is for grids of 8 bits, got q4_0; use balance=awq"),
-    ({"damping": 0.1}, "ptq.damping is 0.1: nothing uses it with method=nearest, balance=none; leave it at 0.01"),
-    ({"method": Method.gptq, "damping": 1.0}, "ptq.damping is 1.0: allowed is between 0 and 1"),
-    ({"calibration_sequences": 8}, "ptq.calibration_sequences is 8: nothing uses it"),
-    ({"method": Method.gptq, "calibration_sequences": 0}, "ptq.calibration_sequences is 0: allowed is 1 or more"),
-    ({"method": Method.gptq, "iterations": 9}, "ptq.iterations is 9: nothing uses it with method=gptq"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"method": Method.autoround, "grid": GridName.q5_0},
+            "ptq.method is autoround: .* grid q4_0, got q5_0; use method=gptq",
+        ),
+        (
+            {"balance": Balance.smoothquant},
+            "ptq.balance is smoothquant: it is for grids of 8 bits, got q4_0; use balance=awq",
+        ),
+        (
+            {"damping": 0.1},
+            "ptq.damping is 0.1: nothing uses it with method=nearest, balance=none;"
+            " leave it at 0.01",
+        ),
+        ({"method": Method.gptq, "damping": 1.0}, "ptq.damping is 1.0: allowed is between 0 and 1"),
+        ({"calibration_sequences": 8}, "ptq.calibration_sequences is 8: nothing uses it"),
+        (
+            {"method": Method.gptq, "calibration_sequences": 0},
+            "ptq.calibration_sequences is 0: allowed is 1 or more",
+        ),
+        (
+            {"method": Method.gptq, "iterations": 9},
+            "ptq.iterations is 9: nothing uses it with method=gptq",
+        ),
+    ],
+)
 def test_options_that_could_not_act_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Ptq(**options)

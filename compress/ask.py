@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from compress.errors import ConfigError, ResourceError, nearest
-from compress.formats.gguf import read_fields
 from compress.formats.llamacpp import Ending
 from compress.formats.onnx_folder import genai_config
 from compress.models.checkpoint import Model, model_of, read_config, weights_digest
+from compress.models.gguf_header import read_fields
 from compress.report.records import Run, folder_of, open_run
 from compress.score.talk import Speaker, has_template, open_speaker, plain_text
 from compress.store import Store

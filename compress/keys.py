@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.assets import PACKAGE
-from compress.models.checkpoint import digest, tokenizer_digest
+from compress.models.checkpoint import digest
+from compress.models.tokenizer import tokenizer_digest
 from compress.store import sha256_file, sha256_json
 
 TEXT = ("tokenizers", "transformers", "jinja2")  # from text to token ids

@@ -36,9 +36,10 @@ from compress.stages.ptq import OnGrid
 from compress.stages.training import Optimization
 from compress.store import Store
 from compress.teacher import open_teacher
-from compress.text.packing import Packed, pack
+from compress.text.packing import pack
 from compress.track import check as check_tracker
 from compress.train import parallel
+from compress.train.packed import Packed
 
 
 def log(message: str) -> None:

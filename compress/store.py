@@ -335,3 +335,9 @@ class Store:
         if value is not None:
             write_json(path, value)
         return dict(read_json(path)) if path.is_file() else {}
+
+
+def files_digest(folder: Path, files: list[Path]) -> str:
+    """sha256 over the names, below `folder`, and the contents of files."""
+    lines = [f"{file.relative_to(folder).as_posix()} {sha256_file(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -28,19 +28,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.formats.gguf import decode_gguf, hf_name, read_fields
+from compress.formats.gguf import decode_gguf, hf_name
 from compress.formats.gguf_tokenizer import read_tokenizer
-from compress.models.checkpoint import (
-    Model,
-    check,
-    check_tokens,
-    digest,
-    load_tokenizer,
-    save_model,
-)
+from compress.models.checkpoint import Model, check, digest, save_model
 from compress.models.ends import end_ids
-from compress.models.gguf_header import SCALARS, STRING, Items, check_file
+from compress.models.gguf_header import SCALARS, STRING, Items, check_file, read_fields
 from compress.models.model_config import is_of_input, meta_model, one_line
+from compress.models.tokenizer import check_tokens, load_tokenizer
 from compress.store import Store, sha256_file, sha256_json
 from compress.text.sources import documents
 

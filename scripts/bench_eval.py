@@ -31,7 +31,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from compress.machine import available_threads, describe, git_sha, versions
-from compress.models.checkpoint import load_model, load_tokenizer
+from compress.models.checkpoint import load_model
+from compress.models.tokenizer import load_tokenizer
 from compress.score import tasks
 from compress.score.lm import LM, torch_lm
 from compress.store import Store

@@ -31,7 +31,8 @@ from compress.assets import configs_dir
 from compress.config import Limit
 from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
-from compress.models.checkpoint import load_model, load_tokenizer, model_of, save_model
+from compress.models.checkpoint import load_model, model_of, save_model
+from compress.models.tokenizer import load_tokenizer
 from compress.score.lm import torch_lm
 from compress.score.open import (
     answered,

@@ -36,11 +36,12 @@ from gguf.quants import dequantize
 from make_golden import LLAMA_FTYPE, QUANTIZE
 
 from compress.formats import parse
-from compress.formats.gguf import export_gguf, overhead_bytes, read_fields
+from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.formats.llamacpp import LlamaCpp, gguf_head
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.models.checkpoint import best_device, load_model
 from compress.models.forward import head_of
+from compress.models.gguf_header import read_fields
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, checkpoint_head, closeness, hidden_of
 from compress.score.latency import Timing
@@ -53,7 +54,8 @@ from compress.stages.ptq import Allocation, Balance, GridName, Method, Ptq, Scal
 from compress.stages.qat import Qat
 from compress.store import Store, write_json
 from compress.teacher import open_teacher
-from compress.text.packing import Packed, pack
+from compress.text.packing import pack
+from compress.train.packed import Packed
 
 LENGTH, HELD_OUT = 512, 8  # held-out sequences of each text
 Q4_K_M = 15  # llama.cpp's number of that mixture

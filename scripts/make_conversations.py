@@ -18,7 +18,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from compress.models.checkpoint import load_tokenizer
+from compress.models.tokenizer import load_tokenizer
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.text.embedded import conversations_file

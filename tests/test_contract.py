@@ -13,7 +13,8 @@ import torch
 from conftest import make_context
 
 from compress.errors import Interrupted
-from compress.models.checkpoint import digest, load_model, load_tokenizer, save_model, token_count
+from compress.models.checkpoint import digest, load_model, save_model
+from compress.models.tokenizer import load_tokenizer, token_count
 from compress.stages import STAGES
 from compress.stages.distill import Distill, Divergence
 from compress.stages.training import SchemeName, Signal

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from compress.models.checkpoint import load_model, load_tokenizer
+from compress.models.checkpoint import load_model
 from compress.models.forward import hidden_states
+from compress.models.tokenizer import load_tokenizer
 from compress.session import Session
 from compress.stages.distill import Distill
 from compress.stages.prune_width import PruneWidth

@@ -10,20 +10,16 @@ import pytest
 from tokenizers import AddedToken
 
 from compress.formats.compressed_tensors import ReloadedDirectory, export_compressed_tensors
-from compress.formats.gguf import ReloadedGguf, export_gguf, read_fields
+from compress.formats.gguf import ReloadedGguf, export_gguf
 from compress.formats.gguf_tokenizer import ENDS_BY_NAME, read_tokenizer
 from compress.formats.llamacpp import LlamaCpp
 from compress.formats.onnx import export_onnx
 from compress.formats.onnxruntime import OnnxRuntime
-from compress.models.checkpoint import (
-    copy_beside,
-    digest,
-    load_model,
-    load_tokenizer,
-    model_of,
-    save_model,
-)
-from compress.models.ends import as_ids, end_ids, in_files, obey, stated, turn_end
+from compress.models.checkpoint import copy_beside, digest, load_model, model_of, save_model
+from compress.models.end_files import as_ids, in_files
+from compress.models.ends import end_ids, obey, stated, turn_end
+from compress.models.gguf_header import read_fields
+from compress.models.tokenizer import load_tokenizer
 from compress.score.parity import _ends_agree
 from compress.stages.ptq import GridName, Ptq
 from compress.store import Store

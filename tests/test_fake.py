@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress.models.checkpoint import copy_tokenizer, load_model
+from compress.models.checkpoint import load_model
+from compress.models.tokenizer import copy_tokenizer
 from compress.quant import codes, fake
 from compress.quant.grids import GRIDS
 from compress.quant.grids.nonlinear import NUMBERS

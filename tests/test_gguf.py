@@ -27,10 +27,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from compress.formats.gguf import TYPES, decode_gguf, export_gguf, read_fields
+from compress.formats.gguf import TYPES, decode_gguf, export_gguf
 from compress.formats.gguf_tokenizer import PRE_TOKENIZERS
 from compress.formats.llamacpp import LlamaCpp, gguf_head
-from compress.models.checkpoint import load_model, load_tokenizer, save_model
+from compress.models.checkpoint import load_model, save_model
+from compress.models.gguf_header import read_fields
+from compress.models.tokenizer import load_tokenizer
 from compress.quant.grids import GRIDS
 from compress.score.latency import Timing, measure
 from compress.score.lm import served_lm

@@ -13,9 +13,9 @@ import gguf
 import numpy as np
 import pytest
 
-from compress.formats.gguf import export_gguf, read_fields
+from compress.formats.gguf import export_gguf
 from compress.models.checkpoint import model_of
-from compress.models.gguf_header import check_file, read_header
+from compress.models.gguf_header import check_file, read_fields, read_header
 from compress.score.size import size
 from compress.store import Store
 from compress.teacher import check_importable, import_gguf, open_teacher

@@ -14,12 +14,13 @@ from compress import keys
 from compress.assets import PACKAGE
 from compress.config import Trainer
 from compress.keys import closure, sources_digest, versions_of
-from compress.models.checkpoint import digest, model_of, tokenizer_digest, weights_digest
+from compress.models.checkpoint import digest, model_of, weights_digest
+from compress.models.tokenizer import tokenizer_digest
 from compress.session import Session
 from compress.stages import STAGES
 from compress.stages.ptq import Allocation, GridName, Ptq
 from compress.store import sha256_json
-from compress.text.packing import Packed
+from compress.train.packed import Packed
 
 
 @pytest.fixture

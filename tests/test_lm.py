@@ -19,7 +19,8 @@ from transformers import (
     MistralConfig,
 )
 
-from compress.models.checkpoint import load_model, load_tokenizer
+from compress.models.checkpoint import load_model
+from compress.models.tokenizer import load_tokenizer
 from compress.score.lm import KEYS, rows_of, torch_lm
 
 SIZES = {

@@ -31,8 +31,9 @@ from transformers import (
 from compress.formats.gguf_tokenizer import PRE_TOKENIZERS
 from compress.formats.onnx import decode_onnx, export_onnx
 from compress.formats.onnxruntime import OnnxRuntime, onnx_head
-from compress.models.checkpoint import TOKENIZER_FILES, load_model, load_tokenizer, save_model
+from compress.models.checkpoint import load_model, save_model
 from compress.models.forward import head_of, hidden_states
+from compress.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from compress.score.fidelity import States, closeness
 from compress.score.latency import Timing, measure
 from compress.score.lm import served_lm

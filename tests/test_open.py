@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from compress.budget import OPEN, human
-from compress.models.checkpoint import load_model, load_tokenizer, model_of
+from compress.models.checkpoint import load_model, model_of
+from compress.models.tokenizer import load_tokenizer
 from compress.score import open as open_answers
 from compress.score.open import (
     Prompt,

@@ -111,8 +111,9 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
 def test_the_gguf_holds_the_qat_codes_bit_for_bit(smoke):
     import torch
 
-    from compress.formats.gguf import decode_gguf, read_fields
+    from compress.formats.gguf import decode_gguf
     from compress.models.checkpoint import load_model
+    from compress.models.gguf_header import read_fields
 
     run = newest(smoke[0])
     decoded = decode_gguf(*read_fields(run / "bundle" / "model-Q4_0.gguf"))

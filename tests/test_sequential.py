@@ -152,7 +152,8 @@ def test_items_are_saved_where_the_limit_is_far_and_hardly_any_where_it_is_the_t
 
 
 def test_items_asked_look_by_look_get_the_answers_of_the_full_evaluation(tiny_teacher):
-    from compress.models.checkpoint import load_model, load_tokenizer
+    from compress.models.checkpoint import load_model
+    from compress.models.tokenizer import load_tokenizer
     from compress.score.lm import torch_lm
 
     lm = torch_lm(load_model(tiny_teacher), load_tokenizer(tiny_teacher), 8)

@@ -21,7 +21,8 @@ from transformers import (
 from compress.accept import _item
 from compress.assets import configs_dir
 from compress.errors import ConfigError
-from compress.models.checkpoint import load_model, load_tokenizer
+from compress.models.checkpoint import load_model
+from compress.models.tokenizer import load_tokenizer
 from compress.score import tasks
 from compress.score.fidelity import perplexities
 from compress.score.intervals import accuracy

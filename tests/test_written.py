@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from compress.models.checkpoint import load_tokenizer
+from compress.models.tokenizer import load_tokenizer
 from compress.text import authors, written
 from compress.text.authors import Said
 from compress.text.filter import Filter, evaluation_texts, words_of

@@ -58,18 +58,12 @@ from torch import Tensor
 from compress.distill.losses import Bucket, Dense, Sparse, Target
 from compress.errors import ResourceError
 from compress.keys import SIGNALS, sources_digest, versions_of
-from compress.models.checkpoint import (
-    best_device,
-    load_model,
-    load_tokenizer,
-    token_count,
-    tokenizer_digest,
-    weights_digest,
-)
+from compress.models.checkpoint import best_device, load_model, weights_digest
 from compress.models.forward import Head, head_of, hidden_states, use_cpu_kernels
+from compress.models.tokenizer import load_tokenizer, token_count, tokenizer_digest
 from compress.store import sha256_json, write_whole
-from compress.text.packing import Packed
 from compress.train import parallel
+from compress.train.packed import Packed
 
 CHUNK = 32  # tokens whose full logits are held at once
 BLOCK = 64  # ids summed up together; a hit is looked for in the sums first

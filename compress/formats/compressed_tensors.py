@@ -36,11 +36,12 @@ from compress.models.checkpoint import (
     check,
     copy_beside,
     load_model,
-    load_tokenizer,
     read_config,
     weight_files,
 )
-from compress.models.ends import as_ids, as_value, end_ids
+from compress.models.end_files import as_ids, as_value
+from compress.models.ends import end_ids
+from compress.models.tokenizer import load_tokenizer
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
 from compress.score.size import size

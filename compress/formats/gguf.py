@@ -25,13 +25,15 @@ from transformers import AutoConfig
 
 from compress.formats import check_config, codes_of
 from compress.formats.gguf_tokenizer import end_keys, pre_name, templates_of, write_tokenizer
-from compress.models.checkpoint import check, head_dim, load_tokenizer, read_config, weight_files
+from compress.models.checkpoint import check, head_dim, read_config, weight_files
 from compress.models.ends import end_ids
-from compress.models.gguf_header import read_header
+from compress.models.gguf_header import read_fields
 from compress.models.model_config import meta_model
+from compress.models.shapes import tensor_shapes
+from compress.models.tokenizer import load_tokenizer
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
-from compress.score.size import size, tensor_shapes
+from compress.score.size import size
 
 # ggml type of the matrices -> llama_ftype, the file's main type
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18, "IQ4_NL": 25}
@@ -225,29 +227,6 @@ def _encode(name: str, w: Tensor, type: str) -> np.ndarray:
         return half.numpy()
     grid = GRIDS[type.lower()]
     return grid.pack(*grid.encode(w, name)).numpy()
-
-
-def read_fields(file: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Metadata of a GGUF as plain Python values, and its tensors as `gguf.ReaderTensor`.
-    ValueError as `gguf_header.read_header`.
-    """
-    import gguf
-
-    read_header(file)  # the reader below allocates what a header claims
-
-    class Reader(gguf.GGUFReader):
-        """Reads through a plain array: slicing a memmap object 1.5 million times takes 2 s, a view
-        of it 0.5 s.
-        """
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
-
-    try:
-        reader = Reader(file)
-        return {key: field.contents() for key, field in reader.fields.items()}, list(reader.tensors)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{file} can't be read as a GGUF ({error}); copy it again") from error
 
 
 def hf_name(tensor: str) -> str:

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.models.ends import as_value, turn_end
+from compress.models.end_files import as_value
+from compress.models.ends import turn_end
 
 # llama.cpp's src/llama-vocab.cpp, llama_token_type
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

@@ -292,8 +292,8 @@ def gguf_head(gguf: Path) -> Head:
     import torch
     from gguf.quants import dequantize
 
-    from compress.formats.gguf import read_fields
     from compress.models.forward import Head
+    from compress.models.gguf_header import read_fields
 
     fields, listed = read_fields(gguf)
     special = [key for key in fields if key.endswith((".final_logit_softcapping", ".logit_scale"))]

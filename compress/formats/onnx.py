@@ -39,17 +39,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compress.doors import read_json
 from compress.formats import check_config, codes_of
 from compress.formats.gguf_tokenizer import split, templates_of
-from compress.formats.onnxruntime import CONFIG, MODEL, OnnxRuntime, wheel
-from compress.models.checkpoint import (
-    GENERATION,
-    MORE_TEMPLATES,
-    check,
-    copy_tokenizer,
-    head_dim,
-    load_tokenizer,
-    weight_files,
-)
-from compress.models.ends import as_value, end_ids
+from compress.formats.onnx_folder import CONFIG, MODEL
+from compress.formats.onnxruntime import OnnxRuntime, wheel
+from compress.models.checkpoint import check, head_dim, weight_files
+from compress.models.end_files import GENERATION, as_value
+from compress.models.ends import end_ids
+from compress.models.tokenizer import MORE_TEMPLATES, copy_tokenizer, load_tokenizer
 from compress.quant.codes import Quantized, verified
 from compress.score.size import size
 

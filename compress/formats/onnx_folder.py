@@ -10,12 +10,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.doors import FLAG, TABLE, Kind, check_object, optional, parse_json, read_text, whole
-from compress.formats.onnxruntime import CONFIG, MODEL
+
+if TYPE_CHECKING:
+    pass
 
 # formats/onnx.py's ARCHITECTURES; of other types GenAI looks for other files.
+MODEL, CONFIG = "model.onnx", "genai_config.json"
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 MODEL_BYTES = 64_000_000  # of model.onnx without its large tensors; ours have some hundred thousand
 SIZE = whole(1, 2**31 - 1)

@@ -27,14 +27,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.formats.llamacpp import Answer, Ending, maximal
-from compress.models.ends import as_ids
+from compress.formats.onnx_folder import CONFIG, MODEL
+from compress.models.end_files import as_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.models.forward import Head
-
-MODEL, CONFIG = "model.onnx", "genai_config.json"
 
 
 def wheel(name: str) -> Any:

@@ -6,7 +6,6 @@ only, no pickle, no `auto_map`. Tokenizer files travel byte for byte from the te
 student: re-saved ones are read differently by other runtimes.
 """
 
-import hashlib
 import importlib.util
 import json
 import shutil
@@ -20,43 +19,27 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from compress.doors import read_json
-from compress.models.ends import as_ids, as_value, end_ids, in_files
+from compress.models.end_files import GENERATION, as_ids, as_value
+from compress.models.ends import end_ids
 from compress.models.gguf_header import check_file
 from compress.models.loaded import check_complete, check_forward
 from compress.models.loading import WEIGHTS, check_directory, check_weights, weight_files
 from compress.models.model_config import config_object, is_of_input, one_line, quiet, read_config
-from compress.models.probe import check_tokenizer
-from compress.store import sha256_file
+from compress.models.tokenizer import copy_tokenizer, tokenizer_files
+from compress.store import files_digest, sha256_file
 
 __all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # found here by their users
 
-TOKENIZER_FILES: tuple[str, ...] = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _looked: set[tuple[Any, ...]] = (
     set()
 )  # states of files that `check` found to be whole checkpoints; a renamed directory keeps its own
 _proven: set[tuple[Any, ...]] = set()  # of those whose model was loaded and compared with itself
-MORE_TEMPLATES = (  # a folder of NAME.jinja: chat templates beside the default one
-    "additional_chat_templates"
-)
-GENERATION = "generation_config.json"
 transformers_logging.disable_progress_bar()
 
 
@@ -107,12 +90,12 @@ def _prove(path: Path, model: PreTrainedModel) -> None:
 
 def digest(path: Path) -> str:
     """sha256 over a checkpoint: config, weights, and every file that is copied beside them."""
-    return _digest_of(path, [path / "config.json", *weight_files(path), *_beside(path)])
+    return files_digest(path, [path / "config.json", *weight_files(path), *_beside(path)])
 
 
 def weights_digest(path: Path) -> str:
     """sha256 over config and weights of a checkpoint: what its hidden states depend on."""
-    return _digest_of(path, [path / "config.json", *weight_files(path)])
+    return files_digest(path, [path / "config.json", *weight_files(path)])
 
 
 @dataclass(frozen=True)
@@ -139,21 +122,11 @@ def model_of(path: Path) -> Model:
     if (path / "genai_config.json").is_file():
         return Model(
             path.absolute(),
-            _digest_of(path, sorted(file for file in path.rglob("*") if file.is_file())),
+            files_digest(path, sorted(file for file in path.rglob("*") if file.is_file())),
             "onnxruntime",
         )
     check(path)
     return Model(path.absolute(), digest(path))
-
-
-def tokenizer_digest(path: Path) -> str:
-    """sha256 over the tokenizer's files, chat templates included: what token ids depend on."""
-    return _digest_of(path, tokenizer_files(path))
-
-
-def _digest_of(folder: Path, files: list[Path]) -> str:
-    lines = [f"{file.relative_to(folder).as_posix()} {sha256_file(file)}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def load_model(
@@ -235,68 +208,9 @@ def _packed_weights(load: str) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights; one that names no end of its own gets the model's.
-
-    ValueError naming its folder, and the file when one is damaged or its patterns fail on some text
-    (`compress/models/probe.py`).
-    """
-    check_tokenizer(path / "tokenizer.json")
-    ends = [
-        i for ids in in_files(path).values() for i in ids
-    ]  # before transformers reads them: it refuses in many lines
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-    except BaseException as error:
-        if not is_of_input(error):
-            raise
-        for file in tokenizer_files(path):
-            if file.suffix == ".json":
-                read_json(file)
-        raise ValueError(
-            f"{path}: its tokenizer can't be opened ({one_line(error)}); copy the tokenizer's files"
-            " again"
-        ) from error
-    if tokenizer.eos_token_id is None and ends:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
-    return tokenizer
-
-
-def token_count(tokenizer: Any) -> int:
-    """The highest id of a tokenizer and one more: rows that an embedding needs. Ids may have gaps,
-    and `len` counts tokens.
-    """
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
-
-
-def check_tokens(path: Path, tokenizer: Any) -> None:
-    """ValueError when a checkpoint's tokenizer gives ids that its embedding has no row for."""
-    ids, rows = token_count(tokenizer), int(read_config(path)["vocab_size"])
-    if not 0 < ids <= rows:
-        raise ValueError(
-            f"{path}: the tokenizer has ids up to {ids - 1:,}, the model embeds {rows:,} tokens;"
-            " take the tokenizer that belongs to it, or resize the embedding"
-        )
-
-
 def best_device() -> torch.device:
     """The first GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def tokenizer_files(path: Path) -> list[Path]:
-    """The files of a checkpoint's tokenizer: those of TOKENIZER_FILES that are there, and further
-    chat templates.
-    """
-    files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-    return files + sorted((path / MORE_TEMPLATES).glob("*.jinja"))
-
-
-def _beside(path: Path) -> list[Path]:
-    """What `copy_beside` copies."""
-    return [path / GENERATION] * (path / GENERATION).is_file() + tokenizer_files(path)
 
 
 def save_model(
@@ -353,9 +267,6 @@ def copy_beside(checkpoint: Path, out: Path) -> None:
         )
 
 
-def copy_tokenizer(checkpoint: Path, out: Path) -> None:
-    """Copy the tokenizer's files, chat templates included, byte for byte."""
-    for file in tokenizer_files(checkpoint):
-        copy = out / file.relative_to(checkpoint)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+def _beside(path: Path) -> list[Path]:
+    """What `copy_beside` copies."""
+    return [path / GENERATION] * (path / GENERATION).is_file() + tokenizer_files(path)

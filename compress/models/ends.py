@@ -9,36 +9,20 @@ a file that names ordinary words alone, at which texts would end in the middle o
 end anywhere is refused too: texts would go on for ever.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.doors import read_json
-
-KEY = "eos_token_id"
-CONFIG, GENERATION, TOKENIZER, TEMPLATE = (
-    "config.json",
-    "generation_config.json",
-    "the tokenizer's eos_token",
-    "the chat template",
+from compress.models.end_files import (
+    CONFIG,
+    GENERATION,
+    KEY,
+    TEMPLATE,
+    TOKENIZER,
+    in_files,
+    vocabulary_rows,
 )
+
 _ANSWER = "Certainly"  # of the turn that is rendered to see what closes it
-
-
-def as_ids(value: Any, where: object) -> list[int]:
-    """Token ids of an `eos_token_id`: none, one or a list. ValueError that begins with `where`."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(type(i) is not int or i < 0 for i in ids):
-        raise ValueError(
-            f"{where}: {KEY} {value!r} is neither a token id nor a list of them; "
-            "give whole numbers from 0"
-        )
-    return list(dict.fromkeys(ids))
-
-
-def as_value(ids: Sequence[int]) -> int | list[int]:
-    """Ids as an `eos_token_id`: the number itself where there is one."""
-    return ids[0] if len(ids) == 1 else list(ids)
 
 
 def end_ids(checkpoint: Path, tokenizer: Any = None) -> list[int]:
@@ -48,7 +32,7 @@ def end_ids(checkpoint: Path, tokenizer: Any = None) -> list[int]:
     ends can't be, or no end anywhere.
     """
     if tokenizer is None:
-        from compress.models.checkpoint import load_tokenizer
+        from compress.models.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(checkpoint)
     ids = {i for place in stated(checkpoint, tokenizer).values() for i in place}
@@ -63,7 +47,7 @@ def end_ids(checkpoint: Path, tokenizer: Any = None) -> list[int]:
 
 def stated(checkpoint: Path, tokenizer: Any) -> dict[str, list[int]]:
     """Place -> the ids that it names as ends, where it names any. ValueError as `end_ids`."""
-    files, rows = in_files(checkpoint), _rows(checkpoint)
+    files, rows = in_files(checkpoint), vocabulary_rows(checkpoint)
     own, closing = tokenizer.eos_token_id, turn_end(tokenizer)
     places = files | {
         name: [i] for name, i in ((TOKENIZER, own), (TEMPLATE, closing)) if i is not None
@@ -88,29 +72,6 @@ def stated(checkpoint: Path, tokenizer: Any) -> dict[str, list[int]]:
                 f"or take {KEY} out"
             )
     return places
-
-
-def in_files(checkpoint: Path) -> dict[str, list[int]]:
-    """The ids that config.json and generation_config.json name as ends. ValueError as `as_ids`."""
-    found = {}
-    for name in (CONFIG, GENERATION):
-        file = checkpoint / name
-        if file.is_file() and (ids := as_ids(_value(file, KEY), file)):
-            found[name] = ids
-    return found
-
-
-def _rows(checkpoint: Path) -> int:
-    """Rows of the model's head as config.json says, 0 where it does not."""
-    rows = _value(checkpoint / CONFIG, "vocab_size") if (checkpoint / CONFIG).is_file() else 0
-    return rows if type(rows) is int else 0
-
-
-def _value(file: Path, key: str) -> Any:
-    """A key of a configuration, or of the text model's inside a multimodal one."""
-    about = read_json(file)
-    inner = about.get("text_config")
-    return inner.get(key) if about.get(key) is None and isinstance(inner, dict) else about.get(key)
 
 
 def is_special(tokenizer: Any, *ids: int) -> bool:

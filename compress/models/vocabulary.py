@@ -10,7 +10,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compress.models.checkpoint import Model, load_tokenizer, tokenizer_digest
+from compress.models.checkpoint import Model
+from compress.models.tokenizer import load_tokenizer, tokenizer_digest
 
 UNUSED = 5  # llama.cpp's type of a token that fills a gap
 
@@ -34,7 +35,7 @@ def of_tokenizer(tokenizer: Any) -> Vocabulary:
 
 def of_gguf(file: Path) -> Vocabulary:
     """The vocabulary inside a GGUF, without what only fills it up."""
-    from compress.formats.gguf import read_fields
+    from compress.models.gguf_header import read_fields
 
     fields = read_fields(file)[0]
     tokens = fields.get("tokenizer.ggml.tokens", [])

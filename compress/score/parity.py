@@ -32,9 +32,11 @@ import torch
 from torch import Tensor
 
 from compress.formats import parse
-from compress.models.checkpoint import best_device, load_model, load_tokenizer
-from compress.models.ends import in_files, is_special, turn_end
+from compress.models.checkpoint import best_device, load_model
+from compress.models.end_files import in_files
+from compress.models.ends import is_special, turn_end
 from compress.models.forward import head_of, hidden_states
+from compress.models.tokenizer import load_tokenizer
 from compress.quant.codes import is_quantized, quantizable
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import CHUNK, States, closeness, hidden_of

@@ -32,15 +32,9 @@ from compress.config import Eval
 from compress.formats.llamacpp import LlamaCpp, gguf_head
 from compress.formats.onnxruntime import OnnxRuntime, onnx_head
 from compress.keys import OF_RUNTIME, SCORES, sources_digest, versions_of
-from compress.models.checkpoint import (
-    Model,
-    best_device,
-    load_model,
-    load_tokenizer,
-    read_config,
-    tokenizer_digest,
-)
+from compress.models.checkpoint import Model, best_device, load_model, read_config
 from compress.models.ends import obey
+from compress.models.tokenizer import load_tokenizer, tokenizer_digest
 from compress.models.vocabulary import check_same
 from compress.score.fidelity import (
     States,
@@ -69,7 +63,7 @@ from compress.score.size import size
 from compress.score.talk import question_ids
 from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
-from compress.text.packing import Packed
+from compress.train.packed import Packed
 
 RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
 HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}

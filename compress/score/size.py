@@ -6,11 +6,10 @@ bits_per_weight = size_bytes x 8 / params, embeddings included, container includ
 import math
 from pathlib import Path
 
-from safetensors import safe_open
-
-from compress.doors import read_json, tensor_places
-from compress.formats.onnxruntime import CONFIG
+from compress.doors import read_json
+from compress.formats.onnx_folder import CONFIG
 from compress.models.checkpoint import read_config, weight_files
+from compress.models.shapes import tensor_shapes
 
 COMPUTED = (
     "rotary_emb.inv_freq",
@@ -18,24 +17,6 @@ COMPUTED = (
     ".attn.masked_bias",
 )  # buffers that older checkpoints hold: no parameters
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-
-
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a safetensors file's floating-point tensors, and of what compressed-tensors
-    packed. ValueError when it is damaged.
-    """
-    places = tensor_places(file)
-    plain = {
-        name: place.shape
-        for name, place in places.items()
-        if "F" in place.dtype and not name.endswith(".weight_scale")
-    }
-    # Of a packed matrix the shape is a tensor by itself, and scales are no parameters.
-    packed: dict[str, tuple[int, ...]] = {}
-    if shapes := [name for name in places if name.endswith(".weight_shape")]:
-        with safe_open(file, "pt") as tensors:
-            packed = {name: tuple(tensors.get_tensor(name).tolist()) for name in shapes}
-    return packed | plain
 
 
 def size(path: Path) -> dict[str, float]:
@@ -63,7 +44,7 @@ def _all_files(folder: Path) -> list[Path]:
 
 def _params_and_files(path: Path) -> tuple[int, list[Path]]:
     if path.is_file():
-        from compress.formats.gguf import read_fields
+        from compress.models.gguf_header import read_fields
 
         return sum(int(tensor.n_elements) for tensor in read_fields(path)[1]), [path]
     if (path / CONFIG).is_file():

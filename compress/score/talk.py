@@ -24,9 +24,10 @@ from more_itertools import chunked
 from compress.formats.llamacpp import Answer, Ending, LlamaCpp
 from compress.formats.onnxruntime import OnnxRuntime
 from compress.models.chats import render
-from compress.models.checkpoint import Model, best_device, load_model, load_tokenizer
+from compress.models.checkpoint import Model, best_device, load_model
 from compress.models.ends import obey
 from compress.models.forward import use_cpu_kernels
+from compress.models.tokenizer import load_tokenizer
 from compress.text.written import prompt_ids
 
 CONTEXT_TOKENS = 512  # of a question with its answer
@@ -202,7 +203,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 def has_template(model: Model) -> bool:
     """Whether a chat template ships with the model."""
     if model.runtime == "llama.cpp":
-        from compress.formats.gguf import read_fields
+        from compress.models.gguf_header import read_fields
 
         return bool(read_fields(model.path)[0].get("tokenizer.chat_template"))
     return bool(load_tokenizer(model.path).chat_template)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.text.packing import Packed
+    from compress.train.packed import Packed
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from compress.stages.context import Context
 if TYPE_CHECKING:
     from compress.distill.losses import Mix
     from compress.distill.steps import TeacherSource
-    from compress.text.packing import Packed
+    from compress.train.packed import Packed
 
 
 # how the teacher is seen: kept signals (`compress/distill/signal.py`), or the teacher run at every

@@ -15,8 +15,9 @@ import torch
 from compress import machine
 from compress.keys import sources_digest
 from compress.machine import fast_dtype
-from compress.models.checkpoint import best_device, digest, load_model, load_tokenizer
+from compress.models.checkpoint import best_device, digest, load_model
 from compress.models.ends import end_ids, obey
+from compress.models.tokenizer import load_tokenizer
 from compress.store import sha256_json
 
 TOP_P, TOP_K = 0.95, 50

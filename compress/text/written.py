@@ -45,7 +45,8 @@ import torch
 from compress.assets import configs_dir
 from compress.keys import author_inputs
 from compress.models.chats import Chat, Document, Turns, content, render
-from compress.models.checkpoint import digest, load_tokenizer
+from compress.models.checkpoint import digest
+from compress.models.tokenizer import load_tokenizer
 from compress.models.tokens import opening
 from compress.store import sha256_json
 from compress.text.authors import AT_ONCE, TOP_K, TOP_P, Author, engine_for, open_author

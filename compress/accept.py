@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from compress import session
 from compress.ask import printable
-from compress.budget import failed, is_heldout, judge
-from compress.config import Budget, Data, Eval, Limit, Teacher, Trainer
+from compress.budget import Budget, Limit, failed, is_heldout, judge
+from compress.config import Teacher
 from compress.doors import (
     FLAG,
     NUMBER,
@@ -38,9 +38,12 @@ from compress.report.records import bundle_rows
 from compress.score.intervals import Paired, paired_scores
 from compress.score.open import Prompt, beside_teacher, read_prompts
 from compress.score.scorer import Measured, Scorer
+from compress.score.settings import Eval
 from compress.score.tasks import DRIFTS, RULES
 from compress.ship.bundle import verify_bundle
 from compress.ship.manifest import MANIFEST, limits_of
+from compress.text.settings import Data
+from compress.train.settings import Trainer
 
 LINES_BYTES = 1_000_000_000  # of each of the bundle's JSON Lines files
 MOST_CHOICES, MOST_REQUESTS, MOST_PROMPTS = (

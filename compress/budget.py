@@ -12,8 +12,12 @@ counted, if the value stays: items of the tasks, rows of held-out text.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from compress.bounds import check_values
+from compress.errors import ConfigError, nearest
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 ACCURACY = ("kept", "acc", "flips", "points_lost")  # over all tasks, or one: acc/TASK
@@ -34,6 +38,22 @@ HELDOUT = (
     "top1_agree",
     "bits_per_byte",
 )  # over all held-out texts, or one: kl_to_teacher/TEXT
+LIMIT_METRICS = (
+    "size_bytes",
+    "params",
+    "bits_per_weight",
+    "latency_ms_p50",
+    "latency_ms_p95",
+    "ttft_ms_p50",
+    "tok_per_sec",
+    "peak_rss_bytes",
+    *ACCURACY,
+    *OPEN,
+    "kl_to_teacher",
+    "kl_to_parent",
+    "top1_agree",
+    "bits_per_byte/heldout",
+)
 
 
 def is_accuracy(metric: str) -> bool:
@@ -180,3 +200,87 @@ def failed(verdicts: list[dict[str, Any]], *, strict: bool) -> bool:
     """Whether enforced verdicts make the run exit with 4."""
     bad = (FAIL, INCONCLUSIVE) if strict else (FAIL,)
     return any(v["enforced"] and v["verdict"] in bad for v in verdicts)
+
+
+@dataclass
+class Limit:
+    """One bound on one metric, and why it was chosen."""
+
+    max: float | None = None
+    min: float | None = None
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.max is None) == (self.min is None):
+            raise ConfigError(
+                f"a limit needs exactly one of max and min, got max={self.max}, min={self.min}"
+            )
+        check_values("limit", self)
+
+
+@dataclass
+class Budget:
+    """Limits on the shipped files, and on single slots."""
+
+    limits: dict[str, Limit] = field(default_factory=dict)
+    slots: dict[str, dict[str, Limit]] = field(default_factory=dict)
+    strict: bool = False  # an INCONCLUSIVE verdict counts as a failure
+
+    def __post_init__(self) -> None:
+        for name, limit in self.all():
+            if (
+                name not in LIMIT_METRICS
+                and not is_accuracy(name)
+                and not (is_heldout(name) and "/" in name)
+            ):
+                known = f"{'/TASK, '.join(ACCURACY)}/TASK, {'/TEXT, '.join(HELDOUT)}/TEXT"
+                raise ConfigError(
+                    f"budget limit {name!r} is no metric; {nearest(name, LIMIT_METRICS)}, {known}"
+                )
+            if name.startswith("points_lost") and (limit.max or limit.min or 0) > 1:
+                raise ConfigError(
+                    f"budget limit {name!r} is {limit.max or limit.min}, a share of all items; two"
+                    " points are 0.02"
+                )
+
+    def all(self) -> list[tuple[str, Limit]]:
+        """Every limit by its metric, those of slots too."""
+        return [pair for limits in (self.limits, *self.slots.values()) for pair in limits.items()]
+
+    def check(
+        self,
+        *,
+        tasks: Sequence[str],
+        heldout: Sequence[str],
+        open_prompts: Sequence[str],
+        stop_early: bool,
+    ) -> None:
+        """ConfigError for a limit on a task, a `heldout` text or open answers that are not scored,
+        and for an early stop without a limit that could bring it about.
+        """
+        for name, _ in self.all():
+            if (
+                is_heldout(name)
+                and "/" in name
+                and (text := name.partition("/")[2]) not in ("heldout", *heldout)
+            ):
+                raise ConfigError(
+                    f"budget limit {name!r} is on a text that data.heldout does not name;"
+                    f" {nearest(text, heldout)}"
+                )
+            if name in OPEN and not open_prompts:
+                raise ConfigError(
+                    f"budget limit {name!r} is on open answers, and eval.open_prompts is empty; set"
+                    " it to [embedded] or drop the limit"
+                )
+            task = name.partition("/")[2].partition("@")[0]
+            if is_accuracy(name) and task and task not in tasks:
+                raise ConfigError(
+                    f"budget limit {name!r} is on a task that eval.tasks does not name;"
+                    f" {nearest(task, tasks)}"
+                )
+        if stop_early and not any(is_accuracy(name) for name, _ in self.all()):
+            raise ConfigError(
+                f"eval.stop_early=true, but no limit of the budget is on {', '.join(ACCURACY)}: add"
+                " one, or score in full"
+            )

@@ -26,6 +26,7 @@ from compress.rundir import RunDir, now, reserved
 from compress.score import payoff
 from compress.score.intervals import Paired
 from compress.score.scorer import Measured
+from compress.score.size import size
 from compress.score.talk import has_template
 from compress.session import Session, check_shapes, log, plain, thinned
 from compress.ship.bundle import write_bundle
@@ -313,12 +314,12 @@ def _export(
     inputs = export_inputs(name, source.model)
     file, key, start = format.file.format(type=type), sha256_json(inputs), time.monotonic()
     folder.name_key(key)
-    path = (
-        session.store.build(
-            key, inputs, lambda out, work: format.module.write(source.model.path, out / file, type)
-        )
-        / file
-    )
+
+    def write(out: Path, work: Path) -> dict[str, float]:
+        format.module.write(source.model.path, out / file, type)
+        return size(out / file)
+
+    path = session.store.build(key, inputs, write) / file
     seconds = time.monotonic() - start
     slot, technique = formats.slot_of(name)
     return conclude(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from compress import formats, machine
-from compress.config import Data, Eval, Recipe, Reread, Teacher, Trainer
+from compress.config import Recipe, Teacher
 from compress.distill.signal import made_with
 from compress.errors import (
     ConfigError,
@@ -30,6 +30,7 @@ from compress.models.model_config import meta_model
 from compress.quant.codes import quantizable
 from compress.score.open import Prompt
 from compress.score.scorer import Measured, Scorer, open_prompts
+from compress.score.settings import Eval
 from compress.score.tasks import check_tasks
 from compress.stages.context import Context
 from compress.stages.ptq import OnGrid
@@ -37,9 +38,11 @@ from compress.stages.training import Optimization
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.text.packing import pack
+from compress.text.settings import Data, Reread
 from compress.track import check as check_tracker
 from compress.train import parallel
 from compress.train.packed import Packed
+from compress.train.settings import Trainer
 
 
 def log(message: str) -> None:

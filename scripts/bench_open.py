@@ -28,7 +28,7 @@ from torch import nn
 
 from compress import budget
 from compress.assets import configs_dir
-from compress.config import Limit
+from compress.budget import Limit
 from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.models.checkpoint import load_model, model_of, save_model

@@ -342,7 +342,8 @@ class Bench:
         format, checkpoint = parse(name)[0], self.work / "Q4_0, QAD"
         folder = self.work / format.file
         shutil.rmtree(folder, ignore_errors=True)
-        row: dict[str, float] = format.module.write(checkpoint, folder, "")
+        format.module.write(checkpoint, folder, "")
+        row = size(folder)
         threads, data = available_threads(), self.held["topics"]
         states = States(
             torch.cat(self.hidden(folder, format.runtime)), HEADS[format.runtime](folder)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from compress.budget import FAIL, INCONCLUSIVE, PASS, failed, judge
-from compress.config import Budget, Eval, Limit
+from compress.budget import FAIL, INCONCLUSIVE, PASS, Budget, Limit, failed, judge
 from compress.errors import ConfigError
+from compress.score.settings import Eval
 
 
 def verdict(value, limit, interval=None):

@@ -14,8 +14,7 @@ from fake_records import ASKED, PROMPTS, ask, open_rows, write_run
 from markdown_it import MarkdownIt
 
 from compress.__main__ import main
-from compress.budget import OPEN, judge
-from compress.config import Budget, Data, Eval, Limit
+from compress.budget import OPEN, Budget, Limit, judge
 from compress.formats.gguf import export_gguf
 from compress.models.checkpoint import Model
 from compress.report.answers import SHOWN, literal, one_line
@@ -23,8 +22,10 @@ from compress.report.records import load_run, open_run
 from compress.score.intervals import Paired
 from compress.score.open import Prompt, as_row, beside_teacher, own_scores
 from compress.score.scorer import Measured, Scorer, open_prompts
+from compress.score.settings import Eval
 from compress.ship.bundle import write_bundle
 from compress.teacher import random_teacher
+from compress.text.settings import Data
 
 HOSTILE = (
     "<script>alert(1)</script> | a | b |\n\n# Heading\n> quote\n- item\n```\ncode `tick`\n"

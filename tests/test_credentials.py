@@ -135,10 +135,13 @@ def test_no_command_repeats_or_keeps_one(tmp_path, monkeypatch, capfd, case):
 def test_a_recipe_that_came_past_the_command_line_is_refused_before_any_work(tmp_path):
     from test_planning import recipe
 
-    from compress.config import Data, Eval, Teacher, Trainer
+    from compress.config import Teacher
+    from compress.score.settings import Eval
     from compress.session import Session, open_scorer
     from compress.stages import STAGES
     from compress.stages.training import Signal
+    from compress.text.settings import Data
+    from compress.train.settings import Trainer
 
     stages = recipe().stages | {"heal": STAGES["distill"](tokens=1000, signal=Signal(path=URLS[0]))}
     with pytest.raises(ConfigError, match="stages.heal.signal.path has a user"):

@@ -264,7 +264,7 @@ VALIDATED = Distill(tokens=3200, epochs=2, validations=1, validation_sequences=5
 
 
 def session_of(stage, sequences, reread="tell"):
-    from compress.config import Data, Reread
+    from compress.text.settings import Data, Reread
 
     data = Data(
         train=["embedded:docstrings"],

@@ -12,7 +12,6 @@ import torch
 
 from compress import keys
 from compress.assets import PACKAGE
-from compress.config import Trainer
 from compress.keys import closure, sources_digest, versions_of
 from compress.models.checkpoint import digest, model_of, weights_digest
 from compress.models.tokenizer import tokenizer_digest
@@ -21,6 +20,7 @@ from compress.stages import STAGES
 from compress.stages.ptq import Allocation, GridName, Ptq
 from compress.store import sha256_json
 from compress.train.packed import Packed
+from compress.train.settings import Trainer
 
 
 @pytest.fixture

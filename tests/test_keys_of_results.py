@@ -11,11 +11,11 @@ from test_keys import COPIED, OTHER, TEXT, append, other_version
 from test_keys import teacher as teacher
 
 from compress import keys
-from compress.config import Eval
 from compress.distill.signal import Scheme, Signals
 from compress.models.checkpoint import model_of
 from compress.pipeline import export_inputs
 from compress.score.scorer import Scorer
+from compress.score.settings import Eval
 from compress.store import Store, sha256_json
 from compress.text.packing import pack
 from compress.text.written import generated

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from compress.formats.gguf_tokenizer import PRE_TOKENIZERS
-from compress.formats.onnx import decode_onnx, export_onnx
+from compress.formats.onnx import export_onnx
+from compress.formats.onnx_weights import decode_onnx
 from compress.formats.onnxruntime import OnnxRuntime, onnx_head
 from compress.models.checkpoint import load_model, save_model
 from compress.models.forward import head_of, hidden_states

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from compress.config import Eval
 from compress.errors import ConfigError
 from compress.score.perturb import PERTURBATIONS, perturbed
+from compress.score.settings import Eval
 
 TEXT = (
     "Question: Which of these do green plants make out of water, air and light?\n" * 4 + "Answer:"

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from compress.config import Budget, Data, Eval, Export, Recipe, Teacher, Trainer
+from compress.budget import Budget
+from compress.config import Recipe, Teacher
 from compress.errors import ConfigError
+from compress.formats.settings import Export
 from compress.models.checkpoint import load_model, read_config
 from compress.planning import estimate, matmul_flops_per_sec, params_of
+from compress.score.settings import Eval
 from compress.stages import STAGES
 from compress.stages.ptq import GridName
+from compress.text.settings import Data
+from compress.train.settings import Trainer
 
 BOTH = ["gguf:Q4_0", "compressed_tensors"]
 

@@ -18,10 +18,12 @@ from test_bundle_open import Asker, made
 from compress import accept as acceptance
 from compress.__main__ import main
 from compress.bounds import EMBEDDED_SOURCES
-from compress.config import Data, Eval, Limit
+from compress.budget import Limit
 from compress.models.checkpoint import Model
+from compress.score.settings import Eval
 from compress.score.tasks import DRIFTS, RULES
 from compress.ship.bundle import SUMS
+from compress.text.settings import Data
 
 
 @pytest.fixture(scope="module")

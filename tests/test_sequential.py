@@ -7,8 +7,7 @@ import pytest
 from scipy.stats import multivariate_normal, norm
 from test_paired import designs, items, true_kept
 
-from compress.budget import judge
-from compress.config import Limit
+from compress.budget import Limit, judge
 from compress.score import intervals as paired
 from compress.score import sequential
 from compress.score.tasks import TaskResult, evaluate, rescore
@@ -184,9 +183,9 @@ def test_a_scorer_stops_a_student_early_beside_its_teacher_and_reads_it_back(
 ):
     from conftest import make_context
 
-    from compress.config import Eval
     from compress.models.checkpoint import model_of
     from compress.score.scorer import Scorer
+    from compress.score.settings import Eval
     from compress.stages.prune_depth import PruneDepth
     from compress.store import Store
     from compress.text.packing import pack

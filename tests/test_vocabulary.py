@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 
-from compress.config import Eval
 from compress.formats.gguf import export_gguf
 from compress.models.checkpoint import Model, model_of
 from compress.models.tokenizer import load_tokenizer
 from compress.models.vocabulary import Vocabulary, check_same, difference, of_gguf, of_tokenizer
 from compress.score.scorer import Scorer
+from compress.score.settings import Eval
 from compress.store import Store
 from compress.text.packing import pack
 

@@ -44,10 +44,9 @@ from compress.models.ends import end_ids
 from compress.models.tokenizer import load_tokenizer
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
-from compress.score.size import size
 
 
-def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> dict[str, float]:
+def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> None:
     """Write the new directory `out`, of the one type there is; returns `size_bytes` of all its
     files, `params`, `bits_per_weight`.
 
@@ -88,7 +87,6 @@ def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> di
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_beside(checkpoint, out)
-    return size(out)
 
 
 def _packed(name: str, made: Quantized, bits: int) -> dict[str, Tensor]:

@@ -33,7 +33,6 @@ from compress.models.shapes import tensor_shapes
 from compress.models.tokenizer import load_tokenizer
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
-from compress.score.size import size
 
 # ggml type of the matrices -> llama_ftype, the file's main type
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18, "IQ4_NL": 25}
@@ -61,7 +60,7 @@ _NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_h
 _BACK = {short: name for name, short in _NAMES.items()}
 
 
-def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]:
+def export_gguf(checkpoint: Path, out_file: Path, type: str) -> None:
     """Writes `checkpoint` as `out_file` in `type`, one of TYPES or MIXED; returns `size_bytes`,
     `params`, `bits_per_weight`.
 
@@ -92,7 +91,6 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> dict[str, float]
     writer.write_tensors_to_file()
     writer.close()
     os.replace(part, out_file)
-    return size(out_file)
 
 
 def _described(checkpoint: Path, config: Any, type: str, file: Path) -> Any:

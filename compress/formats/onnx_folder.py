@@ -6,13 +6,18 @@ files may say only what formats/onnx.py writes. The graph is walked as plain pro
 loaded or computed for the check.
 """
 
+import importlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.doors import FLAG, TABLE, Kind, check_object, optional, parse_json, read_text, whole
+
+if TYPE_CHECKING:
+    pass
 
 if TYPE_CHECKING:
     pass
@@ -268,3 +273,19 @@ def check_folder(folder: Path) -> dict[str, Any]:
         )
     _check_message(memoryview(file.read_bytes()), "model", folder)
     return config
+
+
+def wheel(name: str) -> Any:
+    """Import onnx, onnxruntime or onnxruntime_genai. ValueError with the install line when it is
+    missing.
+
+    The last two report use over the network unless this variable is set before they are loaded.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"ONNX files need the package {error.name}, which is not installed: pip install"
+            " 'compress-lm[onnx]'"
+        ) from error

@@ -7,8 +7,8 @@ from the file, in fp32, as for llama.cpp. Generation goes the way a deployment d
 generator, its tokenizer, the end tokens of genai_config.json.
 
 A directory may come from anybody, and genai_config.json can name a shared library, other files and
-other providers. So formats/onnx_folder.py reads both files first, and refuses whatever formats/onnx.py
-does not write, before ONNX Runtime sees the directory.
+other providers. So formats/onnx_folder.py reads both files first, and refuses whatever
+formats/onnx.py does not write, before ONNX Runtime sees the directory.
 
 torch is imported where it is needed: `python -m compress.score.latency` measures peak memory.
 Shapes: L length, H hidden.
@@ -16,9 +16,7 @@ Shapes: L length, H hidden.
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
@@ -27,29 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.formats.llamacpp import Answer, Ending, maximal
-from compress.formats.onnx_folder import CONFIG, MODEL
+from compress.formats.onnx_folder import CONFIG, MODEL, wheel
 from compress.models.end_files import as_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.models.forward import Head
-
-
-def wheel(name: str) -> Any:
-    """Import onnx, onnxruntime or onnxruntime_genai. ValueError with the install line when it is
-    missing.
-
-    The last two report use over the network unless this variable is set before they are loaded.
-    """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"ONNX files need the package {error.name}, which is not installed: pip install"
-            " 'compress-lm[onnx]'"
-        ) from error
 
 
 class OnnxRuntime:
@@ -164,7 +146,7 @@ class OnnxRuntime:
 
     def tensors(self) -> dict[str, Tensor]:
         """HF state-dict name -> fp32 tensor, decoded from the file."""
-        from compress.formats.onnx import decode_onnx
+        from compress.formats.onnx_weights import decode_onnx
 
         return decode_onnx(self.folder)
 
@@ -204,8 +186,8 @@ class OnnxRuntime:
 
 def onnx_head(folder: Path) -> Head:
     """The fp32 head as decoded from the file: the lm_head's own weight, or the tied embedding."""
-    from compress.formats.onnx import decode_onnx
     from compress.formats.onnx_folder import check_folder
+    from compress.formats.onnx_weights import decode_onnx
     from compress.models.forward import Head
 
     check_folder(folder)

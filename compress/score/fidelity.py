@@ -9,8 +9,8 @@ a task that scores documents of s nats, w words and b bytes in all, over documen
 
     word_perplexity = exp(s / w)    byte_perplexity = exp(s / b)    bits_per_byte = s / (b ln 2)
 
-They come with a 95% interval over rows or documents (score/intervals.py, ratio_interval). A row is not
-quite a document: one cut in two lies in neighbouring rows.
+They come with a 95% interval over rows or documents (score/intervals.py, ratio_interval). A row is
+not quite a document: one cut in two lies in neighbouring rows.
 
 A model is kept as its final hidden states and its head weight, from which all logits follow: 2.3 kB
 a token at H = 576 instead of 197 kB of logits, and the same two tensors come out of transformers

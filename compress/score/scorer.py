@@ -28,7 +28,6 @@ import torch
 from compress import formats, machine
 from compress.assets import configs_dir
 from compress.budget import is_accuracy
-from compress.config import Eval
 from compress.formats.llamacpp import LlamaCpp, gguf_head
 from compress.formats.onnxruntime import OnnxRuntime, onnx_head
 from compress.keys import OF_RUNTIME, SCORES, sources_digest, versions_of
@@ -59,6 +58,7 @@ from compress.score.open import (
 )
 from compress.score.parity import parity
 from compress.score.sequential import asked_in_parts, until_certain
+from compress.score.settings import Eval
 from compress.score.size import size
 from compress.score.talk import question_ids
 from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore

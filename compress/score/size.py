@@ -48,7 +48,7 @@ def _params_and_files(path: Path) -> tuple[int, list[Path]]:
 
         return sum(int(tensor.n_elements) for tensor in read_fields(path)[1]), [path]
     if (path / CONFIG).is_file():
-        from compress.formats.onnx import decode_onnx
+        from compress.formats.onnx_weights import decode_onnx
 
         return sum(weight.numel() for weight in decode_onnx(path).values()), _all_files(path)
     config, files = read_config(path), weight_files(path)

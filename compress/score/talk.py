@@ -7,8 +7,8 @@ generation_config.json). That is the point: a template that lost its generation 
 BOS or a missing end is then seen as what it does to answers. A model without a chat template is
 asked in plain text.
 
-llama.cpp and ONNX Runtime speak in formats/llamacpp.py and formats/onnxruntime.py; torch here, in fp32
-as everything is scored. Legend: B prompts.
+llama.cpp and ONNX Runtime speak in formats/llamacpp.py and formats/onnxruntime.py; torch here, in
+fp32 as everything is scored. Legend: B prompts.
 """
 
 from collections.abc import Callable, Generator, Sequence

@@ -1,4 +1,5 @@
-"""Training text as rows of tokens: what every training stage, calibration and the held-out scores read.
+"""Training text as rows of tokens: what every training stage, calibration and the held-out scores
+read.
 
 Legend: S sequences, L positions, R rows of a batch.
 """

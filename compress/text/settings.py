@@ -1,0 +1,81 @@
+"""Which text trains, calibrates and judges."""
+
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from compress.bounds import check_source, check_values
+from compress.errors import ConfigError
+
+Packing = StrEnum(
+    "Packing", ["stream", "documents"]
+)  # what a token of training text sees: its row, or its own document
+ChatLabels = StrEnum(
+    "ChatLabels", ["all", "answers"]
+)  # which tokens of a chat in data.train are learned
+Reread = StrEnum(
+    "Reread", ["tell", "refuse"]
+)  # what happens where a stage wants more text than there is
+
+
+@dataclass
+class Data:
+    """Which text trains, calibrates and judges; sources as in `compress/text/sources.py`."""
+
+    train: list[str] = field(default_factory=list)
+    chat: list[str] = field(default_factory=list)
+    heldout: list[str] = field(
+        default_factory=list
+    )  # never trained on: closeness to the teacher is measured on each, by name
+    seq_len: int = 512
+    weights: list[float] = field(
+        default_factory=list
+    )  # each train source's share of the tokens; empty: all documents alike
+    packing: Packing = Packing.stream
+    chat_labels: ChatLabels = (
+        ChatLabels.all
+    )  # of data.train; data.chat, which nobody but the text teaches, always learns the answers
+    # of a stage whose tokens are more than its text has: read it more often and say so, or end
+    # before work starts
+    reread: Reread = Reread.tell
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 8:
+            raise ConfigError(f"data.seq_len={self.seq_len} is too short; at least 8 tokens")
+        if not self.train or not self.heldout:
+            raise ConfigError("data.train and data.heldout must each name at least one source")
+        for key in ("train", "chat", "heldout"):
+            for source in getattr(self, key):
+                check_source(f"data.{key}", source)
+        if self.weights and (len(self.weights) != len(self.train) or not min(self.weights) > 0):
+            raise ConfigError(
+                f"data.weights={self.weights} must be one number above 0 for each of the"
+                f" {len(self.train)} sources in data.train"
+            )
+        both = set(self.train + self.chat) & set(self.heldout)
+        if both:
+            raise ConfigError(
+                f"data.heldout shares {sorted(both)} with the training data; held-out text must"
+                " never be trained on"
+            )
+        check_values("data", self)
+
+    def heldout_names(self) -> dict[str, str]:
+        """What the figures of a held-out text are called -> its source: a file's stem, the last
+        part of a hub dataset's name, `topics` of embedded:topics; numbered from the second on
+        where two agree.
+        """
+        named: dict[str, str] = {}
+        for source in self.heldout:
+            kind, _, rest = source.partition(":")
+            given = {
+                "embedded": rest.removesuffix("_heldout"),
+                "hub": re.split("[:@]", rest)[0].rpartition("/")[2],
+                "generated": kind,
+            }
+            name = base = given.get(kind) or re.split(r"[/\\]", source)[-1].partition(".")[0]
+            number = 2
+            while name in named:
+                name, number = f"{base}_{number}", number + 1
+            named[name] = source
+        return named

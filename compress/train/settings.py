@@ -1,0 +1,48 @@
+"""What training runs on."""
+
+from dataclasses import dataclass
+
+from compress.bounds import check_values
+from compress.errors import ConfigError, nearest
+
+PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
+PARALLEL = ("none", "ddp", "fsdp2")
+
+
+@dataclass
+class Trainer:
+    """What training runs on."""
+
+    # Over fp32 master weights bf16 autocast, fp32, or auto: bf16 where this machine computes it
+    # faster; bf16_stochastic: bf16 weights.
+    precision: str = "auto"
+    # CPU threads; 0 takes all this process may use. Part of the store's key: sums depend on it
+    threads: int = 0
+    parallel: str = "none"  # or ddp, fsdp2
+    processes: int = 0  # that train together; 0: one a GPU. Under torchrun its WORLD_SIZE counts
+    activation_checkpointing: bool = (
+        False  # recompute activations in the backward pass: less memory, about a third more time
+    )
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("precision", PRECISIONS), ("parallel", PARALLEL)):
+            if getattr(self, key) not in allowed:
+                raise ConfigError(
+                    f"trainer.{key}={getattr(self, key)!r}; {nearest(getattr(self, key), allowed)}"
+                )
+        if self.processes < 0 or (self.processes > 1 and self.parallel == "none"):
+            raise ConfigError(
+                f"trainer.processes={self.processes} must be 0 or above, and above 1 only with"
+                " trainer=ddp or trainer=fsdp2"
+            )
+        if self.threads < 0:
+            raise ConfigError(f"trainer.threads={self.threads} must be 0 (all) or above")
+        check_values("trainer", self)
+
+    def count(self) -> int:
+        """Processes to train with."""
+        if self.parallel == "none" or self.processes:
+            return self.processes or 1
+        import torch
+
+        return max(1, torch.cuda.device_count())

@@ -34,14 +34,8 @@ from compress.machine import available_threads, describe, fast_dtype, git_sha, v
 from compress.models.checkpoint import load_model, model_of, save_model
 from compress.models.tokenizer import load_tokenizer
 from compress.score.lm import torch_lm
-from compress.score.open import (
-    answered,
-    beside_teacher,
-    embedded_file,
-    own_scores,
-    plausible,
-    read_prompts,
-)
+from compress.score.open import answered, beside_teacher, own_scores, plausible
+from compress.score.prompts import embedded_file, read_prompts
 from compress.stages.context import Context
 from compress.stages.distill import Distill
 from compress.stages.lora import Lora

@@ -29,7 +29,8 @@ from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.models.checkpoint import load_model, model_of
 from compress.score.fidelity import States, checkpoint_head, closeness, hidden_of
-from compress.score.open import answered, beside_teacher, embedded_file, own_scores, read_prompts
+from compress.score.open import answered, beside_teacher, own_scores
+from compress.score.prompts import embedded_file, read_prompts
 from compress.stages.context import Context
 from compress.stages.distill import Distill
 from compress.stages.prune_width import PruneWidth

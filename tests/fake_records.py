@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from compress.score.open import Prompt, beside_teacher, own_scores
+from compress.score.open import beside_teacher, own_scores
+from compress.score.prompts import Prompt
 from compress.text.repetition import loops
 
 # slot, technique, parent, params M, size MB, bits, KL, top1, bpb, kept, tok/s, ttft, ms, rss MB,

@@ -20,7 +20,8 @@ from compress.models.checkpoint import Model
 from compress.report.answers import SHOWN, literal, one_line
 from compress.report.records import load_run, open_run
 from compress.score.intervals import Paired
-from compress.score.open import Prompt, as_row, beside_teacher, own_scores
+from compress.score.open import beside_teacher, own_scores
+from compress.score.prompts import Prompt, as_row
 from compress.score.scorer import Measured, Scorer, open_prompts
 from compress.score.settings import Eval
 from compress.ship.bundle import write_bundle

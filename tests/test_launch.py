@@ -30,8 +30,8 @@ def test_every_recipe_composes_into_dataclasses(name):
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
+    from compress.composing import trust_hydra
     from compress.config import Recipe
-    from compress.launch import trust_hydra
 
     trust_hydra()
     overrides = ["teacher=embedded"] if name in ("mini", "nano") else []
@@ -47,7 +47,7 @@ def test_every_recipe_composes_into_dataclasses(name):
 def test_every_option_composes_and_opens_with_a_sentence(file):
     from hydra import compose, initialize_config_dir
 
-    from compress.launch import trust_hydra
+    from compress.composing import trust_hydra
 
     trust_hydra()
     assert file.read_text().startswith("# ")

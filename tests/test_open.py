@@ -16,16 +16,14 @@ from compress.models.checkpoint import load_model, model_of
 from compress.models.tokenizer import load_tokenizer
 from compress.score import open as open_answers
 from compress.score.open import (
-    Prompt,
     answered,
     beside_teacher,
     choice_gap,
     own_scores,
     plausible,
-    prompts_of_eval,
-    read_prompts,
     worst_first,
 )
+from compress.score.prompts import Prompt, prompts_of_eval, read_prompts
 from compress.score.talk import TorchSpeaker, has_template, open_speaker, prompts_of, question_ids
 
 

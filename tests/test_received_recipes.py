@@ -16,14 +16,14 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from compress import __main__ as program
-from compress import launch
+from compress import composing
 from compress.__main__ import main
 from compress.bounds import EMBEDDED_SOURCES
 from compress.config import SCHEMAS, Teacher, schema_named
 from compress.errors import ConfigError, exit_code
 from compress.recipe_text import check_override
-from compress.score.open import embedded_file, read_prompts
 from compress.score.patterns import problems
+from compress.score.prompts import embedded_file, read_prompts
 from compress.session import Session
 from compress.text.embedded import EMBEDDED
 
@@ -251,7 +251,7 @@ def test_a_pipe_among_the_files_is_not_waited_for(ran, capfd):
 
 
 def test_defaults_that_double_are_given_up(ran, capfd, monkeypatch):
-    monkeypatch.setattr(launch, "COMPOSE_SECONDS", 1)
+    monkeypatch.setattr(composing, "COMPOSE_SECONDS", 1)
     own("defaults:\n  - x1@p: b\n  - x1@q: b\n")
     for i in range(1, 30):
         own(f"defaults:\n  - /x{i + 1}@p: b\n  - /x{i + 1}@q: b\n", f"x{i}/b.yaml")
@@ -428,7 +428,7 @@ ODD = (
 @pytest.mark.parametrize("name", ODD)
 def test_a_teachers_path_may_hold_any_character(name):
     for path in (f"/t/{name}", f"/t/{name}/m", f"{name}/"):
-        arguments = launch.expand_teacher([f"teacher={path}"])
+        arguments = composing.expand_teacher([f"teacher={path}"])
         [override] = OverridesParser.create().parse_overrides(arguments[1:])
         assert OmegaConf.create({"source": override.value()}).source == path
         assert Teacher(path).source == path

@@ -9,7 +9,7 @@ import json
 import pytest
 from test_tasks import ROWS, local, write
 
-from compress.score import tasks
+from compress.score import task_files
 
 ABC = {"text": ["a", "b"], "label": ["A", "B"]}
 
@@ -17,7 +17,7 @@ ABC = {"text": ["a", "b"], "label": ["A", "B"]}
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_as_the_hub_has_them_are_read(tmp_path, name):
     local(tmp_path, name)
-    assert tasks._load(name, tmp_path)
+    assert task_files.load_task(name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_field_of_another_type_is_named(tmp_path, name, change):
     with pytest.raises(
         ValueError, match=rf"{split}\.jsonl, line 2: the field '{field}' is .*; task {name} needs"
     ):
-        tasks._load(name, tmp_path)
+        task_files.load_task(name, tmp_path)
 
 
 def test_labels_that_nobody_tells_are_as_on_the_hub(tmp_path):
@@ -75,18 +75,18 @@ def test_labels_that_nobody_tells_are_as_on_the_hub(tmp_path):
         split, row = ROWS[name]
         write(tmp_path / name, split, [row(0)])
         write(tmp_path / name, "test", [row(0) | hidden])
-        assert tasks._local(name, {}, tmp_path)
+        assert task_files._local(name, {}, tmp_path)
 
 
 def test_a_task_without_known_fields_fails_in_a_sentence(tmp_path):
     write(tmp_path / "sciq", "test", [{"question": "q", "correct_answer": 5}])
     with pytest.raises(ValueError, match="task 'sciq' can't read the rows in .*sciq"):
-        tasks._load("sciq", tmp_path)
+        task_files.load_task("sciq", tmp_path)
     write(tmp_path / "sciq", "test", [{"question": "q"}, {"question": 5}])
     with pytest.raises(
         ValueError, match=r"test\.jsonl, line 2: the field 'question' is a int, a str above"
     ):
-        tasks._load("sciq", tmp_path)
+        task_files.load_task("sciq", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,10 @@ def test_a_line_that_is_no_object_is_named(tmp_path, text):
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "arc_easy" / "test.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"test\.jsonl, line [13]"):
-        tasks._load("arc_easy", tmp_path)
+        task_files.load_task("arc_easy", tmp_path)
 
 
 def test_lines_end_at_a_line_feed_alone(tmp_path):
     row = ROWS["lambada_openai"][1](0) | {"text": "one\u2028two\u0085three words"}
     (tmp_path / "t.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    assert tasks.read_jsonl(tmp_path / "t.jsonl") == [row]
+    assert task_files.read_jsonl(tmp_path / "t.jsonl") == [row]

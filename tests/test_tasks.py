@@ -18,15 +18,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from compress.accept import _item
 from compress.assets import configs_dir
 from compress.errors import ConfigError
 from compress.models.checkpoint import load_model
 from compress.models.tokenizer import load_tokenizer
-from compress.score import tasks
+from compress.score import task_files, tasks
 from compress.score.fidelity import perplexities
 from compress.score.intervals import accuracy
 from compress.score.lm import torch_lm
+from compress.ship.received import _item
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "eval"
@@ -102,7 +102,7 @@ def test_making_the_tasks_again_gives_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_items_are_well_formed_and_the_right_place_is_no_clue(name):
-    rows = tasks.read_jsonl(configs_dir() / "tasks" / name / "test.jsonl")
+    rows = task_files.read_jsonl(configs_dir() / "tasks" / name / "test.jsonl")
     n, chance = EMBEDDED[name]
     assert len(rows) == n and sum(1 / len(row["choices"]) for row in rows) / n == chance
     assert len({json.dumps([row["query"], sorted(row["choices"])]) for row in rows}) == n, (
@@ -117,7 +117,7 @@ def test_items_are_well_formed_and_the_right_place_is_no_clue(name):
 
 
 def test_arithmetic_answers_are_right():
-    for row in tasks.read_jsonl(configs_dir() / "tasks" / "arithmetic" / "test.jsonl"):
+    for row in task_files.read_jsonl(configs_dir() / "tasks" / "arithmetic" / "test.jsonl"):
         answer, query = int(row["choices"][row["answer"]]), row["query"]
         if query.endswith("="):
             left, sign, right = query.split()[:3]
@@ -134,7 +134,7 @@ def test_arithmetic_answers_are_right():
 )
 def test_choices_equal_a_computation_by_hand(name, prompt, delimiter, lm, tiny):
     result = tasks.evaluate(lm, [name], limit=6)
-    rows = tasks.read_jsonl(configs_dir() / "tasks" / name / "test.jsonl")
+    rows = task_files.read_jsonl(configs_dir() / "tasks" / name / "test.jsonl")
     rows = [rows[i * len(rows) // 6] for i in range(6)]  # evenly spaced over the file
     expected = by_hand(
         tiny, [prompt + row["query"] for row in rows], [row["choices"] for row in rows], delimiter
@@ -169,7 +169,7 @@ def test_unknown_task_is_refused_with_the_nearest_name():
             r"unknown task 'gramar'; did you mean .*'grammar'.*embedded: arithmetic, facts, grammar"
         ),
     ):
-        tasks.check_tasks(["facts", "gramar"])
+        task_files.check_tasks(["facts", "gramar"])
 
 
 def test_checking_embedded_and_harness_names_does_not_import_lm_eval():
@@ -186,7 +186,7 @@ def test_a_task_file_that_names_code_is_refused(tmp_path):
     path = tmp_path / "evil.yaml"
     path.write_text("task: evil\nprocess_docs: !function os.getcwd\n")
     with pytest.raises(ValueError, match="names code or a custom tag"):
-        tasks._embedded_config(path)
+        task_files._embedded_config(path)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_bad_item_file_names_file_and_line(tmp_path, text, message):
     path = tmp_path / "train.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"train\.jsonl.*{message}"):
-        tasks.read_jsonl(path)
+        task_files.read_jsonl(path)
 
 
 def arc_rows(n):
@@ -234,7 +234,7 @@ def test_a_harness_task_reads_its_items_from_data_dir_with_its_own_prompt(tmp_pa
 
 def test_a_single_split_serves_test_and_few_shot_without_the_item_itself(tmp_path):
     write(tmp_path / "arc_easy", "train", arc_rows(4))
-    task = tasks._load("arc_easy", tmp_path)["arc_easy"]
+    task = task_files.load_task("arc_easy", tmp_path)["arc_easy"]
     task.set_fewshot_seed(0)
     for doc in task.eval_docs:
         assert task.fewshot_context(doc, num_fewshot=3).count(doc["question"]) == 1
@@ -243,7 +243,7 @@ def test_a_single_split_serves_test_and_few_shot_without_the_item_itself(tmp_pat
 def test_splits_that_are_present_keep_their_part(tmp_path):
     write(tmp_path / "arc_easy", "train", arc_rows(4))
     write(tmp_path / "arc_easy", "validation", arc_rows(2))
-    task = tasks._load("arc_easy", tmp_path)["arc_easy"]
+    task = task_files.load_task("arc_easy", tmp_path)["arc_easy"]
     assert len(task.eval_docs) == 2 and len(task.fewshot_docs()) == 4
 
 
@@ -365,9 +365,9 @@ def local(folder, name, n=6):
 
 
 def test_every_task_with_known_fields_is_tested_here():
-    assert ROWS.keys() == tasks.FIELDS.keys()
+    assert ROWS.keys() == task_files.FIELDS.keys()
     for name, (_, row) in ROWS.items():
-        assert set(tasks.FIELDS[name].split()) <= row(0).keys(), name
+        assert set(task_files.FIELDS[name].split()) <= row(0).keys(), name
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -385,7 +385,7 @@ def test_a_local_task_scores_as_lm_evals_own_model_and_evaluator_say_and_again_f
     assert [
         _item(item, "here") for item in json.loads(json.dumps(result.items))
     ]  # as a receiver of a bundle reads them
-    parts = tasks._load(name, tmp_path)
+    parts = task_files.load_task(name, tmp_path)
     for task in parts.values():
         task.set_config("num_fewshot", 0 if task.get_config("num_fewshot") == 0 else 1)
         task.set_fewshot_seed(1234)
@@ -467,7 +467,7 @@ def test_a_limit_is_spread_over_all_paradigms_and_one_paradigm_can_be_had_by_its
 def test_a_missing_file_is_named_with_the_fields_it_needs_and_a_row_with_the_field_it_lacks(
     name, lm, tmp_path
 ):
-    fields = tasks.FIELDS[name].split()
+    fields = task_files.FIELDS[name].split()
     with pytest.raises(
         ValueError,
         match=(

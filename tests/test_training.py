@@ -23,7 +23,8 @@ from compress.models.forward import use_cpu_kernels
 from compress.stages.distill import Distill
 from compress.stages.qat import Qat
 from compress.train import loop
-from compress.train.loop import BETAS, Plan, StochasticAdamW, learning_rate, stochastic_bf16, train
+from compress.train.loop import Plan, train
+from compress.train.optimizer import BETAS, MOMENTS, StochasticAdamW, learning_rate, stochastic_bf16
 
 
 def arguments(work, steps=12, **changes):
@@ -535,7 +536,7 @@ def test_a_resumed_optimizer_lies_where_its_weights_lie(precision, context, tmp_
             value.device == p.device for value in state.values() if isinstance(value, torch.Tensor)
         )
         assert (
-            all(state[moment].shape == p.shape for moment in loop.MOMENTS)
+            all(state[moment].shape == p.shape for moment in MOMENTS)
             and float(state["step"] if precision != "fp32" else 3) == 3
         )
 

@@ -13,9 +13,9 @@ from compress.models.tokenizer import load_tokenizer
 from compress.text import authors, written
 from compress.text.authors import Said
 from compress.text.filter import Filter, evaluation_texts, words_of
+from compress.text.from_nothing import from_nothing, openings
 from compress.text.packing import pack
 from compress.text.sources import documents
-from compress.text.written import from_nothing
 
 
 def generated(source, teacher, folder, log):
@@ -169,7 +169,7 @@ def test_conversations_are_rows_of_turns_with_their_provenance(tiny_teacher, tmp
         assert [turn["role"] for turn in row["messages"]][:2] == ["user", "assistant"]
         assert row["messages"][0]["content"].startswith(row["opening"] or "alpha")
     opened = [row for row in rows if row["opening"]]
-    assert opened and all(row["opening"] in written.openings() for row in opened)
+    assert opened and all(row["opening"] in openings() for row in opened)
 
 
 def test_the_question_is_written_behind_the_start_of_a_users_turn(tiny_teacher, tmp_path, scripted):

@@ -245,3 +245,9 @@ def _says(rendered: str, content: Any) -> bool:
     """Whether what was rendered is the answer, a part of it, or holds it; space aside."""
     one, other = "".join(rendered.split()), "".join(str(content or "").split())
     return one in other or other in one
+
+
+def prompt_ids(tokenizer: Any, turns: Turns) -> list[int]:
+    """Token ids of a conversation rendered for an answer."""
+    rendered = render(tokenizer, [turns], generation=True)[0]
+    return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]

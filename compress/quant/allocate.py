@@ -26,7 +26,7 @@ from compress.models.forward import block_inputs, head_of, hidden_states
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS
 from compress.store import write_json
-from compress.train.loop import progress
+from compress.train.progress import progress
 
 Options = dict[str, dict[str, tuple[float, int]]]  # matrix -> grid -> (cost in nats a token, bytes)
 

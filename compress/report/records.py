@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import EXIT_BUDGET, EXIT_OK, nearest, tree_without_credentials
-from compress.score.tasks import read_jsonl
+from compress.score.task_files import read_jsonl
 
 SCHEMA = 1
 Record = dict[str, Any]

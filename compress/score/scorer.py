@@ -46,22 +46,15 @@ from compress.score.fidelity import (
 from compress.score.intervals import Paired, accuracy, paired_scores, ratio_interval
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
-from compress.score.open import (
-    Prompt,
-    answered,
-    as_row,
-    beside_teacher,
-    choice_gap,
-    own_scores,
-    plausible,
-    prompts_of_eval,
-)
+from compress.score.open import answered, beside_teacher, choice_gap, own_scores, plausible
 from compress.score.parity import parity
+from compress.score.prompts import Prompt, as_row, prompts_of_eval
 from compress.score.sequential import asked_in_parts, until_certain
 from compress.score.settings import Eval
 from compress.score.size import size
 from compress.score.talk import question_ids
-from compress.score.tasks import TaskResult, drift, evaluate, local_folder, rescore
+from compress.score.task_files import local_folder
+from compress.score.tasks import TaskResult, drift, evaluate, rescore
 from compress.store import Store, file_table, sha256_json, write_json, write_whole
 from compress.train.packed import Packed
 

@@ -23,12 +23,11 @@ from more_itertools import chunked
 
 from compress.formats.llamacpp import Answer, Ending, LlamaCpp
 from compress.formats.onnxruntime import OnnxRuntime
-from compress.models.chats import render
+from compress.models.chats import prompt_ids, render
 from compress.models.checkpoint import Model, best_device, load_model
 from compress.models.ends import obey
 from compress.models.forward import use_cpu_kernels
 from compress.models.tokenizer import load_tokenizer
-from compress.text.written import prompt_ids
 
 CONTEXT_TOKENS = 512  # of a question with its answer
 TOGETHER = 32  # questions that are answered together: the rest waits

@@ -31,7 +31,8 @@ from compress.models.checkpoint import sha256_file
 from compress.report import answers
 from compress.report.records import Run, folder_of
 from compress.report.table import markdown_table, verdict_lines
-from compress.score.open import Answers, Prompt, as_row
+from compress.score.open import Answers
+from compress.score.prompts import Prompt, as_row
 from compress.ship.manifest import read_manifest
 from compress.store import STAGE_JSON, commit, file_table, write_json
 

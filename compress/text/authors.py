@@ -5,7 +5,7 @@ else transformers. Batched floating-point sums differ between engines and machin
 now and then a word.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +19,9 @@ from compress.models.checkpoint import best_device, digest, load_model
 from compress.models.ends import end_ids, obey
 from compress.models.tokenizer import load_tokenizer
 from compress.store import sha256_json
+
+Log = Callable[[str], None]
+QUESTION_TEMPERATURE, ANSWER_TEMPERATURE = 0.7, 0.4
 
 TOP_P, TOP_K = 0.95, 50
 AT_ONCE = {"transformers": 16, "vllm": 512, "llama.cpp": 384}  # documents of a piece

@@ -35,7 +35,6 @@ import json
 import math
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,15 +44,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -63,15 +53,12 @@ from compress.models.checkpoint import best_device
 from compress.models.forward import use_cpu_kernels
 from compress.store import commit
 from compress.train import parallel
+from compress.train.optimizer import BETAS, MOMENTS, StochasticAdamW, learning_rate, to_bf16
+from compress.train.progress import progress
 
+SAVE_SECONDS = 60.0  # between two states
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
-SAVE_SECONDS, LINE_SECONDS = 60.0, 20.0  # between two states, and two progress lines
-# of the peak: the usual end of a cosine schedule in distillation (Minitron, arXiv 2407.14679, table
-# 9)
-LR_FLOOR = 0.1
-BETAS = (0.9, 0.95)
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 NO_ROOM = (
     "weights, gradients and AdamW's moments have no room; what takes less is"
     " trainer.precision=bf16_stochastic (12 bytes a weight instead of 16), trainer=fsdp2 (each GPU"
@@ -108,78 +95,6 @@ class Result(NamedTuple):
     outcome: dict[str, float]  # the best step and what it brought
 
 
-def learning_rate(
-    step: int,
-    steps: int,
-    peak: float,
-    warmup_steps: int,
-    schedule: str = "cosine",
-    decay_fraction: float = 0.2,
-) -> float:
-    """The schedules of the module's docstring, steps counted from 0."""
-    warm = min(1.0, (step + 1) / max(1, warmup_steps))
-    wsd, cosine = (
-        min(1.0, (steps - step) / max(1, round(decay_fraction * steps))),
-        0.5 * (1 + math.cos(math.pi * step / steps)),
-    )
-    share = cosine if schedule == "cosine" else wsd
-    return peak * warm * (LR_FLOOR + (1 - LR_FLOOR) * share)
-
-
-def stochastic_bf16(x: Tensor) -> Tensor:
-    """fp32 to bf16, up or down at random so that the expectation is x; draws from torch's global
-    generator.
-    """
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
-    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
-
-
-class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW without weight decay on bf16 weights, sharded or not; fp32 moments under torch's own
-    names, the step a plain number.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], lr: float) -> None:
-        super().__init__(parameters, {"lr": lr, "betas": BETAS, "eps": 1e-8})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            (b1, b2), lr, eps = group["betas"], group["lr"], group["eps"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state |= {
-                        "step": 0.0,
-                        **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS},
-                    }
-                state["step"] += 1
-                t, weight, gradient = (
-                    state["step"],
-                    parallel.local(p),
-                    parallel.local(p.grad).float(),
-                )
-                mean, square = (parallel.local(state[m]) for m in MOMENTS)
-                mean.lerp_(gradient, 1 - b1)
-                square.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-                root = (square / (1 - b2**t)).sqrt_().add_(eps)
-                weight.copy_(
-                    stochastic_bf16(weight.float().addcdiv_(mean, root, value=-lr / (1 - b1**t)))
-                )
-
-
-def to_bf16(model: nn.Module) -> None:
-    """Cast what a checkpoint holds, as loading in bf16 does; other buffers stay: bf16 rotary
-    frequencies would be off by up to 0.4%.
-    """
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.bfloat16)
-
-
 class LossModule(nn.Module):
     """A model and its loss as one module, so that autocast and data parallelism wrap the whole
     computation.
@@ -210,40 +125,6 @@ def _delayed_signals() -> Iterator[list[int]]:
             for number in (signal.SIGINT, signal.SIGTERM):
                 old_handlers.callback(signal.signal, number, signal.signal(number, catch))
         yield caught
-
-
-@contextmanager
-def progress(
-    label: str, total: int, first: int, log: Callable[[str], None]
-) -> Iterator[Callable[[int, float, float], None]]:
-    """`update(done, loss, tokens_per_sec)` after each step: a live bar on a terminal, a line now
-    and then elsewhere.
-    """
-    started = printed = time.monotonic()
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[info]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task(label, total=total, completed=first, info="")
-
-        def update(done: int, loss: float, tokens_per_sec: float) -> None:
-            nonlocal printed
-            info = f"loss {loss:.4f}  {tokens_per_sec:,.0f} tokens/s"
-            bar.update(task, completed=done, info=info)
-            if bar.disable and (time.monotonic() - printed > LINE_SECONDS or done == total):
-                printed = time.monotonic()
-                left = (printed - started) / max(1, done - first) * (total - done)
-                log(f"{label}: step {done}/{total}  {info}  {left:,.0f} s left")
-
-        yield update
 
 
 class Trainer:

@@ -1,0 +1,309 @@
+"""A received bundle, read and checked before anything in it is run or believed."""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compress.budget import Budget, Limit
+from compress.config import Teacher
+from compress.doors import (
+    FLAG,
+    NUMBER,
+    TABLE,
+    TEXT,
+    TEXTS,
+    Kind,
+    check_object,
+    json_lines,
+    optional,
+    whole,
+)
+from compress.errors import ConfigError
+from compress.formats.onnx_folder import check_folder
+from compress.models.checkpoint import Model, model_of, read_config
+from compress.report.records import bundle_rows
+from compress.score.prompts import Prompt, read_prompts
+from compress.score.settings import Eval
+from compress.score.tasks import DRIFTS, RULES
+from compress.ship.bundle import verify_bundle
+from compress.ship.manifest import MANIFEST, limits_of
+from compress.text.settings import Data
+
+MOST_CHOICES, MOST_REQUESTS, MOST_PROMPTS = (
+    1_000,
+    1_000_000,
+    10_000,
+)  # choices of an item and of all items; open prompts
+
+LINES_BYTES = 1_000_000_000  # of each of the bundle's JSON Lines files
+GENERATED_TOKENS = 1_000_000  # that timing may write: new tokens x repeats x processes
+STAND_IN_TOKENS = 256  # a row of it
+UNREAD = (  # training text: settings must name some, and here nothing is trained
+    "generated:1x1:nothing"
+)
+# text to run a model on where its own is not to be had; what is measured on it is not told
+STAND_IN = "embedded:topics"
+SIZES = Kind(
+    "at most 16 whole numbers from 1 to 65,536",
+    lambda value: isinstance(value, list) and len(value) <= 16 and all(map(_is_size, value)),
+)
+ANY = Kind("anything", lambda value: True)
+COUNT = whole(1, 10**9)
+MEASURED = {  # of config.eval: how it is scored, and so how long it takes
+    "batch_size": whole(1, 1024),
+    "context_tokens": whole(1, 2**17),
+    "heldout_sequences": whole(2, 1024),
+    "prompt_tokens": whole(1, 2**15),
+    "new_tokens": whole(2, 2048),
+    "repeats": whole(1, 200),
+    "processes": whole(1, 50),
+    "prompt_lengths": SIZES,
+    "batch_sizes": SIZES,
+}
+# The bundle's own items and prompts stand in place of these.
+RECIPE_ONLY = (
+    "tasks",
+    "data_dir",
+    "limit",
+    "num_fewshot",
+    "perturbations",
+    "stop_early",
+    "open_prompts",
+    "open_limit",
+    "time_stages",
+)
+EVAL = {key: optional(kind) for key, kind in MEASURED.items()} | dict.fromkeys(
+    RECIPE_ONLY, optional(ANY)
+)
+DATA = {
+    "heldout": Kind("one to 32 texts", lambda value: TEXTS.holds(value) and 1 <= len(value) <= 32),
+    "seq_len": optional(whole(8, 2**17)),
+    **dict.fromkeys(("train", "chat"), TEXTS),
+    **dict.fromkeys(("weights", "packing", "chat_labels", "reread"), optional(ANY)),
+}
+TEACHER = {
+    "source": TEXT,
+    "revision": optional(
+        Kind("a text or null", lambda value: value is None or isinstance(value, str))
+    ),
+}
+ITEM = {  # of requests.jsonl, whatever its rule
+    "task": Kind(
+        "a task's name",
+        lambda value: (
+            isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,199}", value))
+        ),
+    ),
+    "doc_id": whole(0, 10**9),
+    "rule": TEXT,
+    "choices": TEXTS,
+    "context": Kind(
+        "a text, or one a choice", lambda value: isinstance(value, str) or TEXTS.holds(value)
+    ),
+}
+LOGLIKS = Kind(
+    "a list of numbers",
+    lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
+)
+SAID = {"form": TEXT, "answer": TEXT, "ended": FLAG, "loops": FLAG, "right": FLAG}
+ANSWERS = {"id": TEXT, "teacher": TABLE, "student": TABLE}
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 2**16
+
+
+class Received(NamedTuple):
+    """What a bundle asks to be measured, checked."""
+
+    manifest: dict[str, Any]
+    budget: Budget
+    settings: Eval
+    heldout: list[str]  # sources of text, which may lie outside the bundle
+    seq_len: int
+    teacher: Teacher
+    requests: list[dict[str, Any]]
+    prompts: list[Prompt]
+    said: list[dict[str, Any]]  # the teacher's answers to the prompts
+    model: Model
+
+
+def _item(row: Any, where: str) -> dict[str, Any]:
+    """A row of requests.jsonl that can be scored again. ValueError that begins with `where`."""
+    rule = row.get("rule") if isinstance(row, dict) else None
+    rules = (*RULES, "rolling", "text")
+    if rule not in rules:
+        raise ValueError(f"{where}: 'rule' is {rule!r}, allowed: {', '.join(rules)}")
+    task = str(row.get("task"))
+    own = (
+        ("value", NUMBER)
+        if rule == "mass" or DRIFTS.get(task, "acc") != "acc"
+        else ("correct", FLAG)
+    )
+    came = {
+        "rolling": {"logliks": LOGLIKS, "words": COUNT, "bytes": COUNT},
+        "text": {"gold": ANY, "text": TEXT, "correct": FLAG},
+    }.get(rule, {"gold": ANY, "logliks": LOGLIKS, "choice": whole(0, MOST_CHOICES), own[0]: own[1]})
+    kinds = ITEM | came
+    check_object(row, kinds, where)
+    if rule == "text":
+        return row
+    count = len(row["choices"])
+    if not 1 <= count <= MOST_CHOICES or (rule == "rolling" and count != 1):
+        raise ValueError(
+            f"{where}: {count} choices; allowed: 1 to {MOST_CHOICES:,}, for the rule rolling 1"
+        )
+    if isinstance(row["context"], list) and len(row["context"]) != count:
+        raise ValueError(
+            f"{where}: {len(row['context'])} contexts for {count} choices; one, or one a choice, is"
+            " needed"
+        )
+    if len(row["logliks"]) != count:
+        raise ValueError(
+            f"{where}: {len(row['logliks'])} logliks for {count} choices; one a choice is needed"
+        )
+    if rule == "mass" and task not in DRIFTS:
+        raise ValueError(f"{where}: the rule mass is that of {', '.join(DRIFTS)}, not of {task!r}")
+    if rule != "rolling":
+        gold = row["gold"] if isinstance(row["gold"], list) else [row["gold"]]
+        if not gold or not all(type(one) is int and 0 <= one < count for one in gold):
+            raise ValueError(
+                f"{where}: 'gold' is {row['gold']!r}; needed: the number of a choice, 0 to"
+                f" {count - 1}, or several"
+            )
+    return row
+
+
+def read_requests(file: Path) -> list[dict[str, Any]]:
+    """The items of requests.jsonl; none where the file is empty.
+
+    ValueError naming file, line and key.
+    """
+    rows: list[dict[str, Any]] = []
+    lines: dict[tuple[str, int], str] = {}
+    rules: dict[str, str] = {}
+    asked = 0
+    for where, value in json_lines(_sized(file)):
+        row = _item(value, where)
+        name = row["task"], row["doc_id"]
+        if name in lines:
+            raise ValueError(
+                f"{where}: item {name[1]} of {name[0]} is there already ({lines[name]})"
+            )
+        if rules.setdefault(row["task"], row["rule"]) != row["rule"]:
+            raise ValueError(
+                f"{where}: 'rule' is {row['rule']!r}, other items of {row['task']} have"
+                f" {rules[row['task']]!r}"
+            )
+        lines[name] = where
+        rows.append(row)
+        asked += len(row["choices"])
+        if asked > MOST_REQUESTS:
+            raise ValueError(
+                f"{where}: the items so far have {asked:,} choices, at most {MOST_REQUESTS:,} are"
+                " scored; ask its sender"
+            )
+    return rows
+
+
+def _sized(file: Path) -> Path:
+    """The file, if it is one of a size that is read. ValueError."""
+    if file.is_file() and (length := file.stat().st_size) > LINES_BYTES:
+        raise ValueError(
+            f"{file} has {length:,} bytes, at most {LINES_BYTES:,} are read; ask its sender for"
+            " fewer items"
+        )
+    return file
+
+
+def read_said(bundle: Path, prompts: list[Prompt]) -> list[dict[str, Any]]:
+    """The teacher's answers to the prompts. ValueError naming file, line and key, or a prompt that
+    was not answered.
+    """
+    file = bundle / "open_answers.jsonl"
+    if not prompts:
+        return []
+    answered = set()
+    ids = {prompt.id for prompt in prompts}
+    for where, row in json_lines(_sized(file)):
+        check_object(row, ANSWERS, where)
+        for side in ("teacher", "student"):
+            check_object(row[side], SAID, f"{where}, {side}")
+        if row["id"] not in ids or row["id"] in answered:
+            raise ValueError(
+                f"{where}: 'id' is {row['id']!r}, which open_prompts.jsonl lacks or which was"
+                " answered before"
+            )
+        answered.add(row["id"])
+    if lacking := sorted(ids - answered):
+        raise ValueError(
+            f"{file} has no answer to the prompt {lacking[0]!r} of open_prompts.jsonl; copy the"
+            " bundle again"
+        )
+    return bundle_rows(bundle, "teacher", "open")
+
+
+def receive(bundle: Path, sha256: str | None = None) -> Received:
+    """Everything in a bundle that decides what `accept` does, checked. ValueError naming file and
+    key or line; ConfigError without limits.
+    """
+    manifest, file = verify_bundle(bundle, sha256), bundle / MANIFEST
+    config = manifest["config"]
+    for key, kinds in (("eval", EVAL), ("data", DATA), ("teacher", TEACHER)):
+        check_object(config.get(key), kinds, f"{file}, config.{key}")
+    if not (limits := limits_of(manifest, file)):
+        raise ConfigError(
+            f"{bundle} has no limits: its recipe set none, so there is nothing to accept; `compress"
+            " verify` checks its bytes"
+        )
+    requests = read_requests(bundle / "requests.jsonl")
+    asked = _sized(bundle / "open_prompts.jsonl")
+    prompts = read_prompts(asked) if asked.is_file() else []
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(
+            f"{asked} has {len(prompts):,} prompts, at most {MOST_PROMPTS:,} are asked; ask its"
+            " sender for fewer"
+        )
+    measured = {key: config["eval"][key] for key in MEASURED if key in config["eval"]}
+    tasks = sorted({row["task"] for row in requests})
+    try:
+        budget = Budget(
+            {name: Limit(**limit) for name, limit in limits.items()},
+            {},
+            bool(config["budget"].get("strict")),
+        )
+        settings = Eval(**measured, tasks=tasks, open_prompts=[])
+        teacher = Teacher(**config["teacher"])
+    except ConfigError as error:
+        raise ValueError(f"{file}, config: {error}") from error
+    if (tokens := settings.new_tokens * settings.repeats * settings.processes) > GENERATED_TOKENS:
+        raise ValueError(
+            f"{file}, config.eval: timing would write {tokens:,} tokens, at most"
+            f" {GENERATED_TOKENS:,} are allowed"
+        )
+
+    # The model, as far as it can be checked without running it.
+    model = model_of(bundle / manifest["judged"])
+    if model.runtime == "onnxruntime":
+        check_folder(model.path)
+    most, seq_len = (
+        read_config(bundle / "hf").get("max_position_embeddings"),
+        config["data"].get("seq_len", Data.seq_len),
+    )
+    if isinstance(most, int) and seq_len > most:
+        raise ValueError(
+            f"{file}, config.data: 'seq_len' is {seq_len}, and the model was made for {most} tokens"
+        )
+    said = read_said(bundle, prompts)
+    return Received(
+        manifest,
+        budget,
+        settings,
+        config["data"]["heldout"],
+        seq_len,
+        teacher,
+        requests,
+        prompts,
+        said,
+        model,
+    )

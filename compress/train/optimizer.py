@@ -1,0 +1,89 @@
+"""Learning rates, and AdamW on bf16 weights with stochastic rounding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.train import parallel
+
+# of the peak: the usual end of a cosine schedule in distillation (Minitron, arXiv 2407.14679, table
+# 9)
+LR_FLOOR = 0.1
+BETAS = (0.9, 0.95)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
+
+
+def learning_rate(
+    step: int,
+    steps: int,
+    peak: float,
+    warmup_steps: int,
+    schedule: str = "cosine",
+    decay_fraction: float = 0.2,
+) -> float:
+    """The schedules of the module's docstring, steps counted from 0."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    wsd, cosine = (
+        min(1.0, (steps - step) / max(1, round(decay_fraction * steps))),
+        0.5 * (1 + math.cos(math.pi * step / steps)),
+    )
+    share = cosine if schedule == "cosine" else wsd
+    return peak * warm * (LR_FLOOR + (1 - LR_FLOOR) * share)
+
+
+def stochastic_bf16(x: Tensor) -> Tensor:
+    """fp32 to bf16, up or down at random so that the expectation is x; draws from torch's global
+    generator.
+    """
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW without weight decay on bf16 weights, sharded or not; fp32 moments under torch's own
+    names, the step a plain number.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": BETAS, "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            (b1, b2), lr, eps = group["betas"], group["lr"], group["eps"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {
+                        "step": 0.0,
+                        **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS},
+                    }
+                state["step"] += 1
+                t, weight, gradient = (
+                    state["step"],
+                    parallel.local(p),
+                    parallel.local(p.grad).float(),
+                )
+                mean, square = (parallel.local(state[m]) for m in MOMENTS)
+                mean.lerp_(gradient, 1 - b1)
+                square.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+                root = (square / (1 - b2**t)).sqrt_().add_(eps)
+                weight.copy_(
+                    stochastic_bf16(weight.float().addcdiv_(mean, root, value=-lr / (1 - b1**t)))
+                )
+
+
+def to_bf16(model: nn.Module) -> None:
+    """Cast what a checkpoint holds, as loading in bf16 does; other buffers stay: bf16 rotary
+    frequencies would be off by up to 0.4%.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.bfloat16)

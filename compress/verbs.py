@@ -1,0 +1,372 @@
+"""What each verb of the command line does: parse, call, print."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from compress import budget
+from compress.assets import configs_dir, recipes_dir
+from compress.errors import (
+    EXIT_BUDGET,
+    EXIT_OK,
+    ConfigError,
+    ResourceError,
+)
+
+HELP = """\
+compress: turn a teacher language model into a student that fits a budget,
+and prove it on the files that ship.
+
+  compress run RECIPE [KEY=VALUE ...]   run a recipe; repeat the command to resume. --plan shows
+                                        time, disk and memory first
+                                        Hydra's flags work: --cfg job, -m (sweep), --help,
+                                        --config-dir DIR (your own recipes)
+  compress list                         recipes, stages and every option, with one line each
+  compress score MODEL [--budget NAME] [--teacher T] [KEY=VALUE ...]
+                                        score any checkpoint directory or GGUF file, also one made
+                                        elsewhere
+  compress ask RUN|BUNDLE|MODEL [QUESTION] [--alone] [--json] [--tokens N]
+                                        talk to what was made, its teacher beside it; without
+                                        QUESTION, a conversation
+  compress compare RUN [RUN ...] [--html FILE] [--speed]
+                                        stages of one run, or runs, stages (RUN/SLOT) and bundles
+                                        side by side; writes one HTML page
+  compress sync RUN --to wandb          copy a finished run's records into a tracker
+  compress verify BUNDLE [--sha256 HEX] check every byte of a bundle: that it is unchanged, not who
+                                        wrote it
+  compress accept BUNDLE [--hub] [--local]
+                                        measure the bundle's budget again, on this machine; --hub
+                                        may ask the hub for teacher and text that it names, --local
+                                        may open files outside the bundle
+  compress gc [--store DIR] [--runs DIR] [--yes] [--all]
+                                        empty the store of what no run names; --all where no run
+                                        that is known needs anything
+
+--debug with any verb shows where in the program an error came from
+exit codes: 0 ok, 2 configuration, 3 input or integrity, 4 budget violated,
+            5 memory, disk or lock, 130/143 signals
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Run a recipe, or with `--plan` say what it would cost."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(HELP + "\n" + listing())
+        return EXIT_OK
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError("run needs a recipe: compress run RECIPE; `compress list` names them")
+    from compress.launch import launch
+
+    def task(recipe: Any, run_dir: Path, command: list[str]) -> int:
+        from compress import pipeline
+
+        return (
+            pipeline.plan(recipe)
+            if "--plan" in arguments
+            else pipeline.run(recipe, run_dir, command)
+        )
+
+    return launch(arguments[0], [a for a in arguments[1:] if a != "--plan"], task)
+
+
+def listing() -> str:
+    """Recipes, stages and every option, with the line that its file opens with."""
+    parts = [("recipes", recipes_dir())]
+    for group in sorted({path.parent for path in configs_dir().glob("*/*.yaml")}):
+        how = (
+            "- /stage/NAME@stages.SLOT in a recipe"
+            if group.name == "stage"
+            else f"{group.name}=NAME"
+        )
+        parts.append((f"{group.name}  ({how})", group))
+    lines = []
+    for title, folder in parts:
+        options = [
+            f"  {path.stem:<22} {path.read_text().splitlines()[0].removeprefix('#').strip()}"
+            for path in sorted(folder.glob("*.yaml"))
+        ]
+        lines.append("\n".join([title, *options]))
+    return "\n\n".join(lines)
+
+
+def list_all(arguments: list[str]) -> int:
+    """Print the listing."""
+    if arguments:
+        raise ConfigError(f"list takes no arguments, got {' '.join(arguments)}")
+    print(listing())
+    return EXIT_OK
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; `compress --help` shows every verb")
+
+
+def _judge(
+    scores: dict[str, float], intervals: dict[str, Any], limits: Any, unlimited: str = ""
+) -> int:
+    """Print one sentence a limit, or `unlimited` when there is none. Returns the exit code."""
+    verdicts = budget.judge(scores, intervals, limits.limits, enforced=True)
+    print("\n".join(f"{v['verdict']:<12} {v['sentence']}" for v in verdicts) or unlimited)
+    return EXIT_BUDGET if budget.failed(verdicts, strict=limits.strict) else EXIT_OK
+
+
+def score(arguments: list[str]) -> int:
+    """Score any checkpoint directory or GGUF beside a teacher, and judge it against a budget."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from compress import session
+    from compress.launch import without_recipe
+    from compress.models.checkpoint import model_of
+    from compress.report.answers import in_pairs, printed
+
+    parser = _Parser(prog="compress score")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--budget", default="none")
+    parser.add_argument("--teacher", default="embedded")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args(arguments)
+    parts = without_recipe(
+        [f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides]
+    )
+    model = model_of(options.model)
+    if model.runtime == "onnxruntime":
+        from compress.formats.onnx_folder import check_folder
+
+        check_folder(model.path)  # before the teacher is scored
+    limits = parts.pop("budget")
+    scorer, teacher = session.open_scorer(**parts)
+    for remark in scorer.check_tokenizer(model):
+        print(remark, file=sys.stderr)
+    reference = scorer.measure(teacher)
+    measured = scorer.measure(model, against=reference, limits=[limits.limits])
+    near = scorer.beside(measured, reference, None)
+    scores, intervals = measured.scores | near.scores, measured.intervals | near.intervals
+    table = Table("metric", "value", "teacher")
+    for name in sorted(scores):
+        mine, other = scores[name], reference.scores.get(name)
+        table.add_row(
+            name, budget.human(name, mine), "" if other is None else budget.human(name, other)
+        )
+    Console().print(table)
+    if near.excluded:
+        print(
+            "left out of kept, because the teacher is not above chance there:"
+            f" {', '.join(near.excluded)}"
+        )
+    if worst := in_pairs(reference.answers, measured.answers)[:5]:
+        print("\n".join(["the worst answers:", *map(printed, worst), ""]))
+    return _judge(scores, intervals, limits)
+
+
+def ask(arguments: list[str]) -> int:
+    """Talk to a run, a bundle or any model, its teacher beside it."""
+    usage = "compress ask RUN|BUNDLE|MODEL [QUESTION] [--tokens N] [--alone] [--json] [--store DIR]"
+    parser = _Parser(prog="compress ask", usage=usage)
+    names = (
+        "a run, a stage of it as RUN/SLOT, a bundle; or a checkpoint or ONNX directory, a GGUF file"
+    )
+    question = "without a QUESTION: a conversation, or from a pipe a question a line"
+    parser.add_argument(
+        "target", nargs="+", help=f"{names}; {question}", metavar="RUN|BUNDLE|MODEL"
+    )
+    parser.add_argument("--tokens", type=int, default=256, help="at most so many an answer")
+    parser.add_argument("--alone", action="store_true", help="leave the teacher out")
+    parser.add_argument("--json", action="store_true", help="a line of JSON a question")
+    store = "where a bundle's teacher is imported to"
+    parser.add_argument("--store", type=Path, default=Path("runs/.store"), help=store)
+    options = parser.parse_intermixed_args(arguments)
+    from compress import ask as conversation
+
+    target, *words = options.target
+    how = options.tokens, options.alone, options.json, options.store
+    conversation.ask(target, " ".join(words) if words else None, *how)
+    return EXIT_OK
+
+
+def compare(arguments: list[str]) -> int:
+    """Print the stages of one run, or several candidates beside the first,
+    and write one HTML page.
+    """
+    from compress.machine import available_threads
+    from compress.report.compare import check_same_settings, differences, speed_sentence
+    from compress.report.html import write_html
+    from compress.report.records import open_run
+    from compress.report.table import compare_table, print_table, stage_table, verdict_lines
+    from compress.score.latency import Timing, compare_speed
+
+    parser = _Parser(prog="compress compare")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        help=(
+            "a run directory, RECIPE/TIME, RECIPE for its newest run; one slot of it as RUN/SLOT; a"
+            " bundle"
+        ),
+    )
+    parser.add_argument("--html", type=Path, default=Path("compare.html"))
+    parser.add_argument(
+        "--speed",
+        type=int,
+        nargs="?",
+        const=5,
+        default=0,
+        metavar="BLOCKS",
+        help="time them again, interleaved A B B A so often",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    first, *others = runs = [open_run(name) for name in options.runs]
+    if options.speed and not others:
+        parser.error("--speed compares with the first; name a second run, stage or bundle")
+    check_same_settings(runs)
+    models = [run.model() for run in runs] if options.speed else []
+    found = [
+        compare_speed(models[0], model, Timing(threads=available_threads()), options.speed)
+        for model in models[1:]
+    ]
+    speeds = [
+        speed_sentence(first, run, *speed)
+        for run, one in zip(others, found, strict=False)
+        for speed in one.items()
+    ]
+    print_table(compare_table(runs) if others or first.chosen else stage_table(first.records))
+    for run in others:
+        print(
+            "\n".join(
+                [
+                    f"{run.name} from {first.name}",
+                    *(f"  {one.metric:<24} {one}" for one in differences(first, run)),
+                    "",
+                ]
+            )
+        )
+    print(
+        "\n".join(
+            speeds
+            + [
+                line
+                for run in runs
+                for line in verdict_lines([run.final] if run.chosen else run.records)
+            ]
+        )
+    )
+    write_html(runs, options.html, speeds)
+    print(f"report  {options.html}")
+    return EXIT_OK
+
+
+def sync(arguments: list[str]) -> int:
+    """Copy a run's records into a tracker, in place of what was copied of them before."""
+    from compress.report.records import open_run
+    from compress.track import check, open_tracker
+
+    parser = _Parser(prog="compress sync")
+    parser.add_argument("run", help="a run directory, RECIPE/TIME, or RECIPE for its newest run")
+    parser.add_argument("--to", required=True, help="wandb or jsonl")
+    options = parser.parse_args(arguments)
+    check(options.to)
+    run = open_run(options.run)
+    tracker = open_tracker(
+        options.to, run.path, run.info.get("config", {}).get("track", {}).get("project", "compress")
+    )
+    for record in run.records:
+        tracker.record(record)
+    tracker.finish(run.info.get("exit") or 0)
+    if not tracker.alive:
+        raise ResourceError(
+            f"{options.to} did not take all of {run.name}; repeat the command when it can"
+        )
+    print(f"{run.name}: {len(run.records)} slots in {options.to}")
+    return EXIT_OK
+
+
+def verify(arguments: list[str]) -> int:
+    """Check every byte of a bundle, and that its manifest agrees with itself."""
+    from compress.ship.bundle import SUMS, sums_digest, verify_bundle
+
+    parser = _Parser(prog="compress verify")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--sha256", metavar="HEX", help=f"of {SUMS}, as its sender said over another channel"
+    )
+    options = parser.parse_args(arguments)
+    manifest = verify_bundle(options.bundle, _digest(options.sha256))
+    print(
+        f"{options.bundle}: {len(manifest['files']) + 2} files verified; run {manifest['run']},"
+        f" budget {manifest['budget']}"
+    )
+    print("unchanged since it was written; this does not prove who wrote it")
+    digest = sums_digest(options.bundle)
+    told = (
+        "as was given"
+        if options.sha256
+        else "compare it with what its sender says over another channel, or give it as --sha256"
+    )
+    print(f"sha256 of {SUMS}: {digest} ({told})")
+    return EXIT_OK
+
+
+def _digest(text: str | None) -> str | None:
+    """A sha256 in hex as it was given. ConfigError when it is none."""
+    if text is not None and not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise ConfigError(f"--sha256 {text!r} is not a sha256: 64 hexadecimal digits are needed")
+    return text
+
+
+def accept(arguments: list[str]) -> int:
+    """Measure a bundle's budget again on this machine."""
+    parser = _Parser(prog="compress accept")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--store",
+        default="runs/.store",
+        help="where scores and a teacher made of a package are kept",
+    )
+    parser.add_argument(
+        "--hub", action="store_true", help="ask the hub for teacher and text that the bundle names"
+    )
+    parser.add_argument(
+        "--local",
+        action="store_true",
+        help="open files and folders of this machine that the bundle names",
+    )
+    parser.add_argument(
+        "--sha256", metavar="HEX", help="of SHA256SUMS, as its sender said over another channel"
+    )
+    options = parser.parse_args(arguments)
+    digest = _digest(options.sha256)
+    from compress.accept import accept
+
+    return accept(
+        options.bundle, options.store, hub=options.hub, local=options.local, sha256=digest
+    )
+
+
+def gc(arguments: list[str]) -> int:
+    """Remove from the store what no run directory names."""
+    from compress.collect import empty
+
+    parser = _Parser(prog="compress gc")
+    parser.add_argument("--store", default="runs/.store")
+    parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        help="holds run directories besides those that the store lists; without it ./runs",
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help="really remove; without it only the count is printed"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="even when no run that is known needs anything finished"
+    )
+    options = parser.parse_args(arguments)
+    collected, told = empty(
+        options.store, options.runs, everything=options.all, dry_run=not options.yes
+    )
+    print("\n".join(told), file=sys.stderr, end="\n" if told else "")
+    how = "removed" if options.yes else "can go; repeat with --yes to remove them"
+    print(f"{collected.things} things, {collected.bytes / 1e6:,.1f} MB {how}")
+    return EXIT_OK

@@ -128,7 +128,13 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
                 for key in ("teacher", "data", "eval", "budget", "trainer")
             }
         parts["eval"].check_data_dir()
-        parts["budget"].check(parts["eval"], list(parts["data"].heldout_names()))
+        scoring = parts["eval"]
+        parts["budget"].check(
+            tasks=scoring.tasks,
+            heldout=list(parts["data"].heldout_names()),
+            open_prompts=scoring.open_prompts,
+            stop_early=scoring.stop_early,
+        )
         if not composed.store.strip():
             raise ConfigError("store is empty; name a directory, as in store=runs/.store")
         return parts | {"store": composed.store}

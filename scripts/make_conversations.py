@@ -21,9 +21,9 @@ from typing import Any
 from compress.models.tokenizer import load_tokenizer
 from compress.store import Store
 from compress.teacher import open_teacher
+from compress.text.conversations import from_nothing
 from compress.text.embedded import conversations_file
 from compress.text.filter import Filter, evaluation_texts
-from compress.text.from_nothing import from_nothing
 
 STEP = 500  # conversations asked for at a time
 KEYS = ("messages", "seed", "opening", "teacher", "engine")

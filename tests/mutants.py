@@ -154,7 +154,7 @@ MUTANTS = [
         ("rows = min(rows, held[0])", "rows = min(rows, len(data.ids))"),
     ),
     *of(
-        "train/loop.py",
+        "train/optimizer.py",
         RATES,
         (
             'share = cosine if schedule == "cosine" else wsd',
@@ -184,7 +184,7 @@ MUTANTS = [
         ("0 < plan.patience <= since_best", "0 < plan.patience < since_best"),
     ),
     *of(
-        "train/loop.py",
+        "train/optimizer.py",
         ROUNDING,
         ("root = (square / (1 - b2**t)).sqrt_()", "root = square.sqrt()"),
         ("value=-lr / (1 - b1**t)", "value=-lr"),
@@ -206,7 +206,7 @@ MUTANTS = [
         ("self.sums_fp32 and len(batches) > 1", "False"),
     ),
     *of(
-        "train/loop.py",
+        "train/optimizer.py",
         "test_training.py -k rotary",
         ("model.state_dict(keep_vars=True).values()", "[*model.parameters(), *model.buffers()]"),
     ),
@@ -231,7 +231,7 @@ MUTANTS = [
         ("cast_forward_inputs=False", "cast_forward_inputs=True"),
     ),
     *of(
-        "train/loop.py",
+        "train/optimizer.py",
         "test_parallel.py -k shards_train_in_bf16_as_one_process_does[bf16_stochastic]",
         ("parallel.local(p), parallel.local(p.grad)", "p, p.grad"),
     ),
@@ -251,7 +251,7 @@ MUTANTS = [
         ("= common_vocabulary(parent, learned_from)", "= None"),
     ),
     *of(
-        "models/checkpoint.py",
+        "models/tokenizer.py",
         "test_contract.py -k ids_with_gaps",
         ("max(tokenizer.get_vocab().values(), default=-1) + 1", "len(tokenizer)"),
     ),

@@ -183,9 +183,13 @@ def test_only_enforced_failures_fail_and_strict_counts_inconclusive():
 )
 @pytest.mark.parametrize("slot", [True, False])
 def test_limits_that_can_mean_nothing_are_refused_before_work(limits, settings, message, slot):
+    scoring = Eval(**settings)
     with pytest.raises(ConfigError, match=message):
         Budget({} if slot else limits, {"heal": limits} if slot else {}).check(
-            Eval(**settings), ["topics"]
+            tasks=scoring.tasks,
+            heldout=["topics"],
+            open_prompts=scoring.open_prompts,
+            stop_early=scoring.stop_early,
         )
 
 

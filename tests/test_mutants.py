@@ -55,18 +55,18 @@ def test_mutants_of_a_guard_that_fails_by_itself_are_not_run(monkeypatch, tmp_pa
 
     def pytest_code(folder, tests, output):
         output.write_text("what pytest said")
-        changed_now = (folder / "compress" / "ends.py").read_text() != text
+        changed_now = (folder / "compress" / "models/ends.py").read_text() != text
         ran.append((tests, changed_now))
         return int(tests == "bad" or changed_now)
 
-    text, _ = parsed("ends.py")
-    (word,) = [row for row in MUTANTS if row.file == "ends.py"]
+    text, _ = parsed("models/ends.py")
+    (word,) = [row for row in MUTANTS if row.file == "models/ends.py"]
     monkeypatch.setattr(
         mutants, "MUTANTS", [word._replace(tests=t) for t in ("good", "bad", "good")]
     )
     monkeypatch.setattr(mutants, "IMPORTED", ())
     monkeypatch.setattr(mutants, "pytest_code", pytest_code)
-    assert mutants.main(["ends.py"]) == 1
+    assert mutants.main(["models/ends.py"]) == 1
     assert ran == [("good", False), ("bad", False), ("good", True), ("good", True)]
     shown = capsys.readouterr().out
     assert "pytest bad ended with 1 without a mutant: what pytest said" in shown

@@ -9,8 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from compress.__main__ import VERBS
 from compress.report.table import markdown_table
-from compress.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

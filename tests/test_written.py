@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from compress.assets import configs_dir
 from compress.models.tokenizer import load_tokenizer
-from compress.text import authors, written
+from compress.text import authors, conversations, written
 from compress.text.authors import Said
+from compress.text.conversations import from_nothing, openings
 from compress.text.filter import Filter, evaluation_texts, words_of
-from compress.text.from_nothing import from_nothing, openings
 from compress.text.packing import pack
 from compress.text.sources import documents
 
@@ -148,8 +149,8 @@ def scripted(monkeypatch):
 
     def use(say):
         author = Scripted(say)
-        monkeypatch.setattr(written, "open_author", lambda engine, teacher, folder: author)
-        monkeypatch.setattr(written, "engine_for", lambda teacher: "transformers")
+        monkeypatch.setattr(conversations, "open_author", lambda engine, teacher, folder: author)
+        monkeypatch.setattr(conversations, "engine_for", lambda teacher: "transformers")
         monkeypatch.setitem(authors.AT_ONCE, "transformers", 8)
         return author
 
@@ -235,7 +236,7 @@ def test_a_base_model_writes_texts_from_bos(tiny_teacher, tmp_path, scripted, mo
     scripted(say)
     tokenizer = load_tokenizer(tiny_teacher)
     tokenizer.chat_template = None
-    monkeypatch.setattr(written, "load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr(conversations, "load_tokenizer", lambda path: tokenizer)
     rows = from_nothing(8, 32, tiny_teacher, tmp_path, lambda line: None)
     assert (
         starts == [[tokenizer.bos_token_id]] * 8
@@ -302,6 +303,6 @@ def test_what_students_are_evaluated_on_is_known():
     assert "The capital of France is" in texts and len(texts) > 600
     files = [
         json.loads(line)["prompt"]
-        for line in (written.configs_dir() / "open" / "prompts.jsonl").read_text().splitlines()
+        for line in (configs_dir() / "open" / "prompts.jsonl").read_text().splitlines()
     ]
     assert not Counter(files) - Counter(texts)

@@ -69,6 +69,7 @@ SOURCES = (
     "compress.models.checkpoint",
     "compress.score.scorer:",
     "compress.score.open:",
+    "compress.score.prompts:",
     "compress.score.talk:",
     "compress.score.latency:",
     "compress.score.size:",
@@ -76,12 +77,8 @@ SOURCES = (
 )
 SOURCES_OF_RUNTIME = {
     "torch": (),
-    "llama.cpp": ("compress.formats.llamacpp:", "compress.formats.gguf:"),
-    "onnxruntime": (
-        "compress.formats.onnxruntime:",
-        "compress.formats.llamacpp:",
-        "compress.formats.onnx:",
-    ),
+    "llama.cpp": ("compress.formats.llamacpp",),
+    "onnxruntime": ("compress.formats.onnxruntime",),
 }
 
 

@@ -50,7 +50,7 @@ from compress.text.authors import (
     Log,
     open_author,
 )
-from compress.text.from_nothing import from_nothing
+from compress.text.conversations import from_nothing
 
 PROMPT_TOKENS = 32  # of a plain document, which the teacher continues
 

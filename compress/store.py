@@ -1,15 +1,21 @@
 """Crash-safe, content-addressed directories: an entry is there whole or not at all.
 
     <store>/store.json       the mark of a store: a folder without it is refused, by runs and by
-    `compress gc` <store>/entries/<key>/   a finished checkpoint; `stage.json`, written last, names
-    every file's sha256 and bytes <store>/work/<key>/      unfinished training state of the same
-    key; found again without naming a run <store>/notes/<key>.json what varies from run to run
-    (seconds, training curve): kept outside the entry <store>/scores/          scores by (weights
-    digest, evaluation digest, runtime, machine) <store>/signals/, data/  teacher signals and packed
-    text, written by their own modules <store>/runs/            where the run directories are that
-    name entries here; `compress gc` keeps what these name <store>/locks/<key>      flock'ed while a
-    process builds the key; the kernel releases it when the process dies <store>/locks/store
-    flock'ed, shared, by every process that works here; alone by `compress gc`
+            `compress gc`
+    <store>/entries/<key>/   a finished checkpoint; `stage.json`, written last, names every file's
+            sha256 and bytes
+    <store>/work/<key>/      unfinished training state of the same key; found again without naming a
+            run
+    <store>/notes/<key>.json what varies from run to run (seconds, training curve): kept outside the
+        entry
+    <store>/scores/          scores by (weights digest, evaluation digest, runtime, machine)
+    <store>/signals/, data/  teacher signals and packed text, written by their own modules
+    <store>/runs/            where the run directories are that name entries here; `compress gc`
+            keeps what these name
+    <store>/locks/<key>      flock'ed while a process builds the key; the kernel releases it when
+            the process dies
+    <store>/locks/store      flock'ed, shared, by every process that works here; alone by `compress
+            gc`
 
 Writing: build beside, fsync every file, write `stage.json`, fsync, rename, fsync the parent (the
 order that survives a power cut on a journalling file system; Pillai et al., OSDI 2014, section

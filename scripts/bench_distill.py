@@ -6,9 +6,10 @@ B C D, ...), one optimizer step per 4 x 512 tokens, bf16 autocast over fp32 mast
 AdamW. Speeds are medians over all timed steps, with the quartiles.
 
     baseline  teacher in bf16 under no_grad; log_softmax over the whole vocabulary in fp32 on both
-    sides; F.kl_div(log_target=True) cached    compress.train.loop on the `sampled` signal
-    online  the same, the teacher run at every step ce        the same loop and head on plain
-    cross-entropy
+              sides; F.kl_div(log_target=True)
+    cached    compress.train.loop on the `sampled` signal online the same, the teacher run at every
+              step
+    ce        the same loop and head on plain cross-entropy
 
 `python scripts/bench_distill.py [--rounds 3] [--precision bf16] [--trl PYTHON]` prints a table and
 ends with one line of JSON. PYTHON is the interpreter of an environment that holds trl: its GKD

@@ -2,8 +2,9 @@
 environment of its own that holds trl.
 
     gkd      trl.experimental.gkd.GKDTrainer, off-policy (lmbda 0), forward KL (beta 0), bf16
-    autocast over fp32 masters chunked  the loss of trl.DistillationTrainer, which never holds all
-    logits, in the loop of the benchmark's baseline
+             autocast over fp32 masters
+    chunked  the loss of trl.DistillationTrainer, which never holds all logits, in the loop of the
+             benchmark's baseline
 
 `python scripts/bench_distill.py --trl PATH_OF_THAT_PYTHON` calls it; it prints one line of JSON.
 """

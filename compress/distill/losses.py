@@ -8,11 +8,11 @@ loss of one token is
     kl_weight * T^2 * D(p, q) + ce_weight * (-log softmax(z)_y)         (Hinton et al., arXiv
     1503.02531, section 2)
 
-    forward_kl       D = sum_v p (log p - log q)             dD/dz = (q - p) / T reverse_kl       D
-    = sum_v q (log q - log p)             g = log q - log p jsd              D = b KL(p || m) + (1 -
-    b) KL(q || m),  g = (1 - b) log(q / m)      (arXiv 2306.13649, section 3)
-                         m = b p + (1 - b) q, in logarithms: where p and q both underflow, m would
-                         be 0
+    forward_kl       D = sum_v p (log p - log q)             dD/dz = (q - p) / T
+    reverse_kl       D = sum_v q (log q - log p)             g = log q - log p
+    jsd              D = b KL(p || m) + (1 - b) KL(q || m)   g = (1 - b) log(q / m)
+                     (arXiv 2306.13649, section 3), m = b p + (1 - b) q, in logarithms: where p and
+                     q both underflow, m would be 0
     total_variation  D = 1/2 sum_v |p - q|                   g = 1/2 sign(q - p)
 
 where dD/dz = q (g - sum_v q g) / T. A student's head may have more rows than the two models share
@@ -23,9 +23,10 @@ come to, and is finite for the others too; all else is computed on the shared id
 The teacher comes in one of three forms:
 
     Sparse   K ids with weights w, an unbiased picture of p, and p's entropy H: forward_kl = -sum_k
-    w_k log q_k - H Bucket   the K most probable ids; the rest is one more outcome: forward KL of
-    the K + 1 outcomes Dense    its final hidden states and head: logits are made chunk by chunk,
-    every divergence is exact
+             w_k log q_k - H
+    Bucket   the K most probable ids; the rest is one more outcome: forward KL of the K + 1 outcomes
+    Dense    its final hidden states and head: logits are made chunk by chunk, every divergence is
+             exact
 
 As the gradient is known in closed form, the forward pass computes it chunk by chunk of tokens and
 keeps only d loss / d h (N, H) and d loss / d W (V, H); backward multiplies them by the incoming

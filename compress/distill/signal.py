@@ -12,22 +12,22 @@ A scheme says how distributions are written down, `encode` and `decode` being pu
 = softmax(t / T), for each token:
 
     sampled  every p >= tau exactly ("heads"); the rest, mass r, is drawn by systematic sampling: S
-    = ceil(r / tau) points
-             (u + i) r / S, i < S, on the cumulative sum of the rest, one uniform u a token; each
-             hit weighs r / S <= tau. E[sum_k w_k f(id_k)] = sum_v p_v f(v) for any f, and the
-             weights add up to 1 exactly, so that losses and gradients are unbiased, where top-k
-             teaches the student that the tail does not exist (arXiv 2503.16870, sections 3-4). A
-             threshold spends bytes where they lower the variance: certain tokens take one id, flat
-             ones up to 1 / tau. (Ordering the ids by similar head rows before drawing was tried: no
-             smaller gradient error.)
+             = ceil(r / tau) points (u + i) r / S, i < S, on the cumulative sum of the rest, one
+             uniform u a token; each hit weighs r / S <= tau. E[sum_k w_k f(id_k)] = sum_v p_v f(v)
+             for any f, and the weights add up to 1 exactly, so that losses and gradients are
+             unbiased, where top-k teaches the student that the tail does not exist (arXiv
+             2503.16870, sections 3-4). A threshold spends bytes where they lower the variance:
+             certain tokens take one id, flat ones up to 1 / tau. (Ordering the ids by similar head
+             rows before drawing was tried: no smaller gradient error.)
     topk     the K most probable ids and probabilities; the rest becomes one bucket (biased, for
-    comparison)
+             comparison)
 
              r itself is kept in fp16 beside the heads, and all are scaled to add up to 1 where they
-             are read: a head rounded to 1 would leave no tail, and 1 minus rounded heads is off by
-             up to 2e-4 where r may be as small.
+                 are read: a head rounded to 1 would leave no tail, and 1 minus rounded heads is off
+                 by up to 2e-4 where r may be as small.
     hidden   final hidden states as int8, one fp16 scale per GROUP; times the teacher's head they
-    are all logits full     all logits in fp16 (tests only: 2 V bytes a token)
+             are all logits
+    full     all logits in fp16 (tests only: 2 V bytes a token)
 
 `entropy` of p is kept in fp16 by `sampled`, so that the KL itself, not only its gradient, can be
 reported.

@@ -13,14 +13,13 @@ and block by block. Pairs (s, t) say that student block s should give what teach
 default t = round((s + 1) T / S) - 1 for S and T blocks.
 
     layers      mean over pairs of |u(W h_s) - u(h_t)|^2 / H, u scaling to unit RMS, W learned where
-    the widths differ (arXiv 1909.10351, section 3) relations   at the last pair, KL(softmax(X_t
-    X_t^T / sqrt(d)) || softmax(X_s X_s^T / sqrt(d))), mean over X = Q, K, V and over heads of d
-                columns, which need not be attention's own heads; causal, so widths and head counts
-                may differ (arXiv 2012.15828, section 3)
+                the widths differ (arXiv 1909.10351, section 3)
+    relations   at the last pair, KL(softmax(X_t X_t^T / sqrt(d)) || softmax(X_s X_s^T / sqrt(d))),
+                mean over X = Q, K, V and over heads of d columns, which need not be attention's own
+                heads; causal, so widths and head counts may differ (arXiv 2012.15828, section 3)
     blocks      instead of the whole loss: the blocks up to s, from the pair before on, take the
-    teacher's states from the pair before as
-                input and learn its states at t; no gradient crosses from one pair to the next, and
-                no head is computed
+                teacher's states from the pair before as input and learn its states at t; no
+                gradient crosses from one pair to the next, and no head is computed
 
 Legend: R rows (sequences), L positions, P prompt tokens, N = R * L tokens, K teacher ids a token, H
 hidden, D width of Q, K or V, A relation heads.

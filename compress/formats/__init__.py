@@ -5,10 +5,12 @@ module writes it and reads it back.
 FORMATS and a module with three names, imported when it is used, since reading the configuration
 comes here:
 
-    write(checkpoint, out, type)     reload(file, threads) -> a `Reloaded` of
-    score/parity.py check_architecture(config)                  ValueError when an architecture, as
-    a transformers config, has no place in it check_teacher(path)                         optional:
-    ValueError when a teacher's tokenizer or tensors have none
+    write(checkpoint, out, type)
+    reload(file, threads)         -> a `Reloaded` of score/parity.py
+    check_architecture(config)    ValueError when an architecture, as a transformers config, has no
+                                  place in it
+    check_teacher(path)           optional: ValueError when a teacher's tokenizer or tensors have
+                                  none
 """
 
 import importlib

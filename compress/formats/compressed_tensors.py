@@ -7,8 +7,9 @@ format pack-quantized, and of each matrix model.safetensors holds, as the packag
 
     NAME.weight_packed  int32, 8 codes of 4 bits or 4 of 8 bits each, as unsigned numbers
     NAME.weight_scale   fp32 (R, C / group); fp16 numbers, stored wider because both readers
-    multiply in the type they find (grids/integer.py) NAME.weight_zero_point  int32, 8 of 4 bits
-    along R; asymmetric grids only NAME.weight_shape   (R, C)
+                        multiply in the type they find (grids/integer.py)
+    NAME.weight_zero_point  int32, 8 of 4 bits along R; asymmetric grids only
+    NAME.weight_shape   (R, C)
 
 Codes and scales are those of quant.safetensors, never computed again: Q4_0's (code - 8) * d is int4
 of group 32, Q8_0's code * d int8 of group 32, negative d included. 1-D tensors stay as they are.

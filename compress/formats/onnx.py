@@ -1,10 +1,10 @@
 """A checkpoint as a directory for ONNX Runtime GenAI, and back.
 
-    model.onnx, model.onnx.data   the graph, and its tensors one after the other genai_config.json
-    what GenAI asks of a model: names, shapes, ids tokenizer files               the checkpoint's,
-    byte for byte but for what GenAI does not read: cutting rules in tokenizer.json, and
-                                  several chat templates in tokenizer_config.json, which get files
-                                  of their own
+    model.onnx, model.onnx.data  the graph, and its tensors one after the other
+    genai_config.json  what GenAI asks of a model: names, shapes, ids
+    tokenizer files  the checkpoint's, byte for byte but for what GenAI does not read: cutting rules
+                     in tokenizer.json, and several chat templates in tokenizer_config.json, which
+                     get files of their own
 
 The graph is the one GenAI's own builder makes of a Llama, with one more output, `hidden_states`
 after the final norm; the builder is not used, because its quantizer would round again. All

@@ -9,8 +9,10 @@ on.
 Channels (Optimal Brain Surgeon; structured as in ZipLM, arXiv 2302.04089, section 3). With X (N, F)
 the inputs of the down projection W (H, F) and G = X^T X, damped by damping * mean(diag G), removing
 channel j costs, in squared error of the output that the others can't make up,
-    cost_j = ||W[:, j]||^2 / [G^-1]_jj,      then W <- W - W[:, j] [G^-1]_j: / [G^-1]_jj, and G^-1
-    likewise.
+
+    cost_j = ||W[:, j]||^2 / [G^-1]_jj
+    then W <- W - W[:, j] [G^-1]_j: / [G^-1]_jj, and G^-1 likewise.
+
 The cheapest `block` channels go together, W and G^-1 are brought up to date, and so on. What
 remains is the least-squares answer W G[:, keep] G[keep, keep]^-1, solved once at the end, free of
 drift. Left out: interactions inside one block of removals.

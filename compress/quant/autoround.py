@@ -1,9 +1,10 @@
 """AutoRound, through its own package: each block's rounding is learned by signed gradient descent
 on the block's output error.
 
-    w_q = s * clamp(round(w / s + v), -8, 7),   s = fp16(m / 8) with m = the block of 32's extreme
-    times a learned factor v, factors <- sign of the gradient of |block_q(x_q) - block(x)|^2
-    arXiv 2309.05516, section 3, algorithm 1
+    w_q = s * clamp(round(w / s + v), -8, 7),  s = fp16(m / 8) with m = the block of 32's extreme
+            times a learned factor
+    v, factors <- sign of the gradient of |block_q(x_q) - block(x)|^2  arXiv 2309.05516, section 3,
+            algorithm 1
 
 x_q come from the quantized blocks before, x from the unquantized model. The package's symmetric
 "full range" scale is signed, so its int4 group-32 result is Q4_0's own arithmetic, d = s and code =

@@ -8,8 +8,9 @@ factors); up's rows before down (gate * up). Rows keep no trace of it on a grid 
 every row, columns do:
 
     AWQ          s = mean|X|^a, a from 0 to 1 by the least output error of the rounded group
-    arXiv 2306.00978, section 3.2, eq. 4, 5 SmoothQuant  s = max|X|^0.5 / max|W|^0.5, for
-    activations quantized by the runtime            arXiv 2211.10438, section 4, eq. 4
+                 (arXiv 2306.00978, section 3.2, eq. 4, 5)
+    SmoothQuant  s = max|X|^0.5 / max|W|^0.5, for activations quantized by the runtime
+                 (arXiv 2211.10438, section 4, eq. 4)
 
 AWQ's error comes from the inputs' Gram matrix, tr((Q(W s) / s - W) G (...)^T), which is the error
 summed over tokens. Left out: AWQ's clipping, which a search of scales does on the grid itself.

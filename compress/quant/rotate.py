@@ -6,14 +6,12 @@ stay what they are. Two places need no operation at run time (QuaRot, arXiv 2404
 stage 1; R1 and R2 of SpinQuant, arXiv 2405.16406, section 3.1):
 
   values    inside every head, between v_proj and o_proj: attention averages values and Q is the
-  same for all positions. All heads
-            that share a value head turn alike, so grouped-query attention is no obstacle. Q is a
-            Hadamard matrix.
+            same for all positions. All heads that share a value head turn alike, so grouped-query
+            attention is no obstacle. Q is a Hadamard matrix.
   residual  the stream between blocks. Norms without weights commute with Q, so their weights are
-  first multiplied into
-            the readers; the last norm's goes into the head. A tied head is the embedding too, which
-            must not take that weight: left as it is, like a stream with norms on blocks' outputs
-            (Gemma 3).
+            first multiplied into the readers; the last norm's goes into the head. A tied head is
+            the embedding too, which must not take that weight: left as it is, like a stream with
+            norms on blocks' outputs (Gemma 3).
 
 Hadamard matrices are Sylvester's, of order 2^k; other widths m 2^k take the product of a random
 orthogonal m x m matrix and one, with random signs (a randomized Hadamard transform). Left out:

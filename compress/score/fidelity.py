@@ -1,8 +1,9 @@
 """How close a student is to a reference, on held-out text: KL, top-1 agreement, bits per byte.
 
-    kl(ref || student) = mean over tokens of sum_v p_v (log p_v - log q_v), in nats top1_agree
-    = share of positions where both put the same token first bits_per_byte      = -sum log2 q(label)
-    / bytes of the labels' text     (comparable across tokenizers)
+    kl(ref || student) = mean over tokens of sum_v p_v (log p_v - log q_v), in nats
+    top1_agree         = share of positions where both put the same token first
+    bits_per_byte      = -sum log2 q(label) / bytes of the labels' text (comparable across
+                       tokenizers)
 
 All are ratios r = sum_s a_s / sum_s b_s over the rows of packed held-out text, and so are those of
 a task that scores documents of s nats, w words and b bytes in all, over documents,

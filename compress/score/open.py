@@ -7,9 +7,11 @@ answers short prompts greedily, in at most ANSWER_TOKENS tokens, through its own
 (score/talk.py), and an answer is right when all checks of its prompt hold:
 
     must_contain       every member occurs, as a word, in any case; of a member that is a list, any
-    of its strings must_not_contain   none of these strings occurs pattern            a regular
-    expression is found (any case, ^ and $ at lines), within PATTERN_SECONDS exact              the
-    whole answer is one of these, but for case, white space and punctuation around it
+                       of its strings
+    must_not_contain   none of these strings occurs
+    pattern            a regular expression is found (any case, ^ and $ at lines), within
+                       PATTERN_SECONDS
+    exact  the whole answer is one of these, but for case, white space and punctuation around it
 
 Of one model, shares of its prompts with Jeffreys' interval (score/intervals.py):
 
@@ -19,20 +21,19 @@ Of one model, shares of its prompts with Jeffreys' interval (score/intervals.py)
 Beside the teacher, on the same prompts, paired:
 
     open/kept          of what the teacher gets right, the share that the model gets right;
-    Jeffreys' interval. Undecided where the teacher
-                       gets fewer than TEACHER_RIGHT right
-    open/loops_gained  loops minus the teacher's     open/ended_lost   the teacher's ended minus the
-    model's, both with the paired interval open/plausible     nats a token by which the teacher
-    finds the model's answers less likely than its own, the mean over prompts of
-                       (log p_T(own) / tokens - log p_T(answer) / tokens), on the fixed quarter;
-                       Student's interval. About 0: it says what its teacher would. An answer's end
-                       counts as a token where it ended
+                       Jeffreys' interval. Undecided where the teacher gets fewer than TEACHER_RIGHT
+                       right
+    open/loops_gained  loops minus the teacher's, with the paired interval
+    open/ended_lost    the teacher's ended minus the model's, with the paired interval
+    open/plausible     nats a token by which the teacher finds the model's answers less likely than
+                       its own, the mean over prompts of (log p_T(own) / tokens - log p_T(answer) /
+                       tokens), on the fixed quarter; Student's interval. About 0: it says what its
+                       teacher would. An answer's end counts as a token where it ended
     open/form_differing   share of the prompts that reach the model as other token ids than its
-    teacher: a template that lost
-                       something, a doubled BOS, another tokenizer. Exact, no interval
+                          teacher: a template that lost something, a doubled BOS, another tokenizer.
+                          Exact, no interval
     open/choice_gap    accuracy of picking the right one of four minus open/right, on the facts that
-    can be asked in both forms: how much
-                       the likelihood form flatters
+                       can be asked in both forms: how much the likelihood form flatters
 
 Intermediate stages answer the fixed quarter of the prompts whose number is divisible by 4; teacher
 and what ships answer all.

@@ -6,20 +6,20 @@ it is quantized, its rounded copy otherwise. The file is a `Reloaded`. Measured,
 it is more than arithmetic can explain; exact: F16 in llama.cpp and all that torch runs; others:
 integer types of llama.cpp, whose kernels round activations to 8 bits:
 
-    parity_values_differing     numbers of the twin that the decoded file does not hold bit for bit:
-    0 parity_kl_nats              KL(twin || file) on held-out text: at most 1e-5 where exact, 5e-3
-    for others parity_top1_beyond_gap      top-1 agreement where the twin's first two candidates are
-    more than TOP1_GAP nats apart: 1 where exact; at
-                                least 0.995 for others: 8-bit activations turned 1 of 1,789 such
-                                tokens of a demo
+    parity_values_differing   numbers of the twin that the decoded file does not hold bit for bit: 0
+    parity_kl_nats  KL(twin || file) on held-out text: at most 1e-5 where exact, 5e-3 for others
+    parity_top1_beyond_gap    top-1 agreement where the twin's first two candidates are more than
+            TOP1_GAP nats apart: 1 where exact; at least 0.995 for others: 8-bit activations turned
+            1 of 1,789 such tokens of a demo
     parity_greedy_tokens_count  greedy tokens of the file, of GREEDY, before the first that the twin
-    would not have said parity_greedy_gap_nats      by how much the twin preferred its own token
-    there, 0 without such a place: at most 1e-3 where exact, else told only parity_strings_differing
-    held-out strings that the runtime's tokenizer and the checkpoint's cut differently: 0
-    parity_eos_differing_flag   1 unless texts of the file end at every special token that ends the
-    checkpoint's (compress/models/ends.py), at one
-                                at least that each of its files names, and the file names no other
-                                end: 0
+            would not have said
+    parity_greedy_gap_nats    by how much the twin preferred its own token there, 0 without such a
+            place: at most 1e-3 where exact, else told only
+    parity_strings_differing  held-out strings that the runtime's tokenizer and the checkpoint's cut
+            differently: 0
+    parity_eos_differing_flag  1 unless texts of the file end at every special token that ends the
+            checkpoint's (compress/models/ends.py), at one at least that each of its files names,
+            and the file names no other end: 0
 
 Legend: N tokens, C tokens a chunk, V vocabulary.
 """

@@ -1,19 +1,20 @@
 """The bundle: what a deployment team receives, and can check without trusting us.
 
-hf/               the checkpoint as a plain Hugging Face directory model-TYPE.gguf,
-compressed_tensors/   the same weights as the recipe's `export.files` says (formats/__init__.py)
-README.md         model card: score table, verdicts, what it says, lineage, licences manifest.json
-files, lineage, limits, scores and evaluation settings; all that `accept` needs requests.jsonl
-every scored item as it was put to the teacher (context, choices, gold) and what it answered
-(logliks), so that accuracy
-                  kept can be measured again without any task's code
+hf/  the checkpoint as a plain Hugging Face directory
+model-TYPE.gguf, compressed_tensors/  the same weights as the recipe's `export.files` says
+        (formats/__init__.py)
+README.md         model card: score table, verdicts, what it says, lineage, licences
+manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
+requests.jsonl    every scored item as it was put to the teacher (context, choices, gold) and what
+                  it answered (logliks), so that accuracy kept can be measured again without any
+                  task's code
 answers.jsonl     what the judged file answered to these (where it could stop early, to those it was
-asked), so that `compress compare` can
-                  name what got better or worse
+                  asked), so that `compress compare` can name what got better or worse
 open_prompts.jsonl   the open prompts with their checks, as `eval.open_prompts` takes them
-                  (score/open.py); not there when nothing was asked
+                     (score/open.py); not there when nothing was asked
 open_answers.jsonl   what teacher and judged file said to them, {"id", "teacher": {answer, ended,
-                  loops, right}, "student": {...}}, so that `accept` needs no teacher for open/kept
+                     loops, right}, "student": {...}}, so that `accept` needs no teacher for
+                     open/kept
 SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
 """
 

@@ -1,9 +1,11 @@
 """One file per technique. `STAGES` is the only way from a name in a recipe to code.
 
 A stage is its configuration: a dataclass with
-    check_shape(config) -> config    the HF config after the stage; ValueError when it can't work on
-    this shape run(parent, out, ctx) -> metrics read one checkpoint directory, write another (metric
-    keys carry units)
+
+    check_shape(config) -> config      the HF config after the stage; ValueError when it can't work
+                                       on this shape
+    run(parent, out, ctx) -> metrics   reads one checkpoint directory, writes another; metric keys
+                                       carry units
 """
 
 from compress.stages.distill import Distill

@@ -44,11 +44,13 @@ def evaluation_texts() -> tuple[str, ...]:
 class Filter:
     """Why a conversation is not kept, in a word; what is kept is remembered.
 
-    unended    the teacher did not stop by itself looping    a turn repeats itself
-    (`repetition.loops`) short      a question of fewer than 3 words or an answer without a word
+    unended    the teacher did not stop by itself
+    looping    a turn repeats itself (`repetition.loops`)
+    short      a question of fewer than 3 words or an answer without a word
     evaluated  it shares PHRASE words in a row with a text that students are evaluated on, or holds
-    a shorter such text whole duplicate  more than ALIKE of its first question's word triples, of
-    both together, are those of an earlier question
+               a shorter such text whole
+    duplicate  more than ALIKE of its first question's word triples, of both together, are those of
+               an earlier question
     """
 
     PHRASE, ALIKE = 8, 0.7

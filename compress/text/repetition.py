@@ -4,11 +4,11 @@ writes by itself.
 A text loops when one of three holds, with words as separated by white space, in lower case:
 
 - run         a unit of 1 to 24 words stands at least three times in a row, and these repeats are at
-  least 8 words together
+              least 8 words together
 - recurrence  the same five words in a row occur at least four times, anywhere: lists that name one
-  thing again and again
+              thing again and again
 - characters  a unit of 1 to 4 characters stands at least twelve times in a row, as in
-  "1000000000000"; rules and indents are left out
+              "1000000000000"; rules and indents are left out
 
 The bounds let through what people write on purpose: "ha ha ha", "apple apple apple", a refrain, a
 table's rule.

@@ -1,10 +1,11 @@
 """A row of data, whatever its fields are called, as a document: a text, or a chat whose roles and
 contents were checked.
 
-    text                                              a text messages, conversations
-    turns: role or from, content or value, as OpenAI's and ShareGPT's instruction, input, output
-    Alpaca's question and answer prompt|question and answer|response|completion    a question and
-    its answer, as strings or as turns
+    text  a text
+    messages, conversations  turns: role or from, content or value, as OpenAI's and ShareGPT's
+    instruction, input, output  Alpaca's question and answer
+    prompt|question and answer|response|completion  a question and its answer, as strings or as
+            turns
 
 The first of these that a row has counts. `system`, a string, stands before a chat's turns; `tools`,
 a list of JSON schemas, is given to the chat template.

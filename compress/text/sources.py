@@ -4,17 +4,18 @@ sentence with file and row.
 A *source* is one string:
 
 embedded:docstrings      docstrings of the running Python's standard library (PSF licence), read
-with `ast`, never imported embedded:topics          `pydoc_data.topics`, the language reference's
-help texts (PSF licence) embedded:docstring_chat  question and answer pairs made of the docstrings'
-first paragraphs embedded:conversations   what the embedded teacher wrote out of nothing
-(`configs/conversations/README.md`), in its own chat template embedded:conversations_heldout   the
-last tenth of these, which the source above leaves out: never trained on PATH
-.txt (documents split at blank lines), .jsonl or .json (a row a line, or one array of rows),
-.parquet; all but the
-                         last also as .gz. A row is a string or has fields as in `rows.py`
-hub:NAME[@CONFIG]:SPLIT:FIELD   a hub dataset (FIELD holds a text or turns; needs the network)
+        with `ast`, never imported
+embedded:topics          `pydoc_data.topics`, the language reference's help texts (PSF licence)
+embedded:docstring_chat  question and answer pairs made of the docstrings' first paragraphs
+embedded:conversations   what the embedded teacher wrote out of nothing
+        (`configs/conversations/README.md`), in its own chat template
+embedded:conversations_heldout  the last tenth of these, which the source above leaves out: never
+        trained on
+PATH  .txt (documents split at blank lines), .jsonl or .json (a row a line, or one array of rows),
+      .parquet; all but the last also as .gz. A row is a string or has fields as in `rows.py`
+hub:NAME[@CONFIG]:SPLIT:FIELD  a hub dataset (FIELD holds a text or turns; needs the network)
 generated:COUNTxTOKENS:PROMPTS  what the teacher writes itself, out of nothing or on prompts
-(`written.py`)
+        (`written.py`)
 
 Text is UTF-8. Half surrogates (`\\ud83d` alone, as cut text has them) become U+FFFD, which is said
 once for a source.

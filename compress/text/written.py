@@ -1,19 +1,15 @@
 """Text that the teacher writes itself: conversations out of nothing, or continuations of given
 prompts.
 
-generated:COUNTxTOKENS:PROMPTS   Sequence-level distillation (arXiv 1606.07947, section 3.2): of
-plain text the teacher continues the
-                                 first PROMPT_TOKENS tokens by up to TOKENS; in a chat it answers
-                                 the questions anew, turn by turn.
-generated:COUNTxTOKENS:nothing   An instruct teacher gets nothing but the start of a user's turn,
-writes the question and then answers
-                                 it in up to TOKENS tokens (Magpie, arXiv 2406.08464, section 2.1).
-                                 It has learned on such turns, so what comes is near what it was
-                                 trained on: the best stand-in for data that nobody has any more.
-                                 Left to itself a small teacher mostly plans trips and launches
-                                 products, so OPENED of the conversations begin with one to five
-                                 given words (`configs/conversations/openings.txt`). A base model
-                                 writes from BOS.
+generated:COUNTxTOKENS:PROMPTS  Sequence-level distillation (arXiv 1606.07947, section 3.2): of
+        plain text the teacher continues the first PROMPT_TOKENS tokens by up to TOKENS; in a chat
+        it answers the questions anew, turn by turn.
+generated:COUNTxTOKENS:nothing  An instruct teacher gets nothing but the start of a user's turn,
+        writes the question and then answers it in up to TOKENS tokens (Magpie, arXiv 2406.08464,
+        section 2.1). It has learned on such turns, so what comes is near what it was trained on:
+        the best stand-in for data that nobody has any more. Left to itself a small teacher mostly
+        plans trips and launches products, so OPENED of the conversations begin with one to five
+        given words (`configs/conversations/openings.txt`). A base model writes from BOS.
 
 It samples from the TOP_P nucleus (arXiv 1904.09751): plain text at temperature 1, questions at
 QUESTION_TEMPERATURE, above which a small teacher asks for things that do not exist, answers at

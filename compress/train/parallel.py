@@ -2,7 +2,7 @@
 
     ddp     every rank holds the model; gradients are averaged (torch's `DistributedDataParallel`)
     fsdp2   every rank holds a shard of each parameter, gradient and moment; a block is gathered
-    while it computes (torch's `fully_shard`)
+            while it computes (torch's `fully_shard`)
 
 `compress run ... trainer=ddp` starts its own followers on this machine; under torchrun, one node or
 many, RANK and WORLD_SIZE are set already and nothing is started (the store must then be on a file

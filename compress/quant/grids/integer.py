@@ -4,8 +4,9 @@ them, bit for bit.
 Source: compressed_tensors/quantization/lifecycle/forward.py, `quantize`, `dequantize`. A group
 shares a scale s and, when asymmetric, a zero point z, an integer:
 
-    value = (q - z) * s       in the type of s, fp32 in our files        q in -8..7 or -127..127, z
-    in -8..7 or absent q     = round(clamp(x / s + z))       half to even, with s as it is stored
+    value = (q - z) * s       in the type of s, fp32 in our files;
+                              q in -8..7 or -127..127, z in -8..7 or absent
+    q     = round(clamp(x / s + z))       half to even, with s as it is stored
 
 Here s is an fp16 number, though files hold it as fp32: both readers multiply in the type of the
 stored scale, and an fp16 product of an 11-bit scale and a code would be rounded. In fp32 s * q, z *
@@ -13,11 +14,10 @@ s and their difference are exact, so this grid's step * q + floor, floor = -z * 
 may be negative: integers 4 bits wide reach further down than up, and the weight of largest
 magnitude takes the code -8 (llama.cpp's rule, so int4_g32 has the values of Q4_0).
 
-    int4_gN       s = m / -8, m the first element of largest magnitude with its sign
-    4 + 32 / N bits int4_asym_gN  s = (max(x, 0) - min(x, 0)) / 15, z = round(-8 - min(x, 0) / s)
-    4 + 36 / N bits int8_gN       s = max |x| / 127, as Q8_0: -128 stays unused
-    8 + 32 / N bits int8          the same with a scale for a whole row of any length
-    8 + 32 / row length bits
+    int4_gN       4 + 32 / N bits: s = m / -8, m the first element of largest magnitude, with its sign
+    int4_asym_gN  4 + 36 / N bits: s = (max(x, 0) - min(x, 0)) / 15, z = round(-8 - min(x, 0) / s)
+    int8_gN       8 + 32 / N bits: s = max |x| / 127, as Q8_0: -128 stays unused
+    int8          8 + 32 / row length bits: the same with a scale for a whole row of any length
 """
 
 import torch

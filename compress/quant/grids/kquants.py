@@ -5,17 +5,17 @@ without an importance matrix), `make_qkx2_quants`, `make_qx_quants`, `dequantize
 cut into groups with integer scales of their own; only the fp16 unit of those integers is stored for
 the whole block.
 
-    Q4_K, 144 bytes, 4.5 bits: fp16 d, fp16 dmin | 12 bytes, 8 scales sc and 8 minima mn of 6 bits |
-    128 bytes of codes
-        value = (d * sc) * code - dmin * mn, code 0..15, groups of 32 12 bytes: 0-3 low 6 bits
-        sc[0..3], 4-7 low 6 bits mn[0..3], their high 2 bits those of sc[4..7], mn[4..7]; 8-11 the
-        low 4 bits of sc[4..7] and, in the high half, of mn[4..7] codes: byte j of 32, for groups 2k
-        and 2k + 1, = code[2k][j] | code[2k + 1][j] << 4
-    Q6_K, 210 bytes, 6.5625 bits: 128 bytes low halves | 64 bytes high pairs | 16 int8 scales sc |
-    fp16 d
-        value = (d * sc) * (code - 32), code 0..63, groups of 16 each 128 codes, as 4 runs a, b, c,
-        e of 32: bytes a | c << 4, then b | e << 4 (low 4 bits), and a | b << 2 | c << 4 | e << 6
-        (high 2 bits)
+    Q4_K, 144 bytes, 4.5 bits:
+        fp16 d, fp16 dmin | 12 bytes, 8 scales sc and 8 minima mn of 6 bits | 128 bytes of codes
+        value = (d * sc) * code - dmin * mn, code 0..15, groups of 32
+        12 bytes: 0-3 low 6 bits sc[0..3], 4-7 low 6 bits mn[0..3], their high 2 bits those of
+        sc[4..7], mn[4..7]; 8-11 the low 4 bits of sc[4..7] and, in the high half, of mn[4..7]
+        codes: byte j of 32, for groups 2k and 2k + 1, = code[2k][j] | code[2k + 1][j] << 4
+    Q6_K, 210 bytes, 6.5625 bits:
+        128 bytes low halves | 64 bytes high pairs | 16 int8 scales sc | fp16 d
+        value = (d * sc) * (code - 32), code 0..63, groups of 16
+        each 128 codes, as 4 runs a, b, c, e of 32: bytes a | c << 4, then b | e << 4 (low 4 bits),
+        and a | b << 2 | c << 4 | e << 6 (high 2 bits)
 
 Q4_K fits a line to every group: 21 times, cut the range into 14 + k / 10 steps from the best floor
 so far, round, refit step and floor by weighted least squares (weights: the group's root mean square

@@ -3,18 +3,18 @@
 Source: ggml/src/ggml-quants.c, `quantize_row_q*_ref`, `dequantize_row_q*`. A block holds d, an fp16
 scale, then codes:
 
-    Q4_0, 18 bytes, 4.5 bits:  d | 16 bytes, byte j = code[j] | code[j + 16] << 4     value = d *
-    (code - 8), code 0..15
-        m = the first element of largest magnitude, with its sign;  d = m / -8;  code = min(15,
-        trunc(x / d + 8.5))
-    Q4_1, 20 bytes, 5 bits:    d | fp16 minimum m | 16 bytes as in Q4_0               value = d *
-    code + m, code 0..15
+    Q4_0, 18 bytes, 4.5 bits:  d | 16 bytes, byte j = code[j] | code[j + 16] << 4
+        value = d * (code - 8), code 0..15
+        m = the first element of largest magnitude, with its sign;  d = m / -8
+        code = min(15, trunc(x / d + 8.5))
+    Q4_1, 20 bytes, 5 bits:    d | fp16 minimum m | 16 bytes as in Q4_0
+        value = d * code + m, code 0..15
         m = min x;  d = (max x - m) / 15;  code = min(15, trunc((x - m) / d + 0.5))
     Q5_0, 22 bytes, 5.5 bits:  d | 4 bytes, bit j = code[j] >> 4 | low halves as in Q4_0
-        value = d * (code - 16), code 0..31;  as Q4_0 with d = m / -16, code = min(31, trunc(x / d +
-        16.5))
-    Q8_0, 34 bytes, 8.5 bits:  d | 32 int8                                            value = d *
-    code, code -127..127
+        value = d * (code - 16), code 0..31
+        as Q4_0 with d = m / -16, code = min(31, trunc(x / d + 16.5))
+    Q8_0, 34 bytes, 8.5 bits:  d | 32 int8
+        value = d * code, code -127..127
         d = max |x| / 127;  code = roundf(x / d), half away from zero
 
 x / d is x * (1 / d) with d (and m) still in fp32; only what is stored is rounded to fp16. So these

@@ -3,8 +3,9 @@
 Source: ggml/src/ggml-quants.c, `quantize_iq4_nl`, `dequantize_row_iq4_nl`. A block of 32 holds d,
 an fp16 scale, then 16 bytes as in Q4_0: the bytes of Q4_0, 4.5 bits a weight, but
 
-    value = d * NUMBERS[code]        the numbers lie closer where weights of a bell shape are more
-    frequent
+    value = d * NUMBERS[code]
+
+The numbers lie closer where weights of a bell shape are more frequent.
 
     plain rounding, without an importance matrix: with m the first element of largest magnitude, the
     scales m / t for t = 127, -134, -133, ..., -120 are tried in this order; each gives codes and,

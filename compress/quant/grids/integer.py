@@ -14,7 +14,7 @@ s and their difference are exact, so this grid's step * q + floor, floor = -z * 
 may be negative: integers 4 bits wide reach further down than up, and the weight of largest
 magnitude takes the code -8 (llama.cpp's rule, so int4_g32 has the values of Q4_0).
 
-    int4_gN       4 + 32 / N bits: s = m / -8, m the first element of largest magnitude, with its sign
+    int4_gN       4 + 32 / N bits: s = m / -8, m the first of the largest magnitude, with its sign
     int4_asym_gN  4 + 36 / N bits: s = (max(x, 0) - min(x, 0)) / 15, z = round(-8 - min(x, 0) / s)
     int8_gN       8 + 32 / N bits: s = max |x| / 127, as Q8_0: -128 stays unused
     int8          8 + 32 / row length bits: the same with a scale for a whole row of any length

@@ -1,7 +1,8 @@
 """Commit-sized record of a run: `python scripts/make_results.py runs/demo/<time> results/demo`
 copies run.json and every record.json, writes the table as Markdown and both sides' open
 answers, and puts the same table and three of the answers between the README's markers. Weights,
-items and paths of this machine stay behind.
+items and paths of this machine stay behind. The README's table has the columns that a first reader
+asks for; results/demo/table.md has them all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,19 @@ from compress.report.table import markdown_table, verdict_lines
 from compress.score.open import worst_first
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+COLUMNS = (
+    "slot",
+    "params (M)",
+    "size (MB)",
+    "KL to teacher",
+    "open kept",
+    "loops",
+    "kept",
+    "tok/s",
+    "verdict",
+)
+SENTENCES = ("size_bytes", "open/kept", "open/loops_gained", "kept")  # limits told in the README
+LONGEST_ANSWER = 160  # characters of an answer in the README
 SHOWN = (
     "facts-006",
     "lists-020",
@@ -42,7 +56,7 @@ def main(run_dir: str, out: str) -> None:
     )
     (folder / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     text = README.read_text()
-    for name, content in (("table", table), ("answers", answers_block(said))):
+    for name, content in (("table", table_block(run.records)), ("answers", answers_block(said))):
         pattern = re.compile(
             rf"(<!-- {name}: made by scripts/make_results.py -->\n).*?(<!-- end of {name} -->)",
             re.DOTALL,
@@ -53,17 +67,35 @@ def main(run_dir: str, out: str) -> None:
     README.write_text(text)
 
 
+def table_block(records: list[dict]) -> str:
+    """The run's table with the README's columns, and what the budget says of SENTENCES."""
+    lines = [line.strip("| ").split(" | ") for line in markdown_table(records).splitlines()]
+    places = [lines[0].index(name) for name in COLUMNS if name in lines[0]]
+    rows = ["| " + " | ".join(line[place] for place in places) + " |" for line in lines]
+    verdicts = [
+        f"- {' '.join(line.split())}"
+        for line in verdict_lines(records)
+        if line.split(": ", 1)[1].split()[0] in SENTENCES
+    ]
+    return "\n".join([*rows, "", *verdicts])
+
+
 def answers_block(said: list[dict]) -> str:
     """The SHOWN prompts with both answers, as Markdown."""
     by_id = {row["id"]: row for row in said}
     lines = ["| asked | teacher | student |", "|---|---|---|"]
     for row in (by_id[name] for name in SHOWN if name in by_id):
-        cells = [
-            " ".join(row[side].split()).replace("|", "\\|").replace("<", "&lt;")
-            for side in ("prompt", "teacher", "student")
-        ]
+        cells = [_short(row[side]) for side in ("prompt", "teacher", "student")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    """A cell of the table of answers, cut at LONGEST_ANSWER."""
+    line = " ".join(text.split())
+    if len(line) > LONGEST_ANSWER:
+        line = line[:LONGEST_ANSWER].rpartition(" ")[0] + " …"
+    return line.replace("|", "\\|").replace("<", "&lt;")
 
 
 if __name__ == "__main__":

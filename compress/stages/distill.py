@@ -84,15 +84,12 @@ class Distill(Optimization):
                 f"temperature={self.temperature} must be above 0 and jsd_beta={self.jsd_beta}"
                 " between 0 and 1"
             )
-        if self.divergence is not Divergence.forward_kl and self.signal.scheme in (
-            "sampled",
-            "topk",
-        ):
+        if self.divergence is not Divergence.forward_kl and self.signal.scheme == "sampled":
             raise ConfigError(
                 f"divergence={self.divergence} needs all of the teacher's probabilities; set"
                 " signal.scheme to hidden or online"
             )
-        if self.hidden_weight and self.signal.scheme not in ("hidden", "online"):
+        if self.hidden_weight and self.signal.scheme == "sampled":
             raise ConfigError(
                 f"hidden_weight={self.hidden_weight} needs the teacher's hidden states; set"
                 " signal.scheme to hidden or online"

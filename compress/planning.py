@@ -118,9 +118,7 @@ def _signal_bytes_per_token(stage: Any, teacher: dict[str, Any]) -> float:
     ids = 3 if teacher["vocab_size"] > 1 << 16 else 2
     return {
         "sampled": 6 + (2 + ids) * 0.5 / signal.threshold,
-        "topk": 2 + (2 + ids) * signal.top,
         "hidden": 1.04 * teacher["hidden_size"],
-        "full": 2.0 * teacher["vocab_size"],
         "online": 0.0,
     }[signal.scheme.value]
 

@@ -1,13 +1,13 @@
-"""What 4 bits cost: rounding, GPTQ, AutoRound and training under rounding (QAD) beside
-llama.cpp's, bitsandbytes' and torchao's formats.
+"""What 4 bits cost: rounding, GPTQ, AWQ and training under rounding (QAD) beside llama.cpp's,
+bitsandbytes' and torchao's formats.
 
 Every matrix is quantized, embeddings included. Files are exported, reloaded in llama.cpp and
 compared with their checkpoint (parity); KL to the full-precision model and perplexity are those of
 the reloaded file. QAD trains every weight on the grid of the file, from the kept signal of the
-unquantized model; GPTQ, AWQ and AutoRound see 64 x 512 tokens of the same text. Held-out text: the
+unquantized model; GPTQ and AWQ see 64 x 512 tokens of the same text. Held-out text: the
 language reference (`topics`) and, with --data, the last tenth of WikiText-2 validation; training
 text: docstrings and, with --data, the first nine tenths of two files. Nothing is tuned on held-out
-text here. AutoRound and torchao are left out where not installed.
+text here. torchao is left out where not installed.
 
 `python scripts/bench_quant.py [--source CHECKPOINT] [--data ../shared/data] [--work DIR] [--rows
 "Q4_0;MIXED"] [--cyllama PYTHON]` prints a table and ends with one line of JSON. With --work a
@@ -424,7 +424,6 @@ def plan(bench: Bench) -> dict[str, Callable[[str], None]]:
             tokens=tokens, lr=lr, scales=Scales.learned, balance=Balance.awq, allocate=small
         ),
         "Q4_0, QAD": Qat(tokens=tokens, lr=lr, scales=Scales.learned, balance=Balance.awq),
-        "Q4_0, AutoRound": Ptq(method=Method.autoround),
     }
     rows: dict[str, Callable[[str], None]] = {"F16": lambda name: bench.gguf(name, None, "F16")}
     if cyllama:
@@ -432,8 +431,6 @@ def plan(bench: Bench) -> dict[str, Callable[[str], None]]:
         rows["encoders"] = lambda name: bench.add(
             name, lambda: encoder_bytes_differing(cyllama, bench.work / "F16.gguf", bench.work)
         )
-    if not importlib.util.find_spec("auto_round"):
-        del stages["Q4_0, AutoRound"]
     peers = PEERS if importlib.util.find_spec("torchao") else {"NF4, bitsandbytes": nf4}
     rows |= {
         name: lambda name: bench.gguf(name, stages[name], name.partition(",")[0]) for name in stages
@@ -457,7 +454,6 @@ def summary(rows: dict[str, dict[str, float]], held: list[str]) -> dict[str, Any
         ("F16", "full"),
         ("Q4_0, rounding", "rtn"),
         ("Q4_0, GPTQ", "gptq"),
-        ("Q4_0, AutoRound", "autoround"),
         ("Q4_0, QAD", "qad"),
     ):
         figures |= {f"ppl_{name}/{text}": rows[row][f"ppl/{text}"] for text in held if row in rows}

@@ -40,7 +40,6 @@ from compress.train.packed import Packed
 LENGTH, BATCH, HELD_OUT = 512, 2, 4
 VARIANTS: dict[str, tuple[Scheme, Mix]] = {
     "forward KL, sampled": (Scheme("sampled"), Mix()),
-    "forward KL, top 16 and a bucket": (Scheme("topk", top=16), Mix()),
     "forward KL, hidden": (Scheme("hidden"), Mix()),
     "reverse KL, hidden": (Scheme("hidden"), Mix(divergence="reverse_kl")),
     "JSD 0.5, hidden": (Scheme("hidden"), Mix(divergence="jsd")),

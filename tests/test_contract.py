@@ -180,7 +180,7 @@ def outside(model, ids):
     return float(-load_model(model)(ids).logits.softmax(-1)[..., :512].sum(-1).log().mean())
 
 
-@pytest.mark.parametrize("scheme", ["sampled", "topk", "hidden", "full", "online"])
+@pytest.mark.parametrize("scheme", ["sampled", "hidden", "online"])
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_heads_padded_differently_are_compared_on_the_ids_they_share(
     which, scheme, tiny_teacher, tmp_path
@@ -192,7 +192,7 @@ def test_heads_padded_differently_are_compared_on_the_ids_they_share(
         batch_sequences=2,
         ce_weight=0.0,
         kl_weight=1.0,
-        signal=Signal(scheme=SchemeName(scheme), top=480),
+        signal=Signal(scheme=SchemeName(scheme)),
     )
     (tmp_path / "out").mkdir()
     context = make_context(teacher, tmp_path)

@@ -4,8 +4,6 @@ a stage.
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from conftest import make_context
@@ -127,27 +125,6 @@ def test_layer_distance_and_its_gradient_equal_the_textbook_in_float64(context, 
     assert float((mine - theirs).norm() / theirs.norm()) < 1e-6
 
 
-def test_blocks_learn_from_the_teachers_inputs_and_no_gradient_crosses_a_pair(context):
-    teacher = load_model(context.teacher)
-    student = copy.deepcopy(teacher)
-    with torch.no_grad():
-        student.model.layers[1].mlp.down_proj.weight.add_(0.1)
-    source = OnlineTeacher(teacher, context.text())
-    loss = FeatureLoss(make_loss(Mix()), student, source, Features(blocks=1.0))
-    total, _ = loss(student, one_batch(context.text(), source, [0]))
-    total.backward()
-    sizes = torch.stack(
-        [layer.self_attn.q_proj.weight.grad.abs().max() for layer in student.model.layers]
-    )
-    assert (sizes / sizes[1] > 1e-3).tolist() == [
-        False,
-        True,
-        False,
-        False,
-    ]  # behind the spoiled block everything would be off without the cut
-    assert student.get_input_embeddings().weight.grad is None
-
-
 @pytest.mark.parametrize(
     "features",
     [
@@ -166,22 +143,6 @@ def test_a_student_of_another_width_and_depth_comes_closer_inside(context, tmp_p
     assert set(load_file(tmp_path / "out/model.safetensors")) == set(
         load_file(parent / "model.safetensors")
     )  # projections stay behind
-
-
-def test_blocks_as_a_stage_bring_every_block_closer(context, tmp_path):
-    from compress.stages.prune_width import PruneWidth
-
-    PruneWidth(ffn=128).run(context.teacher, tmp_path / "cut", context)
-    stage = Distill(
-        kl_weight=0.0,
-        ce_weight=0.0,
-        features=Features(blocks=1.0),
-        signal=ONLINE,
-        tokens=32 * 4 * 40,
-        lr=3e-3,
-    )
-    metrics = stage.run(tmp_path / "cut", tmp_path / "out", context)
-    assert metrics["loss_last_nats"] < 0.9 * metrics["loss_first_nats"]
 
 
 def test_an_interrupted_run_with_projections_ends_in_the_same_bits(tiny_teacher, tmp_path):
@@ -214,20 +175,3 @@ def _interrupting(function, at):
         return function(*arguments)
 
     return called
-
-
-def test_another_width_is_refused_for_blocks(context, tmp_path):
-    source = OnlineTeacher(load_model(context.teacher), context.text())
-    with pytest.raises(ValueError, match="needs a student of the teacher's hidden size 64, got 48"):
-        FeatureLoss(
-            None, load_model(student_of(context.teacher, tmp_path)), source, Features(blocks=1.0)
-        )
-
-
-def test_blocks_with_activation_checkpointing_are_refused(tiny_teacher, tmp_path):
-    context = make_context(tiny_teacher, tmp_path, activation_checkpointing=True)
-    stage = Distill(
-        kl_weight=0.0, ce_weight=0.0, features=Features(blocks=1.0), signal=ONLINE, tokens=256
-    )
-    with pytest.raises(ValueError, match="without activation_checkpointing"):
-        stage.run(tiny_teacher, tmp_path / "out", context)

@@ -312,10 +312,6 @@ def test_a_signal_path_without_its_package_is_refused_before_work(tmp_path, monk
             "stages.heal.features.layers=1",
             "features need the teacher's inner states on given text; set signal.scheme=online",
         ),
-        (
-            "stages.heal.features.blocks=1",
-            "features.blocks trains every block by itself; set kl_weight, ce_weight, hidden_weight",
-        ),
         ("stages.heal.signal.threshold=2", "signal.threshold=2.0 must be in"),
         ("stages.heal.patience=2", "patience needs validations"),
         ("data.weights=[1,2,3]", "must be one number above 0 for each"),

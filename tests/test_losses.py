@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from compress.distill import losses
-from compress.distill.losses import Bucket, Dense, Mix, Sparse, head_loss, hidden_mse
+from compress.distill.losses import Dense, Mix, Sparse, head_loss, hidden_mse
 from compress.models.forward import Head
 
 N, H, V, H_TEACHER = 13, 5, 37, 7
@@ -131,18 +131,11 @@ def test_cross_entropy_alone_equals_plain_torch():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_bucket_is_the_kl_over_the_ids_and_one_more_outcome(temperature):
-    def bucket(t, hidden, weight):
-        p, ids = (t / temperature).softmax(-1).topk(6)
-        return Bucket(ids, p)
+def test_all_ids_of_a_tempered_teacher_give_the_tempered_divergence(temperature):
+    def tempered(t, hidden, weight):
+        return everything_sparse(t / temperature, hidden, weight)
 
-    def oracle(z, t, mix):
-        p, ids = (t / temperature).softmax(-1).topk(6)
-        q = (z / temperature).softmax(-1).gather(1, ids)
-        p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], 1) for x in (p, q))
-        return temperature**2 * (p * (p / q).log()).sum(-1)
-
-    compare(Mix(0.7, 0.4, temperature=temperature), bucket, oracle, 4)
+    compare(Mix(0.7, 0.4, temperature=temperature), tempered, divergence, 4)
 
 
 @pytest.mark.parametrize("name", losses.DIVERGENCES)
@@ -175,8 +168,8 @@ def test_jsd_is_finite_where_an_id_is_impossible_to_both(beta, temperature):
     )
     for dtype in (torch.float32, torch.float64):
         z, t = (row[None].to(dtype) for row in spread)
-        h = z.clone().requires_grad_()
-        loss = head_loss(h, Head(torch.eye(4, dtype=dtype)), labels, mask, Dense(t, None), mix)
+        h, unit = z.clone().requires_grad_(), Head(torch.eye(4, dtype=dtype))
+        loss = head_loss(h, unit, labels, mask, Dense(t, unit), mix)
         loss.backward()
         made.append((loss.double(), h.grad.double()))
     z = spread[:1].clone().requires_grad_()
@@ -230,9 +223,8 @@ def test_chunks_of_a_bf16_head_add_up_in_fp32():
         made = []
         for dtype in (torch.bfloat16, torch.float64):
             h, w, b = (x.bfloat16().to(dtype).requires_grad_() for x in (hidden, weight, bias))
-            head_loss(
-                h, Head(w, b), labels, mask, Dense(teacher.to(dtype), None), Mix(0.7, 0.4), chunk
-            ).backward()
+            target = Dense(teacher.to(dtype), Head(torch.eye(40, dtype=dtype)))
+            head_loss(h, Head(w, b), labels, mask, target, Mix(0.7, 0.4), chunk).backward()
             assert w.grad.dtype == b.grad.dtype == dtype
             made.append(torch.cat([w.grad.flatten(), b.grad]).double())
         errors[chunk] = float((made[0] - made[1]).norm() / made[1].norm())
@@ -332,7 +324,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
         (Mix(), None, "needs the teacher's signal"),
         (
             Mix(divergence="jsd"),
-            Bucket(torch.zeros(1, 1).long(), torch.ones(1, 1)),
+            Sparse(torch.zeros(1, 1).long(), torch.ones(1, 1), torch.zeros(1)),
             "jsd needs all of the teacher's probabilities",
         ),
     ],

@@ -20,11 +20,10 @@ ids: padding, which the teacher never gives. Both weights then also act on -log 
 softmax(z) leaves to the shared ids, which is what forward KL and cross-entropy over the whole head
 come to, and is finite for the others too; all else is computed on the shared ids.
 
-The teacher comes in one of three forms:
+The teacher comes in one of two forms:
 
-    Sparse   K ids with weights w, an unbiased picture of p, and p's entropy H: forward_kl = -sum_k
-             w_k log q_k - H
-    Bucket   the K most probable ids; the rest is one more outcome: forward KL of the K + 1 outcomes
+    Sparse   K ids with weights w, an unbiased picture of p, and p's entropy H:
+             forward_kl = -sum_k w_k log q_k - H
     Dense    its final hidden states and head: logits are made chunk by chunk, every divergence is
              exact
 
@@ -68,23 +67,14 @@ class Sparse(NamedTuple):
     entropy_N: Tensor
 
 
-class Bucket(NamedTuple):
-    """The most probable ids (N, K) int64, all different, and their probabilities (N, K)."""
-
-    ids_NK: Tensor
-    probs_NK: Tensor
-
-
 class Dense(NamedTuple):
-    """The teacher's final hidden states (N, H') and its head; without a head they are its logits
-    (N, V) already (tests).
-    """
+    """The teacher's final hidden states (N, H') and its head."""
 
     hidden_NH: Tensor
-    head: Head | None
+    head: Head
 
 
-Target = Sparse | Bucket | Dense
+Target = Sparse | Dense
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class Mix:
         if not isinstance(target, Dense | None) and self.divergence != "forward_kl":
             raise ValueError(
                 f"{self.divergence} needs all of the teacher's probabilities: use"
-                " signal.scheme=hidden, full or online, not sparse ids"
+                " signal.scheme=hidden or online, not sparse ids"
             )
 
 
@@ -142,7 +132,7 @@ class _FusedHead(torch.autograd.Function):
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         with torch.autocast(device, enabled=False):
             head = head.to(compute)
-            if isinstance(target, Dense) and target.head is not None:
+            if isinstance(target, Dense):
                 target = Dense(target.hidden_NH.to(compute), target.head.to(compute))
             d_hidden = torch.empty_like(hidden_NH) if need_h else None
             empty = (
@@ -223,10 +213,8 @@ def _reader(target: Any, part: slice) -> Callable[[slice], Any]:
         return lambda at: None
     if not isinstance(target, Dense):
         return lambda at: target._make(tensor[part][at] for tensor in target)
-    head, hidden_CH = target.head, target.hidden_NH[part]
-    if head is None:
-        return lambda at: hidden_CH[at]
-    products_CV = _products(hidden_CH, head)
+    head = target.head
+    products_CV = _products(target.hidden_NH[part], head)
     return lambda at: head.finish(products_CV[at])
 
 
@@ -301,7 +289,7 @@ def _gradient(
 
 
 def _sparse(
-    logits_CV: Tensor, labels_C: Tensor, kl_C: Tensor, ce_C: Tensor, target: Sparse | Bucket | None
+    logits_CV: Tensor, labels_C: Tensor, kl_C: Tensor, ce_C: Tensor, target: Sparse | None
 ) -> tuple[Tensor, Tensor]:
     """kl_C * forward KL + ce_C * cross-entropy, and the gradient; one pass of exp serves both.
     Overwrites its logits.
@@ -313,41 +301,18 @@ def _sparse(
     sum_C1 = exp_CV.sum(-1, keepdim=True)
     lse_C = (max_C1 + sum_C1.log())[:, 0]
     loss_C = ce_C * (lse_C - label_C1[:, 0])
-    everywhere_C, at_ids_CK = ce_C, None
-    if isinstance(target, Sparse):
+    everywhere_C = ce_C
+    if target is not None:
         mass_C = target.probs_NK.sum(-1)
         loss_C = loss_C + kl_C * (
             mass_C * lse_C - (target.probs_NK * targets_CK).sum(-1) - target.entropy_N
         )
-        everywhere_C, at_ids_CK = kl_C * mass_C + ce_C, -kl_C[:, None] * target.probs_NK
-    elif isinstance(target, Bucket):
-        log_q_CK = targets_CK - lse_C[:, None]
-        kl_loss_C, tail_C, correction_CK = _bucket(log_q_CK, target.probs_NK)
-        loss_C = loss_C + kl_C * kl_loss_C
-        everywhere_C, at_ids_CK = kl_C * tail_C + ce_C, kl_C[:, None] * correction_CK
+        everywhere_C = kl_C * mass_C + ce_C
     grad_CV = exp_CV.mul_(everywhere_C[:, None] / sum_C1)
-    if target is not None and at_ids_CK is not None:
-        grad_CV.scatter_add_(1, target.ids_NK, at_ids_CK)
+    if target is not None:
+        grad_CV.scatter_add_(1, target.ids_NK, -kl_C[:, None] * target.probs_NK)
     grad_CV.scatter_add_(1, labels_C[:, None], -ce_C[:, None])
     return loss_C.double().sum(), grad_CV
-
-
-def _bucket(log_q_CK: Tensor, p_CK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward KL over K ids and one bucket: (loss (C,), factor of q everywhere (C,), what to add
-    at the ids (C, K)).
-
-    With r and t the teacher's and the student's mass outside the ids: d/dz = q - p at the ids, q (1
-    - r / t) elsewhere.
-    """
-    q_CK = log_q_CK.exp()
-    tiny = torch.finfo(p_CK.dtype).tiny
-    rest_C = (1 - p_CK.sum(-1)).clamp_min(0)
-    tail_C = (1 - q_CK.sum(-1)).clamp_min(torch.finfo(p_CK.dtype).eps)
-    loss_C = (p_CK * (p_CK.clamp_min(tiny).log() - log_q_CK)).sum(-1) + rest_C * (
-        rest_C.clamp_min(tiny) / tail_C
-    ).log()
-    ratio_C = rest_C / tail_C
-    return loss_C, 1 - ratio_C, q_CK * ratio_C[:, None] - p_CK
 
 
 def _dense(logits_CV: Tensor, teacher_CV: Tensor, kl_C: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:

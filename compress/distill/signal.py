@@ -19,15 +19,11 @@ A scheme says how distributions are written down, `encode` and `decode` being pu
              2503.16870, sections 3-4). A threshold spends bytes where they lower the variance:
              certain tokens take one id, flat ones up to 1 / tau. (Ordering the ids by similar head
              rows before drawing was tried: no smaller gradient error.)
-    topk     the K most probable ids and probabilities; the rest becomes one bucket (biased, for
-             comparison)
-
              r itself is kept in fp16 beside the heads, and all are scaled to add up to 1 where they
                  are read: a head rounded to 1 would leave no tail, and 1 minus rounded heads is off
                  by up to 2e-4 where r may be as small.
     hidden   final hidden states as int8, one fp16 scale per GROUP; times the teacher's head they
              are all logits
-    full     all logits in fp16 (tests only: 2 V bytes a token)
 
 `entropy` of p is kept in fp16 by `sampled`, so that the KL itself, not only its gradient, can be
 reported.
@@ -55,7 +51,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load, save
 from torch import Tensor
 
-from compress.distill.losses import Bucket, Dense, Sparse, Target
+from compress.distill.losses import Dense, Sparse, Target
 from compress.errors import ResourceError
 from compress.keys import SIGNALS, sources_digest, versions_of
 from compress.models.checkpoint import best_device, load_model, weights_digest
@@ -77,8 +73,7 @@ class Scheme(NamedTuple):
 
     name: str = "sampled"
     threshold: float = 1 / 20  # sampled: tau
-    top: int = 64  # topk: K
-    temperature: float = 1.0  # sampled and topk: T
+    temperature: float = 1.0  # sampled: T
 
 
 @torch.inference_mode()
@@ -98,33 +93,17 @@ def encode(hidden_LH: Tensor, head: Head, scheme: Scheme, generator: torch.Gener
     parts: list[Shard] = []
     for chunk in hidden_LH.split(CHUNK):
         logits_CV = head.logits(chunk)
-        if scheme.name != "full" and scheme.temperature != 1.0:
+        if scheme.temperature != 1.0:
             logits_CV.div_(scheme.temperature)
-        if scheme.name == "full":
-            parts.append({"logits": logits_CV.half()})
-        elif scheme.name == "topk":
-            p_CV = logits_CV.softmax(-1)
-            p_CK, ids_CK = p_CV.topk(min(scheme.top, logits_CV.shape[1] - 1))
-            parts.append(
-                {
-                    "ids": ids_CK,
-                    "probs": p_CK.half(),
-                    "rest": p_CV.scatter_(1, ids_CK, 0.0).sum(-1).half(),
-                }
-            )
-        else:
-            u_C = torch.rand(len(chunk), generator=generator, dtype=torch.float64).to(
-                logits_CV.device
-            )
-            parts.append(sample(logits_CV, scheme.threshold, u_C))
+        u_C = torch.rand(len(chunk), generator=generator, dtype=torch.float64).to(logits_CV.device)
+        parts.append(sample(logits_CV, scheme.threshold, u_C))
     whole = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-    if (
-        "ids" in whole
-    ):  # in two bytes, and a third in a tensor of its own where the vocabulary needs it
-        ids = whole.pop("ids")
-        whole["ids_low"] = (ids & 0xFFFF).to(torch.uint16)
-        if len(head.weight_VH) > 1 << 16:
-            whole["ids_high"] = (ids >> 16).to(torch.uint8)
+
+    # ids in two bytes, and a third in a tensor of its own where the vocabulary needs it
+    ids = whole.pop("ids")
+    whole["ids_low"] = (ids & 0xFFFF).to(torch.uint16)
+    if len(head.weight_VH) > 1 << 16:
+        whole["ids_high"] = (ids >> 16).to(torch.uint8)
     return whole
 
 
@@ -180,8 +159,6 @@ def _systematic(rest_CV: Tensor, token_M: Tensor, quantile_M: Tensor) -> Tensor:
 def decode(rows: list[Shard], scheme: Scheme) -> dict[str, Tensor]:
     """Tensors of a batch out of `encode`'s, for N tokens in all: what `as_target` takes."""
     joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    if scheme.name == "full":
-        return {"teacher_logits": joined["logits"].float()}
     if scheme.name == "hidden":
         codes, scales = joined["codes"], joined["scales"].float()
         return {
@@ -196,8 +173,6 @@ def decode(rows: list[Shard], scheme: Scheme) -> dict[str, Tensor]:
     )
     if "ids_high" in joined:
         ids += joined["ids_high"].long() << 16
-    if scheme.name == "topk":
-        return {"ids": ids, "probs": probs / (probs.sum(-1) + rest_N)[:, None]}
     heads_N, draws_N = joined["heads"].long(), joined["draws"].long()
     count_N, tokens = heads_N + draws_N, torch.arange(len(heads_N))
     token = torch.repeat_interleave(tokens, count_N)
@@ -216,16 +191,14 @@ def decode(rows: list[Shard], scheme: Scheme) -> dict[str, Tensor]:
 
 
 def as_target(batch: dict[str, Tensor], head: Head | None) -> Target | None:
-    """The teacher in a batch as `losses.py` wants it; `head` is the teacher's,
-    for hidden states.
+    """The teacher in a batch as `losses.py` wants it; `head` is the teacher's, without which hidden
+    states say nothing.
     """
     if "entropy" in batch:
         return Sparse(batch["ids"], batch["probs"], batch["entropy"])
-    if "ids" in batch:
-        return Bucket(batch["ids"], batch["probs"])
-    if "teacher_logits" in batch:
-        return Dense(batch["teacher_logits"], None)
-    return Dense(batch["teacher_hidden"], head) if "teacher_hidden" in batch else None
+    if head is None or "teacher_hidden" not in batch:
+        return None
+    return Dense(batch["teacher_hidden"], head)
 
 
 def made_with(folder: str | None = None) -> dict[str, Any]:
@@ -265,9 +238,7 @@ class Signals:
         ValueError when a signal of another meta is there.
         """
         self.teacher, self.data, self.scheme, self.log, self.load = teacher, data, scheme, log, load
-        fields = {"sampled": ("threshold", "temperature"), "topk": ("top", "temperature")}.get(
-            scheme.name, ()
-        )  # that decide a scheme's bytes
+        fields = ("threshold", "temperature") if scheme.name == "sampled" else ()
         self.meta: dict[str, Any] = {
             "schema": 3,
             "scheme": scheme.name,
@@ -322,7 +293,7 @@ class Signals:
 
     @property
     def teacher_head(self) -> Head | None:
-        """The head that turns kept hidden states into logits; None for the other schemes."""
+        """The head that turns kept hidden states into logits; None for `sampled`."""
         if self.scheme.name == "hidden" and self._head is None:
             self._open_teacher()
         return self._head

@@ -8,18 +8,15 @@ have said there. Only those places are labels. Which steps are on-policy, and th
 functions of (seed, step, weights), so that a resumed run writes the same. Divergences for it:
 reverse_kl or jsd, which the paper finds better than forward KL there.
 
-Learning from the teacher's inner states (`FeatureLoss`): layer by layer, by attention relations,
-and block by block. Pairs (s, t) say that student block s should give what teacher block t gives; by
-default t = round((s + 1) T / S) - 1 for S and T blocks.
+Learning from the teacher's inner states (`FeatureLoss`): layer by layer, and by attention
+relations. Pairs (s, t) say that student block s should give what teacher block t gives; by default
+t = round((s + 1) T / S) - 1 for S and T blocks.
 
     layers      mean over pairs of |u(W h_s) - u(h_t)|^2 / H, u scaling to unit RMS, W learned where
                 the widths differ (arXiv 1909.10351, section 3)
     relations   at the last pair, KL(softmax(X_t X_t^T / sqrt(d)) || softmax(X_s X_s^T / sqrt(d))),
                 mean over X = Q, K, V and over heads of d columns, which need not be attention's own
                 heads; causal, so widths and head counts may differ (arXiv 2012.15828, section 3)
-    blocks      instead of the whole loss: the blocks up to s, from the pair before on, take the
-                teacher's states from the pair before as input and learn its states at t; no
-                gradient crosses from one pair to the next, and no head is computed
 
 Legend: R rows (sequences), L positions, P prompt tokens, N = R * L tokens, K teacher ids a token, H
 hidden, D width of Q, K or V, A relation heads.
@@ -52,6 +49,7 @@ from compress.train.packed import Packed
 if TYPE_CHECKING:
     from compress.stages.distill import Features
 
+PAIRS = 4  # of blocks whose states are compared, where features.pairs names none
 Pairs = list[tuple[int, int]]
 Batches = Callable[[int, int], list[Batch]]  # (step, micro) -> this rank's micro-batches
 
@@ -71,13 +69,11 @@ def blocks_of(model: Any) -> nn.ModuleList:
 
 
 @contextmanager
-def tapped(model: Any, layers: Sequence[int], projections: Sequence[int] = (),
-           inputs: dict[int, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:  # fmt: skip
-    """Collect, while `model` runs, outputs (R, L, H) of `layers` as "layer<i>", -1 being the
-    embeddings, and Q, K, V of `projections` as "q<i>".
-
-    `inputs`: what blocks get instead of their predecessor's output. ValueError when a block has no
-    q_proj, k_proj, v_proj.
+def tapped(
+    model: Any, layers: Sequence[int], projections: Sequence[int] = ()
+) -> Iterator[dict[str, Tensor]]:
+    """Collect, while `model` runs, outputs (R, L, H) of `layers` as "layer<i>" and Q, K, V of
+    `projections` as "q<i>". ValueError when a block has no q_proj, k_proj, v_proj.
     """
     seen: dict[str, Tensor] = {}
     blocks = blocks_of(model)
@@ -89,14 +85,7 @@ def tapped(model: Any, layers: Sequence[int], projections: Sequence[int] = (),
 
     with ExitStack() as hooks:
         for i in layers:
-            if i < 0:
-                hooks.enter_context(
-                    blocks[0].register_forward_pre_hook(
-                        lambda module, arguments: seen.update({"layer-1": arguments[0]})
-                    )
-                )
-            else:
-                hooks.enter_context(blocks[i].register_forward_hook(keep(f"layer{i}")))
+            hooks.enter_context(blocks[i].register_forward_hook(keep(f"layer{i}")))
         for i in projections:
             for name in "qkv":
                 projection = getattr(getattr(blocks[i], "self_attn", None), f"{name}_proj", None)
@@ -106,12 +95,6 @@ def tapped(model: Any, layers: Sequence[int], projections: Sequence[int] = (),
                         " features.relations=0"
                     )
                 hooks.enter_context(projection.register_forward_hook(keep(f"{name}{i}")))
-        for i, given in (inputs or {}).items():
-            hooks.enter_context(
-                blocks[i].register_forward_pre_hook(
-                    lambda module, arguments, given=given: (given, *arguments[1:])
-                )
-            )
         yield seen
 
 
@@ -370,8 +353,8 @@ def relation_kl(student_RLD: Tensor, teacher_RLD: Tensor, mask_N: Tensor, heads:
 
 
 class FeatureLoss(nn.Module):
-    """`loss_fn` plus the weighted terms, or with `blocks` that term alone; its projections train
-    with the student and end with the stage.
+    """`loss_fn` plus the weighted terms; its projections train with the student and end with the
+    stage.
     """
 
     def __init__(
@@ -393,13 +376,8 @@ class FeatureLoss(nn.Module):
             int(getattr(other, "num_key_value_heads", 1)),
         )
         self.pairs = (
-            check_pairs(features.pairs, *depths)
-            if features.pairs
-            else layer_pairs(*depths, depths[0] if features.blocks else 4)
+            check_pairs(features.pairs, *depths) if features.pairs else layer_pairs(*depths, PAIRS)
         )
-        if features.blocks and width != wide:
-            wanted = f"needs a student of the teacher's hidden size {wide}, got {width}"
-            raise ValueError(f"features.blocks={features.blocks} {wanted}; use features.layers")
         if features.relations:
             columns = head_dim(config) * getattr(
                 config, "num_key_value_heads", config.num_attention_heads
@@ -416,20 +394,11 @@ class FeatureLoss(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for weight in self.projections.parameters():
             nn.init.orthogonal_(weight, generator=generator)
-        states = [-1, *(t for _, t in self.pairs)] if features.layers or features.blocks else []
+        states = [t for _, t in self.pairs] if features.layers else []
         teacher.taps = states, [self.pairs[-1][1]] if features.relations else []
 
     def forward(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         weights, (last_s, last_t), mask_N = self.features, self.pairs[-1], batch["mask"].flatten()
-        if weights.blocks:
-            before = [(-1, -1), *self.pairs[:-1]]
-            given = {
-                s + 1: batch[f"teacher/layer{t}"].to(next(model.parameters()).dtype)
-                for s, t in before
-            }
-            with tapped(model, [s for s, _ in self.pairs], inputs=given) as seen:
-                hidden_states(model, batch["inputs"], batch.get("positions"))
-            return weights.blocks * self._distance(seen, batch, mask_N), torch.count_nonzero(mask_N)
         with tapped(
             model,
             [s for s, _ in self.pairs] if weights.layers else [],

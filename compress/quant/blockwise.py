@@ -2,10 +2,10 @@
 produce, and kept when finished.
 
 What lies in memory besides the model are the hidden states of the calibration text in front of the
-present block (AutoRound: also the unquantized model's). A finished block is one file in the work
-folder: a killed run finds it there and only sends the text through it again. Inside a block the
-groups go in order of use, each behind the rounded ones before it (GPTQ's "true sequential" order).
-A tied embedding goes first, measured as a head by the unquantized model's final states.
+present block. A finished block is one file in the work folder: a killed run finds it there and
+only sends the text through it again. Inside a block the groups go in order of use, each behind the
+rounded ones before it (GPTQ's "true sequential" order). A tied embedding goes first, measured as a
+head by the unquantized model's final states.
 
 Legend: B sequences, L tokens of one, H hidden, C channels.
 """
@@ -126,7 +126,6 @@ class Blockwise:
         search: bool = False,
         balance: str = "none",
         damping: float = 0.01,
-        autoround: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None,
         keep: bool = False,
     ) -> None:
         self.model, self.layout, self.method, self.search, self.balance = (
@@ -136,7 +135,7 @@ class Blockwise:
             search,
             balance,
         )
-        self.damping, self.autoround, self.keep = damping, autoround, keep
+        self.damping, self.keep = damping, keep
         self.whole: dict[str, Tensor] = {}  # with `keep`: every matrix before rounding
         self.made: dict[str, Quantized] = {}
         self.lost = torch.zeros(
@@ -190,7 +189,6 @@ class Blockwise:
             if not pair[0].startswith("model.layers.")
         ]
         stream, started, fresh = Stream(self.model, ids_BL, precision), time.monotonic(), 0
-        reference = list(stream.states) if self.autoround else []
         self._kept(
             work / "embeddings.safetensors",
             embedding,
@@ -198,11 +196,10 @@ class Blockwise:
         )
         stream.enter()
         for index, block in enumerate(stream.blocks):
-            reference = [stream.call(index, x_BLH) for x_BLH in reference]
             fresh += self._kept(
                 work / f"block-{index:04d}.safetensors",
                 block,
-                partial(self._block, index, stream, reference),
+                partial(self._block, index, stream),
             )
             stream.advance(index)
             left = (time.monotonic() - started) / max(1, fresh) * (len(stream.blocks) - index - 1)
@@ -215,10 +212,8 @@ class Blockwise:
             stream.advance(index)
         self.round(name, embedding.weight, stream.final_gram() if tied else None)
 
-    def _block(self, index: int, stream: Stream, wanted: list[Tensor]) -> None:
-        """Balance and round one block. `wanted`: its output in the unquantized model, where that
-        is needed.
-        """
+    def _block(self, index: int, stream: Stream) -> None:
+        """Balance and round one block."""
         block, prefix = stream.blocks[index], f"model.layers.{index}."
         groups = groups_of(block)
         if self.balance != "none":  # all of them measured on the weights as they are
@@ -233,12 +228,6 @@ class Blockwise:
                         else smoothquant_scales(group, inputs)
                     ),
                 )
-        if self.autoround is not None:
-            with stream.cast():
-                learned = self.autoround(block, stream.keywords[index], stream.states, wanted)
-            for name, made in learned.items():
-                self.put(f"{prefix}{name}.weight", block.get_submodule(name).weight, *made)
-            return
         for group in groups:
             gram_CC = (
                 stream.inputs(index, [group])[0].gram_CC

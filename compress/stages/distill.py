@@ -30,22 +30,20 @@ class Features:
 
     layers: float = 0.0
     relations: float = 0.0
-    blocks: float = 0.0  # a phase of its own: every other weight must be 0
     pairs: list[list[int]] = field(
         default_factory=list
-    )  # [student block, teacher block]; empty: evenly spaced, every block with `blocks`, else 4
+    )  # [student block, teacher block]; empty: 4, evenly spaced
 
     def __post_init__(self) -> None:
-        if min(self.layers, self.relations, self.blocks) < 0:
+        if min(self.layers, self.relations) < 0:
             raise ConfigError(
-                f"features of weights {self.layers}, {self.relations}, {self.blocks}: none may be"
-                " negative"
+                f"features of weights {self.layers}, {self.relations}: none may be negative"
             )
 
     @property
     def used(self) -> bool:
         """Whether any term is asked for."""
-        return bool(self.layers or self.relations or self.blocks)
+        return bool(self.layers or self.relations)
 
 
 @dataclass
@@ -84,25 +82,15 @@ class Distill(Optimization):
                 f"temperature={self.temperature} must be above 0 and jsd_beta={self.jsd_beta}"
                 " between 0 and 1"
             )
-        if self.divergence is not Divergence.forward_kl and self.signal.scheme in (
-            "sampled",
-            "topk",
-        ):
+        if self.divergence is not Divergence.forward_kl and self.signal.scheme == "sampled":
             raise ConfigError(
                 f"divergence={self.divergence} needs all of the teacher's probabilities; set"
                 " signal.scheme to hidden or online"
             )
-        if self.hidden_weight and self.signal.scheme not in ("hidden", "online"):
+        if self.hidden_weight and self.signal.scheme == "sampled":
             raise ConfigError(
                 f"hidden_weight={self.hidden_weight} needs the teacher's hidden states; set"
                 " signal.scheme to hidden or online"
-            )
-        if self.features.blocks and (
-            sum(weights) or self.features.layers or self.features.relations
-        ):
-            raise ConfigError(
-                "features.blocks trains every block by itself; set kl_weight, ce_weight,"
-                " hidden_weight and the other features to 0"
             )
         if self.features.used and (self.signal.scheme != "online" or self.on_policy):
             raise ConfigError(
@@ -149,14 +137,8 @@ class Distill(Optimization):
                 f"on_policy needs prompt_tokens={self.prompt_tokens} below"
                 f" data.seq_len={ctx.seq_len}, and a whole model: trainer=auto or ddp"
             )
-        alone = self.features.blocks and (ctx.parallel != "none" or ctx.activation_checkpointing)
-        if self.features.used and (
-            ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic" or alone
-        ):
-            raise ValueError(
-                "features need whole fp32 models (trainer=auto or ddp); features.blocks needs"
-                " trainer=auto without activation_checkpointing"
-            )
+        if self.features.used and (ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic"):
+            raise ValueError("features need whole fp32 models: trainer=auto or ddp")
         vocabulary = common_vocabulary(parent, ctx.teacher)
         data, sequences = ctx.text(), self.sequences(ctx.seq_len)
         model = load_model(parent)

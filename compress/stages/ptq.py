@@ -1,7 +1,7 @@
 """`ptq`: post-training quantization of every matrix of a model, embeddings and head included, onto
 a grid that ships.
 
-Codes to the nearest, by GPTQ or by AutoRound; before that, weights may be balanced (AWQ,
+Codes to the nearest or by GPTQ; before that, weights may be balanced (AWQ,
 SmoothQuant) and rotated: one file each in `compress/quant/`. Scales by the format's own plain
 rounding (`round`: with `method: nearest` the codes are what llama.cpp's quantizer writes, bit for
 bit) or by a search that minimises each block's squared error, weighted by its inputs where they are
@@ -42,7 +42,7 @@ GridName = StrEnum(
         "int8",
     ],
 )
-Method = StrEnum("Method", ["nearest", "gptq", "autoround"])  # how codes are chosen
+Method = StrEnum("Method", ["nearest", "gptq"])  # how codes are chosen
 Balance = StrEnum(
     "Balance", ["none", "awq", "smoothquant"]
 )  # what is folded between layers before rounding
@@ -185,20 +185,12 @@ class Ptq(OnGrid):
     rotate: bool = False
     calibration_sequences: int = 64
     damping: float = 0.01  # gptq: relative to the mean of the second moments
-    iterations: int = 50  # autoround: steps a block
 
     def __post_init__(self) -> None:
         self.check_grid("ptq")
-        if self.method == Method.autoround and self.layout_name != "q4_0":
-            raise ValueError(
-                "ptq.method is autoround: its symmetric 4-bit blocks of 32 are those of grid q4_0,"
-                f" got {self.layout_name}; use method=gptq"
-            )
-        gptq, autoround = self.method == Method.gptq, self.method == Method.autoround
         for key, used in (
             ("calibration_sequences", self.passes > 0),
-            ("iterations", autoround),
-            ("damping", gptq),
+            ("damping", self.method == Method.gptq),
         ):
             value, default = getattr(self, key), getattr(Ptq, key)
             if value != default and not used:
@@ -216,10 +208,7 @@ class Ptq(OnGrid):
     @property
     def passes(self) -> int:
         """How often the calibration text goes through the model: 0 where no data is needed."""
-        trained = -(
-            -24 * self.iterations // max(1, self.calibration_sequences)
-        )  # batches of 8, forward and backward
-        rounding = {Method.nearest: 0, Method.gptq: 6, Method.autoround: 3 + trained}[self.method]
+        rounding = {Method.nearest: 0, Method.gptq: 6}[self.method]
         return rounding + (2 if self.balance != Balance.none else 0)
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -241,14 +230,12 @@ class Ptq(OnGrid):
         not fit the grid or the method.
         """
         from compress.models.checkpoint import load_model
-        from compress.quant.autoround import rounder
         from compress.quant.blockwise import Blockwise
         from compress.quant.codes import check_parent, save_quantized
         from compress.quant.grids import GRIDS
         from compress.quant.rotate import rotate
 
         check_parent(self, parent, "round")
-        autoround = rounder(self.iterations, ctx.seed) if self.method == Method.autoround else None
         model = load_model(parent)
         if self.rotate and (obstacle := rotate(model, ctx.seed)):
             ctx.log(
@@ -262,7 +249,6 @@ class Ptq(OnGrid):
             search=search,
             balance=self.balance,
             damping=self.damping,
-            autoround=autoround,
         )
         if self.passes:
             work.calibrated(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # how the teacher is seen: kept signals (`compress/distill/signal.py`), or the teacher run at every
 # step
-SchemeName = StrEnum("SchemeName", ["sampled", "topk", "hidden", "full", "online"])
+SchemeName = StrEnum("SchemeName", ["sampled", "hidden", "online"])
 Keep = StrEnum(
     "Keep", ["always", "better"]
 )  # which weights go on: the stage's, or its parent's where it did not pay
@@ -37,7 +37,6 @@ class Signal:
     threshold: float = (
         0.05  # sampled: probabilities above it are exact, ids a token are bounded by its inverse
     )
-    top: int = 64  # topk: ids a token
     path: str | None = None  # a folder or URL (s3://...) that keeps the shards; null is the store
     teacher: TeacherLoad = TeacherLoad.plain  # nf4 needs bitsandbytes, int8 torchao
 
@@ -47,8 +46,6 @@ class Signal:
                 f"signal.threshold={self.threshold} must be in [1/255, 1): it bounds the ids a"
                 " token at 1 / threshold"
             )
-        if self.top < 1:
-            raise ConfigError(f"signal.top={self.top} must be at least 1")
         if self.path and "://" in self.path:
             import fsspec
 
@@ -77,7 +74,7 @@ class Signal:
                 data,
                 sharded=ctx.parallel == "fsdp2",
             )
-        scheme = Scheme(self.scheme.value, self.threshold, self.top, temperature)
+        scheme = Scheme(self.scheme.value, self.threshold, temperature)
         signals = Signals(
             self.path or ctx.signals,
             teacher,

@@ -360,10 +360,6 @@ def test_nan_on_the_calibration_text_is_named(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (
-            {"method": Method.autoround, "grid": GridName.q5_0},
-            "ptq.method is autoround: .* grid q4_0, got q5_0; use method=gptq",
-        ),
-        (
             {"balance": Balance.smoothquant},
             "ptq.balance is smoothquant: it is for grids of 8 bits, got q4_0; use balance=awq",
         ),
@@ -377,10 +373,6 @@ def test_nan_on_the_calibration_text_is_named(tmp_path, monkeypatch):
         (
             {"method": Method.gptq, "calibration_sequences": 0},
             "ptq.calibration_sequences is 0: allowed is 1 or more",
-        ),
-        (
-            {"method": Method.gptq, "iterations": 9},
-            "ptq.iterations is 9: nothing uses it with method=gptq",
         ),
     ],
 )
@@ -407,33 +399,3 @@ def test_layers_of_other_names_are_refused_where_they_are_needed():
                 "architectures": ["LlamaForCausalLM"],
             }
         )
-
-
-def test_autoround_names_the_line_that_installs_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"method=autoround needs auto_round, sentencepiece, not installed: pip install"
-            r" 'compress-lm\[autoround\]'"
-        ),
-    ):
-        Ptq(method=Method.autoround).run(_parent(tmp_path), tmp_path, _calibrated(tmp_path))
-
-
-@pytest.mark.slow
-def test_autoround_lands_on_codes_and_moves_the_model_less_than_rounding(tmp_path):
-    pytest.importorskip("auto_round", reason="the autoround extra is not installed")
-    parent, stage = (
-        _parent(tmp_path, num_hidden_layers=1),
-        Ptq(method=Method.autoround, calibration_sequences=12, iterations=12),
-    )
-    plain = _errors(tmp_path / "plain", parent, Ptq())
-    errors = [_errors(tmp_path / name, parent, stage) for name in "ab"]
-    assert _hashes(tmp_path / "a" / "out") == _hashes(tmp_path / "b" / "out")
-    assert errors[0] < plain
-    state = load_model(tmp_path / "a" / "out").state_dict()
-    assert all(
-        torch.equal(state[key], made.decode())
-        for key, made in load_quantized(tmp_path / "a" / "out").items()
-    )

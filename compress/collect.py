@@ -18,7 +18,7 @@ from compress.errors import ConfigError, ResourceError
 from compress.store import ROOMS, STAGE_JSON, STORE_JSON, Store, left_over
 
 KEY = r"[0-9a-f]{64}"
-# What lies in each room, by name: as store.py, score/scorer.py, distill/signal.py, text/packing.py
+# What lies in each room, by name: as store.py, score/scorer.py, distill/signals.py, text/packing.py
 # and text/written.py write it.
 NAMES = {room: re.compile(form) for room, form in {
     "entries": rf"(?P<key>{KEY})|\.(?P<part>{KEY})\.part", "work": rf"(?P<key>{KEY})",

@@ -109,7 +109,7 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
 
 
 def _signal_bytes_per_token(stage: Any, teacher: dict[str, Any]) -> float:
-    """What the schemes in `distill/signal.py` take; `sampled` depends on the text: 27 to 30
+    """What the schemes in `distill/signals.py` take; `sampled` depends on the text: 27 to 30
     measured at threshold 0.05. 0 without kept signals.
     """
     signal = getattr(stage, "signal", None)

@@ -16,7 +16,7 @@ import torch
 
 from compress import formats, machine
 from compress.config import Recipe, Teacher
-from compress.distill.signal import made_with
+from compress.distill.signals import made_with
 from compress.errors import (
     ConfigError,
     refuse_credentials,

@@ -58,7 +58,8 @@ def open_text(work: Path) -> Any:
 
 
 def open_signals(work: Path, precision: str) -> Any:
-    from compress.distill.signal import Scheme, Signals
+    from compress.distill.schemes import Scheme
+    from compress.distill.signals import Signals
 
     return Signals(
         work / "signals",
@@ -73,8 +74,9 @@ def open_signals(work: Path, precision: str) -> Any:
 
 def step_seconds(side: str, work: Path, precision: str) -> list[float]:
     """Seconds of each timed step of one side."""
+    from compress.distill.batches import make_batches, make_loss
     from compress.distill.losses import Mix
-    from compress.distill.steps import OnlineTeacher, make_batches, make_loss
+    from compress.distill.online import OnlineTeacher
     from compress.models.checkpoint import load_model
     from compress.train.loop import Plan, train
 
@@ -202,7 +204,8 @@ def closeness_of_gradients(work: Path, batches: int, draws: int) -> dict[str, fl
     `draws` signals of 1 x 512 tokens, in fp32.
     """
     from compress.distill.losses import Dense
-    from compress.distill.signal import Scheme, as_target, decode, encode
+    from compress.distill.schemes import Scheme, decode, encode
+    from compress.distill.signals import as_target
     from compress.models.checkpoint import load_model
     from compress.models.forward import head_of, hidden_states
 

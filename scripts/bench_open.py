@@ -33,6 +33,7 @@ from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.models.checkpoint import load_model, model_of, save_model
 from compress.models.tokenizer import load_tokenizer
+from compress.quant.settings import Balance, Method, Scales
 from compress.score.lm import torch_lm
 from compress.score.open import answered, beside_teacher, own_scores, plausible
 from compress.score.prompts import embedded_file, read_prompts
@@ -40,7 +41,7 @@ from compress.stages.context import Context
 from compress.stages.distill import Distill
 from compress.stages.lora import Lora
 from compress.stages.prune_depth import PruneDepth
-from compress.stages.ptq import Balance, Method, Ptq, Scales
+from compress.stages.ptq import Ptq
 from compress.store import Store, write_json
 from compress.teacher import open_teacher
 from compress.text.packing import pack

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from compress.distill.settings import SchemeName, Signal
 from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.models.checkpoint import load_model, model_of
@@ -34,7 +35,6 @@ from compress.score.prompts import embedded_file, read_prompts
 from compress.stages.context import Context
 from compress.stages.distill import Distill
 from compress.stages.prune_width import PruneWidth
-from compress.stages.training import SchemeName, Signal
 from compress.store import Store, write_json
 from compress.teacher import open_teacher
 from compress.text.packing import pack

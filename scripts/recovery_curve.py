@@ -22,9 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compress.distill.batches import make_batches, make_loss, one_batch
 from compress.distill.losses import Mix
-from compress.distill.signal import Scheme, Signals
-from compress.distill.steps import make_batches, make_loss, one_batch
+from compress.distill.schemes import Scheme
+from compress.distill.signals import Signals
 from compress.formats.gguf import overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.models.checkpoint import load_model

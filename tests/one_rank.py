@@ -19,9 +19,11 @@ import torch
 from conftest import make_context
 from safetensors.torch import save_file
 
+from compress.distill.batches import make_batches, make_loss
 from compress.distill.losses import Mix
-from compress.distill.signal import Scheme, Signals
-from compress.distill.steps import OnlineTeacher, make_batches, make_loss, with_rollouts
+from compress.distill.online import OnlineTeacher, with_rollouts
+from compress.distill.schemes import Scheme
+from compress.distill.signals import Signals
 from compress.models.checkpoint import load_model
 from compress.train import loop, parallel
 from compress.train.loop import Plan, train

@@ -126,7 +126,8 @@ def test_a_budget_below_the_smallest_possible_file_is_refused():
 def test_a_stage_meets_the_byte_budget_with_a_mixture(tiny_teacher, tmp_path, technique):
     from compress.formats.gguf import export_gguf, overhead_bytes
     from compress.quant.codes import load_quantized
-    from compress.stages.ptq import Allocation, GridName, Ptq
+    from compress.quant.settings import Allocation, GridName
+    from compress.stages.ptq import Ptq
     from compress.stages.qat import Qat
 
     whole = {}
@@ -155,7 +156,7 @@ def test_a_stage_meets_the_byte_budget_with_a_mixture(tiny_teacher, tmp_path, te
 def test_a_mixture_is_of_llama_cpps_grids_and_ships_as_mixed_only():
     from compress.errors import ConfigError
     from compress.formats import check_grid
-    from compress.stages.ptq import Allocation, GridName
+    from compress.quant.settings import Allocation, GridName
 
     for wrong in (
         {"file_bytes": -1},

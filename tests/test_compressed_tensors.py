@@ -19,9 +19,10 @@ from compress.formats.gguf import export_gguf
 from compress.models.checkpoint import load_model
 from compress.models.tokenizer import TOKENIZER_FILES
 from compress.quant.codes import load_quantized
+from compress.quant.settings import GridName
 from compress.score.fidelity import checkpoint_head
 from compress.score.size import size
-from compress.stages.ptq import GridName, Ptq
+from compress.stages.ptq import Ptq
 
 GRIDS = parse("compressed_tensors")[2].grids
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}

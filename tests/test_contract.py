@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import make_context
 
+from compress.distill.settings import Divergence, SchemeName, Signal
 from compress.errors import Interrupted
 from compress.models.checkpoint import digest, load_model, save_model
 from compress.models.tokenizer import load_tokenizer, token_count
 from compress.stages import STAGES
-from compress.stages.distill import Distill, Divergence
-from compress.stages.training import SchemeName, Signal
+from compress.stages.distill import Distill
 from compress.store import Store, file_table
 
 SMALL = {
@@ -99,7 +99,7 @@ def test_a_stage_that_dies_leaves_no_entry(name, tiny_teacher, tmp_path, monkeyp
 
     monkeypatch.setattr("safetensors.torch.save_file", fails)
     monkeypatch.setattr("compress.models.checkpoint.save_file", fails)
-    monkeypatch.setattr("compress.distill.signal.write_whole", fails)
+    monkeypatch.setattr("compress.distill.signals.write_whole", fails)
     context = make_context(tiny_teacher, tmp_path)
     with pytest.raises(OSError, match="No space left"):
         store.build(
@@ -253,7 +253,8 @@ def test_ids_with_gaps_are_trained_up_to_the_highest(name, tiny_teacher, tmp_pat
 
 
 def test_a_padded_student_writes_no_padding(tiny_teacher, tmp_path):
-    from compress.distill.steps import OnlineTeacher, make_batches, with_rollouts
+    from compress.distill.batches import make_batches
+    from compress.distill.online import OnlineTeacher, with_rollouts
 
     student = padded(tiny_teacher, tmp_path / "padded", 400)
     data, teacher = (
@@ -276,7 +277,8 @@ def test_a_padded_student_writes_no_padding(tiny_teacher, tmp_path):
 
 
 def test_text_of_its_own_leaves_the_random_numbers_behind_it_alone(tiny_teacher, tmp_path):
-    from compress.distill.steps import OnlineTeacher, make_batches, with_rollouts
+    from compress.distill.batches import make_batches
+    from compress.distill.online import OnlineTeacher, with_rollouts
 
     data, model = make_context(tiny_teacher, tmp_path).text(), load_model(tiny_teacher)
     teacher = OnlineTeacher(load_model(tiny_teacher), data)
@@ -415,7 +417,7 @@ def test_a_head_smaller_than_the_tokenizer_is_refused(tiny_teacher, tmp_path):
 def test_on_policy_steps_learn_on_the_students_own_text_and_resume_in_the_same_bits(
     tiny_teacher, tmp_path, monkeypatch
 ):
-    from compress.distill.steps import OnlineTeacher
+    from compress.distill.online import OnlineTeacher
 
     stage = Distill(
         tokens=256,
@@ -452,7 +454,8 @@ def test_on_policy_steps_learn_on_the_students_own_text_and_resume_in_the_same_b
 
 
 def test_the_students_text_is_masked_to_what_it_wrote_until_its_end(tiny_teacher, tmp_path):
-    from compress.distill.steps import OnlineTeacher, make_batches, with_rollouts
+    from compress.distill.batches import make_batches
+    from compress.distill.online import OnlineTeacher, with_rollouts
 
     data, model = make_context(tiny_teacher, tmp_path).text(), load_model(tiny_teacher)
     teacher, eos = (

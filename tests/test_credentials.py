@@ -136,10 +136,10 @@ def test_a_recipe_that_came_past_the_command_line_is_refused_before_any_work(tmp
     from test_planning import recipe
 
     from compress.config import Teacher
+    from compress.distill.settings import Signal
     from compress.score.settings import Eval
     from compress.session import Session, open_scorer
     from compress.stages import STAGES
-    from compress.stages.training import Signal
     from compress.text.settings import Data
     from compress.train.settings import Trainer
 

@@ -20,8 +20,9 @@ from compress.models.end_files import as_ids, in_files
 from compress.models.ends import end_ids, obey, stated, turn_end
 from compress.models.gguf_header import read_fields
 from compress.models.tokenizer import load_tokenizer
+from compress.quant.settings import GridName
 from compress.score.parity import _ends_agree
-from compress.stages.ptq import GridName, Ptq
+from compress.stages.ptq import Ptq
 from compress.store import Store
 from compress.teacher import open_teacher
 

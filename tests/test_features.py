@@ -10,21 +10,15 @@ from conftest import make_context
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from compress.distill.batches import make_loss, one_batch
+from compress.distill.features import FeatureLoss, check_pairs, layer_pairs, relation_kl
 from compress.distill.losses import Mix
-from compress.distill.steps import (
-    FeatureLoss,
-    OnlineTeacher,
-    check_pairs,
-    layer_pairs,
-    make_loss,
-    one_batch,
-    relation_kl,
-    tapped,
-)
+from compress.distill.online import OnlineTeacher
+from compress.distill.settings import Features, SchemeName, Signal
 from compress.errors import Interrupted
+from compress.models.blocks import tapped
 from compress.models.checkpoint import load_model, save_model
-from compress.stages.distill import Distill, Features
-from compress.stages.training import SchemeName, Signal
+from compress.stages.distill import Distill
 
 ONLINE = Signal(scheme=SchemeName.online)
 
@@ -154,7 +148,7 @@ def test_an_interrupted_run_with_projections_ends_in_the_same_bits(tiny_teacher,
     stage.run(parent, tmp_path / "whole", make_context(tiny_teacher, whole))
     context = make_context(tiny_teacher, parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.distill.steps.one_batch", _interrupting(one_batch, at=3))
+        patch.setattr("compress.distill.batches.one_batch", _interrupting(one_batch, at=3))
         with pytest.raises(Interrupted):
             stage.run(parent, tmp_path / "resumed", context)
     stage.run(parent, tmp_path / "resumed", context)

@@ -273,7 +273,8 @@ def wide(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("type", [name.upper() for name in GRIDS if name.upper() in TYPES])
 def test_every_grid_goes_through_ptq_and_export_into_llama_cpp(wide, tmp_path, type):
-    from compress.stages.ptq import GridName, Ptq
+    from compress.quant.settings import GridName
+    from compress.stages.ptq import Ptq
 
     student = tmp_path / "student"
     student.mkdir()

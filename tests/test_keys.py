@@ -15,9 +15,10 @@ from compress.assets import PACKAGE
 from compress.keys import closure, sources_digest, versions_of
 from compress.models.checkpoint import digest, model_of, weights_digest
 from compress.models.tokenizer import tokenizer_digest
+from compress.quant.settings import Allocation, GridName
 from compress.session import Session
 from compress.stages import STAGES
-from compress.stages.ptq import Allocation, GridName, Ptq
+from compress.stages.ptq import Ptq
 from compress.store import sha256_json
 from compress.train.packed import Packed
 from compress.train.settings import Trainer

@@ -11,7 +11,8 @@ from test_keys import COPIED, OTHER, TEXT, append, other_version
 from test_keys import teacher as teacher
 
 from compress import keys
-from compress.distill.signal import Scheme, Signals
+from compress.distill.schemes import Scheme
+from compress.distill.signals import Signals
 from compress.models.checkpoint import model_of
 from compress.pipeline import export_inputs
 from compress.score.scorer import Scorer
@@ -53,12 +54,12 @@ def test_each_input_changes_the_key_of_a_signal(teacher, tmp_path, monkeypatch, 
     elif change.endswith(".json"):
         append(teacher / change)
     elif change == "sources":
-        monkeypatch.setattr("compress.distill.signal.sources_digest", lambda *roots: "another")
+        monkeypatch.setattr("compress.distill.signals.sources_digest", lambda *roots: "another")
     elif change == "threads":
         monkeypatch.setattr("torch.get_num_threads", lambda: 77)
     elif change == "device":
         monkeypatch.setattr(
-            "compress.distill.signal.best_device", lambda: SimpleNamespace(type="cuda")
+            "compress.distill.signals.best_device", lambda: SimpleNamespace(type="cuda")
         )
     elif change in keys.SIGNALS:
         other_version(monkeypatch, change)

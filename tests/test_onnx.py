@@ -35,12 +35,13 @@ from compress.formats.onnxruntime import OnnxRuntime, onnx_head
 from compress.models.checkpoint import load_model, save_model
 from compress.models.forward import head_of, hidden_states
 from compress.models.tokenizer import TOKENIZER_FILES, load_tokenizer
+from compress.quant.settings import GridName
 from compress.score.fidelity import States, closeness
 from compress.score.latency import Timing, measure
 from compress.score.lm import served_lm
 from compress.score.parity import greedy, strings, top1_beyond_gap
 from compress.score.size import size
-from compress.stages.ptq import GridName, Ptq
+from compress.stages.ptq import Ptq
 from compress.teacher import find_packaged, import_gguf
 from compress.text.packing import pack
 

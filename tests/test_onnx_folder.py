@@ -17,8 +17,9 @@ from compress.formats.onnx import ARCHITECTURES, export_onnx
 from compress.formats.onnx_folder import MODEL_TYPES, check_folder
 from compress.formats.onnxruntime import OnnxRuntime, onnx_head
 from compress.models.checkpoint import Model
+from compress.quant.settings import GridName
 from compress.score.latency import Timing, measure
-from compress.stages.ptq import GridName, Ptq
+from compress.stages.ptq import Ptq
 
 
 @pytest.fixture(scope="module", params=["q4_0", "q8_0", None])

@@ -18,6 +18,7 @@ from compress.models.checkpoint import load_model
 from compress.models.forward import Head
 from compress.models.gguf_header import read_fields
 from compress.models.tokenizer import load_tokenizer
+from compress.quant.settings import GridName
 from compress.score.fidelity import States, checkpoint_head, hidden_of
 from compress.score.parity import (
     GREEDY,
@@ -29,7 +30,7 @@ from compress.score.parity import (
     twin_of,
     values_differing,
 )
-from compress.stages.ptq import GridName, Ptq
+from compress.stages.ptq import Ptq
 
 ROWS = torch.randint(3, 300, (3, 49), generator=torch.Generator().manual_seed(0))
 

@@ -10,9 +10,9 @@ from compress.errors import ConfigError
 from compress.formats.settings import Export
 from compress.models.checkpoint import load_model, read_config
 from compress.planning import estimate, matmul_flops_per_sec, params_of
+from compress.quant.settings import GridName
 from compress.score.settings import Eval
 from compress.stages import STAGES
-from compress.stages.ptq import GridName
 from compress.text.settings import Data
 from compress.train.settings import Trainer
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from compress.distill.losses import Dense, Mix, head_loss
-from compress.distill.signal import Scheme, Signals, as_target, decode, encode, sample
+from compress.distill.schemes import Scheme, decode, encode, sample
+from compress.distill.settings import Signal
+from compress.distill.signals import Signals, as_target
 from compress.errors import ResourceError
 from compress.models.checkpoint import load_model
 from compress.models.forward import Head
-from compress.stages.training import Signal
 
 L, H, V = 11, 6, 300
 
@@ -188,7 +189,7 @@ def test_two_processes_make_the_shards_of_one(context, tmp_path, monkeypatch):
 
 
 def test_a_teacher_in_int8_is_moved_to_the_device(context, tmp_path, monkeypatch):
-    from compress.distill import signal
+    from compress.distill import signals as signal
 
     monkeypatch.setattr(signal, "best_device", lambda: torch.device("meta"))
     monkeypatch.setattr(signal, "load_model", lambda path, dtype, load: load_model(path, dtype))
@@ -265,7 +266,7 @@ def test_another_teacher_tokenizer_or_text_is_refused_naming_it(context, tmp_pat
 
 def test_a_disk_too_small_for_all_shards_is_refused_after_the_first(context, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "compress.distill.signal.shutil.disk_usage",
+        "compress.distill.signals.shutil.disk_usage",
         lambda path: type("usage", (), {"free": 1000})(),
     )
     with pytest.raises(

@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import make_context
 
+from compress.distill.batches import make_batches, make_loss, one_batch
 from compress.distill.losses import Mix
-from compress.distill.signal import Scheme, Signals
-from compress.distill.steps import OnlineTeacher, make_batches, make_loss, one_batch
+from compress.distill.online import OnlineTeacher
+from compress.distill.schemes import Scheme
+from compress.distill.signals import Signals
 from compress.errors import Interrupted, ResourceError
 from compress.models.checkpoint import digest, load_model, save_model
 from compress.models.forward import use_cpu_kernels
@@ -186,7 +188,7 @@ def test_no_row_of_the_validation_is_trained_on(context, tmp_path, monkeypatch):
     text, read = context.text(), []
     short = dataclasses.replace(text, ids=text.ids[:24], mask=text.mask[:24])
     monkeypatch.setattr(
-        "compress.distill.steps.one_batch",
+        "compress.distill.batches.one_batch",
         lambda data, source, rows: read.append(rows) or one_batch(data, source, rows),
     )
     stage = Distill(
@@ -224,7 +226,7 @@ def test_a_second_student_does_not_run_the_teacher_again(context, tmp_path, monk
     def no_teacher(*_):
         raise AssertionError("the teacher ran again")
 
-    monkeypatch.setattr("compress.distill.signal.encode", no_teacher)
+    monkeypatch.setattr("compress.distill.schemes.encode", no_teacher)
     second = make_context(context.teacher, tmp_path, work=tmp_path / "work2")
     (tmp_path / "two").mkdir()
     stage.run(context.teacher, tmp_path / "two", second)

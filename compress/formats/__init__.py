@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.errors import ConfigError, nearest
-from compress.stages.ptq import GridName
+from compress.quant.settings import GridName
 
 
 class Type(NamedTuple):

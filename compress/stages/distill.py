@@ -9,41 +9,14 @@ positions is what recovers pruned models best (Minitron, arXiv 2407.14679, secti
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compress.distill.settings import Divergence, Features, Signal
 from compress.errors import ConfigError
 from compress.stages.context import Context
-from compress.stages.training import Optimization, Signal
-
-# D of the loss; all but forward_kl need a signal with all of the teacher's probabilities
-Divergence = StrEnum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
-
-
-@dataclass
-class Features:
-    """Weights of the teacher's inner states (`compress/distill/steps.py`); above 0 they need
-    signal.scheme=online.
-    """
-
-    layers: float = 0.0
-    relations: float = 0.0
-    pairs: list[list[int]] = field(
-        default_factory=list
-    )  # [student block, teacher block]; empty: 4, evenly spaced
-
-    def __post_init__(self) -> None:
-        if min(self.layers, self.relations) < 0:
-            raise ConfigError(
-                f"features of weights {self.layers}, {self.relations}: none may be negative"
-            )
-
-    @property
-    def used(self) -> bool:
-        """Whether any term is asked for."""
-        return bool(self.layers or self.relations)
+from compress.stages.training import Optimization, open_source
 
 
 @dataclass
@@ -112,13 +85,10 @@ class Distill(Optimization):
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats,
         loss_last_nats.
         """
+        from compress.distill.batches import common_vocabulary
+        from compress.distill.features import FeatureLoss
         from compress.distill.losses import Mix
-        from compress.distill.steps import (
-            FeatureLoss,
-            OnlineTeacher,
-            common_vocabulary,
-            with_rollouts,
-        )
+        from compress.distill.online import OnlineTeacher, with_rollouts
         from compress.models.checkpoint import load_model, read_config, save_model
         from compress.models.ends import end_ids
         from compress.quant.codes import check_parent
@@ -146,7 +116,7 @@ class Distill(Optimization):
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 embeddings.weight.requires_grad_(False)
         self.reserve(model, ctx)
-        source = self.signal.open(ctx, ctx.teacher, data, sequences, self.temperature)
+        source = open_source(self.signal, ctx, ctx.teacher, data, sequences, self.temperature)
         mix = Mix(
             self.kl_weight,
             self.ce_weight,

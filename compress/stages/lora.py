@@ -46,7 +46,7 @@ def targets_of(model: Any) -> Targets:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from compress.distill.steps import blocks_of
+    from compress.models.blocks import blocks_of
 
     linears, experts, left, inside = set(), set(), set(), set()
     for block in blocks_of(model):

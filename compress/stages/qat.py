@@ -18,11 +18,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.distill.settings import SchemeName, Signal
 from compress.errors import ConfigError
 from compress.prune.shape import check_architecture
+from compress.quant.settings import Balance, Scales
 from compress.stages.context import Context
-from compress.stages.ptq import Balance, OnGrid, Scales
-from compress.stages.training import Keep, Optimization, SchemeName, Signal
+from compress.stages.ptq import OnGrid
+from compress.stages.training import Keep, Optimization, open_source
 
 if TYPE_CHECKING:
     from compress.quant.codes import Quantized
@@ -82,8 +84,8 @@ class Qat(Optimization, OnGrid):
         """
         import torch
 
+        from compress.distill.batches import common_vocabulary
         from compress.distill.losses import Mix
-        from compress.distill.steps import common_vocabulary
         from compress.models.checkpoint import load_model
         from compress.quant.codes import check_parent, save_quantized
         from compress.quant.fake import attach, finish
@@ -99,7 +101,7 @@ class Qat(Optimization, OnGrid):
         vocabulary = common_vocabulary(parent, learned_from)
         model = load_model(parent)
         self.reserve(model, ctx, copies=1, frozen=self.rank > 0)
-        source = self.signal.open(ctx, learned_from, data, sequences)
+        source = open_source(self.signal, ctx, learned_from, data, sequences)
         torch.manual_seed(ctx.seed)
         layout, start = self.start(model, parent, ctx)
         attach(model, layout, self.scales.value, self.rank, start)

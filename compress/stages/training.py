@@ -8,88 +8,66 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.distill.settings import SchemeName, Signal
 from compress.errors import ConfigError
 from compress.stages.context import Context
 
 if TYPE_CHECKING:
     from compress.distill.losses import Mix
-    from compress.distill.steps import TeacherSource
+    from compress.distill.online import TeacherSource
     from compress.train.packed import Packed
 
 
-# how the teacher is seen: kept signals (`compress/distill/signal.py`), or the teacher run at every
-# step
-SchemeName = StrEnum("SchemeName", ["sampled", "hidden", "online"])
 Keep = StrEnum(
     "Keep", ["always", "better"]
 )  # which weights go on: the stage's, or its parent's where it did not pay
-TeacherLoad = StrEnum("TeacherLoad", ["plain", "nf4", "int8"])  # how its weights are held meanwhile
 Schedule = StrEnum(
     "Schedule", ["cosine", "wsd"]
 )  # how the learning rate falls (`compress/train/loop.py`)
 
 
-@dataclass
-class Signal:
-    """The teacher's signal of a stage."""
+def open_source(
+    signal: Signal,
+    ctx: Context,
+    teacher: Path,
+    data: Packed,
+    sequences: int,
+    temperature: float = 1.0,
+) -> TeacherSource:
+    """The teacher for the first `sequences` rows of `data`; kept signals are made now where
+    they are missing.
+    """
+    import torch
 
-    scheme: SchemeName = SchemeName.sampled
-    threshold: float = (
-        0.05  # sampled: probabilities above it are exact, ids a token are bounded by its inverse
-    )
-    path: str | None = None  # a folder or URL (s3://...) that keeps the shards; null is the store
-    teacher: TeacherLoad = TeacherLoad.plain  # nf4 needs bitsandbytes, int8 torchao
+    from compress.distill.online import OnlineTeacher
+    from compress.distill.schemes import Scheme
+    from compress.distill.signals import Signals
+    from compress.models.checkpoint import load_model
+    from compress.train import parallel
 
-    def __post_init__(self) -> None:
-        if not 1 / 255 <= self.threshold < 1:
-            raise ConfigError(
-                f"signal.threshold={self.threshold} must be in [1/255, 1): it bounds the ids a"
-                " token at 1 / threshold"
-            )
-        if self.path and "://" in self.path:
-            import fsspec
-
-            try:
-                fsspec.get_filesystem_class(self.path.partition("://")[0])
-            except (ImportError, ValueError) as error:
-                raise ConfigError(f"signal.path={self.path} can't be opened: {error}") from error
-
-    def open(
-        self, ctx: Context, teacher: Path, data: Packed, sequences: int, temperature: float = 1.0
-    ) -> TeacherSource:
-        """The teacher for the first `sequences` rows of `data`; kept signals are made now where
-        they are missing.
-        """
-        import torch
-
-        from compress.distill.signal import Scheme, Signals
-        from compress.distill.steps import OnlineTeacher
-        from compress.models.checkpoint import load_model
-        from compress.train import parallel
-
-        if self.scheme is SchemeName.online:
-            dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
-            return OnlineTeacher(
-                load_model(teacher, dtype, self.teacher.value),
-                data,
-                sharded=ctx.parallel == "fsdp2",
-            )
-        scheme = Scheme(self.scheme.value, self.threshold, temperature)
-        signals = Signals(
-            self.path or ctx.signals,
-            teacher,
+    if signal.scheme is SchemeName.online:
+        dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
+        return OnlineTeacher(
+            load_model(teacher, dtype, signal.teacher.value),
             data,
-            scheme,
-            seed=ctx.seed,
-            precision=ctx.precision,
-            log=ctx.log,
-            own_folder=bool(self.path),
-            load=self.teacher.value,
+            sharded=ctx.parallel == "fsdp2",
         )
-        signals.make(min(sequences, len(data.ids)))
-        parallel.wait()
-        signals.refresh()
-        return signals
+    scheme = Scheme(signal.scheme.value, signal.threshold, temperature)
+    signals = Signals(
+        signal.path or ctx.signals,
+        teacher,
+        data,
+        scheme,
+        seed=ctx.seed,
+        precision=ctx.precision,
+        log=ctx.log,
+        own_folder=bool(signal.path),
+        load=signal.teacher.value,
+    )
+    signals.make(min(sequences, len(data.ids)))
+    parallel.wait()
+    signals.refresh()
+    return signals
 
 
 @dataclass
@@ -235,7 +213,7 @@ class Optimization:
         """Train `model` on `data` with a loss mix. Deterministic figures; the whole curve, with
         its times, goes to the store's note.
         """
-        from compress.distill.steps import make_batches, make_loss, one_batch
+        from compress.distill.batches import make_batches, make_loss, one_batch
         from compress.train.loop import Plan, train
 
         rows, validation = self.sequences(ctx.seq_len), None

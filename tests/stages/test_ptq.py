@@ -17,7 +17,8 @@ from compress.models.checkpoint import load_model, save_model
 from compress.quant import blockwise
 from compress.quant.codes import is_quantized, load_quantized
 from compress.quant.grids import GRIDS
-from compress.stages.ptq import BLOCK, SEARCHED, Balance, GridName, Method, Ptq, Scales
+from compress.quant.settings import BLOCK, SEARCHED, Balance, GridName, Method, Scales
+from compress.stages.ptq import Ptq
 from compress.stages.qat import Qat
 
 CONTEXT = SimpleNamespace()  # ptq needs nothing of it

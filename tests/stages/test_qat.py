@@ -12,9 +12,9 @@ import torch
 from conftest import make_context
 from safetensors.torch import load_file
 
-from compress.distill.steps import one_batch
+from compress.distill.batches import one_batch
 from compress.errors import ConfigError, Interrupted
-from compress.stages.ptq import Balance, Scales
+from compress.quant.settings import Balance, Scales
 from compress.stages.qat import LearnFrom, Qat
 
 
@@ -38,7 +38,7 @@ def interrupt(stage: Qat, teacher: Path, out: Path, context, monkeypatch) -> Non
         return one_batch(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("compress.distill.steps.one_batch", interrupting)
+        patch.setattr("compress.distill.batches.one_batch", interrupting)
         with pytest.raises(Interrupted):
             stage.run(teacher, out, context)
 

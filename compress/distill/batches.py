@@ -1,0 +1,116 @@
+"""What distillation, LoRA and QAT feed to the training loop: batches of packed text, with a
+teacher when there is one.
+
+Legend: R rows (sequences), L positions, N = R * L tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compress.distill.losses import Mix, head_loss, hidden_mse
+from compress.distill.online import Batches, TeacherSource
+from compress.distill.signals import Signals, as_target
+from compress.models.checkpoint import read_config
+from compress.models.forward import Head, head_of, hidden_states
+from compress.models.tokenizer import load_tokenizer, token_count, tokenizer_digest
+from compress.models.vocabulary import difference, of_tokenizer
+from compress.train import parallel
+from compress.train.loop import Batch, LossFunction
+from compress.train.packed import Packed
+
+if TYPE_CHECKING:
+    pass
+
+
+def make_batches(
+    data: Packed, source: TeacherSource | None, *, seed: int, sequences: int, batch: int
+) -> Batches:
+    """Micro-batches of this rank's part of a step's `batch` rows. Kept signals of the next step
+    are fetched while this one computes.
+    """
+
+    def batches(step: int, micro: int) -> list[Batch]:
+        rows, following = (
+            data.rows(seed, s * batch, batch, sequences)[parallel.rank() :: parallel.world()]
+            for s in (step, step + 1)
+        )
+        made = [one_batch(data, source, rows[i : i + micro]) for i in range(0, len(rows), micro)]
+        if isinstance(
+            source, Signals
+        ):  # the next batch's online teacher would compete with this batch's student
+            source.prefetch(following)
+        return made
+
+    return batches
+
+
+def one_batch(data: Packed, source: TeacherSource | None, rows: list[int]) -> Batch:
+    """Rows as the loss takes them: `Packed.batch` and, with a source, the teacher's tensors."""
+    return data.batch(rows) | (source.read(rows) if source else {})
+
+
+def common_vocabulary(student: Path, teacher: Path) -> int:
+    """Rows of both heads that the ids of their tokenizer need; heads may be padded, and padded
+    differently, behind them.
+
+    ValueError when the tokenizers differ, or when a head has fewer rows than that.
+    """
+    sizes = [int(read_config(path)["vocab_size"]) for path in (student, teacher)]
+    ids = token_count(load_tokenizer(teacher))
+    same = tokenizer_digest(student) == tokenizer_digest(teacher)
+    if not same and (
+        told := difference(*(of_tokenizer(load_tokenizer(path)) for path in (student, teacher)))
+    ):
+        raise ValueError(
+            f"{student} and {teacher} have different tokenizers; distillation compares"
+            f" probabilities of the same ids, and {told}"
+        )
+    if min(sizes) < ids:
+        raise ValueError(
+            f"{student} and {teacher} have heads of {sizes[0]} and {sizes[1]} rows, their tokenizer"
+            f" has {ids} ids; both need as many"
+        )
+    return ids
+
+
+def make_loss(
+    mix: Mix, teacher_head: Head | None = None, vocabulary: int | None = None
+) -> LossFunction:
+    """`loss_fn(model, batch)` -> (loss sum in nats, labels counted).
+
+    Of the teacher's head the rows behind the tokenizer's `vocabulary` ids take no part; the
+    student's are padding, whose mass is held down.
+    """
+
+    def loss_fn(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        hidden_NH, mask_N = (
+            hidden_states(model, batch["inputs"], batch.get("positions")),
+            batch["mask"].flatten(),
+        )
+        head = head_of(model)
+        rows = min(len(head.weight_VH), vocabulary or len(head.weight_VH))
+        target = as_target(batch, teacher_head.first(rows) if teacher_head else None)
+        whole = (
+            torch.is_grad_enabled() and parallel.world() == 1 and head.weight_VH.is_leaf
+        )  # elsewhere autograd's hooks must see the gradient
+        into_VH = head.weight_VH.grad if whole else None
+        loss = head_loss(
+            hidden_NH,
+            head,
+            batch["labels"].flatten(),
+            mask_N,
+            target,
+            mix,
+            into_VH=into_VH,
+            shared=rows,
+        )
+        if mix.hidden_weight:
+            loss = loss + mix.hidden_weight * hidden_mse(hidden_NH, batch["teacher_hidden"], mask_N)
+        return loss, torch.count_nonzero(mask_N)
+
+    return loss_fn

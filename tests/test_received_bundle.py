@@ -15,13 +15,13 @@ import pytest
 from fake_records import ASKED, PROMPTS
 from test_bundle_open import Asker, made
 
-from compress import accept as acceptance
 from compress.__main__ import main
 from compress.bounds import EMBEDDED_SOURCES
 from compress.budget import Limit
 from compress.models.checkpoint import Model
 from compress.score.settings import Eval
 from compress.score.tasks import DRIFTS, RULES
+from compress.ship import received
 from compress.ship.bundle import SUMS
 from compress.text.settings import Data
 
@@ -392,7 +392,7 @@ OTHERS = [
 @pytest.mark.parametrize("row", [ITEM, *OTHERS], ids=lambda row: row["rule"])
 def test_items_of_every_rule_are_read(tmp_path, row):
     (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n\n")
-    assert acceptance.read_requests(tmp_path / "r.jsonl") == [row]
+    assert received.read_requests(tmp_path / "r.jsonl") == [row]
     assert {one["rule"] for one in (ITEM, *OTHERS)} == {*RULES, "rolling", "text"}
 
 
@@ -438,12 +438,12 @@ def test_the_number_of_choices_and_prompts_is_bounded(
 ):
     rows = [ITEM | {"doc_id": number} for number in range(4)]
     (bundle / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(acceptance, "MOST_REQUESTS", 7)
+    monkeypatch.setattr(received, "MOST_REQUESTS", 7)
     assert "line 4: the items so far have 8 choices" in refused(capfd, "accept", sealed(bundle))
-    monkeypatch.setattr(acceptance, "MOST_REQUESTS", 8)
-    monkeypatch.setattr(acceptance, "MOST_PROMPTS", 29)
+    monkeypatch.setattr(received, "MOST_REQUESTS", 8)
+    monkeypatch.setattr(received, "MOST_PROMPTS", 29)
     assert "has 30 prompts, at most 29" in refused(capfd, "accept", bundle)
-    monkeypatch.setattr(acceptance, "LINES_BYTES", 100)
+    monkeypatch.setattr(received, "LINES_BYTES", 100)
     assert "at most 100 are read" in refused(capfd, "accept", bundle)
 
 
@@ -639,8 +639,8 @@ def test_only_the_bundles_own_items_and_prompts_are_asked(bundle, measured):
 
 
 def test_what_accept_knows_of_the_config_is_what_a_recipe_can_say():
-    assert {one.name for one in fields(Eval)} == acceptance.EVAL.keys()
-    assert {one.name for one in fields(Data)} == acceptance.DATA.keys()
+    assert {one.name for one in fields(Eval)} == received.EVAL.keys()
+    assert {one.name for one in fields(Data)} == received.DATA.keys()
     assert {one.name for one in fields(Limit)} == {"max", "min", "why"}
 
 
@@ -667,4 +667,4 @@ def test_an_onnx_directory_is_read_before_anything_runs(bundle, capfd, nothing_i
 
 
 def test_prompts_are_those_of_the_run(bundle):
-    assert acceptance.receive(bundle).prompts == PROMPTS
+    assert received.receive(bundle).prompts == PROMPTS

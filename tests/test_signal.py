@@ -16,6 +16,7 @@ from compress.distill.signals import Signals, as_target
 from compress.errors import ResourceError
 from compress.models.checkpoint import load_model
 from compress.models.forward import Head
+from compress.stages.training import open_source
 
 L, H, V = 11, 6, 300
 
@@ -205,7 +206,9 @@ def test_listings_are_read_again_once_every_process_has_written(context, monkeyp
     monkeypatch.setattr(
         MemoryFileSystem, "invalidate_cache", lambda self, path=None: done.append(path)
     )
-    signals = Signal(path="memory://listed").open(context, context.teacher, context.text(), 16)
+    signals = open_source(
+        Signal(path="memory://listed"), context, context.teacher, context.text(), 16
+    )
     assert done == ["waited", signals.folder]
 
 

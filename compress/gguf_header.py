@@ -12,6 +12,8 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compress.doors import refuse_pointer
+
 ENTRIES = 100_000  # keys, and tensors; the largest known files have 2,000
 # Elements of all arrays together: readers make an object of each. A large vocabulary has 1.3
 # million.
@@ -125,7 +127,8 @@ def read_header(file: Path) -> Header:
     ValueError naming the file: no GGUF, damaged, cut short, or counts beyond its bytes.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: no such GGUF file")
+        raise ValueError(f"{file}: no such GGUF file; check the path")
+    refuse_pointer(file)
     with file.open("rb") as opened:
         if file.stat().st_size < 24 or opened.read(4) != b"GGUF":
             raise ValueError(

@@ -13,10 +13,27 @@ from typing import Any
 
 import torch
 
-from compress.doors import TensorPlace, read_json, tensor_places
-from compress.model_config import MOST_MODULES, check_bytes, is_packed, meta_model, read_config
+from compress.doors import TensorPlace, read_json, refuse_mark, tensor_places
+from compress.model_config import (
+    MOST_MODULES,
+    check_bytes,
+    check_generation,
+    is_packed,
+    meta_model,
+    read_config,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FOR_OTHERS = (  # JSON files that transformers and tokenizers read, which know no byte order mark
+    "config.json",
+    "generation_config.json",
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 PACKED_SUFFIXES = (
     ".qweight",
     ".qzeros",
@@ -62,8 +79,8 @@ TYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
 }
+WHOLE = [name for name, dtype in TYPES.items() if not dtype.is_floating_point]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -80,7 +97,9 @@ def weight_files(path: Path) -> list[Path]:
             if other
             else ""
         )
-        raise ValueError(f"{path} has no {WEIGHTS}{hint}")
+        raise ValueError(
+            f"{path} has no {WEIGHTS}{hint or ', or a link to a file that is gone; copy it again'}"
+        )
     check_bytes(path / INDEX)
     shards = read_json(path / INDEX).get("weight_map")
     if (
@@ -93,9 +112,14 @@ def weight_files(path: Path) -> list[Path]:
         )
     names = sorted(set(shards.values()))
     for name in names:
-        if PurePosixPath(name).name != name or not (path / name).is_file():
+        try:
+            there = PurePosixPath(name).name == name and (path / name).is_file()
+        except OSError:  # a name that is too long for any file
+            there = False
+        if not there:
             raise ValueError(
-                f"{path / INDEX} names the shard {name!r}: shards must be files of that directory"
+                f"{path / INDEX} names the shard {name[:200]!r}, which is no file of that "
+                "directory; copy all shards again"
             )
     return [path / name for name in names]
 
@@ -141,9 +165,11 @@ def check_directory(path: Path) -> None:
         raise ValueError(
             f"{path} has a custom_generate folder: its code is never run; remove the folder"
         )
-    if (path / "generation_config.json").is_file():
-        read_json(path / "generation_config.json")
+    for file in (path / name for name in FOR_OTHERS):
+        if file.is_file():
+            refuse_mark(file)
     config = read_config(path)
+    check_generation(path)
     for key in ("quantization_config", "compression_config"):
         about = config.get(key)
         if about is not None and not is_packed(config):
@@ -175,7 +201,8 @@ def check_weights(path: Path) -> bool:
             f"{path}: config.json says {layers:,} blocks, its weights hold {len(table):,} tensors; "
             "they are not of one model"
         )
-    model = meta_model(config, min(MOST_MODULES, 1000 + 30 * len(table)))
+    most = min(MOST_MODULES, 1000 + 30 * len(table))
+    model = meta_model(config, most, path / "config.json")
     kept = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if kept > 64_000_000 + 16 * elements:
         raise ValueError(
@@ -195,7 +222,7 @@ def check_weights(path: Path) -> bool:
         if packed := packed or [
             name
             for name in table
-            if name not in left and "F" not in table[name][1].dtype and name.endswith("weight")
+            if name not in left and table[name][1].dtype in WHOLE and name.endswith("weight")
         ]:
             raise ValueError(
                 f"{path}: the weights are quantized already (they hold {packed[0]}); give the "
@@ -226,7 +253,8 @@ def head_place(path: Path) -> list[str] | None:
 
     None when they are others there than in the model.
     """
-    model, table = meta_model(read_config(path)), tensor_table(path)
+    model = meta_model(read_config(path), where=path / "config.json")
+    table = tensor_table(path)
     output = model.get_output_embeddings()
     bias = getattr(output, "bias", None)
     weights = [name for name in _head_names(model) if name in table]

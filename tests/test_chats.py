@@ -279,6 +279,44 @@ def test_a_pattern_that_backtracks_is_refused_by_name(tiny_teacher, tmp_path, pa
         load_tokenizer(with_pattern(tiny_teacher, tmp_path / "t", pattern).parent)
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "told"),
+    [
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 100_000},
+            r"(a run of 'e'; mend the normalizer|patterns fail on a run of 'e')",
+        ),
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": "€"}, "content": "e" * 200},
+            "it makes 200,001 tokens or characters of 1,001 characters, a run of '€'",
+        ),
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": "€"}, "content": "e" * 20},
+            "",
+        ),
+        ("model", {"dropout": 0.5}, "model.dropout is 0.5, so one text has other tokens each time"),
+        ("model", {"dropout": 0.0}, ""),
+    ],
+)
+def test_a_tokenizer_that_multiplies_text_or_draws_its_tokens_is_refused(
+    tiny_teacher, tmp_path, part, value, told
+):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "t")
+    file = folder / "tokenizer.json"
+    table = json.loads(file.read_text())
+    table[part] = value if part == "normalizer" else table[part] | value
+    table["model"]["vocab"]["dropout"] = table["model"]["vocab"].pop("zz", 511)  # no setting
+    file.write_text(json.dumps(table))
+    if not told:
+        check_tokenizer(file)
+        return
+    with pytest.raises(ValueError, match=f"tokenizer.json: .*{told}"):
+        check_tokenizer(file)
+
+
 def test_ordinary_patterns_pass_in_little_time(tiny_teacher, tmp_path):
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"

@@ -20,6 +20,7 @@ from compress.doors import (
     Kind,
     check_object,
     is_number,
+    is_real,
     optional,
     read_json,
 )
@@ -82,7 +83,7 @@ LIMIT_KINDS = {
 
 def _is_score(value: Any) -> bool:
     """A number, also one that is not finite: what was measured is told as it is."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real(value)
 
 
 def _is_pair(value: Any) -> bool:

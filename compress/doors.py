@@ -89,7 +89,10 @@ def read_bytes(path: Path) -> bytes:
         with gzip.open(path) as file:
             data = file.read(most + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is no whole gzip file ({error}); copy it again") from error
+        raise ValueError(
+            f"{path} is no whole gzip file ({error}); copy it again, or take .gz off the name of a"
+            " file that is not packed"
+        ) from error
     if len(data) > most:
         raise ValueError(
             f"{path} unpacks to more than {most:,} bytes, {UNPACKED_FACTOR} times its own; unpack"
@@ -184,13 +187,16 @@ def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
 
 
 def json_lines(path: Path, text: str | None = None) -> Iterator[tuple[str, Any]]:
-    """("FILE, line N", value) of every line that is not blank. Lines end at a line feed alone:
-    JSON strings may hold U+2028 and the like.
+    """("FILE, line N", value) of every line that is not blank. Lines end at line feeds or carriage
+    returns, which no JSON string holds as they are, and at nothing else: it may hold U+2028.
 
     `text`: the file's, where it was read before. ValueError naming the file and the line that is
     not JSON.
     """
-    for number, line in enumerate((read_text(path) if text is None else text).split("\n"), 1):
+    text = read_text(path) if text is None else text
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             yield where, parse_json(line, where)

@@ -184,6 +184,39 @@ def test_what_a_template_raises_is_a_sentence_with_the_row(tokenizer, template, 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
+        ("{# nothing #} {{ '' }}\n", "it makes nothing of the turns"),
+        ("<|im_start|>Hello{{ eos_token }}", "it leaves out all that the assistant says"),
+        (
+            "{% for m in messages %}{{ m.role }} {% if m.role == 'user' %}{{ m.content }}"
+            "{% endif %}{% if loop.last %}end{% endif %}{% endfor %}",
+            "it leaves out all that the assistant says|can't be told",
+        ),
+    ],
+)
+def test_a_template_that_drops_answers_is_blamed_not_the_row(tokenizer, template, message):
+    tokenizer.chat_template = template
+    chat = Chat([USER, ANSWER], where="FILE, line 7")
+    with pytest.raises(ValueError, match=rf"FILE, line 7: .*({message})"):
+        chat_tokens(tokenizer, [chat])
+
+
+def test_an_answer_that_says_nothing_may_be_nothing(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    ((ids, mask),) = chat_tokens(tokenizer, [Chat([USER, ANSWER | {"content": " "}])])
+    assert len(ids) and not mask[: len(ids) - 1].any()
+
+
+def test_templates_of_which_none_is_the_default_are_named(tokenizer):
+    tokenizer.chat_template = {"a": "x", "b": "y"}
+    with pytest.raises(
+        ValueError, match="of its chat templates 'a', 'b' none is the default; name"
+    ):
+        render(tokenizer, [Chat([USER])])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
         (
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "has not ended after computing for 0.3 s",
@@ -197,7 +230,9 @@ def test_what_a_template_raises_is_a_sentence_with_the_row(tokenizer, template, 
     ],
 )
 def test_a_template_takes_no_more_time_and_memory_than_it_is_given(tokenizer, template, message):
-    tokenizer.chat_template = "{% if messages[0].content == 'bad' %}" + template + "{% endif %}"
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'bad' %}" + template + "{% else %}ok{% endif %}"
+    )
     limits = Limits(seconds=0.3, memory_bytes=100_000_000, characters=1_000_000)
     chats = [
         Chat([USER], where="FILE, line 1"),
@@ -205,7 +240,7 @@ def test_a_template_takes_no_more_time_and_memory_than_it_is_given(tokenizer, te
     ]
     with pytest.raises(ValueError, match=f"FILE, line 2: the chat template fails .*{message}"):
         render(tokenizer, chats, limits=limits)
-    assert render(tokenizer, chats[:1]) == [""]  # the next one is served
+    assert render(tokenizer, chats[:1]) == ["ok"]  # the next one is served
 
 
 def test_a_hostile_template_is_refused_wherever_it_is_asked(tokenizer, tiny_teacher, monkeypatch):

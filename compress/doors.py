@@ -229,6 +229,19 @@ def without_halves(value: Any, depth: int = 0) -> Any:
     return value if all(one is old for one, old in zip(rows, value, strict=True)) else rows
 
 
+def refuse_halves(value: Any, where: object) -> None:
+    """ValueError that begins with `where` for a JSON value that holds half of a surrogate pair."""
+    try:
+        whole = without_halves(value) is value
+    except RecursionError as error:
+        raise ValueError(f"{where} is {error}; flatten it") from error
+    if not whole:
+        raise ValueError(
+            f"{where} holds half a character (a surrogate without its other half), which no"
+            " tokenizer takes and no file holds; take it out"
+        )
+
+
 def _nodes(value: Any, known: dict[int, int]) -> int:
     """How many values a YAML tree has once its aliases are written out. RecursionError for one
     that holds itself.

@@ -155,6 +155,13 @@ def check_directory(path: Path) -> None:
 
     Weights that a config calls quantized are refused too, but those of our own packed directories.
     """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path}: its path is not UTF-8, which tokenizers can't open; give the folders of it"
+            " other names"
+        ) from error
     if (path / "adapter_config.json").is_file():
         raise ValueError(
             f"{path} holds adapter_config.json beside config.json: transformers would add that "

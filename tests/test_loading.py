@@ -5,6 +5,7 @@ model is compared with.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import time
@@ -375,6 +376,13 @@ def test_odd_but_whole_checkpoints_are_opened_as_ever(copied):
     assert checkpoint_head(copied).weight_VH.shape == (512, 64) and head_place(copied) == [
         "embed_tokens.weight"
     ]
+
+
+def test_a_path_that_is_no_utf8_is_named_as_what_it_is(tiny_teacher, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/m\xff"
+    shutil.copytree(os.fsencode(tiny_teacher), folder)
+    with pytest.raises(ValueError, match="its path is not UTF-8.* other names"):
+        check(Path(os.fsdecode(folder)))
 
 
 def test_positions_that_are_no_numbers_are_refused_when_it_is_loaded(copied):

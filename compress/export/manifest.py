@@ -23,6 +23,7 @@ from compress.doors import (
     is_real,
     optional,
     read_json,
+    refuse_halves,
 )
 
 MANIFEST = "manifest.json"
@@ -111,6 +112,7 @@ def read_manifest(bundle: Path, sums: Mapping[str, str]) -> dict[str, Any]:
             " one to read it"
         )
     check_object(manifest, KINDS, file)
+    refuse_halves(manifest, file)
     _check_files(manifest["files"], sums, file)
     check_judged(manifest["judged"], sums, file)
     for number, entry in enumerate(manifest["lineage"]):

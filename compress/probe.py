@@ -16,7 +16,7 @@ from pathlib import Path
 from compress.confined import Failure, Limits, ask
 from compress.doors import read_json
 
-LIMITS = Limits(seconds=10.0, memory_bytes=4 << 30)  # a vocabulary of 262,144 ids takes 0.5 GB
+LIMITS = Limits(seconds=10.0, memory_bytes=3 << 29)  # a vocabulary of 262,144 ids takes 0.5 GB
 # characters: a pattern that takes their third power runs into Oniguruma's own limit of 10 million
 # steps
 RUN = 1000

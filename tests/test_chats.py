@@ -200,6 +200,19 @@ def test_a_template_that_drops_answers_is_blamed_not_the_row(tokenizer, template
         chat_tokens(tokenizer, [chat])
 
 
+def test_a_tokenizer_without_a_template_reads_plain_text_and_names_the_chat(tiny_teacher, tmp_path):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "The river was wide and the boat was small."}\n' * 40)
+    assert len(pack([str(text)], folder, 16, tmp_path / "data").ids) > 10
+    text.write_text('{"prompt": "What?", "completion": "That."}\n' * 40)
+    with pytest.raises(
+        ValueError, match=r"text.jsonl, line \d+ is a chat, and .* no chat template"
+    ):
+        pack([str(text)], folder, 16, tmp_path / "data")
+
+
 def test_an_answer_that_says_nothing_may_be_nothing(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     ((ids, mask),) = chat_tokens(tokenizer, [Chat([USER, ANSWER | {"content": " "}])])

@@ -92,10 +92,12 @@ def _rendered(
     """The text of every chat, or what its template raises. ValueError where there is no template,
     or where a limit ended it.
     """
+    if not chats:  # plain text needs no template
+        return
     if not tokenizer.chat_template:
         raise ValueError(
-            "chat data was given, but the teacher's tokenizer has no chat template; use plain text"
-            " sources"
+            f"{getattr(chats[0], 'where', 'the chat')} is a chat, and the teacher's tokenizer has no"
+            " chat template; use plain text in data.train, data.chat and data.heldout"
         )
     special = tokenizer.special_tokens_map
     for some in _requests(chats):

@@ -44,7 +44,7 @@ INTERVALS = Kind(
 VERDICT = Kind(f"one of {', '.join(WORDS)}", lambda value: value in WORDS)
 ANY_TEXT = Kind("a text or null", lambda value: value is None or isinstance(value, str))
 KINDS = {
-    "schema": Kind(str(SCHEMA), lambda value: value == SCHEMA),
+    "schema": Kind(str(SCHEMA), lambda value: type(value) is int and value == SCHEMA),
     "run": TEXT,
     "budget": Kind("PASS or FAIL", lambda value: value in ("PASS", "FAIL")),
     "teacher": TABLE,

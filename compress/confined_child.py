@@ -52,9 +52,17 @@ def renderer(module: Any, special: dict[str, str], generation: bool) -> Callable
 
 
 def counter(module: Any, file: str) -> Callable[[Any], int]:
-    """A text -> how many tokens it has by a tokenizer.json."""
+    """A text -> how many tokens it has by a tokenizer.json, or normalised characters if more."""
     tokenizer = module.Tokenizer.from_file(file)
-    return lambda text: len(tokenizer.encode(text).ids)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def count(text: str) -> int:
+        normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else ""
+        tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
+        return max(tokens, len(normal))
+
+    return count
 
 
 WORK: dict[str, Callable[..., Callable[[Any], Any]]] = {"render": renderer, "tokenize": counter}

@@ -6,6 +6,7 @@ safetensors. A header that claims more bytes than its file has, a document neste
 read and an alias that multiplies itself are refused before memory is taken.
 """
 
+import codecs
 import gzip
 import json
 import math
@@ -25,27 +26,22 @@ UNPACKED_BYTES, UNPACKED_FACTOR = (
     100,
 )  # that any packed file may have, and how often its own size
 JSON_DEPTH = 100  # of values inside values in a row of data
+POINTER = b"version https://git-lfs"  # what a file holds that Git LFS has not fetched
+# how text begins that is not UTF-8, the longer marks first
+MARKS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs
 YAML_BYTES = 1_000_000  # of a recipe or an option file; ours have a few thousand
 YAML_NODES = 100_000  # values in one, aliases written out
 ITEM_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-    "C64": 8,
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
 
 
@@ -72,6 +68,7 @@ def read_bytes(path: Path) -> bytes:
     if not path.is_file():
         what = "is a directory, not a file" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {what}; check the path")
+    refuse_pointer(path)
     if path.suffix.lower() != ".gz":
         return path.read_bytes()
     try:
@@ -79,13 +76,36 @@ def read_bytes(path: Path) -> bytes:
         with gzip.open(path) as file:
             data = file.read(most + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is no whole gzip file ({error}); copy it again") from error
+        raise ValueError(
+            f"{path} is no whole gzip file ({error}); copy it again, or take .gz off the name of a"
+            " file that is not packed"
+        ) from error
     if len(data) > most:
         raise ValueError(
             f"{path} unpacks to more than {most:,} bytes, {UNPACKED_FACTOR} times its own; unpack"
             " it, and look at what it is"
         )
     return data
+
+
+def refuse_pointer(path: Path) -> None:
+    """ValueError for the pointer that stands where Git LFS has not fetched a file."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its"
+                " repository, or download the file"
+            )
+
+
+def refuse_mark(path: Path) -> None:
+    """ValueError for a file with a byte order mark, where others who read it take none."""
+    with path.open("rb") as file:
+        if file.read(3) == codecs.BOM_UTF8:
+            raise ValueError(
+                f"{path} begins with a byte order mark, which transformers does not read; save it"
+                " as UTF-8 without one"
+            )
 
 
 def unpacked_bytes(path: Path) -> int:
@@ -97,20 +117,31 @@ def unpacked_bytes(path: Path) -> int:
 
 def read_text(path: Path) -> str:
     """A UTF-8 file's text without its byte order mark. ValueError naming the file and the line
-    that is not UTF-8.
+    that is not UTF-8, or that holds a NUL character, as UTF-16 without a mark does.
     """
     data = read_bytes(path)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        hint = (
-            f"convert it, as in: iconv -f latin1 -t utf-8 {path.name} >"
-            f" {path.stem}-utf8{path.suffix}"
-        )
-        raise ValueError(
-            f"{path}, line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); {hint}"
-        ) from error
+    marked = next((name for mark, name in MARKS.items() if data.startswith(mark)), "")
+    place = data.find(b"\0")
+    if not marked and place < 0:
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            place = error.start
+
+    # How it can be made UTF-8.
+    unpacked = path.name.removesuffix(".gz")
+    if data[place] or marked:
+        encoding = marked or "latin1"
+    else:  # of UTF-16 text, half of the bytes are NUL, or nearly: those behind or before a letter
+        halves = data[:1000].count(b"\0") * 3 > len(data[:1000])
+        encoding = ("utf-16-le" if place % 2 else "utf-16-be") if halves else ""
+    way = f"iconv -f {encoding} -t utf-8 {unpacked}" if encoding else f"tr -d '\\000' < {unpacked}"
+    what = f"it begins as {marked.upper()}" if marked else f"byte 0x{data[place]:02x}"
+    line = 1 if marked else data.count(b"\n", 0, place) + 1
+    raise ValueError(
+        f"{path}, line {line} is not UTF-8 text ({what}); convert it, as in: {way} >"
+        f" utf8-{unpacked}"
+    )
 
 
 def parse_json(text: str, where: object) -> Any:
@@ -145,13 +176,16 @@ def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
 
 
 def json_lines(path: Path, text: str | None = None) -> Iterator[tuple[str, Any]]:
-    """("FILE, line N", value) of every line that is not blank. Lines end at a line feed alone:
-    JSON strings may hold U+2028 and the like.
+    """("FILE, line N", value) of every line that is not blank. Lines end at line feeds or carriage
+    returns, which no JSON string holds as they are, and at nothing else: it may hold U+2028.
 
     `text`: the file's, where it was read before. ValueError naming the file and the line that is
     not JSON.
     """
-    for number, line in enumerate((read_text(path) if text is None else text).split("\n"), 1):
+    text = read_text(path) if text is None else text
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             yield where, parse_json(line, where)
@@ -182,6 +216,19 @@ def without_halves(value: Any, depth: int = 0) -> Any:
         return value if same else pairs
     rows = [without_halves(one, depth + 1) for one in value]
     return value if all(one is old for one, old in zip(rows, value, strict=True)) else rows
+
+
+def refuse_halves(value: Any, where: object) -> None:
+    """ValueError that begins with `where` for a JSON value that holds half of a surrogate pair."""
+    try:
+        whole = without_halves(value) is value
+    except RecursionError as error:
+        raise ValueError(f"{where} is {error}; flatten it") from error
+    if not whole:
+        raise ValueError(
+            f"{where} holds half a character (a surrogate without its other half), which no"
+            " tokenizer takes and no file holds; take it out"
+        )
 
 
 def _nodes(value: Any, known: dict[int, int]) -> int:
@@ -236,6 +283,7 @@ def tensor_places(path: Path) -> dict[str, TensorPlace]:
     ValueError naming the file: no safetensors, cut short, or a header that does not fit the file's
     bytes.
     """
+    refuse_pointer(path)
     again = "copy it again, or convert it to safetensors"
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -254,7 +302,9 @@ def tensor_places(path: Path) -> dict[str, TensorPlace]:
         ) from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is no safetensors file (its header is no JSON object); {again}")
-    header.pop("__metadata__", None)
+    told = header.pop("__metadata__", {})
+    if not isinstance(told, dict) or not all(isinstance(one, str) for one in told.values()):
+        raise ValueError(f"{path}: the header's __metadata__ is no table of texts; {again}")
     places, spans = {}, []
     for name, about in header.items():
         try:
@@ -264,8 +314,10 @@ def tensor_places(path: Path) -> dict[str, TensorPlace]:
                 about["data_offsets"],
             )
             whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-            fits = whole and (
-                dtype not in ITEM_BYTES or math.prod(shape) * ITEM_BYTES[dtype] == end - start
+            fits = (
+                not HALVES.search(name)
+                and whole
+                and (dtype not in ITEM_BYTES or math.prod(shape) * ITEM_BYTES[dtype] == end - start)
             )
         except (KeyError, TypeError, ValueError):
             fits = False
@@ -294,9 +346,16 @@ def whole(least: int, most: int) -> Kind:
     )
 
 
+def is_real(value: Any) -> bool:
+    """Whether a JSON value is a number that a float can hold, NaN and infinity among them."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 1 << 1023  # JSON has whole numbers of any length
+    return isinstance(value, float)
+
+
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a JSON value is a finite number that a float can hold."""
+    return is_real(value) and math.isfinite(value)
 
 
 NUMBER = Kind("a finite number", is_number)

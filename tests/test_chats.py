@@ -186,6 +186,52 @@ def test_what_a_template_raises_is_a_sentence_with_the_row(tokenizer, template, 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
+        ("{# nothing #} {{ '' }}\n", "it makes nothing of the turns"),
+        ("<|im_start|>Hello{{ eos_token }}", "it leaves out all that the assistant says"),
+        (
+            "{% for m in messages %}{{ m.role }} {% if m.role == 'user' %}{{ m.content }}"
+            "{% endif %}{% if loop.last %}end{% endif %}{% endfor %}",
+            "it leaves out all that the assistant says|can't be told",
+        ),
+    ],
+)
+def test_a_template_that_drops_answers_is_blamed_not_the_row(tokenizer, template, message):
+    tokenizer.chat_template = template
+    chat = Chat([USER, ANSWER], where="FILE, line 7")
+    with pytest.raises(ValueError, match=rf"FILE, line 7: .*({message})"):
+        chat_tokens(tokenizer, [chat])
+
+
+def test_a_tokenizer_without_a_template_reads_plain_text_and_names_the_chat(tiny_teacher, tmp_path):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "The river was wide and the boat was small."}\n' * 40)
+    assert len(pack([str(text)], folder, 16, tmp_path / "data").ids) > 10
+    text.write_text('{"prompt": "What?", "completion": "That."}\n' * 40)
+    with pytest.raises(
+        ValueError, match=r"text.jsonl, line \d+ is a chat, and .* no chat template"
+    ):
+        pack([str(text)], folder, 16, tmp_path / "data")
+
+
+def test_an_answer_that_says_nothing_may_be_nothing(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    ((ids, mask),) = chat_tokens(tokenizer, [Chat([USER, ANSWER | {"content": " "}])])
+    assert len(ids) and not mask[: len(ids) - 1].any()
+
+
+def test_templates_of_which_none_is_the_default_are_named(tokenizer):
+    tokenizer.chat_template = {"a": "x", "b": "y"}
+    with pytest.raises(
+        ValueError, match="of its chat templates 'a', 'b' none is the default; name"
+    ):
+        render(tokenizer, [Chat([USER])])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
         (
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "has not ended after computing for 0.3 s",
@@ -199,7 +245,9 @@ def test_what_a_template_raises_is_a_sentence_with_the_row(tokenizer, template, 
     ],
 )
 def test_a_template_takes_no_more_time_and_memory_than_it_is_given(tokenizer, template, message):
-    tokenizer.chat_template = "{% if messages[0].content == 'bad' %}" + template + "{% endif %}"
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'bad' %}" + template + "{% else %}ok{% endif %}"
+    )
     limits = Limits(seconds=0.3, memory_bytes=100_000_000, characters=1_000_000)
     chats = [
         Chat([USER], where="FILE, line 1"),
@@ -207,7 +255,7 @@ def test_a_template_takes_no_more_time_and_memory_than_it_is_given(tokenizer, te
     ]
     with pytest.raises(ValueError, match=f"FILE, line 2: the chat template fails .*{message}"):
         render(tokenizer, chats, limits=limits)
-    assert render(tokenizer, chats[:1]) == [""]  # the next one is served
+    assert render(tokenizer, chats[:1]) == ["ok"]  # the next one is served
 
 
 def test_a_hostile_template_is_refused_wherever_it_is_asked(tokenizer, tiny_teacher, monkeypatch):
@@ -279,6 +327,44 @@ def test_a_pattern_that_backtracks_is_refused_by_name(tiny_teacher, tmp_path, pa
         match=r"tokenizer.json: its patterns fail on a run of '.' \(.*(retry-limit|not ended)",
     ):
         load_tokenizer(with_pattern(tiny_teacher, tmp_path / "t", pattern).parent)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "told"),
+    [
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 100_000},
+            r"(a run of 'e'; mend the normalizer|patterns fail on a run of 'e')",
+        ),
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": "€"}, "content": "e" * 200},
+            "it makes 200,001 tokens or characters of 1,001 characters, a run of '€'",
+        ),
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": "€"}, "content": "e" * 20},
+            "",
+        ),
+        ("model", {"dropout": 0.5}, "model.dropout is 0.5, so one text has other tokens each time"),
+        ("model", {"dropout": 0.0}, ""),
+    ],
+)
+def test_a_tokenizer_that_multiplies_text_or_draws_its_tokens_is_refused(
+    tiny_teacher, tmp_path, part, value, told
+):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "t")
+    file = folder / "tokenizer.json"
+    table = json.loads(file.read_text())
+    table[part] = value if part == "normalizer" else table[part] | value
+    table["model"]["vocab"]["dropout"] = table["model"]["vocab"].pop("zz", 511)  # no setting
+    file.write_text(json.dumps(table))
+    if not told:
+        check_tokenizer(file)
+        return
+    with pytest.raises(ValueError, match=f"tokenizer.json: .*{told}"):
+        check_tokenizer(file)
 
 
 def test_ordinary_patterns_pass_in_little_time(tiny_teacher, tmp_path):

@@ -4,13 +4,24 @@ and reads what is whole.
 
 import gzip
 import json
+import re
 import struct
 
 import pytest
 import torch
+from compress.gguf_header import read_header
 from safetensors.torch import save_file
 
-from compress.doors import json_lines, parse_json, parse_yaml, read_json, read_text, tensor_places
+from compress.doors import (
+    is_number,
+    is_real,
+    json_lines,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_text,
+    tensor_places,
+)
 
 
 def test_text_comes_without_its_byte_order_mark_and_unpacked(tmp_path):
@@ -21,8 +32,47 @@ def test_text_comes_without_its_byte_order_mark_and_unpacked(tmp_path):
 
 def test_other_encodings_are_refused_with_file_and_line(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ncaf\xe9\n")
-    with pytest.raises(ValueError, match=r"a\.txt, line 2 is not UTF-8 \(byte 0xe9\).*iconv"):
+    with pytest.raises(
+        ValueError, match=r"a\.txt, line 2 is not UTF-8 text \(byte 0xe9\).*iconv -f latin1"
+    ):
         read_text(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [
+        ("utf-16", r"it begins as UTF-16\).* -f utf-16 "),
+        ("utf-32", r"it begins as UTF-32\).* -f utf-32 "),
+        ("utf-16-le", r"byte 0x00\).* -f utf-16-le "),
+        ("utf-16-be", r"byte 0x00\).* -f utf-16-be "),
+    ],
+)
+def test_the_way_out_of_another_encoding_is_its_own(tmp_path, encoding, told):
+    (tmp_path / "a.txt").write_bytes("hello\nworld".encode(encoding))
+    with pytest.raises(ValueError, match=rf"a\.txt, line 1 is not UTF-8 text \({told}") as refusal:
+        read_text(tmp_path / "a.txt")
+    named = re.search(r"-f (\S+) -t", str(refusal.value))[1]
+    assert (tmp_path / "a.txt").read_bytes().decode(named) == "hello\nworld"
+
+
+def test_a_nul_in_a_text_is_named_by_its_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\0\n" + b"three\n" * 100)
+    with pytest.raises(ValueError, match=r"a\.txt, line 2 is not .*0x00.*tr -d '\\000' < a\.txt"):
+        read_text(tmp_path / "a.txt")
+
+
+def test_what_git_lfs_has_not_fetched_is_no_file(tmp_path):
+    (tmp_path / "a").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    for door in (read_text, tensor_places, read_header):
+        with pytest.raises(ValueError, match="a is a Git LFS pointer.*git lfs pull"):
+            door(tmp_path / "a")
+
+
+def test_numbers_that_no_float_holds_are_none():
+    assert is_number(10**300) and is_number(-1.5) and is_real(float("nan"))
+    assert not any(map(is_number, (10**400, float("inf"), True, "1"))) and not is_real(10**400)
 
 
 def test_a_damaged_gzip_file_is_refused(tmp_path):

@@ -5,6 +5,7 @@ model is compared with.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import time
@@ -98,6 +99,14 @@ def family(folder: Path, teacher: Path, name: str, **config) -> Path:
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, at most 1,000 is read"),
         ({"num_labels": 10**6}, "num_labels is 1000000, at most 10,000 is read"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, which is no finite number"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [float("nan")] * 8}},
+            "short_factor is nan, which is no finite number",
+        ),
+        ({"id2label": {str(i): "x" for i in range(100_000)}}, "more than 100,000 values"),
+        ({"return_dict": False}, "return_dict is false, so the model would give bare tuples"),
+        ({"torchscript": True}, "torchscript is true"),
+        ({"hidden_act": "warp"}, "config.json is of no llama model that can be built"),
         ({"num_hidden_layers": 900}, "config.json says 900 blocks, its weights hold 38 tensors"),
         (
             {"num_hidden_layers": 5},
@@ -207,6 +216,50 @@ def test_packed_weights_without_a_word_in_the_config_are_refused(copied, name):
         ),
         (lambda d: (d / "custom_generate").mkdir(), "its code is never run"),
         (
+            lambda d: edit(d / "generation_config.json", num_beams=10**6),
+            "generation_config.json: num_beams is 1000000, and answers here are one greedy",
+        ),
+        (
+            lambda d: edit(d / "generation_config.json", return_dict_in_generate=True),
+            "return_dict_in_generate is True",
+        ),
+        (lambda d: edit(d / "generation_config.json", max_time=0), "max_time is 0"),
+        (lambda d: edit(d / "generation_config.json", min_new_tokens=9), "min_new_tokens is 9"),
+        (lambda d: edit(d / "generation_config.json", stop_strings=["x"]), "stop_strings is"),
+        (
+            lambda d: (
+                (d / "generation_config.json").unlink(),
+                edit(d / "config.json", num_beams=4),
+            ),
+            "config.json: num_beams is 4",
+        ),
+        (
+            lambda d: (
+                (d / "config.json").unlink(),
+                (d / "config.json").symlink_to(d / "config.json"),
+            ),
+            "config.json is no plain file, or a link to none",
+        ),
+        (
+            lambda d: (d / "tokenizer.json").write_bytes(
+                b"\xef\xbb\xbf" + (d / "tokenizer.json").read_bytes()
+            ),
+            "tokenizer.json begins with a byte order mark",
+        ),
+        (
+            lambda d: (
+                (d / "model.safetensors").unlink(),
+                (d / "model.safetensors").symlink_to(d / "gone"),
+            ),
+            "has no model.safetensors, or a link to a file that is gone",
+        ),
+        (
+            lambda d: rewrite(
+                d, lambda t: {name: value.to(torch.complex64) for name, value in t.items()}
+            ),
+            "is of type C64; give the checkpoint in fp32, bf16 or fp16",
+        ),
+        (
             lambda d: (d / "generation_config.json").write_text("[]"),
             "generation_config.json holds a JSON list",
         ),
@@ -267,7 +320,8 @@ def shards(folder: Path, **index) -> None:
         ({"weight_map": ...}, "has no weight_map"),
         ({"weight_map": ["a.safetensors"]}, "has no weight_map"),
         ({"weight_map": {"x": 3}}, "has no weight_map"),
-        ({"weight_map": {"x": "../a.safetensors"}}, "shards must be files of that directory"),
+        ({"weight_map": {"x": "../a.safetensors"}}, "which is no file of that directory"),
+        ({"weight_map": {"x": "a" * 5000}}, "which is no file of that directory; copy all shards"),
         (
             {"weight_map": {"x": "a.safetensors"}},
             "has tensor x in a.safetensors, which does not hold it",
@@ -315,6 +369,36 @@ def test_odd_but_whole_checkpoints_are_opened_as_ever(copied):
     assert checkpoint_head(copied).weight_VH.shape == (512, 64) and head_place(copied) == [
         "embed_tokens.weight"
     ]
+
+
+def test_a_path_that_is_no_utf8_is_named_as_what_it_is(tiny_teacher, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/m\xff"
+    shutil.copytree(os.fsencode(tiny_teacher), folder)
+    with pytest.raises(ValueError, match="its path is not UTF-8.* other names"):
+        check(Path(os.fsdecode(folder)))
+
+
+def test_positions_that_are_no_numbers_are_refused_when_it_is_loaded(copied):
+    edit(copied / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 0.0})
+    with pytest.raises(
+        ValueError, match=r"config.json makes a table of no finite .*inv_freq.*rope"
+    ):
+        load_model(copied)
+
+
+def test_a_header_that_another_reader_refuses_is_refused_by_file(copied):
+    file = copied / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for changed, told in (
+        (header | {"__metadata__": {"format": 5}}, "__metadata__ is no table of texts"),
+        (header | {"\ud83d": header["model.norm.weight"]}, "entry for .* makes no sense"),
+    ):
+        text = json.dumps(changed).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        with pytest.raises(ValueError, match=f"model.safetensors: the header's {told}"):
+            check(copied)
 
 
 def test_an_equal_head_beside_tied_embeddings_is_no_other_head(copied):

@@ -194,9 +194,17 @@ def test_a_manifest_that_is_none_is_one_sentence(bundle, capfd, text, told):
     ("path", "value", "told"),
     [
         (("extra",), 1, "the key 'extra' is not known here"),
+        (("schema",), True, "'schema' is true, needed: 1"),
         (("run",), 5, "'run' is 5, needed: a text"),
         (("scores",), {"a": "b"}, "'scores' is"),
         (("intervals",), {"a": [1]}, "'intervals' is"),
+        (("scores",), {"a": 10**400}, "'scores' is"),
+        (("run",), "cut \ud83d", "holds half a character"),
+        (
+            ("config", "budget", "limits"),
+            {"open/right": {"max": 10**400}},
+            "limits.open/right: 'max' is 1000",
+        ),
         (("verdicts",), [5], "'verdicts' is [5]"),
         (("verdicts",), {}, "'verdicts' is {}"),
         (("verdicts", 0, "verdict"), "MAYBE", "verdicts[0]: 'verdict' is \"MAYBE\""),
@@ -419,6 +427,9 @@ def test_items_of_every_rule_are_read(tmp_path, row):
         ({"logliks": ["x", "y"]}, "'logliks' is"),
         ({"correct": 1}, "'correct' is 1"),
         ({"doc_id": "0"}, "'doc_id' is \"0\""),
+        ({"logliks": [-1.0, 10**400]}, "'logliks' is"),
+        ({"context": "cut \ud83d"}, "holds half a character"),
+        ({"choices": ["a", "\udc00"]}, "holds half a character"),
         ({"task": "../../etc"}, "'task' is \"../../etc\""),
         ({"task": ".."}, "'task' is \"..\""),
         ({"task": 5}, "'task' is 5"),
@@ -483,6 +494,7 @@ def test_items_are_whole_and_alike(bundle, capfd, nothing_is_measured):
         ({"pattern": "((a{1000}){1000}){1000}b"}, "takes too much time or memory to compile"),
         ({"pattern": "a" * 3000}, "has 3,000 characters"),
         ({"prompt": 5}, "`prompt` must be a text"),
+        ({"prompt": "cut \ud83d"}, "holds half a character"),
     ],
 )
 def test_a_wrong_prompt_is_named(bundle, capfd, nothing_is_measured, change, told):
@@ -504,6 +516,10 @@ def test_a_wrong_prompt_is_named(bundle, capfd, nothing_is_measured, change, tol
         (lambda row: row | {"student": row["student"] | {"ids": []}}, "the key 'ids'"),
         (lambda row: row | {"id": "unknown"}, "line 1: 'id' is 'unknown'"),
         (lambda row: [row], "line 1 holds a JSON list"),
+        (
+            lambda row: row | {"teacher": row["teacher"] | {"answer": "cut \ud83d"}},
+            "line 1 holds half a character",
+        ),
     ],
 )
 def test_a_wrong_answer_is_named(bundle, capfd, nothing_is_measured, change, told):

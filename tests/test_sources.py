@@ -28,6 +28,7 @@ def jsonl(folder, *rows, name="rows.jsonl"):
     [
         ("lines.jsonl", b'{"text": "one"}\n{"text": "two"}\n'),
         ("BIG.JSONL", b'{"text": "one"}\r\n{"text": "two"}\r\n'),
+        ("old.jsonl", b'{"text": "one"}\r{"text": "two"}\r'),
         ("mark.jsonl", b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "two"}'),
         ("packed.jsonl.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')),
         ("array.json", b'[{"text": "one"}, {"text": "two"}]'),
@@ -136,6 +137,10 @@ def test_empty_chats_are_left_out(tmp_path):
             {"prompt": "a", "completion": ["b"]},
             "line 2: the field 'completion' is a list, a string is needed",
         ),
+        (
+            {"text": None},
+            r"the fields \['text'\] \(text null: leave such rows out\); needed: text",
+        ),
         ({"instruction": "a"}, r"line 2 has the fields \['instruction'\]; needed: text, messages"),
     ],
 )
@@ -189,8 +194,10 @@ def test_sources_that_name_nothing_are_refused(tmp_path):
 
 def test_an_indented_object_is_a_row(tmp_path):
     path = tmp_path / "one.json"
-    path.write_text(json.dumps({"messages": ASKED}, indent=2))
-    assert documents(str(path)) == [ASKED]
+    written = json.dumps({"messages": ASKED}, indent=2)
+    for text in (written, " \n" + written.replace("{\n", "{ \t\r\n", 1)):
+        path.write_text(text)
+        assert documents(str(path)) == [ASKED]
 
 
 def test_files_that_unpack_to_many_times_their_size_are_refused(tmp_path, monkeypatch):

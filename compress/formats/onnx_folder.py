@@ -47,7 +47,7 @@ TABLES: dict[str, dict[str, Kind]] = {
     "model": {
         "type": Kind(f"one of {', '.join(MODEL_TYPES)}", lambda value: value in MODEL_TYPES),
         "context_length": SIZE,
-        "vocab_size": SIZE,
+        "vocab_size": whole(1, 2**22),  # the largest known has 262,144; GenAI allocates by it
         "decoder": TABLE,
         "bos_token_id": optional(TOKEN_ID),
         "eos_token_id": ENDS,
@@ -166,6 +166,14 @@ def genai_config(folder: Path) -> dict[str, Any]:
         for key in filter(None, name.split(".")):
             table = table[key]
         check_object(table, kinds, f"{file}{name and f', {name}'}")
+    model = config["model"]
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = model.get(key, 0)
+        if max(ids if isinstance(ids, list) else [ids]) >= model["vocab_size"]:
+            raise ValueError(
+                f"{file}, model: {key} is {ids}, and vocab_size {model['vocab_size']:,}; export the"
+                " model again"
+            )
     return dict(config)
 
 

@@ -72,6 +72,8 @@ def render(
     for chat, text in zip(chats, _rendered(tokenizer, chats, generation, limits), strict=True):
         if isinstance(text, Failure):
             raise ValueError(_told(chat, text))
+        if not text.strip():
+            raise ValueError(_told(chat, Failure("it makes nothing of the turns")))
         texts.append(text)
     return texts
 
@@ -90,10 +92,12 @@ def _rendered(
     """The text of every chat, or what its template raises. ValueError where there is no template,
     or where a limit ended it.
     """
+    if not chats:  # plain text needs no template
+        return
     if not tokenizer.chat_template:
         raise ValueError(
-            "chat data was given, but the teacher's tokenizer has no chat template; use plain text"
-            " sources"
+            f"{getattr(chats[0], 'where', 'the chat')} is a chat, and the teacher's tokenizer has no"
+            " chat template; use plain text in data.train, data.chat and data.heldout"
         )
     special = tokenizer.special_tokens_map
     for some in _requests(chats):
@@ -103,12 +107,24 @@ def _rendered(
             turns = [
                 {key: value for key, value in turn.items() if value is not None} for turn in chat
             ]
-            template = tokenizer.get_chat_template(tools=tools)
+            template = _template(tokenizer, tools)
             items.append({"turns": turns, "tools": tools, "template": template})
         answers = ask("render", items, limits, special=special, generation=generation)
         if isinstance(answers[-1], Failure) and answers[-1].ended:
             raise ValueError(_told(some[len(answers) - 1], answers[-1]))
         yield from answers
+
+
+def _template(tokenizer: Any, tools: Any) -> Any:
+    """The template that transformers would take. ValueError where none of several is the default."""
+    try:
+        return tokenizer.get_chat_template(tools=tools)
+    except ValueError as error:
+        names = ", ".join(map(repr, tokenizer.chat_template))
+        raise ValueError(
+            f"{tokenizer.name_or_path}: of its chat templates {names} none is the default; name one"
+            " of them 'default' in tokenizer_config.json, or save it as chat_template.jinja"
+        ) from error
 
 
 def _requests(chats: Sequence[Turns]) -> Iterator[list[Turns]]:
@@ -137,6 +153,11 @@ def chat_tokens(tokenizer: Any, chats: Sequence[Chat], limits: Limits = LIMITS) 
     clear = _marked_spans(tokenizer, [chats[i] for i in marked], [texts[i] for i in marked], limits)
     for i, some in zip(marked, clear, strict=True):
         spans[i] = some
+
+    for chat, some in zip(chats, spans, strict=True):
+        said = any(str(chat[turn].get("content") or "").strip() for turn in _answers(chat))
+        if said and all(start == end for start, end in some or ()):
+            raise ValueError(_told(chat, Failure("it leaves out all that the assistant says")))
 
     # Characters to tokens: a token that stands on both sides of a place belongs to what is behind
     # it.

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from compress.doors import refuse_pointer
+
 ENTRIES = 100_000  # keys, and tensors; the largest known files have 2,000
 # Elements of all arrays together: readers make an object of each. A large vocabulary has 1.3
 # million.
@@ -127,7 +129,8 @@ def read_header(file: Path) -> Header:
     ValueError naming the file: no GGUF, damaged, cut short, or counts beyond its bytes.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: no such GGUF file")
+        raise ValueError(f"{file}: no such GGUF file; check the path")
+    refuse_pointer(file)
     with file.open("rb") as opened:
         if file.stat().st_size < 24 or opened.read(4) != b"GGUF":
             raise ValueError(

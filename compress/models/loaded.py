@@ -48,9 +48,16 @@ def check_complete(path: Path, info: dict[str, Any]) -> None:
 def check_forward(path: Path, model: Any) -> None:
     """ValueError unless hidden states and head give the model's own logits.
 
-    Nor may a position see what comes after it.
+    Nor may a position see what comes after it, or be no number.
     """
     family = model.config.model_type
+    for name, buffer in model.named_buffers():
+        broken = buffer.isnan() if "freq" not in name else ~buffer.isfinite()
+        if buffer.is_floating_point() and broken.any():
+            raise ValueError(
+                f"{path / 'config.json'} makes a table of no finite numbers ({name}); mend its "
+                "positions (rope_theta, rope_parameters)"
+            )
     longest = getattr(model.config, "max_position_embeddings", None) or IDS
     ids_1L = (torch.arange(1, 1 + min(IDS, longest)) * 7919 % model.config.vocab_size)[None].to(
         model.device

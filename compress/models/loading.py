@@ -14,16 +14,27 @@ from typing import Any
 
 import torch
 
-from compress.doors import TensorPlace, read_json, tensor_places
+from compress.doors import TensorPlace, read_json, refuse_mark, tensor_places
 from compress.models.model_config import (
     MOST_MODULES,
     check_bytes,
+    check_generation,
     is_packed,
     meta_model,
     read_config,
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FOR_OTHERS = (  # JSON files that transformers and tokenizers read, which know no byte order mark
+    "config.json",
+    "generation_config.json",
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 PACKED_SUFFIXES = (
     ".qweight",
     ".qzeros",
@@ -69,8 +80,8 @@ TYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
 }
+WHOLE = [name for name, dtype in TYPES.items() if not dtype.is_floating_point]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -87,7 +98,9 @@ def weight_files(path: Path) -> list[Path]:
             if other
             else ""
         )
-        raise ValueError(f"{path} has no {WEIGHTS}{hint}")
+        raise ValueError(
+            f"{path} has no {WEIGHTS}{hint or ', or a link to a file that is gone; copy it again'}"
+        )
     check_bytes(path / INDEX)
     shards = read_json(path / INDEX).get("weight_map")
     if (
@@ -100,9 +113,14 @@ def weight_files(path: Path) -> list[Path]:
         )
     names = sorted(set(shards.values()))
     for name in names:
-        if PurePosixPath(name).name != name or not (path / name).is_file():
+        try:
+            there = PurePosixPath(name).name == name and (path / name).is_file()
+        except OSError:  # a name that is too long for any file
+            there = False
+        if not there:
             raise ValueError(
-                f"{path / INDEX} names the shard {name!r}: shards must be files of that directory"
+                f"{path / INDEX} names the shard {name[:200]!r}, which is no file of that "
+                "directory; copy all shards again"
             )
     return [path / name for name in names]
 
@@ -138,6 +156,13 @@ def check_directory(path: Path) -> None:
 
     Weights that a config calls quantized are refused too, but those of our own packed directories.
     """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path}: its path is not UTF-8, which tokenizers can't open; give the folders of it"
+            " other names"
+        ) from error
     if (path / "adapter_config.json").is_file():
         raise ValueError(
             f"{path} holds adapter_config.json beside config.json: transformers would add that "
@@ -148,9 +173,11 @@ def check_directory(path: Path) -> None:
         raise ValueError(
             f"{path} has a custom_generate folder: its code is never run; remove the folder"
         )
-    if (path / "generation_config.json").is_file():
-        read_json(path / "generation_config.json")
+    for file in (path / name for name in FOR_OTHERS):
+        if file.is_file():
+            refuse_mark(file)
     config = read_config(path)
+    check_generation(path)
     for key in ("quantization_config", "compression_config"):
         about = config.get(key)
         if about is not None and not is_packed(config):
@@ -182,7 +209,8 @@ def check_weights(path: Path) -> bool:
             f"{path}: config.json says {layers:,} blocks, its weights hold {len(table):,} tensors; "
             "they are not of one model"
         )
-    model = meta_model(config, min(MOST_MODULES, 1000 + 30 * len(table)))
+    most = min(MOST_MODULES, 1000 + 30 * len(table))
+    model = meta_model(config, most, path / "config.json")
     kept = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if kept > 64_000_000 + 16 * elements:
         raise ValueError(
@@ -202,7 +230,7 @@ def check_weights(path: Path) -> bool:
         if packed := packed or [
             name
             for name in table
-            if name not in left and "F" not in table[name][1].dtype and name.endswith("weight")
+            if name not in left and table[name][1].dtype in WHOLE and name.endswith("weight")
         ]:
             raise ValueError(
                 f"{path}: the weights are quantized already (they hold {packed[0]}); give the "
@@ -233,7 +261,8 @@ def head_place(path: Path) -> list[str] | None:
 
     None when they are others there than in the model.
     """
-    model, table = meta_model(read_config(path)), tensor_table(path)
+    model = meta_model(read_config(path), where=path / "config.json")
+    table = tensor_table(path)
     output = model.get_output_embeddings()
     bias = getattr(output, "bias", None)
     weights = [name for name in _head_names(model) if name in table]

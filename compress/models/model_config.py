@@ -5,6 +5,7 @@ when transformers builds them. Each is refused in one sentence that names the fi
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ MOST_LAYERS = 1_000  # the deepest known has 126
 MOST_MODULES = 300_000  # of a model; a mixture of 61 blocks of 384 experts has 100,000
 MOST_LABELS = 10_000  # of a classifier; transformers names each, though no model here has them
 MOST_COUNT = 10_000_000  # of whatever else a config counts
+MOST_VALUES = 100_000  # in one file: transformers copies them all, several times a model
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -56,6 +58,30 @@ PARTS_KEYS = (
     "language_config",
 )
 LAYER_COUNT = re.compile(r"(num|n)_(\w+_)?layers?")
+GENERATION = "generation_config.json"
+# What makes `generate` search, suppress ends, stop early, load more or return something else than
+# one continuation a prompt, and the values that do nothing.
+NOT_GREEDY: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (0, 1)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "penalty_alpha", "dola_layers"), (0,)),
+    **dict.fromkeys(("return_dict_in_generate", "is_assistant"), (False,)),
+    "guidance_scale": (0, 1),
+    **dict.fromkeys(
+        (
+            "max_time",
+            "stop_strings",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "force_words_ids",
+            "constraints",
+            "watermarking_config",
+            "prompt_lookup_num_tokens",
+            "assistant_early_exit",
+            "compile_config",
+        ),
+        (),
+    ),
+}
 
 
 def is_of_input(error: BaseException) -> bool:
@@ -81,6 +107,10 @@ def read_config(path: Path) -> dict[str, Any]:
     to fetch, no known family, sizes that make no sense.
     """
     file = path / "config.json"
+    if os.path.lexists(file) and not file.is_file():
+        raise ValueError(
+            f"{file} is no plain file, or a link to none; copy the checkpoint's files again"
+        )
     if not file.is_file():
         adapter = (path / "adapter_config.json").is_file()
         hint = "; it holds an adapter alone: merge that into its base model" if adapter else ""
@@ -89,7 +119,9 @@ def read_config(path: Path) -> dict[str, Any]:
             f"directory{hint}"
         )
     check_bytes(file)
-    config = _without_kernels(read_json(file), file)
+    config = read_json(file)
+    _check_values(config, file)
+    config = _without_kernels(config, file)
     _check_family(config, file)
     _check_counts(config, file)
     config = {key: value for key, value in config.items() if key != "quantization_config" or value}
@@ -136,12 +168,14 @@ def is_packed(config: dict[str, Any]) -> bool:
     )
 
 
-def meta_model(config: dict[str, Any], most_modules: int = MOST_MODULES) -> Any:
+def meta_model(
+    config: dict[str, Any], most_modules: int = MOST_MODULES, where: object = "the config"
+) -> Any:
     """The model of a config.json without memory for its weights.
 
-    ValueError when it can't be built of so many modules.
+    ValueError, beginning with `where`, when it can't be built of so many modules.
     """
-    about = config_object(config)
+    about = config_object(config, where)
     try:
         with (
             quiet(),
@@ -154,8 +188,8 @@ def meta_model(config: dict[str, Any], most_modules: int = MOST_MODULES) -> Any:
         if not is_of_input(error):
             raise
         raise ValueError(
-            f"the config is of no {config['model_type']} model that can be built "
-            f"({one_line(error)}); copy config.json again"
+            f"{where} is of no {config['model_type']} model that can be built "
+            f"({one_line(error)}); copy it again"
         ) from error
 
 
@@ -165,6 +199,49 @@ def check_bytes(file: Path) -> None:
         raise ValueError(
             f"{file} has {size:,} bytes, at most {JSON_BYTES:,} are read; copy it again"
         )
+
+
+def check_generation(path: Path) -> None:
+    """ValueError for settings of a checkpoint's `generation_config.json` that answers can't follow.
+
+    Answers are one greedy continuation a prompt, which ends at the checkpoint's ends, in every
+    runtime alike; others read none of these settings. Where that file is not there, transformers
+    looks for them in config.json.
+    """
+    file = path / GENERATION
+    if not os.path.lexists(file):
+        file = path / "config.json"
+    check_bytes(file)
+    about = read_json(file)
+    _check_values(about, file)
+    for key, neutral in NOT_GREEDY.items():
+        value = about.get(key)
+        if value is not None and value not in neutral:
+            raise ValueError(
+                f"{file}: {key} is {str(value)[:80]}, and answers here are one greedy continuation "
+                "a prompt; take the key out"
+            )
+
+
+def _check_values(config: dict[str, Any], file: Path) -> None:
+    """ValueError for more values than a config has, and for a number that is not finite."""
+    count, rest = 0, [("", config)]
+    while rest:
+        key, value = rest.pop()
+        count += 1
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"{file}: {key} is {value}, which is no finite number; copy the file again"
+            )
+        if isinstance(value, dict):
+            rest += [(str(name), one) for name, one in value.items()]
+        elif isinstance(value, list):
+            rest += [(key, one) for one in value]
+        if count + len(rest) > MOST_VALUES:
+            raise ValueError(
+                f"{file} holds more than {MOST_VALUES:,} values; copy it again, or take lists out "
+                "that a text model has no use for, as id2label"
+            )
 
 
 def _without_kernels(config: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -191,10 +268,6 @@ def _without_kernels(config: dict[str, Any], file: Path) -> dict[str, Any]:
                     "never run; remove the key"
                 )
             continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(
-                f"{file}: {key} is {value}, which is no finite number; copy the file again"
-            )
         kept[key] = _without_kernels(value, file) if isinstance(value, dict) else value
     return kept
 
@@ -238,6 +311,12 @@ def _check_family(config: dict[str, Any], file: Path) -> None:
             f"{file}: model_type {family!r} is no text model that transformers can open without "
             "remote code; convert it to one that is"
         )
+    for key, value in (("return_dict", False), ("torchscript", True)):
+        if config.get(key) is value:
+            raise ValueError(
+                f"{file}: {key} is {str(value).lower()}, so the model would give bare tuples; take "
+                "the key out"
+            )
     if config.get("is_encoder_decoder"):
         raise ValueError(
             f"{file}: is_encoder_decoder is true; only decoder-only models can be compressed or "

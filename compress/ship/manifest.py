@@ -20,8 +20,10 @@ from compress.doors import (
     Kind,
     check_object,
     is_number,
+    is_real,
     optional,
     read_json,
+    refuse_halves,
 )
 
 MANIFEST = "manifest.json"
@@ -42,7 +44,7 @@ INTERVALS = Kind(
 VERDICT = Kind(f"one of {', '.join(WORDS)}", lambda value: value in WORDS)
 ANY_TEXT = Kind("a text or null", lambda value: value is None or isinstance(value, str))
 KINDS = {
-    "schema": Kind(str(SCHEMA), lambda value: value == SCHEMA),
+    "schema": Kind(str(SCHEMA), lambda value: type(value) is int and value == SCHEMA),
     "run": TEXT,
     "budget": Kind("PASS or FAIL", lambda value: value in ("PASS", "FAIL")),
     "teacher": TABLE,
@@ -82,7 +84,7 @@ LIMIT_KINDS = {
 
 def _is_score(value: Any) -> bool:
     """A number, also one that is not finite: what was measured is told as it is."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real(value)
 
 
 def _is_pair(value: Any) -> bool:
@@ -110,6 +112,7 @@ def read_manifest(bundle: Path, sums: Mapping[str, str]) -> dict[str, Any]:
             " one to read it"
         )
     check_object(manifest, KINDS, file)
+    refuse_halves(manifest, file)
     _check_files(manifest["files"], sums, file)
     check_judged(manifest["judged"], sums, file)
     for number, entry in enumerate(manifest["lineage"]):

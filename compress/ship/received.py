@@ -14,8 +14,10 @@ from compress.doors import (
     TEXTS,
     Kind,
     check_object,
+    is_real,
     json_lines,
     optional,
+    refuse_halves,
     whole,
 )
 from compress.errors import ConfigError
@@ -103,7 +105,7 @@ ITEM = {  # of requests.jsonl, whatever its rule
 }
 LOGLIKS = Kind(
     "a list of numbers",
-    lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
+    lambda value: isinstance(value, list) and all(map(is_real, value)),
 )
 SAID = {"form": TEXT, "answer": TEXT, "ended": FLAG, "loops": FLAG, "right": FLAG}
 ANSWERS = {"id": TEXT, "teacher": TABLE, "student": TABLE}
@@ -184,6 +186,7 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
     rules: dict[str, str] = {}
     asked = 0
     for where, value in json_lines(_sized(file)):
+        refuse_halves(value, where)
         row = _item(value, where)
         name = row["task"], row["doc_id"]
         if name in lines:
@@ -226,6 +229,7 @@ def read_said(bundle: Path, prompts: list[Prompt]) -> list[dict[str, Any]]:
     answered = set()
     ids = {prompt.id for prompt in prompts}
     for where, row in json_lines(_sized(file)):
+        refuse_halves(row, where)
         check_object(row, ANSWERS, where)
         for side in ("teacher", "student"):
             check_object(row[side], SAID, f"{where}, {side}")
@@ -258,6 +262,8 @@ def receive(bundle: Path, sha256: str | None = None) -> Received:
         )
     requests = read_requests(bundle / "requests.jsonl")
     asked = _sized(bundle / "open_prompts.jsonl")
+    for where, row in json_lines(asked) if asked.is_file() else ():
+        refuse_halves(row, where)
     prompts = read_prompts(asked) if asked.is_file() else []
     if len(prompts) > MOST_PROMPTS:
         raise ValueError(

@@ -66,7 +66,9 @@ def document(row: Any, where: str) -> Document:
     asked = next((key for key in QUESTIONS if key in given), "")
     said = next((key for key in ANSWERS if key in given), "")
     if not asked or not said:
-        raise ValueError(f"{where} has the fields {sorted(map(str, row))}; {NEEDED}")
+        empty = [key for key in FIELDS if key in row and row[key] is None]
+        told = f" ({', '.join(empty)} null: leave such rows out)" if empty else ""
+        raise ValueError(f"{where} has the fields {sorted(map(str, row))}{told}; {NEEDED}")
     if isinstance(given[asked], list) and isinstance(given[said], list):
         return _chat([*given[asked], *given[said]], given, where, said)
     return _chat(

@@ -130,10 +130,9 @@ def _from_file(path: Path, log: Log) -> list[Document]:
 def _json_rows(path: Path) -> Rows:
     """Values of JSON Lines, or those of a file that is one JSON array or one indented object."""
     text = read_text(path)
-    begins = text.lstrip()[:2]
-    if begins[:1] == "[":
+    if re.match(r"\s*\[", text):
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(parse_json(text, path), 1))
-    elif begins in ("{\n", "{\r"):  # one object over several lines
+    elif re.match(r"\s*\{[ \t]*[\r\n]", text):  # one object over several lines
         yield f"{path}, row 1", parse_json(text, path)
     else:
         yield from json_lines(path, text)

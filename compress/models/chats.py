@@ -96,8 +96,8 @@ def _rendered(
         return
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{getattr(chats[0], 'where', 'the chat')} is a chat, and the teacher's tokenizer has no"
-            " chat template; use plain text in data.train, data.chat and data.heldout"
+            f"{getattr(chats[0], 'where', 'the chat')} is a chat, and the teacher's tokenizer has"
+            " no chat template; use plain text in data.train, data.chat and data.heldout"
         )
     special = tokenizer.special_tokens_map
     for some in _requests(chats):
@@ -116,7 +116,10 @@ def _rendered(
 
 
 def _template(tokenizer: Any, tools: Any) -> Any:
-    """The template that transformers would take. ValueError where none of several is the default."""
+    """The template that transformers would take.
+
+    ValueError where none of several is the default.
+    """
     try:
         return tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
@@ -154,9 +157,10 @@ def chat_tokens(tokenizer: Any, chats: Sequence[Chat], limits: Limits = LIMITS) 
     for i, some in zip(marked, clear, strict=True):
         spans[i] = some
 
-    for chat, some in zip(chats, spans, strict=True):
-        said = any(str(chat[turn].get("content") or "").strip() for turn in _answers(chat))
-        if said and all(start == end for start, end in some or ()):
+    # A template that leaves out what the assistant says has nothing to teach.
+    for chat, answer_spans in zip(chats, spans, strict=True):
+        has_answer = any(str(chat[turn].get("content") or "").strip() for turn in _answers(chat))
+        if has_answer and all(start == end for start, end in answer_spans or ()):
             raise ValueError(_told(chat, Failure("it leaves out all that the assistant says")))
 
     # Characters to tokens: a token that stands on both sides of a place belongs to what is behind

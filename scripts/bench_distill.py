@@ -186,7 +186,7 @@ def median(product: Any, repeats: int = 15) -> float:
 def gradient(model: Any, ids: torch.Tensor, target: Any) -> torch.Tensor:
     """Whole-model gradient of the mean forward KL, fp32, as one vector."""
     from compress.distill.losses import Mix, head_loss
-    from compress.models.forward import head_of, hidden_states
+    from compress.models.head import head_of, hidden_states
 
     model.zero_grad(set_to_none=True)
     mask = torch.ones(ids[:, 1:].numel(), dtype=torch.bool)
@@ -203,7 +203,7 @@ def closeness_of_gradients(work: Path, batches: int, draws: int) -> dict[str, fl
     from compress.distill.losses import Dense
     from compress.distill.signal import Scheme, as_target, decode, encode
     from compress.models.checkpoint import load_model
-    from compress.models.forward import head_of, hidden_states
+    from compress.models.head import head_of, hidden_states
 
     teacher, student, data = (
         load_model(work / "teacher"),

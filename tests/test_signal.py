@@ -13,7 +13,7 @@ from compress.distill.losses import Dense, Mix, head_loss
 from compress.distill.signal import Scheme, Signals, as_target, decode, encode, sample
 from compress.errors import ResourceError
 from compress.models.checkpoint import load_model
-from compress.models.forward import Head
+from compress.models.head import Head
 from compress.stages.training import Signal
 
 L, H, V = 11, 6, 300

@@ -19,7 +19,7 @@ from compress.distill.signal import Scheme, Signals
 from compress.distill.steps import OnlineTeacher, make_batches, make_loss, one_batch
 from compress.errors import Interrupted, ResourceError
 from compress.models.checkpoint import digest, load_model, save_model
-from compress.models.forward import use_cpu_kernels
+from compress.models.cpu_kernels import use_cpu_kernels
 from compress.stages.distill import Distill
 from compress.stages.qat import Qat
 from compress.train import loop

@@ -43,7 +43,8 @@ from torch import Tensor, nn
 from compress.distill.losses import Mix, head_loss, hidden_mse
 from compress.distill.signal import Signals, as_target
 from compress.models.checkpoint import best_device, head_dim, read_config
-from compress.models.forward import Head, head_of, hidden_states, use_cpu_kernels
+from compress.models.cpu_kernels import use_cpu_kernels
+from compress.models.head import Head, head_of, hidden_states
 from compress.models.tokenizer import load_tokenizer, token_count, tokenizer_digest
 from compress.models.vocabulary import difference, of_tokenizer
 from compress.train import parallel

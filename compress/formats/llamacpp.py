@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.models.forward import Head
+    from compress.models.head import Head
 
 GREEDY = {"temperature": 0, "cache_prompt": False}
 _PARALLEL = 4  # sequences that the server decodes together: short prompts fill a batch
@@ -292,8 +292,8 @@ def gguf_head(gguf: Path) -> Head:
     import torch
     from gguf.quants import dequantize
 
-    from compress.models.forward import Head
     from compress.models.gguf_header import read_fields
+    from compress.models.head import Head
 
     fields, listed = read_fields(gguf)
     special = [key for key in fields if key.endswith((".final_logit_softcapping", ".logit_scale"))]

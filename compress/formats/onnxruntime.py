@@ -31,7 +31,7 @@ from compress.models.end_files import as_ids
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.models.forward import Head
+    from compress.models.head import Head
 
 
 class OnnxRuntime:
@@ -188,7 +188,7 @@ def onnx_head(folder: Path) -> Head:
     """The fp32 head as decoded from the file: the lm_head's own weight, or the tied embedding."""
     from compress.formats.onnx_folder import check_folder
     from compress.formats.onnx_weights import decode_onnx
-    from compress.models.forward import Head
+    from compress.models.head import Head
 
     check_folder(folder)
     decoded = decode_onnx(folder)

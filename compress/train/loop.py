@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compress.errors import Interrupted, ResourceError, is_memory
 from compress.models.checkpoint import best_device
-from compress.models.forward import use_cpu_kernels
+from compress.models.cpu_kernels import use_cpu_kernels
 from compress.store import commit
 from compress.train import parallel
 from compress.train.optimizer import BETAS, MOMENTS, StochasticAdamW, learning_rate, to_bf16

@@ -47,12 +47,14 @@ class _Blocks(torch.autograd.Function):
     def forward(
         ctx: Any, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
+        # The types are those of the inputs, whatever autocast says outside.
         with torch.autocast("cpu", enabled=False):
             out_BHLD = torch.empty_like(q_BHLD, memory_format=torch.contiguous_format)
             for part, end, p, _ in _probabilities(q_BHLD, k_BKLD, mask, scale):
                 out_BHLD[:, :, part] = torch.bmm(p, v_BKLD.flatten(0, 1)[:, :end]).view(
                     out_BHLD[:, :, part].shape
                 )
+
         ctx.save_for_backward(q_BHLD, k_BKLD, v_BKLD, mask)
         ctx.scale = scale
         return out_BHLD
@@ -60,12 +62,17 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         q_BHLD, k_BKLD, v_BKLD, mask = ctx.saved_tensors
-        d_q, out = torch.empty_like(q_BHLD, memory_format=torch.contiguous_format), grad_outputs[0]
+        out = grad_outputs[0]
         k, v = k_BKLD.flatten(0, 1), v_BKLD.flatten(0, 1)
+
+        # Every block adds to dK and dV of the keys before it, so these are summed in fp32.
+        d_q = torch.empty_like(q_BHLD, memory_format=torch.contiguous_format)
         d_k, d_v = (
             torch.zeros(k.shape, dtype=torch.promote_types(k.dtype, torch.float32))
             for _ in range(2)
         )
+
+        # In the notation above: p is P, d_s is dS, and q carries the scale already.
         for part, end, p, q in _probabilities(q_BHLD, k_BKLD, mask, ctx.scale):
             d_out = out[:, :, part].reshape(q.shape)
             d_v[:, :end] += torch.bmm(p.transpose(1, 2), d_out)
@@ -73,7 +80,8 @@ class _Blocks(torch.autograd.Function):
                 torch.bmm(d_out, v[:, :end].transpose(1, 2)), p, -1, p.dtype
             )
             d_q[:, :, part] = torch.bmm(d_s, k[:, :end]).mul_(ctx.scale).view(d_q[:, :, part].shape)
-            d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q)  # these queries carry the scale
+            d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q)
+
         return (
             d_q,
             d_k.view(k_BKLD.shape).to(k.dtype),
@@ -93,9 +101,14 @@ def _probabilities(
     groups = batch * k_BKLD.shape[1]
     k = k_BKLD.flatten(0, 1)
     for start in range(0, length, BLOCK):
-        part, end = slice(start, min(start + BLOCK, length)), min(start + BLOCK, length)
+        end = min(start + BLOCK, length)
+        part = slice(start, end)
+
+        # Query heads of one KV head are rows of the same product.
         q = (q_BHLD[:, :, part] * scale).reshape(groups, -1, dim)
         scores = torch.bmm(q, k[:, :end].transpose(1, 2))
+
+        # A query sees nothing behind itself, nor what the mask forbids.
         by_head = scores.view(batch, heads, end - start, end)
         if mask is None:
             by_head[..., start:].add_(
@@ -105,6 +118,7 @@ def _probabilities(
             # The least number, not -inf: a query that sees nothing, as padding on the left, must
             # not become NaN, which spreads to all others.
             by_head.masked_fill_(~mask[:, :, part, :end], torch.finfo(scores.dtype).min)
+
         yield part, end, scores.softmax(-1), q
 
 
@@ -122,23 +136,28 @@ def _attention(
     """As transformers calls it, (B, L, H, D); whatever is not plain causal attention of whole
     sequences on a CPU goes to torch's own.
     """
-    whole = (
+    # Whole sequences on a CPU: every query has its key, and nothing is dropped.
+    whole_sequences = (
         query.device.type == "cpu"
         and query.shape[2] == key.shape[2] > 1
         and query.shape[3] == value.shape[3]
         and not dropout
     )
+
+    # A mask of booleans says who sees whom; one of numbers, which is added to scores, is torch's.
     causal = (
         is_causal is not False
         and getattr(module, "is_causal", True)
         and (attention_mask is None or attention_mask.dtype == torch.bool)
     )
-    if not (whole and causal) or any(
+    if not (whole_sequences and causal) or any(
         kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux")
     ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
+
+    # Products of the type that autocast asks for, else of the values' own.
     compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     q, k, v = (t.to(compute).contiguous() for t in (query, key, value))
     out = _Blocks.apply(
@@ -154,12 +173,15 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x_NW: Tensor, w_W: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         out_NW = torch.empty(x_NW.shape, dtype=dtype)
         r_N1 = torch.empty(len(x_NW), 1, dtype=x_NW.dtype)
+
+        # r is kept for backward; its chunk is written in place.
         for x_CW, out_CW, r_C1 in zip(
             x_NW.split(ROWS), out_NW.split(ROWS), r_N1.split(ROWS), strict=True
         ):
             torch.linalg.vector_norm(x_CW, dim=-1, keepdim=True, out=r_C1)
             r_C1.square_().div_(x_CW.shape[1]).add_(eps).rsqrt_()
             out_CW.copy_((x_CW * r_C1).mul_(w_W))
+
         ctx.save_for_backward(x_NW, w_W, r_N1)
         return out_NW
 
@@ -167,10 +189,13 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x_NW, w_W, r_N1 = ctx.saved_tensors
         d_x, d_w = torch.empty_like(x_NW), torch.zeros_like(w_W)
+
+        # unit_CW is x' of the formula above; g_CW begins as dL/dy and becomes g.
         for x_CW, r_C1, g_CW, d_x_CW in zip(
             *(t.split(ROWS) for t in (x_NW, r_N1, grad_outputs[0], d_x)), strict=True
         ):
-            unit_CW, g_CW = x_CW * r_C1, g_CW.to(x_NW.dtype, copy=True)
+            unit_CW = x_CW * r_C1
+            g_CW = g_CW.to(x_NW.dtype, copy=True)
             d_w += (g_CW * unit_CW).sum(0)
             mean_C1 = torch.linalg.vecdot(g_CW.mul_(w_W), unit_CW)[:, None].div_(x_CW.shape[1])
             torch.mul(g_CW.addcmul_(unit_CW, mean_C1, value=-1), r_C1, out=d_x_CW)
@@ -183,6 +208,8 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or module.weight.dtype != torch.float32:
         return type(module).forward(module, x)
+
+    # Under autocast the linear layers behind would round to its type: the norm does so at once.
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     with torch.autocast("cpu", enabled=False):
         out = _RMSNorm.apply(x.flatten(0, -2), module.weight, module.variance_epsilon, dtype)
@@ -199,13 +226,15 @@ def use_cpu_kernels(model: Any) -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
         model.set_attn_implementation(NAME)
+
+    # Norms are told by what they compute: every family has a copy of Llama's.
     for module in model.modules():
         if _code(type(module)) == _code(LlamaRMSNorm):
             module.forward = MethodType(_norm, module)
 
 
 def _code(kind: type) -> Any:
-    """What `forward` does: transformers' modelling files hold copies of the same norm under their
+    """Bytecode of `forward`: transformers' modelling files hold copies of the same norm under their
     own names.
     """
     code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]

@@ -35,11 +35,9 @@ class Head:
             logits_CV = logits_CV + self.bias_V
         if self.scale != 1.0:
             logits_CV = logits_CV * self.scale
-        return (
-            logits_CV
-            if self.softcap is None
-            else (logits_CV / self.softcap).tanh_().mul_(self.softcap)
-        )
+        if self.softcap is None:
+            return logits_CV
+        return (logits_CV / self.softcap).tanh_().mul_(self.softcap)
 
     def back(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
         """d loss / d product from d loss / d logits."""
@@ -84,11 +82,16 @@ def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
     them; MiniCPM 3 divides them by a ratio of widths; Gemma and NanoChat cap them. Keys of other
     families are not followed: `compress/models/loaded.py` compares each model with itself.
     """
-    family, scale = str(config.get("model_type", "")), 1.0
+    family = str(config.get("model_type", ""))
+    scale = 1.0
+
+    # What multiplies the logits.
     if family.startswith("cohere"):
         scale *= float(config.get("logit_scale") or 1.0)
     if family == "falcon_h1":
         scale *= float(config.get("lm_head_multiplier") or 1.0)
+
+    # What divides them.
     if family == "minicpm3":
         scale *= float(config["dim_model_base"]) / float(config["hidden_size"])
     elif scaling := config.get("logits_scaling"):

@@ -75,7 +75,8 @@ def step_seconds(side: str, work: Path, precision: str) -> list[float]:
     from compress.distill.losses import Mix
     from compress.distill.steps import OnlineTeacher, make_batches, make_loss
     from compress.models.checkpoint import load_model
-    from compress.train.loop import Plan, train
+    from compress.train.loop import train
+    from compress.train.plan import Plan
 
     if side == "baseline":
         return baseline_seconds(work, precision)

@@ -24,7 +24,8 @@ from compress.distill.signal import Scheme, Signals
 from compress.distill.steps import OnlineTeacher, make_batches, make_loss, with_rollouts
 from compress.models.checkpoint import load_model
 from compress.train import loop, parallel
-from compress.train.loop import Plan, train
+from compress.train.loop import train
+from compress.train.plan import Plan
 
 
 def main(kind: str, folder: Path, steps: int, stop: int) -> None:

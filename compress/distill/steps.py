@@ -48,8 +48,8 @@ from compress.models.head import Head, head_of, hidden_states
 from compress.models.tokenizer import load_tokenizer, token_count, tokenizer_digest
 from compress.models.vocabulary import difference, of_tokenizer
 from compress.train import parallel
-from compress.train.loop import Batch, LossFunction
 from compress.train.packed import Packed
+from compress.train.plan import Batch, LossFunction
 
 if TYPE_CHECKING:
     from compress.stages.distill import Features

@@ -91,7 +91,7 @@ def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
     if family == "falcon_h1":
         scale *= float(config.get("lm_head_multiplier") or 1.0)
 
-    # What divides them.
+    # What divides them, and under the same key what multiplies HyperCLOVA X's.
     if family == "minicpm3":
         scale *= float(config["dim_model_base"]) / float(config["hidden_size"])
     elif scaling := config.get("logits_scaling"):

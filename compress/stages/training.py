@@ -26,7 +26,7 @@ Keep = StrEnum(
 TeacherLoad = StrEnum("TeacherLoad", ["plain", "nf4", "int8"])  # how its weights are held meanwhile
 Schedule = StrEnum(
     "Schedule", ["cosine", "wsd"]
-)  # how the learning rate falls (`compress/train/loop.py`)
+)  # how the learning rate falls (`compress/train/optimizer.py`)
 
 
 @dataclass

@@ -15,19 +15,6 @@ ranks.
 With validation, the KL on rows that are never trained on is measured at regular steps, the first
 one before any; training returns the best weights, and `patience` measurements without a better one
 end it. A stage whose best step is 0 did not pay.
-
-The optimizer is AdamW (arXiv 1711.05101) under a schedule, over fp32 masters (bf16: under bf16
-autocast) or bf16 weights (bf16_stochastic):
-
-    cosine   lr(t) = peak * warm(t) * (floor + (1 - floor) * (1 + cos(pi t / steps)) / 2)
-             (arXiv 1608.03983)
-    wsd      warm-up, then the peak, then over the last `decay_fraction` of the steps linearly to
-             the floor (arXiv 2404.06395, section 4)
-
-with warm(t) = min(1, (t + 1) / warmup). bf16 has 8 significant bits: an update below 1/512 of a
-weight would vanish under rounding to nearest. Rounding up with probability (x - down) / (up - down)
-keeps it in expectation (arXiv 2010.06192, section 3), so that weights need 2 bytes instead of a
-master copy's 4; the moments stay fp32, and so do the sums of gradients over several micro-batches.
 """
 
 from __future__ import annotations

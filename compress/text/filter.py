@@ -22,33 +22,34 @@ def evaluation_texts() -> tuple[str, ...]:
     """What students are asked in the embedded tasks and open prompts: nothing like it may be
     trained on.
     """
-    rows = []
-    for file in [
+    files = [
         *sorted((configs_dir() / "tasks").glob("*/*.jsonl")),
         *sorted((configs_dir() / "open").glob("*.jsonl")),
-    ]:
+    ]
+    rows = []
+    for file in files:
         rows += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    texts = [text for row in rows for text in (row.get("query"), row.get("prompt")) if text]
-    return tuple(
-        texts
-        + [
-            text
-            for row in rows
-            if not row.get("query")
-            for text in row.get("choices", [])
-            if len(text.split()) > 3
-        ]
-    )
+
+    # Questions and prompts; where a row has no question, its choices are sentences to tell apart.
+    texts = []
+    for row in rows:
+        texts += [text for text in (row.get("query"), row.get("prompt")) if text]
+    for row in rows:
+        if not row.get("query"):
+            texts += [text for text in row.get("choices", []) if len(text.split()) > 3]
+    return tuple(texts)
 
 
 class Filter:
     """Why a conversation is not kept, in a word; what is kept is remembered.
 
-    unended    the teacher did not stop by itself looping    a turn repeats itself
-    (`repetition.loops`) short      a question of fewer than 3 words or an answer without a word
+    unended    the teacher did not stop by itself
+    looping    a turn repeats itself (`repetition.loops`)
+    short      a question of fewer than 3 words or an answer without a word
     evaluated  it shares PHRASE words in a row with a text that students are evaluated on, or holds
-    a shorter such text whole duplicate  more than ALIKE of its first question's word triples, of
-    both together, are those of an earlier question
+               a shorter such text whole
+    duplicate  more than ALIKE of its first question's word triples, of both together, are those of
+               an earlier question
     """
 
     PHRASE, ALIKE = 8, 0.7
@@ -60,10 +61,9 @@ class Filter:
             size = min(self.PHRASE, len(words))
             if size > 2:
                 self.phrases[size].update(_grams(words, size))
-        self.holders: dict[tuple[str, ...], list[int]] = defaultdict(
-            list
-        )  # of each triple, the questions that hold it
-        self.triples: list[int] = []  # how many triples each question has
+        # Word triple -> numbers of the questions that hold it; and how many each question has.
+        self.holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        self.triples: list[int] = []
 
     def reason(self, turns: Sequence[str], ended: bool) -> str:
         """Empty when the conversation of these turns, question first, is to be kept."""
@@ -71,16 +71,15 @@ class Filter:
             return "unended"
         if any(loops(turn) for turn in turns):
             return "looping"
+
+        # Turns of even number are questions.
         words = [words_of(turn) for turn in turns]
         if any(len(turn) < (3 if i % 2 == 0 else 1) for i, turn in enumerate(words)):
             return "short"
-        if any(
-            gram in grams
-            for turn in words
-            for size, grams in self.phrases.items()
-            for gram in _grams(turn, size)
-        ):
+        if any(self._evaluated(turn) for turn in words):
             return "evaluated"
+
+        # Intersection over union with every earlier question that shares a triple.
         triples = set(_grams(words[0], 3))
         shared = Counter(holder for triple in triples for holder in self.holders.get(triple, ()))
         if any(
@@ -88,11 +87,20 @@ class Filter:
             for i, count in shared.items()
         ):
             return "duplicate"
+
         for triple in triples:
             self.holders[triple].append(len(self.triples))
         self.triples.append(len(triples))
         return ""
 
+    def _evaluated(self, words: Sequence[str]) -> bool:
+        """Whether a turn holds a phrase of what students are evaluated on."""
+        for size, phrases in self.phrases.items():
+            if any(gram in phrases for gram in _grams(words, size)):
+                return True
+        return False
+
 
 def _grams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
+    """All runs of `size` words."""
     return (tuple(words[i : i + size]) for i in range(len(words) - size + 1))

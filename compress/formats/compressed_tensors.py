@@ -101,7 +101,8 @@ def _packed(name: str, q: Quantized, bits: int) -> dict[str, Tensor]:
     """The tensors of one matrix."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    grid, stem = GRIDS[q.grid], name.removesuffix(".weight")
+    grid = GRIDS[q.grid]
+    stem = name.removesuffix(".weight")
     codes = (q.codes.to(torch.int16) - grid.offset).to(torch.int8)
     scale, *zero = q.scales.view(len(codes), -1, grid.stored).unbind(-1)
     tensors = {
@@ -155,10 +156,11 @@ class ReloadedDirectory:
         self.model = None
 
 
-# For formats/__init__.py. Any architecture has its place: what can be quantized is in Linear and
-# Embedding modules.
-write, reload, check_architecture = (
-    export_compressed_tensors,
-    ReloadedDirectory,
-    lambda config: None,
-)
+def check_architecture(config: Any) -> None:
+    """Refuses none: what can be quantized is in Linear and Embedding modules, whatever is around
+    them.
+    """
+
+
+# For formats/__init__.py.
+write, reload = export_compressed_tensors, ReloadedDirectory

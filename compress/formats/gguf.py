@@ -136,7 +136,9 @@ def overhead_bytes(checkpoint: Path) -> int:
         writer.close()
         header_bytes = (Path(folder) / "header.gguf").stat().st_size
 
-    shapes = [shape for file in weight_files(checkpoint) for shape in tensor_shapes(file).values()]
+    shapes: list[tuple[int, ...]] = []
+    for file in weight_files(checkpoint):
+        shapes += tensor_shapes(file).values()
     vector_bytes = sum(4 * shape[0] for shape in shapes if len(shape) == 1)
     return header_bytes + len(shapes) * TENSOR_BYTES + vector_bytes
 
@@ -202,7 +204,8 @@ def _packed(
     # Rows of q and k in the order that llama.cpp rotates; all other tensors keep theirs.
     row_orders = {}
     if architecture(config) == "llama":
-        width, heads = head_dim(config), config.num_attention_heads
+        width = head_dim(config)
+        heads = config.num_attention_heads
         kv_heads = config.num_key_value_heads
         row_orders["q_proj"] = _interleave(heads, heads * width)
         row_orders["k_proj"] = _interleave(kv_heads, kv_heads * width)

@@ -106,7 +106,10 @@ def _check_tensors(checkpoint: Path, config: Any, names: set[str]) -> None:
         needed = set(AutoModelForCausalLM.from_config(config).state_dict())
     if config.tie_word_embeddings:
         needed.discard("lm_head.weight")
-    missing, foreign = needed - names, names - needed - {"lm_head.weight"}
+
+    # A tied head may be in the file all the same.
+    missing = needed - names
+    foreign = names - needed - {"lm_head.weight"}
     if missing or foreign:
         raise ValueError(
             f"{checkpoint}: tensors missing: {sorted(missing)[:3]}, without a place in the ONNX"
@@ -131,7 +134,8 @@ def _genai_config(checkpoint: Path, config: Any) -> dict[str, Any]:
     """
     # Special ids: GenAI wants a pad token, which the end is where there is none.
     file = checkpoint / GENERATION
-    about, ends = read_json(file) if file.is_file() else {}, end_ids(checkpoint)
+    about = read_json(file) if file.is_file() else {}
+    ends = end_ids(checkpoint)
     ids = {key: getattr(config, key, None) for key in ("bos_token_id", "pad_token_id")}
     ids |= {key: about[key] for key in ids if about.get(key) is not None}
     ids["eos_token_id"] = as_value(ends)

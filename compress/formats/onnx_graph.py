@@ -204,11 +204,13 @@ def _shared_inputs(graph: Graph, config: Any) -> list[str]:
     """What attention reads in every layer: tokens of each row less one, tokens of the longest, and
     the rotary tables.
     """
-    int32, one = graph.onnx.TensorProto.INT32, graph.store("one", torch.tensor([1]))
+    int32 = graph.onnx.TensorProto.INT32
+    one = graph.store("one", torch.tensor([1]))
     tokens = graph.node("Sub", graph.node("ReduceSum", "attention_mask", one, keepdims=0), one)
     total = graph.node(
         "Gather", graph.node("Shape", "attention_mask"), graph.store("axis", torch.tensor(1))
     )
+
     return [
         graph.node("Cast", tokens, to=int32),
         graph.node("Cast", total, to=int32),
@@ -240,7 +242,8 @@ def _block(graph: Graph, config: Any, layer: int, x: str, shared: list[str]) -> 
     x = graph.node("Add", x, graph.linear(f"{name}.self_attn.o_proj", attended))
 
     h = graph.norm(f"{name}.post_attention_layernorm", x, config.rms_norm_eps)
-    gate, up = graph.linear(f"{name}.mlp.gate_proj", h), graph.linear(f"{name}.mlp.up_proj", h)
+    gate = graph.linear(f"{name}.mlp.gate_proj", h)
+    up = graph.linear(f"{name}.mlp.up_proj", h)
     gated = graph.node("Mul", graph.node("Mul", gate, graph.node("Sigmoid", gate)), up)
     return graph.node("Add", x, graph.linear(f"{name}.mlp.down_proj", gated))
 

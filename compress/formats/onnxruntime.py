@@ -128,7 +128,8 @@ class OnnxRuntime:
 
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
         """Greedy answers of at most `n` tokens to rendered prompts, one by one."""
-        answers, ends = [], self.eos_ids()
+        answers = []
+        ends = self.eos_ids()
         for prompt in prompts:
             ids = self.generate_ids(self.tokenize(prompt), n)
             ended = bool(ids) and ids[-1] in ends
@@ -138,7 +139,9 @@ class OnnxRuntime:
 
     def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
         """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come."""
-        pieces, ends, count = self._tokenizer.create_stream(), self.eos_ids(), 0
+        pieces = self._tokenizer.create_stream()
+        ends = self.eos_ids()
+        count = 0
         for token in self.tokens(self.tokenize(prompt), n):
             if token in ends:
                 return Ending(count, True)
@@ -172,7 +175,9 @@ class OnnxRuntime:
         """Greedy continuation of at most `n` tokens as text, ended by an end token or a string of
         `stop` (which is cut off).
         """
-        text, stream, ends = "", self._tokenizer.create_stream(), self.eos_ids()
+        text = ""
+        stream = self._tokenizer.create_stream()
+        ends = self.eos_ids()
         for token in self.tokens(prompt, n):
             if token not in ends:
                 text += stream.decode(token)

@@ -266,7 +266,8 @@ def copy_beside(checkpoint: Path, out: Path) -> None:
         return
 
     shutil.copyfile(checkpoint / GENERATION, out / GENERATION)
-    about, ends = read_json(checkpoint / GENERATION), end_ids(checkpoint)
+    about = read_json(checkpoint / GENERATION)
+    ends = end_ids(checkpoint)
     if set(as_ids(about.get("eos_token_id"), checkpoint / GENERATION)) != set(ends):
         (out / GENERATION).write_text(
             json.dumps(about | {"eos_token_id": as_value(ends)}, indent=2) + "\n"

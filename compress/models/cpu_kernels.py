@@ -188,7 +188,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x_NW, w_W, r_N1 = ctx.saved_tensors
-        d_x, d_w = torch.empty_like(x_NW), torch.zeros_like(w_W)
+        d_x = torch.empty_like(x_NW)
+        d_w = torch.zeros_like(w_W)
 
         # unit_CW is x' of the formula above; g_CW begins as dL/dy and becomes g.
         for x_CW, r_C1, g_CW, d_x_CW in zip(

@@ -52,7 +52,8 @@ def from_nothing(
 
     ValueError when FUTILE_PIECES pieces in a row hold nothing usable.
     """
-    engine, avoid = engine_for(teacher), evaluation_texts()
+    engine = engine_for(teacher)
+    avoid = evaluation_texts()
     kept = Kept(folder / f"conversations-{_key(teacher, tokens, engine, avoid)}.jsonl")
     accept = Filter(avoid)
     for row in kept.rows:
@@ -60,8 +61,11 @@ def from_nothing(
     if len(kept.rows) >= count:
         return kept.rows[:count]
 
-    tokenizer, by = load_tokenizer(teacher), {"teacher": digest(teacher)[:16], "engine": engine}
-    rows_before, begun, futile = len(kept.rows), time.monotonic(), 0
+    tokenizer = load_tokenizer(teacher)
+    author_columns = {"teacher": digest(teacher)[:16], "engine": engine}
+    rows_before = len(kept.rows)
+    futile_pieces = 0
+    begun = time.monotonic()
     with closing(open_author(engine, teacher, folder)) as author:
         while len(kept.rows) < count:
             # A piece, and what of it is usable.
@@ -71,12 +75,12 @@ def from_nothing(
                 reason = accept.reason(_turns(row), row.pop("ended"))
                 kept.rejected[reason] += bool(reason)
                 if not reason:
-                    usable.append(row | by)
+                    usable.append(row | author_columns)
             kept.add(usable, seeds[-1] + 1)
 
             # A teacher that writes nothing usable ends the attempt.
-            futile = 0 if usable else futile + 1
-            if futile == FUTILE_PIECES:
+            futile_pieces = 0 if usable else futile_pieces + 1
+            if futile_pieces == FUTILE_PIECES:
                 raise ValueError(
                     f"{teacher}: of {kept.next_seed} conversations {len(kept.rows)} are usable,"
                     f" none of the last ones ({kept.told()}); allow more tokens, or name text in"
@@ -132,8 +136,10 @@ class Kept:
             row = json.loads(line)
             piece.append(row)
             if "next_seed" in row:
-                self.next_seed, self.rejected = row["next_seed"], Counter(row["rejected"])
-                complete, piece = complete + piece, []
+                self.next_seed = row["next_seed"]
+                self.rejected = Counter(row["rejected"])
+                complete += piece
+                piece = []
 
         # The next piece is appended behind the last complete one.
         self.rows = [row for row in complete if "next_seed" not in row]
@@ -141,7 +147,8 @@ class Kept:
 
     def add(self, usable: list[dict[str, Any]], next_seed: int) -> None:
         """Append a piece."""
-        self.rows, self.next_seed = self.rows + usable, next_seed
+        self.rows = self.rows + usable
+        self.next_seed = next_seed
         end = {"next_seed": next_seed, "rejected": dict(self.rejected)}
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in [*usable, end])
@@ -205,7 +212,8 @@ def _written(
         if turn == 2:
             for row in asked:
                 if not row["ended"]:
-                    row["messages"], row["ended"] = row["messages"][:2], True
+                    row["messages"] = row["messages"][:2]
+                    row["ended"] = True
 
     for row in rows:
         del row["turns"]

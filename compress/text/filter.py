@@ -52,7 +52,8 @@ class Filter:
                an earlier question
     """
 
-    PHRASE, ALIKE = 8, 0.7
+    PHRASE = 8  # words
+    ALIKE = 0.7  # share of word triples
 
     def __init__(self, avoid: Sequence[str] = ()) -> None:
         self.phrases: dict[int, set[tuple[str, ...]]] = defaultdict(set)
@@ -81,7 +82,9 @@ class Filter:
 
         # Intersection over union with every earlier question that shares a triple.
         triples = set(_grams(words[0], 3))
-        shared = Counter(holder for triple in triples for holder in self.holders.get(triple, ()))
+        shared: Counter[int] = Counter()
+        for triple in triples:
+            shared.update(self.holders.get(triple, ()))
         if any(
             count / (len(triples) + self.triples[i] - count) > self.ALIKE
             for i, count in shared.items()

@@ -185,7 +185,8 @@ def _joined(pairs: list[Tokens], seq_len: int, sources: list[str]) -> dict[str, 
 
 def _tell_labels(sources: list[str], labelled_S: Tensor, log: Callable[[str], None]) -> None:
     """Say how many sequences have no label and are left out. ValueError when all are."""
-    without, count = int((~labelled_S).sum()), len(labelled_S)
+    without = int((~labelled_S).sum())
+    count = len(labelled_S)
     if without == count:
         hint = "give chats with assistant turns, or set data.chat_labels=all"
         raise ValueError(

@@ -73,6 +73,7 @@ class Data:
 
             number = 2
             while name in source_by_name:
-                name, number = f"{base}_{number}", number + 1
+                name = f"{base}_{number}"
+                number += 1
             source_by_name[name] = source
         return source_by_name

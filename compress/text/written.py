@@ -128,11 +128,12 @@ def _continue_all(
 ) -> None:
     """Append what is missing to `part`, a piece at a time; a torn last piece is written again."""
     lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.is_file() else []
-    piece, begun = AT_ONCE[engine], time.monotonic()
+    piece = AT_ONCE[engine]
     done = len(lines) // piece * piece
     part.write_text("".join(line + "\n" for line in lines[:done]), encoding="utf-8")
 
     tokenizer = load_tokenizer(teacher)
+    begun = time.monotonic()
     with closing(open_author(engine, teacher, part.parent)) as author:
         for start in range(done, len(prompts), piece):
             rows = _rows(author, tokenizer, prompts[start : start + piece], tokens, start)
@@ -158,7 +159,8 @@ def _rows(
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     continued = _continued(author, tokenizer, texts, tokens, start)
 
-    chats_in_order, texts_in_order = iter(answered), iter(continued)
+    chats_in_order = iter(answered)
+    texts_in_order = iter(continued)
     return [
         next(chats_in_order) if isinstance(prompt, Chat) else next(texts_in_order)
         for prompt in prompts

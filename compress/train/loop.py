@@ -75,7 +75,8 @@ def train(
     Interrupted after a signal. parallel.Followed on every rank but the first.
     """
     trainer = Trainer(model, loss_fn, plan, work)
-    state, saved_at = trainer.state, time.monotonic()
+    state = trainer.state
+    saved_at = time.monotonic()
     if state["step"]:
         log(f"{label}: resuming at step {state['step']} of {plan.steps}")
     trainer.module.train()

@@ -29,7 +29,8 @@ def save_state(
     """Make the state durable as `<work>/state-<step>/`, the older one going last: a kill at
     any moment leaves one whole. All ranks call it; the first `ranks` of them write tensors.
     """
-    beside, final = work / ".state.part", work / f"state-{state['step']:08d}"
+    beside = work / ".state.part"
+    final = work / f"state-{state['step']:08d}"
     if parallel.rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)

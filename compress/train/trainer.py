@@ -50,7 +50,8 @@ class Trainer:
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, plan: Plan, work: Path) -> None:
         self.plan, self.model, self.work = plan, model, work
-        self.device, self.sharded = best_device(), plan.parallel == "fsdp2"
+        self.device = best_device()
+        self.sharded = plan.parallel == "fsdp2"
 
         # The model as it computes here.
         if plan.precision == "bf16_stochastic":
@@ -104,7 +105,8 @@ class Trainer:
         self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]
     ) -> dict[str, float]:
         """One optimizer step; its row of the curve."""
-        plan, step, start = self.plan, self.state["step"], time.monotonic()
+        plan, step = self.plan, self.state["step"]
+        begun = time.monotonic()
 
         # Random numbers and the learning rate are functions of the step alone.
         torch.manual_seed(plan.seed * 1_000_003 + step)
@@ -126,7 +128,7 @@ class Trainer:
         torch._foreach_mul_(grads, clip * parallel.world() / count)
 
         self._update(where)
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - begun
         return {
             "step": step,
             "loss": loss / count,

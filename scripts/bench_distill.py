@@ -78,7 +78,8 @@ def step_seconds(side: str, work: Path, precision: str) -> list[float]:
     from compress.distill.losses import Mix
     from compress.distill.online import OnlineTeacher
     from compress.models.checkpoint import load_model
-    from compress.train.loop import Plan, train
+    from compress.train.loop import train
+    from compress.train.plan import Plan
 
     if side == "baseline":
         return baseline_seconds(work, precision)
@@ -189,7 +190,7 @@ def median(product: Any, repeats: int = 15) -> float:
 def gradient(model: Any, ids: torch.Tensor, target: Any) -> torch.Tensor:
     """Whole-model gradient of the mean forward KL, fp32, as one vector."""
     from compress.distill.losses import Mix, head_loss
-    from compress.models.forward import head_of, hidden_states
+    from compress.models.head import head_of, hidden_states
 
     model.zero_grad(set_to_none=True)
     mask = torch.ones(ids[:, 1:].numel(), dtype=torch.bool)
@@ -207,7 +208,7 @@ def closeness_of_gradients(work: Path, batches: int, draws: int) -> dict[str, fl
     from compress.distill.schemes import Scheme, decode, encode
     from compress.distill.signals import as_target
     from compress.models.checkpoint import load_model
-    from compress.models.forward import head_of, hidden_states
+    from compress.models.head import head_of, hidden_states
 
     teacher, student, data = (
         load_model(work / "teacher"),

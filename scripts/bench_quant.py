@@ -40,8 +40,8 @@ from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.formats.llamacpp import LlamaCpp, gguf_head
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.models.checkpoint import best_device, load_model
-from compress.models.forward import head_of
 from compress.models.gguf_header import read_fields
+from compress.models.head import head_of
 from compress.quant.grids import GRIDS
 from compress.quant.settings import Allocation, Balance, GridName, Method, Scales
 from compress.score.fidelity import CHUNK, States, checkpoint_head, closeness, hidden_of

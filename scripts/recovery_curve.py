@@ -35,8 +35,9 @@ from compress.stages.prune_depth import PruneDepth
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.text.packing import pack
-from compress.train.loop import Plan, train
+from compress.train.loop import train
 from compress.train.packed import Packed
+from compress.train.plan import Plan
 
 LENGTH, BATCH, HELD_OUT = 512, 2, 4
 VARIANTS: dict[str, tuple[Scheme, Mix]] = {

@@ -130,7 +130,7 @@ MUTANTS = [
         (".pow(2).mean(-1) * mask_N).sum()", ".pow(2).mean(-1)).sum()"),
     ),
     *of(
-        "train/loop.py",
+        "train/trainer.py",
         STEP,
         (
             "torch._foreach_mul_(grads, clip * parallel.world() / count)",
@@ -162,23 +162,31 @@ MUTANTS = [
         ("(LR_FLOOR + (1 - LR_FLOOR) * share)", "share"),
     ),
     *of(
-        "train/loop.py",
+        "train/trainer.py",
         RESUME,
         ("torch.manual_seed(plan.seed * 1_000_003 + step)", "torch.initial_seed()"),
-        ('parallel.local(p).copy_(tensors[f"param/{name}"])', "pass"),
-        ('parallel.local(moments[m]).copy_(tensors[f"{m}/{name}"])', "pass"),
-        ('step = float(self.state["step"])', "step = 0.0"),
     ),
     *of(
-        "train/loop.py",
+        "train/state.py",
+        RESUME,
+        ('parallel.local(p).copy_(tensors[f"param/{name}"])', "pass"),
+        ('parallel.local(moments[m]).copy_(tensors[f"{m}/{name}"])', "pass"),
+        ('step = float(state["step"])', "step = 0.0"),
+    ),
+    *of(
+        "train/state.py",
         "test_training.py -k where_its_weights_lie",
         ("torch.tensor(step, device=p.device)", "torch.tensor(step)"),
     ),
     *of(
-        "train/loop.py",
+        "train/trainer.py",
         BEST,
         ('if kl < self.state["best_kl"]:', 'if kl > self.state["best_kl"]:'),
         ("parallel.local(self.trained[name]).copy_(p)", "pass"),
+    ),
+    *of(
+        "train/loop.py",
+        BEST,
         ("0 < plan.patience <= since_best", "0 < plan.patience < since_best"),
     ),
     *of(
@@ -189,17 +197,17 @@ MUTANTS = [
         ("torch.randint(0, 1 << 16, x.shape", "torch.randint(0, 1, x.shape"),
     ),
     *of(
-        "train/loop.py",
+        "train/trainer.py",
         "test_training.py -k halves_the_micro_batch",
         ('max(1, self.state["micro"] // 2)', "1"),
     ),
     *of(
-        "train/loop.py",
+        "train/trainer.py",
         "test_training.py -k a_nan_stops",
         ("if not math.isfinite(loss) or not math.isfinite(norm):", "if False:"),
     ),
     *of(
-        "train/loop.py",
+        "train/trainer.py",
         "test_training.py -k add_up_over_micro_batches",
         ("self.sums_fp32 and len(batches) > 1", "False"),
     ),

@@ -26,7 +26,8 @@ from compress.distill.schemes import Scheme
 from compress.distill.signals import Signals
 from compress.models.checkpoint import load_model
 from compress.train import loop, parallel
-from compress.train.loop import Plan, train
+from compress.train.loop import train
+from compress.train.plan import Plan
 
 
 def main(kind: str, folder: Path, steps: int, stop: int) -> None:

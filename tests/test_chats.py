@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from compress import confined
 from compress.confined import Limits
 from compress.models.chats import Chat, chat_tokens, render
-from compress.models.forward import Head
+from compress.models.head import Head
 from compress.models.probe import check_tokenizer
 from compress.models.tokenizer import load_tokenizer
 from compress.models.tokens import encode, encode_with_ends, opening, pieces

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from compress.models.forward import BLOCK, NAME, ROWS, _Blocks, _norm, _RMSNorm, use_cpu_kernels
+from compress.models.cpu_kernels import BLOCK, NAME, ROWS, _Blocks, _norm, _RMSNorm, use_cpu_kernels
 
 
 def textbook(q, k, v, keep, scale):

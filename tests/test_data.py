@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compress.models.checkpoint import load_model
-from compress.models.forward import hidden_states
+from compress.models.head import hidden_states
 from compress.models.tokenizer import load_tokenizer
 from compress.session import Session
 from compress.stages.distill import Distill

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from compress.models.checkpoint import check, load_model, weight_files
-from compress.models.forward import Head, head_of, hidden_states
+from compress.models.head import Head, head_of, hidden_states
 from compress.models.tokenizer import load_tokenizer
 from compress.score.fidelity import (
     States,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from compress.distill import losses
 from compress.distill.losses import Dense, Mix, Sparse, head_loss, hidden_mse
-from compress.models.forward import Head
+from compress.models.head import Head
 
 N, H, V, H_TEACHER = 13, 5, 37, 7
 

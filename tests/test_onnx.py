@@ -33,7 +33,7 @@ from compress.formats.onnx import export_onnx
 from compress.formats.onnx_weights import decode_onnx
 from compress.formats.onnxruntime import OnnxRuntime, onnx_head
 from compress.models.checkpoint import load_model, save_model
-from compress.models.forward import head_of, hidden_states
+from compress.models.head import head_of, hidden_states
 from compress.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from compress.quant.settings import GridName
 from compress.score.fidelity import States, closeness

@@ -15,8 +15,8 @@ from compress.formats.compressed_tensors import export_compressed_tensors
 from compress.formats.gguf import decode_gguf, export_gguf
 from compress.formats.llamacpp import LlamaCpp, gguf_head
 from compress.models.checkpoint import load_model
-from compress.models.forward import Head
 from compress.models.gguf_header import read_fields
+from compress.models.head import Head
 from compress.models.tokenizer import load_tokenizer
 from compress.quant.settings import GridName
 from compress.score.fidelity import States, checkpoint_head, hidden_of

@@ -15,7 +15,7 @@ from compress.distill.settings import Signal
 from compress.distill.signals import Signals, as_target
 from compress.errors import ResourceError
 from compress.models.checkpoint import load_model
-from compress.models.forward import Head
+from compress.models.head import Head
 from compress.stages.training import open_source
 
 L, H, V = 11, 6, 300

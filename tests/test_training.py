@@ -21,12 +21,13 @@ from compress.distill.schemes import Scheme
 from compress.distill.signals import Signals
 from compress.errors import Interrupted, ResourceError
 from compress.models.checkpoint import digest, load_model, save_model
-from compress.models.forward import use_cpu_kernels
+from compress.models.cpu_kernels import use_cpu_kernels
 from compress.stages.distill import Distill
 from compress.stages.qat import Qat
-from compress.train import loop
-from compress.train.loop import Plan, train
+from compress.train.loop import train
 from compress.train.optimizer import BETAS, MOMENTS, StochasticAdamW, learning_rate, stochastic_bf16
+from compress.train.plan import Plan
+from compress.train.trainer import Trainer
 
 
 def arguments(work, steps=12, **changes):
@@ -519,14 +520,14 @@ def test_a_resumed_optimizer_lies_where_its_weights_lie(precision, context, tmp_
             **arguments(tmp_path / "w", 5, precision=precision),
         )
     # A device that is not the CPU, without one: fused AdamW on it reads its step there.
-    monkeypatch.setattr(loop, "best_device", lambda: torch.device("meta"))
+    monkeypatch.setattr("compress.train.trainer.best_device", lambda: torch.device("meta"))
     adamw = torch.optim.AdamW
     monkeypatch.setattr(
         torch.optim,
         "AdamW",
         lambda parameters, **options: adamw(parameters, **options | {"fused": False}),
     )
-    trainer = loop.Trainer(
+    trainer = Trainer(
         untied(student(context)),
         make_loss(Mix()),
         Plan(5, lr=1e-3, precision=precision),

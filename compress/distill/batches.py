@@ -16,12 +16,12 @@ from compress.distill.losses import Mix, head_loss, hidden_mse
 from compress.distill.online import Batches, TeacherSource
 from compress.distill.signals import Signals, as_target
 from compress.models.checkpoint import read_config
-from compress.models.forward import Head, head_of, hidden_states
+from compress.models.head import Head, head_of, hidden_states
 from compress.models.tokenizer import load_tokenizer, token_count, tokenizer_digest
 from compress.models.vocabulary import difference, of_tokenizer
 from compress.train import parallel
-from compress.train.loop import Batch, LossFunction
 from compress.train.packed import Packed
+from compress.train.plan import Batch, LossFunction
 
 if TYPE_CHECKING:
     pass

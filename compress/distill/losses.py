@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compress.models.forward import Head
+from compress.models.head import Head
 
 CHUNK_TOKENS = 512  # of one matrix product: 50 MB of bf16 logits at V = 49152
 VOCABULARY_ROWS = 8192  # of d W added up at once

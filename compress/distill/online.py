@@ -24,10 +24,11 @@ from torch import Tensor
 from compress.distill.signals import Signals
 from compress.models.blocks import tapped
 from compress.models.checkpoint import best_device
-from compress.models.forward import Head, head_of, hidden_states, use_cpu_kernels
+from compress.models.cpu_kernels import use_cpu_kernels
+from compress.models.head import Head, head_of, hidden_states
 from compress.train import parallel
-from compress.train.loop import Batch
 from compress.train.packed import Packed
+from compress.train.plan import Batch
 
 if TYPE_CHECKING:
     pass

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compress.models.forward import Head
+from compress.models.head import Head
 
 CHUNK = 32  # tokens whose full logits are held at once
 BLOCK = 64  # ids summed up together; a hit is looked for in the sums first

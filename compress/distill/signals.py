@@ -56,7 +56,8 @@ from compress.distill.schemes import Scheme, Shard, decode, encode
 from compress.errors import ResourceError
 from compress.keys import SIGNALS, sources_digest, versions_of
 from compress.models.checkpoint import best_device, load_model, weights_digest
-from compress.models.forward import Head, head_of, hidden_states, use_cpu_kernels
+from compress.models.cpu_kernels import use_cpu_kernels
+from compress.models.head import Head, head_of, hidden_states
 from compress.models.tokenizer import load_tokenizer, token_count, tokenizer_digest
 from compress.store import sha256_json, write_whole
 from compress.train import parallel
@@ -89,7 +90,8 @@ def made_with(folder: str | None = None) -> dict[str, Any]:
     sources = sources_digest(
         "compress.distill.signals:",
         "compress.distill.schemes:",
-        "compress.models.forward",
+        "compress.models.head",
+        "compress.models.cpu_kernels",
         "compress.models.checkpoint",
     )
     here = {"threads": torch.get_num_threads(), "device": best_device().type}

@@ -6,11 +6,11 @@ FORMATS and a module with three names, imported when it is used, since reading t
 comes here:
 
     write(checkpoint, out, type)
-    reload(file, threads)         -> a `Reloaded` of score/parity.py
-    check_architecture(config)    ValueError when an architecture, as a transformers config, has no
-                                  place in it
-    check_teacher(path)           optional: ValueError when a teacher's tokenizer or tensors have
-                                  none
+    reload(file, threads)           -> a `Reloaded` of score/parity.py
+    check_architecture(config)      ValueError when an architecture, as a transformers config, has
+                                    no place in it
+    check_teacher(path)             optional: ValueError when a teacher's tokenizer or tensors have
+                                    none
 """
 
 import importlib
@@ -59,6 +59,7 @@ class Format:
         return importlib.import_module(self.source)
 
 
+# Bits a weight.
 _ROUNDED = {
     "Q4_0": 4.5,
     "IQ4_NL": 4.5,
@@ -67,7 +68,7 @@ _ROUNDED = {
     "Q5_0": 5.5,
     "Q4_K": 4.5,
     "Q6_K": 6.5625,
-}  # bits a weight
+}
 _INTEGERS = ("q4_0", "q8_0", *(grid.value for grid in GridName if grid.startswith("int")))
 FORMATS: dict[str, Format] = {
     "gguf": Format(
@@ -102,9 +103,10 @@ FORMATS: dict[str, Format] = {
         {"": Type(32.0, ("q4_0", "q8_0"), exact=True)},
     ),
 }
+# All that export.files may hold.
 NAMES = [
     f"{kind}:{type}" if type else kind for kind, format in FORMATS.items() for type in format.types
-]  # all that export.files may hold
+]
 
 
 def parse(name: str) -> tuple[Format, str, Type]:
@@ -146,6 +148,8 @@ def check_grid(name: str, what: str, grid: str | None) -> None:
             f"export.files={name} writes codes, and {what} has none; ship a ptq or qat slot on"
             f" {', '.join(type.grids)}"
         )
+
+    # Codes on a grid are written as they are, never rounded again.
     if grid is not None and grid not in type.grids:
         raise ConfigError(
             f"export.files={name} would re-round {what}, which is on the grid {grid}, and holds"
@@ -160,8 +164,10 @@ def codes_of(checkpoint: Path, name: str) -> dict[str, Any]:
     """
     from compress.quant.codes import is_quantized, load_quantized
 
-    made = load_quantized(checkpoint) if is_quantized(checkpoint) else {}
-    grids = sorted({q.grid for q in made.values()})
-    mixed = len(grids) > 1 or name == "gguf:MIXED"
-    check_grid(name, str(checkpoint), None if not made else "mixed" if mixed else grids[0])
-    return made
+    quantized = load_quantized(checkpoint) if is_quantized(checkpoint) else {}
+    grids = sorted({q.grid for q in quantized.values()})
+    grid = grids[0] if grids else None
+    if grids and (len(grids) > 1 or name == "gguf:MIXED"):
+        grid = "mixed"
+    check_grid(name, str(checkpoint), grid)
+    return quantized

@@ -48,8 +48,7 @@ from compress.quant.grids import GRIDS
 
 
 def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> None:
-    """Write the new directory `out`, of the one type there is; returns `size_bytes` of all its
-    files, `params`, `bits_per_weight`.
+    """Write the new directory `out`, of the one type there is.
 
     ValueError: no codes in the checkpoint, codes on several grids or on one that the format can't
     hold, codes that are not the weights.
@@ -58,13 +57,20 @@ def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> No
     from compressed_tensors.quantization import QuantizationConfig
 
     check(checkpoint)
-    made = codes_of(checkpoint, "compressed_tensors")
-    grid = GRIDS[next(iter(made.values())).grid]  # one for all
+    quantized = codes_of(checkpoint, "compressed_tensors")
+
+    # One grid for all matrices.
+    grid = GRIDS[next(iter(quantized.values())).grid]
     bits = 8 if grid.dtype == torch.int8 else 4
     tensors: dict[str, Tensor] = {}
     for file in weight_files(checkpoint):
         for name, w in load_file(file).items():
-            tensors |= {name: w} if w.ndim == 1 else _packed(name, verified(name, w, made), bits)
+            if w.ndim == 1:
+                tensors[name] = w
+            else:
+                tensors |= _packed(name, verified(name, w, quantized), bits)
+
+    # What readers are told about them.
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -84,24 +90,28 @@ def export_compressed_tensors(checkpoint: Path, out: Path, type: str = "") -> No
         "quantization_config": layout.model_dump() | {"dequantize": True, "version": __version__}
     }
     config["eos_token_id"] = as_value(end_ids(checkpoint))
+
     out.mkdir(parents=True)
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_beside(checkpoint, out)
 
 
-def _packed(name: str, made: Quantized, bits: int) -> dict[str, Tensor]:
+def _packed(name: str, q: Quantized, bits: int) -> dict[str, Tensor]:
     """The tensors of one matrix."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    grid, stem = GRIDS[made.grid], name.removesuffix(".weight")
-    codes = (made.codes.to(torch.int16) - grid.offset).to(torch.int8)
-    scale, *zero = made.scales.view(len(codes), -1, grid.stored).unbind(-1)
+    grid = GRIDS[q.grid]
+    stem = name.removesuffix(".weight")
+    codes = (q.codes.to(torch.int16) - grid.offset).to(torch.int8)
+    scale, *zero = q.scales.view(len(codes), -1, grid.stored).unbind(-1)
     tensors = {
         f"{stem}.weight_packed": pack_to_int32(codes, bits),
         f"{stem}.weight_scale": scale.float(),
         f"{stem}.weight_shape": torch.tensor(codes.shape),
     }
+
+    # Asymmetric grids store a zero point behind each scale.
     return tensors | {
         f"{stem}.weight_zero_point": pack_to_int32(z.to(torch.int8), bits, packed_dim=0)
         for z in zero
@@ -146,10 +156,11 @@ class ReloadedDirectory:
         self.model = None
 
 
-# For formats/__init__.py. Any architecture has its place: what can be quantized is in Linear and
-# Embedding modules.
-write, reload, check_architecture = (
-    export_compressed_tensors,
-    ReloadedDirectory,
-    lambda config: None,
-)
+def check_architecture(config: Any) -> None:
+    """Refuses none: what can be quantized is in Linear and Embedding modules, whatever is around
+    them.
+    """
+
+
+# For formats/__init__.py.
+write, reload = export_compressed_tensors, ReloadedDirectory

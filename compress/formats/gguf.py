@@ -13,6 +13,7 @@ name.
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,8 @@ from compress.quant.grids import GRIDS
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18, "IQ4_NL": 25}
 TENSOR_BYTES = 160  # name, shape, place and padding of a tensor
 MIXED = "MIXED"  # every matrix in the type of its own codes
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-}  # HF model_type -> general.architecture
+# HF model_type -> general.architecture
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 _NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"} | {
     f"model.layers.{{}}.{name}": f"blk.{{}}.{short}"
     for name, short in {
@@ -61,8 +59,7 @@ _BACK = {short: name for name, short in _NAMES.items()}
 
 
 def export_gguf(checkpoint: Path, out_file: Path, type: str) -> None:
-    """Writes `checkpoint` as `out_file` in `type`, one of TYPES or MIXED; returns `size_bytes`,
-    `params`, `bits_per_weight`.
+    """Writes `checkpoint` as `out_file` in `type`, one of TYPES or MIXED.
 
     With `quant.safetensors` in the checkpoint, its codes and scales are written as they are.
     ValueError: a type that is unknown or not their grid, MIXED without codes, an architecture,
@@ -71,17 +68,13 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> None:
     import gguf
 
     check(checkpoint)
-    made = codes_of(checkpoint, f"gguf:{type}")
+    quantized = codes_of(checkpoint, f"gguf:{type}")
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     part = out_file.with_name(out_file.name + ".part")
-    held = [(q.grid.upper(), q.codes.numel()) for q in made.values()]
-    most = (
-        max(TYPES, key=lambda kind: sum(count for grid, count in held if grid == kind))
-        if held
-        else type
-    )
-    writer = _described(checkpoint, config, most, part)
-    for name, raw, kind in _packed(checkpoint, type, made, config):
+    writer = _described(checkpoint, config, _main_type(quantized) if quantized else type, part)
+
+    # Tensors under llama.cpp's names, then the file in one go.
+    for name, raw, kind in _packed(checkpoint, type, quantized, config):
         short = _renamed(
             name, _NAMES, f"tensor {name} has no place in a GGUF; export this model as Hugging Face"
         )
@@ -93,14 +86,25 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> None:
     os.replace(part, out_file)
 
 
+def _main_type(quantized: dict[str, Quantized]) -> str:
+    """The type that most weights are of."""
+    weights_of: Counter[str] = Counter()
+    for q in quantized.values():
+        weights_of[q.grid.upper()] += q.codes.numel()
+    return max(TYPES, key=lambda kind: weights_of[kind])
+
+
 def _described(checkpoint: Path, config: Any, type: str, file: Path) -> Any:
     """A GGUFWriter to `file` that knows all but the tensors."""
     import gguf
 
-    writer, width = gguf.GGUFWriter(file, architecture(config)), head_dim(config)
+    writer = gguf.GGUFWriter(file, architecture(config))
     writer.add_name(f"compress {config.model_type}")
     writer.add_file_type(TYPES[type])
     writer.add_quantization_version(2)
+
+    # The shape of the model.
+    width = head_dim(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -113,6 +117,7 @@ def _described(checkpoint: Path, config: Any, type: str, file: Path) -> Any:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+
     tokenizer = load_tokenizer(checkpoint)
     write_tokenizer(writer, tokenizer, config.vocab_size, end_ids(checkpoint, tokenizer))
     return writer
@@ -122,6 +127,7 @@ def overhead_bytes(checkpoint: Path) -> int:
     """Bytes of the checkpoint's GGUF besides its matrices: metadata, tokenizer, 1-D tensors, and
     at most TENSOR_BYTES for every tensor.
     """
+    # The header is written to be measured.
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     with tempfile.TemporaryDirectory() as folder:
         writer = _described(checkpoint, config, "F16", Path(folder) / "header.gguf")
@@ -129,12 +135,12 @@ def overhead_bytes(checkpoint: Path) -> int:
         writer.write_kv_data_to_file()
         writer.close()
         header_bytes = (Path(folder) / "header.gguf").stat().st_size
-    shapes = [shape for file in weight_files(checkpoint) for shape in tensor_shapes(file).values()]
-    return (
-        header_bytes
-        + len(shapes) * TENSOR_BYTES
-        + sum(4 * shape[0] for shape in shapes if len(shape) == 1)
-    )
+
+    shapes: list[tuple[int, ...]] = []
+    for file in weight_files(checkpoint):
+        shapes += tensor_shapes(file).values()
+    vector_bytes = sum(4 * shape[0] for shape in shapes if len(shape) == 1)
+    return header_bytes + len(shapes) * TENSOR_BYTES + vector_bytes
 
 
 def architecture(config: Any) -> str:
@@ -173,6 +179,8 @@ def _renamed(name: str, table: dict[str, str], refusal: str) -> str:
     stem, _, suffix = name.rpartition(".")
     block = next((part for part in stem.split(".") if part.isdigit()), "{}")
     place = table.get(stem.replace(f".{block}.", ".{}."))
+
+    # Biases have a place where llama.cpp adds them: in q, k and v.
     if place is None or (
         suffix == "bias" and not place.endswith(("_q", "_k", "_v", "q_proj", "k_proj", "v_proj"))
     ):
@@ -188,34 +196,42 @@ def _interleave(heads: int, rows: int) -> np.ndarray:
 
 
 def _packed(
-    checkpoint: Path, type: str, made: dict[str, Quantized], config: Any
+    checkpoint: Path, type: str, quantized: dict[str, Quantized], config: Any
 ) -> Iterator[tuple[str, np.ndarray, str]]:
     """(HF name, bytes or values as the writer takes them, ggml type) of every tensor of the
     checkpoint.
     """
-    d, q, kv = head_dim(config), config.num_attention_heads, config.num_key_value_heads
-    orders = (
-        {"q_proj": _interleave(q, q * d), "k_proj": _interleave(kv, kv * d)}
-        if architecture(config) == "llama"
-        else {}
-    )
+    # Rows of q and k in the order that llama.cpp rotates; all other tensors keep theirs.
+    row_orders = {}
+    if architecture(config) == "llama":
+        width = head_dim(config)
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads
+        row_orders["q_proj"] = _interleave(heads, heads * width)
+        row_orders["k_proj"] = _interleave(kv_heads, kv_heads * width)
+
     for file in weight_files(checkpoint):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (the handle is no mapping)
+                # A tied head is the embedding, which the file holds once.
                 if name == "lm_head.weight" and config.tie_word_embeddings:
                     continue
+
                 w = weights.get_tensor(name).float()
-                rows = orders.get(name.split(".")[-2], slice(None))
+                rows = row_orders.get(name.split(".")[-2], slice(None))
                 if w.ndim == 1:
                     yield name, w.numpy()[rows], "F32"
-                elif made:
-                    q = verified(name, w, made)
+                elif quantized:
+                    q = verified(name, w, quantized)
                     yield name, GRIDS[q.grid].pack(q.codes, q.scales).numpy()[rows], q.grid.upper()
                 else:
                     yield name, _encode(name, w, type)[rows], type
 
 
 def _encode(name: str, w: Tensor, type: str) -> np.ndarray:
+    """An unquantized matrix in `type`: fp16 values, or the bytes of a grid's blocks. ValueError
+    when F16 can't hold it.
+    """
     if type == "F16":
         half = w.half()
         if not half.isfinite().all():
@@ -245,16 +261,19 @@ def decode_gguf(fields: dict[str, Any], tensors: list[Any]) -> dict[str, Tensor]
         raise ValueError(
             f"the GGUF's architecture {arch!r} can't be decoded; allowed: llama, qwen2"
         )
-    names = {tensor.name: hf_name(tensor.name) for tensor in tensors}  # all, before any is decoded
+
+    # All names, before any tensor is decoded.
+    names = {tensor.name: hf_name(tensor.name) for tensor in tensors}
     decoded = {}
     for tensor in tensors:
         w = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=True)
+
+        # Back to the rows of HF, where llama.cpp's are interleaved.
         kind = tensor.name.split(".")[-2]
         if arch == "llama" and kind in ("attn_q", "attn_k"):
             heads = fields["llama.attention.head_count"]
-            heads = (
-                fields.get("llama.attention.head_count_kv", heads) if kind == "attn_k" else heads
-            )
+            if kind == "attn_k":
+                heads = fields.get("llama.attention.head_count_kv", heads)
             if type(heads) is not int or heads < 1 or len(w) % (2 * heads):
                 raise ValueError(
                     f"GGUF tensor {tensor.name} of {len(w)} rows can't be of {heads} heads; copy"
@@ -275,12 +294,10 @@ class ReloadedGguf:
 
         self.fields, self.listed = read_fields(file)
         llama = LlamaCpp(file, threads, 512, 1, embedding=False)
-        self.generate_ids, self.tokenize, self.close = (
-            llama.generate_ids,
-            llama.tokenize,
-            llama.close,
-        )
+        self.generate_ids = llama.generate_ids
+        self.tokenize = llama.tokenize
         self.ends_at = llama.ends_at
+        self.close = llama.close
 
     def tensors(self) -> dict[str, Tensor]:
         return decode_gguf(self.fields, self.listed)
@@ -290,8 +307,5 @@ class ReloadedGguf:
         return {self.fields[key] for key in keys if key in self.fields}
 
 
-write, reload, check_architecture = (
-    export_gguf,
-    ReloadedGguf,
-    architecture,
-)  # for formats/__init__.py
+# For formats/__init__.py.
+write, reload, check_architecture = export_gguf, ReloadedGguf, architecture

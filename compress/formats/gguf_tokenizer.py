@@ -65,6 +65,7 @@ def split(regex: str) -> dict[str, Any]:
 
 
 def _sequence(regex: str) -> dict[str, Any]:
+    """The rules that cut by `regex` and spell out bytes behind it."""
     return {
         "type": "Sequence",
         "pretokenizers": [split(regex), {**_BYTE_LEVEL, "use_regex": False}],
@@ -92,26 +93,27 @@ def pre_name(tokenizer: Any) -> str:
         raise ValueError(
             f"the tokenizer's model is {state['model']['type']}; allowed in a GGUF: byte-level BPE"
         )
-    found = _rules(state["pre_tokenizer"])
-    names = [name for name, rules in PRE_TOKENIZERS.items() if found == _rules(rules)]
+
+    # How text is cut, by llama.cpp's name.
+    cutting = _rules(state["pre_tokenizer"])
+    names = [name for name, rules in PRE_TOKENIZERS.items() if cutting == _rules(rules)]
     if not names:
         raise ValueError(
             f"the tokenizer's pre-tokenizer {json.dumps(state['pre_tokenizer'])} is not known to be"
             f" one of llama.cpp's (known: {', '.join(PRE_TOKENIZERS)}); add it to PRE_TOKENIZERS"
             " and compare token ids with llama.cpp"
         )
+
+    # What the name implies besides.
     if state["model"].get("ignore_merges", False) != (names[0] == "llama-bpe"):
         raise ValueError(
             f"a {names[0]} tokenizer has ignore_merges = {names[0] != 'llama-bpe'}, which llama.cpp"
             " reverses"
         )
-    if state["normalizer"] is not None and (names[0], state["normalizer"]["type"]) != (
-        "qwen2",
-        "NFC",
-    ):
+    normalizer = state["normalizer"]
+    if normalizer is not None and (names[0], normalizer["type"]) != ("qwen2", "NFC"):
         raise ValueError(
-            f"the tokenizer's normalizer {state['normalizer']['type']} is not in llama.cpp;"
-            " allowed: none"
+            f"the tokenizer's normalizer {normalizer['type']} is not in llama.cpp; allowed: none"
         )
     return names[0]
 
@@ -141,32 +143,36 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence
             f"the tokenizer has ids up to {max(vocab)}, the model embeds {vocab_size} tokens; one"
             " is foreign"
         )
-    added = tokenizer.added_tokens_decoder
-    kinds = [
-        (
-            (CONTROL if added[i].special else USER_DEFINED)
-            if i in added
-            else NORMAL
-            if i in vocab
-            else UNUSED
-        )
-        for i in range(vocab_size)
-    ]
+
+    # Rows of the embedding without a token are padding.
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([vocab.get(i, f"[PAD{i}]") for i in range(vocab_size)])
-    writer.add_token_types(kinds)
+    writer.add_token_types(_token_types(tokenizer, vocab, vocab_size))
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
     writer.add_add_space_prefix(False)
-    ids = {
-        name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")
-    } | end_keys(tokenizer, ends)
+
+    # Special tokens, and the ends of a text.
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")}
+    ids |= end_keys(tokenizer, ends)
     for name in ("bos", "eos", "unk", "pad", "eot", "eom"):
         if (index := ids.get(name)) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
     _write_templates(writer, templates_of(tokenizer.chat_template))
+
+
+def _token_types(tokenizer: Any, vocab: dict[int, str], vocab_size: int) -> list[int]:
+    """llama.cpp's type of each id below `vocab_size`."""
+    added = tokenizer.added_tokens_decoder
+    types = []
+    for i in range(vocab_size):
+        if i in added:
+            types.append(CONTROL if added[i].special else USER_DEFINED)
+        else:
+            types.append(NORMAL if i in vocab else UNUSED)
+    return types
 
 
 def end_keys(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
@@ -176,10 +182,10 @@ def end_keys(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
     closing = turn_end(tokenizer)
     unknown = {i for i in ends if tokenizer.convert_ids_to_tokens(i) not in ENDS_BY_NAME}
     order = sorted(ends, key=lambda i: (i != ends[0], i != closing, i not in unknown, i))
-    if left := unknown.intersection(order[3:]):
+    if unknown_without_key := unknown.intersection(order[3:]):
         raise ValueError(
             f"texts end at {len(ends)} tokens; a GGUF has keys for three, and llama.cpp does not"
-            f" know {sorted(left)} by name"
+            f" know {sorted(unknown_without_key)} by name"
         )
     return dict(zip(("eos", "eot", "eom"), order, strict=False))
 
@@ -188,9 +194,11 @@ def templates_of(templates: str | dict[str, str] | None) -> dict[str, str]:
     """A tokenizer's chat templates by name; a single one is the default. ValueError when none of
     several is.
     """
-    named = (
-        templates if isinstance(templates, dict) else {"default": templates} if templates else {}
-    )
+    if isinstance(templates, dict):
+        named = templates
+    else:
+        named = {"default": templates} if templates else {}
+
     if named and "default" not in named:
         raise ValueError(
             f"the tokenizer has the chat templates {', '.join(sorted(named))}, and none is called"
@@ -204,7 +212,9 @@ def _write_templates(writer: Any, named: dict[str, str]) -> None:
     names = sorted(name for name in named if name != "default")
     for name in names:
         writer.add_string(f"tokenizer.chat_template.{name}", named[name])
-    if names:  # gguf's own function takes them from a set, in another order every time
+
+    # gguf's own function takes the names from a set, in another order every time.
+    if names:
         writer.add_array("tokenizer.chat_templates", names)
     if named:
         writer.add_chat_template(named["default"])
@@ -214,8 +224,45 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, Any]:
     """Writes the HF tokenizer files of a GGUF's metadata into `out`; returns its special ids
     (`bos_token_id`, ...; of ends one or a list).
     """
-    from tokenizers import AddedToken, Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast
+
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    backend = _backend(fields, ids["bos"])
+    tokens = fields["tokenizer.ggml.tokens"]
+    special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_max_length=fields.get(f"{fields['general.architecture']}.context_length"),
+        **special,
+    )
+    tokenizer.chat_template = _templates(fields)
+    tokenizer.save_pretrained(out)
+
+    # Like the class name of transformers 5, older readers (vLLM) don't know `backend`; all know the
+    # old name.
+    file = out / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.pop("backend", None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    special_ids: dict[str, Any] = {
+        f"{name}_token_id": index
+        for name, index in ids.items()
+        if index is not None and name != "unk"
+    }
+    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if several := list(dict.fromkeys(i for i in ends if i is not None)):
+        special_ids["eos_token_id"] = as_value(several)
+    return special_ids
+
+
+def _backend(fields: dict[str, Any], bos: int | None) -> Any:
+    """The `tokenizers.Tokenizer` of a GGUF's metadata, whose texts begin with `bos` where the file
+    says so. ValueError when its cutting rules are not known.
+    """
+    from tokenizers import AddedToken, Tokenizer, models, processors
 
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
@@ -225,61 +272,36 @@ def read_tokenizer(fields: dict[str, Any], out: Path) -> dict[str, Any]:
             f" 'gpt2' with {', '.join(PRE_TOKENIZERS)}. A guess would change token ids: use this"
             " model's Hugging Face checkpoint"
         )
+
+    # Rules are set as JSON: as `tokenizers` writes them, which is how they are known here.
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
-    backend = Tokenizer.from_str(
-        json.dumps(
-            json.loads(backend.to_str())
-            | {
-                "pre_tokenizer": PRE_TOKENIZERS[pre],
-                "decoder": _BYTE_LEVEL,
-            }
-        )
-    )
+    bpe = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    state = json.loads(bpe.to_str())
+    state |= {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": _BYTE_LEVEL}
+    backend = Tokenizer.from_str(json.dumps(state))
+
+    # BOS before every text, where the file asks for it.
     backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
     if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-        bos = tokens[ids["bos"]]
+        token = tokens[bos]
         backend.post_processor = processors.TemplateProcessing(
-            [bos, "$A"], [bos, "$A", "$B:0"], [(bos, ids["bos"])]
+            [token, "$A"], [token, "$A", "$B:0"], [(token, bos)]
         )
+
     added = [pair for pair in zip(tokens, kinds, strict=True) if pair[1] in (CONTROL, USER_DEFINED)]
     backend.add_tokens(
         [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added]
     )
-    length = fields.get(f"{fields['general.architecture']}.context_length")
-    special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        model_max_length=length,
-        **special,
-    )
-    default, names = (
-        fields.get("tokenizer.chat_template"),
-        fields.get("tokenizer.chat_templates", []),
-    )
+    return backend
+
+
+def _templates(fields: dict[str, Any]) -> Any:
+    """A GGUF's chat template; where there are more than the default one, all by name."""
+    default = fields.get("tokenizer.chat_template")
     more = {
         name: fields[f"tokenizer.chat_template.{name}"]
-        for name in names
+        for name in fields.get("tokenizer.chat_templates", [])
         if f"tokenizer.chat_template.{name}" in fields
     }
-    tokenizer.chat_template = {"default": default} | more if default and more else default
-    tokenizer.save_pretrained(out)
-    file = out / "tokenizer_config.json"
-    config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    # Like the class name of transformers 5, older readers (vLLM) don't know it; all know the old
-    # name.
-    config.pop("backend", None)
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    found: dict[str, Any] = {
-        f"{name}_token_id": index
-        for name, index in ids.items()
-        if index is not None and name != "unk"
-    }
-    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    if several := list(dict.fromkeys(i for i in ends if i is not None)):
-        found["eos_token_id"] = as_value(several)
-    return found
+    return {"default": default} | more if default and more else default

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.models.forward import Head
+    from compress.models.head import Head
 
 GREEDY = {"temperature": 0, "cache_prompt": False}
 _PARALLEL = 4  # sequences that the server decodes together: short prompts fill a batch
@@ -78,22 +78,26 @@ class LlamaCpp:
         self.gguf, self.ctx_len = gguf, ctx_len
         if not gguf.is_file():
             raise ValueError(f"{gguf}: no such GGUF file")
+
+        # A server on the CPU that keeps nothing between prompts.
         params = xllamacpp.CommonParams()
         params.model.path = str(gguf)
         params.n_parallel = parallel
         params.n_ctx = ctx_len * parallel
-        params.n_batch = params.n_ubatch = (
-            ctx_len  # without pooling a prompt must fit one micro-batch
-        )
+        # Without pooling a prompt must fit one micro-batch.
+        params.n_batch = params.n_ubatch = ctx_len
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.n_gpu_layers = 0
         params.fit_params = params.warmup = params.ui = False
         params.cache_ram_mib = 0
         params.verbosity = -1
+
+        # Of every position the state itself, as it is.
         if embedding:
             params.embedding = True
             params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
             params.embd_normalize = -1
+
         try:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
@@ -111,17 +115,17 @@ class LlamaCpp:
         import torch
         from more_itertools import constrained_batches
 
+        # Of prompts that begin alike the longest; in batches, which bound the size of an answer.
         runs = maximal(prompts, self.ctx_len)
+        longest = sorted(set(runs.values()), key=lambda ids: (len(ids), ids))
         states: dict[tuple[int, ...], Tensor] = {}
-        for batch in constrained_batches(
-            sorted(set(runs.values()), key=lambda ids: (len(ids), ids)), self.ctx_len * _PARALLEL
-        ):  # bounds an answer
+        for batch in constrained_batches(longest, self.ctx_len * _PARALLEL):
             answer = self._post("/embedding", {"content": batch})
-            for ids, entry in zip(
-                batch, sorted(answer, key=lambda entry: entry["index"]), strict=True
-            ):
+            entries = sorted(answer, key=lambda entry: entry["index"])
+            for ids, entry in zip(batch, entries, strict=True):
                 states[ids] = torch.tensor(entry["embedding"], dtype=torch.float32)
                 assert len(states[ids]) == len(ids), "the server added or dropped tokens"
+
         return [states[runs[tuple(ids)]][: len(ids)] for ids in prompts]
 
     def tokenize(self, text: str) -> list[int]:
@@ -159,20 +163,23 @@ class LlamaCpp:
         as in a deployment (with BOS where the file asks for it), decoded together: one request
         holds them all, so that they are batched in the same way every time.
         """
-        found = self._post(
+        entries = self._post(
             "/completion", GREEDY | {"prompt": list(prompts), "n_predict": n, "return_tokens": True}
         )
-        found = found if isinstance(found, list) else [found]
-        return [_answer(one) for one in sorted(found, key=lambda one: one["index"])]
+
+        # To one prompt the answer is no list.
+        if not isinstance(entries, list):
+            entries = [entries]
+        return [_answer(entry) for entry in sorted(entries, key=lambda entry: entry["index"])]
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int], **how: float
+        self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int], **sampling: float
     ) -> list[Answer]:
-        """Sampled continuations of at most `n` tokens, each with a seed of its own; `how`:
+        """Sampled continuations of at most `n` tokens, each with a seed of its own; `sampling`:
         temperature, top_p, top_k.
         """
 
-        def one(ids: Sequence[int], seed: int) -> Answer:
+        def continued(ids: Sequence[int], seed: int) -> Answer:
             body = {
                 "min_p": 0.0,
                 "cache_prompt": False,
@@ -181,28 +188,31 @@ class LlamaCpp:
                 "n_predict": n,
                 "seed": seed,
             }
-            return _answer(self._post("/completion", body | how))
+            return _answer(self._post("/completion", body | sampling))
 
         with ThreadPoolExecutor(max(1, len(prompts))) as pool:
-            return list(pool.map(one, prompts, seeds))
+            return list(pool.map(continued, prompts, seeds))
 
     def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
         """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come.
         ValueError: the server refuses.
         """
         body = GREEDY | {"prompt": prompt, "n_predict": n, "stream": True}
-        found: dict[str, Any] = {}
+        event: dict[str, Any] = {}
         with closing(self._request("/completion", body)) as connection:
             for line in connection.getresponse():
-                if (event := line.removeprefix(b"data: ")).startswith(b"{"):
-                    found = json.loads(event)
-                    yield found.get("content", "")
-        if "stop_type" not in found:
+                data = line.removeprefix(b"data: ")
+                if data.startswith(b"{"):
+                    event = json.loads(data)
+                    yield event.get("content", "")
+
+        # The last event says why it stopped; a refusal is the only event.
+        if "stop_type" not in event:
             raise ValueError(
-                f"llama.cpp with {self.gguf}: /completion refused: {found.get('error', found)}"
+                f"llama.cpp with {self.gguf}: /completion refused: {event.get('error', event)}"
             )
-        ended = found["stop_type"] == "eos"
-        return Ending(found["tokens_predicted"] - ended, ended)
+        ended = event["stop_type"] == "eos"
+        return Ending(event["tokens_predicted"] - ended, ended)
 
     def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]:
         """Greedy continuation of at most `n` token ids, ended by EOS."""
@@ -263,10 +273,10 @@ class LlamaCpp:
         return answer
 
 
-def _answer(found: dict[str, Any]) -> Answer:
+def _answer(entry: dict[str, Any]) -> Answer:
     """An answer of the server, which counts the end token in."""
-    ended = found["stop_type"] == "eos"
-    return Answer(found["tokens"][:-1] if ended else found["tokens"], found["content"], ended)
+    ended = entry["stop_type"] == "eos"
+    return Answer(entry["tokens"][:-1] if ended else entry["tokens"], entry["content"], ended)
 
 
 def maximal(
@@ -292,8 +302,8 @@ def gguf_head(gguf: Path) -> Head:
     import torch
     from gguf.quants import dequantize
 
-    from compress.models.forward import Head
     from compress.models.gguf_header import read_fields
+    from compress.models.head import Head
 
     fields, listed = read_fields(gguf)
     special = [key for key in fields if key.endswith((".final_logit_softcapping", ".logit_scale"))]
@@ -302,6 +312,8 @@ def gguf_head(gguf: Path) -> Head:
             f"{gguf}: logits with {special or 'a bias'} can't be scored through llama.cpp yet;"
             " score the checkpoint it was made of"
         )
+
+    # Tied embeddings are in a file once.
     tensors = {tensor.name: tensor for tensor in listed}
     tensor = tensors.get("output.weight", tensors.get("token_embd.weight"))
     if tensor is None:
@@ -320,11 +332,12 @@ def timer(gguf: Path, threads: int) -> tuple[Callable[[int, int, int], list[floa
 
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
         llama = server(prompt_tokens + count + 8, batch)
-        word = llama.tokenize("a")[-1:]
+
         # One word over and over: dense kernels take the same time for any ids, and each token is
         # whole text, sent at once.
         # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds
         # back.)
+        word = llama.tokenize("a")[-1:]
         body = GREEDY | {"ignore_eos": True, "logit_bias": [[word[0], 1000.0]]}
         if batch == 1:
             times = llama.token_times(
@@ -332,6 +345,8 @@ def timer(gguf: Path, threads: int) -> tuple[Callable[[int, int, int], list[floa
             )
             assert len(times) == count, f"{len(times)} chunks for {count} tokens"
             return times
+
+        # Of a batch the whole time is measured: its tokens come together.
         start = time.perf_counter()
         answers = llama._post(
             "/completion", body | {"prompt": [word * prompt_tokens] * batch, "n_predict": count}

@@ -1,10 +1,10 @@
 """A checkpoint as a directory for ONNX Runtime GenAI, and back.
 
-    model.onnx, model.onnx.data  the graph, and its tensors one after the other
-    genai_config.json  what GenAI asks of a model: names, shapes, ids
-    tokenizer files  the checkpoint's, byte for byte but for what GenAI does not read: cutting rules
-                     in tokenizer.json, and several chat templates in tokenizer_config.json, which
-                     get files of their own
+    model.onnx, model.onnx.data   the graph, and its tensors one after the other
+    genai_config.json             what GenAI asks of a model: names, shapes, ids
+    tokenizer files               the checkpoint's, byte for byte but for what GenAI does not read:
+                                  cutting rules in tokenizer.json, and several chat templates in
+                                  tokenizer_config.json, which get files of their own
 
 The graph is the one GenAI's own builder makes of a Llama, with one more output, `hidden_states`
 after the final norm; the builder is not used, because its quantizer would round again. All
@@ -46,20 +46,14 @@ from compress.models.ends import end_ids
 from compress.models.tokenizer import MORE_TEMPLATES, copy_tokenizer, load_tokenizer
 
 ARCHITECTURES = ("llama", "mistral", "qwen2")
-ROPES = (
-    "default",
-    "linear",
-    "llama3",
-    "yarn",
-)  # frequencies that don't depend on the prompt's length
-_GPT2 = (  # what ByteLevel cuts by
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+# Whose frequencies don't depend on the prompt's length.
+ROPES = ("default", "linear", "llama3", "yarn")
+# What ByteLevel cuts by.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def export_onnx(checkpoint: Path, out: Path, type: str = "") -> None:
-    """Writes `checkpoint` as the new directory `out`, of the one type there is; returns its
-    `size`. Nothing is rounded.
+    """Writes `checkpoint` as the new directory `out`, of the one type there is. Nothing is rounded.
 
     ValueError, and no `out`: it exists; an architecture, grid, rope type, activation or tensor has
     no place in the graph; tokenizer.json or the end token is missing; codes are not what
@@ -68,6 +62,8 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> None:
     onnx = wheel("onnx")
     if out.exists():
         raise ValueError(f"{out} exists; give the name of a directory to be made")
+
+    # What has no place in the directory is refused before anything is written.
     check(checkpoint)
     config: Any = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     check_architecture(config)
@@ -76,7 +72,9 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> None:
             f"{checkpoint} has no tokenizer.json, the only kind that ONNX Runtime GenAI reads;"
             " export it as Hugging Face"
         )
-    made, about = codes_of(checkpoint, "onnx"), _genai_config(checkpoint, config)
+    quantized = codes_of(checkpoint, "onnx")
+    about = _genai_config(checkpoint, config)
+
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     with ExitStack() as stack:
@@ -86,25 +84,37 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> None:
         ]
         # The handle of a file is no mapping.
         weights = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        with torch.device("meta"):
-            needed = set(AutoModelForCausalLM.from_config(config).state_dict()) - (
-                {"lm_head.weight"} if config.tie_word_embeddings else set()
-            )
-        missing, foreign = needed - set(weights), set(weights) - needed - {"lm_head.weight"}
-        if missing or foreign:
-            raise ValueError(
-                f"{checkpoint}: tensors missing: {sorted(missing)[:3]}, without a place in the ONNX"
-                f" graph: {sorted(foreign)[:3]}"
-            )
+        _check_tensors(checkpoint, config, set(weights))
         part.mkdir(parents=True)
         with (part / DATA).open("wb") as data:
-            model = decoder(Graph(onnx, data, weights, made), config)
+            model = decoder(Graph(onnx, data, weights, quantized), config)
+
+    # The other files, and the name last.
     onnx.save(model, part / MODEL)
     (part / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
     copy_tokenizer(checkpoint, part)
     _only_splits(part / "tokenizer.json")
     _templates_apart(part)
     os.replace(part, out)
+
+
+def _check_tensors(checkpoint: Path, config: Any, names: set[str]) -> None:
+    """ValueError when a checkpoint with tensors of these names lacks one that the graph needs, or
+    has one that the graph has no place for.
+    """
+    with torch.device("meta"):
+        needed = set(AutoModelForCausalLM.from_config(config).state_dict())
+    if config.tie_word_embeddings:
+        needed.discard("lm_head.weight")
+
+    # A tied head may be in the file all the same.
+    missing = needed - names
+    foreign = names - needed - {"lm_head.weight"}
+    if missing or foreign:
+        raise ValueError(
+            f"{checkpoint}: tensors missing: {sorted(missing)[:3]}, without a place in the ONNX"
+            f" graph: {sorted(foreign)[:3]}"
+        )
 
 
 def check_architecture(config: Any) -> None:
@@ -122,15 +132,22 @@ def _genai_config(checkpoint: Path, config: Any) -> dict[str, Any]:
     """genai_config.json: greedy unless asked otherwise; bos and pad are generation_config.json's
     where it has them.
     """
+    # Special ids: GenAI wants a pad token, which the end is where there is none.
     file = checkpoint / GENERATION
-    about, ends = read_json(file) if file.is_file() else {}, end_ids(checkpoint)
+    about = read_json(file) if file.is_file() else {}
+    ends = end_ids(checkpoint)
     ids = {key: getattr(config, key, None) for key in ("bos_token_id", "pad_token_id")}
     ids |= {key: about[key] for key in ids if about.get(key) is not None}
-    ids |= {
-        "eos_token_id": as_value(ends),
-        "pad_token_id": ends[0] if ids["pad_token_id"] is None else ids["pad_token_id"],
-    }
-    kinds = ("key", "value")
+    ids["eos_token_id"] = as_value(ends)
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = ends[0]
+
+    # The graph as `onnx_graph.decoder` names its ends.
+    inputs = {name: name for name in ("input_ids", "attention_mask")}
+    outputs = {"logits": "logits"}
+    for kind in ("key", "value"):
+        inputs[f"past_{kind}_names"] = f"past_key_values.%d.{kind}"
+        outputs[f"present_{kind}_names"] = f"present.%d.{kind}"
     decoder = {
         "filename": MODEL,
         "session_options": {},
@@ -139,14 +156,10 @@ def _genai_config(checkpoint: Path, config: Any) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
-        "inputs": (
-            {n: n for n in ("input_ids", "attention_mask")}
-            | {f"past_{kind}_names": f"past_key_values.%d.{kind}" for kind in kinds}
-        ),
-        "outputs": (
-            {"logits": "logits"} | {f"present_{kind}_names": f"present.%d.{kind}" for kind in kinds}
-        ),
+        "inputs": inputs,
+        "outputs": outputs,
     }
+
     length = config.max_position_embeddings
     model = {
         "type": config.model_type,
@@ -170,9 +183,12 @@ def _templates_apart(folder: Path) -> None:
     about = read_json(file) if file.is_file() else {}
     if not isinstance(about.get("chat_template"), list):
         return
+
     named = templates_of(load_tokenizer(folder).chat_template)
     del about["chat_template"]
     file.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    # A file for each, named as transformers looks for it.
     (folder / MORE_TEMPLATES).mkdir(exist_ok=True)
     for name, template in named.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
@@ -180,11 +196,9 @@ def _templates_apart(folder: Path) -> None:
                 f"the tokenizer's chat template {name!r} can't be a file; name it with letters,"
                 " digits, _, . and -"
             )
-        place = (
-            folder / "chat_template.jinja"
-            if name == "default"
-            else folder / MORE_TEMPLATES / f"{name}.jinja"
-        )
+        place = folder / MORE_TEMPLATES / f"{name}.jinja"
+        if name == "default":
+            place = folder / "chat_template.jinja"
         place.write_text(template, encoding="utf-8")
 
 
@@ -196,8 +210,9 @@ def _only_splits(file: Path) -> None:
     rewrite keeps its bytes.
     """
     state = json.loads(file.read_text(encoding="utf-8"))
-    whole = state.get("pre_tokenizer") or {}
-    old, rules = whole.get("pretokenizers", [whole]), []
+    pre_tokenizer = state.get("pre_tokenizer") or {}
+    old = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    rules = []
     for rule in old:
         if rule.get("type") == "Digits" and rule["individual_digits"]:
             rules.append(split(r"\p{N}"))
@@ -205,6 +220,7 @@ def _only_splits(file: Path) -> None:
             rules += [split(_GPT2), rule | {"use_regex": False}]
         else:
             rules.append(rule)
+
     if rules != old:
         state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": rules}
         file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")

@@ -22,34 +22,46 @@ def decode_onnx(folder: Path) -> dict[str, Tensor]:
     onnx = wheel("onnx")
     try:
         graph = onnx.load(folder / MODEL).graph
-    except Exception as error:  # protobuf, checker and operating system raise unrelated classes
+    # Protobuf, checker and operating system raise unrelated classes.
+    except Exception as error:
         raise ValueError(
             f"{folder} is no readable ONNX model ({error}); export it again"
         ) from error
-    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+    # Unquantized tensors have the checkpoint's names.
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     decoded = {
         name: torch.from_numpy(value.astype("float32"))
-        for name, value in held.items()
+        for name, value in tensors.items()
         if name.endswith((".weight", ".bias"))
     }
+
+    # Of the others a node says how its codes are read.
     for node in graph.node:
         codes = next((i for i in node.input if ".codes" in i), None)
         if codes is None or node.op_type == "Cast":
             continue
-        q, d = (
-            held[i.removesuffix(FP32)]
-            for i in (codes, next(i for i in node.input if ".scales" in i))
+        scales = next(i for i in node.input if ".scales" in i)
+        matrix = _matrix(
+            tensors[codes.removesuffix(FP32)],
+            tensors[scales.removesuffix(FP32)],
+            packed=node.op_type != "Mul",
         )
-        q = (
-            q.astype("float32")
-            if node.op_type == "Mul"
-            else np.stack([q & 15, q >> 4], axis=-1).astype("float32") - 8
-        )
-        value = torch.from_numpy(
-            q.reshape(len(d), -1, BLOCK) * d.reshape(len(d), -1, 1).astype("float32")
-        ).flatten(1)
         name = codes.partition(".codes")[0]
-        decoded[
-            name if name not in decoded or torch.equal(decoded[name], value) else f"{name} (other)"
-        ] = value
+        if name in decoded and not torch.equal(decoded[name], matrix):
+            name = f"{name} (other)"
+        decoded[name] = matrix
     return decoded
+
+
+def _matrix(codes: np.ndarray, scales: np.ndarray, packed: bool) -> Tensor:
+    """(R, C) fp32 = codes * scales over blocks of BLOCK: int8 codes, or `packed`, two unsigned
+    codes a byte with 8 as zero.
+    """
+    if packed:
+        numbers = np.stack([codes & 15, codes >> 4], axis=-1).astype("float32") - 8
+    else:
+        numbers = codes.astype("float32")
+    rows = len(scales)
+    values = numbers.reshape(rows, -1, BLOCK) * scales.reshape(rows, -1, 1).astype("float32")
+    return torch.from_numpy(values).flatten(1)

@@ -31,7 +31,7 @@ from compress.models.end_files import as_ids
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.models.forward import Head
+    from compress.models.head import Head
 
 
 class OnnxRuntime:
@@ -43,15 +43,13 @@ class OnnxRuntime:
         self.folder, self.threads, self.ctx_len = folder, threads, ctx_len
         from compress.formats.onnx_folder import check_folder
 
+        # What the folder's files ask for is looked at before ONNX Runtime sees them.
         self.about: dict[str, Any] = check_folder(folder)["model"]
         genai = self._genai = wheel("onnxruntime_genai")
         try:
             config = genai.Config(str(folder))
-            config.overlay(
-                json.dumps(
-                    {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-                )
-            )
+            options = {"intra_op_num_threads": threads}
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model = genai.Model(config)
             self._tokenizer = genai.Tokenizer(self._model)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -67,18 +65,22 @@ class OnnxRuntime:
         import torch
 
         runs = maximal(prompts, self.ctx_len)
+
+        # The head is left out: nothing that is fetched needs it.
         options = wheel("onnxruntime").RunOptions()
-        options.only_execute_path_to_fetches = True  # leaves the head out
+        options.only_execute_path_to_fetches = True
         inputs = self._session.get_inputs()
-        nothing = {
+        empty_cache = {
             n.name: np.zeros([1, n.shape[1], 0, n.shape[3]], "float32")
             for n in inputs
             if n.name.startswith("past")
         }
+
+        # Of prompts that begin alike the longest alone is run.
         states = {}
         for row in set(runs.values()):
             ids_1L = np.array([row], "int64")
-            feed = nothing | {"input_ids": ids_1L, "attention_mask": np.ones_like(ids_1L)}
+            feed = empty_cache | {"input_ids": ids_1L, "attention_mask": np.ones_like(ids_1L)}
             states[row] = torch.from_numpy(
                 self._session.run(["hidden_states"], feed, options)[0][0]
             )
@@ -126,17 +128,20 @@ class OnnxRuntime:
 
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
         """Greedy answers of at most `n` tokens to rendered prompts, one by one."""
-        found, ends = [], self.eos_ids()
+        answers = []
+        ends = self.eos_ids()
         for prompt in prompts:
             ids = self.generate_ids(self.tokenize(prompt), n)
             ended = bool(ids) and ids[-1] in ends
             kept = ids[:-1] if ended else ids
-            found.append(Answer(kept, self._tokenizer.decode(kept), ended))
-        return found
+            answers.append(Answer(kept, self._tokenizer.decode(kept), ended))
+        return answers
 
     def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
         """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come."""
-        pieces, ends, count = self._tokenizer.create_stream(), self.eos_ids(), 0
+        pieces = self._tokenizer.create_stream()
+        ends = self.eos_ids()
+        count = 0
         for token in self.tokens(self.tokenize(prompt), n):
             if token in ends:
                 return Ending(count, True)
@@ -170,12 +175,14 @@ class OnnxRuntime:
         """Greedy continuation of at most `n` tokens as text, ended by an end token or a string of
         `stop` (which is cut off).
         """
-        text, stream, ends = "", self._tokenizer.create_stream(), self.eos_ids()
+        text = ""
+        stream = self._tokenizer.create_stream()
+        ends = self.eos_ids()
         for token in self.tokens(prompt, n):
             if token not in ends:
                 text += stream.decode(token)
-            if found := [text.index(s) for s in stop if s in text]:
-                return text[: min(found)]
+            if places := [text.index(s) for s in stop if s in text]:
+                return text[: min(places)]
         return text
 
     def close(self) -> None:
@@ -188,7 +195,7 @@ def onnx_head(folder: Path) -> Head:
     """The fp32 head as decoded from the file: the lm_head's own weight, or the tied embedding."""
     from compress.formats.onnx_folder import check_folder
     from compress.formats.onnx_weights import decode_onnx
-    from compress.models.forward import Head
+    from compress.models.head import Head
 
     check_folder(folder)
     decoded = decode_onnx(folder)

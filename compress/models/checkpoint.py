@@ -36,10 +36,10 @@ from compress.store import files_digest, sha256_file
 
 __all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # found here by their users
 
-_looked: set[tuple[Any, ...]] = (
-    set()
-)  # states of files that `check` found to be whole checkpoints; a renamed directory keeps its own
-_proven: set[tuple[Any, ...]] = set()  # of those whose model was loaded and compared with itself
+# States of files that `check` found to be whole checkpoints; a renamed directory keeps its own.
+_looked: set[tuple[Any, ...]] = set()
+# Of those whose model was loaded and compared with itself.
+_proven: set[tuple[Any, ...]] = set()
 transformers_logging.disable_progress_bar()
 
 
@@ -55,6 +55,8 @@ def check(path: Path) -> None:
             f"{path} does not exist or is not a directory; give a checkpoint directory, a GGUF file"
             " or a hub id"
         )
+
+    # Everything it is made of is there.
     check_directory(path)
     files = weight_files(path)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -63,6 +65,8 @@ def check(path: Path) -> None:
             f"{path} has no tokenizer (none of {', '.join(names)}); copy the tokenizer's files"
             " beside the weights"
         )
+
+    # Weights are looked at once, while their files stay as they are.
     state = _state([path / "config.json", *files])
     if state in _looked:
         return
@@ -119,12 +123,12 @@ def model_of(path: Path) -> Model:
     if path.is_file():
         check_file(path)
         return Model(path.absolute(), sha256_file(path), "llama.cpp")
+
+    # What ONNX Runtime GenAI opens: all that is in the directory counts.
     if (path / "genai_config.json").is_file():
-        return Model(
-            path.absolute(),
-            files_digest(path, sorted(file for file in path.rglob("*") if file.is_file())),
-            "onnxruntime",
-        )
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return Model(path.absolute(), files_digest(path, files), "onnxruntime")
+
     check(path)
     return Model(path.absolute(), digest(path))
 
@@ -155,6 +159,7 @@ def open_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _opened(path: Path, dtype: torch.dtype, load: str) -> PreTrainedModel:
+    """The model as transformers opens it, complete. ValueError as `load_model`."""
     packed = {} if load == "plain" else {"quantization_config": _packed_weights(load)}
     classes = read_config(path)["architectures"]
     try:
@@ -174,13 +179,16 @@ def _opened(path: Path, dtype: torch.dtype, load: str) -> PreTrainedModel:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **packed,
-            )  # what is mismatched is refused below, by name
-    except Exception as error:  # whatever a family's own code raises about a file
+            )
+    # Whatever a family's own code raises about a file.
+    except Exception as error:
         if not is_of_input(error):
             raise
         raise ValueError(
             f"{path}: transformers can't open architecture {classes}: {one_line(error)}"
         ) from error
+
+    # What is missing or of another size is refused here, by name.
     model, info = loaded
     check_complete(path, info)
     return model.eval()
@@ -224,18 +232,14 @@ def save_model(
     """
     out.mkdir(parents=True, exist_ok=True)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    tensors = {
-        name: (
-            (
-                tensor.detach().to("cpu", dtype)
-                if tensor.is_floating_point()
-                else tensor.detach().cpu()
-            ).contiguous()
-        )
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            tensors[name] = tensor.detach().to("cpu", kind).contiguous()
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+
+    # How it was opened is no part of it.
     config = {
         key: value
         for key, value in model.config.to_dict().items()
@@ -245,6 +249,7 @@ def save_model(
     if tokenizer_from != out:
         config["eos_token_id"] = as_value(end_ids(tokenizer_from))
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
     if tokenizer_from != out:
         copy_beside(tokenizer_from, out)
 
@@ -259,8 +264,10 @@ def copy_beside(checkpoint: Path, out: Path) -> None:
     copy_tokenizer(checkpoint, out)
     if not (checkpoint / GENERATION).is_file():
         return
+
     shutil.copyfile(checkpoint / GENERATION, out / GENERATION)
-    about, ends = read_json(checkpoint / GENERATION), end_ids(checkpoint)
+    about = read_json(checkpoint / GENERATION)
+    ends = end_ids(checkpoint)
     if set(as_ids(about.get("eos_token_id"), checkpoint / GENERATION)) != set(ends):
         (out / GENERATION).write_text(
             json.dumps(about | {"eos_token_id": as_value(ends)}, indent=2) + "\n"
@@ -269,4 +276,5 @@ def copy_beside(checkpoint: Path, out: Path) -> None:
 
 def _beside(path: Path) -> list[Path]:
     """What `copy_beside` copies."""
-    return [path / GENERATION] * (path / GENERATION).is_file() + tokenizer_files(path)
+    generation = [path / GENERATION] if (path / GENERATION).is_file() else []
+    return generation + tokenizer_files(path)

@@ -7,19 +7,18 @@ from typing import Any
 from compress.doors import read_json
 
 KEY = "eos_token_id"
-
-
-CONFIG, GENERATION, TOKENIZER, TEMPLATE = (
-    "config.json",
-    "generation_config.json",
-    "the tokenizer's eos_token",
-    "the chat template",
-)
+# Where an end of a text may be stated, as messages name it.
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+TOKENIZER = "the tokenizer's eos_token"
+TEMPLATE = "the chat template"
 
 
 def as_ids(value: Any, where: object) -> list[int]:
     """Token ids of an `eos_token_id`: none, one or a list. ValueError that begins with `where`."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
     if any(type(i) is not int or i < 0 for i in ids):
         raise ValueError(
             f"{where}: {KEY} {value!r} is neither a token id nor a list of them; "
@@ -35,12 +34,12 @@ def as_value(ids: Sequence[int]) -> int | list[int]:
 
 def in_files(checkpoint: Path) -> dict[str, list[int]]:
     """The ids that config.json and generation_config.json name as ends. ValueError as `as_ids`."""
-    found = {}
+    ids_by_file = {}
     for name in (CONFIG, GENERATION):
         file = checkpoint / name
         if file.is_file() and (ids := as_ids(_value(file, KEY), file)):
-            found[name] = ids
-    return found
+            ids_by_file[name] = ids
+    return ids_by_file
 
 
 def vocabulary_rows(checkpoint: Path) -> int:
@@ -53,4 +52,6 @@ def _value(file: Path, key: str) -> Any:
     """A key of a configuration, or of the text model's inside a multimodal one."""
     about = read_json(file)
     inner = about.get("text_config")
-    return inner.get(key) if about.get(key) is None and isinstance(inner, dict) else about.get(key)
+    if about.get(key) is None and isinstance(inner, dict):
+        return inner.get(key)
+    return about.get(key)

@@ -1,6 +1,6 @@
 """What only a loaded model can tell: whether every tensor found its place, and our head is its own.
 
-Losses and scores take the hidden states after the final norm and a head (`models/forward.py`).
+Losses and scores take the hidden states after the final norm and a head (`models/head.py`).
 Families scale, cap or divide logits under keys of their own, and a key that is not followed gives
 another distribution without a word. So each checkpoint's head is compared once with the logits of
 transformers on eight ids.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.models.forward import head_of, hidden_states
+from compress.models.head import head_of, hidden_states
 from compress.models.model_config import is_of_input, one_line
 
 IDS = 8  # ids of the comparison

@@ -47,7 +47,7 @@ PACKED_SUFFIXES = (
     ".input_scale",
     ".weight_scale",
 )
-# Heads that `scale_and_softcap` (models/forward.py) follows; another family with such a key is
+# Heads that `scale_and_softcap` (models/head.py) follows; another family with such a key is
 # loaded to see.
 SCALED_KEY = re.compile(r"logit|lm_head_mult|mup|dim_model_base|temperature")
 SCALED_FAMILIES = (

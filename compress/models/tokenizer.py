@@ -1,13 +1,11 @@
 """A checkpoint's tokenizer: opened, checked, copied and hashed."""
 
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compress.doors import read_json
 from compress.models.end_files import in_files
@@ -26,9 +24,8 @@ TOKENIZER_FILES: tuple[str, ...] = (
     "merges.txt",
     "chat_template.jinja",
 )
-MORE_TEMPLATES = (  # a folder of NAME.jinja: chat templates beside the default one
-    "additional_chat_templates"
-)
+# A folder of NAME.jinja: chat templates beside the default one.
+MORE_TEMPLATES = "additional_chat_templates"
 
 
 def tokenizer_digest(path: Path) -> str:
@@ -42,10 +39,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     ValueError naming its folder, and the file when one is damaged or its patterns fail on some text
     (`compress/models/probe.py`).
     """
+    # The files are read here before transformers does: it refuses in many lines.
     check_tokenizer(path / "tokenizer.json")
-    ends = [
-        i for ids in in_files(path).values() for i in ids
-    ]  # before transformers reads them: it refuses in many lines
+    ends = list(chain.from_iterable(in_files(path).values()))
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
@@ -53,6 +50,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except BaseException as error:
         if not is_of_input(error):
             raise
+
+        # A damaged JSON file is named by itself.
         for file in tokenizer_files(path):
             if file.suffix == ".json":
                 read_json(file)
@@ -60,6 +59,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"{path}: its tokenizer can't be opened ({one_line(error)}); copy the tokenizer's files"
             " again"
         ) from error
+
     if tokenizer.eos_token_id is None and ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.distill.losses import Dense, Mix, head_loss
-from compress.models.forward import block_inputs, head_of, hidden_states
+from compress.models.head import block_inputs, head_of, hidden_states
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS
 from compress.store import write_json

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from compress.models.forward import block_inputs
+from compress.models.head import block_inputs
 from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of, smoothquant_scales
 from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.gptq import gptq

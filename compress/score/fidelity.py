@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress.models.checkpoint import config_object, load_model, read_config, weight_files
-from compress.models.forward import Head, head_of, hidden_states, scale_and_softcap
+from compress.models.head import Head, head_of, hidden_states, scale_and_softcap
 from compress.models.loading import head_place
 from compress.models.model_config import is_packed
 from compress.models.tokens import opening

@@ -46,7 +46,8 @@ from more_itertools import chunked, constrained_batches, flatten, partition
 from torch import Tensor
 from tqdm import tqdm
 
-from compress.models.forward import Head, head_of, use_cpu_kernels
+from compress.models.cpu_kernels import use_cpu_kernels
+from compress.models.head import Head, head_of
 
 KEYS = 500  # keys that cost about as much to look at as a token's matrix products
 # of a batch on a CPU, so that its activations stay in the cache: at 2,048 all takes 1.4 times as

@@ -35,7 +35,7 @@ from compress.formats import parse
 from compress.models.checkpoint import best_device, load_model
 from compress.models.end_files import in_files
 from compress.models.ends import is_special, turn_end
-from compress.models.forward import head_of, hidden_states
+from compress.models.head import head_of, hidden_states
 from compress.models.tokenizer import load_tokenizer
 from compress.quant.codes import is_quantized, quantizable
 from compress.quant.grids import GRIDS

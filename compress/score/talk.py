@@ -25,8 +25,8 @@ from compress.formats.llamacpp import Answer, Ending, LlamaCpp
 from compress.formats.onnxruntime import OnnxRuntime
 from compress.models.chats import prompt_ids, render
 from compress.models.checkpoint import Model, best_device, load_model
+from compress.models.cpu_kernels import use_cpu_kernels
 from compress.models.ends import obey
-from compress.models.forward import use_cpu_kernels
 from compress.models.tokenizer import load_tokenizer
 
 CONTEXT_TOKENS = 512  # of a question with its answer

@@ -59,7 +59,7 @@ class PruneDepth:
         import torch
 
         from compress.models.checkpoint import load_model
-        from compress.models.forward import block_inputs
+        from compress.models.head import block_inputs
         from compress.prune.importance import drop_blocks
         from compress.quant.codes import check_parent
 

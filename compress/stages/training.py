@@ -23,7 +23,7 @@ Keep = StrEnum(
 )  # which weights go on: the stage's, or its parent's where it did not pay
 Schedule = StrEnum(
     "Schedule", ["cosine", "wsd"]
-)  # how the learning rate falls (`compress/train/loop.py`)
+)  # how the learning rate falls (`compress/train/optimizer.py`)
 
 
 def open_source(
@@ -172,7 +172,7 @@ class Optimization:
         from compress.errors import ResourceError, is_memory
         from compress.models.checkpoint import best_device
         from compress.train import parallel
-        from compress.train.loop import NO_ROOM
+        from compress.train.trainer import NO_ROOM
 
         # bytes of one weight
         size = 2 if ctx.precision == "bf16_stochastic" else 4
@@ -214,7 +214,8 @@ class Optimization:
         its times, goes to the store's note.
         """
         from compress.distill.batches import make_batches, make_loss, one_batch
-        from compress.train.loop import Plan, train
+        from compress.train.loop import train
+        from compress.train.plan import Plan
 
         rows, validation = self.sequences(ctx.seq_len), None
         head = source.teacher_head if source else None

@@ -22,7 +22,6 @@ from compress.store import sha256_json
 
 Log = Callable[[str], None]
 QUESTION_TEMPERATURE, ANSWER_TEMPERATURE = 0.7, 0.4
-
 TOP_P, TOP_K = 0.95, 50
 AT_ONCE = {"transformers": 16, "vllm": 512, "llama.cpp": 384}  # documents of a piece
 SLOTS = 96  # that llama.cpp decodes together: 340 tokens/s on two idle cores, 290 with 48
@@ -73,18 +72,20 @@ class TransformersAuthor:
         self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
     ) -> list[Said]:
         torch.manual_seed(seeds[0])
-        pad = self.tokenizer.pad_token_id
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(
             self.model.device
         )
-        how = {
-            "do_sample": True,
-            "top_p": TOP_P,
-            "top_k": TOP_K,
-            "temperature": temperature,
-            "pad_token_id": pad,
-        }
-        out = self.model.generate(**batch, max_new_tokens=tokens, **how)
+        out = self.model.generate(
+            **batch,
+            max_new_tokens=tokens,
+            do_sample=True,
+            top_p=TOP_P,
+            top_k=TOP_K,
+            temperature=temperature,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+        # What was written stands behind the padded prompts.
         rows = out[:, batch["input_ids"].shape[1] :].tolist()
         return [
             Said(self.tokenizer.decode(row, skip_special_tokens=True), bool(self.ends & set(row)))
@@ -112,19 +113,22 @@ class VllmAuthor:
     ) -> list[Said]:
         from vllm import SamplingParams
 
-        how: dict[str, Any] = {"temperature": temperature, "top_p": TOP_P, "top_k": TOP_K}
-        how |= {"max_tokens": tokens, "stop_token_ids": self.ends}
-        each = [SamplingParams(seed=seed, **how) for seed in seeds]
-        done = self.engine.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], each, use_tqdm=False
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": TOP_P, "top_k": TOP_K}
+        sampling |= {"max_tokens": tokens, "stop_token_ids": self.ends}
+        requests = self.engine.generate(
+            [{"prompt_token_ids": ids} for ids in prompts],
+            [SamplingParams(seed=seed, **sampling) for seed in seeds],
+            use_tqdm=False,
         )
-        texts = [
-            self.tokenizer.decode(one.outputs[0].token_ids, skip_special_tokens=True)
-            for one in done
-        ]
+
+        # Of each request there is one output.
+        outputs = [request.outputs[0] for request in requests]
         return [
-            Said(text, one.outputs[0].finish_reason == "stop")
-            for text, one in zip(texts, done, strict=True)
+            Said(
+                self.tokenizer.decode(output.token_ids, skip_special_tokens=True),
+                output.finish_reason == "stop",
+            )
+            for output in outputs
         ]
 
     def close(self) -> None:
@@ -140,8 +144,8 @@ class LlamaCppAuthor:
         from compress.formats.gguf import export_gguf
         from compress.formats.llamacpp import LlamaCpp
 
-        made = sha256_json([digest(teacher), sources_digest("compress.formats.gguf")])
-        file = folder / f"author-{made[:32]}.gguf"
+        key = sha256_json([digest(teacher), sources_digest("compress.formats.gguf")])
+        file = folder / f"author-{key[:32]}.gguf"
         if not file.is_file():
             export_gguf(teacher, file, "Q8_0")
         self.server = LlamaCpp(

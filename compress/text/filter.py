@@ -22,23 +22,22 @@ def evaluation_texts() -> tuple[str, ...]:
     """What students are asked in the embedded tasks and open prompts: nothing like it may be
     trained on.
     """
-    rows = []
-    for file in [
+    files = [
         *sorted((configs_dir() / "tasks").glob("*/*.jsonl")),
         *sorted((configs_dir() / "open").glob("*.jsonl")),
-    ]:
+    ]
+    rows = []
+    for file in files:
         rows += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    texts = [text for row in rows for text in (row.get("query"), row.get("prompt")) if text]
-    return tuple(
-        texts
-        + [
-            text
-            for row in rows
-            if not row.get("query")
-            for text in row.get("choices", [])
-            if len(text.split()) > 3
-        ]
-    )
+
+    # Questions and prompts; where a row has no question, its choices are sentences to tell apart.
+    texts = []
+    for row in rows:
+        texts += [text for text in (row.get("query"), row.get("prompt")) if text]
+    for row in rows:
+        if not row.get("query"):
+            texts += [text for text in row.get("choices", []) if len(text.split()) > 3]
+    return tuple(texts)
 
 
 class Filter:
@@ -53,7 +52,8 @@ class Filter:
                an earlier question
     """
 
-    PHRASE, ALIKE = 8, 0.7
+    PHRASE = 8  # words
+    ALIKE = 0.7  # share of word triples
 
     def __init__(self, avoid: Sequence[str] = ()) -> None:
         self.phrases: dict[int, set[tuple[str, ...]]] = defaultdict(set)
@@ -62,10 +62,9 @@ class Filter:
             size = min(self.PHRASE, len(words))
             if size > 2:
                 self.phrases[size].update(_grams(words, size))
-        self.holders: dict[tuple[str, ...], list[int]] = defaultdict(
-            list
-        )  # of each triple, the questions that hold it
-        self.triples: list[int] = []  # how many triples each question has
+        # Word triple -> numbers of the questions that hold it; and how many each question has.
+        self.holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        self.triples: list[int] = []
 
     def reason(self, turns: Sequence[str], ended: bool) -> str:
         """Empty when the conversation of these turns, question first, is to be kept."""
@@ -73,28 +72,38 @@ class Filter:
             return "unended"
         if any(loops(turn) for turn in turns):
             return "looping"
+
+        # Turns of even number are questions.
         words = [words_of(turn) for turn in turns]
         if any(len(turn) < (3 if i % 2 == 0 else 1) for i, turn in enumerate(words)):
             return "short"
-        if any(
-            gram in grams
-            for turn in words
-            for size, grams in self.phrases.items()
-            for gram in _grams(turn, size)
-        ):
+        if any(self._evaluated(turn) for turn in words):
             return "evaluated"
+
+        # Intersection over union with every earlier question that shares a triple.
         triples = set(_grams(words[0], 3))
-        shared = Counter(holder for triple in triples for holder in self.holders.get(triple, ()))
+        shared: Counter[int] = Counter()
+        for triple in triples:
+            shared.update(self.holders.get(triple, ()))
         if any(
             count / (len(triples) + self.triples[i] - count) > self.ALIKE
             for i, count in shared.items()
         ):
             return "duplicate"
+
         for triple in triples:
             self.holders[triple].append(len(self.triples))
         self.triples.append(len(triples))
         return ""
 
+    def _evaluated(self, words: Sequence[str]) -> bool:
+        """Whether a turn holds a phrase of what students are evaluated on."""
+        for size, phrases in self.phrases.items():
+            if any(gram in phrases for gram in _grams(words, size)):
+                return True
+        return False
+
 
 def _grams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
+    """All runs of `size` words."""
     return (tuple(words[i : i + size]) for i in range(len(words) - size + 1))

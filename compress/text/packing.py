@@ -49,17 +49,21 @@ def _shuffled(tokenizer: Any, texts: list[Document], chat_labels: str) -> Iterat
     """
     order = _permutation(0, 0, len(texts))
     for start in range(0, len(order), DOCUMENTS_AT_ONCE):
-        some = [texts[i] for i in order[start : start + DOCUMENTS_AT_ONCE]]
-        plain = iter(_plain_tokens(tokenizer, [one for one in some if isinstance(one, str)]))
-        chats = iter(_chats(tokenizer, [one for one in some if isinstance(one, Chat)], chat_labels))
-        yield from (next(plain) if isinstance(one, str) else next(chats) for one in some)
+        batch = [texts[i] for i in order[start : start + DOCUMENTS_AT_ONCE]]
+        plain = [document for document in batch if isinstance(document, str)]
+        chats = [document for document in batch if isinstance(document, Chat)]
+
+        # Each kind is tokenised together, and given in the order of the documents.
+        plain_in_order = iter(_plain_tokens(tokenizer, plain))
+        chats_in_order = iter(_chats(tokenizer, chats, chat_labels))
+        for document in batch:
+            yield next(plain_in_order) if isinstance(document, str) else next(chats_in_order)
 
 
 def _plain_tokens(tokenizer: Any, texts: list[str]) -> list[Tokens]:
     """Texts between BOS, where the tokenizer adds one, and EOS. All but BOS are labels."""
-    before, after = (
-        np.array(ids, dtype=np.int32) for ids in (opening(tokenizer), [tokenizer.eos_token_id])
-    )
+    before = np.array(opening(tokenizer), dtype=np.int32)
+    after = np.array([tokenizer.eos_token_id], dtype=np.int32)
     rows = []
     for ids in encode(tokenizer, texts):
         mask = np.ones(len(before) + len(ids) + 1, dtype=bool)
@@ -81,12 +85,16 @@ def _mixed(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[To
     """Documents of several streams in proportion to their weights."""
     taken = [0] * len(streams)
     while True:
+        # Tokens that each stream lacks of its share, once the next token is there.
         behind = [
             weight / sum(weights) * (1 + sum(taken)) - count
             for weight, count in zip(weights, taken, strict=True)
         ]
         chosen = behind.index(max(behind))
-        if (document := next(streams[chosen], None)) is None:
+
+        # One that is used up ends the text: its share could not be kept.
+        document = next(streams[chosen], None)
+        if document is None:
             return
         taken[chosen] += len(document[0])
         yield document
@@ -117,67 +125,75 @@ def pack(
         )
         for source in sources
     ]
-    named = {
+
+    # Everything that decides the tokens names the file that keeps them.
+    decisive = {
         "tokens": token_inputs(teacher),
-        "texts": sha256_json([[content(one) for one in some] for some in texts]),
+        "texts": sha256_json([[content(document) for document in source] for source in texts]),
         "seq_len": seq_len,
         "weights": weights or [],
         "chat_labels": chat_labels,
         "schema": 4,
     }
-    path = cache_dir / f"{sha256_json(named)}.safetensors"
+    path = cache_dir / f"{sha256_json(decisive)}.safetensors"
     if not path.is_file():
         tokenizer = load_tokenizer(teacher)
         streams = [
             _shuffled(tokenizer, source, chat_labels)
             for source in (texts if weights else [list(chain(*texts))])
         ]
-        pairs = list(_mixed(streams, weights or [1.0]))
-        ids, mask = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        assert len(ids) == len(mask)
-        first = np.zeros(len(ids), dtype=bool)
-        first[np.cumsum([0, *(len(pair[0]) for pair in pairs[:-1])])] = True
-        del pairs
-        count = len(ids) // (seq_len + 1) * (seq_len + 1)
-        if count == 0:
-            raise ValueError(
-                f"{sources} hold {len(ids)} tokens, one sequence needs {seq_len + 1}; add text or"
-                " lower data.seq_len"
-            )
-        write_whole(
-            path,
-            save(
-                {
-                    name: torch.from_numpy(column[:count])
-                    for name, column in (("ids", ids), ("mask", mask), ("first", first))
-                }
-            ),
-        )
+        columns = _joined(list(_mixed(streams, weights or [1.0])), seq_len, sources)
+        write_whole(path, save(columns))
+
+    # The first token of a document is no label there; sequences without a label are left out.
     columns = load_file(path)
     ids_SL, mask_SL, first_SL = (
         columns[name].view(-1, seq_len + 1) for name in ("ids", "mask", "first")
     )
-    name = sha256_json(
-        [sha256_file(path), packing]
-    )  # of what came out: a newer tokenizer that cuts alike changes nothing
     if packing == "documents":
         mask_SL = mask_SL & ~first_SL
     labelled_S = mask_SL[:, 1:].any(1)
     if not labelled_S.all():
         ids_SL, mask_SL, first_SL = ids_SL[labelled_S], mask_SL[labelled_S], first_SL[labelled_S]
         _tell_labels(sources, labelled_S, log)
+
+    # The name is of what came out: a newer tokenizer that cuts alike changes nothing.
+    name = sha256_json([sha256_file(path), packing])
     return Packed(ids_SL, mask_SL, name, None if packing == "stream" else first_SL)
+
+
+def _joined(pairs: list[Tokens], seq_len: int, sources: list[str]) -> dict[str, Tensor]:
+    """Documents one behind the other, cut to whole sequences: ids int32, label mask bool, and bool
+    where a document begins; each (S * (seq_len + 1),). Empties `pairs`: with large text both have
+    no room. ValueError when they don't fill one sequence.
+    """
+    ids, mask = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    assert len(ids) == len(mask)
+    first = np.zeros(len(ids), dtype=bool)
+    first[np.cumsum([0, *(len(pair[0]) for pair in pairs[:-1])])] = True
+    pairs.clear()
+
+    count = len(ids) // (seq_len + 1) * (seq_len + 1)
+    if count == 0:
+        raise ValueError(
+            f"{sources} hold {len(ids)} tokens, one sequence needs {seq_len + 1}; add text or"
+            " lower data.seq_len"
+        )
+    columns = {"ids": ids, "mask": mask, "first": first}
+    return {name: torch.from_numpy(column[:count]) for name, column in columns.items()}
 
 
 def _tell_labels(sources: list[str], labelled_S: Tensor, log: Callable[[str], None]) -> None:
     """Say how many sequences have no label and are left out. ValueError when all are."""
-    without, count = int((~labelled_S).sum()), len(labelled_S)
+    without = int((~labelled_S).sum())
+    count = len(labelled_S)
     if without == count:
         hint = "give chats with assistant turns, or set data.chat_labels=all"
         raise ValueError(
             f"{sources}: none of {count} sequences holds a token of an answer, so there is nothing"
             f" to learn; {hint}"
         )
+
     log(
         f"{', '.join(sources)}: {without} of {count} sequences hold no token of an answer and are"
         " left out"

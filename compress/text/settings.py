@@ -7,15 +7,12 @@ from enum import StrEnum
 from compress.bounds import check_source, check_values
 from compress.errors import ConfigError
 
-Packing = StrEnum(
-    "Packing", ["stream", "documents"]
-)  # what a token of training text sees: its row, or its own document
-ChatLabels = StrEnum(
-    "ChatLabels", ["all", "answers"]
-)  # which tokens of a chat in data.train are learned
-Reread = StrEnum(
-    "Reread", ["tell", "refuse"]
-)  # what happens where a stage wants more text than there is
+# What a token of training text sees: its row, or its own document.
+Packing = StrEnum("Packing", ["stream", "documents"])
+# Which tokens of a chat in data.train are learned.
+ChatLabels = StrEnum("ChatLabels", ["all", "answers"])
+# What happens where a stage wants more text than there is.
+Reread = StrEnum("Reread", ["tell", "refuse"])
 
 
 @dataclass
@@ -24,19 +21,16 @@ class Data:
 
     train: list[str] = field(default_factory=list)
     chat: list[str] = field(default_factory=list)
-    heldout: list[str] = field(
-        default_factory=list
-    )  # never trained on: closeness to the teacher is measured on each, by name
+    # Never trained on: closeness to the teacher is measured on each, by name.
+    heldout: list[str] = field(default_factory=list)
     seq_len: int = 512
-    weights: list[float] = field(
-        default_factory=list
-    )  # each train source's share of the tokens; empty: all documents alike
+    # Each train source's share of the tokens; empty: all documents alike.
+    weights: list[float] = field(default_factory=list)
     packing: Packing = Packing.stream
-    chat_labels: ChatLabels = (
-        ChatLabels.all
-    )  # of data.train; data.chat, which nobody but the text teaches, always learns the answers
-    # of a stage whose tokens are more than its text has: read it more often and say so, or end
-    # before work starts
+    # Of data.train; data.chat, which nobody but the text teaches, always learns the answers.
+    chat_labels: ChatLabels = ChatLabels.all
+    # Of a stage whose tokens are more than its text has: read it more often and say so, or end
+    # before work starts.
     reread: Reread = Reread.tell
 
     def __post_init__(self) -> None:
@@ -44,6 +38,8 @@ class Data:
             raise ConfigError(f"data.seq_len={self.seq_len} is too short; at least 8 tokens")
         if not self.train or not self.heldout:
             raise ConfigError("data.train and data.heldout must each name at least one source")
+
+        # Sources that there are, in the right number, each in one place.
         for key in ("train", "chat", "heldout"):
             for source in getattr(self, key):
                 check_source(f"data.{key}", source)
@@ -65,17 +61,19 @@ class Data:
         part of a hub dataset's name, `topics` of embedded:topics; numbered from the second on
         where two agree.
         """
-        named: dict[str, str] = {}
+        source_by_name: dict[str, str] = {}
         for source in self.heldout:
             kind, _, rest = source.partition(":")
-            given = {
+            names = {
                 "embedded": rest.removesuffix("_heldout"),
                 "hub": re.split("[:@]", rest)[0].rpartition("/")[2],
                 "generated": kind,
             }
-            name = base = given.get(kind) or re.split(r"[/\\]", source)[-1].partition(".")[0]
+            name = base = names.get(kind) or re.split(r"[/\\]", source)[-1].partition(".")[0]
+
             number = 2
-            while name in named:
-                name, number = f"{base}_{number}", number + 1
-            named[name] = source
-        return named
+            while name in source_by_name:
+                name = f"{base}_{number}"
+                number += 1
+            source_by_name[name] = source
+        return source_by_name

@@ -83,6 +83,8 @@ def followers(processes: int, command: list[str]) -> Iterator[None]:
         with group() if "RANK" in os.environ else nullcontext():
             yield
         return
+
+    # What tells torch who is who, on this machine.
     count = str(processes)
     common = {
         "WORLD_SIZE": count,
@@ -91,11 +93,16 @@ def followers(processes: int, command: list[str]) -> Iterator[None]:
         "MASTER_PORT": str(get_free_port()),
     }
     ranks = [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+
+    # The others run the same command, and say nothing of it; this process is rank 0.
     line = [sys.executable, "-m", "compress", *command]
     children = [
-        subprocess.Popen(line, env=os.environ | own, stdout=subprocess.DEVNULL) for own in ranks[1:]
+        subprocess.Popen(line, env=os.environ | variables, stdout=subprocess.DEVNULL)
+        for variables in ranks[1:]
     ]
     os.environ |= ranks[0]
+
+    # A rank that dies closes its connections, which torch reports here.
     try:
         with group():
             yield
@@ -109,8 +116,10 @@ def followers(processes: int, command: list[str]) -> Iterator[None]:
     finally:
         for name in ranks[0]:
             os.environ.pop(name, None)
+        failed = sys.exc_info()[0] is not None
         for child in children:
-            child.terminate() if sys.exc_info()[0] else None
+            if failed:
+                child.terminate()
             child.wait()
 
 
@@ -151,13 +160,13 @@ def shard(module: nn.Module, model: Any, precision: str) -> nn.Module:
 def unshard(module: nn.Module) -> None:
     """Put whole, plain parameters back into every submodule; each rank ends up with all of them."""
     sharded: list[Any] = [p for p in module.parameters() if hasattr(p, "full_tensor")]
-    whole = {
+    whole_parameters = {
         id(p): nn.Parameter(p.full_tensor().detach(), requires_grad=p.requires_grad)
         for p in sharded
     }
     for submodule in module.modules():
         submodule._parameters.update(
-            {name: whole.get(id(p), p) for name, p in submodule._parameters.items()}
+            {name: whole_parameters.get(id(p), p) for name, p in submodule._parameters.items()}
         )
 
 

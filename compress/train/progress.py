@@ -46,9 +46,11 @@ def progress(
             nonlocal printed
             info = f"loss {loss:.4f}  {tokens_per_sec:,.0f} tokens/s"
             bar.update(task, completed=done, info=info)
+
+            # Where no bar is shown.
             if bar.disable and (time.monotonic() - printed > LINE_SECONDS or done == total):
                 printed = time.monotonic()
-                left = (printed - started) / max(1, done - first) * (total - done)
-                log(f"{label}: step {done}/{total}  {info}  {left:,.0f} s left")
+                seconds_left = (printed - started) / max(1, done - first) * (total - done)
+                log(f"{label}: step {done}/{total}  {info}  {seconds_left:,.0f} s left")
 
         yield update

@@ -16,13 +16,13 @@ class Trainer:
     # Over fp32 master weights bf16 autocast, fp32, or auto: bf16 where this machine computes it
     # faster; bf16_stochastic: bf16 weights.
     precision: str = "auto"
-    # CPU threads; 0 takes all this process may use. Part of the store's key: sums depend on it
+    # CPU threads; 0 takes all this process may use. Part of the store's key: sums depend on it.
     threads: int = 0
     parallel: str = "none"  # or ddp, fsdp2
-    processes: int = 0  # that train together; 0: one a GPU. Under torchrun its WORLD_SIZE counts
-    activation_checkpointing: bool = (
-        False  # recompute activations in the backward pass: less memory, about a third more time
-    )
+    # Processes that train together; 0: one a GPU. Under torchrun its WORLD_SIZE counts.
+    processes: int = 0
+    # Recompute activations in the backward pass: less memory, about a third more time.
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for key, allowed in (("precision", PRECISIONS), ("parallel", PARALLEL)):
@@ -30,6 +30,8 @@ class Trainer:
                 raise ConfigError(
                     f"trainer.{key}={getattr(self, key)!r}; {nearest(getattr(self, key), allowed)}"
                 )
+
+        # Processes and threads.
         if self.processes < 0 or (self.processes > 1 and self.parallel == "none"):
             raise ConfigError(
                 f"trainer.processes={self.processes} must be 0 or above, and above 1 only with"

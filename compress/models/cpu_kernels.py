@@ -1,13 +1,10 @@
-"""From token ids to final hidden states and the head: the two things every loss and every
-closeness score needs.
+"""Attention and RMS norms for training on a CPU (`use_cpu_kernels`): exact, in pieces that stay in
+the cache. Attention is several times faster than torch's own CPU kernel, most of it backwards.
 
-Training on a CPU has its own attention and RMS norms (`use_cpu_kernels`): exact, in pieces that
-stay in the cache. Attention is several times faster than torch's own CPU kernel, most of it
-backwards. For a block of C queries and the keys up to its end, with s = 1 / sqrt(D) or what the
-model says,
+For a block of C queries and the keys up to its end, with s = 1 / sqrt(D) or what the model says,
 
-    P = softmax(s Q K^T + mask)    O = P V    dV = P^T dO    dP = dO V^T    dS = P (dP - rowsum(P
-    dP))    dQ = s dS K    dK = s dS^T Q
+    P = softmax(s Q K^T + mask)    O = P V
+    dV = P^T dO    dP = dO V^T    dS = P (dP - rowsum(P dP))    dQ = s dS K    dK = s dS^T Q
 
 so nothing right of the diagonal is computed but inside a block. Only Q, K and V are kept; backward
 makes P again, as FlashAttention does (arXiv 2205.14135, section 3.1). Query heads that share a KV
@@ -21,16 +18,13 @@ x' = x r and g = w dL/dy,
 
 Under autocast y is of its type at once, which every linear layer behind it would round it to.
 
-Legend: R rows (sequences), L positions, N = R * L tokens, C tokens a chunk, H hidden, V vocabulary;
-of the kernels: B sequences, H query heads, K KV heads, D head dimension, C queries of a block, E
-keys up to its end, W hidden.
+Legend: B sequences, H query heads, K KV heads, L positions, D head dimension, C queries of a block
+or tokens of a chunk, E keys up to a block's end, N tokens, W hidden width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -46,108 +40,6 @@ BLOCK = 128  # queries at once
 ROWS = 256  # tokens of a norm at once: 0.6 MB at width 576
 
 
-@dataclass(frozen=True)
-class Head:
-    """What turns final hidden states into logits: z = (h W^T + bias) * scale, then softcap *
-    tanh(z / softcap) where the model caps them.
-    """
-
-    weight_VH: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def finish(self, product_CV: Tensor) -> Tensor:
-        """Logits (C, V) in fp32 (fp64 for fp64) of h W^T; a new tensor unless the product has that
-        type and nothing is to be done.
-        """
-        logits_CV = product_CV if product_CV.dtype == torch.float64 else product_CV.float()
-        if self.bias_V is not None:
-            logits_CV = logits_CV + self.bias_V
-        if self.scale != 1.0:
-            logits_CV = logits_CV * self.scale
-        return (
-            logits_CV
-            if self.softcap is None
-            else (logits_CV / self.softcap).tanh_().mul_(self.softcap)
-        )
-
-    def back(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
-        """d loss / d product from d loss / d logits."""
-        if self.softcap is not None:
-            grad_CV = grad_CV * (1 - (logits_CV / self.softcap) ** 2)
-        return grad_CV if self.scale == 1.0 else grad_CV * self.scale
-
-    def logits(self, hidden_CH: Tensor) -> Tensor:
-        """Logits (C, V) of hidden states in the weight's type."""
-        return self.finish(hidden_CH @ self.weight_VH.T)
-
-    def first(self, rows: int) -> Head:
-        """The head of the first `rows` ids: what is behind them is padding
-        that no tokenizer gives.
-        """
-        if rows == len(self.weight_VH):
-            return self
-        return replace(
-            self,
-            weight_VH=self.weight_VH[:rows],
-            bias_V=None if self.bias_V is None else self.bias_V[:rows],
-        )
-
-    def detach(self) -> Head:
-        """The same head outside the autograd graph."""
-        return replace(
-            self,
-            weight_VH=self.weight_VH.detach(),
-            bias_V=None if self.bias_V is None else self.bias_V.detach(),
-        )
-
-    def to(self, dtype: torch.dtype) -> Head:
-        """The same head with its weight in `dtype`."""
-        return replace(self, weight_VH=self.weight_VH.to(dtype))
-
-
-def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
-    """What a transformers config, as a dict with its defaults, says of the logits besides the
-    weight, as transformers 5's own families read it.
-
-    Cohere and Falcon H1 multiply them, HyperCLOVA X too, under the key by which Granite divides
-    them; MiniCPM 3 divides them by a ratio of widths; Gemma and NanoChat cap them. Keys of other
-    families are not followed: `compress/models/loaded.py` compares each model with itself.
-    """
-    family, scale = str(config.get("model_type", "")), 1.0
-    if family.startswith("cohere"):
-        scale *= float(config.get("logit_scale") or 1.0)
-    if family == "falcon_h1":
-        scale *= float(config.get("lm_head_multiplier") or 1.0)
-    if family == "minicpm3":
-        scale *= float(config["dim_model_base"]) / float(config["hidden_size"])
-    elif scaling := config.get("logits_scaling"):
-        scale *= float(scaling) if family == "hyperclovax" else 1.0 / float(scaling)
-    return {"scale": scale, "softcap": config.get("final_logit_softcapping")}
-
-
-def head_of(model: Any) -> Head:
-    """The output head of a causal language model, peft-wrapped or not."""
-    output = model.get_output_embeddings()
-    return Head(
-        output.weight, getattr(output, "bias", None), **scale_and_softcap(model.config.to_dict())
-    )
-
-
-def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Hidden states after the final norm (N, H) of a causal language model, peft-wrapped or not,
-    for ids (R, L).
-
-    Where positions (R, L) start again a new document does: transformers then masks attention across
-    documents.
-    """
-    hidden_RLH: Tensor = model.get_decoder()(
-        input_ids=inputs, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    return hidden_RLH.flatten(0, 1)
-
-
 class _Blocks(torch.autograd.Function):
     """(B, H, L, D), (B, K, L, D), (B, K, L, D) -> (B, H, L, D)."""
 
@@ -155,12 +47,14 @@ class _Blocks(torch.autograd.Function):
     def forward(
         ctx: Any, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
+        # The types are those of the inputs, whatever autocast says outside.
         with torch.autocast("cpu", enabled=False):
             out_BHLD = torch.empty_like(q_BHLD, memory_format=torch.contiguous_format)
             for part, end, p, _ in _probabilities(q_BHLD, k_BKLD, mask, scale):
                 out_BHLD[:, :, part] = torch.bmm(p, v_BKLD.flatten(0, 1)[:, :end]).view(
                     out_BHLD[:, :, part].shape
                 )
+
         ctx.save_for_backward(q_BHLD, k_BKLD, v_BKLD, mask)
         ctx.scale = scale
         return out_BHLD
@@ -168,12 +62,17 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         q_BHLD, k_BKLD, v_BKLD, mask = ctx.saved_tensors
-        d_q, out = torch.empty_like(q_BHLD, memory_format=torch.contiguous_format), grad_outputs[0]
+        out = grad_outputs[0]
         k, v = k_BKLD.flatten(0, 1), v_BKLD.flatten(0, 1)
+
+        # Every block adds to dK and dV of the keys before it, so these are summed in fp32.
+        d_q = torch.empty_like(q_BHLD, memory_format=torch.contiguous_format)
         d_k, d_v = (
             torch.zeros(k.shape, dtype=torch.promote_types(k.dtype, torch.float32))
             for _ in range(2)
         )
+
+        # In the notation above: p is P, d_s is dS, and q carries the scale already.
         for part, end, p, q in _probabilities(q_BHLD, k_BKLD, mask, ctx.scale):
             d_out = out[:, :, part].reshape(q.shape)
             d_v[:, :end] += torch.bmm(p.transpose(1, 2), d_out)
@@ -181,7 +80,8 @@ class _Blocks(torch.autograd.Function):
                 torch.bmm(d_out, v[:, :end].transpose(1, 2)), p, -1, p.dtype
             )
             d_q[:, :, part] = torch.bmm(d_s, k[:, :end]).mul_(ctx.scale).view(d_q[:, :, part].shape)
-            d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q)  # these queries carry the scale
+            d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q)
+
         return (
             d_q,
             d_k.view(k_BKLD.shape).to(k.dtype),
@@ -201,9 +101,14 @@ def _probabilities(
     groups = batch * k_BKLD.shape[1]
     k = k_BKLD.flatten(0, 1)
     for start in range(0, length, BLOCK):
-        part, end = slice(start, min(start + BLOCK, length)), min(start + BLOCK, length)
+        end = min(start + BLOCK, length)
+        part = slice(start, end)
+
+        # Query heads of one KV head are rows of the same product.
         q = (q_BHLD[:, :, part] * scale).reshape(groups, -1, dim)
         scores = torch.bmm(q, k[:, :end].transpose(1, 2))
+
+        # A query sees nothing behind itself, nor what the mask forbids.
         by_head = scores.view(batch, heads, end - start, end)
         if mask is None:
             by_head[..., start:].add_(
@@ -213,6 +118,7 @@ def _probabilities(
             # The least number, not -inf: a query that sees nothing, as padding on the left, must
             # not become NaN, which spreads to all others.
             by_head.masked_fill_(~mask[:, :, part, :end], torch.finfo(scores.dtype).min)
+
         yield part, end, scores.softmax(-1), q
 
 
@@ -230,23 +136,28 @@ def _attention(
     """As transformers calls it, (B, L, H, D); whatever is not plain causal attention of whole
     sequences on a CPU goes to torch's own.
     """
-    whole = (
+    # Whole sequences on a CPU: every query has its key, and nothing is dropped.
+    whole_sequences = (
         query.device.type == "cpu"
         and query.shape[2] == key.shape[2] > 1
         and query.shape[3] == value.shape[3]
         and not dropout
     )
+
+    # A mask of booleans says who sees whom; one of numbers, which is added to scores, is torch's.
     causal = (
         is_causal is not False
         and getattr(module, "is_causal", True)
         and (attention_mask is None or attention_mask.dtype == torch.bool)
     )
-    if not (whole and causal) or any(
+    if not (whole_sequences and causal) or any(
         kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux")
     ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
+
+    # Products of the type that autocast asks for, else of the values' own.
     compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     q, k, v = (t.to(compute).contiguous() for t in (query, key, value))
     out = _Blocks.apply(
@@ -262,23 +173,30 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x_NW: Tensor, w_W: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         out_NW = torch.empty(x_NW.shape, dtype=dtype)
         r_N1 = torch.empty(len(x_NW), 1, dtype=x_NW.dtype)
+
+        # r is kept for backward; its chunk is written in place.
         for x_CW, out_CW, r_C1 in zip(
             x_NW.split(ROWS), out_NW.split(ROWS), r_N1.split(ROWS), strict=True
         ):
             torch.linalg.vector_norm(x_CW, dim=-1, keepdim=True, out=r_C1)
             r_C1.square_().div_(x_CW.shape[1]).add_(eps).rsqrt_()
             out_CW.copy_((x_CW * r_C1).mul_(w_W))
+
         ctx.save_for_backward(x_NW, w_W, r_N1)
         return out_NW
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x_NW, w_W, r_N1 = ctx.saved_tensors
-        d_x, d_w = torch.empty_like(x_NW), torch.zeros_like(w_W)
+        d_x = torch.empty_like(x_NW)
+        d_w = torch.zeros_like(w_W)
+
+        # unit_CW is x' of the formula above; g_CW begins as dL/dy and becomes g.
         for x_CW, r_C1, g_CW, d_x_CW in zip(
             *(t.split(ROWS) for t in (x_NW, r_N1, grad_outputs[0], d_x)), strict=True
         ):
-            unit_CW, g_CW = x_CW * r_C1, g_CW.to(x_NW.dtype, copy=True)
+            unit_CW = x_CW * r_C1
+            g_CW = g_CW.to(x_NW.dtype, copy=True)
             d_w += (g_CW * unit_CW).sum(0)
             mean_C1 = torch.linalg.vecdot(g_CW.mul_(w_W), unit_CW)[:, None].div_(x_CW.shape[1])
             torch.mul(g_CW.addcmul_(unit_CW, mean_C1, value=-1), r_C1, out=d_x_CW)
@@ -291,6 +209,8 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or module.weight.dtype != torch.float32:
         return type(module).forward(module, x)
+
+    # Under autocast the linear layers behind would round to its type: the norm does so at once.
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     with torch.autocast("cpu", enabled=False):
         out = _RMSNorm.apply(x.flatten(0, -2), module.weight, module.variance_epsilon, dtype)
@@ -307,32 +227,16 @@ def use_cpu_kernels(model: Any) -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
         model.set_attn_implementation(NAME)
+
+    # Norms are told by what they compute: every family has a copy of Llama's.
     for module in model.modules():
         if _code(type(module)) == _code(LlamaRMSNorm):
             module.forward = MethodType(_norm, module)
 
 
 def _code(kind: type) -> Any:
-    """What `forward` does: transformers' modelling files hold copies of the same norm under their
+    """Bytecode of `forward`: transformers' modelling files hold copies of the same norm under their
     own names.
     """
     code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]
     return code and (code.co_code, code.co_names, code.co_consts)
-
-
-def block_inputs(model: Any, ids_BL: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """What every block of a decoder receives for ids (B, L): hidden states (B, L, H), and the
-    keywords that it is called with.
-    """
-    states: list[Tensor] = []
-    keywords: list[dict[str, Any]] = []
-
-    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keywords.append(dict(kwargs))
-        states.append(args[0] if args else keywords[-1].pop("hidden_states"))
-
-    with ExitStack() as hooks:
-        for block in model.model.layers:
-            hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
-        model.model(ids_BL, use_cache=False)
-    return states, keywords

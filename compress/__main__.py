@@ -50,19 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # of libraries about their own next versions: noise to our users
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # says at import which faster kernels it lacks; peft imports it always
+
+    # Noise to our users: libraries warn about their own next versions, and bitsandbytes, which peft
+    # imports always, says which faster kernels it lacks.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        if not arguments or arguments[0] not in VERBS:
-            raise ConfigError(
-                f"unknown verb {arguments[0]!r}; {nearest(arguments[0], VERBS)}"
-                if arguments
-                else "name a verb; see `compress --help`"
-            )
+        if not arguments:
+            raise ConfigError("name a verb; see `compress --help`")
+        if arguments[0] not in VERBS:
+            raise ConfigError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], VERBS)}")
         return VERBS[arguments[0]](arguments[1:])
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives until the process ends)
@@ -72,12 +69,16 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         if debug:
             traceback.print_exc()
-        sentence = "".join(
-            c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
-            for c in _sentence(error)
-        )
+        sentence = _escaped(_sentence(error))
         print(f"compress: {without_credentials(sentence)}", file=sys.stderr)
         return exit_code(error)
+
+
+def _escaped(text: str) -> str:
+    """A text with \\x1b and the like for what would act on a terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _sentence(error: BaseException) -> str:
@@ -100,15 +101,16 @@ def _sentence(error: BaseException) -> str:
             "something that was given is nested too deep to be read, or goes round in a circle;"
             " flatten it (--debug shows where)"
         )
+
+    # A library's message can be a page long.
     line = " ".join(text.split())[:500]
     if exit_code(error) == 1:
         return (
             f"this is a bug of compress: {type(error).__name__}: {line}; run again with --debug and"
             " report it"
         )
-    if not isinstance(
-        error, ValueError | ResourceError | OSError | FloatingPointError
-    ):  # of a library that read something damaged
+    sentences_of_ours = ValueError | ResourceError | OSError | FloatingPointError
+    if not isinstance(error, sentences_of_ours):
         return (
             f"what was given can't be read ({type(error).__name__}: {line}); copy it again, or give"
             " another (--debug shows where)"

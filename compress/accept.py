@@ -15,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from compress import session
-from compress.ask import printable
 from compress.budget import failed, is_heldout, judge
 from compress.config import Teacher
-from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError
+from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, printable
 from compress.models.checkpoint import weights_digest
 from compress.score.intervals import Paired, paired_scores
 from compress.score.open import beside_teacher

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from compress.errors import ConfigError, ResourceError, nearest
+from compress.errors import ConfigError, ResourceError, nearest, printable
 from compress.formats.llamacpp import Ending
 from compress.formats.onnx_folder import genai_config
 from compress.models.checkpoint import Model, model_of, read_config, weights_digest
@@ -32,14 +31,7 @@ from compress.text.repetition import loops
 CONTEXT_TOKENS = 2048  # of a conversation without its next answer
 MODEL_FILES = ("config.json", "genai_config.json", "model.safetensors")  # one of them makes a model
 COMMANDS = ("/new", "/quit")
-DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what is shown
 Turn = dict[str, str]
-
-
-def printable(text: str) -> str:
-    """Text without what acts on a terminal: controls but newline and tab, changes of direction."""
-    acting = (unicodedata.category(c) in ("Cc", "Cs") or c in DIRECTIONS for c in text)
-    return "".join(c for c, acts in zip(text, acting, strict=True) if c in "\n\t" or not acts)
 
 
 def _show(text: str) -> None:
@@ -78,11 +70,14 @@ class Voice:
         for start in range(0, len(turns), 2):  # a question and its answer
             prompt = self.render(turns[start:])
             length = len(self.speaker.prompt_ids(prompt))
-            if length + n <= self.context:
-                if start:
-                    forgotten = f"{start // 2} of {len(self.turns) // 2} earlier turns"
-                    _note(f"({self.label} is out of room and forgets {forgotten})")
-                return turns[start:], prompt
+            if length + n > self.context:
+                continue
+            if start:
+                forgotten = f"{start // 2} of {len(self.turns) // 2} earlier turns"
+                _note(f"({self.label} is out of room and forgets {forgotten})")
+            return turns[start:], prompt
+
+        # The last one tried was the question alone.
         raise ValueError(
             f"the question is {length} tokens long for {self.label}, which has room for "
             f"{self.context - n} beside an answer of {n}; shorten it or lower --tokens"
@@ -99,13 +94,13 @@ class Reply:
 
     def remarks(self, n: int) -> list[str]:
         """What to know about an answer of at most `n` tokens."""
-        found = {
+        holds_by_remark = {
             "stopped": not self.ending,
             f"did not end within {n} tokens": self.ending and not self.ending.ended,
             "repeats itself": loops(self.text),
             "said nothing": self.ending and not self.text,
         }
-        return [remark for remark, holds in found.items() if holds]
+        return [remark for remark, holds in holds_by_remark.items() if holds]
 
 
 def reply(
@@ -117,7 +112,10 @@ def reply(
     """
     start = time.perf_counter()
     turns, prompt = voice.prompt(question, n)
-    text, ending = "", None
+
+    # How the answer ended is what the stream returns behind its last piece.
+    text = ""
+    ending = None
     say(f"{voice.label}: ")
     try:
         with closing(voice.speaker.stream(prompt, n)) as stream:
@@ -132,6 +130,8 @@ def reply(
             raise
     finally:
         say("\n")
+
+    # A model that said nothing forgets that it was asked.
     text = text.rstrip()
     if text:
         voice.turns = [*turns, {"role": "assistant", "content": text}]
@@ -157,12 +157,12 @@ def answer_in_json(voices: list[Voice], question: str, n: int) -> None:
     """Prints every model's answer as one JSON object in a line. ValueError as `reply`."""
     answers = []
     for voice in voices:
-        found = reply(voice, question, n, lambda piece: None)
-        assert found.ending, "it can't be stopped"
+        answer = reply(voice, question, n, lambda piece: None)
+        assert answer.ending, "it can't be stopped"
         answers.append({
-            "model": voice.label, "runtime": voice.runtime, "answer": found.text,
-            "ended": found.ending.ended, "loops": loops(found.text),
-            "tokens": found.ending.tokens, "seconds": round(found.seconds, 3),
+            "model": voice.label, "runtime": voice.runtime, "answer": answer.text,
+            "ended": answer.ending.ended, "loops": loops(answer.text),
+            "tokens": answer.ending.tokens, "seconds": round(answer.seconds, 3),
         })  # fmt: skip
     print(json.dumps({"question": question, "answers": answers}), flush=True)
 
@@ -178,6 +178,8 @@ def converse(voices: list[Voice], n: int) -> None:
         import readline  # noqa: F401  (lets input() edit a line)
     who = " and ".join(voice.label for voice in voices)
     _note(f"talking to {who}; /new starts over, /quit leaves, Ctrl-C stops an answer")
+
+    # A path is a question: /etc/hosts has a second slash.
     while (question := _asked()) != "/quit":
         if question == "/new":
             _start_over(voices)
@@ -220,6 +222,8 @@ def models_of(target: str, alone: bool, store: Path) -> list[tuple[str, Model]]:
     weights, runtime = run.model()
     label = run.final["slot"]
     asked = [(label, Model(weights, run.final.get("digest", ""), runtime))]
+
+    # A teacher that is not here is no reason to say nothing.
     if alone or run.teacher is run.final:
         return asked
     try:
@@ -254,11 +258,11 @@ def _teacher_of_bundle(run: Run, store: Path) -> Model:
             f"a bundle does not hold its teacher, and {source!r} is not on this machine; "
             "name the run to ask both"
         )
+
+    # Older bundles name the weights alone.
     teacher = open_teacher(source, None, Store(store), _note)
-    named = origin.get("digest")
-    if named != teacher.digest and named != weights_digest(
-        teacher.path
-    ):  # older bundles name the weights
+    digest = origin.get("digest")
+    if digest != teacher.digest and digest != weights_digest(teacher.path):
         raise ValueError(f"the teacher {source!r} on this machine is not the one of the bundle")
     return teacher
 
@@ -271,22 +275,26 @@ def context_of(model: Model) -> int | None:
     if model.runtime == "torch":
         config = read_config(model.path)
         return config.get("max_position_embeddings") or config.get("n_positions")
+
+    # Each format has its own place for it.
     try:
         if model.runtime == "onnxruntime":
             return int(genai_config(model.path)["model"]["context_length"])
         fields, _ = read_fields(model.path)
         return fields.get(f"{fields['general.architecture']}.context_length")
     except (ValueError, LookupError) as error:
-        what = f"{model.path} is no model of {model.runtime}, or damaged"
-        raise ValueError(f"{what} ({error}); copy it again") from error
+        raise ValueError(
+            f"{model.path} is no model of {model.runtime}, or damaged ({error}); copy it again"
+        ) from error
 
 
 def open_voice(stack: ExitStack, label: str, model: Model, n: int) -> Voice:
     """A model ready for answers of `n` tokens; closed with `stack`. ValueError: it can't be."""
-    own = context_of(model) or CONTEXT_TOKENS + n
-    if n >= own:
-        raise ConfigError(f"--tokens {n}: {label} has room for {own} with the question; use less")
-    context, templated = min(own, CONTEXT_TOKENS + n), has_template(model)
+    most = context_of(model) or CONTEXT_TOKENS + n
+    if n >= most:
+        raise ConfigError(f"--tokens {n}: {label} has room for {most} with the question; use less")
+    context = min(most, CONTEXT_TOKENS + n)
+    templated = has_template(model)
     if not templated:
         _note(f"{label} has no chat template and is asked in plain text")
     speaker = open_speaker(model, torch.get_num_threads(), context, together=1)
@@ -309,6 +317,8 @@ def ask(
     talks = question is None and sys.stdin.isatty()
     if talks and as_json:
         raise ConfigError("--json needs a question, or a line for each on standard input")
+
+    # Lines from a pipe are no conversation: each is asked afresh.
     with ExitStack() as stack:
         models = models_of(target, alone, store)
         voices = [open_voice(stack, label, model, tokens) for label, model in models]

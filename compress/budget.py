@@ -14,6 +14,7 @@ counted, if the value stays: items of the tasks, rows of held-out text.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from compress.bounds import check_values
@@ -32,12 +33,10 @@ OPEN = (
     "open/choice_gap",
     "open/form_differing",
 )
-HELDOUT = (
-    "kl_to_teacher",
-    "kl_to_parent",
-    "top1_agree",
-    "bits_per_byte",
-)  # over all held-out texts, or one: kl_to_teacher/TEXT
+# Open metric -> the score that counts what it is measured on, where that is not all prompts.
+OPEN_COUNTS = {"open/kept": "n/open_kept", "open/plausible": "", "open/choice_gap": ""}
+# Over all held-out texts, or one: kl_to_teacher/TEXT.
+HELDOUT = ("kl_to_teacher", "kl_to_parent", "top1_agree", "bits_per_byte")
 LIMIT_METRICS = (
     "size_bytes",
     "params",
@@ -76,17 +75,13 @@ def human(metric: str, value: float) -> str:
         return f"{value:,.1f} ms"
     if metric == "tok_per_sec":
         return f"{value:,.0f} tokens/s"
-    if metric.startswith("points_lost") or metric in (
-        "open/loops_gained",
-        "open/ended_lost",
-        "open/choice_gap",
-    ):
+
+    # Differences of shares are points, shares themselves percent.
+    gaps = ("open/loops_gained", "open/ended_lost", "open/choice_gap")
+    if metric.startswith("points_lost") or metric in gaps:
         return f"{100 * value:.1f} points"
-    if (
-        is_accuracy(metric)
-        or metric.startswith("top1_agree")
-        or (metric in OPEN and metric != "open/plausible")
-    ):
+    is_open_share = metric in OPEN and metric != "open/plausible"
+    if is_accuracy(metric) or metric.startswith("top1_agree") or is_open_share:
         return f"{100 * value:.1f}%"
     return f"{value:.4g}"
 
@@ -101,30 +96,26 @@ def counted(metric: str, scores: Mapping[str, float]) -> tuple[int, int]:
         value = next((scores[name] for name in names if name in scores), 0)
         return round(value) if math.isfinite(value) else 0
 
+    _, slash, part = metric.partition("/")
     if metric in OPEN:
-        return (
-            count_of(
-                {"open/kept": "n/open_kept", "open/plausible": "", "open/choice_gap": ""}.get(
-                    metric, "n/open"
-                )
-            ),
-            0,
-        )
+        return count_of(OPEN_COUNTS.get(metric, "n/open")), 0
+    if is_heldout(metric):
+        return count_of(f"heldout_rows/{part}", "heldout_rows"), 0
     if not is_accuracy(metric):
-        text = metric.partition("/")[2]
-        return count_of(f"heldout_rows/{text}", "heldout_rows") if is_heldout(metric) else 0, 0
-    tasks = (
-        [metric.partition("/")[2]]
-        if "/" in metric
-        else [name[4:] for name in scores if name.startswith("acc/")]
-    )
-    n, left = (sum(count_of(f"{what}/{task}") for task in tasks) for what in ("n", "items_left"))
-    return n, left
+        return 0, 0
+
+    # Of one task, or of all that were scored.
+    tasks = [part] if slash else [name[4:] for name in scores if name.startswith("acc/")]
+    items = sum(count_of(f"n/{task}") for task in tasks)
+    items_left = sum(count_of(f"items_left/{task}") for task in tasks)
+    return items, items_left
 
 
 def _unit(metric: str) -> str:
     """What a metric's sample consists of."""
-    return "held-out rows" if is_heldout(metric) else "prompts" if metric in OPEN else "items"
+    if is_heldout(metric):
+        return "held-out rows"
+    return "prompts" if metric in OPEN else "items"
 
 
 def what_decides(n: int, unit: str, value: float, span: tuple[float, float], bound: float) -> str:
@@ -136,11 +127,9 @@ def what_decides(n: int, unit: str, value: float, span: tuple[float, float], bou
     factor = ((span[1] - value if value < bound else value - span[0]) / (bound - value)) ** 2
     if not math.isfinite(factor):
         return "no number would decide while the interval has no end"
-    return (
-        f"about {max(1, round(n * (factor - 1))):,} more {unit} would decide"
-        if n
-        else f"about {factor:.1f} times as many measurements would decide"
-    )
+    if not n:
+        return f"about {factor:.1f} times as many measurements would decide"
+    return f"about {max(1, round(n * (factor - 1))):,} more {unit} would decide"
 
 
 def judge(
@@ -155,45 +144,59 @@ def judge(
     """
     verdicts = []
     for name, limit in limits.items():
-        op, side, bound = (
-            ("<=", "at most", limit.max) if limit.max is not None else (">=", "at least", limit.min)
+        op, bound = ("<=", limit.max) if limit.max is not None else (">=", limit.min)
+        word, sentence = _verdict(name, op, bound, scores, intervals)
+
+        verdicts.append(
+            {
+                "limit": name,
+                "bound": bound,
+                "op": op,
+                "value": scores.get(name),
+                "enforced": enforced,
+                "why": limit.why,
+                "verdict": word,
+                "sentence": sentence,
+            }
         )
-        value = scores.get(name)
-        if value is None:
-            word, sentence = (
-                INCONCLUSIVE,
-                f"{name} was not measured, so its limit {op} {human(name, bound)} can't be judged",
-            )
-        else:
-            low, high = intervals.get(name) or (value, value)
-            inside = [high <= bound, low <= bound] if op == "<=" else [low >= bound, high >= bound]
-            word = PASS if inside[0] else INCONCLUSIVE if inside[1] else FAIL
-            n, left = counted(name, scores)
-            stopped = f", stopped after {n:,} of {n + left:,} items" if left else ""
-            spread = (
-                f" (95% interval {human(name, low)} to {human(name, high)}{stopped})"
-                if name in intervals
-                else ""
-            )
-            relation = {PASS: "is within", FAIL: "violates", INCONCLUSIVE: "can't be told from"}[
-                word
-            ]
-            sentence = (
-                f"{name} {human(name, value)}{spread} {relation} the limit of {side}"
-                f" {human(name, bound)}"
-            )
-            if word == INCONCLUSIVE:
-                sentence += f"; {what_decides(n, _unit(name), value, (low, high), bound)}"
-        verdict = {
-            "limit": name,
-            "bound": bound,
-            "op": op,
-            "value": value,
-            "enforced": enforced,
-            "why": limit.why,
-        }
-        verdicts.append(verdict | {"verdict": word, "sentence": sentence})
     return verdicts
+
+
+def _verdict(
+    name: str,
+    op: str,
+    bound: float,
+    scores: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
+) -> tuple[str, str]:
+    """PASS, FAIL or INCONCLUSIVE for the limit `name` `op` `bound`, and the sentence that says
+    why.
+    """
+    value = scores.get(name)
+    if value is None:
+        limit = f"{op} {human(name, bound)}"
+        return INCONCLUSIVE, f"{name} was not measured, so its limit {limit} can't be judged"
+
+    # Which ends of the interval are inside the limit: the worse one, then the better one.
+    low, high = intervals.get(name) or (value, value)
+    inside = [high <= bound, low <= bound] if op == "<=" else [low >= bound, high >= bound]
+    word = PASS if inside[0] else INCONCLUSIVE if inside[1] else FAIL
+
+    items, items_left = counted(name, scores)
+    spread = ""
+    if name in intervals:
+        stopped = ""
+        if items_left:
+            stopped = f", stopped after {items:,} of {items + items_left:,} items"
+        spread = f" (95% interval {human(name, low)} to {human(name, high)}{stopped})"
+    relation = {PASS: "is within", FAIL: "violates", INCONCLUSIVE: "can't be told from"}[word]
+    side = "at most" if op == "<=" else "at least"
+    sentence = (
+        f"{name} {human(name, value)}{spread} {relation} the limit of {side} {human(name, bound)}"
+    )
+    if word == INCONCLUSIVE:
+        sentence += f"; {what_decides(items, _unit(name), value, (low, high), bound)}"
+    return word, sentence
 
 
 def failed(verdicts: list[dict[str, Any]], *, strict: bool) -> bool:
@@ -228,15 +231,14 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, limit in self.all():
-            if (
-                name not in LIMIT_METRICS
-                and not is_accuracy(name)
-                and not (is_heldout(name) and "/" in name)
-            ):
-                known = f"{'/TASK, '.join(ACCURACY)}/TASK, {'/TEXT, '.join(HELDOUT)}/TEXT"
+            of_a_text = is_heldout(name) and "/" in name
+            if name not in LIMIT_METRICS and not is_accuracy(name) and not of_a_text:
+                parts = f"{'/TASK, '.join(ACCURACY)}/TASK, {'/TEXT, '.join(HELDOUT)}/TEXT"
                 raise ConfigError(
-                    f"budget limit {name!r} is no metric; {nearest(name, LIMIT_METRICS)}, {known}"
+                    f"budget limit {name!r} is no metric; {nearest(name, LIMIT_METRICS)}, {parts}"
                 )
+
+            # Who writes 2 means two points.
             if name.startswith("points_lost") and (limit.max or limit.min or 0) > 1:
                 raise ConfigError(
                     f"budget limit {name!r} is {limit.max or limit.min}, a share of all items; two"
@@ -245,7 +247,8 @@ class Budget:
 
     def all(self) -> list[tuple[str, Limit]]:
         """Every limit by its metric, those of slots too."""
-        return [pair for limits in (self.limits, *self.slots.values()) for pair in limits.items()]
+        tables = (self.limits, *self.slots.values())
+        return list(chain.from_iterable(limits.items() for limits in tables))
 
     def check(
         self,
@@ -259,26 +262,26 @@ class Budget:
         and for an early stop without a limit that could bring it about.
         """
         for name, _ in self.all():
-            if (
-                is_heldout(name)
-                and "/" in name
-                and (text := name.partition("/")[2]) not in ("heldout", *heldout)
-            ):
+            part = name.partition("/")[2]
+            if is_heldout(name) and "/" in name and part not in ("heldout", *heldout):
                 raise ConfigError(
                     f"budget limit {name!r} is on a text that data.heldout does not name;"
-                    f" {nearest(text, heldout)}"
+                    f" {nearest(part, heldout)}"
                 )
             if name in OPEN and not open_prompts:
                 raise ConfigError(
                     f"budget limit {name!r} is on open answers, and eval.open_prompts is empty; set"
                     " it to [embedded] or drop the limit"
                 )
-            task = name.partition("/")[2].partition("@")[0]
+
+            # Accuracy may be limited on damaged text as well: acc/TASK@NAME.
+            task = part.partition("@")[0]
             if is_accuracy(name) and task and task not in tasks:
                 raise ConfigError(
                     f"budget limit {name!r} is on a task that eval.tasks does not name;"
                     f" {nearest(task, tasks)}"
                 )
+
         if stop_early and not any(is_accuracy(name) for name, _ in self.all()):
             raise ConfigError(
                 f"eval.stop_early=true, but no limit of the budget is on {', '.join(ACCURACY)}: add"

@@ -1,5 +1,6 @@
 """A recipe composed by Hydra, and refused before it runs where it can't be trusted or meant."""
 
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf, open_dict
@@ -27,9 +29,8 @@ from compress.recipe_text import ALLOWED_HYDRA, check_override, refuse
 HELP = {"--help", "-h", "--hydra-help", "--info", "-i", "--version"}
 
 MOST_JOBS = 1_000  # of a sweep
-COMPOSE_SECONDS = (
-    30  # a recipe takes a tenth of one; defaults and interpolations can double at every step
-)
+# A recipe takes a tenth of one; defaults and interpolations can double at every step.
+COMPOSE_SECONDS = 30
 # Of the composed `hydra` node: what is allowed to differ, and what Hydra itself writes there.
 VARYING = (
     *ALLOWED_HYDRA,
@@ -65,13 +66,16 @@ def expand_teacher(arguments: list[str]) -> list[str]:
         value = argument.removeprefix("teacher=")
         if value == argument or value in options:
             expanded.append(argument)
-        elif value and (os.sep in value or value.endswith(".gguf") or Path(value).exists()):
-            expanded += ["teacher=custom", f"teacher.source={quoted(value)}"]
-        else:
+            continue
+
+        # A hub id has a separator too; a folder of one name is looked for.
+        is_place = value and (os.sep in value or value.endswith(".gguf") or Path(value).exists())
+        if not is_place:
             raise ConfigError(
                 f"teacher={value!r} is neither an option nor a path nor a hub id (owner/name);"
                 f" {nearest(value, options)}"
             )
+        expanded += ["teacher=custom", f"teacher.source={quoted(value)}"]
     return expanded
 
 
@@ -99,9 +103,9 @@ def compose(name: str, folder: Path, overrides: list[str]) -> Any:
 
 
 @contextmanager
-def _in_time(recipe: str) -> Iterator[None]:
+def in_time(recipe: str) -> Iterator[None]:
     """ConfigError when composing takes COMPOSE_SECONDS, or goes round in a circle."""
-    timed = threading.current_thread() is threading.main_thread()
+    timed = threading.current_thread() is threading.main_thread()  # no other gets signals
 
     def late(*_: Any) -> None:
         raise ConfigError(
@@ -115,7 +119,7 @@ def _in_time(recipe: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:  # OmegaConf may have added where it happened
-        raise ConfigError(str(error).partition("\n    full_key")[0]) from error
+        raise ConfigError(_without_place(str(error))) from error
     except RecursionError as error:
         raise ConfigError(
             f"recipe {recipe!r} goes round in a circle, in its defaults or interpolations, or is"
@@ -144,9 +148,9 @@ def _ours() -> dict[str, Any]:
     return _trusted(compose("base", configs_dir(), []))
 
 
-def _check_hydra(composed: Any, recipe: str, own: Path | None) -> None:
+def _check_hydra(composed: Any, recipe: str, user_dir: Path | None) -> None:
     """Refuse a composed config whose `hydra` node is not the one of configs/base.yaml."""
-    searched = [f"file://{own}"] if own else []
+    searched = [f"file://{user_dir}"] if user_dir else []
     if _trusted(composed) != _ours() or list(composed.hydra.searchpath) not in ([], searched):
         refuse(
             "settings of Hydra's launcher, sweeper, callbacks, jobs or logging",
@@ -168,19 +172,19 @@ def _jobs(composed: Any, overrides: list[str], recipe: str) -> list[list[str]]:
     written = [f"{key}={value}" for key, value in params.items()] + overrides
     for text in written:
         check_override(text)
+
+    # A later override of the same key takes the place of an earlier one.
     choices: dict[str, list[str]] = {}
-    jobs = 1
     for override in OverridesParser.create().parse_overrides(written):
-        key, swept = override.get_key_element(), override.is_discrete_sweep()
-        values = (
-            list(islice(override.sweep_string_iterator(), MOST_JOBS + 1))
-            if swept
-            else [override.get_value_element_as_str()]
-        )
+        key = override.get_key_element()
+        if override.is_discrete_sweep():
+            values = list(islice(override.sweep_string_iterator(), MOST_JOBS + 1))
+        else:
+            values = [override.get_value_element_as_str()]
         choices[key] = [f"{key}={value}" for value in values]
-    for some in choices.values():
-        jobs *= len(some)
-    if jobs > MOST_JOBS:
+
+    # Counted before they are made: a product can be larger than memory.
+    if math.prod(map(len, choices.values())) > MOST_JOBS:
         raise ConfigError(
             f"the sweep has more than {MOST_JOBS:,} jobs; sweep fewer values, or in several"
             " commands"
@@ -188,55 +192,66 @@ def _jobs(composed: Any, overrides: list[str], recipe: str) -> list[list[str]]:
     return [list(job) for job in product(*choices.values())]
 
 
-def _check_composed(
-    folder: Path, recipe: str, overrides: list[str], own: Path | None, flags: set[str]
+def check_composed(
+    folder: Path, recipe: str, overrides: list[str], user_dir: Path | None, flags: set[str]
 ) -> None:
     """Compose without running anything: what Hydra would instantiate must be its own, and the
     recipe, or every job of a sweep, must make sense.
     """
     parsed = OverridesParser.create().parse_overrides(overrides)
-    groups = {path.name for path in configs_dir().iterdir() if path.is_dir()}
     for override in parsed:
-        if (
-            override.key_or_group in groups
-            and not override.is_sweep_override()
-            and isinstance(override.value(), bool | int | float | None)
-        ):
-            options = recipe_names(configs_dir() / override.key_or_group)
-            raise ConfigError(
-                f"{override.input_line} names no option of {override.key_or_group}; allowed:"
-                f" {', '.join(options)}"
-            )
-    where = (
-        [f"hydra.searchpath=[{quoted(f'file://{own}')}]"] if own else []
-    )  # where --config-dir puts it
+        _check_option(override)
+
+    # The recipe as it is, without what the jobs of a sweep choose; found as --config-dir finds it.
+    searched = []
+    if user_dir:
+        searched = [f"hydra.searchpath=[{quoted(f'file://{user_dir}')}]"]
     swept = bool({"-m", "--multirun"} & flags)
     fixed = [
         text
         for text, override in zip(overrides, parsed, strict=True)
         if not (swept and override.is_sweep_override())
     ]
-    with _in_time(recipe):
-        program = compose(recipe, folder, fixed + where)
-        _check_hydra(program, recipe, own)
+    with in_time(recipe):
+        program = compose(recipe, folder, fixed + searched)
+        _check_hydra(program, recipe, user_dir)
+
+    # Every job before the first one runs; help is given on a recipe that makes no sense, too.
     for job in _jobs(program, overrides, recipe) if swept else [fixed]:
-        with _in_time(recipe):
-            composed = compose(recipe, folder, job + where) if swept else program
+        with in_time(recipe):
+            composed = program
             if swept:
-                _check_hydra(composed, recipe, own)
-            if HELP & flags:
-                continue
-            with open_dict(composed):
-                composed.pop("hydra")
-            try:
-                OmegaConf.to_object(composed)
-                refuse_credentials(OmegaConf.to_container(composed, resolve=True), "")
-            except OmegaConfBaseException:
-                raise
-            except (
-                ValueError
-            ) as error:  # a dataclass's own check; OmegaConf appends where it happened
-                raise ConfigError(str(error).partition("\n    full_key")[0]) from error
+                composed = compose(recipe, folder, job + searched)
+                _check_hydra(composed, recipe, user_dir)
+            if not HELP & flags:
+                _check_values(composed)
+
+
+def _check_option(override: Override) -> None:
+    """ConfigError where a number or nothing stands for an option of a group, as in `budget=3`."""
+    group = override.key_or_group
+    if group not in _groups() or override.is_sweep_override():
+        return
+    if isinstance(override.value(), bool | int | float | None):
+        options = recipe_names(configs_dir() / group)
+        raise ConfigError(
+            f"{override.input_line} names no option of {group}; allowed: {', '.join(options)}"
+        )
+
+
+def _check_values(composed: Any) -> None:
+    """ConfigError where a composed config can't be meant like this, or gives access in a URL.
+    Takes Hydra's own node out of it.
+    """
+    with open_dict(composed):
+        composed.pop("hydra")
+    try:
+        OmegaConf.to_object(composed)
+        refuse_credentials(OmegaConf.to_container(composed, resolve=True), "")
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:  # a dataclass's own check
+        raise ConfigError(_without_place(str(error))) from error
 
 
 def explain(error: Exception) -> str:
@@ -244,37 +259,72 @@ def explain(error: Exception) -> str:
     chain: list[BaseException] = [error]
     while link := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(link)
+
+    # What a check of ours said stands as it is.
     if ours := [str(cause) for cause in chain if isinstance(cause, ConfigError)]:
-        return ours[0].partition("\n    full_key")[0]
+        return _without_place(ours[0])
+
     text = " | ".join(dict.fromkeys(str(link) for link in chain))
-    full = re.search(r"full_key: (\S+)", text)
-    groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
-    if key := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text):
-        if "To append to your config use" in text and "reference_type=Dict" in text:
-            missing = text.partition("config use +")[2].splitlines()[0].partition(" | ")[0]
-            return f"{key[1]!r} is not in this table yet; write +{missing} to add it"
-        schema = schema_named(key[2])
-        return (
-            f"unknown key {full[1] if full else key[1]!r};"
-            f" {nearest(key[1], getattr(schema, '__dataclass_fields__', {}))}"
-        )
-    if wrong := re.search(r"\w+ is not a subclass of (\w+)\. value: (.*)", text):
-        fields = ", ".join(getattr(schema_named(wrong[1]), "__dataclass_fields__", {}))
-        return (
-            f"{full[1] if full else wrong[1]} can't be {wrong[2].partition(' | ')[0]}; it is a"
-            f" table, allowed in it: {fields}"
-        )
-    if option := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
-        folder = configs_dir() / option[1]
-        if folder.is_dir():
-            return (
-                f"{option[1]}={option[2]!r} is no option;"
-                f" {nearest(option[2], recipe_names(folder))}"
-            )
-        return f"group {option[1]!r} does not exist; {nearest(option[1], groups)}"
-    if group := re.search(r"Could not override '([^']+)'", text):
-        return f"{group[1]!r} is no key or group of this recipe; {nearest(group[1], groups)}"
+    match = re.search(r"full_key: (\S+)", text)
+    full_key = match[1] if match else ""
+    if sentence := _unknown_key(text, full_key) or _no_table(text, full_key) or _no_option(text):
+        return sentence
+
+    # Some other complaint: its own first line that says what is wrong, behind the key.
     telling = ("could not be converted", "Invalid value", "Cannot assign")
     lines = [line for line in re.split(r" \| |\n", text) if any(words in line for words in telling)]
     first = (lines or text.splitlines() or [type(error).__name__])[0].split(" | ")[0]
-    return f"{full[1]}: {first}" if full and full[1] not in first else first
+    return f"{full_key}: {first}" if full_key and full_key not in first else first
+
+
+def _without_place(message: str) -> str:
+    """What a check said, without where it happened, which OmegaConf appends."""
+    return message.partition("\n    full_key")[0]
+
+
+def _unknown_key(text: str, full_key: str) -> str:
+    """Of a key that is not in its table: the nearest that is, or how to add it; else ''."""
+    match = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text)
+    if not match:
+        return ""
+    key, table = match.groups()
+
+    # A table of free names takes any, with a plus in front.
+    if "To append to your config use" in text and "reference_type=Dict" in text:
+        missing = text.partition("config use +")[2].splitlines()[0].partition(" | ")[0]
+        return f"{key!r} is not in this table yet; write +{missing} to add it"
+
+    fields = getattr(schema_named(table), "__dataclass_fields__", {})
+    return f"unknown key {full_key or key!r}; {nearest(key, fields)}"
+
+
+def _no_table(text: str, full_key: str) -> str:
+    """Of a value where a table belongs: what may be in that table; else ''."""
+    match = re.search(r"\w+ is not a subclass of (\w+)\. value: (.*)", text)
+    if not match:
+        return ""
+    table, rest = match.groups()
+    fields = ", ".join(getattr(schema_named(table), "__dataclass_fields__", {}))
+    return (
+        f"{full_key or table} can't be {rest.partition(' | ')[0]}; it is a table, allowed in it:"
+        f" {fields}"
+    )
+
+
+def _no_option(text: str) -> str:
+    """Of a group or an option of one that does not exist: the nearest that does; else ''."""
+    if match := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
+        group, option = match.groups()
+        folder = configs_dir() / group
+        if folder.is_dir():
+            return f"{group}={option!r} is no option; {nearest(option, recipe_names(folder))}"
+        return f"group {group!r} does not exist; {nearest(group, _groups())}"
+
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"{match[1]!r} is no key or group of this recipe; {nearest(match[1], _groups())}"
+    return ""
+
+
+def _groups() -> list[str]:
+    """The groups of options that configs/ has."""
+    return [path.name for path in configs_dir().iterdir() if path.is_dir()]

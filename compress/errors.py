@@ -8,6 +8,7 @@ damaged (exit 3). 4 is a violated budget.
 import difflib
 import errno
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,15 +26,15 @@ QUERY = re.compile(
     re.IGNORECASE,
 )
 
-EXIT_OK, EXIT_CONFIG, EXIT_INPUT, EXIT_BUDGET, EXIT_RESOURCES, EXIT_SIGINT, EXIT_SIGTERM = (
-    0,
-    2,
-    3,
-    4,
-    5,
-    130,
-    143,
-)
+EXIT_OK = 0
+EXIT_CONFIG = 2
+EXIT_INPUT = 3
+EXIT_BUDGET = 4
+EXIT_RESOURCES = 5
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what is shown
 
 # What libraries raise of damaged files and templates that are programs, by name: importing them
 # takes long.
@@ -80,19 +81,22 @@ def is_memory(error: BaseException) -> bool:
 
 def exit_code(error: BaseException) -> int:
     """The exit code of a run that ends with `error`; 1 is a bug of ours."""
+    # Ended on purpose, by itself or by a signal.
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, Interrupted):
         return 128 + error.signum
     if isinstance(error, KeyboardInterrupt):
         return EXIT_SIGINT
+
     if isinstance(error, ConfigError):
         return EXIT_CONFIG
     if isinstance(error, ResourceError) or is_disk(error) or is_memory(error):
         return EXIT_RESOURCES
-    if {kind.__name__ for kind in type(error).__mro__} & DAMAGED or getattr(
-        error, "errno", None
-    ) in NO_FILE:
+
+    # What was given is damaged or is not there; whatever else comes up is ours.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & DAMAGED or getattr(error, "errno", None) in NO_FILE:
         return EXIT_INPUT
     places = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError
     return (
@@ -100,6 +104,12 @@ def exit_code(error: BaseException) -> int:
         if isinstance(error, ValueError | FloatingPointError | RecursionError | places)
         else 1
     )
+
+
+def printable(text: str) -> str:
+    """Text without what acts on a terminal: controls but newline and tab, changes of direction."""
+    acting = (unicodedata.category(c) in ("Cc", "Cs") or c in DIRECTIONS for c in text)
+    return "".join(c for c, acts in zip(text, acting, strict=True) if c in "\n\t" or not acts)
 
 
 def without_credentials(text: str) -> str:
@@ -119,11 +129,11 @@ def tree_without_credentials(value: Any) -> Any:
     """The same for every string of nested dicts and lists, keys included."""
     if isinstance(value, dict):
         return {
-            tree_without_credentials(key): tree_without_credentials(one)
-            for key, one in value.items()
+            tree_without_credentials(key): tree_without_credentials(entry)
+            for key, entry in value.items()
         }
     if isinstance(value, list | tuple):
-        return [tree_without_credentials(one) for one in value]
+        return [tree_without_credentials(entry) for entry in value]
     return without_credentials(value) if isinstance(value, str) else value
 
 
@@ -131,16 +141,18 @@ def refuse_credentials(value: Any, where: str) -> None:
     """ConfigError when a string, or one of nested dicts and lists, is a URL that gives access;
     `where` names it.
     """
+    # Down to the strings, each with the key that it stands under.
     if isinstance(value, dict):
-        for key, one in value.items():
+        for key, entry in value.items():
             refuse_credentials(key, where)
-            refuse_credentials(one, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, list | tuple):
-        for number, one in enumerate(value):
-            refuse_credentials(one, f"{where}[{number}]")
-    elif (
-        isinstance(value, str) and ":/" in value and (shown := without_credentials(value)) != value
-    ):
+            refuse_credentials(entry, f"{where}.{key}" if where else str(key))
+        return
+    if isinstance(value, list | tuple):
+        for number, entry in enumerate(value):
+            refuse_credentials(entry, f"{where}[{number}]")
+        return
+
+    if isinstance(value, str) and ":/" in value and (shown := without_credentials(value)) != value:
         raise ConfigError(
             f"{where or 'the recipe'} has a user, password or token in a URL: {shown}. Settings are"
             " copied into records and bundles; leave it out, and give it in the environment (as"

@@ -62,7 +62,8 @@ def sources_digest(*roots: str, package: Path = PACKAGE) -> str:
 
 @cache
 def _digest(roots: tuple[str, ...], package: Path) -> str:
-    parts, waiting = {}, []
+    digests: dict[str, str] = {}
+    waiting = []
     for root in roots:
         module, colon, name = root.partition(":")
         file = _file(module, package)
@@ -70,10 +71,12 @@ def _digest(roots: tuple[str, ...], package: Path) -> str:
         if not colon:
             waiting.append(file)
         else:
-            parts[root] = sha256_json(_source_of(file, name)) if name else sha256_file(file)
+            digests[root] = sha256_json(_source_of(file, name)) if name else sha256_file(file)
+
+    # By names inside the package, so that where it is installed does not count.
     for file in closure(waiting, package):
-        parts[file.relative_to(package.parent).as_posix()] = sha256_file(file)
-    return sha256_json(sorted(parts.items()))
+        digests[file.relative_to(package.parent).as_posix()] = sha256_file(file)
+    return sha256_json(sorted(digests.items()))
 
 
 def closure(files: list[Path], package: Path) -> list[Path]:
@@ -81,7 +84,8 @@ def closure(files: list[Path], package: Path) -> list[Path]:
 
     What is imported for type checkers alone does not count.
     """
-    reached, waiting = set[Path](), list(files)
+    reached = set[Path]()
+    waiting = list(files)
     while waiting:
         if (file := waiting.pop()) not in reached:
             reached.add(file)
@@ -92,9 +96,8 @@ def closure(files: list[Path], package: Path) -> list[Path]:
 @cache
 def _neighbours(file: Path, package: Path) -> list[Path]:
     """The package's files that one of them imports."""
-    module = ".".join(
-        file.relative_to(package.parent).with_suffix("").parts
-    )  # NAME.__init__ of a package: one level up is itself
+    # NAME.__init__ of a package: one level up is itself.
+    module = ".".join(file.relative_to(package.parent).with_suffix("").parts)
     names = _imported(ast.parse(file.read_bytes()), module)
     return [place for place in (_file(name, package) for name in names) if place]
 
@@ -105,6 +108,8 @@ def _imported(tree: ast.AST, module: str) -> Iterator[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             yield from _imported(ast.Module(node.orelse, []), module)
             continue
+
+        # A dot is the package that the module is in, each further one a level up.
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

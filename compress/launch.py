@@ -24,43 +24,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 from compress.assets import configs_dir, recipes_dir
 from compress.composing import (
-    _check_composed,
-    _in_time,
+    check_composed,
     compose,
     expand_teacher,
     explain,
+    in_time,
     recipe_names,
     trust_hydra,
 )
 from compress.errors import ConfigError, nearest
 from compress.recipe_text import check_override, own_folder
 
-# of Hydra's; its argparse would take any abbreviation of these, and of those that choose another
-# file
+# Of Hydra's; its argparse would take any abbreviation of these, and of those that choose another
+# file.
 FLAGS = (
-    "--help",
-    "-h",
-    "--hydra-help",
-    "--version",
-    "--cfg",
-    "-c",
-    "--resolve",
-    "--package",
-    "-p",
-    "--run",
-    "-r",
-    "--multirun",
-    "-m",
-    "--config-dir",
-    "-cd",
-    "--info",
-    "-i",
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p"),
+    *("--run", "-r", "--multirun", "-m", "--config-dir", "-cd", "--info", "-i"),
 )
-LONG_FLAGS = {
-    "-cd": "--config-dir",
-    "-c": "--cfg",
-    "-p": "--package",
-}  # of the flags that take a value
+# Of the flags that take a value.
+LONG_FLAGS = {"-cd": "--config-dir", "-c": "--cfg", "-p": "--package"}
 
 
 def check_arguments(recipe: str, arguments: list[str]) -> tuple[Path, Path | None]:
@@ -78,35 +60,36 @@ def check_arguments(recipe: str, arguments: list[str]) -> tuple[Path, Path | Non
             )
         if not argument.startswith("-"):
             check_override(argument)
-    own = own_folder(arguments)
-    folder = own if own and (own / f"{recipe}.yaml").is_file() else recipes_dir()
+
+    # The user's own recipe goes before ours of the same name.
+    user_dir = own_folder(arguments)
+    folder = user_dir if user_dir and (user_dir / f"{recipe}.yaml").is_file() else recipes_dir()
     if not re.fullmatch(r"[\w.-]+", recipe) or not (folder / f"{recipe}.yaml").is_file():
-        names = recipe_names(recipes_dir()) + (recipe_names(own) if own else [])
+        names = recipe_names(recipes_dir()) + (recipe_names(user_dir) if user_dir else [])
         raise ConfigError(
             f"recipe {recipe!r} does not exist; {nearest(recipe, names)}. Your own:"
             " --config-dir DIR"
         )
-    return folder, own
+    return folder, user_dir
 
 
 def flags_first(arguments: list[str]) -> list[str]:
     """Flags joined with their values, before all overrides: Hydra's argparse accepts overrides
     only in one piece.
     """
-    joined, rest = [], iter(arguments)
+    joined = []
+    rest = iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
         flag = LONG_FLAGS.get(flag, flag)
         if argument in ("--info", "-i"):  # it would take the next argument for its own
             argument = "--info=all"
-        joined.append(
-            f"{flag}={value if equals else next(rest, '')}"
-            if flag in LONG_FLAGS.values()
-            else argument
-        )
-    return sorted(
-        joined, key=lambda argument: not argument.startswith("-")
-    )  # keeps the order within both kinds
+        if flag in LONG_FLAGS.values():
+            argument = f"{flag}={value if equals else next(rest, '')}"
+        joined.append(argument)
+
+    # Sorting keeps the order within both kinds.
+    return sorted(joined, key=lambda argument: not argument.startswith("-"))
 
 
 def without_recipe(overrides: list[str]) -> dict[str, Any]:
@@ -117,7 +100,8 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
         check_override(override)
     trust_hydra()
     try:
-        with _in_time("base"):
+        # A recipe has stages; this one's is never run.
+        with in_time("base"):
             composed = compose(
                 "base",
                 configs_dir(),
@@ -127,8 +111,10 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
                 key: OmegaConf.to_object(composed[key])
                 for key in ("teacher", "data", "eval", "budget", "trainer")
             }
-        parts["eval"].check_data_dir()
+
+        # What `Recipe` would check of these parts together.
         scoring = parts["eval"]
+        scoring.check_data_dir()
         parts["budget"].check(
             tasks=scoring.tasks,
             heldout=list(parts["data"].heldout_names()),
@@ -150,58 +136,55 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     ConfigError for whatever can't be composed, before any work and with nothing left behind.
     """
     arguments = flags_first(arguments)
-    folder, own = check_arguments(recipe, arguments)
+    folder, user_dir = check_arguments(recipe, arguments)
     arguments = expand_teacher(arguments)
     codes = [0]
     failures: list[Exception] = []
 
     def job(composed: Any) -> None:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
+        config_flag = [f"--config-dir={user_dir}"] if user_dir else []
+
         try:
-            command = [
-                "run",
-                recipe,
-                *([f"--config-dir={own}"] if own else []),
-                *HydraConfig.get().overrides.task,
-            ]
+            command = ["run", recipe, *config_flag, *HydraConfig.get().overrides.task]
             codes.append(task(OmegaConf.to_object(composed), run_dir, command))
         except Exception as error:  # Hydra would print its own line about it
             if failures:
                 print(f"compress: {run_dir.name}: {error}", file=sys.stderr)
             failures.append(error)
         finally:
-            for folder in (
-                run_dir,
-                run_dir.parent,
-                run_dir.parent.parent,
-            ):  # Hydra made them; a refused run leaves nothing
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            _remove_empty(run_dir)
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed
-    ours = [
-        "hydra/job_logging=none",
-        "hydra/hydra_logging=none",
-    ]  # no log files, and no library is set to talk
-    ours += (
-        []
-        if any(a.startswith("hydra.job.name=") for a in arguments)
-        else [f"hydra.job.name={recipe}"]
-    )
-    sys.argv = ["compress run " + recipe, *arguments, *ours]
+    # Exceptions reach us instead of being printed.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [f"compress run {recipe}", *arguments, *_hydra_settings(recipe, arguments)]
     try:
         trust_hydra()
-        overrides = [a for a in arguments if not a.startswith("-")]
-        _check_composed(
-            folder,
-            recipe,
-            overrides,
-            own,
-            {a.partition("=")[0] for a in arguments if a.startswith("-")},
-        )
+        overrides = [argument for argument in arguments if not argument.startswith("-")]
+        flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
+        check_composed(folder, recipe, overrides, user_dir, flags)
+
+        # Only now does Hydra run what it composes.
         hydra.main(version_base="1.3", config_path=str(folder), config_name=recipe)(job)()
         if failures:
             raise failures[0]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return max(codes)
+
+
+def _hydra_settings(recipe: str, arguments: list[str]) -> list[str]:
+    """Overrides of Hydra's own: no log files, no library set to talk, the recipe's name unless
+    `arguments` give another.
+    """
+    settings = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+    if not any(argument.startswith("hydra.job.name=") for argument in arguments):
+        settings.append(f"hydra.job.name={recipe}")
+    return settings
+
+
+def _remove_empty(run_dir: Path) -> None:
+    """Remove what Hydra made for a run that left nothing there: its folder and the two above."""
+    for folder in (run_dir, run_dir.parent, run_dir.parent.parent):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

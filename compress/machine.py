@@ -18,18 +18,19 @@ from compress.keys import OF_RUNTIME, SCORES, WEIGHTS, versions_of
 
 def available_threads() -> int:
     """CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def describe(threads: int) -> dict[str, Any]:
     """CPU, cores, threads used, memory and GPU."""
+    # Linux says what the processor is called; elsewhere Python knows at least its kind.
     info = Path("/proc/cpuinfo")
-    name = (
-        re.search(r"^model name\s*:\s*(.*?)\s*$", info.read_text(), re.MULTILINE)
-        if info.is_file()
-        else None
-    )
+    text = info.read_text() if info.is_file() else ""
+    name = re.search(r"^model name\s*:\s*(.*?)\s*$", text, re.MULTILINE)
     cpu = name[1] if name else platform.processor() or platform.machine()
+
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "cpu": cpu,
@@ -54,26 +55,19 @@ def fast_dtype() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on, as far as they are installed."""
-    known = versions_of(*WEIGHTS, *SCORES, *chain.from_iterable(OF_RUNTIME.values()))
-    return {"compress": __version__, "python": platform.python_version()} | {
-        name: found for name, found in known.items() if found
-    }
+    by_package = versions_of(*WEIGHTS, *SCORES, *chain.from_iterable(OF_RUNTIME.values()))
+    ours = {"compress": __version__, "python": platform.python_version()}
+    return ours | {package: version for package, version in by_package.items() if version}
 
 
 def git_sha() -> str:
     """The checkout's commit, marked when it has changes; "unknown" outside a checkout."""
     if not (PACKAGE.parent / ".git").exists():
         return "unknown"
-    command = [
-        "git",
-        "-C",
-        str(PACKAGE.parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--exclude=*",
-        "--dirty=-changed",
-    ]
+
+    # Tags don't count: `--exclude=*` leaves the commit alone.
+    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=-changed"]
+    command = ["git", "-C", str(PACKAGE.parent), *describe]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

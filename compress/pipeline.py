@@ -10,27 +10,26 @@ no training, and repeating a command continues where it stopped.
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from compress import budget, formats, planning
 from compress.config import Recipe
 from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
+from compress.judging import Candidate, conclude
 from compress.keys import EXPORTS, sources_digest, versions_of
 from compress.models.checkpoint import Model, model_of
 from compress.report.html import write_html
-from compress.report.records import load_run
+from compress.report.records import Run, load_run
 from compress.report.table import print_table, stage_table, verdict_lines
 from compress.rundir import RunDir, now, reserved
-from compress.score import payoff
-from compress.score.intervals import Paired
 from compress.score.scorer import Measured
 from compress.score.size import size
-from compress.score.talk import has_template
-from compress.session import Session, check_shapes, log, plain, thinned
+from compress.session import Session, check_shapes, log, plain
 from compress.ship.bundle import write_bundle
-from compress.stages.training import Keep, Optimization
+from compress.stages.training import Optimization
 from compress.store import sha256_json
 from compress.train import parallel
 
@@ -39,7 +38,8 @@ def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[
     """Run a slot's stage. What varies from run to run, its time and its curve, is noted before the
     weights are finished: no kill can lose it.
     """
-    stage, start = session.recipe.stages[slot], time.monotonic()
+    stage = session.recipe.stages[slot]
+    start = time.monotonic()
     curve: list[dict[str, float]] = []
 
     def make(out: Path, work: Path) -> dict[str, float]:
@@ -50,103 +50,6 @@ def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[
         return metrics
 
     return session.store.build(key, inputs, make)
-
-
-def conclude(
-    session: Session,
-    folder: RunDir,
-    slot: str,
-    technique: str,
-    model: Model,
-    parent: Measured | None = None,
-    *,
-    key: str = "",
-    tasks: bool = True,
-    asked: str = "quarter",
-    timed: bool = False,
-    shipped: bool = False,
-    proven: str = "",
-    seconds: float = 0.0,
-    curve: list[dict[str, Any]] | None = None,
-    **made: Any,
-) -> Measured:
-    """Measure a model, put it beside teacher and parent, judge it, and record it with how it was
-    `made`, in the store under `key` if it was.
-
-    Limits written for the slot are enforced; the budget's own limits are enforced on what ships and
-    show the distance elsewhere. `asked`: which open prompts, as `Scorer.measure` takes it.
-    `proven`: the name of a file in `export.files` that must be its parent's weights. The trackers
-    get the whole `curve`, the record a thinned one.
-    """
-    log(f"{slot}: scoring ({model.runtime})")
-    start, limits = time.monotonic(), session.recipe.budget
-    teacher, wanted = session.done.get("teacher"), [limits.slots.get(slot, {}), limits.limits]
-    measured = session.scorer.measure(
-        model, tasks=tasks, asked=asked, timed=timed, against=teacher, limits=wanted
-    )
-    near = session.scorer.beside(measured, teacher, parent) if teacher else Paired({}, {}, [])
-    scores, intervals, excluded = (
-        measured.scores | near.scores,
-        measured.intervals | near.intervals,
-        near.excluded,
-    )
-    verdicts = [
-        v
-        for some, own in zip(wanted, (True, shipped), strict=True)
-        for v in budget.judge(scores, intervals, some, enforced=own)
-    ]
-    record: dict[str, Any] = {
-        "slot": slot,
-        "technique": technique,
-        "runtime": model.runtime,
-        "parent": parent.record["slot"] if parent else None,
-        "digest": model.digest,
-        "scores": scores,
-        "intervals": intervals,
-        "rows": measured.rows | dict(near.rows),
-        "excluded_tasks": excluded,
-        "verdicts": verdicts,
-        "latency": measured.latency,
-        "seconds": {"stage": seconds, "score": time.monotonic() - start},
-        "key": key,
-        "reused": False,
-        "metrics": session.store.stage_json(key)["metrics"] if key else {},
-        "stage_config": {},
-    } | made
-    if curve is not None:
-        record["curve"] = thinned(curve)
-    if measured.answers and not has_template(model):
-        record["open_form"] = "plain"  # asked without a chat template
-        log(f"{slot}: no chat template; the open prompts are put as plain text")
-    if note := payoff_note(session, slot, measured, near, parent):
-        record["payoff"] = note
-    if parent and proven:
-        record["metrics"] |= session.scorer.parity(measured, parent, proven)
-    return replace(measured, record=folder.add(record, measured, curve or []))
-
-
-def payoff_note(
-    session: Session, slot: str, measured: Measured, near: Paired, parent: Measured | None
-) -> dict[str, Any]:
-    """Whether a stage that bought nothing but quality paid, said at once; {} for other stages.
-    `kept`: whose weights go on.
-    """
-    stage, teacher = session.recipe.stages.get(slot), session.done.get("teacher")
-    if (
-        not isinstance(stage, Optimization)
-        or stage.leaves_a_grid
-        or parent is None
-        or teacher is None
-    ):
-        return {}
-    limits = session.recipe.budget
-    metrics = [*limits.slots.get(slot, {}), *limits.limits]
-    before = parent.record.get("rows", {}) if parent is not teacher else {}
-    found = payoff.changes(measured, parent, near.rows, before, teacher, metrics)
-    told, better = payoff.sentence(found), payoff.paid(found)
-    kept = slot if better or stage.keep is Keep.always else parent.record["slot"]
-    log(f"{slot} {told}" + ("" if kept == slot else f"; keep=better: {kept} goes on in its place"))
-    return {"paid": better, "sentence": told, "kept": kept}
 
 
 def plan(recipe: Recipe) -> int:
@@ -176,18 +79,20 @@ def _follow(recipe: Recipe) -> int:
     session: Session | None = None
     while (task := parallel.share()) is not None:
         slot, parent, work = task
-        session = session or Session(
-            recipe
-        )  # opened only now: rank 0 has imported the teacher and packed the text
+        # Opened only now: rank 0 has imported the teacher and packed the text.
+        session = session or Session(recipe)
         with tempfile.TemporaryDirectory() as nowhere, suppress(parallel.Followed):
             session.recipe.stages[slot].run(parent, Path(nowhere), session.context(slot, work, []))
     return EXIT_OK
 
 
 def _lead(recipe: Recipe, run_dir: Path) -> int:
+    """Execute the recipe and record it in `run_dir`, also how it ended. Returns the exit code."""
+    # Nothing is written before all that can be refused was.
     session = Session(recipe)
     planning.check_disk(session, planning.estimate(session, check_shapes(session), rate=1.0))
     session.open_data()
+
     folder = RunDir(run_dir, session)
     log(f"run directory {folder.path}")
     try:
@@ -201,70 +106,80 @@ def _lead(recipe: Recipe, run_dir: Path) -> int:
 
 
 def _slots(session: Session, folder: RunDir) -> int:
+    """The teacher, every slot in order, then what ships. Returns the exit code."""
     recipe = session.recipe
     if session.teacher.path.parent == session.store.root / "entries":
         folder.name_key(session.teacher.path.name)
-    session.done["teacher"] = conclude(
-        session, folder, "teacher", "teacher", session.teacher, asked="all", timed=True
-    )
+    teacher = Candidate("teacher", "teacher", session.teacher)
+    session.done["teacher"] = conclude(session, folder, teacher, asked="all", timed=True)
+
     for slot, parent_slot in recipe.steps():
-        parent, technique = session.done[parent_slot], recipe.technique(slot)
-        inputs = session.inputs(slot, parent.model.digest)
-        key = sha256_json(inputs)
-        folder.name_key(key)
-        reused = session.store.has(key)
-        log(
-            f"{slot}: {technique} from {parent_slot}"
-            + (" (reused from the store)" if reused else "")
-        )
-        path = session.store.entry(key) if reused else build(session, slot, parent, key, inputs)
-        note: dict[str, Any] = {"seconds": 0.0, "curve": []} | session.store.note(key)
+        candidate = _stage_candidate(session, folder, slot, parent_slot)
         ships = slot == recipe.shipped_slot() and not recipe.export.files
         done = conclude(
             session,
             folder,
-            slot,
-            technique,
-            model_of(path),
-            parent,
-            key=key,
+            candidate,
             asked="all" if ships else "quarter",
             timed=ships,
             shipped=ships,
-            reused=reused,
-            stage_config=plain(asdict(recipe.stages[slot])),
-            **note,
         )
+
+        # Where the stage bought nothing and keep=better, its parent goes on in its place.
         kept = done.record.get("payoff", {}).get("kept", slot)
-        session.done[slot] = done if kept == slot else parent
+        session.done[slot] = done if kept == slot else session.done[parent_slot]
     return ship(session, folder)
+
+
+def _stage_candidate(session: Session, folder: RunDir, slot: str, parent_slot: str) -> Candidate:
+    """What a slot's stage makes of its parent, from the store if it is there."""
+    parent = session.done[parent_slot]
+    technique = session.recipe.technique(slot)
+    inputs = session.inputs(slot, parent.model.digest)
+    key = sha256_json(inputs)
+    folder.name_key(key)
+
+    reused = session.store.has(key)
+    log(f"{slot}: {technique} from {parent_slot}" + (" (reused from the store)" if reused else ""))
+    path = session.store.entry(key) if reused else build(session, slot, parent, key, inputs)
+
+    note: dict[str, Any] = {"seconds": 0.0, "curve": []} | session.store.note(key)
+    return Candidate(
+        slot,
+        technique,
+        model_of(path),
+        parent,
+        key,
+        note["seconds"],
+        note["curve"],
+        reused,
+        plain(asdict(session.recipe.stages[slot])),
+    )
 
 
 def ship(session: Session, folder: RunDir) -> int:
     """Export the shipped slot, judge the files, bundle them, print the table and write the page."""
     recipe = session.recipe
     source = session.done[recipe.shipped_slot()]
+
+    # A GGUF's times are compared with those of the teacher's own GGUF, where it came as one.
     if session.teacher.gguf and any(
         formats.parse(name)[0].runtime == "llama.cpp" for name in recipe.export.files
     ):
-        conclude(
-            session,
-            folder,
-            "teacher_gguf",
-            "teacher",
-            model_of(session.teacher.gguf),
-            tasks=False,
-            timed=True,
-        )
+        teacher_gguf = Candidate("teacher_gguf", "teacher", model_of(session.teacher.gguf))
+        conclude(session, folder, teacher_gguf, tasks=False, timed=True)
     shipped = [
         _export(session, folder, source, name, first=number == 0)
         for number, name in enumerate(recipe.export.files)
     ]
-    verdicts = [verdict for record in folder.records for verdict in record["verdicts"]]
+
+    # The record of the run is whole before the bundle is made of it.
+    verdicts = list(chain.from_iterable(record["verdicts"] for record in folder.records))
     code = EXIT_BUDGET if budget.failed(verdicts, strict=recipe.budget.strict) else EXIT_OK
     folder.about |= {"exit": code, "finished": now()}
     folder.write()
     finished = load_run(folder.path)
+
     bundle = write_bundle(
         folder.place_for_bundle(),
         finished,
@@ -274,16 +189,18 @@ def ship(session: Session, folder: RunDir) -> int:
         passed=code == EXIT_OK,
         prompts=session.scorer.prompts,
     )
-    write_html([finished], folder.path / "report.html")
-    print_table(stage_table(finished.records))
-    print("\n".join(verdict_lines(finished.records)))
-    print(
-        f"\nbundle  {bundle}\nreport  {folder.path / 'report.html'}\nverify  compress verify"
-        f" {bundle}"
-    )
+    _report(finished, folder.path / "report.html", bundle)
     if code:
         log("the budget is violated: the bundle is written and marked; exit 4")
     return code
+
+
+def _report(finished: Run, page: Path, bundle: Path) -> None:
+    """The run's HTML page; its table, verdicts and places on stdout."""
+    write_html([finished], page)
+    print_table(stage_table(finished.records))
+    print("\n".join(verdict_lines(finished.records)))
+    print(f"\nbundle  {bundle}\nreport  {page}\nverify  compress verify {bundle}")
 
 
 def export_inputs(name: str, model: Model) -> dict[str, Any]:
@@ -312,7 +229,9 @@ def _export(
     """
     format, type, _ = formats.parse(name)
     inputs = export_inputs(name, source.model)
-    file, key, start = format.file.format(type=type), sha256_json(inputs), time.monotonic()
+    file = format.file.format(type=type)
+    key = sha256_json(inputs)
+    start = time.monotonic()
     folder.name_key(key)
 
     def write(out: Path, work: Path) -> dict[str, float]:
@@ -321,19 +240,15 @@ def _export(
 
     path = session.store.build(key, inputs, write) / file
     seconds = time.monotonic() - start
+
     slot, technique = formats.slot_of(name)
     return conclude(
         session,
         folder,
-        slot,
-        technique,
-        model_of(path),
-        source,
-        key=key,
+        Candidate(slot, technique, model_of(path), source, key, seconds),
         tasks=first,
         asked="all" if first else "none",
         timed=True,
         shipped=first,
         proven=name,
-        seconds=seconds,
     )

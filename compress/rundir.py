@@ -58,6 +58,8 @@ def reserved(path: Path) -> Iterator[Path]:
             "hydra.run.dir is the current folder, where a run would mix its files with yours; "
             "name a new folder"
         )
+
+    # Locked first and looked at then, so that nobody writes in between.
     for number in count(1):
         folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +127,8 @@ def check_ours(path: Path) -> None:
             f"{path / 'run.json'} is not of a run of this version "
             f"(schema {about.get('schema')!r}); {move}"
         )
+
+    # What a run replaces must be what a run wrote.
     for folder in slot_folders(path):
         if (weights := folder / "weights").exists() and not weights.is_symlink():
             raise ValueError(
@@ -181,23 +185,26 @@ class RunDir:
     """A reserved run directory that is being written."""
 
     def __init__(self, path: Path, session: Session) -> None:
-        self.path, track = path.absolute(), session.recipe.track
+        self.path = path.absolute()
+        track = session.recipe.track
         self.records: list[dict[str, Any]] = []
         self.keys: dict[str, None] = {}  # in order
-        earlier = (
-            read_json(self.path / "run.json").get("keys", [])
-            if (self.path / "run.json").is_file()
-            else []
-        )
+
+        # `compress gc` keeps what an earlier run named here, until this one is through.
+        earlier_keys = []
+        if (self.path / "run.json").is_file():
+            earlier_keys = read_json(self.path / "run.json").get("keys", [])
         name = f"{self.path.parent.name}/{self.path.name}"
         self.about: dict[str, Any] = {
             "schema": SCHEMA, "recipe": self.path.parent.name, "name": name,
             "started": now(), "finished": None, "exit": None,
             "git_sha": machine.git_sha(), "versions": machine.versions(),
             "machine": machine.describe(session.threads), "digests": session.scorer.digests,
-            "config": plain(asdict(session.recipe)), "slots": [], "keys": earlier,
+            "config": plain(asdict(session.recipe)), "slots": [], "keys": earlier_keys,
         }  # fmt: skip
-        self.write()  # names no slot: readers leave out the earlier run's from now on
+
+        # It names no slot: readers leave out the earlier run's from now on.
+        self.write()
         self._clear()
         session.store.register(self.path)
         self.trackers = [
@@ -208,13 +215,14 @@ class RunDir:
         """Remove what an earlier run, or one that was killed, wrote here."""
         for folder in slot_folders(self.path):
             for file in folder.iterdir():
-                if IN_A_SLOT.fullmatch(left_over(file) or file.name) or (
-                    file.name == "weights" and file.is_symlink()
-                ):
+                is_link = file.name == "weights" and file.is_symlink()
+                if is_link or IN_A_SLOT.fullmatch(left_over(file) or file.name):
                     file.unlink()
             with suppress(OSError):  # files of the user's own keep their folder
                 folder.rmdir()
-        for file in self.path.glob("*/.*"):  # also where no record came to be
+
+        # What was being written when a process died, also where no record came to be.
+        for file in self.path.glob("*/.*"):
             if SLOT_FOLDER.match(file.parent.name) and IN_A_SLOT.fullmatch(left_over(file)):
                 file.unlink()
         for file in self.path.iterdir():
@@ -292,10 +300,11 @@ class RunDir:
         """Overwrite the exit code, or `null`, in the run.json that is on the disk, where the new
         one is no longer.
         """
+        digits = str(code).encode()
         with suppress(OSError), (self.path / "run.json").open("r+b") as file:
             match = re.search(rb'\n "exit": (null|\d+)', file.read())
-            if match and len(said := str(code).encode()) <= len(match[1]):
+            if match and len(digits) <= len(match[1]):
                 file.seek(match.start(1))
-                file.write(said.ljust(len(match[1])))
+                file.write(digits.ljust(len(match[1])))
                 file.flush()
                 os.fsync(file.fileno())

@@ -75,6 +75,8 @@ def open_scorer(
         refuse_credentials(asdict(part), name)
     threads = trainer.threads or machine.available_threads()
     torch.set_num_threads(threads)
+
+    # Held-out text is packed with the teacher's tokenizer, as in a run.
     home = Store(store)
     opened = open_teacher(teacher.source, teacher.revision, home, log)
     heldout = {
@@ -93,44 +95,49 @@ class Session:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.done: dict[str, Measured] = {}
+        self._check_recipe()
+
+        # Processes of one machine share its processors.
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.threads = recipe.trainer.threads or max(
+            1, machine.available_threads() // local_processes
+        )
+        torch.set_num_threads(self.threads)
+        self.precision = recipe.trainer.precision
+        if self.precision == "auto":
+            self.precision = machine.fast_dtype()
+
+        self.store = Store(recipe.store)
+        self.teacher = open_teacher(recipe.teacher.source, recipe.teacher.revision, self.store, log)
+        context = read_config(self.teacher.path).get("max_position_embeddings")
+        if context is not None and recipe.data.seq_len > context:
+            raise ValueError(
+                f"data.seq_len={recipe.data.seq_len} is longer than the teacher's context of"
+                f" {context} tokens; set data.seq_len to at most {context}"
+            )
+
+    def _check_recipe(self) -> None:
+        """Refuse what the recipe alone shows to be impossible, before anything is imported."""
+        recipe = self.recipe
         refuse_credentials(asdict(recipe), "")
         for name in recipe.track.sinks:
             check_tracker(name)
         check_tasks(recipe.eval.tasks)
-        open_prompts(
-            recipe.eval
-        )  # a prompt file that can't be used is refused before anything is imported
-        world = parallel.world()
-        if world > 1 and recipe.trainer.parallel == "none":
+        open_prompts(recipe.eval)  # a prompt file that can't be used is refused here
+
+        # Every process takes the same share of a batch.
+        processes = parallel.world()
+        if processes > 1 and recipe.trainer.parallel == "none":
             raise ConfigError(
-                f"{world} processes were started, but trainer.parallel=none; use trainer=ddp or"
+                f"{processes} processes were started, but trainer.parallel=none; use trainer=ddp or"
                 " trainer=fsdp2"
             )
         for slot, stage in recipe.stages.items():
-            if isinstance(stage, Optimization) and stage.batch_sequences % world:
-                shared = (
+            if isinstance(stage, Optimization) and stage.batch_sequences % processes:
+                raise ConfigError(
                     f"stages.{slot}.batch_sequences={stage.batch_sequences} can't be shared by"
-                    f" {world} processes"
+                    f" {processes} processes; use a multiple of that"
                 )
-                raise ConfigError(f"{shared}; use a multiple of that")
-        self.threads = recipe.trainer.threads or max(
-            1, machine.available_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        )
-        torch.set_num_threads(self.threads)
-        self.precision = (
-            machine.fast_dtype() if recipe.trainer.precision == "auto" else recipe.trainer.precision
-        )
-        self.store = Store(recipe.store)
-        self.teacher = open_teacher(recipe.teacher.source, recipe.teacher.revision, self.store, log)
-        most, seq_len = (
-            read_config(self.teacher.path).get("max_position_embeddings"),
-            recipe.data.seq_len,
-        )
-        if most is not None and seq_len > most:
-            raise ValueError(
-                f"data.seq_len={seq_len} is longer than the teacher's context of {most} tokens; set"
-                f" data.seq_len to at most {most}"
-            )
 
     def open_data(self) -> None:
         """Read all text before work starts: a missing or empty source is refused here."""
@@ -143,41 +150,45 @@ class Session:
     def _check_length(self, slot: str) -> None:
         """Say, or refuse with data.reread=refuse, that a stage wants more text than there is."""
         stage, data = self.recipe.stages[slot], self.recipe.data
-        text = self.chat if uses_chat(stage) else self.text
-        told = (
-            [stage.told_readings(data.seq_len, len(text.ids))]
-            if isinstance(stage, Optimization)
-            else []
-        )
-        wanted = max(
+        sentences = []
+        if isinstance(stage, Optimization):
+            training_text = self.chat if uses_chat(stage) else self.text
+            sentences.append(stage.told_readings(data.seq_len, len(training_text.ids)))
+
+        # A stage that mixes grids is calibrated for that too.
+        needed = max(
             getattr(part, "calibration_sequences", 0)
             for part in (stage, getattr(stage, "allocate", None))
         )
-        if wanted > (there := len(self.text.ids)):
-            told.append(
-                f"calibration_sequences={wanted}, the text has {there} sequences: add text to the"
-                f" data, or set it to at most {there}"
+        if needed > (available := len(self.text.ids)):
+            sentences.append(
+                f"calibration_sequences={needed}, the text has {available} sequences: add text to"
+                f" the data, or set it to at most {available}"
             )
-        for sentence in filter(None, told):
+
+        for sentence in filter(None, sentences):
             if data.reread is Reread.refuse:
                 raise ValueError(f"{slot}: {sentence}; or set data.reread=tell")
             log(f"{slot}: {sentence}")
 
-    def _pack(self, sources: list[str], **how: Any) -> Packed:
+    def _pack(self, sources: list[str], **settings: Any) -> Packed:
         return pack(
             sources,
             self.teacher.path,
             self.recipe.data.seq_len,
             self.store.root / "data",
             log=log,
-            **how,
+            **settings,
         )
 
     @cached_property
     def text(self) -> Packed:
-        d = self.recipe.data
+        data = self.recipe.data
         return self._pack(
-            d.train, weights=d.weights, packing=d.packing.value, chat_labels=d.chat_labels.value
+            data.train,
+            weights=data.weights,
+            packing=data.packing.value,
+            chat_labels=data.chat_labels.value,
         )
 
     @cached_property
@@ -200,21 +211,21 @@ class Session:
 
     def inputs(self, slot: str, parent_digest: str) -> dict[str, Any]:
         """All that determines a stage's weights; its digest is the stage's key."""
-        stage = self.recipe.stages[slot]
-        sources = [
-            type(stage).__module__,
-            "compress.session:Session",
-        ]  # the class cuts the text that stages are calibrated on
-        if (
-            getattr(stage, "layout_name", "") == "mixed"
-        ):  # the room left for weights is what `overhead_bytes` leaves
+        stage, trainer = self.recipe.stages[slot], self.recipe.trainer
+
+        # This class cuts the text that stages are calibrated on; of a mixture, the room left for
+        # weights is what `overhead_bytes` leaves.
+        sources = [type(stage).__module__, "compress.session:Session"]
+        if getattr(stage, "layout_name", "") == "mixed":
             sources.append("compress.formats.gguf")
+
+        # `keep` decides what goes on, not what is made. Who made a signal in a folder of its own
+        # counts, not where it is.
         config = plain(asdict(stage))
-        config.pop("keep", None)  # decides what goes on, not what is made
-        if where := config.get("signal", {}).pop(
-            "path", None
-        ):  # who made a signal in a folder of its own counts, not where it is
-            config["signal"]["made_with"] = made_with(where)
+        config.pop("keep", None)
+        if folder := config.get("signal", {}).pop("path", None):
+            config["signal"]["made_with"] = made_with(folder)
+
         return {
             "technique": self.recipe.technique(slot),
             "config": config,
@@ -227,20 +238,22 @@ class Session:
             "precision": self.precision,
             "threads": self.threads,
             "world": parallel.world(),
-            "trainer": [self.recipe.trainer.parallel, self.recipe.trainer.activation_checkpointing],
+            "trainer": [trainer.parallel, trainer.activation_checkpointing],
             "device": str(best_device()),
             "sources": sources_digest(*sources),
             "versions": versions_of(*WEIGHTS),
         }
 
     def context(self, slot: str, work: Path, curve: list[dict[str, float]]) -> Context:
-        """What the stage in `slot` may ask for."""
+        """What the stage in `slot` may ask for; rows of its training are added to `curve`."""
+        trainer = self.recipe.trainer
         return Context(
             teacher=self.teacher.path,
             seed=self.recipe.seed,
             seq_len=self.recipe.data.seq_len,
             work=work,
             signals=self.store.root / "signals",
+            # Inputs without the last token, which has no next one to predict.
             calibration=lambda n: self.text.ids[:n, :-1].long(),
             text=lambda: self.text,
             chat=lambda: self.chat,
@@ -249,8 +262,8 @@ class Session:
             label=slot,
             log=log,
             curve=curve.extend,
-            parallel=self.recipe.trainer.parallel if parallel.world() > 1 else "none",
-            activation_checkpointing=self.recipe.trainer.activation_checkpointing,
+            parallel=trainer.parallel if parallel.world() > 1 else "none",
+            activation_checkpointing=trainer.activation_checkpointing,
         )
 
 
@@ -265,15 +278,19 @@ def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
     """
     shapes = {"teacher": read_config(session.teacher.path)}
     for slot, parent in session.recipe.steps():
+        stage = session.recipe.stages[slot]
         try:
-            if isinstance(session.recipe.stages[slot], OnGrid):
+            if isinstance(stage, OnGrid):
                 quantizable(meta_model(shapes[parent]))
-            shapes[slot] = session.recipe.stages[slot].check_shape(dict(shapes[parent]))
+            shapes[slot] = stage.check_shape(dict(shapes[parent]))
         except ValueError as error:
             raise ValueError(f"slot {slot!r} after {parent!r}: {error}") from error
+
+    # A format may need things of the shape that ships, and of the teacher's files.
+    shipped = shapes[session.recipe.shipped_slot()]
     for name in session.recipe.export.files:
         module = formats.parse(name)[0].module
-        module.check_architecture(config_object(shapes[session.recipe.shipped_slot()]))
+        module.check_architecture(config_object(shipped))
         if check_teacher := getattr(module, "check_teacher", None):
             check_teacher(session.teacher.path)
     return shapes

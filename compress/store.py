@@ -1,21 +1,21 @@
 """Crash-safe, content-addressed directories: an entry is there whole or not at all.
 
-    <store>/store.json       the mark of a store: a folder without it is refused, by runs and by
-            `compress gc`
-    <store>/entries/<key>/   a finished checkpoint; `stage.json`, written last, names every file's
-            sha256 and bytes
-    <store>/work/<key>/      unfinished training state of the same key; found again without naming a
-            run
-    <store>/notes/<key>.json what varies from run to run (seconds, training curve): kept outside the
-        entry
-    <store>/scores/          scores by (weights digest, evaluation digest, runtime, machine)
-    <store>/signals/, data/  teacher signals and packed text, written by their own modules
-    <store>/runs/            where the run directories are that name entries here; `compress gc`
-            keeps what these name
-    <store>/locks/<key>      flock'ed while a process builds the key; the kernel releases it when
-            the process dies
-    <store>/locks/store      flock'ed, shared, by every process that works here; alone by `compress
-            gc`
+    <store>/store.json        the mark of a store: a folder without it is refused, by runs and by
+                              `compress gc`
+    <store>/entries/<key>/    a finished checkpoint; `stage.json`, written last, names every file's
+                              sha256 and bytes
+    <store>/work/<key>/       unfinished training state of the same key; found again without naming
+                              a run
+    <store>/notes/<key>.json  what varies from run to run (seconds, training curve): kept outside
+                              the entry
+    <store>/scores/           scores by (weights digest, evaluation digest, runtime, machine)
+    <store>/signals/, data/   teacher signals and packed text, written by their own modules
+    <store>/runs/             where the run directories are that name entries here; `compress gc`
+                              keeps what these name
+    <store>/locks/<key>       flock'ed while a process builds the key; the kernel releases it when
+                              the process dies
+    <store>/locks/store       flock'ed, shared, by every process that works here; alone by
+                              `compress gc`
 
 Writing: build beside, fsync every file, write `stage.json`, fsync, rename, fsync the parent (the
 order that survives a power cut on a journalling file system; Pillai et al., OSDI 2014, section
@@ -38,22 +38,15 @@ from typing import Any
 from compress.doors import read_json
 from compress.errors import ConfigError, ResourceError
 
-STAGE_JSON, STORE_JSON = "stage.json", "store.json"
-FIRST_ROOMS = (
-    "entries",
-    "work",
-    "notes",
-    "scores",
-    "signals",
-    "data",
-    "locks",
-)  # of a store without a mark
+STAGE_JSON = "stage.json"
+STORE_JSON = "store.json"
+# Of a store without a mark.
+FIRST_ROOMS = ("entries", "work", "notes", "scores", "signals", "data", "locks")
 ROOMS = (*FIRST_ROOMS, "runs")
 MARK = {"store": "compress", "schema": 1}
 URL = re.compile(r"[\w+.-]{2,}:/")
-TEMPORARY = re.compile(
-    r"\.(?P<name>.+)\.(?P<pid>\d+)"
-)  # as `write_whole` calls what it has not finished
+# As `write_whole` calls what it has not finished.
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)")
 
 
 def sha256_file(path: Path) -> str:
@@ -150,10 +143,12 @@ class Store:
         self.root = Path(root).absolute()
         if not create and not self.root.is_dir():
             raise ValueError(f"there is no store at {root}; name it with --store DIR")
+
+        # Closing the handle lets go of the lock: at the latest when the process dies.
         try:
             self._open(create)
             self._shared = os.open(self.root / "locks" / "store", os.O_RDWR | os.O_CREAT, 0o666)
-            weakref.finalize(self, os.close, self._shared)  # closing it lets go of the lock
+            weakref.finalize(self, os.close, self._shared)
             self._share(wait=create)
         except OSError as error:
             raise ResourceError(
@@ -169,24 +164,8 @@ class Store:
         if create:
             self.root.mkdir(parents=True, exist_ok=True)
         if not mark.is_file():
-            names = {
-                path.name
-                for path in self.root.iterdir()
-                if not path.name.startswith(f".{STORE_JSON}.")
-            }
-            rooms = {name for name in names if name in ROOMS and (self.root / name).is_dir()}
-            older = names == rooms and rooms.issuperset(FIRST_ROOMS)
-            if not older and (names or not create):
-                what = (
-                    f"holds {min(names - rooms or names)} and no {STORE_JSON}"
-                    if names
-                    else f"is empty: it has no {STORE_JSON}"
-                )
-                raise ValueError(
-                    f"{self.root} is not a store: it {what}; a store is a folder of its own, give a"
-                    " new or empty one"
-                )
-            write_json(mark, MARK | {"older": older})
+            write_json(mark, MARK | {"older": self._is_older(create)})
+
         about = read_json(mark)
         if {key: about.get(key) for key in MARK} != MARK:
             raise ValueError(
@@ -195,6 +174,27 @@ class Store:
             )
         for room in ROOMS:
             (self.root / room).mkdir(exist_ok=True)
+
+    def _is_older(self, create: bool) -> bool:
+        """Whether a folder without a mark is a store of before there were marks, not a new one.
+        ValueError: neither.
+        """
+        # Another process may be writing the mark just now.
+        names = {
+            path.name for path in self.root.iterdir() if not path.name.startswith(f".{STORE_JSON}.")
+        }
+        rooms = {name for name in names if name in ROOMS and (self.root / name).is_dir()}
+        older = names == rooms and rooms.issuperset(FIRST_ROOMS)
+        if older or (create and not names):
+            return older
+
+        state = f"is empty: it has no {STORE_JSON}"
+        if names:
+            state = f"holds {min(names - rooms or names)} and no {STORE_JSON}"
+        raise ValueError(
+            f"{self.root} is not a store: it {state}; a store is a folder of its own, give a"
+            " new or empty one"
+        )
 
     def _share(self, *, wait: bool = True) -> None:
         """Keep `compress gc` out.
@@ -208,6 +208,8 @@ class Store:
                 raise ResourceError(
                     f"another `compress gc` is emptying {self.root}; wait for it"
                 ) from None
+
+            # Whoever waits is told for what.
             print(
                 f"waiting for `compress gc`, which is emptying {self.root}",
                 file=sys.stderr,
@@ -226,6 +228,7 @@ class Store:
                 f"another process works in the store {self.root}; repeat the command when it has"
                 " ended"
             ) from None
+
         try:
             yield
         finally:
@@ -254,21 +257,22 @@ class Store:
         folder = self.entry(key)
         if not (folder / STAGE_JSON).is_file():
             return False
-        expected, found = self.stage_json(key).get("files", {}), file_table(folder)
-        found.pop(STAGE_JSON)
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                state = (
-                    "missing"
-                    if name not in found
-                    else "unknown"
-                    if name not in expected
-                    else "changed"
-                )
+
+        expected = self.stage_json(key).get("files", {})
+        actual = file_table(folder)
+        actual.pop(STAGE_JSON)
+        for name in sorted(expected.keys() | actual.keys()):
+            if expected.get(name) != actual.get(name):
+                state = "changed"
+                if name not in actual:
+                    state = "missing"
+                elif name not in expected:
+                    state = "unknown"
                 raise ValueError(
                     f"{folder / name} is {state} since it was written; delete {folder} and run"
                     " again to rebuild it"
                 )
+
         if (work := self.root / "work" / key).exists():
             shutil.rmtree(work, ignore_errors=True)
         return True
@@ -290,6 +294,8 @@ class Store:
                     f"process {holder} is building the same stage ({key[:12]}) in {self.root}; wait"
                     " for it, or set store=DIR to work apart"
                 ) from None
+
+            # For who comes while this one holds it.
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -303,10 +309,10 @@ class Store:
         `out` is an empty directory renamed into place at the end, and removed when `make` fails;
         `work` survives kills and failures and is removed on success.
         """
-        if self.has(
-            key
-        ):  # finished entries are read without the lock: many runs may share them at once
+        # Finished entries are read without the lock: many runs may share them at once.
+        if self.has(key):
             return self.entry(key)
+
         with self.lock(key):
             if self.has(key):  # another process finished it while this one came for the lock
                 return self.entry(key)
@@ -314,24 +320,18 @@ class Store:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             work.mkdir(exist_ok=True)
+
             try:
                 metrics = make(out, work)
-                write_json(
-                    out / STAGE_JSON,
-                    {
-                        "schema": 1,
-                        "key": key,
-                        "inputs": inputs,
-                        "metrics": metrics,
-                        "files": file_table(out),
-                    },
-                )
+                files = file_table(out)
+                stage = {"schema": 1, "key": key, "inputs": inputs, "metrics": metrics}
+                write_json(out / STAGE_JSON, stage | {"files": files})
                 commit(out, self.entry(key))
             except BaseException:
-                shutil.rmtree(
-                    out, ignore_errors=True
-                )  # a full disk has room again, for the run to say how it ended
+                # A full disk has room again, for the run to say how it ended.
+                shutil.rmtree(out, ignore_errors=True)
                 raise
+
             shutil.rmtree(work, ignore_errors=True)
             return self.entry(key)
 

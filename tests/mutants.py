@@ -376,7 +376,7 @@ MUTANTS = [
     *of(
         "store.py",
         STORE,
-        ("if expected.get(name) != found.get(name):", "if False:"),
+        ("if expected.get(name) != actual.get(name):", "if False:"),
         (
             "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
             "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",

@@ -30,8 +30,10 @@ def asked(run: Run) -> list[Pair]:
 
 def in_pairs(teacher: Sequence[Row], student: Sequence[Row]) -> list[Pair]:
     """Answers to the same prompts, in the order of `score.open.worst_first`."""
-    its, mine = ({row["id"]: row for row in rows} for rows in (teacher, student))
-    return [(its[row["id"]], mine[row["id"]]) for row in worst_first(student, teacher)]
+    teacher_rows = {row["id"]: row for row in teacher}
+    student_rows = {row["id"]: row for row in student}
+    ids = [row["id"] for row in worst_first(student, teacher)]
+    return [(teacher_rows[id], student_rows[id]) for id in ids]
 
 
 def lost(first: Sequence[Row], other: Sequence[Row]) -> list[Pair]:
@@ -41,21 +43,26 @@ def lost(first: Sequence[Row], other: Sequence[Row]) -> list[Pair]:
 
 def figures(record: Record) -> str:
     """A record's open answers beside its teacher's, in a sentence; empty where none are."""
-    scores, spread = record["scores"], record.get("intervals", {})
+    scores, intervals = record["scores"], record.get("intervals", {})
     if "n/open_kept" not in scores:
         return ""
-    n, known = round(scores["n/open"]), round(scores["n/open_kept"])
+    questions, teacher_right = round(scores["n/open"]), round(scores["n/open_kept"])
+
+    # A share of few has no meaning.
     if "open/kept" not in scores:
         kept = f"fewer than {TEACHER_RIGHT} are too few to say what share of them it keeps"
     else:
-        low, high = spread.get("open/kept", [scores["open/kept"]] * 2)
+        low, high = intervals.get("open/kept", [scores["open/kept"]] * 2)
         share = f"{scores['open/kept']:.1%} (95% interval {low:.1%} to {high:.1%})"
-        kept = f"of the {known:,} it keeps {share}"
-    right, loops = round(n * scores["open/right"]), scores["open/loops"]
+        kept = f"of the {teacher_right:,} it keeps {share}"
+
+    student_right = round(questions * scores["open/right"])
+    loops = scores["open/loops"]
     teacher_loops = abs(loops - scores["open/loops_gained"])
     return (
-        f"Asked {n:,} questions, the teacher answers {known:,} rightly, the student {right:,}; "
-        f"{kept}; {loops:.1%} of its answers repeat themselves (the teacher's {teacher_loops:.1%})."
+        f"Asked {questions:,} questions, the teacher answers {teacher_right:,} rightly, the student"
+        f" {student_right:,}; {kept}; {loops:.1%} of its answers repeat themselves (the teacher's"
+        f" {teacher_loops:.1%})."
     )
 
 
@@ -68,9 +75,12 @@ def plainly(run: Run) -> str:
 
 def marks(row: Row) -> list[tuple[str, str]]:
     """What there is to say of an answer, each with the verdict whose colour it has."""
-    said = [("right", "PASS") if row["right"] else ("wrong", "FAIL")]
-    said += [("loops", "FAIL")] * bool(row["loops"])
-    return said + [("not ended", "INCONCLUSIVE")] * (not row["ended"])
+    words = [("right", "PASS") if row["right"] else ("wrong", "FAIL")]
+    if row["loops"]:
+        words.append(("loops", "FAIL"))
+    if not row["ended"]:
+        words.append(("not ended", "INCONCLUSIVE"))
+    return words
 
 
 def one_line(text: str) -> str:

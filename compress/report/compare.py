@@ -17,6 +17,7 @@ gets right.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy as np
 from compress import budget
 from compress.report.records import Record, Run
 from compress.report.table import COLUMN
-from compress.score.intervals import paired_scores, ratio_interval
+from compress.score.intervals import Paired, paired_scores, ratio_interval
 from compress.score.open import TEACHER_RIGHT, difference_of_flags
 
 Items = Sequence[Mapping[str, Any]]
@@ -87,95 +88,108 @@ def check_same_settings(runs: Sequence[Run]) -> None:
     """ValueError naming the setting in which one was scored differently from the first; what only
     one of them knows is left out.
     """
+    # Files count by what they hold, not by their names, where all runs noted it.
+    ignored = set(NO_MATTER)
+    if all("digests" in run.info for run in runs):
+        ignored |= {"eval.data_dir", "data.heldout"}
+    prompt_digests = {run.info.get("digests", {}).get("the open prompts") for run in runs}
+    if len(prompt_digests) == 1 and None not in prompt_digests:
+        ignored |= {"eval.open_prompts", "eval.open_limit"}
 
-    held = all(
-        "digests" in run.info for run in runs
-    )  # then files count by what they hold, not by their names
-    idle = NO_MATTER | ({"eval.data_dir", "data.heldout"} if held else set())
-    prompts = {run.info.get("digests", {}).get("the open prompts") for run in runs}
-    if len(prompts) == 1 and None not in prompts:  # the same ones, however they were named
-        idle |= {"eval.open_prompts", "eval.open_limit"}
-
-    def settings(run: Run) -> dict[str, Any]:
-        own = {
-            f"{group}.{name}": value
-            for group in ("eval", "data")
-            for name, value in run.info.get("config", {}).get(group, {}).items()
-        }
-        digests = {
-            f"the digest of {what}": value for what, value in run.info.get("digests", {}).items()
-        }
-        digests |= {"the teacher's digest": run.teacher["digest"]} if run.teacher else {}
-        return {name: own[name] for name in own if name not in idle} | digests
-
-    first = settings(runs[0])
+    first = _settings(runs[0], ignored)
     for run in runs[1:]:
-        own = settings(run)
-        for name in sorted(first.keys() & own.keys()):
-            if first[name] != own[name]:
-                where = (
-                    f"{name} is {first[name]!r} in {runs[0].name} and {own[name]!r} in {run.name}"
-                )
+        settings = _settings(run, ignored)
+        for name in sorted(first.keys() & settings.keys()):
+            if first[name] != settings[name]:
                 raise ValueError(
-                    f"these can't be compared, they were scored with other settings: {where}; run"
-                    " one again with the other's settings"
+                    "these can't be compared, they were scored with other settings:"
+                    f" {name} is {first[name]!r} in {runs[0].name} and {settings[name]!r} in"
+                    f" {run.name}; run one again with the other's settings"
                 )
+
+
+def _settings(run: Run, ignored: set[str]) -> dict[str, Any]:
+    """All that a run's scores depend on by name, but for the settings in `ignored`."""
+    settings = {}
+    for group in ("eval", "data"):
+        for name, value in run.info.get("config", {}).get(group, {}).items():
+            if f"{group}.{name}" not in ignored:
+                settings[f"{group}.{name}"] = value
+    for thing, digest in run.info.get("digests", {}).items():
+        settings[f"the digest of {thing}"] = digest
+    if run.teacher:
+        settings["the teacher's digest"] = run.teacher["digest"]
+    return settings
 
 
 def differences(first: Run, other: Run) -> list[Difference]:
     """All numbers that both final records hold, in the order of the tables, then accuracies; no
     times of different machines.
     """
-    a, b, found = first.final, other.final, []
-    timed = first.info.get("machine") == other.info.get("machine")
-    known = first.rows(first.teacher, "open") if first.teacher else []
-    answered = open_differences(first.rows(a, "open"), other.rows(b, "open"), known)
-    asked = {one.metric: one for one in answered}
+    a, b = first.final, other.final
+    same_machine = first.info.get("machine") == other.info.get("machine")
+    teacher_answers = first.rows(first.teacher, "open") if first.teacher else []
+    open_by_metric = {
+        difference.metric: difference
+        for difference in open_differences(
+            first.rows(a, "open"), other.rows(b, "open"), teacher_answers
+        )
+    }
+
+    # Open answers are paired where both sides kept them; other numbers are subtracted.
+    shown = []
     kept = sorted(key for key in a["scores"] if key.startswith("kept/"))
     for name in [*COLUMN, "open/ended", *_texts(a), *kept]:
         x, y = a["scores"].get(name), b["scores"].get(name)
-        if name in asked:
-            found.append(asked[name])
-        elif None not in (x, y) and (timed or not ("_ms" in name or name == "tok_per_sec")):
-            found.append(Difference(name, y - x, _limits(name, a, b)))
-    return found + accuracy_differences(first.rows(a, "items"), other.rows(b, "items"))
+        is_time = "_ms" in name or name == "tok_per_sec"
+        if name in open_by_metric:
+            shown.append(open_by_metric[name])
+        elif None not in (x, y) and (same_machine or not is_time):
+            shown.append(Difference(name, y - x, _limits(name, a, b)))
+    return shown + accuracy_differences(first.rows(a, "items"), other.rows(b, "items"))
 
 
 def _texts(record: Record) -> list[str]:
     """The figures of each held-out text, where there are several."""
     texts = [key.partition("/")[2] for key in record["scores"] if key.startswith("kl_to_teacher/")]
-    names = ("kl_to_teacher", "top1_agree", "bits_per_byte") if len(texts) > 1 else ()
-    return [f"{name}/{text}" for name in names for text in texts]
+    figures = ("kl_to_teacher", "top1_agree", "bits_per_byte") if len(texts) > 1 else ()
+    return [f"{figure}/{text}" for figure, text in product(figures, texts)]
 
 
 def open_differences(first: Items, other: Items, teacher: Items) -> list[Difference]:
     """The shares in OPEN over the prompts that both sides answered; open/kept over those of them
     that the teacher gets right, where they are enough."""
-    before = {row["id"]: row for row in first}
-    right = {row["id"] for row in teacher if row["right"]}
-    pairs, found = [(row, before[row["id"]]) for row in other if row["id"] in before], []
+    first_by_id = {row["id"]: row for row in first}
+    teacher_right = {row["id"] for row in teacher if row["right"]}
+    pairs = [(first_by_id[row["id"]], row) for row in other if row["id"] in first_by_id]
+
+    shares = []
     for metric, flag in OPEN.items():
-        some, least = pairs, 1
+        counted = pairs
+        least = 1
         if metric == "open/kept":
-            some, least = [pair for pair in pairs if pair[0]["id"] in right], TEACHER_RIGHT
-        if len(some) >= least:
-            mine, its = (np.array([bool(pair[side][flag]) for pair in some]) for side in (0, 1))
-            found.append(Difference(metric, *difference_of_flags(mine, its)))
-    return found
+            counted = [pair for pair in pairs if pair[1]["id"] in teacher_right]
+            least = TEACHER_RIGHT
+        if len(counted) >= least:
+            before = np.array([bool(row[flag]) for row, _ in counted])
+            after = np.array([bool(row[flag]) for _, row in counted])
+            shares.append(Difference(metric, *difference_of_flags(after, before)))
+    return shares
 
 
 def _limits(name: str, a: Record, b: Record) -> tuple[float, float] | None:
     """The 95% interval of b - a in one score, None where an interval is missing."""
-    mine, other = (record.get("rows", {}).get(name, []) for record in (a, b))
-    if mine and other and mine[1:] == other[1:] and len(mine[0]) == len(other[0]):  # the same text
-        return ratio_interval(
-            np.subtract(other[0], mine[0]).tolist(), mine[1] if mine[1:] else None, -math.inf
-        )
+    # Of the same held-out text, row by row: [what is summed, what it is divided by].
+    a_rows, b_rows = (record.get("rows", {}).get(name, []) for record in (a, b))
+    if a_rows and b_rows and a_rows[1:] == b_rows[1:] and len(a_rows[0]) == len(b_rows[0]):
+        sums = np.subtract(b_rows[0], a_rows[0]).tolist()
+        return ratio_interval(sums, a_rows[1] if a_rows[1:] else None, -math.inf)
+
+    # Else by the formula above, of what is known of each side alone.
     if not all(name in record.get("intervals", {}) for record in (a, b)):
         return None
-    (x, x_low, x_high), (y, y_low, y_high) = (
-        (record["scores"][name], *record["intervals"][name]) for record in (a, b)
-    )
+    x, (x_low, x_high) = a["scores"][name], a["intervals"][name]
+    y, (y_low, y_high) = b["scores"][name], b["intervals"][name]
     return y - x - math.hypot(y - y_low, x_high - x), y - x + math.hypot(y_high - y, x - x_low)
 
 
@@ -183,62 +197,74 @@ def accuracy_differences(first: Items, other: Items) -> list[Difference]:
     """`acc/<task>` of the items that both sides kept, and above several tasks their mean; empty
     where there are none.
     """
-    keys = {(item["task"], item["doc_id"]) for item in first if "correct" in item} & {
-        (item["task"], item["doc_id"]) for item in other
-    }
-    a, b = (
-        [item for item in items if (item["task"], item["doc_id"]) in keys]
-        for items in (first, other)
-    )
+    keys = {_key(item) for item in first if "correct" in item} & {_key(item) for item in other}
     tasks = sorted({task for task, _ in keys})
     if not tasks:
         return []
-    found = paired_scores(b, a, dict.fromkeys(tasks, 0.0))
+    paired = paired_scores(
+        [item for item in other if _key(item) in keys],
+        [item for item in first if _key(item) in keys],
+        dict.fromkeys(tasks, 0.0),
+    )
 
-    def lost(end: str) -> tuple[float, tuple[float, float]]:
-        low, high = found.intervals[f"points_lost{end}"]
-        return -found.scores[f"points_lost{end}"], (-high, -low)
+    # Points that the other lost are the difference with its sign turned.
+    differences_by_task = []
+    for task in tasks:
+        p = paired.scores[f"mcnemar_p_holm/{task}"]
+        differences_by_task.append(_gained(paired, f"acc/{task}", f"points_lost/{task}", p))
+    if len(tasks) == 1:
+        return differences_by_task
+    return [_gained(paired, "acc/mean", "points_lost", None), *differences_by_task]
 
-    each = [
-        Difference(f"acc/{task}", *lost(f"/{task}"), found.scores[f"mcnemar_p_holm/{task}"])
-        for task in tasks
-    ]
-    return [Difference("acc/mean", *lost("")), *each] if len(each) > 1 else each
+
+def _key(item: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What tells an item of the tasks from all others."""
+    return item["task"], item["doc_id"]
+
+
+def _gained(paired: Paired, metric: str, lost: str, p: float | None) -> Difference:
+    """The points in `lost`, a score of `paired`, as a difference in `metric`: less lost is more."""
+    low, high = paired.intervals[lost]
+    return Difference(metric, -paired.scores[lost], (-high, -low), p)
 
 
 def flips(first: Items, other: Items) -> list[Flip]:
     """Items with choices whose correctness changed from the first to the other: what got worse,
     the surest mistakes first, then what got better.
     """
-    before, found = {(item["task"], item["doc_id"]): item for item in first}, []
+    first_by_key = {_key(item): item for item in first}
+    changed = []
     for item in other:
-        known = before.get((item["task"], item["doc_id"]), item)
-        if "choice" in item and known.get("correct") != item.get("correct"):
-            good, bad = sorted((known, item), key=lambda one: not one["correct"])
-            context, said = (
-                item.get("context", ""),
-                [choice.strip() for choice in item.get("choices", [])],
-            )
-            if not isinstance(context, str):  # one for each choice
-                context, said = (
-                    "",
-                    [f"{start} {choice}" for start, choice in zip(context, said, strict=True)],
-                )
-            right, wrong = (
-                said[one["choice"]] if said else f"choice {one['choice']}" for one in (good, bad)
-            )
-            nats, became = (
-                bad["logliks"][bad["choice"]] - bad["logliks"][good["choice"]],
-                ("worse" if bad is item else "better"),
-            )
-            found.append(Flip(item["task"], item["doc_id"], became, nats, context, right, wrong))
-    return sorted(found, key=lambda flip: (flip.became == "better", -flip.nats))
+        before = first_by_key.get(_key(item), item)
+        if "choice" in item and before.get("correct") != item.get("correct"):
+            changed.append(_flip(before, item))
+    return sorted(changed, key=lambda flip: (flip.became == "better", -flip.nats))
 
 
-def speed_sentence(first: Run, other: Run, metric: str, found: tuple[float, float, float]) -> str:
-    """What `compare_speed` found, in words."""
-    shown = "no difference shown, " if found[1] <= 1 <= found[2] else ""
+def _flip(before: Mapping[str, Any], item: Mapping[str, Any]) -> Flip:
+    """An item as it was answered `before` and now, of which one is right."""
+    good, bad = sorted((before, item), key=lambda answer: not answer["correct"])
+    context = item.get("context", "")
+    choices = [choice.strip() for choice in item.get("choices", [])]
+    if not isinstance(context, str):  # one for each choice
+        choices = [f"{start} {choice}" for start, choice in zip(context, choices, strict=True)]
+        context = ""
+    right, wrong = (
+        choices[answer["choice"]] if choices else f"choice {answer['choice']}"
+        for answer in (good, bad)
+    )
+
+    # Both as the model that is wrong finds them.
+    nats = bad["logliks"][bad["choice"]] - bad["logliks"][good["choice"]]
+    became = "worse" if bad is item else "better"
+    return Flip(item["task"], item["doc_id"], became, nats, context, right, wrong)
+
+
+def speed_sentence(first: Run, other: Run, metric: str, ratio: tuple[float, float, float]) -> str:
+    """What `compare_speed` found, in words; `ratio`: how many times as fast, and its interval."""
+    value, low, high = ratio
+    shown = "no difference shown, " if low <= 1 <= high else ""
     return (
-        f"{SPEEDS[metric]}: {shown}{other.name} is {found[0]:.3g} times as fast (95% interval"
-        f" {found[1]:.3g} to {found[2]:.3g}) as {first.name}"
+        f"{SPEEDS[metric]}: {shown}{other.name} is {value:.3g} times as fast (95% interval"
+        f" {low:.3g} to {high:.3g}) as {first.name}"
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def write_html(runs: list[Run], out: Path, speeds: Sequence[str] = ()) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+    # What the template may call: the views of records, and this module's own.
     page.globals.update(answers=answers, compare=compare, picture=picture)
     page.globals.update(records=records, table=table)
     page.globals.update(closeness=_closeness, summary=_summary, times=_times, training=_training)
@@ -41,6 +44,7 @@ def write_html(runs: list[Run], out: Path, speeds: Sequence[str] = ()) -> None:
         pretty=lambda config: json.dumps(config, indent=2, ensure_ascii=False),
     )
     page.tests["finite"] = lambda value: isinstance(value, int | float) and math.isfinite(value)
+
     text = page.get_template("report.html.j2").render(runs=runs, speeds=speeds)
     Path(out).write_text(text, encoding="utf-8", errors="replace")
 
@@ -60,31 +64,37 @@ def _times(info: dict[str, Any]) -> list[str]:
 
 def _summary(run: Run) -> str:
     """The run in one sentence, from the teacher's and the last record's numbers."""
-    teacher, final, said = run.teacher, run.final, []
+    teacher, final = run.teacher, run.final
     if teacher is None or final is teacher:
         return f"{len(run.records)} slot(s) on record, last: {final['slot']}."
+
+    # What both have: how much smaller it became.
+    clauses = []
     for key, form in (
         ("params", "{} M parameters became {} M"),
         ("size_bytes", "{} MB became {} MB"),
     ):
         if COLUMN[key].value(teacher) is not None and COLUMN[key].value(final) is not None:
-            said.append(form.format(COLUMN[key].text(teacher), COLUMN[key].text(final)))
+            clauses.append(form.format(COLUMN[key].text(teacher), COLUMN[key].text(final)))
+
     if COLUMN["open/kept"].value(final) is not None:
         kept = COLUMN["open/kept"].text(final)
-        said.append(f"{kept} of the teacher's right open answers are kept")
+        clauses.append(f"{kept} of the teacher's right open answers are kept")
     if COLUMN["kept"].value(final) is not None:
-        said.append(f"{COLUMN['kept'].text(final)} of the accuracy above chance is kept")
-    return f"{'; '.join(said)} ({final['slot']})." if said else f"Last slot: {final['slot']}."
+        clauses.append(f"{COLUMN['kept'].text(final)} of the accuracy above chance is kept")
+    if not clauses:
+        return f"Last slot: {final['slot']}."
+    return f"{'; '.join(clauses)} ({final['slot']})."
 
 
 def _closeness(run: Run) -> list[tuple[str, Column]]:
     """The KL on each held-out text, by name, where there are several; else over all of the text."""
-    whole = COLUMN["kl_to_teacher"]
-    named = {key for record in run.records for key in record["scores"]}
-    keys = sorted(key for key in named if key.startswith("kl_to_teacher/"))
+    column = COLUMN["kl_to_teacher"]
+    names = set(chain.from_iterable(record["scores"] for record in run.records))
+    keys = sorted(name for name in names if name.startswith("kl_to_teacher/"))
     if len(keys) < 2:
-        return [("", whole)]
-    return [(key.partition("/")[2], replace(whole, key=key)) for key in keys]
+        return [("", column)]
+    return [(key.partition("/")[2], replace(column, key=key)) for key in keys]
 
 
 def _training(run: Run) -> str:
@@ -93,10 +103,11 @@ def _training(run: Run) -> str:
     """
     lines = {}
     for key, name in (("loss", "{}"), ("validation_kl", "{}, validation KL")):
-        for r in run.records:
-            if rows := [(row["step"], row[key]) for row in r.get("curve", []) if key in row]:
-                lines[name.format(r["slot"])] = rows
-    drawings = ("wide curves", 640), ("narrow curves", 340)
-    return "".join(
-        lines_svg(lines, "optimizer step", "loss (nats)", kind, width) for kind, width in drawings
-    )
+        for record in run.records:
+            curve = record.get("curve", [])
+            if points := [(row["step"], row[key]) for row in curve if key in row]:
+                lines[name.format(record["slot"])] = points
+
+    axes = ("optimizer step", "loss (nats)")
+    wide = lines_svg(lines, *axes, "wide curves", 640)
+    return wide + lines_svg(lines, *axes, "narrow curves", 340)

@@ -25,9 +25,8 @@ from compress.report.records import Run
 from compress.report.table import COLUMN, Column, undominated
 
 CSS = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-PALETTE = dict(
-    re.findall(r"--(\w+): (#[0-9a-f]{6})", CSS.partition("@media")[0])
-)  # the light colours by name
+# The light colours by name.
+PALETTE = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", CSS.partition("@media")[0]))
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compress",
@@ -70,9 +69,9 @@ def drawing(width: int, height: int, x_name: str, y_name: str) -> Iterator[tuple
     from matplotlib.figure import Figure
 
     with style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # letters that matplotlib's own font lacks: the browser has them
+        # Letters that matplotlib's own font lacks: the browser has them.
+        warnings.simplefilter("ignore", UserWarning)
+
         figure = Figure((width / 72, height / 72), layout="constrained")
         FigureCanvasAgg(figure)  # measures texts
         axes = figure.add_subplot()
@@ -90,20 +89,22 @@ def to_svg(figure: Any, kind: str, label: str) -> str:
     """
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    drawn = out.getvalue()
+
+    # Smaller: without what does nothing, and coordinates to a tenth of a pixel.
     unused = r' clip-path="[^"<]*"|<clipPath.*?</clipPath>| transform="rotate\(-0 [^"<]*"|\s*\n\s*'
-    svg = re.sub(unused, "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(unused, "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' (d|x|y)="[^"<]+"', lambda numbers: re.sub(r"(\.\d)\d+", r"\1", numbers[0]), svg)
+
+    # The page's own colours, with these to fall back on.
     for name, colour in PALETTE.items():
         svg = svg.replace(f": {colour}", f": var(--{name}, {colour})")
-    svg = re.sub(
-        '<g id="title:([^"]*)">',
-        r'<g tabindex="0" role="img" aria-label="\1"><title>\1</title>',
-        svg,
-    )
+
+    titled = r'<g tabindex="0" role="img" aria-label="\1"><title>\1</title>'
+    svg = re.sub('<g id="title:([^"]*)">', titled, svg)
     svg = re.sub('<g id="[^"]*">', "<g>", svg)
-    return svg.replace(
-        "<svg ", f'<svg class="{kind}" role="group" aria-label="{escape(label)}" ', 1
-    )
+    root = f'<svg class="{kind}" role="group" aria-label="{escape(label)}" '
+    return svg.replace("<svg ", root, 1)
 
 
 def lines_svg(
@@ -118,6 +119,8 @@ def lines_svg(
     """
     if sum(map(len, series.values())) < 2:
         return ""
+
+    # A row of the legend takes 20 pixels.
     columns = 2 if width > 500 else 1
     with drawing(width, 320 + 20 * -(-len(series) // columns), x_name, y_name) as (figure, axes):
         for name, line in series.items():
@@ -160,48 +163,56 @@ def size_accuracy_latency(runs: Sequence[Run]) -> str:
     """Both drawings, or '' when fewer than two slots have a size and a closeness to plot."""
     for measure, up in ((COLUMN["kept"], 1), (COLUMN["kl_to_teacher"], -1)):
         points = _points(runs, measure)
-        if len(points) > 1:
-            for p, on in zip(points, undominated([(p.mb, -up * p.y) for p in points]), strict=True):
-                p.front = on
-            return _svg(points, measure, up, "wide", 960, 470) + _svg(
-                points, measure, up, "narrow", 380, 440
-            )
+        if len(points) < 2:
+            continue
+        front = undominated([(p.mb, -up * p.y) for p in points])
+        for point, on_front in zip(points, front, strict=True):
+            point.front = on_front
+        wide = _svg(points, measure, up, "wide", 960, 470)
+        return wide + _svg(points, measure, up, "narrow", 380, 440)
     return ""
 
 
 def _points(runs: Sequence[Run], measure: Column) -> list[Point]:
-    size, speed, points = COLUMN["size_bytes"], COLUMN["latency_ms_p50"], []
+    """The slots of all runs that have a size and `measure`, in order."""
+    size, speed = COLUMN["size_bytes"], COLUMN["latency_ms_p50"]
+    points = []
     for number, run in enumerate(runs):
-        for r in run.records:
-            mb, y, ms = size.value(r), measure.value(r), speed.value(r)
-            if mb is None or y is None or not math.isfinite(mb + y):
+        for record in run.records:
+            size_bytes, y, ms = size.value(record), measure.value(record), speed.value(record)
+            if size_bytes is None or y is None or not math.isfinite(size_bytes + y):
                 continue
-            said = (
-                f"{r['slot']}: {size.text(r)} MB, {measure.head.replace(chr(10), ' ')}"
-                f" {measure.text(r)}"
-            )
-            said += (
-                f", {speed.text(r)} ms per token in {r.get('runtime', 'torch')}"
-                if ms is not None
-                else ""
-            )
-            colour = RUN_COLOURS[number % 6] if len(runs) > 1 else family(r["technique"])
+
+            # What a point says to the pointer and the keyboard.
+            head = measure.head.replace("\n", " ")
+            summary = f"{record['slot']}: {size.text(record)} MB, {head} {measure.text(record)}"
+            if ms is not None:
+                runtime = record.get("runtime", "torch")
+                summary += f", {speed.text(record)} ms per token in {runtime}"
+
+            # Colours tell runs apart, or within one run kinds of stages.
+            colour = family(record["technique"])
+            if len(runs) > 1:
+                colour = RUN_COLOURS[number % len(RUN_COLOURS)]
             points.append(
                 Point(
                     number,
-                    r["slot"],
-                    r.get("parent"),
+                    record["slot"],
+                    record.get("parent"),
                     colour,
-                    mb / 1e6,
+                    size_bytes / 1e6,
                     y * measure.scale,
                     ms,
-                    said,
+                    summary,
                 )
             )
     return points
 
 
 def _svg(points: list[Point], measure: Column, up: int, kind: str, width: int, height: int) -> str:
+    """One drawing of the points, `width` x `height` pixels; `up`: 1 where more of `measure` is
+    better, else -1. Sets their places and radii.
+    """
     name = "accuracy kept" if up > 0 else "KL to teacher (nats, less is better)"
     with drawing(width, height, "size on disk (MB)", f"↑ {name}") as (figure, axes):
         axes.yaxis.set_major_formatter("{x:g}" + measure.suffix)
@@ -209,16 +220,20 @@ def _svg(points: list[Point], measure: Column, up: int, kind: str, width: int, h
         spread = (max(values) - min(values)) or 1.0
         axes.set_xlim(0, max(p.mb for p in points) * 1.16 or 1.0)
         axes.set_ylim(*(min(values) - 0.14 * spread, max(values) + 0.1 * spread)[::up])
+
+        # From here on the axes stay where they are, and points can be told in pixels.
         figure.draw_without_rendering()
-        figure.set_layout_engine(
-            "none"
-        )  # from here on the axes stay where they are, and points can be told in pixels
-        slowest, largest = max(p.ms or 0 for p in points), 26 if kind == "wide" else 17
+        figure.set_layout_engine("none")
+        slowest = max(p.ms or 0 for p in points)
+        largest = 26 if kind == "wide" else 17
         for p in points:
             p.at = axes.transData.transform((p.mb, p.y))
             p.radius = max(4.0, largest * math.sqrt(p.ms / slowest)) if p.ms and slowest else 6.0
+
+        # Small bubbles over large ones.
         for p in sorted(points, key=lambda p: -p.radius):
-            colour, area = PALETTE[p.colour], (2 * p.radius) ** 2
+            colour = PALETTE[p.colour]
+            area = (2 * p.radius) ** 2
             axes.scatter(
                 p.mb,
                 p.y,
@@ -257,10 +272,14 @@ def _lines(points: list[Point], axes: Any) -> list[Any]:
         zorder=0.9,
     )
     paths = [stairs.get_transform().transform_path(stairs.get_path())]
+
+    # A name avoids the way from parent to child also where it is too short for an arrow.
     look = {"arrowstyle": "-|>", "color": PALETTE["muted"], "alpha": 0.65, "linewidth": 1.2}
-    for p, parent in (
-        (p, q) for p in points for q in points if q.run == p.run and q.slot == p.parent
-    ):
+    point_by_slot: dict[tuple[int, str | None], Point] = {(p.run, p.slot): p for p in points}
+    for p in points:
+        parent = point_by_slot.get((p.run, p.parent))
+        if parent is None:
+            continue
         paths.append(Path([parent.at, p.at]))
         if math.dist(p.at, parent.at) >= p.radius + parent.radius + 12:
             gaps = {"shrinkA": parent.radius + 3, "shrinkB": p.radius + (7 if p.front else 3)}
@@ -276,43 +295,52 @@ def _labels(points: list[Point], axes: Any, lines: list[Any], wide: bool) -> Non
     """
     from matplotlib.transforms import Bbox
 
-    taken = [
-        Bbox([p.at - rim, p.at + rim]) for p in points for rim in [p.radius + (5 if p.front else 0)]
-    ]
+    taken = []
+    for p in points:
+        rim = p.radius + (5 if p.front else 0)
+        taken.append(Bbox([p.at - rim, p.at + rim]))
+
+    # Those on the front choose first, from the top down.
     for p in sorted(points, key=lambda p: (-p.front, -p.at[1])):
-        said = p.slot[:24] + (f" {p.ms:.3g} ms" if p.ms is not None and wide else "")
+        name = p.slot[:24]
+        if p.ms is not None and wide:
+            name += f" {p.ms:.3g} ms"
         text = axes.annotate(
-            said, (p.mb, p.y), (0, 0), textcoords="offset points", va="center", weight="bold"
+            name, (p.mb, p.y), (0, 0), textcoords="offset points", va="center", weight="bold"
         )
-        gap = p.radius + 8
-        sides = [
-            (gap, 0),
-            (-gap, 0),
-            (0, gap + 6),
-            (0, -gap - 6),
-            (gap - 4, -16),
-            (gap - 4, 16),
-            (4 - gap, -16),
-            (4 - gap, 16),
-            (0, gap + 24),
-            (0, -gap - 24),
-        ]
-        choices = []
-        for rank, (x, y) in enumerate(sides):
-            text.set(position=(x, y), ha="left" if x > 0 else "right" if x < 0 else "center")
-            box = text.get_window_extent()
-            outside = not (
-                axes.bbox.x0 - 8 < box.x0 and box.x1 < axes.figure.bbox.x1 and box.y1 < axes.bbox.y1
-            )
-            crossed = sum(line.intersects_bbox(box, filled=False) for line in lines)
-            choices.append(
-                (
-                    1000 * outside + 20 * box.count_overlaps(taken) + crossed + rank / 8,
-                    rank,
-                    text.get_ha(),
-                    box,
-                )
-            )
-        _, rank, side, box = min(choices, key=lambda choice: choice[0])
-        text.set(position=sides[rank], ha=side)
-        taken.append(box)
+        _place(text, p.radius + 8, axes, lines, taken)
+        taken.append(text.get_window_extent())
+
+
+def _place(text: Any, gap: float, axes: Any, lines: list[Any], taken: list[Any]) -> None:
+    """Move a name to the side of its bubble, `gap` pixels from its centre, where it costs least."""
+    sides = [
+        (gap, 0),
+        (-gap, 0),
+        (0, gap + 6),
+        (0, -gap - 6),
+        (gap - 4, -16),
+        (gap - 4, 16),
+        (4 - gap, -16),
+        (4 - gap, 16),
+        (0, gap + 24),
+        (0, -gap - 24),
+    ]
+
+    # Leaving the drawing costs most, then covering bubbles and names, then lines, then distance.
+    costs = []
+    for rank, side in enumerate(sides):
+        _put(text, side)
+        box = text.get_window_extent()
+        outside = not (
+            axes.bbox.x0 - 8 < box.x0 and box.x1 < axes.figure.bbox.x1 and box.y1 < axes.bbox.y1
+        )
+        crossed = sum(line.intersects_bbox(box, filled=False) for line in lines)
+        costs.append(1000 * outside + 20 * box.count_overlaps(taken) + crossed + rank / 8)
+    _put(text, sides[costs.index(min(costs))])
+
+
+def _put(text: Any, side: tuple[float, float]) -> None:
+    """Move a name by `side`, in pixels, so that it grows away from its bubble."""
+    x, _ = side
+    text.set(position=side, ha="left" if x > 0 else "right" if x < 0 else "center")

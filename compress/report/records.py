@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ SCHEMA = 1
 Record = dict[str, Any]
 RUN_KEYS: dict[str, type] = {"recipe": str, "name": str, "slots": list}
 RECORD_KEYS: dict[str, type] = {"slot": str, "technique": str, "scores": dict, "verdicts": list}
+MANIFEST_KEYS: dict[str, type] = {
+    "run": str,
+    "judged": str,
+    "scores": dict,
+    "verdicts": list,
+    "lineage": list,
+    "config": dict,
+}
 SLOT_FOLDER = re.compile(r"\d{2,3}-")
 VERDICTS = ("FAIL", "INCONCLUSIVE", "PASS")  # worst first
 
@@ -50,24 +59,25 @@ class Run:
             (r for r in self.records if r["slot"] == self.chosen), judged(self.records, self.info)
         )
 
-    def rows(self, record: Record, what: str) -> list[dict[str, Any]]:
+    def rows(self, record: Record, kind: str) -> list[dict[str, Any]]:
         """Rows of a record's `items` (answers to tasks), `open` (answers to open prompts) or
         `steps` (training curve), empty where they were not kept; of a bundle, both sides' answers.
         """
         if "judged" in self.info:
             side = "teacher" if record["technique"] == "teacher" else "student"
-            return bundle_rows(self.path, side, what)
-        return _rows(folder_of(self.path, record) / f"{what}.jsonl")
+            return bundle_rows(self.path, side, kind)
+        return _rows(folder_of(self.path, record) / f"{kind}.jsonl")
 
     def model(self) -> tuple[Path, str]:
         """Weights or file of `final`, and the runtime that it is for. ValueError when they are not
         here.
         """
-        path = (
-            self.path / self.info["judged"]
-            if "judged" in self.info
-            else (folder_of(self.path, self.final) / "weights").resolve()
-        )
+        if "judged" in self.info:
+            path = self.path / self.info["judged"]
+        else:
+            path = (folder_of(self.path, self.final) / "weights").resolve()
+
+        # A run keeps a link to the store, which may have been emptied or be elsewhere.
         if not path.exists():
             raise ValueError(
                 f"{self.path} does not hold the weights of {self.final['slot']}: {path} is missing;"
@@ -91,13 +101,15 @@ def record_files(run_dir: Path) -> list[Path]:
     ]
 
 
-def bundle_rows(bundle: Path, side: str, what: str) -> list[dict[str, Any]]:
+def bundle_rows(bundle: Path, side: str, kind: str) -> list[dict[str, Any]]:
     """What a bundle's "teacher" or "student" answered, to the tasks (`items`) or the open prompts
     (`open`), as rows of a run's folders. ValueError when they are malformed."""
-    if what == "items":
+    if kind == "items":
         return _rows(bundle / ("requests.jsonl" if side == "teacher" else "answers.jsonl"))
-    if what != "open":
+    if kind != "open":
         return []
+
+    # The prompts are in a file of their own, once for both sides.
     try:
         shared = {
             row["id"]: {"id": row["id"], "kind": row.get("kind", "own"), "prompt": row["prompt"]}
@@ -116,10 +128,9 @@ def judged(records: Sequence[Record], info: Record) -> Record:
     ships, else the last one.
     """
     ship = info.get("config", {}).get("ship")
-    found = [r for r in records if r["technique"].startswith("export_")] or [
-        r for r in records if r["slot"] == ship
-    ]
-    return next(iter(found), records[-1])
+    files = [r for r in records if r["technique"].startswith("export_")]
+    shipped = [r for r in records if r["slot"] == ship]
+    return next(iter(files or shipped), records[-1])
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -140,8 +151,9 @@ def worst(records: list[Record]) -> str | None:
     """The worst enforced verdict of these records (FAIL before INCONCLUSIVE before PASS), None
     without any.
     """
-    found = {v["verdict"] for r in records for v in r["verdicts"] if v.get("enforced")}
-    return next((word for word in VERDICTS if word in found), None)
+    verdicts = chain.from_iterable(record["verdicts"] for record in records)
+    words = {verdict["verdict"] for verdict in verdicts if verdict.get("enforced")}
+    return next((word for word in VERDICTS if word in words), None)
 
 
 def load_run(path: Path | str) -> Run:
@@ -156,39 +168,18 @@ def load_run(path: Path | str) -> Run:
         )
     info = _read(path / "run.json", RUN_KEYS)
     slots = info["slots"]
-    found = {file: _read(file, RECORD_KEYS) for file in record_files(path)}
-    if not found:  # a committed run: its records in one file, without folders
-        found = {
-            path / f"records.jsonl, line {number}": _checked(
-                path / "records.jsonl", row, RECORD_KEYS
-            )
-            for number, row in enumerate(_rows(path / "records.jsonl"), 1)
-        }
-    for file, record in found.items():
+    record_by_place = _read_records(path)
+    for place, record in record_by_place.items():
         if record["slot"] not in slots and info.get("exit") in (EXIT_OK, EXIT_BUDGET):
             raise ValueError(
-                f"malformed {file}: slot {record['slot']!r} is not in run.json's slots {slots}"
+                f"malformed {place}: slot {record['slot']!r} is not in run.json's slots {slots}"
             )
-        for key, value in record["scores"].items():
-            if isinstance(value, bool) or not isinstance(value, int | float | None):
-                raise ValueError(
-                    f"malformed {file}: scores[{key!r}] is {value!r}, allowed: a number"
-                )
-        for verdict in record["verdicts"]:
-            if (
-                not isinstance(verdict, dict)
-                or verdict.get("verdict") not in VERDICTS
-                or "sentence" not in verdict
-            ):
-                raise ValueError(
-                    f"malformed {file}: verdict {verdict!r}, allowed: a sentence and one of"
-                    f" {VERDICTS}"
-                )
-    named = [
-        record for record in found.values() if record["slot"] in slots
-    ]  # others were being written when the run was stopped
+        _check_record(place, record)
+
+    # Slots that are not named were being written when the run was stopped.
+    named = [record for record in record_by_place.values() if record["slot"] in slots]
     records = sorted(named, key=lambda record: slots.index(record["slot"]))
-    names = [r["slot"] for r in records]
+    names = [record["slot"] for record in records]
     if len(set(names)) < len(names):
         raise ValueError(
             f"malformed run {path}: two records for one slot in {names}; remove the stale folder"
@@ -202,83 +193,106 @@ def load_run(path: Path | str) -> Run:
     return Run(path, info, records)
 
 
+def _read_records(path: Path) -> dict[Path, Record]:
+    """Where each record of a run is read, and the record: in its slots' folders; of a committed
+    run, which has none, in records.jsonl.
+    """
+    if files := record_files(path):
+        return {file: _read(file, RECORD_KEYS) for file in files}
+    file = path / "records.jsonl"
+    return {
+        path / f"{file.name}, line {number}": _checked(file, row, RECORD_KEYS)
+        for number, row in enumerate(_rows(file), 1)
+    }
+
+
+def _check_record(place: Path, record: Record) -> None:
+    """ValueError unless all scores are numbers, and all verdicts have a word and a sentence."""
+    for key, value in record["scores"].items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"malformed {place}: scores[{key!r}] is {value!r}, allowed: a number")
+
+    for verdict in record["verdicts"]:
+        if (
+            not isinstance(verdict, dict)
+            or verdict.get("verdict") not in VERDICTS
+            or "sentence" not in verdict
+        ):
+            raise ValueError(
+                f"malformed {place}: verdict {verdict!r}, allowed: a sentence and one of {VERDICTS}"
+            )
+
+
 def open_run(name: str, runs_dir: Path | str = "runs") -> Run:
     """A run by its path, by `demo/2026-11-21T03-30-00` or by `demo` (its newest); one slot of it,
     as RUN/SLOT; or a bundle, by its path.
     """
-    above, _, slot = name.rstrip("/").rpartition("/")
-    for run_name, chosen in ((name, ""), (above or name, re.sub(r"^\d\d-", "", slot))):
-        for place in (Path(run_name), Path(runs_dir) / run_name):
-            if not chosen and (place / "manifest.json").is_file():
-                return _load_bundle(place)
-            runs = (
-                [place]
-                if (place / "run.json").is_file()
-                else [file.parent for file in place.glob("*/run.json")]
-            )
-            if runs:
-                run = load_run(
-                    max(runs, key=lambda run: run.name)
-                )  # the names are times and sort as such
-                if chosen not in ("", *(slots := [r["slot"] for r in run.records])):
-                    raise ValueError(
-                        f"{place} has no run or slot {chosen!r}; {nearest(chosen, slots)}"
-                    )
-                return replace(run, chosen=chosen)
-    known = {p.parent.parent.name for p in Path(runs_dir).glob("*/*/run.json")}
+    # The whole name as a run or a bundle first; then its last part as a slot, with or without the
+    # number of its folder.
+    if run := _run_at(name, "", Path(runs_dir)):
+        return run
+    above, _, folder = name.rstrip("/").rpartition("/")
+    if run := _run_at(above or name, re.sub(r"^\d\d-", "", folder), Path(runs_dir)):
+        return run
+
+    recipes = {file.parent.parent.name for file in Path(runs_dir).glob("*/*/run.json")}
     raise ValueError(
-        f"no run called {name!r} in {runs_dir}; {nearest(name, known)}; name a run directory,"
+        f"no run called {name!r} in {runs_dir}; {nearest(name, recipes)}; name a run directory,"
         " <recipe>/<time> or <recipe>, a slot below one of these, or a bundle; or make one with"
         " `compress run RECIPE`"
     )
 
 
+def _run_at(name: str, slot: str, runs_dir: Path) -> Run | None:
+    """The run, or without a `slot` the bundle, at the path `name` or below `runs_dir`; None where
+    there is none. ValueError: it has no such slot.
+    """
+    for place in (Path(name), runs_dir / name):
+        if not slot and (place / "manifest.json").is_file():
+            return _load_bundle(place)
+
+        # A recipe's folder holds its runs, whose names are times and sort as such.
+        is_run = (place / "run.json").is_file()
+        runs = [place] if is_run else [file.parent for file in place.glob("*/run.json")]
+        if not runs:
+            continue
+        run = load_run(max(runs, key=lambda folder: folder.name))
+        slots = [record["slot"] for record in run.records]
+        if slot and slot not in slots:
+            raise ValueError(f"{place} has no run or slot {slot!r}; {nearest(slot, slots)}")
+        return replace(run, chosen=slot)
+    return None
+
+
 def _load_bundle(path: Path) -> Run:
     """A bundle as a run of two records: the teacher, and the file that was judged."""
-    manifest = _read(
-        path / "manifest.json",
-        {
-            "run": str,
-            "judged": str,
-            "scores": dict,
-            "verdicts": list,
-            "lineage": list,
-            "config": dict,
-        },
-    )
+    manifest = _read(path / "manifest.json", MANIFEST_KEYS)
     if re.fullmatch(r"\.*|.*/.*", manifest["judged"], re.DOTALL):
         raise ValueError(
             f"malformed {path / 'manifest.json'}: 'judged' is {manifest['judged']!r}, allowed: a"
             " file or folder of the bundle"
         )
-    if not manifest["lineage"] or not all(
-        isinstance(r, dict) and {"slot", "technique"} <= r.keys() for r in manifest["lineage"]
+    lineage = manifest["lineage"]
+    if not lineage or not all(
+        isinstance(slot, dict) and {"slot", "technique"} <= slot.keys() for slot in lineage
     ):
         raise ValueError(
             f"malformed {path / 'manifest.json'}: 'lineage', allowed: slots with their techniques;"
             " copy the bundle again"
         )
-    made = judged(manifest["lineage"], manifest)
-    runtime = {"export_gguf": "llama.cpp", "export_onnx": "onnxruntime"}.get(
-        made["technique"], "torch"
-    )
-    records = [
-        r | {"scores": {}, "verdicts": []} for r in manifest["lineage"] if r["slot"] == "teacher"
-    ]
-    records += [
-        made
-        | {key: manifest.get(key, {}) for key in ("scores", "intervals", "rows", "verdicts")}
-        | {"runtime": runtime}
-    ]
-    return Run(
-        path,
-        manifest
-        | {
-            "name": f"{manifest['run']}/bundle",
-            "recipe": manifest["run"].partition("/")[0],
-        },
-        records,
-    )
+
+    # The manifest has the scores of what was judged alone.
+    student = judged(lineage, manifest)
+    runtimes = {"export_gguf": "llama.cpp", "export_onnx": "onnxruntime"}
+    numbers = {key: manifest.get(key, {}) for key in ("scores", "intervals", "rows", "verdicts")}
+    runtime = runtimes.get(student["technique"], "torch")
+    teachers = [slot for slot in lineage if slot["slot"] == "teacher"]
+    records = [teacher | {"scores": {}, "verdicts": []} for teacher in teachers]
+    records.append(student | numbers | {"runtime": runtime})
+
+    recipe = manifest["run"].partition("/")[0]
+    named = {"name": f"{manifest['run']}/bundle", "recipe": recipe}
+    return Run(path, manifest | named, records)
 
 
 def _read(file: Path, keys: dict[str, type]) -> dict[str, Any]:
@@ -292,11 +306,16 @@ def _read(file: Path, keys: dict[str, type]) -> dict[str, Any]:
 
 
 def _checked(file: Path, data: Any, keys: dict[str, type]) -> dict[str, Any]:
-    if (got := data.get("schema") if isinstance(data, dict) else type(data).__name__) != SCHEMA:
+    """`data` without what gives access in URLs. ValueError unless it is of this version's schema
+    and has `keys` of these types.
+    """
+    schema = data.get("schema") if isinstance(data, dict) else type(data).__name__
+    if schema != SCHEMA:
         raise ValueError(
-            f"cannot read {file}: schema {got!r}, this version reads schema {SCHEMA}; "
+            f"cannot read {file}: schema {schema!r}, this version reads schema {SCHEMA}; "
             "use the version of compress which wrote it, or run the recipe again"
         )
+
     for key, kind in keys.items():
         if not isinstance(data.get(key), kind):
             raise ValueError(

@@ -103,22 +103,22 @@ def fronts(records: Sequence[Record]) -> list[str]:
     """For every record in which of `bytes` and `ms` nothing here beats it at its accuracy kept, or
     at its KL where no tasks were scored.
     """
+    # Less is better in both of a pair, so accuracy counts with its sign turned.
+    measure, sign = "", 1
+    for key, direction in (("kl_to_teacher", 1), ("kept", -1)):
+        if sum(key in record["scores"] for record in records) > 1:
+            measure, sign = key, direction
+
     marks: list[list[str]] = [[] for _ in records]
-    measure, sign = next(
-        (
-            pair
-            for pair in (("kept", -1), ("kl_to_teacher", 1))
-            if sum(pair[0] in r["scores"] for r in records) > 1
-        ),
-        ("", 1),
-    )
     for name, key in (("bytes", "size_bytes"), ("ms", "latency_ms_p50")):
-        pairs = [(r["scores"].get(key), r["scores"].get(measure)) for r in records]
-        known = [i for i, pair in enumerate(pairs) if None not in pair and math.isfinite(sum(pair))]
-        for i, on in zip(
-            known, undominated([(pairs[i][0], sign * pairs[i][1]) for i in known]), strict=True
-        ):
-            marks[i] += [name] * on
+        pairs = [(record["scores"].get(key), record["scores"].get(measure)) for record in records]
+        measured = [
+            i for i, pair in enumerate(pairs) if None not in pair and math.isfinite(sum(pair))
+        ]
+        points = [(pairs[i][0], sign * pairs[i][1]) for i in measured]
+        for i, on_front in zip(measured, undominated(points), strict=True):
+            if on_front:
+                marks[i].append(name)
     return [", ".join(mark) for mark in marks]
 
 
@@ -132,12 +132,12 @@ def verdict_word(verdict: dict) -> str:
 
 def verdict_lines(records: Sequence[Record]) -> list[str]:
     """One line per enforced limit: 'PASS         gguf: size 58.6 MB is within 60.0 MB'."""
-    return [
-        f"{v['verdict']:<12} {r['slot']}: {v['sentence']}"
-        for r in records
-        for v in r["verdicts"]
-        if v.get("enforced")
-    ]
+    lines = []
+    for record in records:
+        for verdict in record["verdicts"]:
+            if verdict.get("enforced"):
+                lines.append(f"{verdict['verdict']:<12} {record['slot']}: {verdict['sentence']}")
+    return lines
 
 
 def stage_table(records: Sequence[Record]) -> Table:
@@ -161,9 +161,12 @@ def markdown_table(records: Sequence[Record]) -> str:
         *(c.head.replace("/\n", "/").replace("\n", " ") for c in columns),
         "verdict",
     ]
-    rows = [
-        [r["slot"], r["technique"], *(c.text(r) for c in columns), standing(r)] for r in records
-    ]
+    rows = []
+    for record in records:
+        cells = [column.text(record) for column in columns]
+        rows.append([record["slot"], record["technique"], *cells, standing(record)])
+
+    # No name ends a cell or a row, or begins a tag.
     escaped = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "})
     lines = [heads, ["---", "---", *(["---:"] * len(columns)), "---"], *rows]
     return "".join(
@@ -181,29 +184,28 @@ def print_table(table: Table, console: Console | None = None) -> None:
 
 def _table(rows: Sequence[tuple[str, str, Record, Record | None]], between_runs: bool) -> Table:
     """Rows of (slot, what stands below it, record, reference)."""
-    columns = columns_of([record for _, _, record, _ in rows])
+    records = [record for _, _, record, _ in rows]
+    columns = columns_of(records)
     table = Table("slot", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for column in columns:
         table.add_column(column.head, justify="right")
     table.add_column("verdict")
-    for (slot, name, record, reference), mark in zip(
-        rows, fronts([record for _, _, record, _ in rows]), strict=True
-    ):
-        differences = (
-            c.difference(record, reference) if between_runs or c.against_teacher else ""
-            for c in columns
-        )
-        cells = [
-            Text.assemble(c.text(record), (f"\n{d}" if d else "", "dim"))
-            for c, d in zip(columns, differences, strict=True)
-        ]
+
+    for (slot, name, record, reference), front in zip(rows, fronts(records), strict=True):
+        below = f"\n{name}" if name != slot else ""
+        cells = [Text.assemble((slot, "bold"), (below, "dim"))]
+
+        # A difference stands below its value, where the column has one.
+        for column in columns:
+            difference = ""
+            if between_runs or column.against_teacher:
+                difference = column.difference(record, reference)
+            below = f"\n{difference}" if difference else ""
+            cells.append(Text.assemble(column.text(record), (below, "dim")))
+
         word = standing(record)
         style = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}.get(word, "dim")
-        cells.append(
-            Text.assemble(
-                (word, style), (f"\nfront: {mark}" if mark and between_runs else "", "dim")
-            )
-        )
-        below = f"\n{name}" if name != slot else ""
-        table.add_row(Text.assemble((slot, "bold"), (below, "dim")), *cells)
+        below = f"\nfront: {front}" if front and between_runs else ""
+        cells.append(Text.assemble((word, style), (below, "dim")))
+        table.add_row(*cells)
     return table

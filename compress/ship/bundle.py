@@ -1,21 +1,21 @@
 """The bundle: what a deployment team receives, and can check without trusting us.
 
-hf/  the checkpoint as a plain Hugging Face directory
-model-TYPE.gguf, compressed_tensors/  the same weights as the recipe's `export.files` says
-        (formats/__init__.py)
-README.md         model card: score table, verdicts, what it says, lineage, licences
-manifest.json     files, lineage, limits, scores and evaluation settings; all that `accept` needs
-requests.jsonl    every scored item as it was put to the teacher (context, choices, gold) and what
-                  it answered (logliks), so that accuracy kept can be measured again without any
-                  task's code
-answers.jsonl     what the judged file answered to these (where it could stop early, to those it was
-                  asked), so that `compress compare` can name what got better or worse
+hf/                  the checkpoint as a plain Hugging Face directory
+model-TYPE.gguf, compressed_tensors/
+                     the same weights as the recipe's `export.files` says (formats/__init__.py)
+README.md            model card: score table, verdicts, what it says, lineage, licences
+manifest.json        files, lineage, limits, scores and evaluation settings; all that `accept` needs
+requests.jsonl       every scored item as it was put to the teacher (context, choices, gold) and
+                     what it answered (logliks), so that accuracy kept can be measured again without
+                     any task's code
+answers.jsonl        what the judged file answered to these (where it could stop early, to those it
+                     was asked), so that `compress compare` can name what got better or worse
 open_prompts.jsonl   the open prompts with their checks, as `eval.open_prompts` takes them
                      (score/open.py); not there when nothing was asked
 open_answers.jsonl   what teacher and judged file said to them, {"id", "teacher": {answer, ended,
                      loops, right}, "student": {...}}, so that `accept` needs no teacher for
                      open/kept
-SHA256SUMS        sha256 of every other file, in the format of `sha256sum -c`
+SHA256SUMS           sha256 of every other file, in the format of `sha256sum -c`
 """
 
 import json
@@ -23,14 +23,14 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compress import formats
 from compress.models.checkpoint import sha256_file
 from compress.report import answers
-from compress.report.records import Run, folder_of
+from compress.report.records import Record, Run, folder_of
 from compress.report.table import markdown_table, verdict_lines
 from compress.score.open import Answers
 from compress.score.prompts import Prompt, as_row
@@ -42,7 +42,9 @@ LINE = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)
 SUMS_BYTES = 10_000_000  # a line is some hundred
 # Of a record; the last one where it was asked.
 LINEAGE = ("slot", "technique", "parent", "digest", "key", "stage_config", "metrics", "open_form")
-WORST, GOOD = 5, 3  # answers in the model card
+# Answers in the model card.
+WORST = 5
+GOOD = 3
 
 
 def write_bundle(
@@ -51,92 +53,129 @@ def write_bundle(
 ) -> Path:  # fmt: skip
     """Write the bundle of a finished run beside `final` and rename it into place. Returns `final`.
 
-    `prompts`: the open prompts that the run put.
+    `checkpoint`: the shipped slot's; `files`: what was exported of it, as measured; `teacher`: the
+    recipe's, as opened; `prompts`: the open prompts that the run put.
     """
     part = final.with_name(".bundle.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(checkpoint, part / "hf", ignore=shutil.ignore_patterns(STAGE_JSON))
     for shipped in files:
-        (shutil.copytree if shipped.model.path.is_dir() else shutil.copyfile)(
-            shipped.model.path, part / shipped.model.path.name
-        )
-    source = (
-        json.loads((teacher.path / "source.json").read_text())
-        if (teacher.path / "source.json").is_file()
-        else {}
-    )
-    origin = {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest} | source
-    first = next(r for r in run.records if r["slot"] == "teacher")
+        copy = shutil.copytree if shipped.model.path.is_dir() else shutil.copyfile
+        copy(shipped.model.path, part / shipped.model.path.name)
+
+    # What was asked, and what teacher and judged file answered.
+    reference = next(record for record in run.records if record["slot"] == "teacher")
     judged = files[0].record if files else run.final
-    for record, name in ((first, "requests.jsonl"), (judged, "answers.jsonl")):
-        shutil.copyfile(folder_of(run.path, record) / "items.jsonl", part / name)
-    _write_open(part, prompts, *(run.rows(record, "open") for record in (first, judged)))
+    shutil.copyfile(folder_of(run.path, reference) / "items.jsonl", part / "requests.jsonl")
+    shutil.copyfile(folder_of(run.path, judged) / "items.jsonl", part / "answers.jsonl")
+    _write_open(part, prompts, run.rows(reference, "open"), run.rows(judged, "open"))
+
+    # The manifest names the files so far; the sums name it and the card besides.
     manifest = {
         "schema": 1,
         "run": run.info["name"],
         "budget": "PASS" if passed else "FAIL",
-        "teacher": origin,
+        "teacher": _origin(run, teacher),
         "config": run.info["config"],
         "judged": files[0].model.path.name if files else "hf",
         **{key: judged[key] for key in ("scores", "intervals", "rows", "verdicts")},
-        "machine": run.info["machine"],
-        "versions": run.info["versions"],
-        "git_sha": run.info["git_sha"],
-        "digests": run.info["digests"],
-        "lineage": [{k: r[k] for k in LINEAGE if k in r} for r in run.records],
+        **{key: run.info[key] for key in ("machine", "versions", "git_sha", "digests")},
+        "lineage": [_ancestor(record) for record in run.records],
         "files": file_table(part),
     }
     write_json(part / "manifest.json", manifest)
     card = model_card(run, manifest, passed=passed)
     (part / "README.md").write_text(card, encoding="utf-8", errors="replace")
     table = file_table(part)
-    (part / SUMS).write_text(
-        "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(table.items()))
-    )
+    sums = [f"{entry['sha256']}  {name}\n" for name, entry in sorted(table.items())]
+    (part / SUMS).write_text("".join(sums))
+
     shutil.rmtree(final, ignore_errors=True)
     commit(part, final)
     return final
+
+
+def _origin(run: Run, teacher: Any) -> dict[str, Any]:
+    """Where the teacher is from: what the recipe calls it, its digest, and of an imported one its
+    file and licence.
+    """
+    file = teacher.path / "source.json"
+    source = json.loads(file.read_text()) if file.is_file() else {}
+    return {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest} | source
+
+
+def _ancestor(record: Record) -> dict[str, Any]:
+    """Of a slot's record, what the manifest keeps."""
+    return {key: record[key] for key in LINEAGE if key in record}
 
 
 def _write_open(
     folder: Path, prompts: Sequence[Prompt], teacher: Answers, student: Answers
 ) -> None:
     """The prompts that both answered and what they said, below `folder`; no file without any."""
-    its, mine = ({row["id"]: row for row in rows} for rows in (teacher, student))
-    asked = [prompt for prompt in prompts if prompt.id in its and prompt.id in mine]
+    teacher_rows = {row["id"]: row for row in teacher}
+    student_rows = {row["id"]: row for row in student}
+    asked = [p for p in prompts if p.id in teacher_rows and p.id in student_rows]
     if not asked:
         return
-    said = [
-        {"id": prompt.id, "teacher": _said(its[prompt.id]), "student": _said(mine[prompt.id])}
+
+    answered = [
+        {
+            "id": prompt.id,
+            "teacher": _answer(teacher_rows[prompt.id]),
+            "student": _answer(student_rows[prompt.id]),
+        }
         for prompt in asked
     ]
-    for name, lines in (("open_prompts.jsonl", map(as_row, asked)), ("open_answers.jsonl", said)):
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _write_lines(folder / "open_prompts.jsonl", map(as_row, asked))
+    _write_lines(folder / "open_answers.jsonl", answered)
 
 
-def _said(row: Mapping[str, Any]) -> dict[str, Any]:
+def _write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows as JSON, one a line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
     """Of an answer, what a bundle keeps."""
     return {key: row[key] for key in ("form", "answer", "ended", "loops", "right")}
 
 
 def _what_it_says(run: Run) -> list[str]:
     """The model card's section on open answers, empty where nothing was asked."""
-    told, pairs = answers.figures(run.final), answers.asked(run)
-    if not told:
+    figures = answers.figures(run.final)
+    if not figures:
         return []
-    rest = [(pair, pair[1]) for pair in pairs[WORST:]]
-    good = [pair for pair, its in rest if its["right"] and its["ended"] and not its["loops"]]
-    spread = good[:: max(1, len(good) // GOOD)][:GOOD]  # over their ids, and so of several kinds
-    lines = ["## What it says", "", told, answers.plainly(run), ""]
-    for title, some in (("The worst answers:", pairs[:WORST]), ("Good ones:", spread)):
-        if some:
-            lines += [title, "", *(f"{answers.quoted(pair)}\n" for pair in some)]
+    pairs = answers.asked(run)
+
+    # Good ones are spread over their ids, and so of several kinds.
+    good = []
+    for pair in pairs[WORST:]:
+        student = pair[1]
+        if student["right"] and student["ended"] and not student["loops"]:
+            good.append(pair)
+    spread = good[:: max(1, len(good) // GOOD)][:GOOD]
+
+    lines = ["## What it says", "", figures, answers.plainly(run), ""]
+    for title, shown in (("The worst answers:", pairs[:WORST]), ("Good ones:", spread)):
+        if shown:
+            lines += [title, "", *(f"{answers.quoted(pair)}\n" for pair in shown)]
     return lines
 
 
 def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
     """The bundle's README: what it is, what it costs, where it comes from."""
-    origin = manifest["teacher"]
+    origin, config = manifest["teacher"], run.info["config"]
+    files = []
+    for format, type, _ in map(formats.parse, config["export"]["files"]):
+        file = format.file.format(type=type)
+        files.append(f"- `{file}`: {format.about.format(file=file)}")
+    lineage = [
+        f"{number}. `{slot['slot']}` ({slot['technique']}) from `{slot['parent'] or 'nothing'}`,"
+        f" weights sha256 `{slot['digest'][:16]}`"
+        for number, slot in enumerate(manifest["lineage"], 1)
+    ]
+
     lines = [
         f"# {run.info['recipe']}: a student of {origin['source']}",
         "",
@@ -149,10 +188,7 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         "## Files",
         "",
         "- `hf/`: the checkpoint for transformers and further training, unpacked",
-        *[
-            f"- `{(file := format.file.format(type=type))}`: {format.about.format(file=file)}"
-            for format, type, _ in map(formats.parse, run.info["config"]["export"]["files"])
-        ],
+        *files,
         "",
         "## Scores",
         "",
@@ -165,11 +201,7 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         *_what_it_says(run),
         "## Lineage",
         "",
-        *[
-            f"{i}. `{e['slot']}` ({e['technique']}) from `{e['parent'] or 'nothing'}`, weights"
-            f" sha256 `{e['digest'][:16]}`"
-            for i, e in enumerate(manifest["lineage"], 1)
-        ],
+        *lineage,
         "",
         "## Licences",
         "",
@@ -179,7 +211,7 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         ),
         *[
             f"- Training text: {name}"
-            for name in [*run.info["config"]["data"]["train"], *run.info["config"]["data"]["chat"]]
+            for name in [*config["data"]["train"], *config["data"]["chat"]]
         ],
         "",
         "## Check it",
@@ -216,18 +248,14 @@ def read_sums(bundle: Path) -> dict[str, str]:
             f"{sums} has {sums.stat().st_size:,} bytes, at most {SUMS_BYTES:,} are read; copy the"
             " bundle again from its source"
         )
+
+    # What comes behind the last line feed is a line without one, which is refused.
     *lines, rest = sums.read_bytes().split(b"\n")
     expected: dict[str, str] = {}
     for number, line in enumerate([*lines, rest] if rest else lines, 1):
         match = LINE.fullmatch(line.decode("utf-8", "surrogateescape"))
         name = match[2] if match else ""
-        whole = match and number <= len(lines) and name.isprintable() and "\\" not in name
-        if (
-            not whole
-            or str(PurePosixPath(name)) != name
-            or PurePosixPath(name).is_absolute()
-            or ".." in PurePosixPath(name).parts
-        ):
+        if not match or number > len(lines) or not _is_relative_name(name):
             shown = line.decode("utf-8", "replace")[:200]
             raise ValueError(
                 f"{sums}, line {number} is not 'sha256  relative/name' and a line feed: {shown!r};"
@@ -242,6 +270,13 @@ def read_sums(bundle: Path) -> dict[str, str]:
     return expected
 
 
+def _is_relative_name(name: str) -> bool:
+    """Whether a name means the same to everybody and stays below the bundle."""
+    path = PurePosixPath(name)
+    plain = name.isprintable() and "\\" not in name and str(path) == name
+    return plain and not path.is_absolute() and ".." not in path.parts
+
+
 def _strangers(bundle: Path) -> tuple[dict[str, Path], list[str]]:
     """The bundle's plain files by name, and a sentence on everything else in it."""
     files: dict[str, Path] = {}
@@ -252,6 +287,8 @@ def _strangers(bundle: Path) -> tuple[dict[str, Path], list[str]]:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         if not entries and folder != bundle:
             bad.append(f"{folder.relative_to(bundle)} is an empty folder, which no bundle has")
+
+        # A link to a folder is a link, not a folder.
         for entry in entries:
             name = str(Path(entry.path).relative_to(bundle))
             if entry.is_symlink():
@@ -278,6 +315,8 @@ def verify_bundle(bundle: Path, sha256: str | None = None) -> dict[str, Any]:
             f"{bundle / SUMS} has the sha256 {got}, not {sha256.lower()}: it is not the bundle that"
             " was meant; ask its sender"
         )
+
+    # Every file on either side, once: a link in place of a file is not missing besides.
     files, bad = _strangers(bundle)
     files.pop(SUMS, None)
     linked = {sentence.partition(" is ")[0] for sentence in bad}
@@ -288,6 +327,7 @@ def verify_bundle(bundle: Path, sha256: str | None = None) -> dict[str, Any]:
         for name in sorted(expected.keys() & files.keys())
         if sha256_file(files[name]) != expected[name]
     ]
+
     if bad:
         raise ValueError(
             f"{bundle} does not verify: {'; '.join(sorted(bad))}. Copy the bundle again from its"

@@ -23,7 +23,8 @@ class Tracker:
     """A sink for the records of one run directory. What it does not override, it does not do."""
 
     def __init__(self, run_dir: Path, project: str = "compress") -> None:
-        self.run_dir, self.project = Path(run_dir).resolve(), project
+        self.run_dir = Path(run_dir).resolve()
+        self.project = project
 
     @staticmethod
     def check() -> None:
@@ -54,12 +55,16 @@ class Guarded:
     """
 
     def __init__(self, name: str, sink: Tracker) -> None:
-        self.name, self.sink, self.alive = name, sink, True
+        self.name = name
+        self.sink = sink
+        self.alive = True
 
     def _call(self, method: str, *arguments: Any) -> None:
         try:
             if self.alive:
                 getattr(self.sink, method)(*arguments)
+
+        # Whatever a library raises: the run is worth more than its copy.
         except Exception as error:
             self.alive = False
             why = without_credentials(str(error))

@@ -23,13 +23,20 @@ from requests.utils import get_netrc_auth
 
 from compress.errors import without_credentials
 from compress.report.compare import Flip, flips
-from compress.report.records import Record, folder_of, load_run, worst
+from compress.report.records import Record, Run, folder_of, load_run, worst
 from compress.score.open import worst_first
 from compress.track import Tracker
 
 # Columns of the table `open`.
 OPEN = ("id", "kind", "prompt", "teacher", "student", "teacher_right", "right", "loops", "ended")
-SECONDS_TO_CONNECT, SECONDS_TO_UPLOAD = 20, 30  # after that the tracker is given up, not the run
+# What a W&B run's config has of the record.
+CONFIG_OF_RECORD = (
+    *("recipe", "slot", "index", "technique", "runtime", "parent", "digest", "key", "reused"),
+    "stage_config",
+)
+# After that the tracker is given up, not the run.
+SECONDS_TO_CONNECT = 20
+SECONDS_TO_UPLOAD = 30
 
 
 class Wandb(Tracker):
@@ -45,11 +52,9 @@ class Wandb(Tracker):
         self.mode: Any = (
             mode or os.environ.get("WANDB_MODE") or ("online" if account else "offline")
         )
-        for name in (
-            "WANDB_CACHE_DIR",
-            "WANDB_DATA_DIR",
-            "WANDB_CONFIG_DIR",
-        ):  # below the run directory too, not in the home
+
+        # Below the run directory too, not in the home.
+        for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
             os.environ.setdefault(name, str(self.run_dir / "wandb" / "cache"))
 
     @staticmethod
@@ -64,58 +69,39 @@ class Wandb(Tracker):
             )
 
     def record(self, record: Record) -> None:
-        import wandb
+        recorded = load_run(self.run_dir)
+        run = self._open(record, recorded.info)
 
-        whole = load_run(self.run_dir)
-        run = self._open(record, whole.info)
+        # Closed also where W&B takes only a part of it.
         try:
             run.define_metric("train/*", step_metric="train/step")
-            for row in whole.rows(record, "steps"):
+            for row in recorded.rows(record, "steps"):
                 run.log({f"train/{key}": value for key, value in row.items()})
-            if whole.teacher and (
-                changed := flips(whole.rows(whole.teacher, "items"), whole.rows(record, "items"))
-            ):
-                run.log(
-                    {"flips": wandb.Table(list(Flip._fields), [list(flip) for flip in changed])}
-                )
-            teacher_said = whole.rows(whole.teacher, "open") if whole.teacher else []
-            if said := worst_first(whole.rows(record, "open"), teacher_said):
-                rows = [[row[key] for key in OPEN] for row in said]
-                run.log({"open": wandb.Table(list(OPEN), rows)})
-            named = {
-                "score/{}": record["scores"],
-                "stage/{}": record.get("metrics", {}),
-                "stage/{}_seconds": record.get("seconds", {}),
-            }
-            run.log(
-                {
-                    form.format(key): value
-                    for form, values in named.items()
-                    for key, value in values.items()
-                }
-            )
-            run.summary["verdict"] = worst([record]) or "none enforced"
-            run.summary.update(
-                {
-                    f"verdict/{v['limit']}": f"{v['verdict']}: {v['sentence']}"
-                    for v in record["verdicts"]
-                }
-            )
-            weights = (folder_of(self.run_dir, record) / "weights").resolve()
-            if weights.exists():
-                parent = next((r for r in whole.records if r["slot"] == record["parent"]), {})
-                lineage = {
-                    key: record.get(key) for key in ("digest", "key", "parent", "technique")
-                } | {"parent_digest": parent.get("digest")}
-                artifact = wandb.Artifact(_artifact(record), "model", metadata=lineage)
-                artifact.add_reference(weights.as_uri(), checksum=True)
-                if (
-                    parent and self.mode == "online"
-                ):  # offline it raises; the metadata says the same
-                    run.use_artifact(f"{_artifact(parent)}:{parent['digest'][:12]}")
-                run.log_artifact(artifact, aliases=["latest", record["digest"][:12]])
+            _log_answers(run, recorded, record)
+            _log_scores(run, record)
+            self._log_weights(run, recorded, record)
         finally:
             run.finish(exit_code=0)
+
+    def _log_weights(self, run: Any, recorded: Run, record: Record) -> None:
+        """A slot's weights as a reference with checksums, and the parent's as what they were made
+        of. Nothing where they are no longer here.
+        """
+        import wandb
+
+        weights = (folder_of(self.run_dir, record) / "weights").resolve()
+        if not weights.exists():
+            return
+        parent = next((r for r in recorded.records if r["slot"] == record["parent"]), {})
+        lineage = {key: record.get(key) for key in ("digest", "key", "parent", "technique")}
+        lineage["parent_digest"] = parent.get("digest")
+        artifact = wandb.Artifact(_artifact(record), "model", metadata=lineage)
+        artifact.add_reference(weights.as_uri(), checksum=True)
+
+        # Offline this raises; the metadata say the same.
+        if parent and self.mode == "online":
+            run.use_artifact(f"{_artifact(parent)}:{parent['digest'][:12]}")
+        run.log_artifact(artifact, aliases=["latest", record["digest"][:12]])
 
     def finish(self, exit_code: int) -> None:
         """Wait for W&B's own process: closing a run returns some milliseconds before its file is
@@ -132,26 +118,15 @@ class Wandb(Tracker):
         import wandb
 
         name = f"{record['run']}/{record['slot']}"
-        config = {
-            k: record.get(k)
-            for k in (
-                "recipe",
-                "slot",
-                "index",
-                "technique",
-                "runtime",
-                "parent",
-                "digest",
-                "key",
-                "reused",
-                "stage_config",
-            )
-        }
-        id = hashlib.sha256(name.encode()).hexdigest()[
-            :16
-        ]  # online, a run of the same id is replaced; offline, its files are
+        config = {key: record.get(key) for key in CONFIG_OF_RECORD}
+        config |= {key: about.get(key) for key in ("git_sha", "versions", "machine")}
+
+        # Online, a run of the same id is replaced; offline, its files are.
+        id = hashlib.sha256(name.encode()).hexdigest()[:16]
         for earlier in self.run_dir.glob(f"wandb/offline-run-*-{id}"):
             shutil.rmtree(earlier)
+
+        # Progress lines of artifacts obey only the process-wide settings.
         settings = wandb.Settings(
             x_disable_meta=True,
             x_disable_stats=True,
@@ -170,9 +145,7 @@ class Wandb(Tracker):
             finish_timeout_raises=True,
             root_dir=str(self.run_dir),
         )
-        wandb.setup(
-            settings=settings
-        )  # progress lines of artifacts obey only the process-wide settings
+        wandb.setup(settings=settings)
         try:
             return wandb.init(
                 project=self.project,
@@ -183,7 +156,7 @@ class Wandb(Tracker):
                 group=record["run"],
                 id=id,
                 job_type=record["slot"],
-                config=config | {k: about.get(k) for k in ("git_sha", "versions", "machine")},
+                config=config,
             )
         except (wandb.errors.Error, TimeoutError) as error:
             if self.mode != "online":
@@ -196,6 +169,41 @@ class Wandb(Tracker):
                 file=sys.stderr,
             )
             return self._open(record, about)
+
+
+def _log_answers(run: Any, recorded: Run, record: Record) -> None:
+    """Tables of what a slot answered: `flips` to tasks that its teacher answered otherwise, `open`
+    to open prompts.
+    """
+    import wandb
+
+    teacher = recorded.teacher
+    if teacher:
+        changed = flips(recorded.rows(teacher, "items"), recorded.rows(record, "items"))
+        if changed:
+            rows = [list(flip) for flip in changed]
+            run.log({"flips": wandb.Table(list(Flip._fields), rows)})
+
+    teacher_answers = recorded.rows(teacher, "open") if teacher else []
+    if answers := worst_first(recorded.rows(record, "open"), teacher_answers):
+        rows = [[row[key] for key in OPEN] for row in answers]
+        run.log({"open": wandb.Table(list(OPEN), rows)})
+
+
+def _log_scores(run: Any, record: Record) -> None:
+    """One row of a record's numbers, and its verdicts as the run's summary."""
+    row = {f"score/{key}": value for key, value in record["scores"].items()}
+    row |= {f"stage/{key}": value for key, value in record.get("metrics", {}).items()}
+    row |= {f"stage/{key}_seconds": value for key, value in record.get("seconds", {}).items()}
+    run.log(row)
+
+    run.summary["verdict"] = worst([record]) or "none enforced"
+    run.summary.update(
+        {
+            f"verdict/{verdict['limit']}": f"{verdict['verdict']}: {verdict['sentence']}"
+            for verdict in record["verdicts"]
+        }
+    )
 
 
 def _artifact(record: Record) -> str:

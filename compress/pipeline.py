@@ -24,7 +24,7 @@ from compress.report.records import load_run
 from compress.report.table import print_table, stage_table, verdict_lines
 from compress.rundir import RunDir, now, reserved
 from compress.score import payoff
-from compress.score.intervals import Paired
+from compress.score.intervals import Scores
 from compress.score.scorer import Measured
 from compress.score.size import size
 from compress.score.talk import has_template
@@ -84,7 +84,7 @@ def conclude(
     measured = session.scorer.measure(
         model, tasks=tasks, asked=asked, timed=timed, against=teacher, limits=wanted
     )
-    near = session.scorer.beside(measured, teacher, parent) if teacher else Paired({}, {}, [])
+    near = session.scorer.beside(measured, teacher, parent) if teacher else Scores({}, {}, [])
     scores, intervals, excluded = (
         measured.scores | near.scores,
         measured.intervals | near.intervals,
@@ -126,7 +126,7 @@ def conclude(
 
 
 def payoff_note(
-    session: Session, slot: str, measured: Measured, near: Paired, parent: Measured | None
+    session: Session, slot: str, measured: Measured, near: Scores, parent: Measured | None
 ) -> dict[str, Any]:
     """Whether a stage that bought nothing but quality paid, said at once; {} for other stages.
     `kept`: whose weights go on.

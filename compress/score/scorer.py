@@ -43,7 +43,7 @@ from compress.score.fidelity import (
     hidden_of,
     perplexities,
 )
-from compress.score.intervals import Paired, accuracy, paired_scores, ratio_interval
+from compress.score.intervals import Scores, accuracy, paired_scores, ratio_interval
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
 from compress.score.open import answered, beside_teacher, choice_gap, own_scores, plausible
@@ -252,7 +252,7 @@ class Scorer:
         ours = sources_digest(*SOURCES, *SOURCES_OF_RUNTIME[runtime])
         return [self.settings_named, ours, versions_of(*SCORES, *OF_RUNTIME[runtime])]
 
-    def compare(self, student: Measured, reference: Measured) -> Paired:
+    def compare(self, student: Measured, reference: Measured) -> Scores:
         """kl_to_teacher and top1_agree, beside any `reference`, on the held-out texts, each and
         together, with intervals over rows; from the store if it is there.
         """
@@ -261,7 +261,7 @@ class Scorer:
             write_json(
                 path, closeness(self._states(reference), self._states(student), len(self.ids_SL))
             )
-        near, found = json.loads(path.read_text()), Paired({}, {}, [], {})
+        near, found = json.loads(path.read_text()), Scores({}, {}, [], {})
         rows: dict[str, list[list[float]]] = {}
         for name, values_S in (
             ("kl_to_teacher", near["kl_rows"]),
@@ -303,7 +303,7 @@ class Scorer:
             )
         return json.loads(path.read_text())
 
-    def beside(self, student: Measured, teacher: Measured, parent: Measured | None) -> Paired:
+    def beside(self, student: Measured, teacher: Measured, parent: Measured | None) -> Scores:
         """A student beside its teacher and, for the KL, its parent."""
         near = self.compare(student, teacher)
         rows = dict(near.rows)
@@ -339,7 +339,7 @@ class Scorer:
             partial=self.settings.stop_early,
         )
         scores = near.scores | paired.scores | drift(student.scores, teacher.scores)
-        return Paired(scores, near.intervals | paired.intervals, paired.excluded, near.rows)
+        return Scores(scores, near.intervals | paired.intervals, paired.excluded, near.rows)
 
     def _plausible(self, student: Measured, teacher: Measured) -> dict[str, Any]:
         """What the teacher finds of the student's answers, from the store if it is there; {} where

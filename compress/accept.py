@@ -21,8 +21,9 @@ from compress.config import Teacher
 from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError
 from compress.models.checkpoint import weights_digest
 from compress.score.intervals import Scores, paired_scores
+from compress.score.measured import Measured
 from compress.score.open import beside_teacher
-from compress.score.scorer import Measured, Scorer
+from compress.score.scorer import Scorer
 from compress.ship.manifest import MANIFEST
 from compress.ship.received import STAND_IN, STAND_IN_TOKENS, UNREAD, Received, receive
 from compress.text.settings import Data

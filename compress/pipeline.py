@@ -25,7 +25,7 @@ from compress.report.table import print_table, stage_table, verdict_lines
 from compress.rundir import RunDir, now, reserved
 from compress.score import payoff
 from compress.score.intervals import Scores
-from compress.score.scorer import Measured
+from compress.score.measured import Measured
 from compress.score.size import size
 from compress.score.talk import has_template
 from compress.session import Session, check_shapes, log, plain, thinned

@@ -20,9 +20,10 @@ from compress.models.checkpoint import Model
 from compress.report.answers import SHOWN, literal, one_line
 from compress.report.records import load_run, open_run
 from compress.score.intervals import Scores
+from compress.score.measured import Measured
 from compress.score.open import beside_teacher, own_scores
 from compress.score.prompts import Prompt, as_row
-from compress.score.scorer import Measured, Scorer, open_prompts
+from compress.score.scorer import Scorer, open_prompts
 from compress.score.settings import Eval
 from compress.ship.bundle import write_bundle
 from compress.teacher import random_teacher

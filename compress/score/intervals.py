@@ -65,6 +65,18 @@ class Scores(NamedTuple):
     rows: Mapping[str, list[list[float]]] = MappingProxyType({})
 
 
+def merged(parts: Sequence[Scores]) -> Scores:
+    """All figures of several; of one name the last."""
+    result = Scores({}, {}, [], {})
+    rows: dict[str, list[list[float]]] = {}
+    for part in parts:
+        result.scores.update(part.scores)
+        result.intervals.update(part.intervals)
+        result.excluded.extend(part.excluded)
+        rows |= part.rows
+    return result._replace(rows=rows)
+
+
 def cells(student: Right, reference: Right) -> NDArray[np.int64]:
     """How many of the items (N,) were answered rightly by neither, the student only, the reference
     only, both: (4,).

@@ -19,9 +19,10 @@ from compress.budget import failed, is_heldout, judge
 from compress.config import Teacher
 from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, printable
 from compress.models.checkpoint import weights_digest
-from compress.score.intervals import Paired, paired_scores
+from compress.score.intervals import Scores, paired_scores
+from compress.score.measured import Measured
 from compress.score.open import beside_teacher
-from compress.score.scorer import Measured, Scorer
+from compress.score.scorer import Scorer
 from compress.ship.manifest import MANIFEST
 from compress.ship.received import STAND_IN, STAND_IN_TOKENS, UNREAD, Received, receive
 from compress.text.settings import Data
@@ -149,12 +150,12 @@ def accept(
     # teacher.
     measured, said, requests = scorer.measure(received.model), received.said, received.requests
     paired = (
-        paired_scores(measured.items, requests, measured.chance) if requests else Paired({}, {}, [])
+        paired_scores(measured.items, requests, measured.chance) if requests else Scores({}, {}, [])
     )
     if reference:
         near = scorer.beside(replace(measured, items=[]), replace(reference, answers=said), None)
     else:
-        near = Paired(*beside_teacher(measured.answers, said), []) if said else Paired({}, {}, [])
+        near = Scores(*beside_teacher(measured.answers, said), []) if said else Scores({}, {}, [])
     scores, intervals = (
         measured.scores | paired.scores | near.scores,
         measured.intervals | paired.intervals | near.intervals,

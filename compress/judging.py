@@ -10,8 +10,8 @@ from compress import budget
 from compress.models.checkpoint import Model
 from compress.rundir import RunDir
 from compress.score import payoff
-from compress.score.intervals import Paired
-from compress.score.scorer import Measured
+from compress.score.intervals import Scores
+from compress.score.measured import Measured
 from compress.score.talk import has_template
 from compress.session import Session, log, thinned
 from compress.stages.training import Keep, Optimization
@@ -36,7 +36,7 @@ class Judged(NamedTuple):
     """A model's own scores, what it is beside teacher and parent, and a verdict for every limit."""
 
     measured: Measured
-    beside: Paired
+    beside: Scores
     verdicts: list[dict[str, Any]]
     seconds: float  # to measure and judge
 
@@ -100,7 +100,7 @@ def measure_and_judge(
         against=teacher,
         limits=[of_the_slot, limits.limits],
     )
-    beside = Paired({}, {}, [])
+    beside = Scores({}, {}, [])
     if teacher:
         beside = session.scorer.beside(measured, teacher, candidate.parent)
 
@@ -148,7 +148,7 @@ def record_of(session: Session, candidate: Candidate, judged: Judged) -> dict[st
 
 
 def payoff_note(
-    session: Session, slot: str, measured: Measured, beside: Paired, parent: Measured | None
+    session: Session, slot: str, measured: Measured, beside: Scores, parent: Measured | None
 ) -> dict[str, Any]:
     """Whether a stage that bought nothing but quality paid, said at once; {} for other stages.
     `kept`: whose weights go on.

@@ -25,7 +25,7 @@ from compress.report.html import write_html
 from compress.report.records import Run, load_run
 from compress.report.table import print_table, stage_table, verdict_lines
 from compress.rundir import RunDir, now, reserved
-from compress.score.scorer import Measured
+from compress.score.measured import Measured
 from compress.score.size import size
 from compress.session import Session, check_shapes, log, plain
 from compress.ship.bundle import write_bundle

@@ -26,7 +26,7 @@ from compress import machine
 from compress.doors import read_json
 from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, ResourceError
 from compress.report.records import RUN_KEYS, SCHEMA, SLOT_FOLDER, folder_of, record_files
-from compress.score.scorer import Measured
+from compress.score.measured import Measured
 from compress.session import Session, plain
 from compress.store import left_over, write_json, write_whole
 from compress.track import open_tracker

@@ -28,8 +28,9 @@ from compress.keys import WEIGHTS, sources_digest, versions_of
 from compress.models.checkpoint import Model, best_device, config_object, read_config
 from compress.models.model_config import meta_model
 from compress.quant.codes import quantizable
+from compress.score.measured import Measured
 from compress.score.prompts import Prompt
-from compress.score.scorer import Measured, Scorer, open_prompts
+from compress.score.scorer import Scorer, open_prompts
 from compress.score.settings import Eval
 from compress.score.task_files import check_tasks
 from compress.stages.context import Context

@@ -44,11 +44,11 @@ from compress.models.gguf_header import read_fields
 from compress.models.head import head_of
 from compress.quant.grids import GRIDS
 from compress.quant.settings import Allocation, Balance, GridName, Method, Scales
+from compress.score.alone import HEADS, RUNTIMES
 from compress.score.fidelity import CHUNK, States, checkpoint_head, closeness, hidden_of
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
 from compress.score.parity import figures as parity_figures
-from compress.score.scorer import HEADS, RUNTIMES
 from compress.score.size import size
 from compress.stages.context import Context
 from compress.stages.ptq import Ptq

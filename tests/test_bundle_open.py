@@ -19,10 +19,11 @@ from compress.formats.gguf import export_gguf
 from compress.models.checkpoint import Model
 from compress.report.answers import SHOWN, literal, one_line
 from compress.report.records import load_run, open_run
-from compress.score.intervals import Paired
+from compress.score.intervals import Scores
+from compress.score.measured import Measured
 from compress.score.open import beside_teacher, own_scores
 from compress.score.prompts import Prompt, as_row
-from compress.score.scorer import Measured, Scorer, open_prompts
+from compress.score.scorer import Scorer, open_prompts
 from compress.score.settings import Eval
 from compress.ship.bundle import write_bundle
 from compress.teacher import random_teacher
@@ -228,7 +229,7 @@ class Asker(Scorer):
         return Measured(model, model.path.name, scores, [], {}, spread, {}, {}, rows)
 
     def compare(self, student, reference):
-        return Paired({"kl_to_teacher": 0.5}, {"kl_to_teacher": (0.4, 0.6)}, [])
+        return Scores({"kl_to_teacher": 0.5}, {"kl_to_teacher": (0.4, 0.6)}, [])
 
     def check_tokenizer(self, model):
         return []

@@ -91,7 +91,7 @@ def score_key(teacher, folder, runtime="torch", text=TEXT, **settings) -> str:
         teacher,
         1,
     )
-    return sha256_json(scorer.depends(runtime))
+    return sha256_json(scorer.depends(runtime).key_parts())
 
 
 SETTINGS = {
@@ -132,7 +132,7 @@ def test_each_input_changes_the_key_of_scores(teacher, tmp_path, monkeypatch, ch
     elif change == "machine":
         monkeypatch.setattr("compress.machine.describe", lambda threads: {"cpu": "another"})
     elif change == "sources":
-        monkeypatch.setattr("compress.score.scorer.sources_digest", lambda *roots: "another")
+        monkeypatch.setattr("compress.score.inputs.sources_digest", lambda *roots: "another")
     elif change in keys.SCORES:
         other_version(monkeypatch, change)
     assert score_key(teacher, tmp_path, **changes) != before

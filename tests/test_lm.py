@@ -21,7 +21,8 @@ from transformers import (
 
 from compress.models.checkpoint import load_model
 from compress.models.tokenizer import load_tokenizer
-from compress.score.lm import KEYS, rows_of, torch_lm
+from compress.score.lm import torch_lm
+from compress.score.trie import KEYS, rows_of
 
 SIZES = {
     "vocab_size": 512,

@@ -171,7 +171,7 @@ def test_without_a_usable_task_there_is_no_kept(share, chance):
 def test_items_that_are_neither_right_nor_wrong_are_no_part_of_accuracy():
     text = [{"task": "wikitext", "doc_id": 0, "loglik": -3.0}]
     assert (
-        paired.paired_scores(text, text, {}) == paired.Paired({}, {}, []) == paired.accuracy(text)
+        paired.paired_scores(text, text, {}) == paired.Scores({}, {}, []) == paired.accuracy(text)
     )
 
 

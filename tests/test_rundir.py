@@ -22,7 +22,7 @@ from compress.models.checkpoint import Model
 from compress.planning import amount
 from compress.report.records import folder_of, load_run
 from compress.rundir import RunDir, reserved
-from compress.score.scorer import Measured
+from compress.score.measured import Measured
 from compress.store import Store, write_json
 
 SLOTS = ("teacher", "depth", "heal")

@@ -75,7 +75,7 @@ def test_another_tokenizer_of_as_many_ids_is_refused_before_anything_is_scored(
     tiny_teacher, other, tmp_path, monkeypatch
 ):
     scorer = scorer_of(tiny_teacher, tmp_path)
-    monkeypatch.setattr("compress.score.scorer.load_model", lambda *a: pytest.fail("it was opened"))
+    monkeypatch.setattr("compress.score.alone.load_model", lambda *a: pytest.fail("it was opened"))
     with pytest.raises(
         ValueError,
         match=r"have different tokenizers: id 300 is .* in the one and .* in the other.*--teacher",

@@ -25,7 +25,7 @@ import numpy as np
 from compress import budget
 from compress.report.records import Record, Run
 from compress.report.table import COLUMN
-from compress.score.intervals import Paired, paired_scores, ratio_interval
+from compress.score.intervals import Scores, paired_scores, ratio_interval
 from compress.score.open import TEACHER_RIGHT, difference_of_flags
 
 Items = Sequence[Mapping[str, Any]]
@@ -222,7 +222,7 @@ def _key(item: Mapping[str, Any]) -> tuple[Any, Any]:
     return item["task"], item["doc_id"]
 
 
-def _gained(paired: Paired, metric: str, lost: str, p: float | None) -> Difference:
+def _gained(paired: Scores, metric: str, lost: str, p: float | None) -> Difference:
     """The points in `lost`, a score of `paired`, as a difference in `metric`: less lost is more."""
     low, high = paired.intervals[lost]
     return Difference(metric, -paired.scores[lost], (-high, -low), p)

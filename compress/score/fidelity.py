@@ -35,7 +35,7 @@ from compress.models.head import Head, head_of, hidden_states, scale_and_softcap
 from compress.models.loading import head_place
 from compress.models.model_config import is_packed
 from compress.models.tokens import opening
-from compress.score.intervals import Items, Paired, ratio_interval
+from compress.score.intervals import Items, Scores, ratio_interval
 
 CHUNK = 256
 
@@ -78,11 +78,11 @@ def checkpoint_head(model_dir: Path) -> Head:
     )
 
 
-def perplexities(items: Items) -> Paired:
+def perplexities(items: Items) -> Scores:
     """word_perplexity, byte_perplexity and bits_per_byte of every task whose items are whole
     documents (logliks, words, bytes), with intervals over documents where there are several.
     """
-    found = Paired({}, {}, [])
+    found = Scores({}, {}, [])
     for task in {item["task"] for item in items if "words" in item}:
         own = [item for item in items if item["task"] == task]
         nats = [-item["logliks"][0] for item in own]

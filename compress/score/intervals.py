@@ -52,8 +52,10 @@ Interval = tuple[float, float]
 RESAMPLES = 10_000
 
 
-class Paired(NamedTuple):
-    """`excluded`: tasks on which the teacher is not surely above chance. `rows`: for figures of
+class Scores(NamedTuple):
+    """Figures by name, of one model or of two beside each other, and their intervals.
+
+    `excluded`: tasks on which the teacher is not surely above chance. `rows`: for figures of
     text, arguments of `ratio_interval`.
     """
 
@@ -61,6 +63,18 @@ class Paired(NamedTuple):
     intervals: dict[str, Interval]
     excluded: list[str]
     rows: Mapping[str, list[list[float]]] = MappingProxyType({})
+
+
+def merged(parts: Sequence[Scores]) -> Scores:
+    """All figures of several; of one name the last."""
+    result = Scores({}, {}, [], {})
+    rows: dict[str, list[list[float]]] = {}
+    for part in parts:
+        result.scores.update(part.scores)
+        result.intervals.update(part.intervals)
+        result.excluded.extend(part.excluded)
+        rows |= part.rows
+    return result._replace(rows=rows)
 
 
 def cells(student: Right, reference: Right) -> NDArray[np.int64]:
@@ -97,11 +111,16 @@ def ratio_interval(
     """95% interval of sum a_s / sum b_s, never below `least`, over S >= 2 rows or documents;
     without `denominators` of the mean of a_s.
     """
-    a_S, count = np.asarray(numerators, float), len(numerators)
+    count = len(numerators)
+    a_S = np.asarray(numerators, float)
     b_S = np.ones(count) if denominators is None else np.asarray(denominators, float)
+
+    # The spread of the ratio over random weights of the rows.
     weights_RS = np.random.default_rng(0).dirichlet(np.ones(count), 10_000)
     error = np.std(weights_RS @ a_S / (weights_RS @ b_S)) * math.sqrt((count + 1) / (count - 1))
-    middle, reach = a_S.sum() / b_S.sum(), float(t.ppf(0.975, count - 1)) * error
+
+    middle = a_S.sum() / b_S.sum()
+    reach = float(t.ppf(0.975, count - 1)) * error
     return max(least, float(middle - reach)), float(middle + reach)
 
 
@@ -120,27 +139,29 @@ def holm(p_by_task: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(ordered, np.maximum.accumulate(raised).tolist(), strict=True))
 
 
-def accuracy(items: Items, level: float = 0.95) -> Paired:
+def accuracy(items: Items, level: float = 0.95) -> Scores:
     """acc/<task>, acc_stderr/<task> = sqrt(acc (1 - acc) / (n - 1)) as lm-eval reports it,
     n/<task>, and acc, the mean over tasks, of one model's items, with intervals of the
     accuracies.
     """
-    found, column = Paired({}, {}, []), []
+    result = Scores({}, {}, [])
+    column: list[tuple[float, Draws]] = []
     for index, (task, docs) in enumerate(sorted(_by_task(items).items())):
         n, right = len(docs), sum(docs.values())
-        column.append(
-            (
-                acc := right / n,
-                np.random.default_rng(index).beta(right + 0.5, n - right + 0.5, RESAMPLES),
-            )
-        )
-        found.scores.update(
-            {f"acc_stderr/{task}": (acc * (1 - acc) / max(n - 1, 1)) ** 0.5, f"n/{task}": n}
-        )
-        _add(found, f"acc/{task}", column[-1:], level)
+        acc = right / n
+
+        # Jeffreys' posterior, drawn: the draws of several tasks can be averaged.
+        generator = np.random.default_rng(index)
+        column.append((acc, generator.beta(right + 0.5, n - right + 0.5, RESAMPLES)))
+
+        result.scores[f"acc_stderr/{task}"] = (acc * (1 - acc) / max(n - 1, 1)) ** 0.5
+        result.scores[f"n/{task}"] = n
+        _add(result, f"acc/{task}", column[-1:], level)
+
+    # The mean over tasks.
     if column:
-        _add(found, "acc", column, level)
-    return found
+        _add(result, "acc", column, level)
+    return result
 
 
 def paired_scores(
@@ -150,7 +171,7 @@ def paired_scores(
     level: float = 0.95,
     *,
     partial: bool = False,
-) -> Paired:
+) -> Scores:
     """Compare per-item results (dicts with task, doc_id, correct): kept, points_lost and flips,
     per task and over tasks, with intervals at `level`; mcnemar_p/<task> and
     mcnemar_p_holm/<task>. ValueError unless both hold exactly the same items; with `partial`
@@ -163,33 +184,35 @@ def paired_scores(
             f"student was scored on {sorted(student)}, teacher on {sorted(teacher)}; score both"
             " with the same eval settings"
         )
-    result, p_by_task = Paired({}, {}, []), {}
+
+    result = Scores({}, {}, [])
+    p_by_task: dict[str, float] = {}
     columns: dict[str, list[tuple[float, Draws]]] = defaultdict(list)
     for index, (task, docs) in enumerate(teacher.items()):
-        if odd := sorted(
-            student[task].keys() - docs.keys() if partial else student[task].keys() ^ docs.keys()
-        ):
-            got = f"{len(odd)} items were scored for one model only (first: doc_id {odd[0]})"
-            raise ValueError(f"task {task}: {got}; use the same eval settings and limit")
-        right = (
-            np.array(list(student[task].values())),
-            np.array([docs[doc] for doc in student[task]]),
-        )
-        counts, p_by_task[task] = cells(*right), mcnemar_p(*right)
-        values, draws = (
-            compared(shares, chance_by_task[task])
-            for shares in (counts[None] / counts.sum(), bootstrap(counts, index))
-        )
-        known = sum(docs.values())
-        if (
-            not known
-            or beta.ppf(0.025, known + 0.5, len(docs) - known + 0.5) <= chance_by_task[task]
-        ):
+        _refuse_other_items(task, student[task], docs, partial=partial)
+
+        # Both models on the items that the student answered.
+        student_right = np.array(list(student[task].values()))
+        teacher_right = np.array([docs[doc] for doc in student[task]])
+        counts = cells(student_right, teacher_right)
+        p_by_task[task] = mcnemar_p(student_right, teacher_right)
+
+        # The three figures, of the items and of each resample.
+        values = compared(counts[None] / counts.sum(), chance_by_task[task])
+        draws = compared(bootstrap(counts, index), chance_by_task[task])
+
+        # Where the teacher may be guessing there is nothing that a student could keep.
+        right = sum(docs.values())
+        least = beta.ppf(0.025, right + 0.5, len(docs) - right + 0.5)
+        if not right or least <= chance_by_task[task]:
             result.excluded.append(task)
             del values["kept"]
+
         for name, value in values.items():
             columns[name].append((float(value[0]), draws[name]))
             _add(result, f"{name}/{task}", columns[name][-1:], level)
+
+    # Over tasks: means, and p-values that know how many there are.
     for name, column in columns.items():
         _add(result, name, column, level)
     for name, p_values in (("mcnemar_p", p_by_task), ("mcnemar_p_holm", holm(p_by_task))):
@@ -197,17 +220,29 @@ def paired_scores(
     return result
 
 
-def _add(to: Paired, name: str, column: Sequence[tuple[float, Draws]], level: float) -> None:
+def _refuse_other_items(
+    task: str, student: Mapping[int, bool], teacher: Mapping[int, bool], *, partial: bool
+) -> None:
+    """ValueError for an item of one model only; with `partial` the student may lack some."""
+    if partial:
+        odd = sorted(student.keys() - teacher.keys())
+    else:
+        odd = sorted(student.keys() ^ teacher.keys())
+    if odd:
+        got = f"{len(odd)} items were scored for one model only (first: doc_id {odd[0]})"
+        raise ValueError(f"task {task}: {got}; use the same eval settings and limit")
+
+
+def _add(result: Scores, name: str, column: Sequence[tuple[float, Draws]], level: float) -> None:
     """The mean of values and of their draws (R,), as score and interval."""
-    value, draws = (
-        float(np.mean([value for value, _ in column])),
-        np.mean([draws for _, draws in column], axis=0),
-    )
+    mean = float(np.mean([value for value, _ in column]))
+    draws = np.mean([draws for _, draws in column], axis=0)
     # On the first items of an early stop even a good teacher may be below chance: nothing is known
     # yet.
-    if not math.isnan(value):
+    if not math.isnan(mean):
         low, high = interval(draws, level)
-        to.scores[name], to.intervals[name] = value, (min(low, value), max(high, value))
+        result.scores[name] = mean
+        result.intervals[name] = (min(low, mean), max(high, mean))
 
 
 def _by_task(items: Items) -> dict[str, dict[int, bool]]:
@@ -215,7 +250,9 @@ def _by_task(items: Items) -> dict[str, dict[int, bool]]:
     are left out.
     """
     table: dict[str, dict[int, bool]] = {}
-    for item in (item for item in items if "correct" in item):
+    for item in items:
+        if "correct" not in item:
+            continue
         docs = table.setdefault(item["task"], {})
         if item["doc_id"] in docs:
             raise ValueError(

@@ -104,6 +104,32 @@ def choice_gap(
     return {"open/choice_gap": value}, {"open/choice_gap": spread}
 
 
+def picks_right(prompts: Sequence[Prompt], lm: Any, tokenizer: Any) -> dict[str, bool]:
+    """Id -> whether an `score.lm.LM` finds the right one of four answers the likeliest, of the
+    fixed quarter's facts; `tokenizer`: HF's, of the model.
+    """
+    facts = [prompt for prompt in prompts if prompt.choices and prompt.in_quarter]
+    if not facts:
+        return {}
+
+    # The right answer comes first.
+    requests = []
+    for prompt in facts:
+        context = question_ids(tokenizer, prompt.prompt)
+        for choice in (prompt.answer, *prompt.choices):
+            ids = tokenizer(choice, add_special_tokens=False)["input_ids"]
+            requests.append((("", ""), context, ids))
+    logliks = [loglik for loglik, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+
+    picked: dict[str, bool] = {}
+    start = 0
+    for prompt in facts:
+        end = start + 1 + len(prompt.choices)
+        picked[prompt.id] = int(np.argmax(logliks[start:end])) == 0
+        start = end
+    return picked
+
+
 def difference_of_flags(mine: np.ndarray, its: np.ndarray) -> tuple[float, tuple[float, float]]:
     """The mean of `mine` minus that of `its`, flags (N,) of the same prompts, with the paired
     interval of score/intervals.py.

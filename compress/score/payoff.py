@@ -62,7 +62,7 @@ def changes(
 ) -> list[Change]:
     """What a stage changed of `metrics`, as far as they are measures of quality that both have.
 
-    `student`, `parent`, `teacher`: `Measured`; the rows: of `Paired.rows` beside the teacher.
+    `student`, `parent`, `teacher`: `Measured`; the rows: of `Scores.rows` beside the teacher.
     """
     named = [_measured(name) for name in metrics if _is_quality(name)] or list(DEFAULT)
     found = [

@@ -32,23 +32,21 @@ from compress.budget import INCONCLUSIVE, is_accuracy, judge
 from compress.score.intervals import Items, accuracy, paired_scores
 from compress.score.tasks import TaskResult
 
-LOOKS = (
-    (0.25, 0.999219),
-    (0.5, 0.994227),
-    (0.75, 0.981693),
-    (1.0, 0.957572),
-)  # share of the items, level; tests derive them again
+# Share of the items, level; tests derive them again.
+LOOKS = ((0.25, 0.999219), (0.5, 0.994227), (0.75, 0.981693), (1.0, 0.957572))
 
 
 def asked_in_parts(items: Items) -> dict[str, list[Any]]:
     """Items by task that can be asked one by one, in the order drawn for them: those with choices,
     which are right or wrong.
     """
-    rows: dict[str, list[Any]] = defaultdict(list)
+    rows_by_task: dict[str, list[Any]] = defaultdict(list)
     for item in sorted(items, key=lambda item: item["doc_id"]):
         if "correct" in item and item.get("rule") != "text":
-            rows[item["task"]].append(item)
-    return {task: random.Random(task).sample(own, len(own)) for task, own in rows.items()}
+            rows_by_task[item["task"]].append(item)
+    return {
+        task: random.Random(task).sample(rows, len(rows)) for task, rows in rows_by_task.items()
+    }
 
 
 def until_certain(
@@ -63,32 +61,35 @@ def until_certain(
     holds the student's other tasks. After an early stop, items_left/<task> counts those not
     asked.
     """
-    rows = asked_in_parts(teacher_items)
-    wanted = [{name: limit for name, limit in some.items() if is_accuracy(name)} for some in limits]
-    items, done, left = list(rest.items), dict.fromkeys(rows, 0), {}
+    rows_by_task = asked_in_parts(teacher_items)
+    accuracy_limits = [
+        {name: limit for name, limit in group.items() if is_accuracy(name)} for group in limits
+    ]
+    items = list(rest.items)
+    asked = dict.fromkeys(rows_by_task, 0)
     for share, level in LOOKS:
-        upto = {task: math.ceil(share * len(own)) for task, own in rows.items()}
-        items += ask(
-            [row for task, own in rows.items() for row in own[done[task] : upto[task]]]
-        ).items
-        done, left = (
-            upto,
-            {
-                f"items_left/{task}": len(own) - upto[task]
-                for task, own in rows.items()
-                if upto[task] < len(own)
-            },
-        )
-        own, paired = (
-            accuracy(items, level),
-            paired_scores(items, teacher_items, chance, level, partial=True),
-        )
-        scores, intervals = own.scores | paired.scores, own.intervals | paired.intervals
-        words = {
-            verdict["verdict"]
-            for some in wanted
-            for verdict in judge(scores, intervals, some, enforced=False)
-        }
-        if words and INCONCLUSIVE not in words:
+        # The items between the last look and this one.
+        rows: list[Any] = []
+        for task, task_rows in rows_by_task.items():
+            end = math.ceil(share * len(task_rows))
+            rows += task_rows[asked[task] : end]
+            asked[task] = end
+        items += ask(rows).items
+
+        # Is anything still open?
+        correct = accuracy(items, level)
+        paired = paired_scores(items, teacher_items, chance, level, partial=True)
+        scores, intervals = correct.scores | paired.scores, correct.intervals | paired.intervals
+        verdicts = set()
+        for group in accuracy_limits:
+            judged = judge(scores, intervals, group, enforced=False)
+            verdicts |= {verdict["verdict"] for verdict in judged}
+        if verdicts and INCONCLUSIVE not in verdicts:
             break
-    return TaskResult(rest.scores | left, items, dict(chance), {}), level
+
+    unasked = {
+        f"items_left/{task}": len(rows) - asked[task]
+        for task, rows in rows_by_task.items()
+        if asked[task] < len(rows)
+    }
+    return TaskResult(rest.scores | unasked, items, dict(chance), {}), level

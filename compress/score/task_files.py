@@ -2,7 +2,6 @@
 
 import difflib
 import importlib.util
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,31 +13,12 @@ import yaml
 from compress.assets import configs_dir
 from compress.doors import json_lines
 from compress.errors import ConfigError
+from compress.score.row_fields import FIELDS, check_rows
 
-CHOICES, TRUTHFUL = "question choices answerKey", "question {}_targets"
-GROUPS = {
-    "blimp": "UID",
-    "mmlu": "subject",
-}  # tasks of lm-eval that are one file here: <group>_<what this field says>
-
+# Tasks of lm-eval that are one file here: <group>_<what this field says>.
+GROUPS = {"blimp": "UID", "mmlu": "subject"}
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")
-FIELDS: dict[str, str] = {  # of a row, as on the hub
-    "arc_easy": CHOICES,
-    "arc_challenge": CHOICES,
-    "openbookqa": "question_stem choices answerKey",
-    "boolq": "passage question label",
-    "hellaswag": "activity_label ctx_a ctx_b endings label",
-    "piqa": "goal sol1 sol2 label",
-    "winogrande": "sentence option1 option2 answer",
-    "lambada_openai": "text",
-    "blimp": "sentence_good sentence_bad UID",
-    "mmlu": "question choices answer subject",
-    "wikitext": "page",
-    "gsm8k": "question answer",
-    "truthfulqa_mc1": TRUTHFUL.format("mc1"),
-    "truthfulqa_mc2": TRUTHFUL.format("mc2"),
-    "crows_pairs_english": "sent_more sent_less",
-}
+Rows = list[dict[str, Any]]
 
 
 def known_tasks() -> list[str]:
@@ -56,16 +36,18 @@ def check_tasks(names: Sequence[str]) -> None:
     """
     embedded = known_tasks()
     for name in names:
-        if name not in embedded and not _harness_yaml(name):
-            theirs = [
-                path.stem for path in _harness_root().rglob("*.yaml")
-            ]  # lm-eval calls its files like its tasks
-            near = difflib.get_close_matches(name, [*embedded, *FIELDS, *theirs], n=3, cutoff=0.6)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ConfigError(
-                f"unknown task {name!r}; {hint}allowed: embedded: {', '.join(embedded)}; or any"
-                " task of lm-eval by its name"
-            )
+        if name in embedded or _harness_yaml(name):
+            continue
+
+        # lm-eval calls its files like its tasks.
+        of_harness = [path.stem for path in _harness_root().rglob("*.yaml")]
+        candidates = [*embedded, *FIELDS, *of_harness]
+        nearest = difflib.get_close_matches(name, candidates, n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
+        raise ConfigError(
+            f"unknown task {name!r}; {hint}allowed: embedded: {', '.join(embedded)}; or any"
+            " task of lm-eval by its name"
+        )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -85,6 +67,7 @@ def _placed(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 " line"
             )
         rows.append((where, row))
+
     if not rows:
         raise ValueError(f"{path} is empty; a task needs at least one item")
     return rows
@@ -98,36 +81,16 @@ def load_task(name: str, data_dir: Path | None) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     if name in known_tasks():
-        return {
-            name: ConfigurableTask(
-                config=_embedded_config(configs_dir() / "tasks" / name / f"{name}.yaml")
-            )
-        }
+        config = _embedded_config(configs_dir() / "tasks" / name / f"{name}.yaml")
+        return {name: ConfigurableTask(config=config)}
+
+    # Only the folder of this task is indexed.
     yaml_path = _harness_yaml(name)
     assert yaml_path is not None, "check_tasks comes first"
     manager = TaskManager(include_defaults=False, include_path=str(yaml_path.parent))
     if data_dir is not None:
-        index = manager.task_index
-        members = [
-            {"task": part} | _overrides(index[part].cfg, files)
-            for part, files in _local(name, index, data_dir).items()
-        ]
-        # A group is lm-eval's public way to load registered tasks with some keys changed.
-        try:
-            parts = dict(manager.load([{"group": "local", "task": members}])["tasks"])
-            for task in parts.values() if local_folder(name, data_dir).name not in FIELDS else ():
-                for doc in task.eval_docs:
-                    _ = task.doc_to_text(doc), task.doc_to_target(doc)
-        except Exception as error:  # the task's own code, on rows of others: it may raise anything
-            told, folder = (
-                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                local_folder(name, data_dir),
-            )
-            raise ValueError(
-                f"task {name!r} can't read the rows in {folder} ({told}); write them as the hub has"
-                " them"
-            ) from error
-        return parts
+        return _from_folder(name, manager, data_dir)
+
     try:
         return dict(manager.load([name])["tasks"])
     except OSError as error:  # what datasets raises without network or without the data set
@@ -135,6 +98,33 @@ def load_task(name: str, data_dir: Path | None) -> dict[str, Any]:
             f"task {name!r}: its data can't be had from the hub ({error}); give eval.data_dir with"
             f" {name}/<split>.jsonl"
         ) from error
+
+
+def _from_folder(name: str, manager: Any, data_dir: Path) -> dict[str, Any]:
+    """lm-eval's task objects with the rows of `data_dir`. ValueError as `_local`, and for rows
+    that the task's own code can't read.
+    """
+    index = manager.task_index
+    members = [
+        {"task": part} | _overrides(index[part].cfg, files)
+        for part, files in _local(name, index, data_dir).items()
+    ]
+    folder = local_folder(name, data_dir)
+
+    # A group is lm-eval's public way to load registered tasks with some keys changed.
+    try:
+        parts = dict(manager.load([{"group": "local", "task": members}])["tasks"])
+        # Rows of a task whose fields nobody listed are read once, to see whether they can be.
+        for task in parts.values() if folder.name not in FIELDS else ():
+            for doc in task.eval_docs:
+                _ = task.doc_to_text(doc), task.doc_to_target(doc)
+    except Exception as error:  # the task's own code, on rows of others: it may raise anything
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"task {name!r} can't read the rows in {folder} ({cause}); write them as the hub has"
+            " them"
+        ) from error
+    return parts
 
 
 def _embedded_config(path: Path) -> dict[str, Any]:
@@ -147,130 +137,74 @@ def _embedded_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} names code or a custom tag ({error.problem}); a task may hold plain data only"
         ) from error
+
+    # Its files lie beside it.
     files = config.pop("dataset_kwargs")["data_files"]
-    return config | {
-        "custom_dataset": _in_memory(
-            {split: read_jsonl(path.parent / file) for split, file in files.items()}
-        )
-    }
+    splits = {split: read_jsonl(path.parent / file) for split, file in files.items()}
+    return config | {"custom_dataset": _in_memory(splits)}
 
 
 def local_folder(name: str, data_dir: Path) -> Path:
     """Where a task's files are: its own folder, or for one paradigm or subject
     the folder of all.
     """
-    group = next(
-        (g for g in GROUPS if name.startswith(f"{g}_") and not (data_dir / name).is_dir()), name
-    )
-    return data_dir / group
+    if not (data_dir / name).is_dir():
+        for group in GROUPS:
+            if name.startswith(f"{group}_"):
+                return data_dir / group
+    return data_dir / name
 
 
-def _local(
-    name: str, index: Mapping[str, Any], data_dir: Path
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def _local(name: str, index: Mapping[str, Any], data_dir: Path) -> dict[str, dict[str, Rows]]:
     """lm-eval's task -> split -> rows, from `data_dir`. ValueError: no file, a row without a
     field, a paradigm or subject unknown to lm-eval.
     """
     folder = local_folder(name, data_dir)
-    group, fields = (
-        folder.name if folder.name in GROUPS else None,
-        FIELDS.get(folder.name, "").split(),
-    )
     placed = {path.stem: _placed(path) for path in sorted(folder.glob("*.jsonl"))}
+    if not placed:
+        raise _no_split(name, index, folder)
+    for rows in placed.values():
+        check_rows(name, folder.name, rows)
+
     files = {split: [row for _, row in rows] for split, rows in placed.items()}
-    if not files:
-        config = next(
-            entry.cfg
-            for part, entry in index.items()
-            if part.startswith(name) and entry.kind.name == "TASK"
-        )
-        splits = ", ".join(f"{config[key]}.jsonl" for key in SPLIT_KEYS if config.get(key))
-        raise ValueError(
-            f"{folder} has no <split>.jsonl; the task needs one of {splits} with the hub's fields"
-            f" {', '.join(fields)}"
-        )
-    for lines in placed.values():
-        first = lines[0][1]
-        needed = fields or list(first)
-        for where, row in lines:
-            if lacking := [field for field in needed if field not in row]:
-                raise ValueError(
-                    f"{where}: the field {lacking[0]!r} is missing; task {name} needs"
-                    f" {', '.join(needed)}"
-                )
-            if fields:
-                _check_row(folder.name, row, where)
-            elif odd := [field for field in needed if type(row[field]) is not type(first[field])]:
-                raise ValueError(
-                    f"{where}: the field {odd[0]!r} is a {type(row[odd[0]]).__name__}, a"
-                    f" {type(first[odd[0]]).__name__} above"
-                )
-    if group is None:
+    if folder.name not in GROUPS:
         return {name: files}
-    parts: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+
+    # A file of a group holds all paradigms or subjects, each of which is a task of lm-eval.
+    parts = _by_part(folder.name, files)
+    names = sorted(parts) if name == folder.name else [name]
+    for part in names:
+        if part not in index or part not in parts:
+            got = f"{GROUPS[folder.name]!r} gives {', '.join(sorted(parts)[:5])}, ..."
+            raise ValueError(f"{folder}: {part!r} is no task of lm-eval with rows here; {got}")
+    return {part: dict(parts[part]) for part in names}
+
+
+def _no_split(name: str, index: Mapping[str, Any], folder: Path) -> ValueError:
+    """That a folder has no rows of a task, and which files the task reads."""
+    config = next(
+        entry.cfg
+        for part, entry in index.items()
+        if part.startswith(name) and entry.kind.name == "TASK"
+    )
+    splits = ", ".join(f"{config[key]}.jsonl" for key in SPLIT_KEYS if config.get(key))
+    fields = ", ".join(FIELDS.get(folder.name, "").split())
+    return ValueError(
+        f"{folder} has no <split>.jsonl; the task needs one of {splits} with the hub's fields"
+        f" {fields}"
+    )
+
+
+def _by_part(group: str, files: Mapping[str, Rows]) -> dict[str, dict[str, Rows]]:
+    """lm-eval's task -> split -> rows, of a group's files."""
+    parts: dict[str, dict[str, Rows]] = defaultdict(lambda: defaultdict(list))
     for split, rows in files.items():
         for row in rows:
             parts[f"{group}_{row[GROUPS[group]]}"][split].append(row)
-    wanted = sorted(parts) if name == group else [name]
-    for part in wanted:
-        if part not in index or part not in parts:
-            got = f"{GROUPS[group]!r} gives {', '.join(sorted(parts)[:5])}, ..."
-            raise ValueError(f"{folder}: {part!r} is no task of lm-eval with rows here; {got}")
-    return {part: dict(parts[part]) for part in wanted}
+    return parts
 
 
-def _choices(name: str, field: str, value: Any) -> tuple[int, list[Any], str]:
-    """Of a field with a row's choices: how many there are, their labels, and what is needed
-    instead where they can't be taken.
-    """
-    texts: Any
-    labels: Any
-    if plain := name == "mmlu" or field == "endings":
-        texts, labels, wanted = value, [], "a list of texts"
-    else:
-        keys = ("choices", "labels") if field.endswith("_targets") else ("text", "label")
-        texts, labels = (value.get(key) if isinstance(value, dict) else None for key in keys)
-        wanted = f"{keys[0]} and {keys[1]}, lists as long as each other"
-    if (
-        not isinstance(texts, list)
-        or not texts
-        or not all(isinstance(text, str) for text in texts)
-        or not isinstance(labels, list)
-    ):
-        return 0, [], wanted
-    whole = (len(texts) == 4 or name != "mmlu") if plain else len(labels) == len(texts)
-    if field.endswith("_targets"):
-        whole = whole and "1" in map(str, labels) and set(map(str, labels)) <= {"0", "1"}
-    return len(texts), labels, "" if whole else wanted
-
-
-def _check_row(name: str, row: dict[str, Any], where: str) -> None:
-    """ValueError when a field of a row of a task in `FIELDS` is
-    not what the task's own code takes.
-    """
-    count = {"boolq": 2, "piqa": 2, "winogrande": 3}.get(name, 0)  # winogrande counts from 1
-    labels: list[Any] = []
-    for field in FIELDS[name].split():
-        value, wanted = row[field], ""
-        if field in ("choices", "endings") or field.endswith("_targets"):
-            count, labels, wanted = _choices(name, field, value)
-        elif field == "label" or (field == "answer" and name in ("mmlu", "winogrande")):
-            told = isinstance(value, bool) or re.fullmatch("-?[0-9]{1,3}", str(value))
-            number = int(value) if told else -1 if value == "" else count
-            if not -1 <= number < count:  # "" and -1 where nobody tells
-                wanted = f"the number of a choice, below {count}"
-        elif field == "answerKey" and value not in labels:
-            wanted = f"one of the labels {labels}"
-        elif not isinstance(value, str):
-            wanted = "a text"
-        if wanted:
-            raise ValueError(
-                f"{where}: the field {field!r} is {json.dumps(value)[:100]}; task {name} needs"
-                f" {wanted}"
-            )
-
-
-def _overrides(config: dict[str, Any], files: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _overrides(config: dict[str, Any], files: dict[str, Rows]) -> dict[str, Any]:
     """Keys of a harness task that make it read these rows. A split without rows falls back to one
     that has some; with a single one, test and few-shot both use it (lm-eval then keeps the item
     itself out of its examples).
@@ -280,19 +214,18 @@ def _overrides(config: dict[str, Any], files: dict[str, list[dict[str, Any]]]) -
     )
     test = test or validation or train or next(iter(files))
     shots = next((s for s in (config.get("fewshot_split"), train, validation) if s in files), test)
-    others = {
+
+    # What is scored is no split of its own beside the others.
+    return {
         "training_split": train if train != test else None,
         "validation_split": validation if validation != test else None,
-    }
-    return {
-        **others,
         "test_split": test,
         "fewshot_split": shots,
         "custom_dataset": _in_memory(files),
     }
 
 
-def _in_memory(splits: dict[str, list[dict[str, Any]]]) -> Callable[..., dict[str, Any]]:
+def _in_memory(splits: dict[str, Rows]) -> Callable[..., dict[str, Any]]:
     """What lm-eval calls to get its splits; rows stay in memory, so no cache is written. A
     function: lm-eval copies and prints its config.
     """
@@ -314,13 +247,14 @@ def _harness_yaml(name: str) -> Path | None:
     """The YAML of lm-eval's own task `name`, None when there is none. Folders named like the
     task's beginning are read first.
     """
-    folders = sorted(path for path in _harness_root().iterdir() if path.is_dir())
-    wanted = re.compile(
-        rf"^['\"]?{'group' if name in GROUPS else 'task'}['\"]?: *['\"]?{re.escape(name)}['\"]? *$",
+    key = "group" if name in GROUPS else "task"
+    naming_line = re.compile(
+        rf"^['\"]?{key}['\"]?: *['\"]?{re.escape(name)}['\"]? *$",
         re.MULTILINE,
     )
+    folders = sorted(path for path in _harness_root().iterdir() if path.is_dir())
     for folder in sorted(folders, key=lambda f: not name.startswith(f.name.split("_")[0])):
         for path in sorted(folder.rglob("*.yaml")):
-            if wanted.search(path.read_text(encoding="utf-8", errors="replace")):
+            if naming_line.search(path.read_text(encoding="utf-8", errors="replace")):
                 return path
     return None

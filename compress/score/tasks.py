@@ -85,21 +85,23 @@ def evaluate(
     check_tasks(tasks)
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)  # speak only when something is wrong
+
+    # All tasks are there before the first is asked.
     loaded = {name: load_task(name, data_dir) for name in tasks}
     items = []
     for name, parts in loaded.items():
         for task in parts.values():
-            own = task.get_config("num_fewshot")
-            task.set_config(
-                "num_fewshot", own or 0 if num_fewshot is None or own == 0 else num_fewshot
-            )
+            examples = task.get_config("num_fewshot")
+            if num_fewshot is not None and examples != 0:
+                examples = num_fewshot
+            task.set_config("num_fewshot", examples or 0)
             task.set_fewshot_seed(1234)  # lm-eval's own default
         items += _score(lm, name, parts, limit)
-    return (
-        _with_perturbations(lm, _summary(items), perturbations)
-        if items and perturbations
-        else _summary(items)
-    )
+
+    result = _summary(items)
+    if items and perturbations:
+        return _with_perturbations(lm, result, perturbations)
+    return result
 
 
 def _score(lm: Any, name: str, parts: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
@@ -108,46 +110,54 @@ def _score(lm: Any, name: str, parts: dict[str, Any], limit: int | None) -> list
     import lm_eval.api.task
     from tqdm import tqdm
 
-    lm_eval.api.task.tqdm = functools.partial(
-        tqdm, disable=None
-    )  # bars redraw themselves; a log file wants lines
-    *starts, n = np.cumsum([0, *(len(task.eval_docs) for task in parts.values())]).tolist()
-    start_of, picked = dict(zip(parts, starts, strict=True)), None
-    if limit and limit < n:
-        even = [
-            i * n // limit for i in range(limit)
-        ]  # files are often sorted by kind, and their first items are no sample
-        picked = {
-            part: [
-                i - start_of[part] for i in even if 0 <= i - start_of[part] < len(task.eval_docs)
-            ]
-            for part, task in parts.items()
-        }
+    # Bars redraw themselves; a log file wants lines.
+    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None)
+
+    # Which documents of each part.
+    sizes = {part: len(task.eval_docs) for part, task in parts.items()}
+    *starts, count = np.cumsum([0, *sizes.values()]).tolist()
+    start_of = dict(zip(parts, starts, strict=True))
+    picked = None
+    if limit and limit < count:
+        picked = _evenly(limit, count, sizes, start_of)
         parts = {part: task for part, task in parts.items() if picked[part]}
+
     # Not simple_evaluate: around this same call it reseeds Python, numpy and torch, and runs git
     # and lscpu every time.
     output = lm_eval.evaluate(
         lm, {"tasks": parts}, samples=picked, bootstrap_iters=0, log_samples=True
     )
+
+    # lm-eval scores by each of a task's filters; the first counts.
     items = []
     for part, task in parts.items():
-        first = next(
-            iter(task.instances[0].filtered_resps)
-        )  # lm-eval scores by each filter; the first counts
-        found = sorted(
-            (s for s in output["samples"][part] if s["filter"] == first), key=lambda s: s["doc_id"]
-        )
-        items += [
-            {"task": name, "doc_id": start_of[part] + sample["doc_id"]} | _item(name, task, sample)
-            for sample in found
-        ]
+        first_filter = next(iter(task.instances[0].filtered_resps))
+        samples = [s for s in output["samples"][part] if s["filter"] == first_filter]
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+            place = {"task": name, "doc_id": start_of[part] + sample["doc_id"]}
+            items.append(place | _item(name, task, sample))
     return items
+
+
+def _evenly(
+    limit: int, count: int, sizes: Mapping[str, int], start_of: Mapping[str, int]
+) -> dict[str, list[int]]:
+    """`limit` of all `count` documents, evenly spaced, as places in each part. Files are often
+    sorted by kind, and their first items are no sample.
+    """
+    even = [i * count // limit for i in range(limit)]
+    return {
+        part: [i - start_of[part] for i in even if 0 <= i - start_of[part] < size]
+        for part, size in sizes.items()
+    }
 
 
 def _item(name: str, task: Any, sample: dict[str, Any]) -> dict[str, Any]:
     """What was asked and what came of it, in JSON's types."""
-    doc, arguments, answers = sample["doc"], sample["arguments"], sample["filtered_resps"]
+    arguments, answers = sample["arguments"], sample["filtered_resps"]
     rule = "mass" if name == "truthfulqa_mc2" else _KINDS[task.OUTPUT_TYPE]
+
+    # A document as a whole.
     if rule == "rolling":
         (_, words), (loglik, count) = sample["word_perplexity"], sample["byte_perplexity"]
         return {
@@ -158,37 +168,42 @@ def _item(name: str, task: Any, sample: dict[str, Any]) -> dict[str, Any]:
             "words": words,
             "bytes": count,
         }
+
+    # A written answer.
     if rule == "text":
         asked = {"rule": rule, "context": arguments[0][0], "choices": [], "gold": sample["target"]}
-        return asked | {
-            "text": answers[0],
-            "correct": bool(sample["exact_match"] if "exact_match" in sample else sample["acc"]),
-        }
-    gold = task.doc_to_text(doc) if task.multiple_input else sample["target"]
-    if rule == "mass":
-        gold = [i for i, label in enumerate(doc["mc2_targets"]["labels"]) if label == 1]
-    elif rule == "greedy":
-        gold = 0
-    elif isinstance(gold, str):
-        gold = task.doc_to_choice(doc).index(gold)
-    contexts = list(dict.fromkeys(context for context, _ in arguments))
-    context = contexts[0] if len(contexts) == 1 else [context for context, _ in arguments]
+        correct = sample["exact_match"] if "exact_match" in sample else sample["acc"]
+        return asked | {"text": answers[0], "correct": bool(correct)}
+
+    # Choices behind one context, or behind one each.
+    contexts = [context for context, _ in arguments]
     asked = {
         "rule": rule,
-        "context": context,
+        "context": contexts[0] if len(set(contexts)) == 1 else contexts,
         "choices": [choice for _, choice in arguments],
-        "gold": gold,
+        "gold": _gold(rule, task, sample),
     }
-    return asked | _judged(
-        name, [float(a[0]) for a in answers], float(sample[DRIFTS.get(name, "acc")]), rule
-    )
+    logliks = [float(answer[0]) for answer in answers]
+    return asked | _judged(name, logliks, float(sample[DRIFTS.get(name, "acc")]), rule)
+
+
+def _gold(rule: str, task: Any, sample: dict[str, Any]) -> Any:
+    """The number of the right choice, or the numbers of all that are true."""
+    if rule == "mass":
+        labels = sample["doc"]["mc2_targets"]["labels"]
+        return [i for i, label in enumerate(labels) if label == 1]
+    if rule == "greedy":
+        return 0
+    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+    return task.doc_to_choice(sample["doc"]).index(gold) if isinstance(gold, str) else gold
 
 
 def _judged(name: str, logliks: list[float], value: float, rule: str) -> dict[str, Any]:
-    own = rule == "mass" or DRIFTS.get(name, "acc") != "acc"
-    return {"logliks": logliks, "choice": logliks.index(max(logliks))} | (
-        {"value": value} if own else {"correct": bool(value)}
-    )
+    """What came of an item with choices: `correct`, or the task's own figure as `value`."""
+    answer = {"logliks": logliks, "choice": logliks.index(max(logliks))}
+    if rule == "mass" or DRIFTS.get(name, "acc") != "acc":
+        return answer | {"value": value}
+    return answer | {"correct": bool(value)}
 
 
 def rescore(lm: Any, rows: Sequence[dict[str, Any]]) -> TaskResult:
@@ -196,36 +211,30 @@ def rescore(lm: Any, rows: Sequence[dict[str, Any]]) -> TaskResult:
     No task is loaded. Written answers are left out: telling right from wrong takes their task's
     own filter.
     """
-    rows, items = [row for row in rows if row["rule"] != "text"], []
+    # Everything is asked at once: what items share is then computed once.
+    rows = [row for row in rows if row["rule"] != "text"]
     pairs: list[tuple[str, str]] = []
+    texts: list[str] = []
     for row in rows:
-        if row["rule"] != "rolling":
-            contexts = (
-                [row["context"]] * len(row["choices"])
-                if isinstance(row["context"], str)
-                else row["context"]
-            )
-            pairs += zip(contexts, row["choices"], strict=True)
+        if row["rule"] == "rolling":
+            texts.append(row["choices"][0])
+            continue
+        contexts = row["context"]
+        if isinstance(contexts, str):
+            contexts = [contexts] * len(row["choices"])
+        pairs += zip(contexts, row["choices"], strict=True)
     answers = iter(lm.loglikelihood([_asked(*pair) for pair in pairs]))
-    totals = iter(
-        lm.loglikelihood_rolling(
-            [_asked(row["choices"][0]) for row in rows if row["rule"] == "rolling"]
-        )
-    )
+    totals = iter(lm.loglikelihood_rolling([_asked(text) for text in texts]))
+
+    # Each item takes its own from what came.
+    items = []
     for row in rows:
         if row["rule"] == "rolling":
             items.append(row | {"logliks": [next(totals)]})
-        else:
-            logliks, greedy = map(list, zip(*islice(answers, len(row["choices"])), strict=True))
-            items.append(
-                row
-                | _judged(
-                    row["task"],
-                    logliks,
-                    RULES[row["rule"]](logliks, greedy, row["gold"]),
-                    row["rule"],
-                )
-            )
+            continue
+        logliks, greedy = map(list, zip(*islice(answers, len(row["choices"])), strict=True))
+        value = RULES[row["rule"]](logliks, greedy, row["gold"])
+        items.append(row | _judged(row["task"], logliks, value, row["rule"]))
     return _summary(items)
 
 
@@ -235,20 +244,24 @@ def _asked(*args: str) -> Any:
 
 
 def _summary(items: list[dict[str, Any]]) -> TaskResult:
+    """Figures of items, task by task."""
     by_task = defaultdict(list)
     for item in items:
         by_task[item["task"]].append(item)
-    result = TaskResult({f"n/{task}": len(own) for task, own in by_task.items()}, items, {}, {})
-    for task, own in by_task.items():
-        if "value" in own[0]:
-            result.scores[f"{DRIFTS[task]}/{task}"] = sum(item["value"] for item in own) / len(own)
-        if "correct" in own[0]:
-            result.scores[f"acc/{task}"] = sum(item["correct"] for item in own) / len(own)
-            result.chance[task] = (
-                sum(1 / len(item["logliks"]) for item in own) / len(own)
-                if own[0]["rule"] == "argmax"
-                else 0.0
-            )
+
+    result = TaskResult({f"n/{task}": len(rows) for task, rows in by_task.items()}, items, {}, {})
+    for task, rows in by_task.items():
+        count = len(rows)
+        if "value" in rows[0]:
+            result.scores[f"{DRIFTS[task]}/{task}"] = sum(row["value"] for row in rows) / count
+        if "correct" in rows[0]:
+            result.scores[f"acc/{task}"] = sum(row["correct"] for row in rows) / count
+
+            # Only a choice can be guessed.
+            chance = 0.0
+            if rows[0]["rule"] == "argmax":
+                chance = sum(1 / len(row["logliks"]) for row in rows) / count
+            result.chance[task] = chance
     return result
 
 
@@ -262,32 +275,29 @@ def _with_perturbations(lm: Any, clean: TaskResult, names: Sequence[str]) -> Tas
         if item["rule"] in RULES and item["context"] and f"acc/{item['task']}" in clean.scores
     ]
     reached = {item["task"] for item in asked}
-    if left := sorted({item["task"] for item in clean.items} - reached):
+    unreached = sorted({item["task"] for item in clean.items} - reached)
+    if unreached:
         logging.getLogger(__name__).warning(
             "perturbations leave these tasks as they are, for want of an accuracy or a context: %s",
-            ", ".join(left),
+            ", ".join(unreached),
         )
+
     for name in names:
-        again = rescore(
-            lm, [item | {"context": perturbed(item["context"], name)} for item in asked]
-        )
-        own, lost = accuracy(again.items), paired_scores(again.items, asked, clean.chance)
+        damaged = [item | {"context": perturbed(item["context"], name)} for item in asked]
+        again = rescore(lm, damaged)
+        correct = accuracy(again.items)
+        paired = paired_scores(again.items, asked, clean.chance)
         for task in sorted(reached):
-            key, acc, drop, points = (
-                f"acc/{task}",
-                f"acc/{task}@{name}",
-                f"drop/{task}@{name}",
-                f"points_lost/{task}",
-            )
-            clean.scores[acc], clean.scores[drop] = (
-                again.scores[key],
-                lost.scores.get(points, clean.scores[key] - again.scores[key]),
-            )
-            if key in own.intervals:  # right and wrong answers, not shares of probability
-                clean.intervals[acc], clean.intervals[drop] = (
-                    own.intervals[key],
-                    lost.intervals[points],
-                )
+            key, points_lost = f"acc/{task}", f"points_lost/{task}"
+            acc, drop = f"acc/{task}@{name}", f"drop/{task}@{name}"
+            difference = clean.scores[key] - again.scores[key]
+            clean.scores[acc] = again.scores[key]
+            clean.scores[drop] = paired.scores.get(points_lost, difference)
+
+            # Intervals are of right and wrong answers, not of shares of probability.
+            if key in correct.intervals:
+                clean.intervals[acc] = correct.intervals[key]
+                clean.intervals[drop] = paired.intervals[points_lost]
     return clean
 
 

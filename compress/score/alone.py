@@ -1,0 +1,189 @@
+"""The scores that a model has by itself: tasks, open answers, bits per byte, size, times, memory.
+
+Teacher, every stage and the shipped file go through the same functions with the same batch size,
+dtype (fp32), prompts and held-out tokens, each in its own runtime.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from compress.formats.llamacpp import LlamaCpp, gguf_head
+from compress.formats.onnxruntime import OnnxRuntime, onnx_head
+from compress.models.checkpoint import Model, best_device, load_model
+from compress.models.ends import obey
+from compress.models.tokenizer import load_tokenizer
+from compress.score.fidelity import (
+    States,
+    bits_and_bytes,
+    checkpoint_head,
+    hidden_of,
+    perplexities,
+)
+from compress.score.inputs import Heldout, Setup
+from compress.score.intervals import Scores, accuracy, ratio_interval
+from compress.score.latency import Timing
+from compress.score.latency import measure as measure_latency
+from compress.score.measured import EarlyStop
+from compress.score.open import answered, choice_gap, own_scores, picks_right
+from compress.score.prompts import Prompt
+from compress.score.sequential import asked_in_parts, until_certain
+from compress.score.size import size
+from compress.score.tasks import TaskResult, evaluate, rescore
+from compress.store import write_whole
+
+RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
+HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}
+
+
+def scores_alone(
+    model: Model,
+    setup: Setup,
+    states_file: Path,
+    *,
+    tasks: list[str],
+    asked: str,
+    timed: bool,
+    early: EarlyStop | None,
+) -> dict[str, Any]:
+    """A model's own scores, as the fields of a `Measured`; its final hidden states over the
+    held-out rows go to `states_file`. `asked`: all open prompts, the fixed quarter, or none.
+    """
+    # What the loaded model computes.
+    tokenizer = load_tokenizer(setup.tokenizer_dir)
+    with _opened(model, setup, tokenizer) as (lm, states):
+        hidden = {"hidden": states.hidden_NH.contiguous()}
+        write_whole(states_file, safetensors.torch.save(hidden))
+        bits_S, bytes_S = bits_and_bytes(states, setup.heldout.ids_SL, tokenizer)
+        result, level = _tasks(lm, setup, tasks, early)
+        picked = picks_right(setup.prompts, lm, tokenizer) if asked != "none" else {}
+    text = _bits_per_byte(bits_S, bytes_S, setup.heldout)
+
+    # What it says when it is asked.
+    prompts = _prompts_asked(setup.prompts, asked)
+    answers = answered(model, prompts, setup.threads) if prompts else []
+    spoken = _of_answers(answers, picked)
+
+    # Times, in processes of their own.
+    times: dict[str, Any] = {"scores": {}, "intervals": {}, "latency": {}}
+    if timed or setup.settings.time_stages:
+        times = measure_latency(model.path, model.runtime, _timing(setup))
+
+    # All of it by name. A perturbed answer's interval comes with the tasks, any other accuracy's
+    # from the items.
+    scores: dict[str, float] = {"heldout_rows": len(setup.heldout.ids_SL)} | size(model.path)
+    correct, documents = accuracy(result.items, level), perplexities(result.items)
+    scores |= text.scores | spoken.scores
+    scores |= result.scores | correct.scores | documents.scores | times["scores"]
+    intervals = text.intervals | spoken.intervals
+    intervals |= correct.intervals | documents.intervals | result.intervals | times["intervals"]
+    return times | {
+        "scores": scores,
+        "intervals": intervals,
+        "rows": dict(text.rows),
+        "level": level,
+        "items": result.items,
+        "chance": result.chance,
+        "answers": answers,
+    }
+
+
+@contextmanager
+def _opened(model: Model, setup: Setup, tokenizer: Any) -> Iterator[tuple[Any, States]]:
+    """A model in its own runtime as an `LM`, and its states over the held-out rows."""
+    from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
+
+    head = HEADS[model.runtime](model.path)
+    ids_SL, batch_size = setup.heldout.ids_SL, setup.settings.batch_size
+    if model.runtime == "torch":
+        loaded: Any = load_model(model.path)
+        hidden_NH = hidden_of(loaded.to(best_device()), ids_SL)
+        obey(loaded, model.path)
+        lm = torch_lm(loaded, tokenizer, batch_size, setup.context_tokens)
+        yield lm, States(hidden_NH, head)
+        return
+
+    # A server holds the longer of a held-out row and what a task may show.
+    capacity = max(ids_SL.shape[1] + 8, setup.context_tokens)
+    with closing(RUNTIMES[model.runtime](model.path, setup.threads, capacity)) as server:
+        hidden_NH = torch.cat(server.hidden_states(ids_SL[:, :-1].tolist()))
+        lm = served_lm(server, head, tokenizer, batch_size, setup.context_tokens)
+        yield lm, States(hidden_NH, head)
+
+
+def _tasks(
+    lm: Any, setup: Setup, tasks: list[str], early: EarlyStop | None
+) -> tuple[TaskResult, float]:
+    """What `lm` answers, and the level of the intervals over items."""
+    # A bundle's own items, as they were rendered.
+    if tasks and setup.requests is not None:
+        return rescore(lm, setup.requests), 0.95
+
+    score = partial(
+        evaluate,
+        lm,
+        limit=setup.settings.limit,
+        data_dir=setup.data_dir,
+        num_fewshot=setup.settings.num_fewshot,
+        perturbations=setup.settings.perturbations,
+    )
+    if early is None:
+        return score(tasks), 0.95
+
+    # What can't be asked item by item is asked in full.
+    items, chance = early.teacher.items, early.teacher.chance
+    in_parts = asked_in_parts(items)
+    rest = score([task for task in tasks if task not in in_parts])
+    return until_certain(partial(rescore, lm), items, chance, early.limits, rest)
+
+
+def _bits_per_byte(bits_S: list[float], bytes_S: list[int], heldout: Heldout) -> Scores:
+    """Bits per byte of each held-out text, and of all as `heldout`."""
+    result = Scores({}, {}, [], {})
+    rows: dict[str, list[list[float]]] = {}
+    for name, part in {"heldout": slice(None), **heldout.texts}.items():
+        bits, count = bits_S[part], [float(number) for number in bytes_S[part]]
+        result.scores[f"bits_per_byte/{name}"] = sum(bits) / sum(count)
+        result.scores[f"heldout_rows/{name}"] = len(bits)
+        result.intervals[f"bits_per_byte/{name}"] = ratio_interval(bits, count)
+        rows[f"bits_per_byte/{name}"] = [bits, count]
+    return result._replace(rows=rows)
+
+
+def _prompts_asked(prompts: Sequence[Prompt], asked: str) -> list[Prompt]:
+    """All of the prompts, the fixed quarter, or none."""
+    quarter = [prompt for prompt in prompts if prompt.in_quarter]
+    return {"all": list(prompts), "quarter": quarter, "none": []}[asked]
+
+
+def _of_answers(answers: list[dict[str, Any]], picked: dict[str, bool]) -> Scores:
+    """open/right, loops, ended and choice_gap; nothing where nothing was asked."""
+    if not answers:
+        return Scores({}, {}, [])
+    scores, intervals = own_scores(answers)
+    gap, gap_interval = choice_gap(picked, answers)
+    return Scores(scores | gap, intervals | gap_interval, [])
+
+
+def _timing(setup: Setup) -> Timing:
+    """How times are taken; without prompts that are longer than the model takes."""
+    settings = setup.settings
+    lengths = [
+        length
+        for length in settings.prompt_lengths
+        if length + settings.new_tokens <= setup.longest
+    ]
+    return Timing(
+        settings.prompt_tokens,
+        settings.new_tokens,
+        settings.repeats,
+        setup.threads,
+        settings.processes,
+        tuple(lengths),
+        tuple(settings.batch_sizes),
+    )

@@ -80,11 +80,22 @@ def open_scorer(
     # Held-out text is packed with the teacher's tokenizer, as in a run.
     home = Store(store)
     opened = open_teacher(teacher.source, teacher.revision, home, log)
+    check_length(data.seq_len, opened)
     heldout = {
         name: pack([source], opened.path, data.seq_len, home.root / "data")
         for name, source in data.heldout_names().items()
     }
     return Scorer(home, eval, heldout, opened.path, threads, requests, prompts), opened
+
+
+def check_length(seq_len: int, teacher: Model) -> None:
+    """ValueError when rows of `data.seq_len` tokens are longer than the teacher's context."""
+    context = read_config(teacher.path).get("max_position_embeddings")
+    if context is not None and seq_len > context:
+        raise ValueError(
+            f"data.seq_len={seq_len} is longer than the teacher's context of {context} tokens; set"
+            f" data.seq_len to at most {context}"
+        )
 
 
 class Session:
@@ -110,12 +121,7 @@ class Session:
 
         self.store = Store(recipe.store)
         self.teacher = open_teacher(recipe.teacher.source, recipe.teacher.revision, self.store, log)
-        context = read_config(self.teacher.path).get("max_position_embeddings")
-        if context is not None and recipe.data.seq_len > context:
-            raise ValueError(
-                f"data.seq_len={recipe.data.seq_len} is longer than the teacher's context of"
-                f" {context} tokens; set data.seq_len to at most {context}"
-            )
+        check_length(recipe.data.seq_len, self.teacher)
 
     def _check_recipe(self) -> None:
         """Refuse what the recipe alone shows to be impossible, before anything is imported."""

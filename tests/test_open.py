@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from compress.budget import OPEN, human
 from compress.models.checkpoint import load_model, model_of
 from compress.models.tokenizer import load_tokenizer
 from compress.score import open as open_answers
+from compress.score.inputs import Heldout, Setup, check_context
 from compress.score.open import (
     answered,
     beside_teacher,
@@ -23,7 +25,14 @@ from compress.score.open import (
     plausible,
     worst_first,
 )
-from compress.score.prompts import Prompt, embedded_file, prompts_of_eval, read_prompts
+from compress.score.prompts import (
+    ANSWER_TOKENS,
+    Prompt,
+    embedded_file,
+    prompts_of_eval,
+    read_prompts,
+)
+from compress.score.settings import Eval
 from compress.score.talk import TorchSpeaker, has_template, open_speaker, prompts_of, question_ids
 
 
@@ -92,6 +101,7 @@ def test_an_answer_is_right_when_every_check_holds(checks, answer, right):
     ("line", "message"),
     [
         ("{", "line 1 is not JSON"),
+        ('{"prompt": "Where \\ud83d?", "exact": ["x"]}', "line 1 holds half a character"),
         ("[" * 100_000, "line 1 is not JSON"),
         ('{"prompt": ""}', "`prompt` must be a text"),
         ('{"prompt": "Where?"}', "nothing says which answer is right"),
@@ -300,7 +310,7 @@ def test_torch_answers_are_plain_greedy_decoding(tiny_teacher):
         tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     )["input_ids"]
     said = []
-    while len(said) < open_answers.ANSWER_TOKENS:
+    while len(said) < ANSWER_TOKENS:
         said.append(int(model(torch.tensor([ids + said])).logits[0, -1].argmax()))
         if said[-1] == model.generation_config.eos_token_id:
             break
@@ -345,9 +355,7 @@ def test_a_model_without_an_end_never_ends(tiny_teacher, tmp_path):
 
     path = changed(tiny_teacher, tmp_path / "endless", generation_config=endless, config=endless)
     rows = answered(model_of(path), QUESTIONS, 1)
-    assert all(
-        len(answer["ids"]) == open_answers.ANSWER_TOKENS and not answer["ended"] for answer in rows
-    )
+    assert all(len(answer["ids"]) == ANSWER_TOKENS and not answer["ended"] for answer in rows)
 
 
 @pytest.mark.parametrize(
@@ -395,3 +403,31 @@ def test_the_ids_of_a_question_are_the_same_wherever_it_is_put(tiny_teacher, tem
     speaker.tokenizer, speaker.path = tokenizer, tiny_teacher
     (prompt,) = prompts_of(speaker, ["What is 2 + 2?"], templated)
     assert speaker.prompt_ids(prompt) == question_ids(tokenizer, "What is 2 + 2?")
+
+
+@pytest.mark.parametrize(
+    ("longest", "settings", "told"),
+    [
+        (40, {}, "eval.prompt_tokens=128 and eval.new_tokens=32 are longer than .* of 40 tokens"),
+        (
+            70,
+            {"prompt_tokens": 8, "new_tokens": 8},
+            "the open prompt 'a' has .* answer up to 64, and the teacher's context 70; set",
+        ),
+    ],
+)
+def test_what_is_longer_than_the_context_is_refused_before_work(
+    tiny_teacher, longest, settings, told
+):
+    setup = Setup(
+        settings=Eval(**settings),
+        heldout=Heldout(torch.zeros(2, 9, dtype=torch.int32), {"text": slice(0, 2)}),
+        prompts=[Prompt("a", "How many legs has a spider, and how many has a cow?", exact=["8"])],
+        requests=None,
+        tokenizer_dir=tiny_teacher,
+        threads=1,
+        longest=longest,
+    )
+    with pytest.raises(ValueError, match=told):
+        check_context(setup)
+    check_context(replace(setup, longest=10_000))

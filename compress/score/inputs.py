@@ -14,9 +14,10 @@ from compress import machine
 from compress.assets import configs_dir
 from compress.keys import OF_RUNTIME, SCORES, sources_digest, versions_of
 from compress.models.checkpoint import read_config
-from compress.models.tokenizer import tokenizer_digest
-from compress.score.prompts import Prompt, as_row
+from compress.models.tokenizer import load_tokenizer, tokenizer_digest
+from compress.score.prompts import ANSWER_TOKENS, Prompt, as_row
 from compress.score.settings import Eval
+from compress.score.talk import question_ids
 from compress.score.task_files import local_folder
 from compress.store import file_table, sha256_json
 from compress.train.packed import Packed
@@ -115,6 +116,30 @@ def first_rows(heldout: Mapping[str, Packed], count: int) -> Heldout:
 def longest_context(tokenizer_dir: Path) -> int:
     """Tokens that the teacher's configuration lets a model see; without a word about it, all."""
     return read_config(tokenizer_dir).get("max_position_embeddings") or sys.maxsize
+
+
+def check_context(setup: Setup) -> None:
+    """ValueError when an open prompt with its answer, or what is timed, is longer than the
+    teacher's context: a model with learned positions has none behind it.
+    """
+    settings = setup.settings
+    timed = settings.prompt_tokens + settings.new_tokens
+    if timed > setup.longest:
+        raise ValueError(
+            f"eval.prompt_tokens={settings.prompt_tokens} and eval.new_tokens={settings.new_tokens}"
+            f" are longer than the teacher's context of {setup.longest} tokens; lower them"
+        )
+    if not setup.prompts or setup.longest == sys.maxsize:
+        return
+    tokenizer = load_tokenizer(setup.tokenizer_dir)
+    lengths = {prompt.id: len(question_ids(tokenizer, prompt.prompt)) for prompt in setup.prompts}
+    worst = max(lengths, key=lengths.__getitem__)
+    if lengths[worst] + ANSWER_TOKENS > setup.longest:
+        raise ValueError(
+            f"the open prompt {worst!r} has {lengths[worst]} tokens, its answer up to"
+            f" {ANSWER_TOKENS}, and the teacher's context {setup.longest}; set eval.open_prompts to"
+            " shorter ones, or to [] for none"
+        )
 
 
 def digests_of(setup: Setup, heldout: Mapping[str, Packed]) -> dict[str, str]:

@@ -49,12 +49,11 @@ from scipy.stats import beta
 from compress.models.checkpoint import Model
 from compress.models.ends import turn_end
 from compress.score.intervals import bootstrap, cells, interval, ratio_interval
-from compress.score.prompts import Prompt
+from compress.score.prompts import ANSWER_TOKENS, Prompt
 from compress.score.talk import has_template, open_speaker, prompts_of, question_ids
 from compress.store import sha256_json
 from compress.text.repetition import loops
 
-ANSWER_TOKENS = 64
 TEACHER_RIGHT = 20  # right answers of a teacher below which a share of them says nothing
 Answers = Sequence[Mapping[str, Any]]
 

@@ -13,10 +13,11 @@ from typing import Any
 import regex
 
 from compress.assets import configs_dir
-from compress.doors import read_text
+from compress.doors import read_text, refuse_halves
 from compress.errors import nearest
 from compress.score.patterns import FLAGS, PATTERN_SECONDS, problems
 
+ANSWER_TOKENS = 64  # of an answer, at most
 CHECKS = ("must_contain", "must_not_contain", "pattern", "exact")
 KEYS = ("id", "kind", "prompt", *CHECKS, "choices", "answer")
 EDGES = string.punctuation + string.whitespace + "“”‘’«»。"
@@ -118,6 +119,7 @@ def _prompt(line: str, where: str, number: int) -> Prompt:
         or not row["prompt"].strip()
     ):
         raise ValueError(f"{where}: `prompt` must be a text that is not empty")
+    refuse_halves(row, where)
     if unknown := sorted(row.keys() - set(KEYS)):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; {nearest(unknown[0], KEYS)}")
     row["id"] = str(row.get("id", number))

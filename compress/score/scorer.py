@@ -32,6 +32,7 @@ from compress.score.fidelity import States, closeness
 from compress.score.inputs import (
     ScoreInputs,
     Setup,
+    check_context,
     digests_of,
     first_rows,
     longest_context,
@@ -82,6 +83,7 @@ class Scorer:
             threads=threads,
             longest=longest_context(tokenizer_dir),
         )
+        check_context(self.setup)
         self.digests = digests_of(self.setup, heldout)
         self.settings_named = named_settings(self.setup, self.digests)
 

@@ -1,12 +1,12 @@
 """`ptq`: post-training quantization of every matrix of a model, embeddings and head included, onto
 a grid that ships.
 
-Codes to the nearest or by GPTQ; before that, weights may be balanced (AWQ,
-SmoothQuant) and rotated: one file each in `compress/quant/`. Scales by the format's own plain
-rounding (`round`: with `method: nearest` the codes are what llama.cpp's quantizer writes, bit for
-bit) or by a search that minimises each block's squared error, weighted by its inputs where they are
-known (`search`, on the grids of one scale); see `compress/quant/grids/`. The result loads with
-plain transformers as fp32 weights equal to the decoded codes, which lie in `quant.safetensors`.
+Codes to the nearest or by GPTQ; before that, weights may be balanced (AWQ) and rotated: one file
+each in `compress/quant/`. Scales by the format's own plain rounding (`round`: with `method:
+nearest` the codes are what llama.cpp's quantizer writes, bit for bit) or by a search that minimises
+each block's squared error, weighted by its inputs where they are known (`search`, on the grids of
+one scale); see `compress/quant/grids/`. The result loads with plain transformers as fp32 weights
+equal to the decoded codes, which lie in `quant.safetensors`.
 Rounding, its search and rotation need no data.
 """
 
@@ -43,9 +43,7 @@ GridName = StrEnum(
     ],
 )
 Method = StrEnum("Method", ["nearest", "gptq"])  # how codes are chosen
-Balance = StrEnum(
-    "Balance", ["none", "awq", "smoothquant"]
-)  # what is folded between layers before rounding
+Balance = StrEnum("Balance", ["none", "awq"])  # what is folded between layers before rounding
 Scales = StrEnum(
     "Scales", ["round", "search", "learned"]
 )  # how a block's scale is chosen; learned: qat only, from the rule on, with the weights
@@ -101,14 +99,12 @@ class OnGrid:
     # where qat starts too: on a distilled 98M parent, round gave KL 0.215 and search 0.322 before
     # training
     scales: Scales = Scales.round
-    balance: Balance = (
-        Balance.none
-    )  # awq or smoothquant: fold between layers first (`compress/quant/balance.py`)
+    balance: Balance = Balance.none  # awq: fold between layers first (`compress/quant/balance.py`)
     allocate: Allocation = field(default_factory=Allocation)
 
     def check_grid(self, stage: str) -> None:
-        """ValueError when the grid, or a stage without training, has no such scales (of a mixture
-        one grid that has them is enough) or balance.
+        """ValueError when the grid, or a stage without training, has no such scales; of a mixture
+        one grid that has them is enough.
         """
         grids = set(self.allocate.grids) if self.allocate.file_bytes else {self.grid}
         if self.scales != Scales.round and not grids & set(SEARCHED):
@@ -120,11 +116,6 @@ class OnGrid:
             raise ValueError(
                 f"{stage}.scales is learned: nothing is trained there; use round or search, or the"
                 " qat stage"
-            )
-        if self.balance == Balance.smoothquant and "8" not in self.layout_name:
-            raise ValueError(
-                f"{stage}.balance is smoothquant: it is for grids of 8 bits, got"
-                f" {self.layout_name}; use balance=awq"
             )
 
     @property

@@ -222,7 +222,7 @@ def _errors(folder: Path, parent: Path, stage: Ptq, **context) -> float:
         {"method": Method.gptq},
         {"method": Method.gptq, "scales": Scales.search, "balance": Balance.awq, "rotate": True},
         {"balance": Balance.awq, "scales": Scales.search},
-        {"balance": Balance.smoothquant, "grid": GridName.q8_0},
+        {"balance": Balance.awq, "grid": GridName.q8_0},
         {"rotate": True},
         {"method": Method.gptq, "grid": GridName.q4_1},
     ],
@@ -351,7 +351,6 @@ def test_nan_on_the_calibration_text_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"balance": Balance.smoothquant}, "ptq.balance is smoothquant: it is for grids of 8 bits, got q4_0; use balance=awq"),
     ({"damping": 0.1}, "ptq.damping is 0.1: nothing uses it with method=nearest, balance=none; leave it at 0.01"),
     ({"method": Method.gptq, "damping": 1.0}, "ptq.damping is 1.0: allowed is between 0 and 1"),
     ({"calibration_sequences": 8}, "ptq.calibration_sequences is 8: nothing uses it"),

@@ -107,8 +107,6 @@ MUTANTS = [
             "grad_CV.scatter_add_(1, labels_C[:, None], -ce_C[:, None])",
             "grad_CV.scatter_add_(1, labels_C[:, None], ce_C[:, None])",
         ),
-        ("loss_C, 1 - ratio_C, q_CK", "loss_C, ratio_C, q_CK"),
-        ("rest_C = (1 - p_CK.sum(-1)).clamp_min(0)", "rest_C = 0 * p_CK.sum(-1)"),
         (
             "loss * mix.temperature**2, grad_CV.mul_(mix.temperature)",
             "loss * mix.temperature**2, grad_CV",
@@ -266,7 +264,6 @@ MUTANTS = [
         ("(u_C[draw_token] + number) / draws_C", "(0.5 + number) / draws_C"),
         ("(rest_C.double() / tau).ceil()", "(rest_C.double() / tau).floor()"),
         ("p /= (kept_N + rest_N)[token]", "pass"),
-        ("probs / (probs.sum(-1) + rest_N)[:, None]", "probs"),
         ("entropy_C = (max_C1 + sum_C1.log())", "entropy_C = (sum_C1.log())"),
         (
             (

@@ -17,6 +17,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
+from hydra.errors import OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -263,6 +264,14 @@ def explain(error: Exception) -> str:
     # What a check of ours said stands as it is.
     if ours := [str(cause) for cause in chain if isinstance(cause, ConfigError)]:
         return _without_place(ours[0])
+
+    # What Hydra's grammar can't read.
+    if errors := [link for link in chain if isinstance(link, OverrideParseException)]:
+        return (
+            f"the override {errors[0].override!r} can't be read; write KEY=VALUE, a list as"
+            " 'KEY=[A,B]' in quotes, and a value with other signs than letters, digits and ._/- in"
+            " quotes of its own, as in \"KEY='A B'\""
+        )
 
     text = " | ".join(dict.fromkeys(str(link) for link in chain))
     match = re.search(r"full_key: (\S+)", text)

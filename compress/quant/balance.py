@@ -7,12 +7,10 @@ gate, up; v's rows before o (attention only averages values; heads that share a 
 factors); up's rows before down (gate * up). Rows keep no trace of it on a grid with a scale in
 every row, columns do:
 
-    AWQ          s = mean|X|^a, a from 0 to 1 by the least output error of the rounded group
-                 (arXiv 2306.00978, section 3.2, eq. 4, 5)
-    SmoothQuant  s = max|X|^0.5 / max|W|^0.5, for activations quantized by the runtime
-                 (arXiv 2211.10438, section 4, eq. 4)
+    AWQ  s = mean|X|^a, a from 0 to 1 by the least output error of the rounded group
+         (arXiv 2306.00978, section 3.2, eq. 4, 5)
 
-AWQ's error comes from the inputs' Gram matrix, tr((Q(W s) / s - W) G (...)^T), which is the error
+The error comes from the inputs' Gram matrix, tr((Q(W s) / s - W) G (...)^T), which is the error
 summed over tokens. Left out: AWQ's clipping, which a search of scales does on the grid itself.
 
 Letters: C channels of the inputs, R rows, N tokens, K channels of the maker.
@@ -27,27 +25,22 @@ from torch import Tensor, nn
 from compress.quant.grids import Grid
 
 STEPS = 20  # exponents tried, as in AWQ's own code
-HALF = 0.5  # SmoothQuant's migration strength, the paper's own for most models
 
 
 class Inputs:
-    """What is kept of a group's inputs on calibration text: the sum of x x^T (C, C), of |x| and
-    its largest (C,).
+    """What is kept of a group's inputs on calibration text: the sum of x x^T (C, C) and of |x|
+    (C,).
     """
 
     def __init__(self) -> None:
-        self.gram_CC = self.total_C = self.peak_C = torch.zeros(())
+        self.gram_CC = self.total_C = torch.zeros(())
 
     def add(self, x: Tensor) -> None:
         """Count inputs (..., C)."""
         x_NC = x.detach().flatten(0, -2).float()
-        size_NC = x_NC.abs()
         with torch.autocast(x.device.type, enabled=False):
             self.gram_CC = self.gram_CC + x_NC.T @ x_NC
-        self.total_C, self.peak_C = (
-            self.total_C + size_NC.sum(0),
-            torch.maximum(self.peak_C, size_NC.amax(0)),
-        )
+        self.total_C = self.total_C + x_NC.abs().sum(0)
 
 
 @dataclass
@@ -117,17 +110,6 @@ def share(size_C: Tensor, group: Group) -> Tensor:
     """
     heads = size_C.view(-1, group.repeats, group.width)
     return heads.amax(1, keepdim=True).expand_as(heads).flatten()
-
-
-def smoothquant_scales(group: Group, inputs: Inputs) -> Tensor:
-    """(C,): sqrt(max|X| / max|W|), 1 where a channel or its column is always 0."""
-    weight_C = share(group.matrix().abs().amax(0), group)
-    return (
-        (share(inputs.peak_C, group) / weight_C)
-        .pow(HALF)
-        .nan_to_num_(1.0, 1.0, 1.0)
-        .clamp_(1e-4, 1e4)
-    )
 
 
 def awq_scales(group: Group, inputs: Inputs, grid: Grid, name: str = "weight") -> Tensor:

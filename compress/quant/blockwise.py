@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from compress.models.head import block_inputs
-from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of, smoothquant_scales
+from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of
 from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.gptq import gptq
 from compress.quant.grids import GRIDS
@@ -219,15 +219,7 @@ class Blockwise:
         if self.balance != "none":  # all of them measured on the weights as they are
             for group, inputs in zip(groups, stream.inputs(index, groups), strict=True):
                 name = f"{prefix}{next(iter(group.readers))}.weight"
-                awq = self.balance == "awq"
-                fold(
-                    group,
-                    (
-                        awq_scales(group, inputs, GRIDS[self.layout[name]], name)
-                        if awq
-                        else smoothquant_scales(group, inputs)
-                    ),
-                )
+                fold(group, awq_scales(group, inputs, GRIDS[self.layout[name]], name))
         for group in groups:
             gram_CC = (
                 stream.inputs(index, [group])[0].gram_CC

@@ -28,9 +28,7 @@ GridName = StrEnum(
     ],
 )
 Method = StrEnum("Method", ["nearest", "gptq"])  # how codes are chosen
-Balance = StrEnum(
-    "Balance", ["none", "awq", "smoothquant"]
-)  # what is folded between layers before rounding
+Balance = StrEnum("Balance", ["none", "awq"])  # what is folded between layers before rounding
 Scales = StrEnum(
     "Scales", ["round", "search", "learned"]
 )  # how a block's scale is chosen; learned: qat only, from the rule on, with the weights

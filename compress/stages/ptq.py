@@ -1,13 +1,13 @@
 """`ptq`: post-training quantization of every matrix of a model, embeddings and head included, onto
 a grid that ships.
 
-Codes to the nearest or by GPTQ; before that, weights may be balanced (AWQ,
-SmoothQuant) and rotated: one file each in `compress/quant/`. Scales by the format's own plain
-rounding (`round`: with `method: nearest` the codes are what llama.cpp's quantizer writes, bit for
-bit) or by a search that minimises each block's squared error, weighted by its inputs where they are
-known (`search`, on the grids of one scale); see `compress/quant/grids/`. The result loads with
-plain transformers as fp32 weights equal to the decoded codes, which lie in `quant.safetensors`.
-Rounding, its search and rotation need no data.
+Codes to the nearest or by GPTQ; before that, weights may be balanced (AWQ): one file each in
+`compress/quant/`. Scales by the format's own plain rounding (`round`: with `method:
+nearest` the codes are what llama.cpp's quantizer writes, bit for bit) or by a search that minimises
+each block's squared error, weighted by its inputs where they are known (`search`, on the grids of
+one scale); see `compress/quant/grids/`. The result loads with plain transformers as fp32 weights
+equal to the decoded codes, which lie in `quant.safetensors`.
+Rounding and its search need no data.
 """
 
 from dataclasses import dataclass, field
@@ -27,14 +27,12 @@ class OnGrid:
     # where qat starts too: on a distilled 98M parent, round gave KL 0.215 and search 0.322 before
     # training
     scales: Scales = Scales.round
-    balance: Balance = (
-        Balance.none
-    )  # awq or smoothquant: fold between layers first (`compress/quant/balance.py`)
+    balance: Balance = Balance.none  # awq: fold between layers first (`compress/quant/balance.py`)
     allocate: Allocation = field(default_factory=Allocation)
 
     def check_grid(self, stage: str) -> None:
-        """ValueError when the grid, or a stage without training, has no such scales (of a mixture
-        one grid that has them is enough) or balance.
+        """ValueError when the grid, or a stage without training, has no such scales; of a mixture
+        one grid that has them is enough.
         """
         grids = set(self.allocate.grids) if self.allocate.file_bytes else {self.grid}
         if self.scales != Scales.round and not grids & set(SEARCHED):
@@ -46,11 +44,6 @@ class OnGrid:
             raise ValueError(
                 f"{stage}.scales is learned: nothing is trained there; use round or search, or the"
                 " qat stage"
-            )
-        if self.balance == Balance.smoothquant and "8" not in self.layout_name:
-            raise ValueError(
-                f"{stage}.balance is smoothquant: it is for grids of 8 bits, got"
-                f" {self.layout_name}; use balance=awq"
             )
 
     @property
@@ -108,7 +101,6 @@ class Ptq(OnGrid):
     """Quantize without training."""
 
     method: Method = Method.nearest
-    rotate: bool = False
     calibration_sequences: int = 64
     damping: float = 0.01  # gptq: relative to the mean of the second moments
 
@@ -142,13 +134,8 @@ class Ptq(OnGrid):
         into blocks, or its layers have other names.
         """
         self.check_rows(config)
-        if self.passes or self.rotate or self.allocate.file_bytes:
-            check_architecture(config, "calibrated, allocated or rotated")
-        width = config.get("head_dim") or config.get("hidden_size", 0) // max(
-            1, config.get("num_attention_heads") or 1
-        )
-        if self.rotate and width % 2:
-            raise ValueError(f"head_dim is {width}: ptq.rotate needs an even one; use rotate=false")
+        if self.passes or self.allocate.file_bytes:
+            check_architecture(config, "calibrated or allocated")
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
@@ -159,14 +146,9 @@ class Ptq(OnGrid):
         from compress.quant.blockwise import Blockwise
         from compress.quant.codes import check_parent, save_quantized
         from compress.quant.grids import GRIDS
-        from compress.quant.rotate import rotate
 
         check_parent(self, parent, "round")
         model = load_model(parent)
-        if self.rotate and (obstacle := rotate(model, ctx.seed)):
-            ctx.log(
-                f"{ctx.label}: values rotated; the residual stream is left as it is: {obstacle}"
-            )
         layout, search = self.layout(model, parent, ctx), self.scales == Scales.search
         work = Blockwise(
             model,

@@ -227,10 +227,9 @@ def _errors(folder: Path, parent: Path, stage: Ptq, **context) -> float:
     "options",
     [
         {"method": Method.gptq},
-        {"method": Method.gptq, "scales": Scales.search, "balance": Balance.awq, "rotate": True},
+        {"method": Method.gptq, "scales": Scales.search, "balance": Balance.awq},
         {"balance": Balance.awq, "scales": Scales.search},
-        {"balance": Balance.smoothquant, "grid": GridName.q8_0},
-        {"rotate": True},
+        {"balance": Balance.awq, "grid": GridName.q8_0},
         {"method": Method.gptq, "grid": GridName.q4_1},
     ],
     ids=str,
@@ -240,9 +239,8 @@ def test_every_method_writes_a_checkpoint_equal_to_its_codes_and_the_same_bytes_
     tmp_path, options, tied
 ):
     parent = _parent(tmp_path, tie_word_embeddings=tied)
-    needs = {} if set(options) == {"rotate"} else {"calibration_sequences": 8}
     for name in "ab":
-        error = _errors(tmp_path / name, parent, Ptq(**options, **needs))
+        error = _errors(tmp_path / name, parent, Ptq(**options, calibration_sequences=8))
     assert _hashes(tmp_path / "a" / "out") == _hashes(tmp_path / "b" / "out")
     assert 0 < error < 0.1
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "out").state_dict()
@@ -284,7 +282,7 @@ def test_gptq_and_awq_move_the_model_less_than_rounding(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": Method.gptq}, {"balance": Balance.awq, "scales": Scales.search, "rotate": True}],
+    [{"method": Method.gptq}, {"balance": Balance.awq, "scales": Scales.search}],
     ids=str,
 )
 def test_a_killed_run_finds_its_finished_blocks_and_ends_in_the_same_bytes(
@@ -324,22 +322,6 @@ def test_a_killed_run_finds_its_finished_blocks_and_ends_in_the_same_bytes(
     assert any("block 1/2 quantized" in line and line.endswith("s left") for line in context.lines)
 
 
-def test_what_rotation_leaves_out_is_said(tmp_path):
-    for tied in (True, False):
-        parent = _parent(tmp_path / str(tied), tie_word_embeddings=tied)
-        context = _calibrated(tmp_path)
-        (tmp_path / str(tied) / "out").mkdir()
-        Ptq(rotate=True).run(parent, tmp_path / str(tied) / "out", context)
-        assert context.lines == (
-            [
-                "ptq: values rotated; the residual stream is left as it is: its embeddings are the"
-                " head's, which would have to take the last norm's weight"
-            ]
-            if tied
-            else []
-        )
-
-
 def test_nan_on_the_calibration_text_is_named(tmp_path, monkeypatch):
     parent = _parent(tmp_path)
     model = load_model(parent)
@@ -361,10 +343,6 @@ def test_nan_on_the_calibration_text_is_named(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (
-            {"balance": Balance.smoothquant},
-            "ptq.balance is smoothquant: it is for grids of 8 bits, got q4_0; use balance=awq",
-        ),
-        (
             {"damping": 0.1},
             "ptq.damping is 0.1: nothing uses it with method=nearest, balance=none;"
             " leave it at 0.01",
@@ -385,18 +363,9 @@ def test_options_that_could_not_act_are_refused(options, message):
 def test_layers_of_other_names_are_refused_where_they_are_needed():
     other = {"hidden_size": 64, "architectures": ["GPT2LMHeadModel"]}
     assert Ptq().check_shape(other) == other
-    for stage in (Ptq(method=Method.gptq), Ptq(balance=Balance.awq), Ptq(rotate=True)):
+    for stage in (Ptq(method=Method.gptq), Ptq(balance=Balance.awq)):
         with pytest.raises(
             ValueError,
-            match="architecture GPT2LMHeadModel can't be calibrated, allocated or rotated",
+            match="architecture GPT2LMHeadModel can't be calibrated or allocated",
         ):
             stage.check_shape(other)
-    with pytest.raises(ValueError, match="head_dim is 5: ptq.rotate needs an even one"):
-        Ptq(rotate=True).check_shape(
-            {
-                "hidden_size": 64,
-                "head_dim": 5,
-                "num_attention_heads": 32,
-                "architectures": ["LlamaForCausalLM"],
-            }
-        )

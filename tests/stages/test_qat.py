@@ -188,11 +188,7 @@ def test_a_balanced_start_is_found_again_bit_for_bit(tiny_teacher, tmp_path, mon
     assert same(tmp_path / "whole", tmp_path / "resumed")
 
 
-def test_balance_is_refused_where_it_does_not_fit():
-    with pytest.raises(
-        ValueError, match="qat.balance is smoothquant: it is for grids of 8 bits, got q4_0"
-    ):
-        Qat(balance=Balance.smoothquant)
+def test_calibration_is_refused_where_nothing_is_balanced():
     with pytest.raises(
         ConfigError, match="calibration_sequences=4 must be at least 1, and is used by balance only"
     ):

@@ -384,3 +384,14 @@ def test_only_one_whole_folder_of_ones_own_is_taken(tmp_path, monkeypatch, capsy
     (tmp_path / "good/budget").symlink_to(tmp_path / "evil")
     assert main(["run", "smoke", "--config-dir=good"]) == 2
     assert "holds a link to another folder, budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["data.train=[a b", "teacher.source=~x"])
+def test_what_the_grammar_of_overrides_cannot_read_is_told_with_how_to_write_it(
+    override, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "smoke", override]) == 2
+    told = capsys.readouterr().err
+    assert f"the override {override!r} can't be read; write KEY=VALUE" in told
+    assert not list(tmp_path.iterdir())

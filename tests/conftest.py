@@ -18,6 +18,24 @@ import torch
 
 torch.set_num_threads(1)
 
+# A file goes to one worker as a whole: the longest ones first, or the last one is waited for.
+LONGEST_FILES = (
+    "test_pipeline.py",
+    "test_parallel.py",
+    "test_onnx.py",
+    "test_contract.py",
+    "test_ask.py",
+    "test_lm.py",
+    "test_received_bundle.py",
+    "test_bundle_open.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of LONGEST_FILES first, all others in their order."""
+    rank = {name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from compress.report import answers, compare, picture, records, table
 from compress.report.picture import lines_svg
 from compress.report.records import Run
+from compress.report.schema import explained
 from compress.report.table import COLUMN, Column
 
 
@@ -37,7 +38,7 @@ def write_html(runs: list[Run], out: Path, speeds: Sequence[str] = ()) -> None:
 
     # What the template may call: the views of records, and this module's own.
     page.globals.update(answers=answers, compare=compare, picture=picture)
-    page.globals.update(records=records, table=table)
+    page.globals.update(records=records, table=table, explained=explained)
     page.globals.update(closeness=_closeness, summary=_summary, times=_times, training=_training)
     page.filters.update(
         family=picture.family,

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.report.records import Record, Run, teacher_of, worst
+from compress.report.schema import SCORES
 
 NONE = "-"  # ASCII: survives LANG=C and every pipe
 
@@ -105,9 +106,9 @@ def fronts(records: Sequence[Record]) -> list[str]:
     """
     # Less is better in both of a pair, so accuracy counts with its sign turned.
     measure, sign = "", 1
-    for key, direction in (("kl_to_teacher", 1), ("kept", -1)):
+    for key in ("kl_to_teacher", "kept"):
         if sum(key in record["scores"] for record in records) > 1:
-            measure, sign = key, direction
+            measure, sign = key, -1 if SCORES[key].better == "more" else 1
 
     marks: list[list[str]] = [[] for _ in records]
     for name, key in (("bytes", "size_bytes"), ("ms", "latency_ms_p50")):

@@ -21,6 +21,7 @@ from compress.errors import ConfigError, nearest
 from compress.formats.settings import Export
 from compress.score.settings import Eval
 from compress.stages import STAGES
+from compress.stages.ptq import OnGrid
 from compress.text.settings import Data
 from compress.track.settings import Track
 from compress.train.settings import Trainer
@@ -121,7 +122,7 @@ class Recipe:
                     f"slot {slot!r} branches off {parent!r}, which does not run before it;"
                     f" {nearest(parent, earlier)}"
                 )
-            if parent != "teacher" and self.technique(parent) in ("ptq", "qat"):
+            if parent != "teacher" and self.stages[parent].leaves_a_grid:
                 raise ConfigError(
                     f"impossible order: {slot!r} ({self.technique(slot)}) comes after {parent!r}"
                     f" ({self.technique(parent)}), which puts the weights on a grid that any later"
@@ -146,8 +147,9 @@ class Recipe:
                 f"stages.{shipped}.keep=better on what ships needs a file in export.files, which is"
                 " made of what is kept; add one"
             )
+        grid = stage.layout_name if isinstance(stage, OnGrid) else None
         for name in self.export.files:
-            formats.check_grid(name, f"slot {shipped!r}", getattr(stage, "layout_name", None))
+            formats.check_grid(name, f"slot {shipped!r}", grid)
 
     def _check_slots(self) -> None:
         """ConfigError for a slot that can't be the name of a folder or is that of a record which

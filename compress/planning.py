@@ -20,6 +20,7 @@ from compress.config import Recipe
 from compress.errors import ResourceError
 from compress.models.model_config import meta_model
 from compress.session import Session
+from compress.stages.stage import Sizes
 
 # assumed share of the square matrix product's rate that a whole training step reaches; on the
 # cautious side
@@ -30,7 +31,7 @@ TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
 ANSWER_SECONDS = 15.0
 
 
-class Cost(NamedTuple):
+class SlotCost(NamedTuple):
     """One slot's estimate."""
 
     slot: str
@@ -54,7 +55,7 @@ def matmul_flops_per_sec(n: int = 1024, seconds: float = 0.5) -> float:
     return 2 * n**3 / timer.blocked_autorange(min_run_time=seconds).mean
 
 
-def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -> list[Cost]:
+def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -> list[SlotCost]:
     """A cost for every slot, in order.
 
     `shapes`: slot -> HF config after it, as `check_shapes` gives them; `rate`: flops a second of a
@@ -68,27 +69,40 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
     # The teacher is imported and scored, nothing else.
     size = sizes["teacher"]
     seconds = 2 * size * score_tokens * 3 / rate + 10
-    costs = [Cost("teacher", "teacher", size, seconds, 4 * size, 5 * size)]
+    costs = [SlotCost("teacher", "teacher", size, seconds, 4 * size, 5 * size)]
 
     for slot, parent in recipe.steps():
-        stage, technique = recipe.stages[slot], recipe.technique(slot)
-        work = _stage_flops(session, slot, sizes, parent)
+        needed = recipe.stages[slot].cost(
+            Sizes(
+                params=sizes[slot],
+                parent_params=sizes[parent],
+                teacher_params=sizes["teacher"],
+                config=shapes[slot],
+                teacher_config=shapes["teacher"],
+                seq_len=recipe.data.seq_len,
+            )
+        )
         scoring = (
             2 * sizes[slot] * score_tokens * 3 / rate
             + 10
             + ANSWER_SECONDS * bool(recipe.eval.open_prompts) * sizes[slot] / 135e6
         )
-        disk = _stage_disk_bytes(stage, technique, sizes[slot], shapes["teacher"])
-        memory = _stage_memory_bytes(stage, sizes[slot], shapes[slot], recipe.data.seq_len)
         costs.append(
-            Cost(slot, technique, sizes[slot], work / rate + scoring, int(disk), int(memory))
+            SlotCost(
+                slot,
+                recipe.technique(slot),
+                sizes[slot],
+                needed.flops / rate + scoring,
+                int(needed.disk_bytes),
+                int(needed.memory_bytes),
+            )
         )
 
     # A file that ships lies in the store and in the bundle.
     shipped = sizes[recipe.shipped_slot()]
     for name in recipe.export.files:
         disk = int(formats.parse(name)[2].bits_per_weight / 4 * shipped)
-        costs.append(Cost(*formats.slot_of(name), shipped, 40.0, disk, 4 * shipped))
+        costs.append(SlotCost(*formats.slot_of(name), shipped, 40.0, disk, 4 * shipped))
     return costs
 
 
@@ -99,66 +113,6 @@ def _score_tokens(recipe: Recipe) -> int:
     return TASK_TOKENS * bool(scoring.tasks) + heldout
 
 
-def _stage_flops(session: Session, slot: str, sizes: dict[str, int], parent: str) -> int:
-    """Operations of a slot's stage: its training, its teacher's passes and its calibration.
-
-    `sizes`: slot -> parameters.
-    """
-    recipe = session.recipe
-    stage = recipe.stages[slot]
-    tokens = getattr(stage, "tokens", 0)
-
-    # Who teaches runs forward beside it: the recipe's teacher, or on a grid the slot's parent.
-    teacher = {"distill": sizes["teacher"], "qat": sizes[parent]}.get(recipe.technique(slot), 0)
-    calibration_tokens = (
-        getattr(stage, "calibration_sequences", 0)
-        * recipe.data.seq_len
-        * max(1, getattr(stage, "blocks", 1))
-        * getattr(stage, "passes", 1)
-    )
-
-    return 6 * sizes[slot] * tokens + 2 * teacher * tokens + 2 * sizes[parent] * calibration_tokens
-
-
-def _stage_memory_bytes(stage: Any, params: int, config: dict[str, Any], seq_len: int) -> int:
-    """What a stage holds at once: weights, and where it trains gradients, moments and activations
-    (34 bytes a token, layer and hidden unit: Korthikanti et al., arXiv 2205.05198, without the
-    attention map).
-    """
-    if not getattr(stage, "tokens", 0):
-        return 8 * params
-    batch_tokens = getattr(stage, "micro_batch_sequences", 1) * seq_len
-    units = config["num_hidden_layers"] * config["hidden_size"]
-    return 16 * params + batch_tokens * units * 34
-
-
-def _stage_disk_bytes(stage: Any, technique: str, params: int, teacher: dict[str, Any]) -> float:
-    """What a stage leaves in the store: weights (fp32 on a grid, else bf16), and where it trains
-    its unfinished state and the teacher's signals; `teacher`: the teacher's HF config.
-    """
-    tokens = getattr(stage, "tokens", 0)
-    weight_bytes = 4 if technique in ("ptq", "qat") else 2
-    state_bytes = 12 * bool(tokens)
-    return (weight_bytes + state_bytes) * params + _signal_bytes_per_token(stage, teacher) * tokens
-
-
-def _signal_bytes_per_token(stage: Any, teacher: dict[str, Any]) -> float:
-    """What the schemes in `distill/signals.py` take; `sampled` depends on the text: 27 to 30
-    measured at threshold 0.05. 0 without kept signals.
-    """
-    signal = getattr(stage, "signal", None)
-    if signal is None:
-        return 0.0
-
-    # A token id takes two bytes in a vocabulary of up to 2^16, three in a larger one.
-    ids = 3 if teacher["vocab_size"] > 1 << 16 else 2
-    return {
-        "sampled": 6 + (2 + ids) * 0.5 / signal.threshold,
-        "hidden": 1.04 * teacher["hidden_size"],
-        "online": 0.0,
-    }[signal.scheme.value]
-
-
 def amount(size: int) -> str:
     """Bytes in the unit that leaves digits to compare."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
@@ -167,7 +121,7 @@ def amount(size: int) -> str:
     return f"{size} bytes"
 
 
-def check_disk(session: Session, costs: list[Cost]) -> None:
+def check_disk(session: Session, costs: list[SlotCost]) -> None:
     """ResourceError when the store's disk has less free space than the recipe may need."""
     needed = sum(cost.disk_bytes for cost in costs)
     free = shutil.disk_usage(session.store.root).free
@@ -178,7 +132,7 @@ def check_disk(session: Session, costs: list[Cost]) -> None:
         )
 
 
-def print_plan(costs: list[Cost], store: Path) -> None:
+def print_plan(costs: list[SlotCost], store: Path) -> None:
     """The plan as a table on stdout."""
     numbers = (
         Column(heading, justify="right")
@@ -189,7 +143,7 @@ def print_plan(costs: list[Cost], store: Path) -> None:
     )
 
     # Times and files add up; memory is given back before the next slot.
-    total = Cost(
+    total = SlotCost(
         "all",
         "",
         0,

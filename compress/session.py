@@ -159,14 +159,10 @@ class Session:
         stage, data = self.recipe.stages[slot], self.recipe.data
         sentences = []
         if isinstance(stage, Optimization):
-            training_text = self.chat if uses_chat(stage) else self.text
+            training_text = self.chat if stage.reads_chat else self.text
             sentences.append(stage.told_readings(data.seq_len, len(training_text.ids)))
 
-        # A stage that mixes grids is calibrated for that too.
-        needed = max(
-            getattr(part, "calibration_sequences", 0)
-            for part in (stage, getattr(stage, "allocate", None))
-        )
+        needed = stage.calibration_rows()
         if needed > (available := len(self.text.ids)):
             sentences.append(
                 f"calibration_sequences={needed}, the text has {available} sequences: add text to"
@@ -223,7 +219,7 @@ class Session:
         # This class cuts the text that stages are calibrated on; of a mixture, the room left for
         # weights is what `overhead_bytes` leaves.
         sources = [type(stage).__module__, "compress.session:Session"]
-        if getattr(stage, "layout_name", "") == "mixed":
+        if isinstance(stage, OnGrid) and stage.layout_name == "mixed":
             sources.append("compress.formats.gguf")
 
         # `keep` decides what goes on, not what is made. Who made a signal in a folder of its own
@@ -276,7 +272,7 @@ class Session:
 
 def uses_chat(stage: Any) -> bool:
     """Whether a stage trains on the recipe's chat data."""
-    return getattr(getattr(stage, "data", None), "value", "") == "chat"
+    return isinstance(stage, Optimization) and stage.reads_chat
 
 
 def check_shapes(session: Session) -> dict[str, dict[str, Any]]:

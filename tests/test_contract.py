@@ -18,6 +18,7 @@ from compress.models.checkpoint import digest, load_model, save_model
 from compress.models.tokenizer import load_tokenizer, token_count
 from compress.stages import STAGES
 from compress.stages.distill import Distill
+from compress.stages.stage import Family, Sizes
 from compress.store import Store, file_table
 
 SMALL = {
@@ -29,6 +30,27 @@ SMALL = {
     "qat": {"tokens": 128, "batch_sequences": 2, "micro_batch_sequences": 1},
 }
 UNITS = ("_count", "_nats", "_fraction", "_relative", "_sum", "bits_per_weight")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_says_what_it_is_for_and_what_it_costs(name):
+    stage = STAGES[name](**SMALL[name])
+    sizes = Sizes(
+        params=90,
+        parent_params=100,
+        teacher_params=200,
+        config={"num_hidden_layers": 2, "hidden_size": 8},
+        teacher_config={"vocab_size": 512, "hidden_size": 8},
+        seq_len=32,
+    )
+    cost = stage.cost(sizes)
+    assert stage.family in Family and stage.leaves_a_grid == (stage.family is Family.quantize)
+    assert cost.flops >= 0 and cost.memory_bytes >= 4 * 90 and cost.disk_bytes >= 2 * 90
+    assert stage.calibration_rows() >= 0
+    trains = hasattr(stage, "tokens")
+    assert (cost.memory_bytes > 16 * 90) == trains
+    if trains:
+        assert cost.flops >= 6 * 90 * stage.tokens
 
 
 def run(name, teacher, folder, parent=None):

@@ -392,7 +392,7 @@ def test_drawings_follow_the_dark_page_and_are_the_same_every_time(run, tmp_path
     assert (
         "fill: var(--ink, #" in drawn
         and "stroke: var(--line, #" in drawn
-        and "fill: var(--quant, #" in drawn
+        and "fill: var(--quantize, #" in drawn
     )
     assert (
         not re.search(": (#1d1c1a|#6d6a64|#e4e1da|#ffffff)", drawn) and "fill: black" not in drawn

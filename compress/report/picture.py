@@ -23,6 +23,7 @@ from typing import Any
 
 from compress.report.records import Run
 from compress.report.table import COLUMN, Column, undominated
+from compress.stages import STAGES
 
 CSS = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 # The light colours by name.
@@ -51,14 +52,7 @@ STYLE: dict[str, Any] = {
     "xtick.bottom": False,
     "ytick.left": False,
 }
-FAMILY = {
-    "teacher": "teacher",
-    "distill": "recover",
-    "lora": "recover",
-    "ptq": "quant",
-    "qat": "quant",
-}
-RUN_COLOURS = ("ship", "prune", "recover", "quant", "teacher", "bad")
+RUN_COLOURS = ("ship", "prune", "recover", "quantize", "teacher", "bad")
 
 
 @contextmanager
@@ -155,8 +149,12 @@ class Point:
 
 
 def family(technique: str) -> str:
-    """What kind of thing a technique does, which is its colour."""
-    return FAMILY.get(technique, "prune" if technique.startswith("prune_") else "ship")
+    """What kind of thing a technique does, which is its colour: that of a stage, `teacher`, or
+    `ship` for a file.
+    """
+    if technique in STAGES:
+        return STAGES[technique].family.value
+    return "teacher" if technique == "teacher" else "ship"
 
 
 def size_accuracy_latency(runs: Sequence[Run]) -> str:

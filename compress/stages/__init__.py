@@ -1,11 +1,7 @@
 """One file per technique. `STAGES` is the only way from a name in a recipe to code.
 
-A stage is its configuration: a dataclass with
-
-    check_shape(config) -> config      the HF config after the stage; ValueError when it can't work
-                                       on this shape
-    run(parent, out, ctx) -> metrics   reads one checkpoint directory, writes another; metric keys
-                                       carry units
+A stage is its configuration: a dataclass with the members of `Stage` (stages/stage.py), which
+checks itself, says what it costs and runs.
 """
 
 from compress.stages.distill import Distill
@@ -14,8 +10,9 @@ from compress.stages.prune_depth import PruneDepth
 from compress.stages.prune_width import PruneWidth
 from compress.stages.ptq import Ptq
 from compress.stages.qat import Qat
+from compress.stages.stage import Stage
 
-STAGES: dict[str, type] = {
+STAGES: dict[str, type[Stage]] = {
     "prune_depth": PruneDepth,
     "prune_width": PruneWidth,
     "distill": Distill,

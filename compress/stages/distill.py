@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from compress.distill.settings import Divergence, Features, Signal
 from compress.errors import ConfigError
 from compress.stages.context import Context
+from compress.stages.stage import Cost, Family, Sizes, cost_of_training
 from compress.stages.training import Optimization, open_source
 
 
@@ -39,6 +40,8 @@ class Distill(Optimization):
     prompt_tokens: int = 64  # of each row, before the student writes on
     # false keeps the teacher's: a short run at a high rate spoils the tokens it hardly sees
     train_embeddings: bool = True
+    family: ClassVar[Family] = Family.recover
+    leaves_a_grid: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +83,17 @@ class Distill(Optimization):
                 f"on_policy={self.on_policy} needs the teacher at every step; set"
                 " signal.scheme=online"
             )
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Training with the teacher's signal."""
+        return cost_of_training(
+            sizes,
+            self.tokens,
+            self.micro_batch_sequences,
+            bytes_a_weight=2,
+            signal=self.signal,
+            signal_params=sizes.teacher_params,
+        )
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats,

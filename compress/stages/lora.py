@@ -16,10 +16,11 @@ import json
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from compress.errors import ConfigError
 from compress.stages.context import Context
+from compress.stages.stage import Cost, Family, Sizes, cost_of_training
 from compress.stages.training import Optimization
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ class Lora(Optimization):
     alpha: int = 32
     data: LoraData = LoraData.chat
     load_in_4bit: bool = False
+    family: ClassVar[Family] = Family.recover
+    leaves_a_grid: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +117,15 @@ class Lora(Optimization):
                 "load_in_4bit=true needs bitsandbytes, which is not installed: pip install"
                 " 'compress-lm[qlora]'"
             )
+
+    @property
+    def reads_chat(self) -> bool:
+        """Whether it learns the recipe's chat data."""
+        return self.data is LoraData.chat
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Training without a teacher; counted as if every weight were trained."""
+        return cost_of_training(sizes, self.tokens, self.micro_batch_sequences, bytes_a_weight=2)
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the merged model and `adapter/`. Metrics: as every training stage, and
@@ -137,7 +149,7 @@ class Lora(Optimization):
             if names:
                 ctx.log(f"{ctx.label}: {kind} {', '.join(names)}")
         model = adapted(base, targets, self.rank, self.alpha)
-        data = ctx.chat() if self.data is LoraData.chat else ctx.text()
+        data = ctx.chat() if self.reads_chat else ctx.text()
         metrics = self.optimize(model, Mix(kl_weight=0.0, ce_weight=1.0), data, None, ctx)
         adapter = out / "adapter"
         model.save_pretrained(str(adapter), safe_serialization=True)

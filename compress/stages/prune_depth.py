@@ -8,10 +8,11 @@ to `pruning.json`.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from compress.prune import shape
 from compress.stages.context import Context
+from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
 
 @dataclass
@@ -22,6 +23,8 @@ class PruneDepth:
     calibration_sequences: int = 8
     keep_first: int = 1
     keep_last: int = 1
+    family: ClassVar[Family] = Family.prune
+    leaves_a_grid: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for key, least in (
@@ -51,6 +54,15 @@ class PruneDepth:
         return shape.without_blocks(
             config, set(range(self.keep_first, self.keep_first + self.blocks))
         )
+
+    def calibration_rows(self) -> int:
+        """Rows on which blocks are scored."""
+        return self.calibration_sequences
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every block that goes costs a pass of the calibration text."""
+        cost = cost_without_training(sizes, bytes_a_weight=2)
+        return cost.with_calibration(sizes, self.calibration_sequences, passes=self.blocks)
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the shallower checkpoint. ValueError for a parent that is quantized, unsupported

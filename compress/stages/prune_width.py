@@ -10,10 +10,11 @@ teacher this beats fitting all blocks to the dense model's activations (KL on Wi
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from compress.prune import shape
 from compress.stages.context import Context
+from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
 
 @dataclass
@@ -26,6 +27,8 @@ class PruneWidth:
     multiple: int = 64
     calibration_sequences: int = 16
     damping: float = 0.01
+    family: ClassVar[Family] = Family.prune
+    leaves_a_grid: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for key in ("ffn", "multiple", "calibration_sequences"):
@@ -50,6 +53,15 @@ class PruneWidth:
                 f" model has {present} FFN channels: allowed is less than that"
             )
         return {**config, "intermediate_size": target}
+
+    def calibration_rows(self) -> int:
+        """Rows on which channels are weighed."""
+        return self.calibration_sequences
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """One pass of the calibration text."""
+        cost = cost_without_training(sizes, bytes_a_weight=2)
+        return cost.with_calibration(sizes, self.calibration_sequences)
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the narrower checkpoint. ValueError for a parent that is quantized, unsupported or

@@ -12,11 +12,12 @@ Rounding and its search need no data.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from compress.prune.shape import check_architecture
 from compress.quant.settings import BLOCK, SEARCHED, Allocation, Balance, GridName, Method, Scales
 from compress.stages.context import Context
+from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
 
 @dataclass
@@ -74,6 +75,10 @@ class OnGrid:
         )
         return choose(measured, self.allocate.file_bytes - ctx.file_overhead(parent))
 
+    def allocation_rows(self) -> int:
+        """Rows on which the damage of each matrix is measured."""
+        return self.allocate.calibration_sequences if self.allocate.file_bytes else 0
+
     def check_rows(self, config: dict[str, Any]) -> None:
         """ValueError naming key and nearest legal value when an HF config has rows the grid, or
         every one of a mixture, can't cut into blocks.
@@ -103,6 +108,8 @@ class Ptq(OnGrid):
     method: Method = Method.nearest
     calibration_sequences: int = 64
     damping: float = 0.01  # gptq: relative to the mean of the second moments
+    family: ClassVar[Family] = Family.quantize
+    leaves_a_grid: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.check_grid("ptq")
@@ -122,6 +129,16 @@ class Ptq(OnGrid):
             raise ValueError(
                 f"ptq.damping is {self.damping}: allowed is between 0 and 1, for example 0.01"
             )
+
+    def calibration_rows(self) -> int:
+        """Rows that rounding, balance and allocation read."""
+        rounded = self.calibration_sequences if self.passes else 0
+        return max(rounded, self.allocation_rows())
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """The calibration text goes through the parent `passes` times."""
+        cost = cost_without_training(sizes, bytes_a_weight=4)
+        return cost.with_calibration(sizes, self.calibration_sequences, self.passes)
 
     @property
     def passes(self) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.distill.settings import SchemeName, Signal
 from compress.errors import ConfigError
@@ -24,6 +24,7 @@ from compress.prune.shape import check_architecture
 from compress.quant.settings import Balance, Scales
 from compress.stages.context import Context
 from compress.stages.ptq import OnGrid
+from compress.stages.stage import Cost, Family, Sizes, cost_of_training
 from compress.stages.training import Keep, Optimization, open_source
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Qat(Optimization, OnGrid):
     # All of p: so near its target, sampled ids drown it (41k tokens on the embedded teacher: KL
     # 0.24 from sampled, 0.18 from exact).
     signal: Signal = field(default_factory=lambda: Signal(scheme=SchemeName.hidden))
+    family: ClassVar[Family] = Family.quantize
+    leaves_a_grid: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,10 +69,23 @@ class Qat(Optimization, OnGrid):
         if self.rank < 0:
             raise ConfigError(f"qat.rank={self.rank} must be 0 (every weight is trained) or above")
 
-    @property
-    def leaves_a_grid(self) -> bool:
-        """Rounding is what it is for."""
-        return True
+    def calibration_rows(self) -> int:
+        """Rows that balance and allocation read."""
+        balanced = self.calibration_sequences if self.balance != Balance.none else 0
+        return max(balanced, self.allocation_rows())
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Training with the signal of whom it learns from, and the calibration of balance."""
+        learns_from_teacher = self.learn_from is LearnFrom.teacher
+        cost = cost_of_training(
+            sizes,
+            self.tokens,
+            self.micro_batch_sequences,
+            bytes_a_weight=4,
+            signal=self.signal,
+            signal_params=sizes.teacher_params if learns_from_teacher else sizes.parent_params,
+        )
+        return cost.with_calibration(sizes, self.calibration_rows())
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.distill.settings import SchemeName, Signal
 from compress.errors import ConfigError
@@ -95,6 +95,7 @@ class Optimization:
     # better: where the stage did not pay (`compress/score/payoff.py`), later slots and what ships
     # take its parent
     keep: Keep = Keep.always
+    leaves_a_grid: ClassVar[bool] = False  # a stage that buys bytes need not be better
 
     def __post_init__(self) -> None:
         for name in (
@@ -120,11 +121,13 @@ class Optimization:
             )
 
     @property
-    def leaves_a_grid(self) -> bool:
-        """Whether the stage's weights are quantized: it buys bytes, and need not be better than
-        its parent.
-        """
+    def reads_chat(self) -> bool:
+        """Whether it trains on the recipe's chat data, not on its text."""
         return False
+
+    def calibration_rows(self) -> int:
+        """None: what is trained needs no calibration."""
+        return 0
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Training keeps the shape."""

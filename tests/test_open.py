@@ -23,7 +23,7 @@ from compress.score.open import (
     plausible,
     worst_first,
 )
-from compress.score.prompts import Prompt, prompts_of_eval, read_prompts
+from compress.score.prompts import Prompt, embedded_file, prompts_of_eval, read_prompts
 from compress.score.talk import TorchSpeaker, has_template, open_speaker, prompts_of, question_ids
 
 
@@ -45,7 +45,7 @@ def row(name, *, right=True, loops=False, ended=True, answer="Paris.", prompt="W
 
 
 def test_the_embedded_set_is_large_enough_unique_and_no_check_passes_by_repeating_the_question():
-    prompts = read_prompts(open_answers.embedded_file())
+    prompts = read_prompts(embedded_file())
     assert len(prompts) >= 200 and len({p.prompt for p in prompts}) == len(prompts)
     assert len({p.kind for p in prompts}) == 7
     assert [p.id for p in prompts if p.is_right(p.prompt)] == []
@@ -54,7 +54,7 @@ def test_the_embedded_set_is_large_enough_unique_and_no_check_passes_by_repeatin
 
 
 def test_a_fixed_quarter_is_what_stages_are_asked():
-    prompts = read_prompts(open_answers.embedded_file())
+    prompts = read_prompts(embedded_file())
     quarter = [p for p in prompts if p.in_quarter]
     assert len(prompts) / 4 - 2 <= len(quarter) <= len(prompts) / 4
     assert {p.kind for p in quarter} == {p.kind for p in prompts}

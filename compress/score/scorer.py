@@ -82,6 +82,8 @@ class Scorer:
             threads=threads,
             longest=longest_context(tokenizer_dir),
         )
+
+        # What scores depend on: a change in any of these makes new ones.
         self.digests = digests_of(self.setup, heldout)
         self.settings_named = named_settings(self.setup, self.digests)
 

@@ -77,7 +77,8 @@ def scores_alone(
     # All of it by name. A perturbed answer's interval comes with the tasks, any other accuracy's
     # from the items.
     scores: dict[str, float] = {"heldout_rows": len(setup.heldout.ids_SL)} | size(model.path)
-    correct, documents = accuracy(result.items, level), perplexities(result.items)
+    correct = accuracy(result.items, level)
+    documents = perplexities(result.items)
     scores |= text.scores | spoken.scores
     scores |= result.scores | correct.scores | documents.scores | times["scores"]
     intervals = text.intervals | spoken.intervals
@@ -99,7 +100,8 @@ def _opened(model: Model, setup: Setup, tokenizer: Any) -> Iterator[tuple[Any, S
     from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
 
     head = HEADS[model.runtime](model.path)
-    ids_SL, batch_size = setup.heldout.ids_SL, setup.settings.batch_size
+    ids_SL = setup.heldout.ids_SL
+    batch_size = setup.settings.batch_size
     if model.runtime == "torch":
         loaded: Any = load_model(model.path)
         hidden_NH = hidden_of(loaded.to(best_device()), ids_SL)
@@ -178,6 +180,7 @@ def _timing(setup: Setup) -> Timing:
         for length in settings.prompt_lengths
         if length + settings.new_tokens <= setup.longest
     ]
+
     return Timing(
         settings.prompt_tokens,
         settings.new_tokens,

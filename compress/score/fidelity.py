@@ -2,8 +2,8 @@
 
     kl(ref || student) = mean over tokens of sum_v p_v (log p_v - log q_v), in nats
     top1_agree         = share of positions where both put the same token first
-    bits_per_byte      = -sum log2 q(label) / bytes of the labels' text (comparable across
-                       tokenizers)
+    bits_per_byte      = -sum log2 q(label) / bytes of the labels' text
+                         (comparable across tokenizers)
 
 All are ratios r = sum_s a_s / sum_s b_s over the rows of packed held-out text, and so are those of
 a task that scores documents of s nats, w words and b bytes in all, over documents,
@@ -66,11 +66,13 @@ def checkpoint_head(model_dir: Path) -> Head:
     names = None if is_packed(config) else head_place(model_dir)
     if names is None:
         return head_of(load_model(model_dir)).detach()
+
+    # Its tensors may lie in several files.
     tensors: dict[str, Tensor] = {}
     for file in weight_files(model_dir):
-        with safe_open(file, "pt") as held:
-            here = [name for name in names if name in held.keys()]  # noqa: SIM118 (no mapping)
-            tensors |= {name: held.get_tensor(name).float() for name in here}
+        with safe_open(file, "pt") as reader:
+            here = [name for name in names if name in reader.keys()]  # noqa: SIM118 (no mapping)
+            tensors |= {name: reader.get_tensor(name).float() for name in here}
     return Head(
         tensors[names[0]],
         tensors[names[1]] if len(names) > 1 else None,
@@ -82,27 +84,25 @@ def perplexities(items: Items) -> Scores:
     """word_perplexity, byte_perplexity and bits_per_byte of every task whose items are whole
     documents (logliks, words, bytes), with intervals over documents where there are several.
     """
-    found = Scores({}, {}, [])
+    result = Scores({}, {}, [])
     for task in {item["task"] for item in items if "words" in item}:
-        own = [item for item in items if item["task"] == task]
-        nats = [-item["logliks"][0] for item in own]
+        documents = [item for item in items if item["task"] == task]
+        nats = [-item["logliks"][0] for item in documents]
+        bits_name = f"bits_per_byte/{task}"
+
+        # Bytes come last: bits are of them.
         for unit in ("word", "byte"):
-            counts = [item[f"{unit}s"] for item in own]
+            name = f"{unit}_perplexity/{task}"
+            counts = [item[f"{unit}s"] for item in documents]
             rate = sum(nats) / sum(counts)
-            found.scores.update(
-                {
-                    f"{unit}_perplexity/{task}": float(np.exp(rate)),
-                    f"bits_per_byte/{task}": rate / math.log(2),
-                }
-            )  # bytes come last
-            if len(own) > 1:
+            result.scores[name] = float(np.exp(rate))
+            result.scores[bits_name] = rate / math.log(2)
+
+            if len(documents) > 1:
                 low, high = ratio_interval(nats, counts)
-                found.intervals[f"{unit}_perplexity/{task}"] = (
-                    float(np.exp(low)),
-                    float(np.exp(high)),
-                )
-                found.intervals[f"bits_per_byte/{task}"] = low / math.log(2), high / math.log(2)
-    return found
+                result.intervals[name] = float(np.exp(low)), float(np.exp(high))
+                result.intervals[bits_name] = low / math.log(2), high / math.log(2)
+    return result
 
 
 @torch.inference_mode()
@@ -110,24 +110,22 @@ def closeness(reference: States, student: States, rows: int = 1) -> dict[str, An
     """{"kl", "top1"} of the student to the reference, and "kl_rows", "top1_rows": the means of
     each of `rows` rows of equal length. ValueError when vocabularies or lengths differ.
     """
-    (words, tokens), (other_words, other_tokens) = (
-        (len(s.head.weight_VH), len(s.hidden_NH)) for s in (reference, student)
-    )
+    words, other_words = len(reference.head.weight_VH), len(student.head.weight_VH)
+    tokens, other_tokens = len(reference.hidden_NH), len(student.hidden_NH)
     if (words, tokens) != (other_words, other_tokens):
-        what = (
-            f"vocabularies {words} and {other_words}, {tokens} and {other_tokens} held-out tokens"
-        )
-        raise ValueError(f"the models can't be compared: {what}; both must use the same tokenizer")
+        got = f"vocabularies {words} and {other_words}, {tokens} and {other_tokens} held-out tokens"
+        raise ValueError(f"the models can't be compared: {got}; both must use the same tokenizer")
+
+    # Logits of all tokens at once would not fit.
     parts = []
     for reference_CH, student_CH in zip(
         reference.hidden_NH.split(CHUNK), student.hidden_NH.split(CHUNK), strict=True
     ):
-        log_p, log_q = (
-            reference.head.logits(reference_CH).log_softmax(-1),
-            student.head.logits(student_CH).log_softmax(-1),
-        )
+        log_p = reference.head.logits(reference_CH).log_softmax(-1)
+        log_q = student.head.logits(student_CH).log_softmax(-1)
         kl_C = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
         parts.append(torch.stack([kl_C, (log_p.argmax(-1) == log_q.argmax(-1)).double()]))
+
     kl_S, top1_S = torch.cat(parts, 1).view(2, rows, -1).mean(-1)
     return {
         "kl": float(kl_S.mean()),
@@ -144,15 +142,16 @@ def bits_and_bytes(states: States, ids_SL: Tensor, tokenizer: Any) -> tuple[list
     bytes_S = [
         max(1, len(tokenizer.decode(row, skip_special_tokens=True).encode())) for row in labels_SL
     ]
-    nats, begins = (
-        [],
-        torch.tensor(opening(tokenizer), dtype=torch.long),
-    )  # a BOS between documents is given, not written
+
+    # A BOS between documents is given, not written: nothing is lost on it.
+    begins = torch.tensor(opening(tokenizer), dtype=torch.long)
+    nats = []
     for hidden_CH, labels_C in zip(
         states.hidden_NH.split(CHUNK), labels_SL.flatten().split(CHUNK), strict=True
     ):
-        lost_C = torch.nn.functional.cross_entropy(
-            states.head.logits(hidden_CH), labels_C, reduction="none"
-        ).double()
+        logits_CV = states.head.logits(hidden_CH)
+        lost_C = torch.nn.functional.cross_entropy(logits_CV, labels_C, reduction="none").double()
         nats.append(lost_C.masked_fill(torch.isin(labels_C, begins), 0.0))
-    return (torch.cat(nats).view(len(bytes_S), -1).sum(1) / math.log(2)).tolist(), bytes_S
+
+    bits_S = torch.cat(nats).view(len(bytes_S), -1).sum(1) / math.log(2)
+    return bits_S.tolist(), bytes_S

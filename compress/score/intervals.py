@@ -253,6 +253,8 @@ def _by_task(items: Items) -> dict[str, dict[int, bool]]:
     for item in items:
         if "correct" not in item:
             continue
+
+        # An answer that counts twice would make intervals narrower than they are.
         docs = table.setdefault(item["task"], {})
         if item["doc_id"] in docs:
             raise ValueError(

@@ -32,9 +32,8 @@ from typing import Any
 
 # Imports wait in functions: a process's memory is measured.
 LARGEST_SWEEP = 2**30  # bytes; far beyond every cache, where the rate no longer depends on the size
-Generate = Callable[
-    [int, int, int], list[float]
-]  # (prompt tokens, new tokens, sequences) -> milliseconds: of each token if it is one sequence
+# (prompt tokens, new tokens, sequences) -> milliseconds: of each token if it is one sequence.
+Generate = Callable[[int, int, int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Timing:
     batch_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # The first token's time is its own: a further one is needed.
         counts = (
             self.prompt_tokens,
             self.new_tokens - 1,
@@ -59,6 +59,7 @@ class Timing:
             *self.prompt_lengths,
             *self.batch_sizes,
         )
+
         if min(counts) < 1:
             raise ValueError(
                 f"latency can't be measured with {self}; allowed: counts from 1, new_tokens from 2"
@@ -66,23 +67,26 @@ class Timing:
 
 
 def measure(
-    model: Path, runtime: str = "torch", how: Timing | None = None
+    model: Path, runtime: str = "torch", timing: Timing | None = None
 ) -> dict[str, dict[str, Any]]:
     """{"scores", "intervals", "latency"}, the last one what a reader of the times should know
     (CPUs, load, processes), from fresh processes one after the other. ValueError with a
     process's last words when it fails.
     """
-    how, load = how or Timing(), os.getloadavg()[0]
-    done = [_fresh(model, runtime, how) for _ in range(how.processes)]
-    facts = done[0]["latency"] | {
-        "processes": how.processes,
-        "repeats": how.repeats,
-        "load": [load, os.getloadavg()[0]],
+    timing = timing or Timing()
+    load_before = os.getloadavg()[0]
+    records = [_fresh(model, runtime, timing) for _ in range(timing.processes)]
+    facts = records[0]["latency"] | {
+        "processes": timing.processes,
+        "repeats": timing.repeats,
+        "load": [load_before, os.getloadavg()[0]],
     }
-    values = {key: [one["scores"][key] for one in done] for key in done[0]["scores"]}
+    if timing.processes == 1:
+        return {"scores": records[0]["scores"], "intervals": {}, "latency": facts}
+
+    # Of memory the largest counts, of anything else the mean.
+    values = {key: [record["scores"][key] for record in records] for key in records[0]["scores"]}
     memory = {"peak_rss_bytes": max(values.pop("peak_rss_bytes"))}
-    if how.processes == 1:
-        return {"scores": done[0]["scores"], "intervals": {}, "latency": facts}
     spread = {key: geometric_mean(sample) for key, sample in values.items()}
     scores = {key: mean for key, (mean, _, _) in spread.items()}
     return {
@@ -104,7 +108,7 @@ def geometric_mean(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def compare_speed(
-    a: tuple[Path, str], b: tuple[Path, str], how: Timing, blocks: int = 5
+    a: tuple[Path, str], b: tuple[Path, str], timing: Timing, blocks: int = 5
 ) -> dict[str, tuple[float, float, float]]:
     """How many times as fast the second (model, runtime) is: {metric: (ratio, low, high)}, 95%,
     over `blocks` of processes A B B A.
@@ -113,33 +117,32 @@ def compare_speed(
         raise ValueError(
             f"a speed-up needs at least 2 blocks of A B B A for its interval, got {blocks}"
         )
-    quads = [[_fresh(*model, how)["scores"] for model in (a, b, b, a)] for _ in range(blocks)]
-    names = ("latency_ms_p50", "ttft_ms_p50")
-    return {
-        n: geometric_mean([math.sqrt(a1[n] * a2[n] / (b1[n] * b2[n])) for a1, b1, b2, a2 in quads])
-        for n in names
-    }
+    quads = [[_fresh(*model, timing)["scores"] for model in (a, b, b, a)] for _ in range(blocks)]
+
+    # Of each block the ratio of geometric means, which a linear drift leaves as it is.
+    ratios: dict[str, tuple[float, float, float]] = {}
+    for name in ("latency_ms_p50", "ttft_ms_p50"):
+        of_blocks = [
+            math.sqrt(a1[name] * a2[name] / (b1[name] * b2[name])) for a1, b1, b2, a2 in quads
+        ]
+        ratios[name] = geometric_mean(of_blocks)
+    return ratios
 
 
-def _fresh(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
+def _fresh(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
     """One process's numbers."""
-    path = os.pathsep.join(
-        filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
-    )
-    env = os.environ | {"OMP_NUM_THREADS": str(how.threads), "PYTHONPATH": path}
-    own = [
-        sys.executable,
-        "-m",
-        "compress.score.latency",
-        str(model),
-        runtime,
-        json.dumps(asdict(how)),
-    ]
-    done = subprocess.run(own, capture_output=True, text=True, env=env)
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or ["no message"]
-        raise ValueError(f"measuring {model} failed with exit {done.returncode}: {words[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    # It imports this package, wherever it is started.
+    package_folder = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package_folder, os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"OMP_NUM_THREADS": str(timing.threads), "PYTHONPATH": path}
+
+    module = "compress.score.latency"
+    command = [sys.executable, "-m", module, str(model), runtime, json.dumps(asdict(timing))]
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
+    if process.returncode:
+        words = process.stderr.strip().splitlines() or ["no message"]
+        raise ValueError(f"measuring {model} failed with exit {process.returncode}: {words[-1]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def peak_rss_bytes() -> int:
@@ -188,18 +191,22 @@ def pin(threads: int) -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
-def run(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
+def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
     """The measurement itself, in this process."""
     from compress.formats import llamacpp, onnxruntime
 
-    cpus, repeats = pin(how.threads), range(how.repeats)
-    make = {"torch": _torch, "llama.cpp": llamacpp.timer, "onnxruntime": onnxruntime.timer}[runtime]
-    generate, weight_bytes = make(model, how.threads)
-    generate(how.prompt_tokens, how.new_tokens, 1)  # every shape warms up by itself
-    runs = [generate(how.prompt_tokens, how.new_tokens, 1) for _ in repeats]
+    cpus = pin(timing.threads)
+    repeats = range(timing.repeats)
+    openers = {"torch": _torch, "llama.cpp": llamacpp.timer, "onnxruntime": onnxruntime.timer}
+    generate, weight_bytes = openers[runtime](model, timing.threads)
+
+    # Every shape warms up by itself.
+    generate(timing.prompt_tokens, timing.new_tokens, 1)
+    runs = [generate(timing.prompt_tokens, timing.new_tokens, 1) for _ in repeats]
     peak = peak_rss_bytes()
     import numpy as np  # only now: llama.cpp does without it, and its memory is what is measured
 
+    # One sequence.
     runs_ms = np.array(runs)  # (repeats, new_tokens)
     tokens_ms = runs_ms[:, 1:]
     scores = {
@@ -208,18 +215,20 @@ def run(model: Path, runtime: str, how: Timing) -> dict[str, Any]:
         "peak_rss_bytes": peak,
     }
     scores |= {f"latency_ms_p{q}": float(np.quantile(tokens_ms, q / 100)) for q in (50, 90, 95, 99)}
-    for length in how.prompt_lengths:
+
+    # Other lengths, and several sequences together.
+    for length in timing.prompt_lengths:
         generate(length, 1, 1)
-        scores[f"ttft_ms_p50/{length}"] = float(
-            np.median([generate(length, 1, 1) for _ in repeats])
-        )
-    for batch in how.batch_sizes:
-        generate(how.prompt_tokens, how.new_tokens, batch)
-        whole_ms = np.median(
-            [sum(generate(how.prompt_tokens, how.new_tokens, batch)) for _ in repeats]
-        )
-        scores[f"throughput_tok_per_sec/{batch}"] = 1000 * batch * how.new_tokens / float(whole_ms)
-    read = read_bytes_per_second(weight_bytes, how.threads)
+        first_ms = np.median([generate(length, 1, 1) for _ in repeats])
+        scores[f"ttft_ms_p50/{length}"] = float(first_ms)
+    for batch in timing.batch_sizes:
+        shape = timing.prompt_tokens, timing.new_tokens, batch
+        generate(*shape)
+        total_ms = float(np.median([sum(generate(*shape)) for _ in repeats]))
+        scores[f"throughput_tok_per_sec/{batch}"] = 1000 * batch * timing.new_tokens / total_ms
+
+    # How near to what memory can deliver.
+    read = read_bytes_per_second(weight_bytes, timing.threads)
     scores["bandwidth_share"] = scores["tok_per_sec"] * weight_bytes / read
     return {
         "scores": scores,
@@ -238,17 +247,18 @@ def _torch(model_dir: Path, threads: int) -> tuple[Generate, int]:
 
     @torch.inference_mode()
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
-        ids_BL, cache, times = (
-            (torch.arange(prompt_tokens) * 7919 % model.config.vocab_size).repeat(batch, 1),
-            None,
-            [],
-        )
+        # Fixed ids, spread over the vocabulary.
+        prompt_ids_L = torch.arange(prompt_tokens) * 7919 % model.config.vocab_size
+        ids_BL = prompt_ids_L.repeat(batch, 1)
+
+        cache = None
+        times_ms = []
         for _ in range(count):
             start = time.perf_counter()
             out = model(ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids_BL, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-            times.append(1000 * (time.perf_counter() - start))
-        return times
+            times_ms.append(1000 * (time.perf_counter() - start))
+        return times_ms
 
     return generate, int(model.get_memory_footprint())
 

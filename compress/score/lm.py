@@ -104,11 +104,11 @@ class Torch:
         """States after the final norm, (N, H) for the N nodes of each row; all rows have branches
         or none has.
         """
-        length, device = max(len(row.ids) for row in rows), self.model.device
+        length = max(len(row.ids) for row in rows)
         inputs = {"input_ids": torch.tensor([padded(row.ids, length) for row in rows])}
         if rows[0].branches:
             inputs |= tree_inputs(rows)
-        on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+        on_device = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         hidden_BLH = self.model.base_model(**on_device, use_cache=False).last_hidden_state
         return [hidden_LH[: len(row.ids)] for row, hidden_LH in zip(rows, hidden_BLH, strict=True)]
 

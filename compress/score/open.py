@@ -6,12 +6,13 @@ choice and fail in open generation ("the benchmark illusion", arXiv 2606.17609).
 answers short prompts greedily, in at most ANSWER_TOKENS tokens, through its own chat template
 (score/talk.py), and an answer is right when all checks of its prompt hold:
 
-    must_contain       every member occurs, as a word, in any case; of a member that is a list, any
-                       of its strings
+    must_contain       every member occurs, as a word, in any case; of a member that is a list,
+                       any of its strings
     must_not_contain   none of these strings occurs
     pattern            a regular expression is found (any case, ^ and $ at lines), within
                        PATTERN_SECONDS
-    exact  the whole answer is one of these, but for case, white space and punctuation around it
+    exact              the whole answer is one of these, but for case, white space and
+                       punctuation around it
 
 Of one model, shares of its prompts with Jeffreys' interval (score/intervals.py):
 
@@ -20,20 +21,21 @@ Of one model, shares of its prompts with Jeffreys' interval (score/intervals.py)
 
 Beside the teacher, on the same prompts, paired:
 
-    open/kept          of what the teacher gets right, the share that the model gets right;
-                       Jeffreys' interval. Undecided where the teacher gets fewer than TEACHER_RIGHT
-                       right
-    open/loops_gained  loops minus the teacher's, with the paired interval
-    open/ended_lost    the teacher's ended minus the model's, with the paired interval
-    open/plausible     nats a token by which the teacher finds the model's answers less likely than
-                       its own, the mean over prompts of (log p_T(own) / tokens - log p_T(answer) /
-                       tokens), on the fixed quarter; Student's interval. About 0: it says what its
-                       teacher would. An answer's end counts as a token where it ended
+    open/kept             of what the teacher gets right, the share that the model gets right;
+                          Jeffreys' interval. Undecided where the teacher gets fewer than
+                          TEACHER_RIGHT right
+    open/loops_gained     loops minus the teacher's
+    open/ended_lost       the teacher's ended minus the model's, both with the paired interval
+    open/plausible        nats a token by which the teacher finds the model's answers less likely
+                          than its own, the mean over prompts of
+                          (log p_T(own) / tokens - log p_T(answer) / tokens), on the fixed quarter;
+                          Student's interval. About 0: it says what its teacher would. An answer's
+                          end counts as a token where it ended
     open/form_differing   share of the prompts that reach the model as other token ids than its
-                          teacher: a template that lost something, a doubled BOS, another tokenizer.
-                          Exact, no interval
-    open/choice_gap    accuracy of picking the right one of four minus open/right, on the facts that
-                       can be asked in both forms: how much the likelihood form flatters
+                          teacher: a template that lost something, a doubled BOS, another
+                          tokenizer. Exact, no interval
+    open/choice_gap       accuracy of picking the right one of four minus open/right, on the facts
+                          that can be asked in both forms: how much the likelihood form flatters
 
 Intermediate stages answer the fixed quarter of the prompts whose number is divisible by 4; teacher
 and what ships answer all.
@@ -56,6 +58,7 @@ from compress.text.repetition import loops
 
 TEACHER_RIGHT = 20  # right answers of a teacher below which a share of them says nothing
 Answers = Sequence[Mapping[str, Any]]
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]  # a model's answer and its teacher's
 
 
 def answered(model: Model, prompts: Sequence[Prompt], threads: int) -> list[dict[str, Any]]:
@@ -67,9 +70,10 @@ def answered(model: Model, prompts: Sequence[Prompt], threads: int) -> list[dict
     with open_speaker(model, threads) as speaker:
         texts = prompts_of(speaker, [prompt.prompt for prompt in prompts], has_template(model))
         forms = [sha256_json(speaker.prompt_ids(text))[:16] for text in texts]
-        said = speaker.answers(texts, ANSWER_TOKENS)
+        answers = speaker.answers(texts, ANSWER_TOKENS)
+
     rows = []
-    for prompt, form, answer in zip(prompts, forms, said, strict=True):
+    for prompt, form, answer in zip(prompts, forms, answers, strict=True):
         row: dict[str, Any] = {
             "id": prompt.id,
             "kind": prompt.kind,
@@ -77,8 +81,11 @@ def answered(model: Model, prompts: Sequence[Prompt], threads: int) -> list[dict
             "form": form,
             "answer": answer.text,
             "ids": answer.ids,
+            "ended": answer.ended,
+            "loops": loops(answer.text),
+            "right": False,
         }
-        row |= {"ended": answer.ended, "loops": loops(answer.text), "right": False}
+        # Checks may be a stranger's: they end in time.
         try:
             row["right"] = prompt.is_right(answer.text)
         except TimeoutError:
@@ -93,14 +100,14 @@ def choice_gap(
     """open/choice_gap of one model: `picked` says by id whether it chose the right one of four;
     with the paired interval.
     """
-    by_id = {row["id"]: bool(row["right"]) for row in answers}
-    both = [name for name in picked if name in by_id]
+    right_by_id = {row["id"]: bool(row["right"]) for row in answers}
+    both = [name for name in picked if name in right_by_id]
     if not both:
         return {}, {}
-    value, spread = difference_of_flags(
-        np.array([picked[name] for name in both]), np.array([by_id[name] for name in both])
+    gap, spread = difference_of_flags(
+        np.array([picked[name] for name in both]), np.array([right_by_id[name] for name in both])
     )
-    return {"open/choice_gap": value}, {"open/choice_gap": spread}
+    return {"open/choice_gap": gap}, {"open/choice_gap": spread}
 
 
 def picks_right(prompts: Sequence[Prompt], lm: Any, tokenizer: Any) -> dict[str, bool]:
@@ -129,14 +136,16 @@ def picks_right(prompts: Sequence[Prompt], lm: Any, tokenizer: Any) -> dict[str,
     return picked
 
 
-def difference_of_flags(mine: np.ndarray, its: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """The mean of `mine` minus that of `its`, flags (N,) of the same prompts, with the paired
-    interval of score/intervals.py.
+def difference_of_flags(
+    flags: np.ndarray, reference: np.ndarray
+) -> tuple[float, tuple[float, float]]:
+    """The mean of `flags` minus that of `reference`, both (N,), of the same prompts, with the
+    paired interval of score/intervals.py.
     """
-    draws = bootstrap(cells(mine, its))
-    value = float(mine.mean() - its.mean())
+    draws = bootstrap(cells(flags, reference))
+    difference = float(flags.mean() - reference.mean())
     low, high = interval(draws[:, 1] - draws[:, 2])
-    return value, (min(low, value), max(high, value))
+    return difference, (min(low, difference), max(high, difference))
 
 
 def own_scores(answers: Answers) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
@@ -160,38 +169,45 @@ def beside_teacher(
     alone.
     """
     by_id = {row["id"]: row for row in teacher}
-    if lacking := [
+    unpaired = [
         row["id"]
         for row in answers
         if row["id"] not in by_id or by_id[row["id"]]["prompt"] != row["prompt"]
-    ]:
+    ]
+    if unpaired:
         raise ValueError(
-            f"open prompts {lacking[:3]} were put to one of the models only; score both with the"
+            f"open prompts {unpaired[:3]} were put to one of the models only; score both with the"
             " same eval.open_prompts"
         )
     pairs = [(row, by_id[row["id"]]) for row in answers]
-    known = [mine for mine, its in pairs if its["right"]]
-    scores: dict[str, float] = {"n/open_kept": len(known)}
+
+    # What the teacher gets right, if that is enough to be a share of.
+    to_keep = [row for row, reference in pairs if reference["right"]]
+    scores: dict[str, float] = {"n/open_kept": len(to_keep)}
     spread: dict[str, tuple[float, float]] = {}
-    if len(known) >= TEACHER_RIGHT:
-        both = sum(row["right"] for row in known)
-        scores["open/kept"], spread["open/kept"] = both / len(known), _jeffreys(both, len(known))
-    scores["open/form_differing"] = sum(mine["form"] != its["form"] for mine, its in pairs) / len(
-        pairs
-    )
-    loops_mine, loops_its = (
-        np.array([bool(pair[side]["loops"]) for pair in pairs]) for side in (0, 1)
-    )
-    scores["open/loops_gained"], spread["open/loops_gained"] = difference_of_flags(
-        loops_mine, loops_its
-    )
-    ended_mine, ended_its = (
-        np.array([bool(pair[side]["ended"]) for pair in pairs]) for side in (0, 1)
-    )
-    scores["open/ended_lost"], spread["open/ended_lost"] = difference_of_flags(
-        ended_its, ended_mine
-    )
+    if len(to_keep) >= TEACHER_RIGHT:
+        kept = sum(row["right"] for row in to_keep)
+        scores["open/kept"] = kept / len(to_keep)
+        spread["open/kept"] = _jeffreys(kept, len(to_keep))
+
+    differing = sum(row["form"] != reference["form"] for row, reference in pairs)
+    scores["open/form_differing"] = differing / len(pairs)
+
+    # Both differences grow with what got worse.
+    loops_gained = difference_of_flags(*_flags(pairs, "loops"))
+    scores["open/loops_gained"], spread["open/loops_gained"] = loops_gained
+    ended, teacher_ended = _flags(pairs, "ended")
+    ended_lost = difference_of_flags(teacher_ended, ended)
+    scores["open/ended_lost"], spread["open/ended_lost"] = ended_lost
     return scores, spread
+
+
+def _flags(pairs: Sequence[Pair], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A flag of both answers to each prompt, the model's (N,) and its teacher's (N,)."""
+    return (
+        np.array([bool(row[name]) for row, _ in pairs]),
+        np.array([bool(reference[name]) for _, reference in pairs]),
+    )
 
 
 def _jeffreys(count: int, n: int) -> tuple[float, float]:
@@ -210,31 +226,28 @@ def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> di
     by_id = {row["id"]: row for row in teacher}
     closing = turn_end(tokenizer)
     end = tokenizer.eos_token_id if closing is None else closing
-    requests, owners = [], []
+
+    # The teacher's own answer and the model's, behind the same question.
+    requests = []
     for row in answers:
         if row["id"] not in by_id or not Prompt(row["id"], row["prompt"]).in_quarter:
             continue
         context = question_ids(tokenizer, row["prompt"])
-        for side in (by_id[row["id"]], row):
-            ids = tokenizer(side["answer"], add_special_tokens=False, verbose=False)["input_ids"]
-            ids += [end] * side["ended"]
-            requests.append((("", ""), context, ids))
-        owners.append(row["id"])
-    pairs = [
-        pair
-        for pair in zip(requests[::2], requests[1::2], strict=True)
-        if pair[0][2] and pair[1][2]
-    ]
-    if len(pairs) < 2:
+        ids_of_both = []
+        for answer in (by_id[row["id"]], row):
+            ids = tokenizer(answer["answer"], add_special_tokens=False, verbose=False)["input_ids"]
+            ids_of_both.append(ids + [end] * answer["ended"])
+        if all(ids_of_both):
+            requests += [(("", ""), context, ids) for ids in ids_of_both]
+    if len(requests) < 4:
         return {}
-    found = lm._loglikelihood_tokens(
-        [request for pair in pairs for request in pair], disable_tqdm=True
-    )
+
+    # Nats a token by which the teacher prefers its own.
+    logprobs = lm._loglikelihood_tokens(requests, disable_tqdm=True)
     means = [
-        logprob / len(request[2])
-        for (logprob, _), request in zip(found, [r for pair in pairs for r in pair], strict=True)
+        logprob / len(ids) for (logprob, _), (_, _, ids) in zip(logprobs, requests, strict=True)
     ]
-    lost = [own - mine for own, mine in zip(means[::2], means[1::2], strict=True)]
+    lost = [teacher_mean - mean for teacher_mean, mean in zip(means[::2], means[1::2], strict=True)]
     return {"value": math.fsum(lost) / len(lost), "interval": ratio_interval(lost, least=-math.inf)}
 
 
@@ -246,27 +259,28 @@ def worst_first(answers: Answers, teacher: Answers) -> list[dict[str, Any]]:
     by_id = {row["id"]: row for row in teacher}
     rows = []
     for row in answers:
-        its = by_id.get(row["id"])
-        if its is not None:
-            rows.append(
-                {
-                    "id": row["id"],
-                    "kind": row["kind"],
-                    "prompt": row["prompt"],
-                    "teacher": its["answer"],
-                    "student": row["answer"],
-                    "teacher_right": its["right"],
-                    "right": row["right"],
-                    "loops": row["loops"],
-                    "ended": row["ended"],
-                }
-            )
-    return sorted(
-        rows,
-        key=lambda r: (
-            -(r["teacher_right"] and not r["right"]) * (1 + r["loops"]),
-            -r["loops"],
-            r["right"],
-            r["id"],
-        ),
-    )
+        reference = by_id.get(row["id"])
+        if reference is None:
+            continue
+
+        # "right", "loops" and "ended" are the model's.
+        rows.append(
+            {
+                "id": row["id"],
+                "kind": row["kind"],
+                "prompt": row["prompt"],
+                "teacher": reference["answer"],
+                "student": row["answer"],
+                "teacher_right": reference["right"],
+                "right": row["right"],
+                "loops": row["loops"],
+                "ended": row["ended"],
+            }
+        )
+    return sorted(rows, key=_goodness)
+
+
+def _goodness(row: Mapping[str, Any]) -> tuple[int, int, bool, str]:
+    """Order of `worst_first`, the worst lowest."""
+    lost = row["teacher_right"] and not row["right"]
+    return -lost * (1 + row["loops"]), -row["loops"], row["right"], row["id"]

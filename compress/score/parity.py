@@ -6,20 +6,22 @@ it is quantized, its rounded copy otherwise. The file is a `Reloaded`. Measured,
 it is more than arithmetic can explain; exact: F16 in llama.cpp and all that torch runs; others:
 integer types of llama.cpp, whose kernels round activations to 8 bits:
 
-    parity_values_differing   numbers of the twin that the decoded file does not hold bit for bit: 0
-    parity_kl_nats  KL(twin || file) on held-out text: at most 1e-5 where exact, 5e-3 for others
-    parity_top1_beyond_gap    top-1 agreement where the twin's first two candidates are more than
-            TOP1_GAP nats apart: 1 where exact; at least 0.995 for others: 8-bit activations turned
-            1 of 1,789 such tokens of a demo
-    parity_greedy_tokens_count  greedy tokens of the file, of GREEDY, before the first that the twin
-            would not have said
-    parity_greedy_gap_nats    by how much the twin preferred its own token there, 0 without such a
-            place: at most 1e-3 where exact, else told only
-    parity_strings_differing  held-out strings that the runtime's tokenizer and the checkpoint's cut
-            differently: 0
-    parity_eos_differing_flag  1 unless texts of the file end at every special token that ends the
-            checkpoint's (compress/models/ends.py), at one at least that each of its files names,
-            and the file names no other end: 0
+    parity_values_differing     numbers of the twin that the decoded file does not hold bit for
+                                bit: 0
+    parity_kl_nats              KL(twin || file) on held-out text: at most 1e-5 where exact, 5e-3
+                                for others
+    parity_top1_beyond_gap      top-1 agreement where the twin's first two candidates are more than
+                                TOP1_GAP nats apart: 1 where exact; at least 0.995 for others:
+                                8-bit activations turned 1 of 1,789 such tokens of a demo
+    parity_greedy_tokens_count  greedy tokens of the file, of GREEDY, before the first that the
+                                twin would not have said
+    parity_greedy_gap_nats      by how much the twin preferred its own token there, 0 without such
+                                a place: at most 1e-3 where exact, else told only
+    parity_strings_differing    held-out strings that the runtime's tokenizer and the checkpoint's
+                                cut differently: 0
+    parity_eos_differing_flag   1 unless texts of the file end at every special token that ends the
+                                checkpoint's (compress/models/ends.py), at one at least that each
+                                of its files names, and the file names no other end: 0
 
 Legend: N tokens, C tokens a chunk, V vocabulary.
 """
@@ -51,50 +53,62 @@ GREEDY = 64
 class Reloaded(Protocol):
     """A file as its own runtime opens it; each module of `formats/__init__.py` has one."""
 
-    def tensors(
-        self,
-    ) -> dict[
-        str, Tensor
-    ]: ...  # HF state-dict name -> fp32, as decoded from the file; without a tied head
-    def generate_ids(
-        self, prompt: Sequence[int], n: int
-    ) -> list[int]: ...  # greedy continuation, ended by EOS
-    def tokenize(self, text: str) -> list[int]: ...  # by the file's tokenizer, nothing added
-    def eos_ids(self) -> set[int]: ...  # at which generation ends, as the file says
-    def ends_at(self, token: int) -> bool: ...  # whether generation ends at it
-    def close(self) -> None: ...  # frees what the runtime holds
+    def tensors(self) -> dict[str, Tensor]:
+        """HF state-dict name -> fp32, as decoded from the file; without a tied head."""
+
+    def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]:
+        """Greedy continuation of at most `n` tokens, ended by EOS."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """By the file's tokenizer, nothing added."""
+
+    def eos_ids(self) -> set[int]:
+        """Tokens at which generation ends, as the file says."""
+
+    def ends_at(self, token: int) -> bool:
+        """Whether generation ends at it."""
+
+    def close(self) -> None:
+        """Frees what the runtime holds."""
 
 
 def twin_of(checkpoint: Path, name: str) -> Any:
     """The checkpoint's model in fp32 with each matrix as a file of `name`, an entry of
     `export.files`, holds it.
     """
-    model, kind = load_model(checkpoint), parse(name)[1]
+    model = load_model(checkpoint)
+    kind = parse(name)[1]
     if is_quantized(checkpoint) or not kind:
         return model
+
+    # Rounded as the file's type rounds.
     with torch.no_grad():
         for matrix, home in quantizable(model).items():
             weight = home.weight
-            weight.copy_(
-                weight.half().float()
-                if kind == "F16"
-                else (grid := GRIDS[kind.lower()]).decode(*grid.encode(weight, matrix))
-            )
+            if kind == "F16":
+                weight.copy_(weight.half().float())
+            else:
+                grid = GRIDS[kind.lower()]
+                weight.copy_(grid.decode(*grid.encode(weight, matrix)))
     return model
 
 
 def values_differing(twin: Any, decoded: dict[str, Tensor]) -> int:
     """Numbers of the twin's state dict that the file, decoded, holds otherwise or not at all."""
-    wanted = {
+    expected = {
         name: tensor
         for name, tensor in twin.state_dict().items()
         if name not in twin.all_tied_weights_keys
     }
-    differing = sum(tensor.numel() for name, tensor in decoded.items() if name not in wanted)
-    for name, tensor in wanted.items():
-        found = decoded.get(name)
-        same = found is not None and found.shape == tensor.shape
-        differing += int((found != tensor).sum()) if same else tensor.numel()
+
+    # What the twin has no place for differs in every number, and so does what the file lacks.
+    differing = sum(tensor.numel() for name, tensor in decoded.items() if name not in expected)
+    for name, tensor in expected.items():
+        other = decoded.get(name)
+        if other is not None and other.shape == tensor.shape:
+            differing += int((other != tensor).sum())
+        else:
+            differing += tensor.numel()
     return differing
 
 
@@ -110,7 +124,8 @@ def top1_beyond_gap(twin: States, shipped: States) -> float:
         top_C2 = twin.head.logits(twin_CH).topk(2, -1)
         sure_C = top_C2.values[:, 0] - top_C2.values[:, 1] > TOP1_GAP
         same_C = shipped.head.logits(shipped_CH).argmax(-1) == top_C2.indices[:, 0]
-        agree, count = agree + int((same_C & sure_C).sum()), count + int(sure_C.sum())
+        agree += int((same_C & sure_C).sum())
+        count += int(sure_C.sum())
     return agree / count if count else 1.0
 
 
@@ -140,18 +155,18 @@ def parity(
     checkpoint: Path, file: Path, name: str, heldout: Tensor, shipped: States, threads: int
 ) -> dict[str, float]:
     """`figures`, or ValueError naming every figure that is beyond its limit."""
-    measured, exact = (
-        figures(checkpoint, file, name, heldout, shipped, threads),
-        parse(name)[2].exact,
-    )
-    limits = {key: 0.0 for key in measured if key.endswith(("_differing", "_flag"))} | (
-        EXACT_LIMITS if exact else INTEGER_LIMITS
-    )
+    measured = figures(checkpoint, file, name, heldout, shipped, threads)
+    exact = parse(name)[2].exact
+
+    # Counts and flags may not be above 0, differences not above what arithmetic explains.
+    limits = {key: 0.0 for key in measured if key.endswith(("_differing", "_flag"))}
+    limits |= EXACT_LIMITS if exact else INTEGER_LIMITS
     bad = [
         f"{key} is {measured[key]:.6g}, at most {limit:g} is allowed"
         for key, limit in limits.items()
         if not measured[key] <= limit
     ]
+
     least = 1.0 if exact else TOP1_LEAST
     if measured["parity_top1_beyond_gap"] < least:
         bad.append(
@@ -172,31 +187,35 @@ def figures(
     """Those of the module's docstring. `heldout` (R, L + 1) ids are those whose states `shipped`
     (R L, H) the file gave.
     """
-    twin, tokenizer = twin_of(checkpoint, name), load_tokenizer(checkpoint)
+    # On held-out text.
+    twin = twin_of(checkpoint, name)
+    tokenizer = load_tokenizer(checkpoint)
     twin.to(best_device())
     states = States(hidden_of(twin, heldout), head_of(twin.to("cpu")).detach())
     measured = {
         "parity_kl_nats": closeness(states, shipped)["kl"],
         "parity_top1_beyond_gap": top1_beyond_gap(states, shipped),
     }
+
+    # What the file's own runtime holds, says, cuts and ends at.
     reloaded: Reloaded = parse(name)[0].module.reload(file, threads)
     prompt = heldout[0, :32].tolist()
     try:
         measured["parity_values_differing"] = values_differing(twin, reloaded.tensors())
         written = reloaded.generate_ids(prompt, GREEDY)
-        differing = sum(
-            reloaded.tokenize(s) != tokenizer.encode(s, add_special_tokens=False)
-            for s in strings(tokenizer, heldout)
+        strings_differing = sum(
+            reloaded.tokenize(text) != tokenizer.encode(text, add_special_tokens=False)
+            for text in strings(tokenizer, heldout)
         )
-        measured["parity_eos_differing_flag"] = float(
-            not _ends_agree(checkpoint, tokenizer, reloaded)
-        )
+        ends_agree = _ends_agree(checkpoint, tokenizer, reloaded)
     finally:
         reloaded.close()
-    measured["parity_greedy_tokens_count"], measured["parity_greedy_gap_nats"] = greedy(
-        twin, written, prompt
-    )
-    measured["parity_strings_differing"] = differing
+
+    tokens_count, gap_nats = greedy(twin, written, prompt)
+    measured["parity_eos_differing_flag"] = float(not ends_agree)
+    measured["parity_greedy_tokens_count"] = tokens_count
+    measured["parity_greedy_gap_nats"] = gap_nats
+    measured["parity_strings_differing"] = strings_differing
     return measured
 
 
@@ -206,12 +225,11 @@ def _ends_agree(checkpoint: Path, tokenizer: Any, reloaded: Reloaded) -> bool:
         "tokenizer": [tokenizer.eos_token_id],
         "template": [turn_end(tokenizer)],
     }
-    named = [set(ids) - {None} for ids in places.values()]
-    wanted = set[int]().union(*named)
-    reached = {i for i in wanted if reloaded.ends_at(i)}
-    special = {i for i in wanted if is_special(tokenizer, i)}
-    return (
-        special <= reached
-        and reloaded.eos_ids() <= wanted
-        and all(ids & reached for ids in named if ids)
-    )
+    ends_by_place = [set(ids) - {None} for ids in places.values()]
+    ends = set[int]().union(*ends_by_place)
+    reached = {token for token in ends if reloaded.ends_at(token)}
+
+    # Some runtimes take one end only: of each place that names any, one at least is obeyed.
+    special = {token for token in ends if is_special(tokenizer, token)}
+    one_of_each = all(ids & reached for ids in ends_by_place if ids)
+    return special <= reached and reloaded.eos_ids() <= ends and one_of_each

@@ -64,12 +64,20 @@ def changes(
 
     `student`, `parent`, `teacher`: `Measured`; the rows: of `Scores.rows` beside the teacher.
     """
-    named = [_measured(name) for name in metrics if _is_quality(name)] or list(DEFAULT)
-    found = [
-        _change(name, student, parent, student_rows, parent_rows, teacher)
-        for name in dict.fromkeys(named)
-    ]
-    return [change for change in found if change is not None]
+    compared = [_measured(name) for name in metrics if _is_quality(name)] or list(DEFAULT)
+
+    # Several limits on accuracy are about one measure.
+    result = []
+    for name in dict.fromkeys(compared):
+        if name.startswith("open/"):
+            change = _answers_change(name, student.answers, parent.answers, teacher.answers)
+        elif is_accuracy(name):
+            change = _items_change(name, student, parent)
+        else:
+            change = _text_change(name, student_rows.get(name), parent_rows.get(name))
+        if change is not None:
+            result.append(change)
+    return result
 
 
 def _measured(metric: str) -> str:
@@ -81,48 +89,50 @@ def _measured(metric: str) -> str:
 
 
 def _is_quality(metric: str) -> bool:
-    return (
-        metric.startswith("open/")
-        or is_accuracy(metric)
-        or (is_heldout(metric) and not metric.startswith("kl_to_parent"))
-    )
+    """Whether a stage can be better at it: on the tasks, open answers or held-out text."""
+    if metric.startswith("kl_to_parent"):
+        return False
+    return metric.startswith("open/") or is_accuracy(metric) or is_heldout(metric)
 
 
-def _change(
-    metric: str,
-    student: Any,
-    parent: Any,
-    student_rows: Mapping[str, Any],
-    parent_rows: Mapping[str, Any],
-    teacher: Any,
-) -> Change | None:
-    sign = -1.0 if metric.partition("/")[0] in LESS_IS_BETTER or metric in LESS_IS_BETTER else 1.0
-    if metric.startswith("open/"):
-        gain, spread = _answers_gained(metric, student.answers, parent.answers, teacher.answers)
-        if gain is None:
-            return None
-    elif is_accuracy(metric):
-        if not student.items or not parent.items:
-            return None
-        # Where tasks stop early, one of the two may have answered items that the other has not.
-        mine, its = _common(student.items, parent.items), _common(parent.items, student.items)
-        paired = paired_scores(mine, its, student.chance)
-        task = metric.partition("/")[2]
-        name = f"points_lost/{task}" if task else "points_lost"
-        if name not in paired.scores:
-            return None
-        low, high = paired.intervals[name]
-        return Change(metric, -paired.scores[name], -high, -low)
-    else:
-        own, before = (rows.get(metric) for rows in (student_rows, parent_rows))
-        if own is None or before is None or own[1:] != before[1:]:
-            return None
-        lost = (np.asarray(own[0]) - np.asarray(before[0])).tolist()
-        weights = own[1] if len(own) > 1 else None
-        spread = ratio_interval(lost, weights, least=-np.inf)
-        gain = sum(lost) / (sum(weights) if weights else len(lost))
-    low, high = sorted(sign * end for end in spread)
-    return Change(metric, sign * gain, low, high)
+def _for_the_better(metric: str, difference: float, interval: tuple[float, float]) -> Change:
+    """Stage minus parent as a gain, which of a measure where less is better is turned around."""
+    less_is_better = metric.partition("/")[0] in LESS_IS_BETTER or metric in LESS_IS_BETTER
+    sign = -1.0 if less_is_better else 1.0
+    low, high = sorted(sign * end for end in interval)
+    return Change(metric, sign * difference, low, high)
+
+
+def _items_change(metric: str, student: Any, parent: Any) -> Change | None:
+    """Of `acc` or `acc/TASK`, on the items that both answered."""
+    if not student.items or not parent.items:
+        return None
+
+    # Where tasks stop early, one of the two may have answered items that the other has not.
+    student_items = _common(student.items, parent.items)
+    parent_items = _common(parent.items, student.items)
+    paired = paired_scores(student_items, parent_items, student.chance)
+
+    task = metric.partition("/")[2]
+    name = f"points_lost/{task}" if task else "points_lost"
+    if name not in paired.scores:
+        return None
+    low, high = paired.intervals[name]
+    return Change(metric, -paired.scores[name], -high, -low)
+
+
+def _text_change(metric: str, student: Any, parent: Any) -> Change | None:
+    """Of a figure of held-out text, from both models' arguments of `ratio_interval`, if they are
+    of the same rows.
+    """
+    if student is None or parent is None or student[1:] != parent[1:]:
+        return None
+    difference_S = (np.asarray(student[0]) - np.asarray(parent[0])).tolist()
+    weights_S = student[1] if len(student) > 1 else None
+
+    interval = ratio_interval(difference_S, weights_S, least=-np.inf)
+    difference = sum(difference_S) / (sum(weights_S) if weights_S else len(difference_S))
+    return _for_the_better(metric, difference, interval)
 
 
 def _common(items: Any, other: Any) -> list[Any]:
@@ -131,9 +141,9 @@ def _common(items: Any, other: Any) -> list[Any]:
     return [item for item in items if (item["task"], item["doc_id"]) in answered]
 
 
-def _answers_gained(metric: str, student: Any, parent: Any, teacher: Any) -> tuple[Any, Any]:
-    """Share of the common prompts that the student has and the parent has not; of open/kept among
-    those the teacher gets right.
+def _answers_change(metric: str, student: Any, parent: Any, teacher: Any) -> Change | None:
+    """By the share of the common prompts that the student has and the parent has not; of open/kept
+    among those the teacher gets right.
     """
     flag = {
         "open/kept": "right",
@@ -143,27 +153,31 @@ def _answers_gained(metric: str, student: Any, parent: Any, teacher: Any) -> tup
         "open/ended": "ended",
         "open/ended_lost": "ended",
     }.get(metric)
-    its = {row["id"]: row for row in parent}
-    right = {row["id"] for row in teacher if row["right"]} if metric == "open/kept" else its.keys()
-    both = [
-        (bool(row[flag]), bool(its[row["id"]][flag]))
-        for row in student
-        if flag and row["id"] in its and row["id"] in right
-    ]
-    if not both:
-        return None, None
-    return difference_of_flags(*(np.array(column) for column in zip(*both, strict=True)))
+    if flag is None:
+        return None
+
+    by_id = {row["id"]: row for row in parent}
+    counted = set(by_id)
+    if metric == "open/kept":
+        counted &= {row["id"] for row in teacher if row["right"]}
+    rows = [row for row in student if row["id"] in counted]
+    if not rows:
+        return None
+
+    student_flags = np.array([bool(row[flag]) for row in rows])
+    parent_flags = np.array([bool(by_id[row["id"]][flag]) for row in rows])
+    difference, interval = difference_of_flags(student_flags, parent_flags)
+    return _for_the_better(metric, difference, interval)
 
 
-def sentence(found: list[Change]) -> str:
+def sentence(stage_changes: list[Change]) -> str:
     """What to tell: 'paid: ...' or 'did not pay: ...'."""
-    return (
-        f"{'paid' if paid(found) else 'did not pay'}:"
-        f" {'; '.join(map(str, found)) or 'nothing to compare it by was measured'}"
-    )
+    verdict = "paid" if paid(stage_changes) else "did not pay"
+    details = "; ".join(map(str, stage_changes)) or "nothing to compare it by was measured"
+    return f"{verdict}: {details}"
 
 
-def paid(found: list[Change]) -> bool:
+def paid(stage_changes: list[Change]) -> bool:
     """Whether something became better and nothing worse."""
-    words = [change.word for change in found]
+    words = [change.word for change in stage_changes]
     return "better" in words and "worse" not in words

@@ -16,12 +16,14 @@ SHARE = 0.2  # of the words
 
 
 def _words(text: str, rng: random.Random, change: Callable[[str, random.Random], str]) -> str:
+    """A text with a share of its words changed."""
     return re.sub(
         r"\S+", lambda word: change(word[0], rng) if rng.random() < SHARE else word[0], text
     )
 
 
 def _swap_letters(word: str, rng: random.Random) -> str:
+    """A word with two neighbouring letters in each other's place."""
     at = rng.randrange(max(1, len(word) - 1))
     return word[:at] + word[at : at + 2][::-1] + word[at + 2 :]
 
@@ -30,9 +32,8 @@ PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
     "typos": partial(_words, change=_swap_letters),
     "case": partial(_words, change=lambda word, rng: word.swapcase()),
     "whitespace": partial(_words, change=lambda word, rng: " " * rng.randint(1, 3) + word),
-    "truncation": (
-        lambda text, rng: text[int(len(text) * rng.uniform(0.1, 0.4)) :].lstrip()
-    ),  # the beginning goes, as where a window is too short
+    # The beginning goes, as where a window is too short.
+    "truncation": lambda text, rng: text[int(len(text) * rng.uniform(0.1, 0.4)) :].lstrip(),
 }
 
 

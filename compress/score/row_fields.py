@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-CHOICES, TRUTHFUL = "question choices answerKey", "question {}_targets"
+CHOICES = "question choices answerKey"
+TRUTHFUL = "question {}_targets"
 FIELDS: dict[str, str] = {  # of a row, as on the hub
     "arc_easy": CHOICES,
     "arc_challenge": CHOICES,
@@ -30,7 +31,8 @@ def check_rows(name: str, kind: str, rows: Placed) -> None:
     """ValueError for a row of the task `name` that its code can't take: of a `kind` in `FIELDS`
     what the hub's rows hold, of any other what the first row holds.
     """
-    fields, first = FIELDS.get(kind, "").split(), rows[0][1]
+    fields = FIELDS.get(kind, "").split()
+    first = rows[0][1]
     needed = fields or list(first)
     for where, row in rows:
         missing = [field for field in needed if field not in row]

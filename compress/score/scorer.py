@@ -84,6 +84,8 @@ class Scorer:
             longest=longest_context(tokenizer_dir),
         )
         check_context(self.setup)
+
+        # What scores depend on: a change in any of these makes new ones.
         self.digests = digests_of(self.setup, heldout)
         self.settings_named = named_settings(self.setup, self.digests)
 

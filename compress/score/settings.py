@@ -14,65 +14,65 @@ class Eval:
     """How every stage, the teacher included, is scored."""
 
     tasks: list[str] = field(default_factory=list)
-    data_dir: str | None = (
-        None  # a folder <task>/<split>.jsonl for lm-eval's own tasks without a hub
-    )
+    # A folder <task>/<split>.jsonl for lm-eval's own tasks without a hub.
+    data_dir: str | None = None
     limit: int | None = None  # items per task
-    num_fewshot: int | None = (
-        # examples before each item; None: as many as the task itself says. Tasks that fix none get
-        # none
-        None
-    )
-    perturbations: list[str] = field(
-        default_factory=list
-    )  # damages of score/perturb.py: what each costs is reported as drop/TASK@NAME
-    stop_early: bool = (
-        False  # a student's tasks end once every accuracy limit is decided; the teacher's never
-    )
+    # Examples before each item; None: as many as the task itself says. Tasks that fix none get
+    # none.
+    num_fewshot: int | None = None
+    # Damages of score/perturb.py: what each costs is reported as drop/TASK@NAME.
+    perturbations: list[str] = field(default_factory=list)
+    # A student's tasks end once every accuracy limit is decided; the teacher's never.
+    stop_early: bool = False
     batch_size: int = 32
-    # that a model sees at once in tasks, in every runtime; what is longer loses its beginning
+    # That a model sees at once in tasks, in every runtime; what is longer loses its beginning.
     context_tokens: int = 1024
     heldout_sequences: int = 8  # of each held-out text
-    open_prompts: list[str] = field(
-        default_factory=lambda: ["embedded"]
-    )  # asked of every model (`compress/score/open.py`): "embedded", a
-    # JSON Lines file, or a file's name below data_dir; empty: nothing is asked
+
+    # Asked of every model (`compress/score/open.py`): "embedded", a JSON Lines file, or a file's
+    # name below data_dir; empty: nothing is asked.
+    open_prompts: list[str] = field(default_factory=lambda: ["embedded"])
     open_limit: int | None = None  # prompts of each file
+
+    # Times: in each of so many fresh processes, which are the sample of the intervals, so many
+    # repeats.
     prompt_tokens: int = 128
     new_tokens: int = 32
-    repeats: int = 5  # in each of so many fresh processes, which are the sample of the intervals
+    repeats: int = 5
     processes: int = 5
     time_stages: bool = False  # times of stages that do not ship, too
-    prompt_lengths: list[int] = field(
-        default_factory=list
-    )  # the time to the first token of these as well, where the model takes them
-    batch_sizes: list[int] = field(
-        default_factory=list
-    )  # sequences decoded together, for throughput
+    # The time to the first token of these as well, where the model takes them.
+    prompt_lengths: list[int] = field(default_factory=list)
+    # Sequences decoded together, for throughput.
+    batch_sizes: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        counts = (
-            "batch_size",
-            "context_tokens",
-            "heldout_sequences",
-            "prompt_tokens",
-            "new_tokens",
-            "repeats",
-            "processes",
-        )
-        for name in (*counts, "prompt_lengths", "batch_sizes"):
-            value, least = (
-                getattr(self, name),
-                (2 if name in ("heldout_sequences", "new_tokens") else 1),
-            )  # for an interval, for a further token
-            if min(value if isinstance(value, list) else [value], default=least) < least:
+        # Two rows for an interval, and a token behind the first one.
+        least_counts = {
+            "batch_size": 1,
+            "context_tokens": 1,
+            "heldout_sequences": 2,
+            "prompt_tokens": 1,
+            "new_tokens": 2,
+            "repeats": 1,
+            "processes": 1,
+            "prompt_lengths": 1,
+            "batch_sizes": 1,
+        }
+        for name, least in least_counts.items():
+            value = getattr(self, name)
+            counts = value if isinstance(value, list) else [value]
+            if min(counts, default=least) < least:
                 raise ConfigError(f"eval.{name}={value} must be at least {least}")
+
         for name in self.perturbations:
             if name not in PERTURBATIONS:
                 raise ConfigError(
                     f"eval.perturbations={name!r} is no perturbation;"
                     f" {nearest(name, PERTURBATIONS)}"
                 )
+
+        # None at all is written otherwise than as a limit of 0.
         if self.limit is not None and self.limit < 1:
             raise ConfigError(
                 f"eval.limit={self.limit} must be at least 1; for no tasks set eval.tasks=[], for"
@@ -83,6 +83,7 @@ class Eval:
                 f"eval.open_limit={self.open_limit} must be at least 1; to ask nothing set"
                 " eval.open_prompts=[]"
             )
+
         if self.stop_early and self.perturbations:
             raise ConfigError(
                 "eval.stop_early=true leaves items out, eval.perturbations needs them all: set one"

@@ -5,17 +5,15 @@ bits_per_weight = size_bytes x 8 / params, embeddings included, container includ
 
 import math
 from pathlib import Path
+from typing import Any
 
 from compress.doors import read_json
 from compress.formats.onnx_folder import CONFIG
 from compress.models.checkpoint import read_config, weight_files
 from compress.models.shapes import tensor_shapes
 
-COMPUTED = (
-    "rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-)  # buffers that older checkpoints hold: no parameters
+# Buffers that older checkpoints hold: no parameters.
+COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
@@ -28,13 +26,13 @@ def size(path: Path) -> dict[str, float]:
     file (a GGUF teacher): that file is what its user has on disk.
     """
     params, files = _params_and_files(path)
+    size_bytes = sum(file.stat().st_size for file in files)
+
+    # Of an imported checkpoint what it was imported from.
     source = path / "source.json"
-    imported = read_json(source).get("source_bytes") if source.is_file() else None
-    size_bytes = (
-        imported
-        if type(imported) is int and imported > 0
-        else sum(file.stat().st_size for file in files)
-    )
+    source_bytes = read_json(source).get("source_bytes") if source.is_file() else None
+    if type(source_bytes) is int and source_bytes > 0:
+        size_bytes = source_bytes
     return {"params": params, "size_bytes": size_bytes, "bits_per_weight": 8 * size_bytes / params}
 
 
@@ -43,6 +41,7 @@ def _all_files(folder: Path) -> list[Path]:
 
 
 def _params_and_files(path: Path) -> tuple[int, list[Path]]:
+    """How many parameters there are, and the files that count as the model's."""
     if path.is_file():
         from compress.models.gguf_header import read_fields
 
@@ -51,15 +50,18 @@ def _params_and_files(path: Path) -> tuple[int, list[Path]]:
         from compress.formats.onnx_weights import decode_onnx
 
         return sum(weight.numel() for weight in decode_onnx(path).values()), _all_files(path)
-    config, files = read_config(path), weight_files(path)
-    shapes = {
-        name: shape
-        for file in files
-        for name, shape in tensor_shapes(file).items()
-        if not name.endswith(COMPUTED)
-    }
+
+    # A checkpoint: shapes from its headers, a head that is the embedding's matrix left out.
+    config = read_config(path)
+    files = weight_files(path)
+    shapes: dict[str, Any] = {}
+    for file in files:
+        for name, shape in tensor_shapes(file).items():
+            if not name.endswith(COMPUTED):
+                shapes[name] = shape
     if config.get("tie_word_embeddings") and any(name.endswith(EMBEDDINGS) for name in shapes):
         shapes.pop("lm_head.weight", None)
-    return sum(math.prod(shape) for shape in shapes.values()), (
-        _all_files(path) if "quantization_config" in config else files
-    )
+
+    # Of a packed directory all files ship.
+    params = sum(math.prod(shape) for shape in shapes.values())
+    return params, _all_files(path) if "quantization_config" in config else files

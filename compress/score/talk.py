@@ -35,19 +35,22 @@ Turns = Sequence[dict[str, str]]
 
 
 class Speaker(Protocol):
-    """A model in its runtime. `chat_prompt` renders turns {"role", "content"} for an answer;
-    ValueError where its template fails.
-    """
+    """A model in its runtime."""
 
-    def chat_prompt(self, turns: Turns) -> str: ...
-    def prompt_ids(self, prompt: str) -> list[int]: ...  # what the model sees
-    def answers(
-        self, prompts: Sequence[str], n: int
-    ) -> list[Answer]: ...  # greedy, at most n tokens each
-    def stream(
-        self, prompt: str, n: int
-    ) -> Generator[str, None, Ending]: ...  # pieces of one greedy answer
-    def close(self) -> None: ...
+    def chat_prompt(self, turns: Turns) -> str:
+        """Turns {"role", "content"} rendered for an answer; ValueError where its template fails."""
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """What the model sees."""
+
+    def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
+        """Greedy, at most `n` tokens each."""
+
+    def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
+        """Pieces of one greedy answer."""
+
+    def close(self) -> None:
+        """Frees what the runtime holds."""
 
 
 def rendered(tokenizer: Any, turns: Turns, where: Path) -> str:
@@ -61,6 +64,8 @@ def rendered(tokenizer: Any, turns: Turns, where: Path) -> str:
             f"{where}: its chat template fails ({error}); mend chat_template in the tokenizer's"
             " files"
         ) from error
+
+    # A template without a place for the user's turn would ask every question alike.
     if turns[-1]["content"].strip() not in text:
         raise ValueError(
             f"{where}: its chat template drops what the user says; mend chat_template in the"
@@ -78,10 +83,13 @@ class TorchSpeaker:
         self.path = path
         self.tokenizer: Any = load_tokenizer(path)
         self.tokenizer.padding_side = "left"
+
         model: Any = load_model(path)
         self.model: Any = model.to(best_device())
         use_cpu_kernels(self.model)
         self.ends = obey(self.model, path, self.tokenizer)
+
+        # Any token pads, as nothing looks at padding.
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = (
                 self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
@@ -93,13 +101,14 @@ class TorchSpeaker:
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
         """In batches of TOGETHER, the longest first, padded on the left."""
         ids_B = [self.prompt_ids(prompt) for prompt in prompts]
-        order = sorted(range(len(ids_B)), key=lambda i: -len(ids_B[i]))
-        found: dict[int, Answer] = {}
-        for some in chunked(order, TOGETHER):
-            batch = self.tokenizer.pad({"input_ids": [ids_B[i] for i in some]}, return_tensors="pt")
-            for i, row in zip(some, self._generate(batch, n), strict=True):
-                found[i] = self._answer(row)
-        return [found[i] for i in range(len(prompts))]
+        longest_first = sorted(range(len(ids_B)), key=lambda i: -len(ids_B[i]))
+        answer_of: dict[int, Answer] = {}
+        for batch_numbers in chunked(longest_first, TOGETHER):
+            ids = [ids_B[i] for i in batch_numbers]
+            batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+            for i, row in zip(batch_numbers, self._generate(batch, n), strict=True):
+                answer_of[i] = self._answer(row)
+        return [answer_of[i] for i in range(len(prompts))]
 
     def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
         """By transformers' own streamer; the model runs in a thread of its own, which stops when
@@ -107,26 +116,24 @@ class TorchSpeaker:
         """
         from transformers import TextIteratorStreamer
 
-        streamer, closed = (
-            TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            Event(),
-        )
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        closed = Event()
+
+        def stop(ids_BL: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            """Whether nobody listens any more."""
+            return torch.full(ids_BL.shape[:1], closed.is_set(), device=ids_BL.device)
+
         batch = self.tokenizer.pad({"input_ids": [self.prompt_ids(prompt)]}, return_tensors="pt")
-        stop = [
-            lambda ids_BL, scores, **_: torch.full(
-                ids_BL.shape[:1], closed.is_set(), device=ids_BL.device
-            )
-        ]
         with ThreadPoolExecutor(1) as pool:
-            done = pool.submit(self._generate, batch, n, streamer=streamer, stopping_criteria=stop)
-            done.add_done_callback(
-                lambda _: streamer.text_queue.put(streamer.stop_signal)
-            )  # also when it failed
+            job = pool.submit(self._generate, batch, n, streamer=streamer, stopping_criteria=[stop])
+
+            # The stream ends with the job, also when it failed.
+            job.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))
             try:
                 yield from (piece for piece in streamer if piece)
             finally:
                 closed.set()
-            answer = self._answer(done.result()[0])
+            answer = self._answer(job.result()[0])
         return Ending(len(answer.ids), answer.ended)
 
     def close(self) -> None:
@@ -136,18 +143,20 @@ class TorchSpeaker:
         return text_ids(self.tokenizer, text)
 
     @torch.inference_mode()
-    def _generate(self, batch: Any, n: int, **how: Any) -> list[list[int]]:
+    def _generate(self, batch: Any, n: int, **options: Any) -> list[list[int]]:
         """Token ids behind each prompt of a padded batch."""
         batch = batch.to(self.model.device)
         length = batch["input_ids"].shape[1]
-        plain = {
+
+        # What its generation_config.json says of sampling does not count.
+        greedy = {
             "do_sample": False,
             "temperature": None,
             "top_p": None,
             "top_k": None,
             "pad_token_id": self.tokenizer.pad_token_id,
         }
-        out = self.model.generate(**batch, max_new_tokens=n, max_length=None, **plain, **how)
+        out = self.model.generate(**batch, max_new_tokens=n, max_length=None, **greedy, **options)
         return out[:, length:].tolist()
 
     def _answer(self, row: list[int]) -> Answer:

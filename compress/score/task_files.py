@@ -187,6 +187,8 @@ def _no_split(name: str, index: Mapping[str, Any], folder: Path) -> ValueError:
         for part, entry in index.items()
         if part.startswith(name) and entry.kind.name == "TASK"
     )
+
+    # What the files would be called, and what a row would hold.
     splits = ", ".join(f"{config[key]}.jsonl" for key in SPLIT_KEYS if config.get(key))
     fields = ", ".join(FIELDS.get(folder.name, "").split())
     return ValueError(
@@ -252,6 +254,8 @@ def _harness_yaml(name: str) -> Path | None:
         rf"^['\"]?{key}['\"]?: *['\"]?{re.escape(name)}['\"]? *$",
         re.MULTILINE,
     )
+
+    # Most tasks are found in the first folder.
     folders = sorted(path for path in _harness_root().iterdir() if path.is_dir())
     for folder in sorted(folders, key=lambda f: not name.startswith(f.name.split("_")[0])):
         for path in sorted(folder.rglob("*.yaml")):

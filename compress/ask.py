@@ -19,11 +19,10 @@ import torch
 
 from compress.errors import ConfigError, ResourceError, nearest, printable
 from compress.formats.llamacpp import Ending
-from compress.formats.onnx_folder import genai_config
-from compress.models.checkpoint import Model, model_of, read_config, weights_digest
-from compress.models.gguf_header import read_fields
+from compress.formats.runtimes import Speaker, runtime_of
+from compress.models.checkpoint import Model, model_of, weights_digest
 from compress.report.records import Run, folder_of, open_run
-from compress.score.talk import Speaker, has_template, open_speaker, plain_text
+from compress.score.talk import has_template, open_speaker, plain_text
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.text.repetition import loops
@@ -272,16 +271,8 @@ def context_of(model: Model) -> int | None:
 
     ValueError: it can't be read.
     """
-    if model.runtime == "torch":
-        config = read_config(model.path)
-        return config.get("max_position_embeddings") or config.get("n_positions")
-
-    # Each format has its own place for it.
     try:
-        if model.runtime == "onnxruntime":
-            return int(genai_config(model.path)["model"]["context_length"])
-        fields, _ = read_fields(model.path)
-        return fields.get(f"{fields['general.architecture']}.context_length")
+        return runtime_of(model.runtime).context_tokens(model.path)
     except (ValueError, LookupError) as error:
         raise ValueError(
             f"{model.path} is no model of {model.runtime}, or damaged ({error}); copy it again"

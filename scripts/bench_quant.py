@@ -37,15 +37,18 @@ from make_golden import LLAMA_FTYPE, QUANTIZE
 
 from compress.formats import parse
 from compress.formats.gguf import export_gguf, overhead_bytes
-from compress.formats.llamacpp import LlamaCpp, gguf_head
+from compress.formats.llamacpp import LlamaCpp
+from compress.formats.llamacpp import head as gguf_head
+from compress.formats.runtimes import runtime_of
+from compress.formats.torch_runtime import head as checkpoint_head
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.models.checkpoint import best_device, load_model
 from compress.models.gguf_header import read_fields
 from compress.models.head import head_of
 from compress.quant.grids import GRIDS
 from compress.quant.settings import Allocation, Balance, GridName, Method, Scales
-from compress.score.alone import HEADS, RUNTIMES
-from compress.score.fidelity import CHUNK, States, checkpoint_head, closeness, hidden_of
+from compress.score.alone import SERVERS
+from compress.score.fidelity import CHUNK, States, closeness, hidden_of
 from compress.score.latency import Timing
 from compress.score.latency import measure as measure_latency
 from compress.score.parity import figures as parity_figures
@@ -347,7 +350,7 @@ class Bench:
         row = size(folder)
         threads, data = available_threads(), self.held["topics"]
         states = States(
-            torch.cat(self.hidden(folder, format.runtime)), HEADS[format.runtime](folder)
+            torch.cat(self.hidden(folder, format.runtime)), runtime_of(format.runtime).head(folder)
         )
         row |= parity_figures(checkpoint, folder, name, data.ids[:HELD_OUT], states, threads)
         row |= measure_latency(folder, format.runtime, TIMING)["scores"]
@@ -359,7 +362,7 @@ class Bench:
             model = load_model(folder)
             model.to(best_device())  # type: ignore[arg-type]
             return [hidden_of(model, data.ids[:HELD_OUT])]
-        with closing(RUNTIMES[runtime](folder, available_threads(), LENGTH + 8)) as opened:
+        with closing(SERVERS[runtime](folder, available_threads(), LENGTH + 8)) as opened:
             return opened.hidden_states(data.ids[:HELD_OUT, :-1].tolist())
 
 

@@ -27,9 +27,10 @@ import torch
 
 from compress.distill.settings import SchemeName, Signal
 from compress.formats.gguf import export_gguf, overhead_bytes
+from compress.formats.torch_runtime import head as checkpoint_head
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.models.checkpoint import load_model, model_of
-from compress.score.fidelity import States, checkpoint_head, closeness, hidden_of
+from compress.score.fidelity import States, closeness, hidden_of
 from compress.score.open import answered, beside_teacher, own_scores
 from compress.score.prompts import embedded_file, read_prompts
 from compress.stages.context import Context

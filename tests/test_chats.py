@@ -14,13 +14,13 @@ from tokenizers.processors import TemplateProcessing
 
 from compress import confined
 from compress.confined import Limits
+from compress.formats.torch_runtime import rendered
 from compress.models.chats import Chat, chat_tokens, render
 from compress.models.head import Head
 from compress.models.probe import check_tokenizer
 from compress.models.tokenizer import load_tokenizer
 from compress.models.tokens import encode, encode_with_ends, opening, pieces
 from compress.score.fidelity import States, bits_and_bytes
-from compress.score.talk import rendered
 from compress.text import written
 from compress.text.authors import Said
 from compress.text.packing import pack

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from compress.formats import parse
 from compress.formats.compressed_tensors import ReloadedDirectory, export_compressed_tensors
 from compress.formats.gguf import export_gguf
+from compress.formats.torch_runtime import head as checkpoint_head
 from compress.models.checkpoint import load_model
 from compress.models.tokenizer import TOKENIZER_FILES
 from compress.quant.codes import load_quantized
 from compress.quant.settings import GridName
-from compress.score.fidelity import checkpoint_head
 from compress.score.size import size
 from compress.stages.ptq import Ptq
 

@@ -11,17 +11,11 @@ import pytest
 import torch
 from scipy import stats
 
+from compress.formats.torch_runtime import head as checkpoint_head
 from compress.models.checkpoint import check, load_model, weight_files
 from compress.models.head import Head, head_of, hidden_states
 from compress.models.tokenizer import load_tokenizer
-from compress.score.fidelity import (
-    States,
-    bits_and_bytes,
-    checkpoint_head,
-    closeness,
-    hidden_of,
-    perplexities,
-)
+from compress.score.fidelity import States, bits_and_bytes, closeness, hidden_of, perplexities
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.text.packing import pack

@@ -29,7 +29,8 @@ from transformers import (
 
 from compress.formats.gguf import TYPES, decode_gguf, export_gguf
 from compress.formats.gguf_tokenizer import PRE_TOKENIZERS
-from compress.formats.llamacpp import LlamaCpp, gguf_head
+from compress.formats.llamacpp import LlamaCpp
+from compress.formats.llamacpp import head as gguf_head
 from compress.models.checkpoint import load_model, save_model
 from compress.models.gguf_header import read_fields
 from compress.models.tokenizer import load_tokenizer

@@ -19,13 +19,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compress.formats import gguf
+from compress.formats.torch_runtime import head as checkpoint_head
 from compress.models import checkpoint
 from compress.models.checkpoint import check, copy_beside, load_model, read_config
 from compress.models.head import hidden_states
 from compress.models.loading import head_place
 from compress.models.model_config import meta_model
 from compress.models.tokenizer import check_tokens, load_tokenizer, token_count
-from compress.score.fidelity import checkpoint_head
 from compress.score.size import size
 from compress.session import check_shapes
 from compress.stages.ptq import Ptq

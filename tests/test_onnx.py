@@ -31,7 +31,8 @@ from transformers import (
 from compress.formats.gguf_tokenizer import PRE_TOKENIZERS
 from compress.formats.onnx import export_onnx
 from compress.formats.onnx_weights import decode_onnx
-from compress.formats.onnxruntime import OnnxRuntime, onnx_head
+from compress.formats.onnxruntime import OnnxRuntime
+from compress.formats.onnxruntime import head as onnx_head
 from compress.models.checkpoint import load_model, save_model
 from compress.models.head import head_of, hidden_states
 from compress.models.tokenizer import TOKENIZER_FILES, load_tokenizer

@@ -15,7 +15,8 @@ from compress.__main__ import main
 from compress.formats import onnxruntime
 from compress.formats.onnx import ARCHITECTURES, export_onnx
 from compress.formats.onnx_folder import MODEL_TYPES, check_folder
-from compress.formats.onnxruntime import OnnxRuntime, onnx_head
+from compress.formats.onnxruntime import OnnxRuntime
+from compress.formats.onnxruntime import head as onnx_head
 from compress.models.checkpoint import Model
 from compress.quant.settings import GridName
 from compress.score.latency import Timing, measure

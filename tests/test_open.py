@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from compress.budget import OPEN, human
+from compress.formats.torch_runtime import TorchSpeaker
 from compress.models.checkpoint import load_model, model_of
 from compress.models.tokenizer import load_tokenizer
 from compress.score import open as open_answers
@@ -33,7 +34,7 @@ from compress.score.prompts import (
     read_prompts,
 )
 from compress.score.settings import Eval
-from compress.score.talk import TorchSpeaker, has_template, open_speaker, prompts_of, question_ids
+from compress.score.talk import has_template, open_speaker, prompts_of, question_ids
 
 
 def row(name, *, right=True, loops=False, ended=True, answer="Paris.", prompt="Where?"):

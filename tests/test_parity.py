@@ -13,13 +13,15 @@ from test_gguf import tiny_checkpoint
 
 from compress.formats.compressed_tensors import export_compressed_tensors
 from compress.formats.gguf import decode_gguf, export_gguf
-from compress.formats.llamacpp import LlamaCpp, gguf_head
+from compress.formats.llamacpp import LlamaCpp
+from compress.formats.llamacpp import head as gguf_head
+from compress.formats.torch_runtime import head as checkpoint_head
 from compress.models.checkpoint import load_model
 from compress.models.gguf_header import read_fields
 from compress.models.head import Head
 from compress.models.tokenizer import load_tokenizer
 from compress.quant.settings import GridName
-from compress.score.fidelity import States, checkpoint_head, hidden_of
+from compress.score.fidelity import States, hidden_of
 from compress.score.parity import (
     GREEDY,
     TOP1_GAP,

@@ -295,7 +295,7 @@ def maximal(
     return runs
 
 
-def gguf_head(gguf: Path) -> Head:
+def head(gguf: Path) -> Head:
     """The fp32 head as decoded from the file: `output.weight`, or the tied embedding. ValueError
     for logits that are scaled or capped.
     """
@@ -355,3 +355,30 @@ def timer(gguf: Path, threads: int) -> tuple[Callable[[int, int, int], list[floa
         return [1000 * (time.perf_counter() - start)]
 
     return generate, gguf.stat().st_size
+
+
+def speaker(gguf: Path, threads: int, context: int, together: int) -> LlamaCpp:
+    """The file ready for `together` questions of `context` tokens with their answers."""
+    return LlamaCpp(gguf, threads, context, together, embedding=False)
+
+
+def has_template(gguf: Path) -> bool:
+    """Whether a chat template is in its metadata."""
+    from compress.models.gguf_header import read_fields
+
+    return bool(read_fields(gguf)[0].get("tokenizer.chat_template"))
+
+
+def context_tokens(gguf: Path) -> int | None:
+    """As its metadata say."""
+    from compress.models.gguf_header import read_fields
+
+    fields, _ = read_fields(gguf)
+    return fields.get(f"{fields['general.architecture']}.context_length")
+
+
+def params_and_files(gguf: Path) -> tuple[int, list[Path]]:
+    """Elements of its tensors, and the file itself."""
+    from compress.models.gguf_header import read_fields
+
+    return sum(int(tensor.n_elements) for tensor in read_fields(gguf)[1]), [gguf]

@@ -191,7 +191,7 @@ class OnnxRuntime:
         self._tokenizer = self._model = None
 
 
-def onnx_head(folder: Path) -> Head:
+def head(folder: Path) -> Head:
     """The fp32 head as decoded from the file: the lm_head's own weight, or the tied embedding."""
     from compress.formats.onnx_folder import check_folder
     from compress.formats.onnx_weights import decode_onnx
@@ -218,3 +218,30 @@ def timer(folder: Path, threads: int) -> tuple[Callable[[int, int, int], list[fl
         return [1000 * (after - before) for before, after in pairwise(times)]
 
     return generate, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def speaker(folder: Path, threads: int, context: int, together: int) -> OnnxRuntime:
+    """The directory ready for questions of `context` tokens with their answers, one at a time."""
+    return OnnxRuntime(folder, threads, context)
+
+
+def has_template(folder: Path) -> bool:
+    """Whether its tokenizer has a chat template."""
+    from compress.models.tokenizer import load_tokenizer
+
+    return bool(load_tokenizer(folder).chat_template)
+
+
+def context_tokens(folder: Path) -> int | None:
+    """As its genai_config.json says."""
+    from compress.formats.onnx_folder import genai_config
+
+    return int(genai_config(folder)["model"]["context_length"])
+
+
+def params_and_files(folder: Path) -> tuple[int, list[Path]]:
+    """Parameters of its decoded tensors, and all files of the directory."""
+    from compress.formats.onnx_weights import decode_onnx
+
+    params = sum(weight.numel() for weight in decode_onnx(folder).values())
+    return params, [file for file in folder.rglob("*") if file.is_file()]

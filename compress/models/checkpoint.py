@@ -114,20 +114,30 @@ class Model:
     gguf: Path | None = None
 
 
+def runtime_at(path: Path) -> str:
+    """What runs the model at a path: llama.cpp a file, ONNX Runtime GenAI a directory with its
+    configuration, torch any other.
+    """
+    if path.is_file():
+        return "llama.cpp"
+    return "onnxruntime" if (path / "genai_config.json").is_file() else "torch"
+
+
 def model_of(path: Path) -> Model:
     """A GGUF file or an exported ONNX directory, identified by its bytes, or a checkpoint
     directory, ready to be scored.
 
     ValueError as `check` and `gguf_header.check_file`.
     """
-    if path.is_file():
+    runtime = runtime_at(path)
+    if runtime == "llama.cpp":
         check_file(path)
-        return Model(path.absolute(), sha256_file(path), "llama.cpp")
+        return Model(path.absolute(), sha256_file(path), runtime)
 
-    # What ONNX Runtime GenAI opens: all that is in the directory counts.
-    if (path / "genai_config.json").is_file():
+    # Of what ONNX Runtime GenAI opens, all that is in the directory counts.
+    if runtime == "onnxruntime":
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        return Model(path.absolute(), files_digest(path, files), "onnxruntime")
+        return Model(path.absolute(), files_digest(path, files), runtime)
 
     check(path)
     return Model(path.absolute(), digest(path))

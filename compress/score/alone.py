@@ -13,18 +13,13 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from compress.formats.llamacpp import LlamaCpp, gguf_head
-from compress.formats.onnxruntime import OnnxRuntime, onnx_head
+from compress.formats.llamacpp import LlamaCpp
+from compress.formats.onnxruntime import OnnxRuntime
+from compress.formats.runtimes import runtime_of
 from compress.models.checkpoint import Model, best_device, load_model
 from compress.models.ends import obey
 from compress.models.tokenizer import load_tokenizer
-from compress.score.fidelity import (
-    States,
-    bits_and_bytes,
-    checkpoint_head,
-    hidden_of,
-    perplexities,
-)
+from compress.score.fidelity import States, bits_and_bytes, hidden_of, perplexities
 from compress.score.inputs import Heldout, Setup
 from compress.score.intervals import Scores, accuracy, ratio_interval
 from compress.score.latency import Timing
@@ -37,8 +32,8 @@ from compress.score.size import size
 from compress.score.tasks import TaskResult, evaluate, rescore
 from compress.store import write_whole
 
-RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}  # besides torch
-HEADS: dict[str, Any] = {"torch": checkpoint_head, "llama.cpp": gguf_head, "onnxruntime": onnx_head}
+# Runtimes whose models are scored through a server of hidden states; torch computes them itself.
+SERVERS: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}
 
 
 def scores_alone(
@@ -99,7 +94,7 @@ def _opened(model: Model, setup: Setup, tokenizer: Any) -> Iterator[tuple[Any, S
     """A model in its own runtime as an `LM`, and its states over the held-out rows."""
     from compress.score.lm import served_lm, torch_lm  # lm-eval takes seconds to import
 
-    head = HEADS[model.runtime](model.path)
+    head = runtime_of(model.runtime).head(model.path)
     ids_SL = setup.heldout.ids_SL
     batch_size = setup.settings.batch_size
     if model.runtime == "torch":
@@ -112,7 +107,7 @@ def _opened(model: Model, setup: Setup, tokenizer: Any) -> Iterator[tuple[Any, S
 
     # A server holds the longer of a held-out row and what a task may show.
     capacity = max(ids_SL.shape[1] + 8, setup.context_tokens)
-    with closing(RUNTIMES[model.runtime](model.path, setup.threads, capacity)) as server:
+    with closing(SERVERS[model.runtime](model.path, setup.threads, capacity)) as server:
         hidden_NH = torch.cat(server.hidden_states(ids_SL[:, :-1].tolist()))
         lm = served_lm(server, head, tokenizer, batch_size, setup.context_tokens)
         yield lm, States(hidden_NH, head)

@@ -22,18 +22,13 @@ Legend: N tokens, H hidden, V vocabulary, C tokens a chunk.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from compress.models.checkpoint import config_object, load_model, read_config, weight_files
-from compress.models.head import Head, head_of, hidden_states, scale_and_softcap
-from compress.models.loading import head_place
-from compress.models.model_config import is_packed
+from compress.models.head import Head, hidden_states
 from compress.models.tokens import opening
 from compress.score.intervals import Items, Scores, ratio_interval
 
@@ -55,28 +50,6 @@ def hidden_of(model: Any, ids_SL: Tensor) -> Tensor:
     """
     return torch.cat(
         [hidden_states(model, row[None, :-1].long().to(model.device)).cpu() for row in ids_SL]
-    )
-
-
-def checkpoint_head(model_dir: Path) -> Head:
-    """The fp32 head of a checkpoint, read without loading the model unless its weights are packed
-    or have other names in the file.
-    """
-    config = read_config(model_dir)
-    names = None if is_packed(config) else head_place(model_dir)
-    if names is None:
-        return head_of(load_model(model_dir)).detach()
-
-    # Its tensors may lie in several files.
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(model_dir):
-        with safe_open(file, "pt") as reader:
-            here = [name for name in names if name in reader.keys()]  # noqa: SIM118 (no mapping)
-            tensors |= {name: reader.get_tensor(name).float() for name in here}
-    return Head(
-        tensors[names[0]],
-        tensors[names[1]] if len(names) > 1 else None,
-        **scale_and_softcap(config_object(config).to_dict()),
     )
 
 

@@ -42,7 +42,7 @@ SOURCES = (
     "compress.text.repetition:",
 )
 SOURCES_OF_RUNTIME = {
-    "torch": (),
+    "torch": ("compress.formats.torch_runtime:",),
     "llama.cpp": ("compress.formats.llamacpp",),
     "onnxruntime": ("compress.formats.onnxruntime",),
 }

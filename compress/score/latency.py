@@ -23,17 +23,16 @@ import re
 import resource
 import subprocess
 import sys
-import time
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.formats.runtimes import runtime_of
+
 # Imports wait in functions: a process's memory is measured.
 LARGEST_SWEEP = 2**30  # bytes; far beyond every cache, where the rate no longer depends on the size
-# (prompt tokens, new tokens, sequences) -> milliseconds: of each token if it is one sequence.
-Generate = Callable[[int, int, int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -193,12 +192,9 @@ def pin(threads: int) -> list[int]:
 
 def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
     """The measurement itself, in this process."""
-    from compress.formats import llamacpp, onnxruntime
-
     cpus = pin(timing.threads)
     repeats = range(timing.repeats)
-    openers = {"torch": _torch, "llama.cpp": llamacpp.timer, "onnxruntime": onnxruntime.timer}
-    generate, weight_bytes = openers[runtime](model, timing.threads)
+    generate, weight_bytes = runtime_of(runtime).timer(model, timing.threads)
 
     # Every shape warms up by itself.
     generate(timing.prompt_tokens, timing.new_tokens, 1)
@@ -234,33 +230,6 @@ def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
         "scores": scores,
         "latency": {"pinned_cpus": cpus, "weight_bytes": weight_bytes, "read_bytes_per_sec": read},
     }
-
-
-def _torch(model_dir: Path, threads: int) -> tuple[Generate, int]:
-    """A checkpoint, in bf16: the type that weights ship in."""
-    import torch
-
-    from compress.models.checkpoint import open_model
-
-    torch.set_num_threads(threads)
-    model = open_model(model_dir, torch.bfloat16)
-
-    @torch.inference_mode()
-    def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
-        # Fixed ids, spread over the vocabulary.
-        prompt_ids_L = torch.arange(prompt_tokens) * 7919 % model.config.vocab_size
-        ids_BL = prompt_ids_L.repeat(batch, 1)
-
-        cache = None
-        times_ms = []
-        for _ in range(count):
-            start = time.perf_counter()
-            out = model(ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids_BL, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-            times_ms.append(1000 * (time.perf_counter() - start))
-        return times_ms
-
-    return generate, int(model.get_memory_footprint())
 
 
 if __name__ == "__main__":

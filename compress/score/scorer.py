@@ -22,11 +22,12 @@ from typing import Any
 import safetensors.torch
 
 from compress import formats
+from compress.formats.runtimes import runtime_of
 from compress.keys import sources_digest
 from compress.models.checkpoint import Model, best_device, load_model
 from compress.models.tokenizer import load_tokenizer
 from compress.models.vocabulary import check_same
-from compress.score.alone import HEADS, scores_alone
+from compress.score.alone import scores_alone
 from compress.score.beside import closeness_scores, items_beside, kl_to_parent
 from compress.score.fidelity import States, closeness
 from compress.score.inputs import (
@@ -223,4 +224,4 @@ class Scorer:
 
     def _states(self, measured: Measured) -> States:
         hidden_NH = safetensors.torch.load_file(self._states_path(measured.key))["hidden"]
-        return States(hidden_NH, HEADS[measured.model.runtime](measured.model.path))
+        return States(hidden_NH, runtime_of(measured.model.runtime).head(measured.model.path))

@@ -8,21 +8,20 @@ here, in one sentence, by name. What only a loaded model can tell is in `compres
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-
-from compress.doors import TensorPlace, read_json, refuse_mark, tensor_places
+from compress.doors import read_json, refuse_mark
+from compress.models.generation_config import check_generation
 from compress.models.model_config import (
     MOST_MODULES,
     check_bytes,
-    check_generation,
     is_packed,
     meta_model,
     read_config,
 )
+from compress.models.shapes import Table, tensor_places
+from compress.models.weight_values import WHOLE, check_finite, pieces
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FOR_OTHERS = (  # JSON files that transformers and tokenizers read, which know no byte order mark
@@ -60,28 +59,6 @@ SCALED_FAMILIES = (
     "minicpm3",
     "nanochat",
 )
-Table = dict[
-    str, tuple[Path, TensorPlace]
-]  # name of a tensor -> the file that holds it, and its place
-TYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-WHOLE = [name for name, dtype in TYPES.items() if not dtype.is_floating_point]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -252,7 +229,7 @@ def check_weights(path: Path) -> bool:
             )
         _check_tied(path, model, table)
         settled = not lacking and not left and not _scaled_otherwise(config)
-    _check_finite(path, table)
+    check_finite(path, table)
     return settled
 
 
@@ -336,44 +313,10 @@ def _check_tied(path: Path, model: Any, table: Table) -> None:
     for other in held[1:]:
         same = table[held[0]][1][:2] == table[other][1][:2]
         if not same or any(
-            a != b for a, b in zip(_pieces(*table[held[0]]), _pieces(*table[other]), strict=True)
+            a != b for a, b in zip(pieces(*table[held[0]]), pieces(*table[other]), strict=True)
         ):
             raise ValueError(
                 f"{path}: config.json ties the head to the embedding, and {held[0]} and {other} "
                 "differ in the weights; set tie_word_embeddings to "
                 f"false to keep both, or remove {other if 'head' in other else held[0]}"
             )
-
-
-def _pieces(file: Path, place: TensorPlace, size: int = 1 << 24) -> Iterator[bytes]:
-    """The bytes of a tensor, so many at once."""
-    left = math.prod(place.shape) * torch.empty((), dtype=TYPES[place.dtype]).element_size()
-    with file.open("rb") as opened:
-        opened.seek(place.start)
-        while left:
-            piece = opened.read(min(size, left))
-            left -= len(piece)
-            yield piece
-
-
-def _check_finite(path: Path, table: Table) -> None:
-    """ValueError naming a tensor with NaN or infinity in it, or of a type that torch does not have.
-
-    16 MB are held at once.
-    """
-    for name, (file, place) in table.items():
-        if place.dtype not in TYPES:
-            raise ValueError(
-                f"{path}: tensor {name} is of type {place.dtype}; give the checkpoint in fp32, "
-                "bf16 or fp16"
-            )
-        dtype = TYPES[place.dtype]
-        if not dtype.is_floating_point:
-            continue
-        for piece in _pieces(file, place):
-            values = torch.frombuffer(bytearray(piece), dtype=dtype)
-            if not (values.float() if dtype.itemsize == 1 else values).isfinite().all():
-                raise ValueError(
-                    f"{path}: tensor {name} in {file.name} holds NaN or infinity; copy the "
-                    "checkpoint again, or train it again"
-                )

@@ -58,30 +58,6 @@ PARTS_KEYS = (
     "language_config",
 )
 LAYER_COUNT = re.compile(r"(num|n)_(\w+_)?layers?")
-GENERATION = "generation_config.json"
-# What makes `generate` search, suppress ends, stop early, load more or return something else than
-# one continuation a prompt, and the values that do nothing.
-NOT_GREEDY: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (0, 1)),
-    **dict.fromkeys(("min_length", "min_new_tokens", "penalty_alpha", "dola_layers"), (0,)),
-    **dict.fromkeys(("return_dict_in_generate", "is_assistant"), (False,)),
-    "guidance_scale": (0, 1),
-    **dict.fromkeys(
-        (
-            "max_time",
-            "stop_strings",
-            "forced_bos_token_id",
-            "forced_eos_token_id",
-            "force_words_ids",
-            "constraints",
-            "watermarking_config",
-            "prompt_lookup_num_tokens",
-            "assistant_early_exit",
-            "compile_config",
-        ),
-        (),
-    ),
-}
 
 
 def is_of_input(error: BaseException) -> bool:
@@ -120,7 +96,7 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     check_bytes(file)
     config = read_json(file)
-    _check_values(config, file)
+    check_values(config, file)
     config = _without_kernels(config, file)
     _check_family(config, file)
     _check_counts(config, file)
@@ -201,29 +177,7 @@ def check_bytes(file: Path) -> None:
         )
 
 
-def check_generation(path: Path) -> None:
-    """ValueError for settings of a checkpoint's `generation_config.json` that answers can't follow.
-
-    Answers are one greedy continuation a prompt, which ends at the checkpoint's ends, in every
-    runtime alike; others read none of these settings. Where that file is not there, transformers
-    looks for them in config.json.
-    """
-    file = path / GENERATION
-    if not os.path.lexists(file):
-        file = path / "config.json"
-    check_bytes(file)
-    about = read_json(file)
-    _check_values(about, file)
-    for key, neutral in NOT_GREEDY.items():
-        value = about.get(key)
-        if value is not None and value not in neutral:
-            raise ValueError(
-                f"{file}: {key} is {str(value)[:80]}, and answers here are one greedy continuation "
-                "a prompt; take the key out"
-            )
-
-
-def _check_values(config: dict[str, Any], file: Path) -> None:
+def check_values(config: dict[str, Any], file: Path) -> None:
     """ValueError for more values than a config has, and for a number that is not finite."""
     count, rest = 0, [("", config)]
     while rest:

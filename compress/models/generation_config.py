@@ -43,9 +43,12 @@ def check_generation(path: Path) -> None:
     file = path / GENERATION
     if not os.path.lexists(file):
         file = path / CONFIG
+
     check_bytes(file)
     about = read_json(file)
     check_values(about, file)
+
+    # Values that do nothing may stay.
     for key, neutral in NOT_GREEDY.items():
         value = about.get(key)
         if value is not None and value not in neutral:

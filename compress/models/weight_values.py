@@ -31,12 +31,13 @@ WHOLE = [name for name, dtype in TYPES.items() if not dtype.is_floating_point]
 
 def pieces(file: Path, place: TensorPlace, size: int = 1 << 24) -> Iterator[bytes]:
     """The bytes of a tensor, so many at once."""
-    left = math.prod(place.shape) * torch.empty((), dtype=TYPES[place.dtype]).element_size()
+    bytes_left = math.prod(place.shape) * torch.empty((), dtype=TYPES[place.dtype]).element_size()
+
     with file.open("rb") as opened:
         opened.seek(place.start)
-        while left:
-            piece = opened.read(min(size, left))
-            left -= len(piece)
+        while bytes_left:
+            piece = opened.read(min(size, bytes_left))
+            bytes_left -= len(piece)
             yield piece
 
 
@@ -51,9 +52,12 @@ def check_finite(path: Path, table: Table) -> None:
                 f"{path}: tensor {name} is of type {place.dtype}; give the checkpoint in fp32, "
                 "bf16 or fp16"
             )
+
         dtype = TYPES[place.dtype]
         if not dtype.is_floating_point:
             continue
+
+        # torch has no test of its own for numbers of one byte.
         for piece in pieces(file, place):
             values = torch.frombuffer(bytearray(piece), dtype=dtype)
             if not (values.float() if dtype.itemsize == 1 else values).isfinite().all():

@@ -19,7 +19,7 @@ from compress.budget import failed, is_heldout, judge
 from compress.config import Teacher
 from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, printable
 from compress.models.checkpoint import weights_digest
-from compress.score.intervals import Scores, paired_scores
+from compress.score.intervals import Interval, Scores, paired_scores
 from compress.score.measured import Measured
 from compress.score.open import beside_teacher
 from compress.score.scorer import Scorer
@@ -39,6 +39,8 @@ def text_at_hand(sources: Sequence[str], *, hub: bool, local: bool) -> str:
         kind = source.partition(":")[0]
         if kind == "generated":
             return f"the held-out text {source!r} would have to be written by its teacher"
+
+        # What lies outside the bundle is opened where the receiver says so.
         if kind == "hub" and not hub:
             return f"the held-out text {source!r} is on the hub, which is not asked without --hub"
         if kind not in ("embedded", "hub") and not local:
@@ -53,18 +55,18 @@ def teacher_at_hand(source: str, *, hub: bool, local: bool) -> str:
     """Empty where a teacher may be opened, else why it may not."""
     if source.partition(":")[0] in ("packaged", "random"):
         return ""
+
+    # A name of the hub, and not the path of something here.
     is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not source.endswith(".gguf")
     if is_id and hub and not Path(source).exists():
         return ""
     if is_id and not local:
         return f"the teacher {source!r} is on the hub, which is not asked without --hub"
+    if local:
+        return ""
     return (
-        ""
-        if local
-        else (
-            f"the teacher {source!r} is a file or folder outside the bundle, which is not opened"
-            " without --local"
-        )
+        f"the teacher {source!r} is a file or folder outside the bundle, which is not opened"
+        " without --local"
     )
 
 
@@ -80,6 +82,8 @@ def _open(
         text = None if lacking else Data([UNREAD], [], received.heldout, received.seq_len)
     except ConfigError as error:
         raise ValueError(f"{bundle / MANIFEST}, config: {error}") from error
+
+    # Beside the teacher, where it may be opened and is the one that the bundle names.
     rest = Trainer(), store, received.requests, received.prompts
     if no_teacher := teacher_at_hand(received.teacher.source, hub=hub, local=local):
         _note(f"{no_teacher}; limits on closeness to it stay undecided")
@@ -88,17 +92,13 @@ def _open(
             scorer, teacher = session.open_scorer(
                 received.teacher, text or stand_in, received.settings, *rest
             )
+            # Older bundles name the weights.
             named = received.manifest["teacher"]["digest"]
-            if named == teacher.digest or named == weights_digest(
-                teacher.path
-            ):  # older bundles name the weights
+            if named == teacher.digest or named == weights_digest(teacher.path):
                 if lacking:
                     _note(f"{lacking}; limits on closeness stay undecided")
-                return (
-                    scorer,
-                    scorer.measure(teacher, tasks=False, asked="none", timed=False),
-                    text is not None,
-                )
+                measured = scorer.measure(teacher, tasks=False, asked="none", timed=False)
+                return scorer, measured, text is not None
             _note(
                 f"the teacher {received.teacher.source!r} on this machine is not the bundle's;"
                 " limits on closeness to it stay undecided"
@@ -136,32 +136,48 @@ def accept(
         f"unchanged since it was written; measuring {received.manifest['judged']} on this machine:"
         f" {counted}"
     )
-    if left := sorted({row["task"] for row in received.requests if row["rule"] == "text"}):
+
+    # Items whose rule is code stay out.
+    unscored_tasks = sorted({row["task"] for row in received.requests if row["rule"] == "text"})
+    if unscored_tasks:
         _note(
             "not scored again, because only the task's own code can tell a right answer:"
-            f" {', '.join(left)}"
+            f" {', '.join(unscored_tasks)}"
         )
     received = received._replace(
         requests=[row for row in received.requests if row["rule"] != "text"]
     )
-    scorer, reference, on_own_text = _open(received, bundle, store, hub=hub, local=local)
 
-    # What it is by itself, beside the teacher's answers that the bundle holds, and beside the
-    # teacher.
-    measured, said, requests = scorer.measure(received.model), received.said, received.requests
-    paired = (
-        paired_scores(measured.items, requests, measured.chance) if requests else Scores({}, {}, [])
-    )
-    if reference:
-        near = scorer.beside(replace(measured, items=[]), replace(reference, answers=said), None)
-    else:
-        near = Scores(*beside_teacher(measured.answers, said), []) if said else Scores({}, {}, [])
-    scores, intervals = (
-        measured.scores | paired.scores | near.scores,
-        measured.intervals | paired.intervals | near.intervals,
-    )
+    # On a text that is not the bundle's, losses are no figures of its budget.
+    scorer, reference, on_own_text = _open(received, bundle, store, hub=hub, local=local)
+    measured = scorer.measure(received.model)
+    scores, intervals = _figures(scorer, received, measured, reference)
     if not on_own_text:
         scores = {name: value for name, value in scores.items() if not is_heldout(name)}
+
     verdicts = judge(scores, intervals, received.budget.limits, enforced=True)
     print("\n".join(f"{one['verdict']:<12} {printable(one['sentence'])}" for one in verdicts))
     return EXIT_BUDGET if failed(verdicts, strict=received.budget.strict) else EXIT_OK
+
+
+def _figures(
+    scorer: Scorer, received: Received, measured: Measured, reference: Measured | None
+) -> tuple[dict[str, float], dict[str, Interval]]:
+    """Scores and intervals of what a model is by itself, beside the teacher's items and answers
+    that the bundle holds, and beside the teacher `reference` where there is one.
+    """
+    paired = nearness = Scores({}, {}, [])
+    if received.requests:
+        paired = paired_scores(measured.items, received.requests, measured.chance)
+
+    # The bundle's items were compared above, and its answers are the teacher's.
+    if reference:
+        teacher = replace(reference, answers=received.said)
+        nearness = scorer.beside(replace(measured, items=[]), teacher, None)
+    elif received.said:
+        nearness = Scores(*beside_teacher(measured.answers, received.said), [])
+
+    return (
+        measured.scores | paired.scores | nearness.scores,
+        measured.intervals | paired.intervals | nearness.intervals,
+    )

@@ -11,13 +11,14 @@ from typing import Any
 
 from compress.errors import ConfigError, nearest
 
+# As text/embedded.py has them.
 EMBEDDED_SOURCES = (
     "docstrings",
     "topics",
     "docstring_chat",
     "conversations",
     "conversations_heldout",
-)  # as text/embedded.py has them
+)
 SOURCE_KINDS = ("embedded", "hub", "generated")
 MOST_THREADS = max(64, 16 * (os.cpu_count() or 1))  # a hundred thousand of them end the process
 # Least and most of numbers, by the name of their field; what is not named here must be finite, and
@@ -65,9 +66,12 @@ def check_values(where: str, options: Any) -> None:
     of BOUNDS, and for a text that no path can hold.
     """
     for option in fields(options):
-        value, name = getattr(options, option.name), f"{where}.{option.name}".lstrip(".")
+        value = getattr(options, option.name)
+        name = f"{where}.{option.name}".lstrip(".")
         if is_dataclass(value):
             check_values(name, value)
+
+        # A list has the bounds of its numbers.
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, str) and "\0" in one:
                 raise ConfigError(f"{name}={one!r} holds a NUL character; write it without")
@@ -98,11 +102,13 @@ def check_source(key: str, source: str) -> None:
         )
     if kind in SOURCE_KINDS:
         return
+
+    # A file that is not there yet may be written later, if it looks like one.
     if not source.strip() or not (
         re.search(r"[/\\.]", source) or Path(os.path.expanduser(source)).is_file()
     ):
-        known = [f"embedded:{name}" for name in EMBEDDED_SOURCES]
+        names = [f"embedded:{name}" for name in EMBEDDED_SOURCES]
         raise ConfigError(
-            f"{key}: {source!r} is neither a file nor a source; {nearest(source, known)}, hub:...,"
+            f"{key}: {source!r} is neither a file nor a source; {nearest(source, names)}, hub:...,"
             " generated:..., or a path"
         )

@@ -55,44 +55,58 @@ def known_runs(store: Store, below: Path) -> Known:
     """Read the run directories that the store lists and those below a folder. ValueError naming
     one that can't be read.
     """
-    known = Known(set(), set(), set(), set(), [])
+    listed, gone = _listed_runs(store)
+    below_folder: set[Path] = set()
+    for folder in RUN_DIRECTORIES:
+        below_folder.update(file.parent.resolve() for file in below.glob(f"{folder}/run.json"))
+
+    # What each of them needs.
+    keys: set[str] = set()
+    digests: set[str] = set()
+    for run in sorted(listed | below_folder):
+        about = read_json(run / "run.json")
+        run_keys = about.get("keys")
+        if about.get("schema") != 1 or not isinstance(run_keys, list):
+            raise ValueError(
+                f"{run / 'run.json'} does not say which keys it needs; mend it, or move it away, "
+                "before the store is emptied"
+            )
+        keys.update(map(str, run_keys))
+        records = (
+            file for file in run.glob("*/record.json") if SLOT_FOLDER.match(file.parent.name)
+        )
+        digests.update(str(read_json(record).get("digest")) for record in records)
+    return Known(listed, below_folder, keys, digests, gone)
+
+
+def _listed_runs(store: Store) -> tuple[set[Path], list[Path]]:
+    """The run directories that a store lists and that are there, and its notes of those that are
+    gone. ValueError naming a note without a directory.
+
+    A directory is looked for where it was, and where it was as seen from the store: both may have
+    been moved together.
+    """
+    listed: set[Path] = set()
+    gone = []
     for note in sorted((store.root / "runs").iterdir()):
         if not NAMES["runs"].fullmatch(note.name):
             continue
         about = read_json(note)
-        path, beside = about.get("run"), about.get("from_store", ".")
+        path = about.get("run")
+        beside = about.get("from_store", ".")
         if not isinstance(path, str) or not isinstance(beside, str):
             raise ValueError(
                 f"{note} names no run directory; delete it, and name the folder that holds its run "
                 "with --runs DIR"
             )
-        here = {
-            place
-            for place in (Path(path), (store.root.resolve() / beside).resolve())
-            if (place / "run.json").is_file()
-        }
-        known.listed.update(here)
+
+        # Where it was, and where it stands to the store.
+        places = (Path(path), (store.root.resolve() / beside).resolve())
+        here = {place for place in places if (place / "run.json").is_file()}
+        listed.update(here)
         if not here:
-            known.gone.append(note)
-    known.below.update(
-        file.parent.resolve()
-        for folder in RUN_DIRECTORIES
-        for file in below.glob(f"{folder}/run.json")
-    )
-    for run in sorted(known.listed | known.below):
-        about = read_json(run / "run.json")
-        keys = about.get("keys")
-        if about.get("schema") != 1 or not isinstance(keys, list):
-            raise ValueError(
-                f"{run / 'run.json'} does not say which keys it needs; mend it, or move it away, "
-                "before the store is emptied"
-            )
-        known.keys.update(map(str, keys))
-        records = (
-            file for file in run.glob("*/record.json") if SLOT_FOLDER.match(file.parent.name)
-        )
-        known.digests.update(str(read_json(record).get("digest")) for record in records)
-    return known
+            gone.append(note)
+    return listed, gone
 
 
 def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -> Collected:
@@ -117,7 +131,8 @@ def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -
                 strangers.append(path)
                 continue
             named = match.groupdict()
-            key, digest = named.get("key") or named.get("part"), named.get("digest")
+            key = named.get("key") or named.get("part")
+            digest = named.get("digest")
             torn = left_over(path) or named.get("part") or (room == "work" and key in finished)
             unnamed = room in ("signals", "data") and not unfinished
             if key or digest:
@@ -144,12 +159,15 @@ def _foreign(path: Path) -> Path | None:
     """The first file in a finished entry or a signal that was not written with it: what holds
     one stays whole.
     """
+    # Where its list of files is damaged, somebody should look at it.
+    table = None
     try:
-        table = (
-            read_json(path / STAGE_JSON).get("files", {}) if (path / STAGE_JSON).is_file() else None
-        )
-    except ValueError:  # damaged: somebody should look at it
+        if (path / STAGE_JSON).is_file():
+            table = read_json(path / STAGE_JSON).get("files", {})
+    except ValueError:
         return path / STAGE_JSON
+
+    # An entry's files are listed; a signal's have names of their kind.
     for file in sorted(path.rglob("*")) if path.parent.name in ("entries", "signals") else ():
         name = str(file.relative_to(path))
         if path.parent.name == "signals":
@@ -214,33 +232,40 @@ def empty(
             f"there is no folder {runs}; name the one that holds the run directories, as in "
             "--runs runs"
         )
+
+    # Nobody else works in the store meanwhile.
     store = Store(root, create=False)
     with store.alone():
-        known = known_runs(store, below)
+        needed = known_runs(store, below)
+
+        # Where no run needs anything, the folder of runs is not the right one.
         finished = {
             path.name for path in (store.root / "entries").iterdir() if re.fullmatch(KEY, path.name)
         }
-        if finished and not finished & known.keys and not everything:
+        if finished and not finished & needed.keys and not everything:
             raise ConfigError(
                 f"all {len(finished)} finished entries of {store.root} would go: of the "
-                f"{len(known.listed | known.below)} run directories that are known none names any. "
+                f"{len(needed.listed | needed.below)} run directories that are known none names "
+                "any. "
                 "Name the folder that holds them with --runs DIR, or repeat with --all to empty "
                 "the store"
             )
-        collected = collect(store, known.keys, known.digests, dry_run=dry_run)
+
+        collected = collect(store, needed.keys, needed.digests, dry_run=dry_run)
         if not dry_run:
-            for note in known.gone:
+            for note in needed.gone:
                 note.unlink()
-            for run in known.listed:
+            for run in needed.listed:
                 _tidy(run)
         older = bool(read_json(store.root / STORE_JSON).get("older"))
-    return collected, [
-        *_told(collected.strangers),
-        *([_about_older(store, below)] if older else []),
-    ]
+
+    sentences = _about_strangers(collected.strangers)
+    if older:
+        sentences.append(_about_older(store, below))
+    return collected, sentences
 
 
-def _told(strangers: list[Path]) -> list[str]:
+def _about_strangers(strangers: list[Path]) -> list[str]:
     if not strangers:
         return []
     more = f" and {len(strangers) - 10} more" if len(strangers) > 10 else ""

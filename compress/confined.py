@@ -46,9 +46,8 @@ class _Child:
     """A running child of this very process."""
 
     def __init__(self) -> None:
-        self.owner = (
-            os.getpid()
-        )  # a fork of this process shares the pipes, and must not read from them
+        # A fork of this process shares the pipes, and must not read from them.
+        self.owner = os.getpid()
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(CHILD)],
             stdin=subprocess.PIPE,
@@ -83,13 +82,18 @@ def ask(task: str, items: Sequence[Any], limits: Limits, **given: Any) -> list[A
         if _child is None or _child.owner != os.getpid() or _child.process.poll() is not None:
             _child = _Child()
             atexit.register(_child.close)
-        child, _child = _child, None
+
+        # A child that is interrupted may still answer this request: it serves no other.
+        child = _child
+        _child = None
         request = {"task": task, "items": list(items), "limits": asdict(limits), "given": given}
         try:
             answers = _answers(child, json.dumps(request), len(items))
-        except BaseException:  # interrupted: what it still says belongs to this request
+        except BaseException:
             child.close()
             raise
+
+        # It serves on where no limit ended it.
         if len(answers) < len(items):
             return [*answers, Failure(_why(child, limits), ended=True)]
         _child = child
@@ -105,6 +109,8 @@ def _answers(child: _Child, request: str, count: int) -> list[Any]:
         child.process.stdin.flush()
     except BrokenPipeError:
         return answers
+
+    # The last line of a child that was ended may be cut short.
     while len(answers) < count and (line := child.process.stdout.readline()).endswith(b"\n"):
         answer = json.loads(line)
         answers.append(Failure(answer["error"]) if "error" in answer else answer["value"])
@@ -113,10 +119,13 @@ def _answers(child: _Child, request: str, count: int) -> list[Any]:
 
 def _why(child: _Child, limits: Limits) -> str:
     """Why the child is no more."""
+    # It has closed its end: the status is on its way.
     try:
-        status = child.process.wait(timeout=5)  # it has closed its end: the status is on its way
+        status = child.process.wait(timeout=5)
     except subprocess.TimeoutExpired:
         status = 0
+
+    # The timer of what it computes ends it by this signal.
     child.close()
     if status == -signal.SIGPROF:
         return f"it has not ended after computing for {limits.seconds:g} s"

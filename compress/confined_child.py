@@ -30,9 +30,9 @@ def bytes_taken() -> int:
 def limit_memory(more: int) -> None:
     """Let this process take so many bytes more than now."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    wanted = bytes_taken() + more
+    limit = bytes_taken() + more
     with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
 
 
 def renderer(module: Any, special: dict[str, str], generation: bool) -> Callable[[Any], str]:
@@ -76,12 +76,15 @@ def answers(module: Any, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     except BaseException as error:  # a panic of tokenizers is no Exception
         yield from ({"error": told(error, limits)} for _ in items)
         return
+
+    # An item that fails leaves the next its turn.
     for item in items:
         try:
             value = work(item)
         except BaseException as error:
             yield {"error": told(error, limits)}
             continue
+
         if isinstance(value, str) and len(value) > limits["characters"]:
             size, most = f"{len(value):,}", f"{limits['characters']:,}"
             yield {"error": f"it gives {size} characters, at most {most} are allowed"}

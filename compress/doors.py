@@ -1,9 +1,9 @@
 """One door per file format: whatever a parser raises becomes one sentence that names the file, the
 line and what to do.
 
-Every file that somebody else may have written is read here: text, JSON, JSON Lines, YAML and
-safetensors. A header that claims more bytes than its file has, a document nested too deep to be
-read and an alias that multiplies itself are refused before memory is taken.
+Every file of text that somebody else may have written is read here: plain text, JSON, JSON Lines
+and YAML (headers of safetensors: `models/shapes.py`). A document nested too deep to be read and an
+alias that multiplies itself are refused before memory is taken.
 """
 
 import codecs
@@ -20,11 +20,8 @@ import yaml
 
 from compress.errors import nearest
 
-HEADER_BYTES = 100_000_000  # the most that safetensors itself reads of a header
-UNPACKED_BYTES, UNPACKED_FACTOR = (
-    100_000_000,
-    100,
-)  # that any packed file may have, and how often its own size
+# What a packed file may unpack to: so many bytes, or so many times its own size.
+UNPACKED_BYTES, UNPACKED_FACTOR = 100_000_000, 100
 JSON_DEPTH = 100  # of values inside values in a row of data
 POINTER = b"version https://git-lfs"  # what a file holds that Git LFS has not fetched
 # how text begins that is not UTF-8, the longer marks first
@@ -37,12 +34,6 @@ MARKS = {
 HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs
 YAML_BYTES = 1_000_000  # of a recipe or an option file; ours have a few thousand
 YAML_NODES = 100_000  # values in one, aliases written out
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
-}
 
 
 class Kind(NamedTuple):
@@ -53,24 +44,19 @@ class Kind(NamedTuple):
     needed: bool = True
 
 
-class TensorPlace(NamedTuple):
-    """What a safetensors header says of one tensor."""
-
-    dtype: str  # as the format calls it: F32, BF16, I8, ...
-    shape: tuple[int, ...]
-    start: int  # byte of the file that its values begin at
-
-
 def read_bytes(path: Path) -> bytes:
     """A file's bytes, unpacked when it ends in .gz. ValueError when it is no file, or its packing
     is damaged or multiplies it.
     """
     if not path.is_file():
-        what = "is a directory, not a file" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {what}; check the path")
+        problem = "is a directory, not a file" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {problem}; check the path")
     refuse_pointer(path)
+
     if path.suffix.lower() != ".gz":
         return path.read_bytes()
+
+    # No more is unpacked than a real file would have.
     try:
         most = unpacked_bytes(path)
         with gzip.open(path) as file:
@@ -80,6 +66,7 @@ def read_bytes(path: Path) -> bytes:
             f"{path} is no whole gzip file ({error}); copy it again, or take .gz off the name of a"
             " file that is not packed"
         ) from error
+
     if len(data) > most:
         raise ValueError(
             f"{path} unpacks to more than {most:,} bytes, {UNPACKED_FACTOR} times its own; unpack"
@@ -132,20 +119,22 @@ def read_text(path: Path) -> str:
     unpacked = path.name.removesuffix(".gz")
     if data[place] or marked:
         encoding = marked or "latin1"
-    else:  # of UTF-16 text, half of the bytes are NUL, or nearly: those behind or before a letter
+    else:
+        # Of UTF-16 text nearly half of the bytes are NUL: those behind or before a letter.
         halves = data[:1000].count(b"\0") * 3 > len(data[:1000])
         encoding = ("utf-16-le" if place % 2 else "utf-16-be") if halves else ""
     way = f"iconv -f {encoding} -t utf-8 {unpacked}" if encoding else f"tr -d '\\000' < {unpacked}"
-    what = f"it begins as {marked.upper()}" if marked else f"byte 0x{data[place]:02x}"
+    problem = f"it begins as {marked.upper()}" if marked else f"byte 0x{data[place]:02x}"
     line = 1 if marked else data.count(b"\n", 0, place) + 1
     raise ValueError(
-        f"{path}, line {line} is not UTF-8 text ({what}); convert it, as in: {way} >"
+        f"{path}, line {line} is not UTF-8 text ({problem}); convert it, as in: {way} >"
         f" utf8-{unpacked}"
     )
 
 
 def parse_json(text: str, where: object) -> Any:
     """A JSON value. ValueError that begins with `where` and says what is wrong with it."""
+    # json raises three classes, the last for integers of thousands of digits.
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -157,7 +146,7 @@ def parse_json(text: str, where: object) -> Any:
         raise ValueError(
             f"{where} is nested too deep to be read; flatten it or copy it again"
         ) from error
-    except ValueError as error:  # integers of thousands of digits
+    except ValueError as error:
         raise ValueError(
             f"{where} can't be read as JSON ({error}); mend it or copy it again"
         ) from error
@@ -168,9 +157,9 @@ def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
     value = parse_json(read_text(path), path)
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join(one.__name__ for one in kinds)
+        needed = " or ".join(one.__name__ for one in kinds)
         raise ValueError(
-            f"{path} holds a JSON {type(value).__name__}, needed: {wanted}; copy the file again"
+            f"{path} holds a JSON {type(value).__name__}, needed: {needed}; copy the file again"
         )
     return value
 
@@ -199,51 +188,49 @@ def without_halves(value: Any, depth: int = 0) -> Any:
     JSON_DEPTH deep.
     """
     if isinstance(value, str):
-        return (
-            value
-            if value.isascii()
-            else HALVES.sub("\ufffd", value)
-            if HALVES.search(value)
-            else value
-        )
+        return value if value.isascii() or not HALVES.search(value) else HALVES.sub("\ufffd", value)
+
     if not isinstance(value, dict | list):
         return value
     if depth == JSON_DEPTH:
         raise RecursionError(f"nested more than {JSON_DEPTH} deep")
+
+    # A new table or list only where something in it is new.
+    below = depth + 1
     if isinstance(value, dict):
-        pairs = {without_halves(key): without_halves(one, depth + 1) for key, one in value.items()}
-        same = all(key in value and one is value[key] for key, one in pairs.items())
+        pairs = {without_halves(key): without_halves(inner, below) for key, inner in value.items()}
+        same = all(key in value and inner is value[key] for key, inner in pairs.items())
         return value if same else pairs
-    rows = [without_halves(one, depth + 1) for one in value]
-    return value if all(one is old for one, old in zip(rows, value, strict=True)) else rows
+    rows = [without_halves(inner, below) for inner in value]
+    return value if all(inner is old for inner, old in zip(rows, value, strict=True)) else rows
 
 
 def refuse_halves(value: Any, where: object) -> None:
     """ValueError that begins with `where` for a JSON value that holds half of a surrogate pair."""
     try:
-        whole = without_halves(value) is value
+        has_none = without_halves(value) is value
     except RecursionError as error:
         raise ValueError(f"{where} is {error}; flatten it") from error
-    if not whole:
+    if not has_none:
         raise ValueError(
             f"{where} holds half a character (a surrogate without its other half), which no"
             " tokenizer takes and no file holds; take it out"
         )
 
 
-def _nodes(value: Any, known: dict[int, int]) -> int:
+def _nodes(value: Any, counts: dict[int, int]) -> int:
     """How many values a YAML tree has once its aliases are written out. RecursionError for one
     that holds itself.
     """
     if not isinstance(value, dict | list):
         return 1
-    if id(value) not in known:
-        known[id(value)] = -1
+    if id(value) not in counts:
+        counts[id(value)] = -1
         below = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_nodes(one, known) for one in below)
-    if known[id(value)] < 0:
+        counts[id(value)] = 1 + sum(_nodes(inner, counts) for inner in below)
+    if counts[id(value)] < 0:
         raise RecursionError
-    return known[id(value)]
+    return counts[id(value)]
 
 
 def read_yaml(path: Path) -> Any:
@@ -269,73 +256,14 @@ def parse_yaml(text: str, where: object) -> Any:
         raise ValueError(
             f"{where} is nested too deep to be read, or holds itself; flatten it"
         ) from error
+
+    # Aliases that name aliases can stand for more values than memory has.
     if nodes > YAML_NODES:
         raise ValueError(
             f"{where} has {nodes:,} values once its aliases are written out, at most {YAML_NODES:,}"
             " are read; write it plainly"
         )
     return tree
-
-
-def tensor_places(path: Path) -> dict[str, TensorPlace]:
-    """Name -> dtype and shape of a safetensors file, from its header alone.
-
-    ValueError naming the file: no safetensors, cut short, or a header that does not fit the file's
-    bytes.
-    """
-    refuse_pointer(path)
-    again = "copy it again, or convert it to safetensors"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_BYTES):
-            raise ValueError(
-                f"{path} is no whole safetensors file ({size:,} bytes, its header claims"
-                f" {length:,}); {again}"
-            )
-        raw = file.read(length)
-    try:
-        header = parse_json(raw.decode(), f"{path}: the header")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is no safetensors file (its header is not UTF-8); {again}"
-        ) from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} is no safetensors file (its header is no JSON object); {again}")
-    told = header.pop("__metadata__", {})
-    if not isinstance(told, dict) or not all(isinstance(one, str) for one in told.values()):
-        raise ValueError(f"{path}: the header's __metadata__ is no table of texts; {again}")
-    places, spans = {}, []
-    for name, about in header.items():
-        try:
-            dtype, shape, (start, end) = (
-                about["dtype"],
-                tuple(about["shape"]),
-                about["data_offsets"],
-            )
-            whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-            fits = (
-                not HALVES.search(name)
-                and whole
-                and (dtype not in ITEM_BYTES or math.prod(shape) * ITEM_BYTES[dtype] == end - start)
-            )
-        except (KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise ValueError(f"{path}: the header's entry for {name!r} makes no sense; {again}")
-        places[name] = TensorPlace(dtype, shape, 8 + length + start)
-        spans.append((start, end))
-    position = 0
-    for start, end in sorted(spans):
-        if start != position or end < start:
-            raise ValueError(f"{path}: tensors overlap or leave holes at byte {start:,}; {again}")
-        position = end
-    if position != size - 8 - length:
-        raise ValueError(
-            f"{path} has {size - 8 - length:,} bytes of tensors where its header claims"
-            f" {position:,}; {again}"
-        )
-    return places
 
 
 def whole(least: int, most: int) -> Kind:
@@ -379,9 +307,12 @@ def check_object(value: Any, kinds: Mapping[str, Kind], where: object) -> dict[s
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds a JSON {type(value).__name__}, needed: a JSON object")
+
+    # A key that is misspelt would be ignored: it is named first.
     for key in value:
         if key not in kinds:
             raise ValueError(f"{where}: the key {key!r} is not known here; {nearest(key, kinds)}")
+
     for key, kind in kinds.items():
         if key not in value:
             if kind.needed:

@@ -7,7 +7,7 @@ has a place in a recipe, whatever package, group or sweep it comes in.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,23 +24,22 @@ def _walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
     """(names, value) of every key of nested dicts and lists;
     a key that holds dots is several names.
     """
-    items = (
-        node.items()
-        if isinstance(node, dict)
-        else enumerate(node)
-        if isinstance(node, list)
-        else ()
-    )
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(node, dict):
+        items = node.items()
+    elif isinstance(node, list):
+        items = enumerate(node)
+
     for key, value in items:
         here = (*path, *str(key).strip().split("."))
         yield here, value
         yield from _walk(value, here)
 
 
-def refuse(what: str, where: object) -> NoReturn:
-    """ConfigError: `where` holds `what`."""
+def refuse(thing: str, where: object) -> NoReturn:
+    """ConfigError: `where` holds `thing`."""
     raise ConfigError(
-        f"{where} holds {what}; a recipe is data and can't name code, the environment or Hydra's"
+        f"{where} holds {thing}; a recipe is data and can't name code, the environment or Hydra's"
         f" internals. Allowed below hydra: {', '.join(ALLOWED_HYDRA)}"
     )
 
@@ -49,11 +48,14 @@ def check_text(text: str, where: object) -> None:
     """Refuse what Hydra or OmegaConf could execute, in one YAML document. ConfigError naming the
     file and the key.
     """
+    # What stands outside of the YAML tree, or anywhere in it.
     headers = [re.match(r"\s*#+\s*@package\s+(\S+)", line) for line in text.splitlines()]
     if any("hydra" in header[1].split(".") for header in headers if header):
         refuse("the package hydra", where)
     if re.search(r"oc\s*\.\s*env", text):
         refuse("the resolver oc.env", where)
+
+    # What stands at one of its keys.
     try:
         tree = parse_yaml(text, where)
     except ValueError as error:
@@ -65,16 +67,17 @@ def check_text(text: str, where: object) -> None:
         )
         if "_target_" in names:
             refuse("_target_", f"{where}, key {'.'.join(names)}")
+
+        # A list of defaults can name Hydra's own groups.
         if first == "defaults" and below:
             entry = value if isinstance(value, str) and below[-1].isdigit() else ".".join(below)
             if re.search(r"(^|[\s/.@:])hydra([/.@:]|$)", entry):
                 refuse(f"the defaults entry {entry!r}", where)
-        if (
-            first == "hydra"
-            and below
-            and not any(below[: len(rule)] == rule[: len(below)] for rule in RULES)
-        ):
+        allowed = any(below[: len(rule)] == rule[: len(below)] for rule in RULES)
+        if first == "hydra" and below and not allowed:
             refuse(f"the key {'.'.join(names)}", where)
+
+        # A sweep is a list of overrides.
         if names == ("hydra", "sweeper", "params") and isinstance(value, dict):
             for key, values in value.items():
                 check_override(f"{key}={values}", f"{where}, hydra.sweeper.params")
@@ -87,19 +90,23 @@ def check_override(override: str, where: str = "") -> None:
         refuse("_target_", place)
     if re.search(r"oc\s*\.\s*env", override):
         refuse("the resolver oc.env", place)
-    named = override.partition("=")[0].strip().lstrip("~+").strip()
-    refuse_credentials(
-        override.replace("\\", ""), f"{where}{where and ': '}the override of {named}"
-    )
-    parts = [part.strip() for part in re.split(r"[./@:]", named)]
-    if "hydra" not in (parts[0], *re.split(r"[./@:]", named.partition("@")[2])):
+
+    # The name of what is overridden, without Hydra's signs to add or delete.
+    key = override.partition("=")[0].strip().lstrip("~+").strip()
+    refuse_credentials(override.replace("\\", ""), f"{where}{where and ': '}the override of {key}")
+
+    # Whatever has nothing to do with Hydra is for the recipe to judge.
+    parts = [part.strip() for part in re.split(r"[./@:]", key)]
+    if "hydra" not in (parts[0], *re.split(r"[./@:]", key.partition("@")[2])):
         return
-    if named.startswith("hydra.sweeper.params.") and "@" not in named:
+
+    # A sweep names overrides in its turn.
+    if key.startswith("hydra.sweeper.params.") and "@" not in key:
         check_override(
-            f"{named.removeprefix('hydra.sweeper.params.')}={override.partition('=')[2]}", place
+            f"{key.removeprefix('hydra.sweeper.params.')}={override.partition('=')[2]}", place
         )
-    elif named.removeprefix("hydra.") not in ALLOWED_HYDRA or named == "hydra.sweeper.params":
-        refuse(f"the key {named}", place)
+    elif key.removeprefix("hydra.") not in ALLOWED_HYDRA or key == "hydra.sweeper.params":
+        refuse(f"the key {key}", place)
 
 
 def own_folder(arguments: list[str]) -> Path | None:
@@ -109,32 +116,36 @@ def own_folder(arguments: list[str]) -> Path | None:
         for argument in arguments
         if argument.startswith("--config-dir=")
     ]
-    if len(folders) > 1 or "" in folders or not all(Path(folder).is_dir() for folder in folders):
+    if len(folders) > 1 or "" in folders or not all(Path(name).is_dir() for name in folders):
         raise ConfigError(
             f"--config-dir {', '.join(map(repr, folders))} is not one directory; give the one"
             " folder that holds your recipes"
         )
     if not folders:
         return None
-    own = Path(folders[0]).resolve()
-    paths = list(islice(own.rglob("*"), MOST_FILES + 1))
+
+    # What Hydra could read below it: so few files that all are read here, and no links.
+    folder = Path(folders[0]).resolve()
+    paths = list(islice(folder.rglob("*"), MOST_FILES + 1))
     if len(paths) > MOST_FILES:
         raise ConfigError(
-            f"--config-dir {own} holds more than {MOST_FILES:,} files; give the folder that holds"
-            " your recipes and nothing else"
+            f"--config-dir {folder} holds more than {MOST_FILES:,} files; give the folder that"
+            " holds your recipes and nothing else"
         )
     if link := next((path for path in paths if path.is_symlink() and path.is_dir()), None):
         raise ConfigError(
-            f"--config-dir {own} holds a link to another folder, {link.name}, which is not checked;"
-            " put the files there"
+            f"--config-dir {folder} holds a link to another folder, {link.name}, which is not"
+            " checked; put the files there"
         )
+
+    # Each file as a recipe.
     for file in sorted(path for path in paths if path.suffix.lower() in (".yaml", ".yml")):
-        if "hydra" in file.relative_to(own).parts[:-1]:
-            refuse("a folder named hydra", own)
+        if "hydra" in file.relative_to(folder).parts[:-1]:
+            refuse("a folder named hydra", folder)
         try:
             check_text(read_text(file), file)
         except ConfigError:
             raise
         except ValueError as error:  # no file, or no text
             raise ConfigError(str(error)) from error
-    return own
+    return folder

@@ -9,7 +9,6 @@ import struct
 
 import pytest
 import torch
-from compress.gguf_header import read_header
 from safetensors.torch import save_file
 
 from compress.doors import (
@@ -20,8 +19,9 @@ from compress.doors import (
     parse_yaml,
     read_json,
     read_text,
-    tensor_places,
 )
+from compress.models.gguf_header import read_header
+from compress.models.shapes import tensor_places
 
 
 def test_text_comes_without_its_byte_order_mark_and_unpacked(tmp_path):

@@ -221,3 +221,15 @@ def test_a_library_beside_the_model_is_never_loaded(plain, tmp_path, monkeypatch
         with pytest.raises(ValueError, match="custom_ops_library"):
             measure(folder, "onnxruntime", Timing(1, 2, 1, 1, 1))
     assert not canary.exists()
+
+
+def test_another_vocabulary_than_the_heads_is_refused(plain, tmp_path):
+    folder = tmp_path / "onnx"
+    shutil.copytree(plain, folder)
+    rows = len(onnx_head(folder).weight_VH)
+    for forged in (rows + 1, rows - 1):
+        change(folder, "model", "vocab_size", value=forged)
+        message = f"'vocab_size' is {forged}, and the head of model.onnx has {rows} rows"
+        with pytest.raises(ValueError, match="genai_config.json, model: ") as error:
+            onnx_head(folder)
+        assert message in str(error.value)

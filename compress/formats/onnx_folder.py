@@ -12,15 +12,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.doors import FLAG, TABLE, Kind, check_object, optional, parse_json, read_text, whole
-
-if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    pass
 
 # formats/onnx.py's ARCHITECTURES; of other types GenAI looks for other files.
 MODEL, CONFIG = "model.onnx", "genai_config.json"
@@ -77,7 +71,8 @@ TABLES: dict[str, dict[str, Kind]] = {
         ("logits", "present_key_names", "present_value_names"), NAME
     ),
 }
-OPERATORS = (  # of formats/onnx.py's graphs
+# Of formats/onnx.py's graphs.
+OPERATORS = (
     "Add",
     "Cast",
     "Cos",
@@ -99,8 +94,8 @@ OPERATORS = (  # of formats/onnx.py's graphs
     "Unsqueeze",
 )
 DOMAINS = ("", "com.microsoft")
-# Field numbers of onnx.proto3 that such a graph has: message -> number -> (name, message below or
-# "").
+# Field numbers of onnx.proto3 that such a graph has: message -> number -> (name, message below
+# or "").
 FIELDS: dict[str, dict[int, tuple[str, str]]] = {
     "model": {
         1: ("ir_version", ""),
@@ -160,12 +155,15 @@ def genai_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: of {names} one is there twice; export the model again")
         return table
 
+    # One of each key, none but these, each of its kind.
     json.loads(text, object_pairs_hook=once)
     for name, kinds in TABLES.items():
         table = config
         for key in filter(None, name.split(".")):
             table = table[key]
         check_object(table, kinds, f"{file}{name and f', {name}'}")
+
+    # Ids within the vocabulary.
     model = config["model"]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = model.get(key, 0)
@@ -191,20 +189,28 @@ def _fields(
         while True:
             if at >= len(data) or shift > 63:
                 raise ValueError(f"{where} is no ONNX model, or cut short; export it again")
+
+            # Seven bits a byte, the lowest first; the eighth says that more follow.
             byte = data[at]
-            value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
+            value |= (byte & 127) << shift
+            at += 1
+            shift += 7
             if byte < 128:
                 return value
 
+    # A tag holds the number of a field and how its value is written.
     while at < len(data):
         tag = varint()
-        number, wire = tag >> 3, tag & 7
+        number = tag >> 3
+        wire = tag & 7
         if number not in FIELDS[message] or wire not in (0, 1, 2, 5):
-            known = ", ".join(name for name, _ in FIELDS[message].values())
+            names = ", ".join(name for name, _ in FIELDS[message].values())
             raise ValueError(
                 f"{where}: {message} has field {number}, which compress never writes (only"
-                f" {known}); export the model with compress"
+                f" {names}); export the model with compress"
             )
+
+        # Wire 0 is a number, 2 begins with its length, 1 and 5 are of 8 and 4 bytes.
         name, below = FIELDS[message][number]
         if wire == 0:
             yield name, below, varint()
@@ -230,11 +236,9 @@ def _check_message(data: memoryview, message: str, folder: Path) -> None:
                 )
             _check_message(value, below, folder)
         elif name in ("op_type", "domain", "key", "value"):
-            texts[name] = (
-                bytes(value).decode(errors="replace")
-                if isinstance(value, memoryview)
-                else str(value)
-            )
+            # A number where a text belongs is refused as a text.
+            is_text = isinstance(value, memoryview)
+            texts[name] = bytes(value).decode(errors="replace") if is_text else str(value)
             _check_text(message, name, texts, folder)
 
 
@@ -242,7 +246,10 @@ def _check_text(message: str, name: str, texts: Mapping[str, str], folder: Path)
     """Refuses an operator of others, a domain of others and tensors outside the
     directory. ValueError.
     """
-    where, text = folder / MODEL, texts[name]
+    where = folder / MODEL
+    text = texts[name]
+
+    # What would run.
     if name == "op_type" and text not in OPERATORS:
         raise ValueError(
             f"{where} has the operator {text!r}; read are graphs of compress's own export, with"
@@ -253,6 +260,8 @@ def _check_text(message: str, name: str, texts: Mapping[str, str], folder: Path)
             f"{where} has operators of the domain {text!r}, which needs a library of others;"
             " allowed: ONNX's and com.microsoft"
         )
+
+    # What would be read.
     if name == "key" and text not in ("location", "offset", "length"):
         raise ValueError(
             f"{where}: a tensor is kept outside with the key {text!r}; allowed: location, offset,"
@@ -271,9 +280,12 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """Returns genai_config.json of a directory that formats/onnx.py could have written. ValueError,
     before any other code reads it.
     """
-    config, file = genai_config(folder), folder / MODEL
+    config = genai_config(folder)
+    file = folder / MODEL
     if not file.is_file():
         raise ValueError(f"{file} does not exist; copy the whole directory again")
+
+    # As a whole it is small: it can be read, and walked before it is parsed by others.
     if (length := file.stat().st_size) > MODEL_BYTES:
         raise ValueError(
             f"{file} has {length:,} bytes, at most {MODEL_BYTES:,} are read: large tensors belong"

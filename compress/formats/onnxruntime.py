@@ -192,14 +192,23 @@ class OnnxRuntime:
 
 
 def head(folder: Path) -> Head:
-    """The fp32 head as decoded from the file: the lm_head's own weight, or the tied embedding."""
+    """The fp32 head as decoded from the file: the lm_head's own weight, or the tied embedding.
+
+    ValueError where genai_config.json claims another vocabulary than the head has rows.
+    """
     from compress.formats.onnx_folder import check_folder
     from compress.formats.onnx_weights import decode_onnx
     from compress.models.head import Head
 
-    check_folder(folder)
+    rows = check_folder(folder)["model"]["vocab_size"]
     decoded = decode_onnx(folder)
-    return Head(decoded.get("lm_head.weight", decoded["model.embed_tokens.weight"]))
+    weight_VH = decoded.get("lm_head.weight", decoded["model.embed_tokens.weight"])
+    if len(weight_VH) != rows:
+        raise ValueError(
+            f"{folder / CONFIG}, model: 'vocab_size' is {rows:,}, and the head of {MODEL} has"
+            f" {len(weight_VH):,} rows; export the model again"
+        )
+    return Head(weight_VH)
 
 
 def timer(folder: Path, threads: int) -> tuple[Callable[[int, int, int], list[float]], int]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    pass
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
@@ -37,10 +34,12 @@ def tapped(
     blocks = blocks_of(model)
 
     def keep(name: str) -> Any:
-        return lambda module, arguments, out: seen.update(
-            {name: out[0] if isinstance(out, tuple) else out}
-        )
+        def hook(module: nn.Module, arguments: Any, out: Any) -> None:
+            seen[name] = out[0] if isinstance(out, tuple) else out
 
+        return hook
+
+    # Hooks are taken away again, whatever happens meanwhile.
     with ExitStack() as hooks:
         for i in layers:
             hooks.enter_context(blocks[i].register_forward_hook(keep(f"layer{i}")))

@@ -71,14 +71,14 @@ def render(
     texts: list[str] = []
     for chat, text in zip(chats, _rendered(tokenizer, chats, generation, limits), strict=True):
         if isinstance(text, Failure):
-            raise ValueError(_told(chat, text))
+            raise ValueError(_failure_sentence(chat, text))
         if not text.strip():
-            raise ValueError(_told(chat, Failure("it makes nothing of the turns")))
+            raise ValueError(_failure_sentence(chat, Failure("it makes nothing of the turns")))
         texts.append(text)
     return texts
 
 
-def _told(chat: Turns, failure: Failure) -> str:
+def _failure_sentence(chat: Turns, failure: Failure) -> str:
     where = getattr(chat, "where", "the chat")
     return (
         f"{where}: the chat template fails ({failure.why}); change the row, or chat_template in the"
@@ -99,19 +99,23 @@ def _rendered(
             f"{getattr(chats[0], 'where', 'the chat')} is a chat, and the teacher's tokenizer has"
             " no chat template; use plain text in data.train, data.chat and data.heldout"
         )
+
+    # Each with the template that belongs to its tools.
     special = tokenizer.special_tokens_map
-    for some in _requests(chats):
+    for batch in _requests(chats):
         items = []
-        for chat in some:
+        for chat in batch:
             tools = getattr(chat, "tools", None)
             turns = [
                 {key: value for key, value in turn.items() if value is not None} for turn in chat
             ]
             template = _template(tokenizer, tools)
             items.append({"turns": turns, "tools": tools, "template": template})
+
+        # The last answer says where a limit ended it: that row is to blame.
         answers = ask("render", items, limits, special=special, generation=generation)
         if isinstance(answers[-1], Failure) and answers[-1].ended:
-            raise ValueError(_told(some[len(answers) - 1], answers[-1]))
+            raise ValueError(_failure_sentence(batch[len(answers) - 1], answers[-1]))
         yield from answers
 
 
@@ -132,17 +136,20 @@ def _template(tokenizer: Any, tools: Any) -> Any:
 
 def _requests(chats: Sequence[Turns]) -> Iterator[list[Turns]]:
     """Chats that are rendered together: at most TOGETHER, and CHARACTERS or one."""
-    some: list[Turns] = []
-    size = 0
+    batch: list[Turns] = []
+    characters = 0
     for chat in chats:
         length = sum(len(turn.get("content") or "") for turn in chat)
-        if some and (len(some) == TOGETHER or size + length > CHARACTERS):
-            yield some
-            some, size = [], 0
-        some.append(chat)
-        size += length
-    if some:
-        yield some
+        if batch and (len(batch) == TOGETHER or characters + length > CHARACTERS):
+            yield batch
+            batch = []
+            characters = 0
+        batch.append(chat)
+        characters += length
+
+    # The rest.
+    if batch:
+        yield batch
 
 
 def chat_tokens(tokenizer: Any, chats: Sequence[Chat], limits: Limits = LIMITS) -> list[Tokens]:
@@ -152,16 +159,19 @@ def chat_tokens(tokenizer: Any, chats: Sequence[Chat], limits: Limits = LIMITS) 
     """
     texts = render(tokenizer, chats, limits=limits)
     spans = _turn_spans(tokenizer, chats, texts, limits)
-    marked = [i for i, one in enumerate(spans) if one is None]
+
+    # Where turns do not add up, answers are marked.
+    marked = [i for i, chat_spans in enumerate(spans) if chat_spans is None]
     clear = _marked_spans(tokenizer, [chats[i] for i in marked], [texts[i] for i in marked], limits)
-    for i, some in zip(marked, clear, strict=True):
-        spans[i] = some
+    for i, answer_spans in zip(marked, clear, strict=True):
+        spans[i] = answer_spans
 
     # A template that leaves out what the assistant says has nothing to teach.
-    for chat, answer_spans in zip(chats, spans, strict=True):
+    for chat, chat_spans in zip(chats, spans, strict=True):
         has_answer = any(str(chat[turn].get("content") or "").strip() for turn in _answers(chat))
-        if has_answer and all(start == end for start, end in answer_spans or ()):
-            raise ValueError(_told(chat, Failure("it leaves out all that the assistant says")))
+        if has_answer and all(start == end for start, end in chat_spans or ()):
+            failure = Failure("it leaves out all that the assistant says")
+            raise ValueError(_failure_sentence(chat, failure))
 
     # Characters to tokens: a token that stands on both sides of a place belongs to what is behind
     # it.
@@ -196,27 +206,32 @@ def _turn_spans(
     """Characters that each answer's turn adds to the chat before it; None where a rendering does
     not begin with its beginning's.
     """
-    wanted = [
-        (i, turns)
-        for i, chat in enumerate(chats)
-        for turns in sorted(
-            {edge for turn in _answers(chat) for edge in (turn, turn + 1)} - {0, len(chat)}
-        )
-    ]
+    # Numbers of turns before and behind each answer, where the chat can be cut.
+    edges: list[tuple[int, int]] = []
+    for i, chat in enumerate(chats):
+        answers = _answers(chat)
+        cuts = {*answers, *(turn + 1 for turn in answers)} - {0, len(chat)}
+        edges += [(i, turns) for turns in sorted(cuts)]
+
     beginnings = _rendered(
-        tokenizer, [chats[i].part(chats[i][:turns]) for i, turns in wanted], False, limits
+        tokenizer, [chats[i].part(chats[i][:turns]) for i, turns in edges], False, limits
     )
+
+    # A beginning counts only where the whole rendering begins with it.
     lengths: dict[tuple[int, int], int] = {}
-    for (i, turns), text in zip(wanted, beginnings, strict=True):
+    for (i, turns), text in zip(edges, beginnings, strict=True):
         if isinstance(text, str) and texts[i].startswith(text):
             lengths[i, turns] = len(text)
+
+    # An answer is between two such edges; the empty chat and the whole one are edges too.
     spans: list[list[Span] | None] = []
     for i, chat in enumerate(chats):
-        edge = lengths | {(i, 0): 0, (i, len(chat)): len(texts[i])}
-        known = all((i, place) in edge for turn in _answers(chat) for place in (turn, turn + 1))
-        spans.append(
-            [(edge[i, turn], edge[i, turn + 1]) for turn in _answers(chat)] if known else None
-        )
+        places = lengths | {(i, 0): 0, (i, len(chat)): len(texts[i])}
+        answers = _answers(chat)
+        if all((i, turn) in places and (i, turn + 1) in places for turn in answers):
+            spans.append([(places[i, turn], places[i, turn + 1]) for turn in answers])
+        else:
+            spans.append(None)
     return spans
 
 
@@ -231,13 +246,15 @@ def _marked_spans(
     """Characters of each answer, by what changes when a mark takes its place. ValueError naming
     the row where that is not clear.
     """
-    wanted = [(i, turn) for i, chat in enumerate(chats) for turn in _answers(chat)]
+    turns = [(i, turn) for i, chat in enumerate(chats) for turn in _answers(chat)]
     marked = []
-    for i, turn in wanted:
-        said = {"role": "assistant", "content": MARK}
-        marked.append(chats[i].part([*chats[i][:turn], said, *chats[i][turn + 1 :]]))
+    for i, turn in turns:
+        mark = {"role": "assistant", "content": MARK}
+        marked.append(chats[i].part([*chats[i][:turn], mark, *chats[i][turn + 1 :]]))
+
+    # What changes is the answer, if it follows the one before it and says the same.
     spans: list[list[Span]] = [[] for _ in chats]
-    for (i, turn), text in zip(wanted, _rendered(tokenizer, marked, False, limits), strict=True):
+    for (i, turn), text in zip(turns, _rendered(tokenizer, marked, False, limits), strict=True):
         span = _between(texts[i], text) if isinstance(text, str) else None
         before = spans[i][-1][1] if spans[i] else 0
         if (
@@ -258,8 +275,8 @@ def _between(text: str, marked: str) -> Span | None:
     """What of `text` lies between the beginning and the end that it shares with `marked`, in which
     one MARK stands for it.
     """
-    before, found, after = marked.partition(MARK)
-    if not found or MARK in after:
+    before, mark, after = marked.partition(MARK)
+    if not mark or MARK in after:
         return None
     start = len(os.path.commonprefix([text, before]))
     end = len(text) - len(os.path.commonprefix([text[::-1], after[::-1]]))

@@ -35,6 +35,8 @@ def end_ids(checkpoint: Path, tokenizer: Any = None) -> list[int]:
         from compress.models.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(checkpoint)
+
+    # Their union, wherever they are stated.
     ids = {i for place in stated(checkpoint, tokenizer).values() for i in place}
     if not ids:
         places = f"{CONFIG}, {GENERATION}, tokenizer and chat template"
@@ -47,10 +49,12 @@ def end_ids(checkpoint: Path, tokenizer: Any = None) -> list[int]:
 
 def stated(checkpoint: Path, tokenizer: Any) -> dict[str, list[int]]:
     """Place -> the ids that it names as ends, where it names any. ValueError as `end_ids`."""
-    files, rows = in_files(checkpoint), vocabulary_rows(checkpoint)
-    own, closing = tokenizer.eos_token_id, turn_end(tokenizer)
+    files = in_files(checkpoint)
+    rows = vocabulary_rows(checkpoint)
+    end_token = tokenizer.eos_token_id
+    closing = turn_end(tokenizer)
     places = files | {
-        name: [i] for name, i in ((TOKENIZER, own), (TEMPLATE, closing)) if i is not None
+        name: [i] for name, i in ((TOKENIZER, end_token), (TEMPLATE, closing)) if i is not None
     }
 
     # Ids that the model does not have.
@@ -66,9 +70,11 @@ def stated(checkpoint: Path, tokenizer: Any) -> dict[str, list[int]]:
     for name, ids in files.items():
         if not is_special(tokenizer, *ids):
             words = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in ids)
-            what = f"{KEY} {words} is ordinary text to the tokenizer; texts would end in the middle"
+            problem = (
+                f"{KEY} {words} is ordinary text to the tokenizer; texts would end in the middle"
+            )
             raise ValueError(
-                f"{checkpoint / name}: {what}. Name the tokenizer's end tokens there, "
+                f"{checkpoint / name}: {problem}. Name the tokenizer's end tokens there, "
                 f"or take {KEY} out"
             )
     return places
@@ -88,10 +94,10 @@ def turn_end(tokenizer: Any) -> int | None:
     # A template is a program: it may fail or never end, and is refused where it is used.
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        before, said, behind = render(tokenizer, [turns])[0].rpartition(_ANSWER)
+        before, answer, behind = render(tokenizer, [turns])[0].rpartition(_ANSWER)
     except ValueError:
         return None
-    if not said:
+    if not answer:
         return None
     ids = tokenizer(behind.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
     token = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None

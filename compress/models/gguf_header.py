@@ -22,7 +22,7 @@ ENTRIES = 100_000  # keys, and tensors; the largest known files have 2,000
 ELEMENTS = 4_000_000
 LAYERS = 1_000  # blocks; the deepest known has 126
 NAME_BYTES = 65_535
-# number of a metadata type -> its struct format; 8 is a string, 9 an array
+# Number of a metadata type -> its struct format; 8 is a string, 9 an array.
 SCALARS = {
     0: "B",
     1: "b",
@@ -72,55 +72,61 @@ class _Cursor:
     def __init__(self, data: mmap.mmap, file: Path) -> None:
         self.data, self.file, self.place, self.elements = data, file, 0, 0
 
-    def refuse(self, what: str) -> ValueError:
+    def refuse(self, part: str) -> ValueError:
         return ValueError(
-            f"{self.file} is no whole GGUF ({what} at byte {self.place:,} of {len(self.data):,}); "
+            f"{self.file} is no whole GGUF ({part} at byte {self.place:,} of {len(self.data):,}); "
             f"{AGAIN}"
         )
 
-    def skip(self, count: int, what: str) -> int:
+    def skip(self, count: int, part: str) -> int:
         """Go on by so many bytes; where they began."""
         start = self.place
         if count > len(self.data) - start:
-            raise self.refuse(f"{what} claims {count:,} bytes")
+            raise self.refuse(f"{part} claims {count:,} bytes")
         self.place += count
         return start
 
-    def number(self, kind: str, what: str) -> Any:
-        start = self.skip(struct.calcsize(f"<{kind}"), what)
+    def number(self, kind: str, part: str) -> Any:
+        start = self.skip(struct.calcsize(f"<{kind}"), part)
         return struct.unpack_from(f"<{kind}", self.data, start)[0]
 
-    def text(self, what: str, most: int | None = None) -> str:
-        length = self.number("Q", what)
+    def text(self, part: str, most: int | None = None) -> str:
+        length = self.number("Q", part)
         if most is not None and length > most:
-            raise self.refuse(f"{what} claims {length:,} bytes")
-        start = self.skip(length, what)
+            raise self.refuse(f"{part} claims {length:,} bytes")
+        start = self.skip(length, part)
         try:
             return self.data[start : start + length].decode()
         except UnicodeDecodeError as error:
-            raise self.refuse(f"{what} is not UTF-8") from error
+            raise self.refuse(f"{part} is not UTF-8") from error
 
-    def value(self, what: str) -> Any:
+    def value(self, part: str) -> Any:
         """A metadata value; of an array what it holds."""
-        kind = self.number("I", what)
+        kind = self.number("I", part)
         if kind in SCALARS:
-            return self.number(SCALARS[kind], what)
+            return self.number(SCALARS[kind], part)
         if kind == STRING:
-            return self.text(what)
+            return self.text(part)
         if kind != ARRAY:
-            raise self.refuse(f"{what} is of type {kind}, which is unknown")
-        of, count = self.number("I", what), self.number("Q", what)
+            raise self.refuse(f"{part} is of type {kind}, which is unknown")
+
+        # An array is stepped over: its length is held against the bytes that are there.
+        element_kind = self.number("I", part)
+        count = self.number("Q", part)
         self.elements += count
         if self.elements > ELEMENTS:
-            raise self.refuse(f"{what} claims {count:,} elements; at most {ELEMENTS:,} are read")
-        if of in SCALARS:
-            self.skip(count * struct.calcsize(f"<{SCALARS[of]}"), what)
-        elif of == STRING:
+            raise self.refuse(f"{part} claims {count:,} elements; at most {ELEMENTS:,} are read")
+
+        if element_kind in SCALARS:
+            self.skip(count * struct.calcsize(f"<{SCALARS[element_kind]}"), part)
+        elif element_kind == STRING:
             for _ in range(count):
-                self.text(what)
+                self.text(part)
         else:
-            raise self.refuse(f"{what} is an array of type {of}; arrays of arrays are not read")
-        return Items(of, count)
+            raise self.refuse(
+                f"{part} is an array of type {element_kind}; arrays of arrays are not read"
+            )
+        return Items(element_kind, count)
 
 
 def read_header(file: Path) -> Header:
@@ -141,25 +147,27 @@ def read_header(file: Path) -> Header:
 
 
 def _header(cursor: _Cursor) -> Header:
+    # Version, and counts that a reader would allocate by.
     cursor.skip(4, "the magic number")
     version = cursor.number("I", "the version")
     if version not in (2, 3):
         raise cursor.refuse(f"version {version} where 2 or 3 is read, in little-endian order")
-    count, keys = (
-        cursor.number("Q", "the count of tensors"),
-        cursor.number("Q", "the count of keys"),
-    )
-    if max(count, keys) > ENTRIES:
+    tensor_count = cursor.number("Q", "the count of tensors")
+    key_count = cursor.number("Q", "the count of keys")
+    if max(tensor_count, key_count) > ENTRIES:
         raise cursor.refuse(
-            f"{count:,} tensors and {keys:,} keys are claimed, at most {ENTRIES:,} are read"
+            f"{tensor_count:,} tensors and {key_count:,} keys are claimed, at most {ENTRIES:,} are"
+            " read"
         )
+
+    # Keys and their values; then the tensors.
     fields: dict[str, Any] = {}
-    for _ in range(keys):
+    for _ in range(key_count):
         key = cursor.text("a key", NAME_BYTES)
         if key in fields:
             raise cursor.refuse(f"key {key!r} is there twice")
         fields[key] = cursor.value(f"key {key!r}")
-    return Header(fields, _tensors(cursor, count, fields.get("general.alignment", 32)))
+    return Header(fields, _tensors(cursor, tensor_count, fields.get("general.alignment", 32)))
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, tuple[int, ...]]:
@@ -171,38 +179,52 @@ def _tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, tuple[int
 
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise cursor.refuse(f"general.alignment is {alignment!r}")
+
+    # What each is called, its shape, its type and where it begins behind the header.
     tensors: dict[str, tuple[int, ...]] = {}
     spans = []
     for _ in range(count):
         name = cursor.text("a tensor's name", NAME_BYTES)
-        rank = cursor.number("I", f"tensor {name!r}")
-        if name in tensors or not 1 <= rank <= 4:
-            raise cursor.refuse(
-                f"tensor {name!r} has {rank} dimensions"
-                if name not in tensors
-                else f"tensor {name!r} is there twice"
-            )
-        shape = tuple(cursor.number("Q", f"tensor {name!r}") for _ in range(rank))
-        kind, start = cursor.number("I", f"tensor {name!r}"), cursor.number("Q", f"tensor {name!r}")
-        sizes = (
-            GGML_QUANT_SIZES.get(GGMLQuantizationType(kind))
-            if kind in {one.value for one in GGMLQuantizationType}
-            else None
-        )
+        part = f"tensor {name!r}"
+        rank = cursor.number("I", part)
+        if name in tensors:
+            raise cursor.refuse(f"{part} is there twice")
+        if not 1 <= rank <= 4:
+            raise cursor.refuse(f"{part} has {rank} dimensions")
+        shape = tuple(cursor.number("Q", part) for _ in range(rank))
+        kind = cursor.number("I", part)
+        start = cursor.number("Q", part)
+
+        # A type's block: so many elements take so many bytes.
+        if kind not in {one.value for one in GGMLQuantizationType}:
+            sizes = None
+        else:
+            sizes = GGML_QUANT_SIZES.get(GGMLQuantizationType(kind))
         if sizes is None:
-            raise cursor.refuse(f"tensor {name!r} is of type {kind}, which is unknown")
-        if min(shape) < 1 or shape[0] % sizes[0] or start % alignment:
-            raise cursor.refuse(f"tensor {name!r} of shape {shape} can't begin at {start:,}")
+            raise cursor.refuse(f"{part} is of type {kind}, which is unknown")
+        block_elements, block_bytes = sizes
+        if min(shape) < 1 or shape[0] % block_elements or start % alignment:
+            raise cursor.refuse(f"{part} of shape {shape} can't begin at {start:,}")
         tensors[name] = shape
-        spans.append((start, math.prod(shape) // sizes[0] * sizes[1], name))
-    first, end = -(-cursor.place // alignment) * alignment, 0
+        spans.append((start, math.prod(shape) // block_elements * block_bytes, name))
+
+    _check_spans(cursor, spans, alignment)
+    return tensors
+
+
+def _check_spans(cursor: _Cursor, spans: list[tuple[int, int, str]], alignment: int) -> None:
+    """Of (start, bytes, name) of every tensor: ValueError where two overlap or one leaves the file.
+
+    They count from the first multiple of `alignment` behind the header.
+    """
+    data_start = -(-cursor.place // alignment) * alignment
+    end = 0
     for start, size, name in sorted(spans):
         if start < end:
             raise cursor.refuse(f"tensor {name!r} overlaps another")
         end = start + size
-        if first + end > len(cursor.data):
-            raise cursor.refuse(f"tensor {name!r} ends at byte {first + end:,}")
-    return tensors
+        if data_start + end > len(cursor.data):
+            raise cursor.refuse(f"tensor {name!r} ends at byte {data_start + end:,}")
 
 
 def check_file(file: Path) -> Header:
@@ -213,6 +235,8 @@ def check_file(file: Path) -> Header:
     header = read_header(file)
     fields, tensors = header
     parts = fields.get("split.count", 1)
+
+    # One part of several.
     if parts != 1:
         number = fields.get("split.no", 0)
         first = (
@@ -222,6 +246,8 @@ def check_file(file: Path) -> Header:
             f"{file} is {first} of a model; join them with `llama-gguf-split --merge` on the first "
             "part and give the file it writes"
         )
+
+    # Family and depth, by which everything else is looked up.
     family = fields.get("general.architecture")
     if not isinstance(family, str):
         raise ValueError(
@@ -234,10 +260,12 @@ def check_file(file: Path) -> Header:
             f"{file}: {family}.block_count is {blocks!r}; needed is a whole number from 1 to "
             f"{LAYERS:,}: {AGAIN}"
         )
+
+    # A dense Llama's or Qwen's tensors are known by name; of others each block must have one.
     dense = family in ("llama", "qwen2") and not fields.get(f"{family}.expert_count")
-    wanted = ["token_embd.weight", "output_norm.weight"] if dense else []
-    wanted += [f"blk.{i}.{name}.weight" for i in range(blocks) for name in BLOCK if dense]
-    lacking = [name for name in wanted if name not in tensors]
+    names = ["token_embd.weight", "output_norm.weight"] if dense else []
+    names += [f"blk.{i}.{name}.weight" for i in range(blocks) for name in BLOCK if dense]
+    lacking = [name for name in names if name not in tensors]
     present = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     lacking += [f"blk.{i}" for i in range(blocks) if str(i) not in present and not dense]
     if lacking:

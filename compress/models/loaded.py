@@ -16,10 +16,8 @@ from compress.models.head import head_of, hidden_states
 from compress.models.model_config import is_of_input, one_line
 
 IDS = 8  # ids of the comparison
-FP32_SHARE, BF16_SHARE = (
-    1e-3,
-    0.05,
-)  # the largest difference allowed, of the largest number compared
+# The largest difference allowed, of the largest number compared.
+FP32_SHARE, BF16_SHARE = 1e-3, 0.05
 
 
 def check_complete(path: Path, info: dict[str, Any]) -> None:
@@ -28,10 +26,12 @@ def check_complete(path: Path, info: dict[str, Any]) -> None:
     `info` is its own account of a load, without what a family is known to tie or to ignore.
     """
     misshapen = [
-        f"{name} is {tuple(got)}, needed is {tuple(wanted)}"
-        for name, got, wanted in info.get("mismatched_keys", ())
+        f"{name} is {tuple(got)}, needed is {tuple(needed)}"
+        for name, got, needed in info.get("mismatched_keys", ())
     ]
-    for what, names in (
+
+    # transformers would fill, drop or leave these without a word.
+    for problem, names in (
         ("the weights lack", info["missing_keys"]),
         ("the weights hold tensors that the model has no place for:", info["unexpected_keys"]),
         ("tensors have another shape than config.json says:", misshapen),
@@ -39,9 +39,8 @@ def check_complete(path: Path, info: dict[str, Any]) -> None:
         if names:
             listed = sorted(names)
             more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-            raise ValueError(
-                f"{path}: {what} {', '.join(listed[:3])}{more}; copy or merge the checkpoint again"
-            )
+            shown = ", ".join(listed[:3]) + more
+            raise ValueError(f"{path}: {problem} {shown}; copy or merge the checkpoint again")
 
 
 @torch.inference_mode()
@@ -51,6 +50,8 @@ def check_forward(path: Path, model: Any) -> None:
     Nor may a position see what comes after it, or be no number.
     """
     family = model.config.model_type
+
+    # Tables that the config makes, of rotary positions for the most part.
     for name, buffer in model.named_buffers():
         broken = buffer.isnan() if "freq" not in name else ~buffer.isfinite()
         if buffer.is_floating_point() and broken.any():
@@ -58,6 +59,8 @@ def check_forward(path: Path, model: Any) -> None:
                 f"{path / 'config.json'} makes a table of no finite numbers ({name}); mend its "
                 "positions (rope_theta, rope_parameters)"
             )
+
+    # The same ids through the whole model, through ours, and their first half alone.
     longest = getattr(model.config, "max_position_embeddings", None) or IDS
     ids_1L = (torch.arange(1, 1 + min(IDS, longest)) * 7919 % model.config.vocab_size)[None].to(
         model.device
@@ -74,6 +77,8 @@ def check_forward(path: Path, model: Any) -> None:
             f"{path}: a {family} model can't be run as a decoder with one head "
             f"({one_line(error)}); use another family"
         ) from error
+
+    # In the order in which one failure would explain the next.
     share = FP32_SHARE if model.dtype == torch.float32 else BF16_SHARE
     if not logits_LV.isfinite().all():
         raise ValueError(

@@ -8,24 +8,24 @@ here, in one sentence, by name. What only a loaded model can tell is in `compres
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-
-from compress.doors import TensorPlace, read_json, refuse_mark, tensor_places
+from compress.doors import read_json, refuse_mark
+from compress.models.generation_config import check_generation
 from compress.models.model_config import (
     MOST_MODULES,
     check_bytes,
-    check_generation,
     is_packed,
     meta_model,
     read_config,
 )
+from compress.models.shapes import Table, tensor_places
+from compress.models.weight_values import WHOLE, check_finite, pieces
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FOR_OTHERS = (  # JSON files that transformers and tokenizers read, which know no byte order mark
+# JSON files that transformers and tokenizers read, which know no byte order mark.
+FOR_OTHERS = (
     "config.json",
     "generation_config.json",
     INDEX,
@@ -60,28 +60,6 @@ SCALED_FAMILIES = (
     "minicpm3",
     "nanochat",
 )
-Table = dict[
-    str, tuple[Path, TensorPlace]
-]  # name of a tensor -> the file that holds it, and its place
-TYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-WHOLE = [name for name, dtype in TYPES.items() if not dtype.is_floating_point]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -91,8 +69,10 @@ def weight_files(path: Path) -> list[Path]:
     """
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
+
+    # Neither one file nor an index of several.
     if not (path / INDEX).is_file():
-        other = sorted(p.name for p in path.glob("*.bin"))
+        other = sorted(file.name for file in path.glob("*.bin"))
         hint = (
             f" ({', '.join(other)} is pickle and is not read; convert it to safetensors)"
             if other
@@ -101,6 +81,8 @@ def weight_files(path: Path) -> list[Path]:
         raise ValueError(
             f"{path} has no {WEIGHTS}{hint or ', or a link to a file that is gone; copy it again'}"
         )
+
+    # The index names a shard for each tensor.
     check_bytes(path / INDEX)
     shards = read_json(path / INDEX).get("weight_map")
     if (
@@ -111,6 +93,8 @@ def weight_files(path: Path) -> list[Path]:
         raise ValueError(
             f"{path / INDEX} has no weight_map of tensor names to shards; copy it again"
         )
+
+    # Each shard is a file of this directory: none may lie elsewhere on the disk.
     names = sorted(set(shards.values()))
     for name in names:
         try:
@@ -122,6 +106,7 @@ def weight_files(path: Path) -> list[Path]:
                 f"{path / INDEX} names the shard {name[:200]!r}, which is no file of that "
                 "directory; copy all shards again"
             )
+
     return [path / name for name in names]
 
 
@@ -139,8 +124,11 @@ def tensor_table(path: Path) -> Table:
                     "the older file or copy both again"
                 )
             table[name] = file, place
+
     if not table:
         raise ValueError(f"{path}: its weights hold no tensor; copy them again")
+
+    # What the index says must be what the files hold.
     shards = {} if (path / WEIGHTS).is_file() else read_json(path / INDEX)["weight_map"]
     for name, shard in shards.items():
         if name not in table or table[name][0].name != shard:
@@ -163,6 +151,8 @@ def check_directory(path: Path) -> None:
             f"{path}: its path is not UTF-8, which tokenizers can't open; give the folders of it"
             " other names"
         ) from error
+
+    # What would be added to the weights, or run.
     if (path / "adapter_config.json").is_file():
         raise ValueError(
             f"{path} holds adapter_config.json beside config.json: transformers would add that "
@@ -173,11 +163,17 @@ def check_directory(path: Path) -> None:
         raise ValueError(
             f"{path} has a custom_generate folder: its code is never run; remove the folder"
         )
+
+    # What others who read these files can't read.
     for file in (path / name for name in FOR_OTHERS):
         if file.is_file():
             refuse_mark(file)
+
+    # What the configurations themselves say.
     config = read_config(path)
     check_generation(path)
+
+    # Weights that are quantized already, but our own packed ones, which transformers unpacks.
     for key in ("quantization_config", "compression_config"):
         about = config.get(key)
         if about is not None and not is_packed(config):
@@ -200,60 +196,79 @@ def check_weights(path: Path) -> bool:
     and not equal in the file.
     """
     config, table = read_config(path), tensor_table(path)
-    layers, elements = (
-        config.get("num_hidden_layers") or 1,
-        sum(math.prod(place.shape) for _, place in table.values()),
-    )
+    layers = config.get("num_hidden_layers") or 1
+    elements = sum(math.prod(place.shape) for _, place in table.values())
     if layers > len(table):
         raise ValueError(
             f"{path}: config.json says {layers:,} blocks, its weights hold {len(table):,} tensors; "
             "they are not of one model"
         )
-    most = min(MOST_MODULES, 1000 + 30 * len(table))
-    model = meta_model(config, most, path / "config.json")
-    kept = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    if kept > 64_000_000 + 16 * elements:
+
+    # Building the model takes time and memory by what the config claims: as much as the weights
+    # have a use for.
+    most_modules = min(MOST_MODULES, 1000 + 30 * len(table))
+    model = meta_model(config, most_modules, path / "config.json")
+    buffer_bytes = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    if buffer_bytes > 64_000_000 + 16 * elements:
         raise ValueError(
-            f"{path}: config.json asks for tables of {kept:,} bytes beside {elements:,} "
+            f"{path}: config.json asks for tables of {buffer_bytes:,} bytes beside {elements:,} "
             "parameters; they are not of one model"
         )
-    settled = True
+
+    # Packed weights have other names and shapes than the model: only their number is compared.
     if is_packed(config):
         if model.num_parameters() > 8 * elements:
             raise ValueError(
                 f"{path}: config.json says {model.num_parameters():,} parameters, its weights hold "
                 "fewer; they are not of one model"
             )
+        settled = True
     else:
-        lacking, left = _difference(model, table)
-        packed = [name for name in left if name.endswith(PACKED_SUFFIXES)]
-        if packed := packed or [
+        settled = _check_names(path, config, model, table)
+
+    check_finite(path, table)
+    return settled
+
+
+def _check_names(path: Path, config: dict[str, Any], model: Any, table: Table) -> bool:
+    """Compare the names and shapes of unpacked weights with the model's.
+
+    Whether they are of one model for certain. ValueError: quantized, parameters without a tensor,
+    or tied ones that differ.
+    """
+    lacking, spare_names = _difference(model, table)
+
+    # Names or types that a quantizer leaves.
+    packed_names = [name for name in spare_names if name.endswith(PACKED_SUFFIXES)]
+    if not packed_names:
+        packed_names = [
             name
             for name in table
-            if name not in left and table[name][1].dtype in WHOLE and name.endswith("weight")
-        ]:
-            raise ValueError(
-                f"{path}: the weights are quantized already (they hold {packed[0]}); give the "
-                "unquantized checkpoint they were made of"
-            )
-        if lacking and model.num_parameters() > elements:
-            tied = (
-                "; if the head is the embedding, set tie_word_embeddings to true in"
-                f" {path / 'config.json'}"
-            )
-            alone = (
-                config.get("tie_word_embeddings") is False
-                and len(lacking) == 1
-                and lacking[0] in _head_names(model)
-            )
-            raise ValueError(
-                f"{path}: the weights lack "
-                f"{_listed(lacking)}{tied if alone else '; copy or merge the checkpoint again'}"
-            )
-        _check_tied(path, model, table)
-        settled = not lacking and not left and not _scaled_otherwise(config)
-    _check_finite(path, table)
-    return settled
+            if name not in spare_names and table[name][1].dtype in WHOLE and name.endswith("weight")
+        ]
+    if packed_names:
+        raise ValueError(
+            f"{path}: the weights are quantized already (they hold {packed_names[0]}); give the "
+            "unquantized checkpoint they were made of"
+        )
+
+    # Parameters that no tensor is there for.
+    elements = sum(math.prod(place.shape) for _, place in table.values())
+    if lacking and model.num_parameters() > elements:
+        tie_it = (
+            "; if the head is the embedding, set tie_word_embeddings to true in"
+            f" {path / 'config.json'}"
+        )
+        lacks_head_alone = (
+            config.get("tie_word_embeddings") is False
+            and len(lacking) == 1
+            and lacking[0] in _head_names(model)
+        )
+        next_step = tie_it if lacks_head_alone else "; copy or merge the checkpoint again"
+        raise ValueError(f"{path}: the weights lack {_listed(lacking)}{next_step}")
+
+    _check_tied(path, model, table)
+    return not lacking and not spare_names and not _scaled_otherwise(config)
 
 
 def head_place(path: Path) -> list[str] | None:
@@ -305,15 +320,21 @@ def _difference(model: Any, table: Table) -> tuple[list[str], list[str]]:
     shapes = {id(parameter): tuple(parameter.shape) for parameter in model.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    lacking, left = [], set(table)
-    for key, own in names.items():
-        held = [other for name in own for other in _variants(model, name) if other in table]
-        left -= set(held)
-        if not held:
-            lacking.append(own[0])
-        elif table[held[0]][1].shape != shapes[key]:
-            lacking.append(f"{own[0]} of shape {shapes[key]} (it is {table[held[0]][1].shape})")
-    return lacking, sorted(left)
+
+    # Of each parameter, tensors under any of its names.
+    lacking: list[str] = []
+    spare_names = set(table)
+    for key, names_in_model in names.items():
+        variants = [other for name in names_in_model for other in _variants(model, name)]
+        names_in_files = [other for other in variants if other in table]
+        spare_names -= set(names_in_files)
+        if not names_in_files:
+            lacking.append(names_in_model[0])
+            continue
+        shape = table[names_in_files[0]][1].shape
+        if shape != shapes[key]:
+            lacking.append(f"{names_in_model[0]} of shape {shapes[key]} (it is {shape})")
+    return lacking, sorted(spare_names)
 
 
 def _listed(names: list[str]) -> str:
@@ -332,48 +353,14 @@ def _scaled_otherwise(config: dict[str, Any]) -> bool:
 
 def _check_tied(path: Path, model: Any, table: Table) -> None:
     """ValueError when the file holds several different tensors for one tied weight of the model."""
-    held = [name for name in dict.fromkeys(_head_names(model)) if name in table]
-    for other in held[1:]:
-        same = table[held[0]][1][:2] == table[other][1][:2]
-        if not same or any(
-            a != b for a, b in zip(_pieces(*table[held[0]]), _pieces(*table[other]), strict=True)
-        ):
+    names = [name for name in dict.fromkeys(_head_names(model)) if name in table]
+    for other in names[1:]:
+        # Type and shape, then byte by byte: neither is loaded whole.
+        same = table[names[0]][1][:2] == table[other][1][:2]
+        pairs = zip(pieces(*table[names[0]]), pieces(*table[other]), strict=True)
+        if not same or any(one != two for one, two in pairs):
             raise ValueError(
-                f"{path}: config.json ties the head to the embedding, and {held[0]} and {other} "
+                f"{path}: config.json ties the head to the embedding, and {names[0]} and {other} "
                 "differ in the weights; set tie_word_embeddings to "
-                f"false to keep both, or remove {other if 'head' in other else held[0]}"
+                f"false to keep both, or remove {other if 'head' in other else names[0]}"
             )
-
-
-def _pieces(file: Path, place: TensorPlace, size: int = 1 << 24) -> Iterator[bytes]:
-    """The bytes of a tensor, so many at once."""
-    left = math.prod(place.shape) * torch.empty((), dtype=TYPES[place.dtype]).element_size()
-    with file.open("rb") as opened:
-        opened.seek(place.start)
-        while left:
-            piece = opened.read(min(size, left))
-            left -= len(piece)
-            yield piece
-
-
-def _check_finite(path: Path, table: Table) -> None:
-    """ValueError naming a tensor with NaN or infinity in it, or of a type that torch does not have.
-
-    16 MB are held at once.
-    """
-    for name, (file, place) in table.items():
-        if place.dtype not in TYPES:
-            raise ValueError(
-                f"{path}: tensor {name} is of type {place.dtype}; give the checkpoint in fp32, "
-                "bf16 or fp16"
-            )
-        dtype = TYPES[place.dtype]
-        if not dtype.is_floating_point:
-            continue
-        for piece in _pieces(file, place):
-            values = torch.frombuffer(bytearray(piece), dtype=dtype)
-            if not (values.float() if dtype.itemsize == 1 else values).isfinite().all():
-                raise ValueError(
-                    f"{path}: tensor {name} in {file.name} holds NaN or infinity; copy the "
-                    "checkpoint again, or train it again"
-                )

@@ -27,6 +27,7 @@ MOST_LAYERS = 1_000  # the deepest known has 126
 MOST_MODULES = 300_000  # of a model; a mixture of 61 blocks of 384 experts has 100,000
 MOST_LABELS = 10_000  # of a classifier; transformers names each, though no model here has them
 MOST_COUNT = 10_000_000  # of whatever else a config counts
+MOST_BY_KEY = {"max_position_embeddings": 1 << 40, "num_labels": MOST_LABELS}
 MOST_VALUES = 100_000  # in one file: transformers copies them all, several times a model
 SIZES = (
     "hidden_size",
@@ -58,30 +59,6 @@ PARTS_KEYS = (
     "language_config",
 )
 LAYER_COUNT = re.compile(r"(num|n)_(\w+_)?layers?")
-GENERATION = "generation_config.json"
-# What makes `generate` search, suppress ends, stop early, load more or return something else than
-# one continuation a prompt, and the values that do nothing.
-NOT_GREEDY: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (0, 1)),
-    **dict.fromkeys(("min_length", "min_new_tokens", "penalty_alpha", "dola_layers"), (0,)),
-    **dict.fromkeys(("return_dict_in_generate", "is_assistant"), (False,)),
-    "guidance_scale": (0, 1),
-    **dict.fromkeys(
-        (
-            "max_time",
-            "stop_strings",
-            "forced_bos_token_id",
-            "forced_eos_token_id",
-            "force_words_ids",
-            "constraints",
-            "watermarking_config",
-            "prompt_lookup_num_tokens",
-            "assistant_early_exit",
-            "compile_config",
-        ),
-        (),
-    ),
-}
 
 
 def is_of_input(error: BaseException) -> bool:
@@ -118,17 +95,23 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint: config.json is missing; give a Hugging Face model "
             f"directory{hint}"
         )
+
+    # Keys that name code or a kernel, and sizes beyond reason, before transformers sees any.
     check_bytes(file)
     config = read_json(file)
-    _check_values(config, file)
+    check_values(config, file)
     config = _without_kernels(config, file)
     _check_family(config, file)
     _check_counts(config, file)
+
+    # Sizes under their common names, as the family itself renames them.
     config = {key: value for key, value in config.items() if key != "quantization_config" or value}
     about = config_object(config, file)
     common = {key: getattr(about, key, None) for key in (*SIZES, "tie_word_embeddings")}
     if not config.get("architectures"):
         config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
+
+    # What the file says itself counts.
     absent = {
         key: value
         for key, value in common.items()
@@ -143,10 +126,12 @@ def config_object(config: dict[str, Any], where: object = "the config") -> Any:
     ValueError that begins with `where`.
     """
     values = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
+
+    # A family's own checks may raise anything.
     try:
         with quiet():
             return AutoConfig.for_model(config["model_type"], **values)
-    except Exception as error:  # whatever a family's own checks raise
+    except Exception as error:
         if not is_of_input(error):
             raise
         raise ValueError(
@@ -176,7 +161,9 @@ def meta_model(
     ValueError, beginning with `where`, when it can't be built of so many modules.
     """
     about = config_object(config, where)
+
     try:
+        # No memory for weights, no random numbers used up, no more modules than so many.
         with (
             quiet(),
             torch.random.fork_rng(devices=[]),
@@ -201,43 +188,26 @@ def check_bytes(file: Path) -> None:
         )
 
 
-def check_generation(path: Path) -> None:
-    """ValueError for settings of a checkpoint's `generation_config.json` that answers can't follow.
-
-    Answers are one greedy continuation a prompt, which ends at the checkpoint's ends, in every
-    runtime alike; others read none of these settings. Where that file is not there, transformers
-    looks for them in config.json.
-    """
-    file = path / GENERATION
-    if not os.path.lexists(file):
-        file = path / "config.json"
-    check_bytes(file)
-    about = read_json(file)
-    _check_values(about, file)
-    for key, neutral in NOT_GREEDY.items():
-        value = about.get(key)
-        if value is not None and value not in neutral:
-            raise ValueError(
-                f"{file}: {key} is {str(value)[:80]}, and answers here are one greedy continuation "
-                "a prompt; take the key out"
-            )
-
-
-def _check_values(config: dict[str, Any], file: Path) -> None:
+def check_values(config: dict[str, Any], file: Path) -> None:
     """ValueError for more values than a config has, and for a number that is not finite."""
-    count, rest = 0, [("", config)]
-    while rest:
-        key, value = rest.pop()
+    count = 0
+    waiting: list[tuple[str, Any]] = [("", config)]
+    while waiting:
+        key, value = waiting.pop()
         count += 1
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(
                 f"{file}: {key} is {value}, which is no finite number; copy the file again"
             )
+
+        # What is inside has its turn later.
         if isinstance(value, dict):
-            rest += [(str(name), one) for name, one in value.items()]
+            waiting += [(str(name), inner) for name, inner in value.items()]
         elif isinstance(value, list):
-            rest += [(key, one) for one in value]
-        if count + len(rest) > MOST_VALUES:
+            waiting += [(key, inner) for inner in value]
+
+        # Those that wait count too: a long list is refused before it is walked.
+        if count + len(waiting) > MOST_VALUES:
             raise ValueError(
                 f"{file} holds more than {MOST_VALUES:,} values; copy it again, or take lists out "
                 "that a text model has no use for, as id2label"
@@ -256,13 +226,11 @@ def _without_kernels(config: dict[str, Any], file: Path) -> dict[str, Any]:
                 f"{file} has an {key}: the model needs remote code, which is never run; convert it "
                 "to a stock architecture"
             )
+
+        # A plain word, such as "sdpa", is a kernel that transformers has itself.
         if key in KERNEL_KEYS:
-            if not (
-                value is None
-                or isinstance(value, bool)
-                or isinstance(value, str)
-                and value.isidentifier()
-            ):
+            is_word = isinstance(value, str) and value.isidentifier()
+            if value is not None and not isinstance(value, bool) and not is_word:
                 raise ValueError(
                     f"{file}: {key} names a kernel to be fetched ({str(value)[:80]!r}), which is "
                     "never run; remove the key"
@@ -274,7 +242,8 @@ def _without_kernels(config: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _check_family(config: dict[str, Any], file: Path) -> None:
     """ValueError unless model_type is a decoder-only text model that transformers has."""
-    family, classes = config.get("model_type"), config.get("architectures")
+    family = config.get("model_type")
+    classes = config.get("architectures")
     if classes is not None and not (
         isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     ):
@@ -283,24 +252,15 @@ def _check_family(config: dict[str, Any], file: Path) -> None:
             ' ["LlamaForCausalLM"]'
         )
     if not isinstance(family, str):
-        named = [
-            name
-            for name, kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-            if classes and kind == classes[0]
-        ]
-        own = (
-            [name for name in named if classes[0].lower().startswith(name.replace("_", ""))]
-            if classes
-            else []
-        )
-        hint = (
-            f'add "model_type": "{[*own, *named, "llama"][0]}", the name of its family'
-            if family is None
-            else "it must be a text"
-        )
+        if family is None:
+            hint = f'add "model_type": "{_family_of(classes)}", the name of its family'
+        else:
+            hint = "it must be a text"
         raise ValueError(
             f"{file} has no model_type that can be used (got {str(family)[:80]}); {hint}"
         )
+
+    # A decoder of text, and nothing beside it.
     if any(isinstance(config.get(key), dict) for key in PARTS_KEYS):
         raise ValueError(
             f"{file}: {family} is a model of several parts, text and images or sound; save its "
@@ -311,6 +271,8 @@ def _check_family(config: dict[str, Any], file: Path) -> None:
             f"{file}: model_type {family!r} is no text model that transformers can open without "
             "remote code; convert it to one that is"
         )
+
+    # What it would give must be what scores and losses read.
     for key, value in (("return_dict", False), ("torchscript", True)):
         if config.get(key) is value:
             raise ValueError(
@@ -324,6 +286,20 @@ def _check_family(config: dict[str, Any], file: Path) -> None:
         )
 
 
+def _family_of(classes: list[str] | None) -> str:
+    """The family that a config's classes are of, "llama" where none is known by them.
+
+    Several families may share a class: the one whose name the class begins with comes first.
+    """
+    if not classes:
+        return "llama"
+    families = [
+        name for name, kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if kind == classes[0]
+    ]
+    namesakes = [name for name in families if classes[0].lower().startswith(name.replace("_", ""))]
+    return [*namesakes, *families, "llama"][0]
+
+
 def _check_counts(config: dict[str, Any], file: Path) -> None:
     """ValueError for a size that is no positive number, or a count that no model has.
 
@@ -333,22 +309,21 @@ def _check_counts(config: dict[str, Any], file: Path) -> None:
     sizes = {*SIZES, *(str(renamed[name]) for name in SIZES if name in renamed)}
     for key, value in config.items():
         values = value if isinstance(value, list) and key in sizes else [value]
-        for one in values if key in sizes else ():
-            if one is not None and (type(one) is not int or one < 1):
+
+        # A size may be a list, with one number a layer.
+        for number in values if key in sizes else ():
+            if number is not None and (type(number) is not int or number < 1):
                 raise ValueError(
-                    f"{file}: {key} is {str(one)[:80]}; needed is a whole number above 0"
+                    f"{file}: {key} is {str(number)[:80]}; needed is a whole number above 0"
                 )
+
+        # Whatever else is counted has a bound, for transformers would build so many.
         counted = key in sizes or key.startswith(("num_", "n_")) or LAYER_COUNT.fullmatch(key)
-        few = (
-            MOST_LAYERS
-            if LAYER_COUNT.fullmatch(key)
-            else {"max_position_embeddings": 1 << 40, "num_labels": MOST_LABELS}.get(key)
-        )
-        most = few or MOST_COUNT
-        for one in values if counted else ():
-            if type(one) is int and one > most:
+        most = MOST_LAYERS if LAYER_COUNT.fullmatch(key) else MOST_BY_KEY.get(key, MOST_COUNT)
+        for number in values if counted else ():
+            if type(number) is int and number > most:
                 raise ValueError(
-                    f"{file}: {key} is {one if one < 1 << 63 else 'beyond 64 bits'}, at most "
+                    f"{file}: {key} is {number if number < 1 << 63 else 'beyond 64 bits'}, at most "
                     f"{most:,} is read; copy it again"
                 )
 
@@ -377,6 +352,7 @@ def _at_most(modules: int) -> Iterator[None]:
                 f"more than {modules:,} modules, far more than its weights have tensors"
             )
 
+    # torch tells of every module that is put into another.
     handle = register_module_module_registration_hook(note)
     try:
         yield

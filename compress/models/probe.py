@@ -17,12 +17,10 @@ from compress.confined import Failure, Limits, ask
 from compress.doors import read_json
 
 LIMITS = Limits(seconds=10.0, memory_bytes=3 << 29)  # a vocabulary of 262,144 ids takes 0.5 GB
-# characters: a pattern that takes their third power runs into Oniguruma's own limit of 10 million
-# steps
+# Characters: a pattern that takes their third power runs into Oniguruma's own limit of 10 million
+# steps.
 RUN = 1000
-MOST = (
-    100  # tokens and normalised characters of one: NFKC makes 18 of one, bytes are at most 4 each
-)
+MOST = 100  # tokens and normalised characters of one: NFKC makes 18 of one, bytes are 4 at most
 DROPOUT = re.compile(rb'"dropout"\s*:\s*[-+.\w]*[1-9]')
 KINDS = "aA1_-.é漢 \t\n"
 NAMED = 80  # characters of the patterns that are tried at most
@@ -39,6 +37,8 @@ def check_tokenizer(file: Path) -> None:
 @cache
 def _check(file: Path, changed: int, size: int) -> None:
     data = file.read_bytes()
+
+    # Merges left out at random.
     if DROPOUT.search(data):  # or a token of that name
         model = read_json(file).get("model")
         if isinstance(model, dict) and model.get("dropout"):
@@ -46,6 +46,8 @@ def _check(file: Path, changed: int, size: int) -> None:
                 f"{file}: model.dropout is {model['dropout']}, so one text has other tokens each"
                 " time; set it to null"
             )
+
+    # Runs of the characters that its patterns name, in a process that may be ended.
     patterns = re.findall(rb'"(?:Regex|String)"\s*:\s*("(?:[^"\\]|\\.)*")', data)
     texts = runs(patterns)
     for text, answer in zip(texts, ask("tokenize", texts, LIMITS, file=str(file)), strict=False):
@@ -66,8 +68,8 @@ def runs(patterns: list[bytes]) -> list[str]:
     """Texts on which a backtracking pattern shows itself: each ends with a character that is
     unlike what it repeats.
     """
-    named: dict[str, None] = dict.fromkeys(KINDS)
+    characters: dict[str, None] = dict.fromkeys(KINDS)
     for pattern in patterns:
         with suppress(ValueError):  # no JSON text, which the tokenizer's own reader says
-            named |= dict.fromkeys(json.loads(pattern))
-    return [character * RUN + "\x01" for character in list(named)[: len(KINDS) + NAMED]]
+            characters |= dict.fromkeys(json.loads(pattern))
+    return [character * RUN + "\x01" for character in list(characters)[: len(KINDS) + NAMED]]

@@ -8,11 +8,8 @@ import numpy as np
 PIECE = 500_000  # characters that are tokenised as one: they take some 250 bytes each meanwhile
 AT_ONCE = 1_000_000  # characters of the pieces that are tokenised together
 PIECES = 1000  # so many at most
-ENDS = (
-    "\n\n",
-    "\n",
-    " ",
-)  # where a long document is cut: behind a paragraph, else a line, else a word
+# Where a long document is cut: behind a paragraph, else a line, else a word.
+ENDS = ("\n\n", "\n", " ")
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
@@ -51,6 +48,8 @@ def encode_with_ends(
             "the tokenizer does not say which characters a token stands for, so answers can't be"
             " told from questions: set data.chat_labels=all, or use a model with a tokenizer.json"
         )
+
+    # Places in a piece, moved by what lies before the piece.
     rows: list[list[np.ndarray]] = [[] for _ in texts]
     ends: list[list[np.ndarray]] = [[] for _ in texts]
     behind = [0] * len(texts)
@@ -58,6 +57,8 @@ def encode_with_ends(
         rows[owner].append(np.array(ids, dtype=np.int32))
         ends[owner].append(behind[owner] + np.array([end for _, end in offsets[0]], dtype=np.int64))
         behind[owner] += offsets[1]
+
+    # An id may stand for no character of its own: ends never go back.
     return [
         (np.concatenate(ids), np.maximum.accumulate(np.concatenate(places)))
         for ids, places in zip(rows, ends, strict=True)
@@ -65,7 +66,7 @@ def encode_with_ends(
 
 
 def _encoded(
-    tokenizer: Any, texts: Sequence[str], size: int, **how: bool
+    tokenizer: Any, texts: Sequence[str], size: int, **options: bool
 ) -> Iterator[tuple[int, list[int], tuple[list[tuple[int, int]], int]]]:
     """(number of the text, ids, (their places where asked for, characters)) of every piece,
     in order.
@@ -74,21 +75,24 @@ def _encoded(
     start = 0
     while start < len(parts):
         # As many pieces as are tokenised together.
-        end, room = start, max(AT_ONCE, len(parts[start][1]))
+        end = start
+        room = max(AT_ONCE, len(parts[start][1]))
         while end < len(parts) and end - start < PIECES and len(parts[end][1]) <= room:
             room -= len(parts[end][1])
             end += 1
 
-        some = [piece for _, piece in parts[start:end]]
+        texts_together = [piece for _, piece in parts[start:end]]
         try:
-            encoded = tokenizer(some, add_special_tokens=False, verbose=False, **how)
+            encoded = tokenizer(texts_together, add_special_tokens=False, verbose=False, **options)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # Rust's: no Exception, and not to import
+            # A panic of Rust's is no Exception, and its class can't be imported.
+            if type(error).__name__ != "PanicException":
                 raise
             raise ValueError(
                 f"the tokenizer fails on a text ({error}); mend the patterns in its tokenizer.json"
             ) from error
-        places = encoded["offset_mapping"] if how else [[]] * len(some)
+
+        places = encoded["offset_mapping"] if options else [[]] * len(texts_together)
         for (owner, piece), ids, offsets in zip(
             parts[start:end], encoded["input_ids"], places, strict=True
         ):
@@ -101,6 +105,6 @@ def opening(tokenizer: Any) -> list[int]:
     it adds none.
     """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and whole[: len(bare) + 1] == [bos, *bare] else []
+    return [bos] if bos is not None and with_special[: len(bare) + 1] == [bos, *bare] else []

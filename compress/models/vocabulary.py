@@ -61,6 +61,8 @@ def difference(mine: Vocabulary, other: Vocabulary) -> str:
                 repr(side.tokens[i]) if i in side.tokens else "no token" for side in (mine, other)
             )
             return f"id {i} is {here} in the one and {there} in the other"
+
+    # A file may hold no rules: then ids alone decide.
     if mine.rules and other.rules:
         for number, rules in enumerate(zip_longest(mine.rules, other.rules), 1):
             if rules[0] != rules[1]:
@@ -81,16 +83,19 @@ def check_same(model: Model, tokenizer_dir: Path) -> list[str]:
     """
     if model.path.is_dir() and tokenizer_digest(model.path) == tokenizer_digest(tokenizer_dir):
         return []
+
+    # What an id means must be the same.
     theirs = load_tokenizer(tokenizer_dir)
     ours = load_tokenizer(model.path) if model.path.is_dir() else None
-    if told := difference(
-        of_tokenizer(ours) if ours else of_gguf(model.path), of_tokenizer(theirs)
-    ):
+    vocabulary = of_tokenizer(ours) if ours else of_gguf(model.path)
+    if first_difference := difference(vocabulary, of_tokenizer(theirs)):
         next_step = "give the teacher whose tokens the model was made for, with --teacher"
         raise ValueError(
-            f"{model.path} and {tokenizer_dir} have different tokenizers: {told}, "
+            f"{model.path} and {tokenizer_dir} have different tokenizers: {first_difference}, "
             f"so scores in these ids mean nothing; {next_step}"
         )
+
+    # What a model is asked may differ: it is said, not refused.
     if ours is None:
         return []
     facts = {"chat template": "chat_template", "end token": "eos_token", "first token": "bos_token"}

@@ -27,12 +27,12 @@ FLAGS = regex.IGNORECASE | regex.MULTILINE
 
 def problems(patterns: Sequence[tuple[str, str]]) -> list[str]:
     """What is wrong with each pattern, "" where it can be used; tried on its prompt as well."""
-    own = [sys.executable, "-m", "compress.score.patterns"]
+    command = [sys.executable, "-m", "compress.score.patterns"]
     root = str(Path(__file__).resolve().parents[2])
     stopped = False
     try:
         done = subprocess.run(
-            own,
+            command,
             input=json.dumps(list(patterns)),
             capture_output=True,
             text=True,
@@ -41,21 +41,24 @@ def problems(patterns: Sequence[tuple[str, str]]) -> list[str]:
         )
         lines = done.stdout.splitlines()
     except subprocess.TimeoutExpired as error:
-        lines, stopped = (error.stdout or b"").decode().splitlines(), True
-    found = [str(json.loads(line)) for line in lines[: len(patterns)]]
-    if len(found) < len(patterns):  # the process ended at this one
-        found.append(
-            "takes too long"
-            if stopped
-            else "takes too much time or memory to compile; use smaller counts"
-        )
-    return found + [""] * (len(patterns) - len(found))
+        lines = (error.stdout or b"").decode().splitlines()
+        stopped = True
+    answers = [str(json.loads(line)) for line in lines[: len(patterns)]]
+
+    # Where the process ended, it was at the first without an answer.
+    if len(answers) < len(patterns) and stopped:
+        answers.append("takes too long")
+    elif len(answers) < len(patterns):
+        answers.append("takes too much time or memory to compile; use smaller counts")
+    return answers + [""] * (len(patterns) - len(answers))
 
 
 def _problem(pattern: str, prompt: str) -> str:
     """What is wrong with one pattern, in this process."""
     if len(pattern) > CHARACTERS:
         return f"has {len(pattern):,} characters; at most {CHARACTERS:,} are read"
+
+    # It must compile, and end on its own prompt and on runs that make a pattern backtrack.
     try:
         compiled = regex.compile(pattern, FLAGS)
         for text in (prompt, prompt * 20, *SHORT_TEXTS):

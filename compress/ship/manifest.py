@@ -111,10 +111,16 @@ def read_manifest(bundle: Path, sums: Mapping[str, str]) -> dict[str, Any]:
             f"{file} has schema {schema}, this version of compress reads {SCHEMA}: install a newer"
             " one to read it"
         )
+
+    # Its keys and their types.
     check_object(manifest, KINDS, file)
     refuse_halves(manifest, file)
+
+    # It must agree with the files beside it.
     _check_files(manifest["files"], sums, file)
     check_judged(manifest["judged"], sums, file)
+
+    # What others read from it.
     for number, entry in enumerate(manifest["lineage"]):
         for key in ("slot", "technique"):
             if not isinstance(entry.get(key), str):
@@ -124,6 +130,8 @@ def read_manifest(bundle: Path, sums: Mapping[str, str]) -> dict[str, Any]:
                 )
     if not isinstance(manifest["teacher"].get("digest"), str):
         raise ValueError(f"{file}, teacher: 'digest' is missing or no text; copy the bundle again")
+
+    # It must agree with itself.
     _check_verdicts(manifest, file)
     return manifest
 
@@ -137,14 +145,16 @@ def _check_files(table: Mapping[str, Any], sums: Mapping[str, str], file: Path) 
         for name, entry in table.items()
     }
     later = (MANIFEST, "README.md")
-    wanted = {name: sha256 for name, sha256 in sums.items() if name not in later}
+    listed = {name: sha256 for name, sha256 in sums.items() if name not in later}
     if differing := sorted(
-        name for name in hashes.keys() | wanted.keys() if hashes.get(name) != wanted.get(name)
+        name for name in hashes.keys() | listed.keys() if hashes.get(name) != listed.get(name)
     ):
         raise ValueError(
             f"{file}: its table of files differs from SHA256SUMS in {', '.join(differing[:5])}; the"
             " manifest is of another bundle"
         )
+
+    # Lengths are stated beside the hashes.
     for name, entry in table.items():
         if entry.get("bytes") != (got := (file.parent / name).stat().st_size):
             raise ValueError(
@@ -182,14 +192,14 @@ def _check_verdicts(manifest: Mapping[str, Any], file: Path) -> None:
     """ValueError where a verdict, or all of them together, is not what the manifest's own scores,
     intervals and limits give.
     """
-    scores, intervals = (
-        manifest["scores"],
-        {name: tuple(pair) for name, pair in manifest["intervals"].items()},
-    )
+    scores = manifest["scores"]
+    intervals = {name: tuple(pair) for name, pair in manifest["intervals"].items()}
     given = [
         check_object(one, VERDICT_KINDS, f"{file}, verdicts[{number}]")
         for number, one in enumerate(manifest["verdicts"])
     ]
+
+    # Each again, by the limit that it names.
     for one in given:
         name, bound = one["limit"], one["bound"]
         limit = SimpleNamespace(
@@ -197,21 +207,24 @@ def _check_verdicts(manifest: Mapping[str, Any], file: Path) -> None:
             min=bound if one["op"] == ">=" else None,
             why="",
         )
-        [own] = budget.judge(scores, intervals, {name: limit}, enforced=one["enforced"])
-        if own["verdict"] != one["verdict"] or repr(own["value"]) != repr(
-            one["value"]
-        ):  # NaN is no number's equal
-            told = f"{one['verdict']} for {name} at {one['value']}"
+        [verdict] = budget.judge(scores, intervals, {name: limit}, enforced=one["enforced"])
+        # As texts, for NaN is no number's equal.
+        same_value = repr(verdict["value"]) == repr(one["value"])
+        if verdict["verdict"] != one["verdict"] or not same_value:
+            claim = f"{one['verdict']} for {name} at {one['value']}"
             raise ValueError(
-                f"{file}: a verdict says {told}, its own scores and limits give {own['verdict']} at"
-                f" {own['value']}: it was edited"
+                f"{file}: a verdict says {claim}, its own scores and limits give"
+                f" {verdict['verdict']} at {verdict['value']}: it was edited"
             )
+
     # What the recipe's limits give, also where their verdicts were taken out.
     limits = {
         name: SimpleNamespace(**{"max": None, "min": None, "why": ""} | table)
         for name, table in limits_of(manifest, file).items()
     }
     again = [*given, *budget.judge(scores, intervals, limits, enforced=True)]
+
+    # All together may be worse than the manifest says, never better.
     strict = manifest["config"]["budget"].get("strict", False)
     if not isinstance(strict, bool):
         raise ValueError(f"{file}, config.budget: 'strict' is {strict!r}, needed: true or false")

@@ -31,19 +31,13 @@ from compress.ship.bundle import verify_bundle
 from compress.ship.manifest import MANIFEST, limits_of
 from compress.text.settings import Data
 
-MOST_CHOICES, MOST_REQUESTS, MOST_PROMPTS = (
-    1_000,
-    1_000_000,
-    10_000,
-)  # choices of an item and of all items; open prompts
-
+MOST_CHOICES, MOST_REQUESTS = 1_000, 1_000_000  # choices of an item and of all items
+MOST_PROMPTS = 10_000  # open prompts
 LINES_BYTES = 1_000_000_000  # of each of the bundle's JSON Lines files
 GENERATED_TOKENS = 1_000_000  # that timing may write: new tokens x repeats x processes
 STAND_IN_TOKENS = 256  # a row of it
-UNREAD = (  # training text: settings must name some, and here nothing is trained
-    "generated:1x1:nothing"
-)
-# text to run a model on where its own is not to be had; what is measured on it is not told
+UNREAD = "generated:1x1:nothing"  # training text: settings must name some, though none is read
+# Text to run a model on where its own is not to be had; what is measured on it is not reported.
 STAND_IN = "embedded:topics"
 SIZES = Kind(
     "at most 16 whole numbers from 1 to 65,536",
@@ -51,7 +45,8 @@ SIZES = Kind(
 )
 ANY = Kind("anything", lambda value: True)
 COUNT = whole(1, 10**9)
-MEASURED = {  # of config.eval: how it is scored, and so how long it takes
+# Of config.eval: how it is scored, and so how long it takes.
+MEASURED = {
     "batch_size": whole(1, 1024),
     "context_tokens": whole(1, 2**17),
     "heldout_sequences": whole(2, 1024),
@@ -89,7 +84,8 @@ TEACHER = {
         Kind("a text or null", lambda value: value is None or isinstance(value, str))
     ),
 }
-ITEM = {  # of requests.jsonl, whatever its rule
+# Of requests.jsonl, whatever its rule.
+ITEM = {
     "task": Kind(
         "a task's name",
         lambda value: (
@@ -137,24 +133,40 @@ def _item(row: Any, where: str) -> dict[str, Any]:
     if rule not in rules:
         raise ValueError(f"{where}: 'rule' is {rule!r}, allowed: {', '.join(rules)}")
     task = str(row.get("task"))
-    own = (
-        ("value", NUMBER)
-        if rule == "mass" or DRIFTS.get(task, "acc") != "acc"
-        else ("correct", FLAG)
-    )
-    came = {
-        "rolling": {"logliks": LOGLIKS, "words": COUNT, "bytes": COUNT},
-        "text": {"gold": ANY, "text": TEXT, "correct": FLAG},
-    }.get(rule, {"gold": ANY, "logliks": LOGLIKS, "choice": whole(0, MOST_CHOICES), own[0]: own[1]})
-    kinds = ITEM | came
-    check_object(row, kinds, where)
+    check_object(row, ITEM | _teachers_answer(rule, task), where)
+
+    # Only the task's own code can mark a text: it is not scored again.
     if rule == "text":
         return row
+    _check_choices(row, rule, where)
+    if rule == "mass" and task not in DRIFTS:
+        raise ValueError(f"{where}: the rule mass is that of {', '.join(DRIFTS)}, not of {task!r}")
+    if rule != "rolling":
+        _check_gold(row, where)
+    return row
+
+
+def _teachers_answer(rule: str, task: str) -> dict[str, Kind]:
+    """Keys of an item that say what the teacher answered, by the item's rule and task."""
+    if rule == "rolling":
+        return {"logliks": LOGLIKS, "words": COUNT, "bytes": COUNT}
+    if rule == "text":
+        return {"gold": ANY, "text": TEXT, "correct": FLAG}
+    answer = {"gold": ANY, "logliks": LOGLIKS, "choice": whole(0, MOST_CHOICES)}
+    if rule == "mass" or DRIFTS.get(task, "acc") != "acc":
+        return answer | {"value": NUMBER}
+    return answer | {"correct": FLAG}
+
+
+def _check_choices(row: dict[str, Any], rule: str, where: str) -> None:
+    """ValueError that begins with `where` unless an item has as many of everything as choices."""
     count = len(row["choices"])
     if not 1 <= count <= MOST_CHOICES or (rule == "rolling" and count != 1):
         raise ValueError(
             f"{where}: {count} choices; allowed: 1 to {MOST_CHOICES:,}, for the rule rolling 1"
         )
+
+    # One context for all, or one a choice; of the teacher's figures one a choice.
     if isinstance(row["context"], list) and len(row["context"]) != count:
         raise ValueError(
             f"{where}: {len(row['context'])} contexts for {count} choices; one, or one a choice, is"
@@ -164,16 +176,17 @@ def _item(row: Any, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: {len(row['logliks'])} logliks for {count} choices; one a choice is needed"
         )
-    if rule == "mass" and task not in DRIFTS:
-        raise ValueError(f"{where}: the rule mass is that of {', '.join(DRIFTS)}, not of {task!r}")
-    if rule != "rolling":
-        gold = row["gold"] if isinstance(row["gold"], list) else [row["gold"]]
-        if not gold or not all(type(one) is int and 0 <= one < count for one in gold):
-            raise ValueError(
-                f"{where}: 'gold' is {row['gold']!r}; needed: the number of a choice, 0 to"
-                f" {count - 1}, or several"
-            )
-    return row
+
+
+def _check_gold(row: dict[str, Any], where: str) -> None:
+    """ValueError that begins with `where` unless an item's right choices are among its choices."""
+    count = len(row["choices"])
+    gold = row["gold"] if isinstance(row["gold"], list) else [row["gold"]]
+    if not gold or not all(type(one) is int and 0 <= one < count for one in gold):
+        raise ValueError(
+            f"{where}: 'gold' is {row['gold']!r}; needed: the number of a choice, 0 to"
+            f" {count - 1}, or several"
+        )
 
 
 def read_requests(file: Path) -> list[dict[str, Any]]:
@@ -188,6 +201,8 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
     for where, value in json_lines(_sized(file)):
         refuse_halves(value, where)
         row = _item(value, where)
+
+        # One item a line, and one rule a task.
         name = row["task"], row["doc_id"]
         if name in lines:
             raise ValueError(
@@ -198,6 +213,8 @@ def read_requests(file: Path) -> list[dict[str, Any]]:
                 f"{where}: 'rule' is {row['rule']!r}, other items of {row['task']} have"
                 f" {rules[row['task']]!r}"
             )
+
+        # Each choice is a text to score: their number is the work that is asked.
         lines[name] = where
         rows.append(row)
         asked += len(row["choices"])
@@ -226,8 +243,10 @@ def read_said(bundle: Path, prompts: list[Prompt]) -> list[dict[str, Any]]:
     file = bundle / "open_answers.jsonl"
     if not prompts:
         return []
-    answered = set()
+    answered: set[str] = set()
     ids = {prompt.id for prompt in prompts}
+
+    # Form and owner of each answer.
     for where, row in json_lines(_sized(file)):
         refuse_halves(row, where)
         check_object(row, ANSWERS, where)
@@ -239,6 +258,7 @@ def read_said(bundle: Path, prompts: list[Prompt]) -> list[dict[str, Any]]:
                 " answered before"
             )
         answered.add(row["id"])
+
     if lacking := sorted(ids - answered):
         raise ValueError(
             f"{file} has no answer to the prompt {lacking[0]!r} of open_prompts.jsonl; copy the"
@@ -251,27 +271,78 @@ def receive(bundle: Path, sha256: str | None = None) -> Received:
     """Everything in a bundle that decides what `accept` does, checked. ValueError naming file and
     key or line; ConfigError without limits.
     """
-    manifest, file = verify_bundle(bundle, sha256), bundle / MANIFEST
+    manifest = verify_bundle(bundle, sha256)
+    file = bundle / MANIFEST
     config = manifest["config"]
     for key, kinds in (("eval", EVAL), ("data", DATA), ("teacher", TEACHER)):
         check_object(config.get(key), kinds, f"{file}, config.{key}")
-    if not (limits := limits_of(manifest, file)):
+    limits = limits_of(manifest, file)
+    if not limits:
         raise ConfigError(
             f"{bundle} has no limits: its recipe set none, so there is nothing to accept; `compress"
             " verify` checks its bytes"
         )
+
+    # What is asked, and how it is scored.
     requests = read_requests(bundle / "requests.jsonl")
-    asked = _sized(bundle / "open_prompts.jsonl")
-    for where, row in json_lines(asked) if asked.is_file() else ():
+    prompts = _open_prompts(bundle)
+    tasks = sorted({row["task"] for row in requests})
+    budget, settings, teacher = _settings(config, limits, tasks, file)
+
+    # The model, as far as it can be checked without running it.
+    model = model_of(bundle / manifest["judged"])
+    if model.runtime == "onnxruntime":
+        check_folder(model.path)
+    most_tokens = read_config(bundle / "hf").get("max_position_embeddings")
+    seq_len = config["data"].get("seq_len", Data.seq_len)
+    if isinstance(most_tokens, int) and seq_len > most_tokens:
+        raise ValueError(
+            f"{file}, config.data: 'seq_len' is {seq_len}, and the model was made for"
+            f" {most_tokens} tokens"
+        )
+    return Received(
+        manifest=manifest,
+        budget=budget,
+        settings=settings,
+        heldout=config["data"]["heldout"],
+        seq_len=seq_len,
+        teacher=teacher,
+        requests=requests,
+        prompts=prompts,
+        said=read_said(bundle, prompts),
+        model=model,
+    )
+
+
+def _open_prompts(bundle: Path) -> list[Prompt]:
+    """The prompts that the bundle's models answered; none where there is no such file.
+
+    ValueError naming the file, and the line where one is to blame.
+    """
+    file = _sized(bundle / "open_prompts.jsonl")
+    if not file.is_file():
+        return []
+
+    # Prompts are read by the same reader as a recipe's, which knows nothing of half characters.
+    for where, row in json_lines(file):
         refuse_halves(row, where)
-    prompts = read_prompts(asked) if asked.is_file() else []
+    prompts = read_prompts(file)
     if len(prompts) > MOST_PROMPTS:
         raise ValueError(
-            f"{asked} has {len(prompts):,} prompts, at most {MOST_PROMPTS:,} are asked; ask its"
+            f"{file} has {len(prompts):,} prompts, at most {MOST_PROMPTS:,} are asked; ask its"
             " sender for fewer"
         )
+    return prompts
+
+
+def _settings(
+    config: dict[str, Any], limits: dict[str, dict[str, Any]], tasks: list[str], file: Path
+) -> tuple[Budget, Eval, Teacher]:
+    """The recipe's limits, how its models were scored on `tasks`, and their teacher.
+
+    ValueError naming the manifest `file`: what a recipe can't mean either, or timing without end.
+    """
     measured = {key: config["eval"][key] for key in MEASURED if key in config["eval"]}
-    tasks = sorted({row["task"] for row in requests})
     try:
         budget = Budget(
             {name: Limit(**limit) for name, limit in limits.items()},
@@ -282,34 +353,12 @@ def receive(bundle: Path, sha256: str | None = None) -> Received:
         teacher = Teacher(**config["teacher"])
     except ConfigError as error:
         raise ValueError(f"{file}, config: {error}") from error
-    if (tokens := settings.new_tokens * settings.repeats * settings.processes) > GENERATED_TOKENS:
+
+    # Each setting is within bounds; their product must be too.
+    tokens = settings.new_tokens * settings.repeats * settings.processes
+    if tokens > GENERATED_TOKENS:
         raise ValueError(
             f"{file}, config.eval: timing would write {tokens:,} tokens, at most"
             f" {GENERATED_TOKENS:,} are allowed"
         )
-
-    # The model, as far as it can be checked without running it.
-    model = model_of(bundle / manifest["judged"])
-    if model.runtime == "onnxruntime":
-        check_folder(model.path)
-    most, seq_len = (
-        read_config(bundle / "hf").get("max_position_embeddings"),
-        config["data"].get("seq_len", Data.seq_len),
-    )
-    if isinstance(most, int) and seq_len > most:
-        raise ValueError(
-            f"{file}, config.data: 'seq_len' is {seq_len}, and the model was made for {most} tokens"
-        )
-    said = read_said(bundle, prompts)
-    return Received(
-        manifest,
-        budget,
-        settings,
-        config["data"]["heldout"],
-        seq_len,
-        teacher,
-        requests,
-        prompts,
-        said,
-        model,
-    )
+    return budget, settings, teacher

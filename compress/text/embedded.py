@@ -26,9 +26,8 @@ SKIPPED_MODULES = (
     "lib2to3",
     "__pycache__",
 )
-MIN_CHARACTERS = (
-    80  # shorter docstrings are one-line summaries that teach little and cost an EOS each
-)
+# Shorter docstrings are one-line summaries that teach little and cost an EOS each.
+MIN_CHARACTERS = 80
 HELDOUT_SHARE = 0.1  # of the embedded conversations
 Plain = str | list[dict[str, Any]]  # a text, or turns of a chat
 
@@ -36,20 +35,24 @@ Plain = str | list[dict[str, Any]]  # a text, or turns of a chat
 @cache
 def _docstrings() -> tuple[tuple[str, str], ...]:
     root = Path(sysconfig.get_path("stdlib"))
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
         if any(part in SKIPPED_MODULES for part in parts):
             continue
+
+        # A few files of other Python versions lie in some installations.
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError):
-            continue  # a few files of other Python versions lie in some installations
+            continue
+
+        # A text that several names share is kept under the first.
         module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
         for name, text in _docs_below(tree, module):
             if len(text) >= MIN_CHARACTERS:
-                found.setdefault(text, name)
-    return tuple((name, text) for text, name in found.items())
+                names.setdefault(text, name)
+    return tuple((name, text) for text, name in names.items())
 
 
 def _docs_below(

@@ -50,33 +50,37 @@ def document(row: Any, where: str) -> Document:
             f"{where} is a JSON {type(row).__name__}; a row is an object with named fields, or a"
             f" string; {NEEDED}"
         )
+
+    # Fields that say something, whatever else a row has.
     given = {key: row[key] for key in FIELDS if row.get(key) is not None}
     if "text" in given:
         return _string(given["text"], where, "text")
     for key in ("messages", "conversations"):
         if key in given:
             return _chat(given[key], given, where, key)
+
+    # Alpaca's: what is asked, and what it is asked of.
     if "instruction" in given and "output" in given:
         question = _string(given["instruction"], where, "instruction")
         if more := _string(given.get("input", ""), where, "input"):
             question += "\n\n" + more
-        return _chat(
-            _pair(question, _string(given["output"], where, "output")), given, where, "output"
-        )
-    asked = next((key for key in QUESTIONS if key in given), "")
-    said = next((key for key in ANSWERS if key in given), "")
-    if not asked or not said:
+        turns = _pair(question, _string(given["output"], where, "output"))
+        return _chat(turns, given, where, "output")
+
+    # A question and its answer under other names.
+    question_field = next((key for key in QUESTIONS if key in given), "")
+    answer_field = next((key for key in ANSWERS if key in given), "")
+    if not question_field or not answer_field:
         empty = [key for key in FIELDS if key in row and row[key] is None]
-        told = f" ({', '.join(empty)} null: leave such rows out)" if empty else ""
-        raise ValueError(f"{where} has the fields {sorted(map(str, row))}{told}; {NEEDED}")
-    if isinstance(given[asked], list) and isinstance(given[said], list):
-        return _chat([*given[asked], *given[said]], given, where, said)
-    return _chat(
-        _pair(_string(given[asked], where, asked), _string(given[said], where, said)),
-        given,
-        where,
-        said,
-    )
+        hint = f" ({', '.join(empty)} null: leave such rows out)" if empty else ""
+        raise ValueError(f"{where} has the fields {sorted(map(str, row))}{hint}; {NEEDED}")
+
+    # Both as turns, or both as texts.
+    if isinstance(given[question_field], list) and isinstance(given[answer_field], list):
+        return _chat([*given[question_field], *given[answer_field]], given, where, answer_field)
+    question = _string(given[question_field], where, question_field)
+    answer = _string(given[answer_field], where, answer_field)
+    return _chat(_pair(question, answer), given, where, answer_field)
 
 
 def _pair(question: str, answer: str) -> list[dict[str, Any]]:
@@ -90,9 +94,8 @@ def _string(value: Any, where: str, field: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {"NoneType": "null", "dict": "JSON object"}.get(
-        type(value).__name__, type(value).__name__
-    )
+    name = type(value).__name__
+    return {"NoneType": "null", "dict": "JSON object"}.get(name, name)
 
 
 def _chat(turns: Any, row: dict[str, Any], where: str, field: str) -> Chat:
@@ -114,12 +117,15 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(turn, dict):
         raise ValueError(f"{where} is a {_kind(turn)}; a turn is an object with role and content")
+
     # Fields that are null are as good as absent: a table of turns has every field in every one.
     kept = {
         key: value
         for key, value in turn.items()
         if value is not None and key not in ("from", "value")
     }
+
+    # Whose turn it is.
     name = turn.get("role", turn.get("from"))
     role = CALLED.get(name, name) if isinstance(name, str) else name
     if role not in ROLES:
@@ -127,6 +133,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
             f"{where} has the role {repr(name)[:60]}; allowed: {', '.join(ROLES)}, or ShareGPT's"
             f" {', '.join(CALLED)}"
         )
+
+    # A turn may call tools instead of saying anything.
     calls = turn.get("tool_calls")
     if calls is not None and not (
         isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
@@ -135,7 +143,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
             f"{where}: tool_calls is no list of objects; write them as OpenAI's, or leave them out"
         )
     content = turn.get("content", turn.get("value"))
-    if content is None and role == "assistant" and calls:  # it calls a tool and says nothing
+    if content is None and role == "assistant" and calls:
         return kept | {"role": role}
     return kept | {"role": role, "content": _content(content, where)}
 
@@ -148,6 +156,8 @@ def _content(content: Any, where: str) -> str:
         raise ValueError(
             f"{where}: its content is a {_kind(content)}; needed: a string, or a list of parts"
         )
+
+    # Images and sounds have no text to train on.
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else _kind(part)
         if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):

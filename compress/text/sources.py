@@ -62,11 +62,11 @@ def documents(source: str, log: Log = quiet) -> list[Document]:
                 f" {', '.join(sorted(EMBEDDED))}"
             )
         given = [
-            one if isinstance(one, str) else Chat(one, where=f"{source}, row {i}")
-            for i, one in enumerate(EMBEDDED[name](), 1)
+            text if isinstance(text, str) else Chat(text, where=f"{source}, row {i}")
+            for i, text in enumerate(EMBEDDED[name](), 1)
         ]
     elif kind == "hub":
-        given = [document(row, where) for where, row in _whole(_hub_rows(source), log)]
+        given = [document(row, where) for where, row in _mended(_hub_rows(source), log)]
     elif kind == "generated":
         raise ValueError(
             f"data source {source[:80]!r} is what a teacher writes: it can't be read, nor be what"
@@ -74,55 +74,63 @@ def documents(source: str, log: Log = quiet) -> list[Document]:
         )
     else:
         given = _from_file(Path(source).expanduser(), log)
-    found = [one for one in given if isinstance(one, str) or one]
-    if not any(one.strip() if isinstance(one, str) else one for one in found):
+
+    # A chat without turns says nothing; blank texts alone are no source.
+    filled = [text for text in given if isinstance(text, str) or text]
+    if not any(text.strip() if isinstance(text, str) else text for text in filled):
         raise ValueError(
             f"data source {source} has no usable text; give a file with at least one document"
         )
-    return found
+    return filled
 
 
-def _whole(rows: Rows, log: Log) -> Rows:
+def _mended(rows: Rows, log: Log) -> Rows:
     """The rows without half surrogates. ValueError for one that is nested too deep."""
-    told = False
+    logged = False
     for where, row in rows:
         try:
-            whole = without_halves(row)
+            mended = without_halves(row)
         except RecursionError as error:
             raise ValueError(f"{where} is {error}; flatten it") from error
-        if whole is not row and not told:
+
+        # Once is enough for a source.
+        if mended is not row and not logged:
             log(
                 f"{where} holds half a character (a surrogate without its other half): U+FFFD"
                 " stands in its place, here and below"
             )
-            told = True
-        yield where, whole
+            logged = True
+        yield where, mended
 
 
 def _from_file(path: Path, log: Log) -> list[Document]:
     try:
-        there = path.is_file()
+        is_file = path.is_file()
     except (OSError, ValueError):  # a name that is too long for any file
-        there = False
-    if not there:
+        is_file = False
+    if not is_file:
         name = re.sub(r":/+[^/@\s]*@", "://", str(path)[:200])  # without the password of a URL
-        what = (
+        problem = (
             "is a directory; name the files in it"
             if len(str(path)) < 1000 and path.is_dir()
             else "does not exist"
         )
-        raise ValueError(f"data file {name} {what}; {KINDS}")
+        raise ValueError(f"data file {name} {problem}; {KINDS}")
+
+    # What it is by its name, packed or not.
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = (
         suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
     )
+
+    # Paragraphs of plain text are documents; rows may hold anything.
     if kind == ".txt":
         text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
         return [part.strip() for part in text.split("\n\n") if part.strip()]
     if kind in (".jsonl", ".json"):
-        return [document(row, where) for where, row in _whole(_json_rows(path), log)]
+        return [document(row, where) for where, row in _mended(_json_rows(path), log)]
     if kind == ".parquet" and suffixes[-1] == kind:
-        return [document(row, where) for where, row in _whole(_parquet_rows(path), log)]
+        return [document(row, where) for where, row in _mended(_parquet_rows(path), log)]
     allowed = ".txt, .jsonl, .json (an object a line, or one array), each also as .gz, and .parquet"
     raise ValueError(f"data file {path} ends in {path.suffix!r}; allowed: {allowed}")
 
@@ -145,16 +153,19 @@ def _parquet_rows(path: Path) -> Rows:
     import pyarrow.parquet as parquet
     from pyarrow.lib import ArrowException
 
-    number, room = 0, unpacked_bytes(path)
+    number = 0
+    bytes_left = unpacked_bytes(path)
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            known = [name for name in FIELDS if name in names]
-            if not known:
+            columns = [name for name in FIELDS if name in names]
+            if not columns:
                 raise ValueError(f"{path} has the fields {sorted(names)}; {NEEDED}")
-            for batch in file.iter_batches(PARQUET_ROWS, columns=known):
-                room -= batch.nbytes
-                if room < 0:
+
+            # So few rows at once, and not more bytes in all than a real file would have.
+            for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
+                bytes_left -= batch.nbytes
+                if bytes_left < 0:
                     raise ValueError(
                         f"{path} unpacks to {UNPACKED_FACTOR} times its size and more; write it"
                         " anew"
@@ -185,6 +196,8 @@ def _hub_rows(source: str) -> Rows:
             f"data source {source!r} names no dataset of the hub but a path; name the files"
             " themselves"
         )
+
+    # Nothing but plain data is taken of the hub: a script that builds a dataset is refused.
     import datasets
 
     try:
@@ -195,6 +208,8 @@ def _hub_rows(source: str) -> Rows:
             f"data source {source} can't be had ({why}); check the name and the network, or use a"
             " local file"
         ) from error
+
+    # A list is turns, whatever its field is called.
     for number, row in enumerate(rows, 1):
         if field not in row:
             raise ValueError(

@@ -92,14 +92,17 @@ def fold(group: Group, s_C: Tensor) -> None:
     function stays the same.
     """
     maker = group.maker
+
+    # The maker: a linear layer's rows, or a norm's weight, which may be stored less one.
     if isinstance(maker, nn.Linear):
         s_K = s_C.view(-1, group.repeats, group.width)[:, 0].flatten()
         maker.weight.div_(s_K[:, None])
         if maker.bias is not None:
             maker.bias.div_(s_K)
     else:
-        whole_C = gain(maker)
-        maker.weight.add_(whole_C / s_C - whole_C)
+        gain_C = gain(maker)
+        maker.weight.add_(gain_C / s_C - gain_C)
+
     for reader in group.readers.values():
         reader.weight.mul_(s_C)
 
@@ -116,16 +119,18 @@ def awq_scales(group: Group, inputs: Inputs, grid: Grid, name: str = "weight") -
     """(C,): by the best of `STEPS` exponents for the group's output error;
     exponent 0 is all ones.
     """
-    w_RC, size_C = group.matrix(), share(inputs.total_C, group).clamp(min=1e-30)
-    best, found_C = torch.inf, torch.ones_like(size_C)
+    w_RC = group.matrix()
+    size_C = share(inputs.total_C, group).clamp(min=1e-30)
+
+    least_error, best_C = torch.inf, torch.ones_like(size_C)
     for step in range(STEPS):
+        # As AWQ's code: over sqrt(min * max).
         s_C = size_C.log().mul_(step / STEPS)
-        s_C = (
-            s_C.sub_(s_C.aminmax()[0].add(s_C.max()) / 2).exp_().clamp_(1e-4, 1e4)
-        )  # as AWQ's code: over sqrt(min * max)
-        scaled_RC = w_RC * s_C
-        gap_RC = grid.trial(scaled_RC, name).div_(s_C).sub_(w_RC)
+        s_C = s_C.sub_(s_C.aminmax()[0].add(s_C.max()) / 2).exp_().clamp_(1e-4, 1e4)
+
+        # The group's output error on the calibration text.
+        gap_RC = grid.trial(w_RC * s_C, name).div_(s_C).sub_(w_RC)
         error = ((gap_RC @ inputs.gram_CC) * gap_RC).sum().item()
-        if error < best:
-            best, found_C = error, s_C
-    return found_C
+        if error < least_error:
+            least_error, best_C = error, s_C
+    return best_C

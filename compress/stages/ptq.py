@@ -61,19 +61,17 @@ class OnGrid:
 
         if not self.allocate.file_bytes:
             return dict.fromkeys(quantizable(model), self.grid.value)
-        text, label = (
-            ctx.calibration(self.allocate.calibration_sequences),
-            f"{ctx.label}, damage of each matrix",
-        )
-        measured = options(
+
+        # What each matrix would lose on each grid, then the best mixture that fits the bytes.
+        damages = options(
             model,
-            text,
-            [g.value for g in self.allocate.grids],
+            ctx.calibration(self.allocate.calibration_sequences),
+            [grid.value for grid in self.allocate.grids],
             ctx.work / "damages.json",
-            label,
+            f"{ctx.label}, damage of each matrix",
             ctx.log,
         )
-        return choose(measured, self.allocate.file_bytes - ctx.file_overhead(parent))
+        return choose(damages, self.allocate.file_bytes - ctx.file_overhead(parent))
 
     def allocation_rows(self) -> int:
         """Rows on which the damage of each matrix is measured."""
@@ -83,21 +81,23 @@ class OnGrid:
         """ValueError naming key and nearest legal value when an HF config has rows the grid, or
         every one of a mixture, can't cut into blocks.
         """
-        grid = (
-            min(self.allocate.grids, key=lambda g: BLOCK[g])
-            if self.allocate.file_bytes
-            else self.grid
-        )
-        block, heads = BLOCK[grid], config.get("num_attention_heads") or 0
+        grid = self.grid
+        if self.allocate.file_bytes:
+            grid = min(self.allocate.grids, key=lambda name: BLOCK[name])
+        block = BLOCK[grid]
+
+        # Lengths of the rows of every matrix.
         rows = {key: config[key] for key in ("hidden_size", "intermediate_size") if config.get(key)}
         if config.get("head_dim"):
+            heads = config.get("num_attention_heads") or 0
             rows["num_attention_heads * head_dim"] = heads * config["head_dim"]
+
         for key, length in rows.items():
             if length % block:
-                near = max(block, round(length / block) * block)
+                nearest_length = max(block, round(length / block) * block)
                 raise ValueError(
                     f"{key} is {length}: grid {grid} needs rows of a multiple of {block}; the"
-                    f" nearest legal value is {near}"
+                    f" nearest legal value is {nearest_length}"
                 )
 
 
@@ -113,6 +113,8 @@ class Ptq(OnGrid):
 
     def __post_init__(self) -> None:
         self.check_grid("ptq")
+
+        # A setting that nothing uses would be believed.
         for key, used in (
             ("calibration_sequences", self.passes > 0),
             ("damping", self.method == Method.gptq),
@@ -166,12 +168,14 @@ class Ptq(OnGrid):
 
         check_parent(self, parent, "round")
         model = load_model(parent)
-        layout, search = self.layout(model, parent, ctx), self.scales == Scales.search
+        layout = self.layout(model, parent, ctx)
+
+        # Round: by the calibration text, block by block, or each matrix by itself.
         work = Blockwise(
             model,
             layout,
             method=self.method,
-            search=search,
+            search=self.scales == Scales.search,
             balance=self.balance,
             damping=self.damping,
         )
@@ -185,12 +189,12 @@ class Ptq(OnGrid):
         else:
             work.plain()
         save_quantized(model, out, parent, work.made)
+
+        # Bits a weight; what is on no grid stays fp32.
         total = model.num_parameters()
-        numel = {name: made.codes.numel() for name, made in work.made.items()}
-        bits = (
-            sum(count * GRIDS[layout[name]].bits_per_weight for name, count in numel.items())
-            + (total - sum(numel.values())) * 32
-        )
+        numel = {name: quantized.codes.numel() for name, quantized in work.made.items()}
+        bits = sum(count * GRIDS[layout[name]].bits_per_weight for name, count in numel.items())
+        bits += (total - sum(numel.values())) * 32
         error, power = work.lost.tolist()
         return {
             "bits_per_weight": bits / total,

@@ -116,18 +116,22 @@ MUTANTS = [
             "loss * mix.temperature**2, grad_CV.mul_(mix.temperature)",
             "loss * mix.temperature**2, grad_CV",
         ),
-        ("fresh=into_VH is None and start == 0", "fresh=start == 0"),
         ("grad_CV[:, :shared] -= (", "grad_CV[:, :shared] += ("),
         (
             "weight_C = (mix.kl_weight + mix.ce_weight) * counted_C",
             "weight_C = mix.kl_weight * counted_C",
         ),
+        (".pow(2).mean(-1) * mask_N).sum()", ".pow(2).mean(-1)).sum()"),
+    ),
+    *of(
+        "distill/fused_head.py",
+        LOSSES,
+        ("fresh=into_VH is None and start == 0", "fresh=start == 0"),
         (
             "summed = torch.promote_types(weight_VH.dtype, torch.float32)",
             "summed = weight_VH.dtype",
         ),
         ("not torch.is_grad_enabled()", "False"),
-        (".pow(2).mean(-1) * mask_N).sum()", ".pow(2).mean(-1)).sum()"),
     ),
     *of(
         "train/trainer.py",
@@ -271,7 +275,7 @@ MUTANTS = [
         "distill/signals.py",
         SIGNAL,
         ('if path.rsplit("/", 1)[1] != _name(number, data):', "if False:"),
-        ("if found.get(key) != asked:", "if False:"),
+        ("if recorded.get(key) != asked:", "if False:"),
         ("n % parallel.world() == parallel.rank()", "parallel.world()"),
         (
             "model.to(best_device())",

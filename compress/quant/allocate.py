@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.distill.losses import Dense, Mix, head_loss
+from compress.distill.fused_head import head_loss
+from compress.distill.losses import Dense, Mix
 from compress.models.head import block_inputs, head_of, hidden_states
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS

@@ -153,7 +153,7 @@ MUTANTS = [
     *of(
         "stages/training.py",
         "test_training.py -k no_row_of_the_validation",
-        ("rows = min(rows, held[0])", "rows = min(rows, len(data.ids))"),
+        ("rows = min(rows, validation_rows[0])", "rows = min(rows, len(data.ids))"),
     ),
     *of(
         "train/optimizer.py",
@@ -306,7 +306,10 @@ MUTANTS = [
         ("return q.round_().clamp_(", "return q.floor_().clamp_("),
         ("return q.round_().clamp_(", "return q.trunc_().clamp_("),
         ("if not (torch.isfinite(least) and torch.isfinite(most)):", "if False:"),
-        ("near = max(block, round(columns / block) * block)", "near = block"),
+        (
+            "legal_columns = max(block, round(columns / block) * block)",
+            "legal_columns = block",
+        ),
     ),
     *of(
         "quant/grids/grid.py", "test_grid_limits.py", ("> self.largest:", "> 1.01 * self.largest:")

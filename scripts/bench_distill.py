@@ -189,7 +189,8 @@ def median(product: Any, repeats: int = 15) -> float:
 
 def gradient(model: Any, ids: torch.Tensor, target: Any) -> torch.Tensor:
     """Whole-model gradient of the mean forward KL, fp32, as one vector."""
-    from compress.distill.losses import Mix, head_loss
+    from compress.distill.fused_head import head_loss
+    from compress.distill.losses import Mix
     from compress.models.head import head_of, hidden_states
 
     model.zero_grad(set_to_none=True)

@@ -116,18 +116,22 @@ MUTANTS = [
             "loss * mix.temperature**2, grad_CV.mul_(mix.temperature)",
             "loss * mix.temperature**2, grad_CV",
         ),
-        ("fresh=into_VH is None and start == 0", "fresh=start == 0"),
         ("grad_CV[:, :shared] -= (", "grad_CV[:, :shared] += ("),
         (
             "weight_C = (mix.kl_weight + mix.ce_weight) * counted_C",
             "weight_C = mix.kl_weight * counted_C",
         ),
+        (".pow(2).mean(-1) * mask_N).sum()", ".pow(2).mean(-1)).sum()"),
+    ),
+    *of(
+        "distill/fused_head.py",
+        LOSSES,
+        ("fresh=into_VH is None and start == 0", "fresh=start == 0"),
         (
             "summed = torch.promote_types(weight_VH.dtype, torch.float32)",
             "summed = weight_VH.dtype",
         ),
         ("not torch.is_grad_enabled()", "False"),
-        (".pow(2).mean(-1) * mask_N).sum()", ".pow(2).mean(-1)).sum()"),
     ),
     *of(
         "train/trainer.py",
@@ -149,7 +153,7 @@ MUTANTS = [
     *of(
         "stages/training.py",
         "test_training.py -k no_row_of_the_validation",
-        ("rows = min(rows, held[0])", "rows = min(rows, len(data.ids))"),
+        ("rows = min(rows, validation_rows[0])", "rows = min(rows, len(data.ids))"),
     ),
     *of(
         "train/optimizer.py",
@@ -271,7 +275,7 @@ MUTANTS = [
         "distill/signals.py",
         SIGNAL,
         ('if path.rsplit("/", 1)[1] != _name(number, data):', "if False:"),
-        ("if found.get(key) != asked:", "if False:"),
+        ("if recorded.get(key) != asked:", "if False:"),
         ("n % parallel.world() == parallel.rank()", "parallel.world()"),
         (
             "model.to(best_device())",
@@ -302,7 +306,10 @@ MUTANTS = [
         ("return q.round_().clamp_(", "return q.floor_().clamp_("),
         ("return q.round_().clamp_(", "return q.trunc_().clamp_("),
         ("if not (torch.isfinite(least) and torch.isfinite(most)):", "if False:"),
-        ("near = max(block, round(columns / block) * block)", "near = block"),
+        (
+            "legal_columns = max(block, round(columns / block) * block)",
+            "legal_columns = block",
+        ),
     ),
     *of(
         "quant/grids/grid.py", "test_grid_limits.py", ("> self.largest:", "> 1.01 * self.largest:")

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compress.distill import losses
-from compress.distill.losses import Dense, Mix, Sparse, head_loss, hidden_mse
+from compress.distill import fused_head, losses
+from compress.distill.fused_head import head_loss
+from compress.distill.losses import Dense, Mix, Sparse, hidden_mse
 from compress.models.head import Head
 
 N, H, V, H_TEACHER = 13, 5, 37, 7
@@ -101,7 +102,7 @@ def everything_sparse(t, hidden, weight):
 def test_every_chunk_size_gives_the_loss_and_gradients_of_plain_torch(
     chunk, target_of, monkeypatch
 ):
-    monkeypatch.setattr(losses, "CACHED_TOKENS", 1 + chunk // 2)
+    monkeypatch.setattr(fused_head, "CACHED_TOKENS", 1 + chunk // 2)
     compare(Mix(0.7, 0.4), target_of, divergence, chunk)
 
 
@@ -236,7 +237,7 @@ def test_chunks_of_a_bf16_head_add_up_in_fp32():
 )
 def test_logits_on_a_gpu_are_not_rounded_to_bf16():
     h, w = (torch.randn(*shape, device="cuda").bfloat16() * 3 for shape in ((64, 256), (512, 256)))
-    made = losses._products(h, Head(w))
+    made = fused_head._products(h, Head(w))
     torch.testing.assert_close(made.double(), h.double() @ w.double().T, rtol=1e-4, atol=1e-3)
 
 

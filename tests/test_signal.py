@@ -9,7 +9,8 @@ import json
 import pytest
 import torch
 
-from compress.distill.losses import Dense, Mix, head_loss
+from compress.distill.fused_head import head_loss
+from compress.distill.losses import Dense, Mix
 from compress.distill.schemes import Scheme, decode, encode, sample
 from compress.distill.settings import Signal
 from compress.distill.signals import Signals, as_target

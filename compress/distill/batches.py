@@ -7,12 +7,13 @@ Legend: R rows (sequences), L positions, N = R * L tokens, H hidden.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.distill.losses import Mix, head_loss, hidden_mse
+from compress.distill.fused_head import head_loss
+from compress.distill.losses import Mix, hidden_mse
 from compress.distill.online import Batches, TeacherSource
 from compress.distill.signals import Signals, as_target
 from compress.models.checkpoint import read_config
@@ -22,9 +23,6 @@ from compress.models.vocabulary import difference, of_tokenizer
 from compress.train import parallel
 from compress.train.packed import Packed
 from compress.train.plan import Batch, LossFunction
-
-if TYPE_CHECKING:
-    pass
 
 
 def make_batches(
@@ -39,12 +37,14 @@ def make_batches(
             data.rows(seed, s * batch, batch, sequences)[parallel.rank() :: parallel.world()]
             for s in (step, step + 1)
         )
-        made = [one_batch(data, source, rows[i : i + micro]) for i in range(0, len(rows), micro)]
-        if isinstance(
-            source, Signals
-        ):  # the next batch's online teacher would compete with this batch's student
+        micro_batches = [
+            one_batch(data, source, rows[i : i + micro]) for i in range(0, len(rows), micro)
+        ]
+
+        # Kept signals only: an online teacher's next batch would compete with this one's student.
+        if isinstance(source, Signals):
             source.prefetch(following)
-        return made
+        return micro_batches
 
     return batches
 
@@ -62,14 +62,17 @@ def common_vocabulary(student: Path, teacher: Path) -> int:
     """
     sizes = [int(read_config(path)["vocab_size"]) for path in (student, teacher)]
     ids = token_count(load_tokenizer(teacher))
-    same = tokenizer_digest(student) == tokenizer_digest(teacher)
-    if not same and (
-        told := difference(*(of_tokenizer(load_tokenizer(path)) for path in (student, teacher)))
-    ):
-        raise ValueError(
-            f"{student} and {teacher} have different tokenizers; distillation compares"
-            f" probabilities of the same ids, and {told}"
-        )
+
+    # Files that differ may still give every text the same ids.
+    if tokenizer_digest(student) != tokenizer_digest(teacher):
+        students, teachers = (of_tokenizer(load_tokenizer(path)) for path in (student, teacher))
+        if differing := difference(students, teachers):
+            raise ValueError(
+                f"{student} and {teacher} have different tokenizers; distillation compares"
+                f" probabilities of the same ids, and {differing}"
+            )
+
+    # Every id needs its row in both heads.
     if min(sizes) < ids:
         raise ValueError(
             f"{student} and {teacher} have heads of {sizes[0]} and {sizes[1]} rows, their tokenizer"
@@ -88,17 +91,18 @@ def make_loss(
     """
 
     def loss_fn(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        hidden_NH, mask_N = (
-            hidden_states(model, batch["inputs"], batch.get("positions")),
-            batch["mask"].flatten(),
-        )
+        hidden_NH = hidden_states(model, batch["inputs"], batch.get("positions"))
+        mask_N = batch["mask"].flatten()
+
+        # What the two heads share.
         head = head_of(model)
         rows = min(len(head.weight_VH), vocabulary or len(head.weight_VH))
         target = as_target(batch, teacher_head.first(rows) if teacher_head else None)
-        whole = (
-            torch.is_grad_enabled() and parallel.world() == 1 and head.weight_VH.is_leaf
-        )  # elsewhere autograd's hooks must see the gradient
-        into_VH = head.weight_VH.grad if whole else None
+
+        # Where autograd's hooks must see the head's gradient, it can't be added in place.
+        in_place = torch.is_grad_enabled() and parallel.world() == 1 and head.weight_VH.is_leaf
+        into_VH = head.weight_VH.grad if in_place else None
+
         loss = head_loss(
             hidden_NH,
             head,

@@ -30,36 +30,33 @@ if TYPE_CHECKING:
     from compress.distill.settings import Features
 
 
-PAIRS = 4  # of blocks whose states are compared, where features.pairs names none
+# Blocks whose states are compared where features.pairs names none.
+PAIRS = 4
 Pairs = list[tuple[int, int]]
 
 
-def layer_pairs(student: int, teacher: int, wanted: int) -> Pairs:
-    """`wanted` evenly spaced student blocks, the last one included, with the teacher blocks at the
+def layer_pairs(student: int, teacher: int, count: int) -> Pairs:
+    """`count` evenly spaced student blocks, the last one included, with the teacher blocks at the
     same share of the depth.
     """
-    chosen = sorted(
-        {round((i + 1) * student / min(wanted, student)) - 1 for i in range(min(wanted, student))}
-    )
+    count = min(count, student)
+    chosen = sorted({round((i + 1) * student / count) - 1 for i in range(count)})
     return [(s, round((s + 1) * teacher / student) - 1) for s in chosen]
 
 
 def check_pairs(pairs: Sequence[Sequence[int]], student: int, teacher: int) -> Pairs:
     """The pairs as tuples. ValueError unless both numbers rise and exist."""
-    made = [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2]
-    rising = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(made))
-    if (
-        len(made) != len(pairs)
-        or not rising
-        or not all(0 <= s < student and 0 <= t < teacher for s, t in made)
-    ):
-        wanted = (
-            f"each is [student block, teacher block], both rising, below {student} and {teacher}"
-        )
+    checked = [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2]
+    all_pairs = len(checked) == len(pairs)
+    rising = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(checked))
+    existing = all(0 <= s < student and 0 <= t < teacher for s, t in checked)
+
+    if not (all_pairs and rising and existing):
+        rule = f"each is [student block, teacher block], both rising, below {student} and {teacher}"
         raise ValueError(
-            f"features.pairs={list(pairs)}: {wanted}; leave it empty for evenly spaced ones"
+            f"features.pairs={list(pairs)}: {rule}; leave it empty for evenly spaced ones"
         )
-    return made
+    return checked
 
 
 def relation_kl(student_RLD: Tensor, teacher_RLD: Tensor, mask_N: Tensor, heads: int) -> Tensor:
@@ -94,47 +91,58 @@ class FeatureLoss(nn.Module):
         allow no such term.
         """
         super().__init__()
-        config, other = student.config, teacher.model.config
-        width, wide, depths = (
-            config.hidden_size,
-            other.hidden_size,
-            (config.num_hidden_layers, other.num_hidden_layers),
-        )
-        self.loss_fn, self.features, self.heads = (
-            loss_fn,
-            features,
-            int(getattr(other, "num_key_value_heads", 1)),
-        )
+        config = student.config
+        teacher_config = teacher.model.config
+        self.loss_fn = loss_fn
+        self.features = features
+        self.heads = int(getattr(teacher_config, "num_key_value_heads", 1))
+
+        # Which block learns from which.
+        depths = (config.num_hidden_layers, teacher_config.num_hidden_layers)
         self.pairs = (
             check_pairs(features.pairs, *depths) if features.pairs else layer_pairs(*depths, PAIRS)
         )
+
+        # Columns of K and V, of which those of Q are a multiple, divide into relation heads.
         if features.relations:
             columns = head_dim(config) * getattr(
                 config, "num_key_value_heads", config.num_attention_heads
-            )  # Q's is a multiple of it
+            )
             if columns % self.heads:
                 raise ValueError(
                     f"features.relations needs K and V of a multiple of {self.heads} columns, the"
                     f" student's have {columns}; set it to 0"
                 )
-        projected = features.layers and width != wide
+
+        # A projection for each pair whose widths differ.
+        width = config.hidden_size
+        teacher_width = teacher_config.hidden_size
+        projected = features.layers and width != teacher_width
         self.projections = nn.ModuleList(
-            nn.Linear(width, wide, bias=False) if projected else nn.Identity() for _ in self.pairs
+            nn.Linear(width, teacher_width, bias=False) if projected else nn.Identity()
+            for _ in self.pairs
         )
         generator = torch.Generator().manual_seed(seed)
         for weight in self.projections.parameters():
             nn.init.orthogonal_(weight, generator=generator)
+
+        # What the teacher has to give besides its final states.
         states = [t for _, t in self.pairs] if features.layers else []
-        teacher.taps = states, [self.pairs[-1][1]] if features.relations else []
+        relations = [self.pairs[-1][1]] if features.relations else []
+        teacher.taps = states, relations
 
     def forward(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        weights, (last_s, last_t), mask_N = self.features, self.pairs[-1], batch["mask"].flatten()
-        with tapped(
-            model,
-            [s for s, _ in self.pairs] if weights.layers else [],
-            [last_s] if weights.relations else [],
-        ) as seen:
+        weights = self.features
+        last_s, last_t = self.pairs[-1]
+        mask_N = batch["mask"].flatten()
+
+        # One forward gives the loss on the head and the inner states.
+        states = [s for s, _ in self.pairs] if weights.layers else []
+        relations = [last_s] if weights.relations else []
+        with tapped(model, states, relations) as seen:
             loss, count = self.loss_fn(model, batch)
+
+        # The weighted terms on top.
         if weights.layers:
             loss = loss + weights.layers * self._distance(seen, batch, mask_N)
         if weights.relations:
@@ -151,12 +159,10 @@ class FeatureLoss(nn.Module):
         """Mean over the pairs of `hidden_mse`, the student's states projected
         where widths differ.
         """
-        terms = [
-            hidden_mse(
-                projection(seen[f"layer{s}"]).flatten(0, 1),
-                batch[f"teacher/layer{t}"].flatten(0, 1),
-                mask_N,
-            )
-            for projection, (s, t) in zip(self.projections, self.pairs, strict=True)
-        ]
+        terms = []
+        for projection, (s, t) in zip(self.projections, self.pairs, strict=True):
+            student_NH = projection(seen[f"layer{s}"]).flatten(0, 1)
+            teacher_NH = batch[f"teacher/layer{t}"].flatten(0, 1)
+            terms.append(hidden_mse(student_NH, teacher_NH, mask_N))
+
         return torch.stack(terms).mean()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -30,13 +30,7 @@ from compress.train import parallel
 from compress.train.packed import Packed
 from compress.train.plan import Batch
 
-if TYPE_CHECKING:
-    pass
-
 Batches = Callable[[int, int], list[Batch]]  # (step, micro) -> this rank's micro-batches
-
-if TYPE_CHECKING:
-    pass
 
 
 class OnlineTeacher:
@@ -48,12 +42,13 @@ class OnlineTeacher:
     """
 
     def __init__(self, model: Any, data: Packed, *, sharded: bool = False) -> None:
-        self.model, self.data = model.to(best_device()), data
-        self.taps: tuple[list[int], list[int]] = (
-            [],
-            [],
-        )  # blocks whose states, and whose Q, K and V, `read` gives too, under "teacher/"
+        self.model = model.to(best_device())
+        self.data = data
+        # Blocks whose states, and whose Q, K and V, `read` gives too, under "teacher/".
+        self.taps: tuple[list[int], list[int]] = ([], [])
         use_cpu_kernels(self.model)
+
+        # The loss needs the head whole; a copy of it stays outside of what is sharded.
         head = head_of(model).detach()
         self.teacher_head: Head | None = (
             replace(head, weight_VH=head.weight_VH.clone()) if sharded else head
@@ -97,16 +92,16 @@ def with_rollouts(
     padding = list(range(min(rows, vocabulary or rows), rows)) or None
 
     def mixed(step: int, micro: int) -> list[Batch]:
-        made = batches(step, micro)
+        given = batches(step, micro)
         if random.Random(f"{seed} {step}").random() >= share:
-            return made
-        with (
-            torch.random.fork_rng()
-        ):  # what is drawn behind, as stochastic rounding, is to be the same on every rank
+            return given
+
+        # What is drawn behind, as stochastic rounding, is to be the same on every rank.
+        with torch.random.fork_rng():
             torch.manual_seed((seed * 1_000_003 + step) * 1009 + parallel.rank())
             return [
                 _own_text(model, teacher, batch["inputs"], prompt_tokens, ends, padding)
-                for batch in made
+                for batch in given
             ]
 
     return mixed
@@ -121,8 +116,14 @@ def _own_text(
     ends: list[int],
     padding: list[int] | None,
 ) -> Batch:
-    length, device = inputs_RL.shape[1], next(model.parameters()).device
+    """The batch of what the student writes behind the first tokens of each row: `inputs`, `labels`
+    and `mask` (R, L), and the teacher's states (N, H) there.
+    """
+    length = inputs_RL.shape[1]
+    device = next(model.parameters()).device
     prompt_RP = inputs_RL[:, :prompt_tokens].to(device)
+
+    # Sampled from the student's distribution as it is.
     training = model.training
     model.eval()
     ids = model.generate(
@@ -139,14 +140,18 @@ def _own_text(
         use_cache=True,
     )
     model.train(training)
-    ids = torch.nn.functional.pad(
-        ids, (0, length + 1 - ids.shape[1]), value=ends[0]
-    )  # all rows may have ended early
-    inputs_RL, place_L = ids[:, :-1], torch.arange(length, device=device)
+
+    # All rows may have ended early.
+    ids = torch.nn.functional.pad(ids, (0, length + 1 - ids.shape[1]), value=ends[0])
+    inputs_RL = ids[:, :-1]
+
+    # Labels are the student's tokens, up to the EOS and with it.
+    place_L = torch.arange(length, device=device)
     ended_RL = (
         torch.isin(inputs_RL, torch.tensor(ends, device=device)) & (place_L >= prompt_tokens)
     ).cumsum(-1) > 0
     mask_RL = (place_L >= prompt_tokens - 1) & ~ended_RL
+
     return {
         "inputs": inputs_RL,
         "labels": ids[:, 1:],

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from compress.errors import ConfigError
 
 # D of the loss; all but forward_kl need a signal with all of the teacher's probabilities
 Divergence = StrEnum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
-if TYPE_CHECKING:
-    pass
-
-
 # how the teacher is seen: kept signals (`compress/distill/signals.py`), or the teacher run at every
 # step
 SchemeName = StrEnum("SchemeName", ["sampled", "hidden", "online"])
@@ -25,9 +20,8 @@ class Signal:
     """The teacher's signal of a stage."""
 
     scheme: SchemeName = SchemeName.sampled
-    threshold: float = (
-        0.05  # sampled: probabilities above it are exact, ids a token are bounded by its inverse
-    )
+    # sampled: probabilities above it are exact, ids a token are bounded by its inverse
+    threshold: float = 0.05
     path: str | None = None  # a folder or URL (s3://...) that keeps the shards; null is the store
     teacher: TeacherLoad = TeacherLoad.plain  # nf4 needs bitsandbytes, int8 torchao
 
@@ -54,9 +48,8 @@ class Features:
 
     layers: float = 0.0
     relations: float = 0.0
-    pairs: list[list[int]] = field(
-        default_factory=list
-    )  # [student block, teacher block]; empty: 4, evenly spaced
+    # [student block, teacher block]; empty: 4, evenly spaced
+    pairs: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if min(self.layers, self.relations) < 0:

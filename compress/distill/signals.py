@@ -63,7 +63,8 @@ from compress.store import sha256_json, write_whole
 from compress.train import parallel
 from compress.train.packed import Packed
 
-ROWS_PER_SHARD, SHARDS_IN_MEMORY = 16, 64
+ROWS_PER_SHARD = 16
+SHARDS_IN_MEMORY = 64
 
 
 def as_target(batch: dict[str, Tensor], head: Head | None) -> Target | None:
@@ -83,10 +84,13 @@ def made_with(folder: str | None = None) -> dict[str, Any]:
 
     Of the signal in `folder` if there is one, else of one made here and now.
     """
+    # What is there says it itself.
     if folder is not None:
         fs, path = fsspec.core.url_to_fs(folder)
         if fs.exists(f"{path}/meta.json"):
             return dict(json.loads(fs.cat_file(f"{path}/meta.json"))["made_with"])
+
+    # What would be made here: the modules that compute it, and what they run on.
     sources = sources_digest(
         "compress.distill.signals:",
         "compress.distill.schemes:",
@@ -117,7 +121,13 @@ class Signals:
         """In a folder below `root` named by the meta; with `own_folder` in `root` itself.
         ValueError when a signal of another meta is there.
         """
-        self.teacher, self.data, self.scheme, self.log, self.load = teacher, data, scheme, log, load
+        self.teacher = teacher
+        self.data = data
+        self.scheme = scheme
+        self.log = log
+        self.load = load
+
+        # All that decides the numbers; a folder of another meta is refused.
         fields = ("threshold", "temperature") if scheme.name == "sampled" else ()
         self.meta: dict[str, Any] = {
             "schema": 3,
@@ -131,6 +141,8 @@ class Signals:
             "rows_per_shard": ROWS_PER_SHARD,
             "precision": "fp32" if precision == "fp32" else "bf16",
         }
+
+        # The folder, and what of it is open: shards read, their paths, bytes on their way.
         base = str(root) if own_folder else f"{root}/{sha256_json(self.meta | made_with())[:32]}"
         self.fs, self.folder = fsspec.core.url_to_fs(base)
         self._head: Head | None = None  # of the scheme "hidden", once the teacher was open
@@ -138,27 +150,34 @@ class Signals:
         self._paths: dict[int, str] = {}
         self._fetched: dict[int, Future[bytes]] = {}
         self._reader = ThreadPoolExecutor(1)
+        self._open_folder()
+
+    def _open_folder(self) -> None:
+        """Write the meta where there is none, else hold what is there against what is asked.
+        ValueError when they differ; a line where only what made it does.
+        """
         self.fs.makedirs(self.folder, exist_ok=True)
         if not self.fs.exists(f"{self.folder}/meta.json"):
             self._put(
                 "meta.json", json.dumps(self.meta | {"made_with": made_with()}, indent=2).encode()
             )
-        found = json.loads(self.fs.cat_file(f"{self.folder}/meta.json"))
+        recorded = json.loads(self.fs.cat_file(f"{self.folder}/meta.json"))
+
+        # Numbers of another meta are no signal of this teacher on this text.
         for key, asked in self.meta.items():
-            if found.get(key) != asked:
-                made = (
-                    f"was made with another {key}: it has {found.get(key)!r}, this run needs"
-                    f" {asked!r}"
-                )
+            if recorded.get(key) != asked:
                 raise ValueError(
-                    f"the teacher signal in {self.folder} {made}; give signal.path an empty folder,"
-                    " or change what differs"
+                    f"the teacher signal in {self.folder} was made with another {key}: it has"
+                    f" {recorded.get(key)!r}, this run needs {asked!r}; give signal.path an empty"
+                    " folder, or change what differs"
                 )
-        if differing := [
-            name
-            for name, value in made_with().items()
-            if found.get("made_with", {}).get(name, value) != value
-        ]:
+
+        # Who made them, and on what, is said and no reason to refuse (`made_with`).
+        recorded_maker = recorded.get("made_with", {})
+        differing = [
+            name for name, value in made_with().items() if recorded_maker.get(name, value) != value
+        ]
+        if differing:
             self.log(
                 f"the teacher signal in {self.folder} was made with other {', '.join(differing)}"
                 " than here; it is used as it is"
@@ -190,9 +209,8 @@ class Signals:
         """Start fetching the shards of these rows; only bytes move, so that the thread leaves the
         cores to training.
         """
-        for number in (
-            {row // ROWS_PER_SHARD for row in rows} - self._shards.keys() - self._fetched.keys()
-        ):
+        numbers = {row // ROWS_PER_SHARD for row in rows}
+        for number in numbers - self._shards.keys() - self._fetched.keys():
             if path := self._paths.get(number) or self._present().get(number):
                 self._fetched[number] = self._reader.submit(self.fs.cat_file, path)
 
@@ -200,27 +218,34 @@ class Signals:
         """Make this rank's part of what lacks of the first `rows` sequences' shards. ResourceError
         when the disk has no place for them.
         """
-        numbers, present = range(-(-rows // ROWS_PER_SHARD)), self._present()
+        numbers = range(-(-rows // ROWS_PER_SHARD))
+        present = self._present()
         missing = [
             n for n in numbers if n not in present and n % parallel.world() == parallel.rank()
         ]
-        start, teacher = time.monotonic(), self._open_teacher() if missing else ()
+
+        start = time.monotonic()
+        teacher = self._open_teacher() if missing else ()
         for done, number in enumerate(missing, 1):
             size = self._write(number, *teacher)[1]
-            more = size * (len(missing) - 1)
-            if (
-                done == 1
-                and Path(self.folder).is_dir()
-                and more > (free := shutil.disk_usage(self.folder).free)
-            ):
-                needs = f"needs {more / 1e9:.1f} GB more in {self.folder}"
-                raise ResourceError(
-                    f"the teacher signal {needs}, {free / 1e9:.1f} GB are free; set signal.path"
-                )
-            left = (time.monotonic() - start) / done * (len(missing) - done)
+            if done == 1:
+                self._check_room(size * (len(missing) - 1))
+
+            seconds_left = (time.monotonic() - start) / done * (len(missing) - done)
             self.log(
                 f"teacher signal {done}/{len(missing)} shards, {size / self._tokens(number):.0f}"
-                f" bytes a token, {left:.0f} s left"
+                f" bytes a token, {seconds_left:.0f} s left"
+            )
+
+    def _check_room(self, more: int) -> None:
+        """ResourceError where a local disk has no place for so many bytes more."""
+        if not Path(self.folder).is_dir():
+            return
+        free = shutil.disk_usage(self.folder).free
+        if more > free:
+            raise ResourceError(
+                f"the teacher signal needs {more / 1e9:.1f} GB more in {self.folder},"
+                f" {free / 1e9:.1f} GB are free; set signal.path"
             )
 
     def refresh(self) -> None:
@@ -247,33 +272,41 @@ class Signals:
         return self._paths
 
     def _shard(self, number: int) -> list[Shard]:
-        if number not in self._shards:
-            path = (
-                self._paths.get(number)
-                or self._present().get(number)
-                or self._write(number, *self._open_teacher())[0]
+        """The rows of a shard: from memory, from the folder, or made now."""
+        if number in self._shards:
+            return self._shards[number]
+        path = (
+            self._paths.get(number)
+            or self._present().get(number)
+            or self._write(number, *self._open_teacher())[0]
+        )
+
+        # Its bytes, checked against its name.
+        data = (
+            self._fetched.pop(number).result()
+            if number in self._fetched
+            else self.fs.cat_file(path)
+        )
+        if path.rsplit("/", 1)[1] != _name(number, data):
+            raise ValueError(
+                f"teacher signal {path} is damaged (its checksum differs from its name); delete"
+                " it and run again"
             )
-            data = (
-                self._fetched.pop(number).result()
-                if number in self._fetched
-                else self.fs.cat_file(path)
-            )
-            if path.rsplit("/", 1)[1] != _name(number, data):
-                raise ValueError(
-                    f"teacher signal {path} is damaged (its checksum differs from its name); delete"
-                    " it and run again"
-                )
-            while len(self._shards) >= SHARDS_IN_MEMORY:
-                del self._shards[next(iter(self._shards))]
-            tensors = load(data)
-            columns = {
-                name: tensors[name].split(tensors[f"{name}.lengths"].tolist())
-                for name in tensors
-                if f"{name}.lengths" in tensors
-            }
-            self._shards[number] = [
-                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-            ]
+
+        # The one read first makes room.
+        while len(self._shards) >= SHARDS_IN_MEMORY:
+            del self._shards[next(iter(self._shards))]
+
+        # Tensors of all rows, one after the other, back to one a row.
+        tensors = load(data)
+        columns = {
+            name: tensors[name].split(tensors[f"{name}.lengths"].tolist())
+            for name in tensors
+            if f"{name}.lengths" in tensors
+        }
+        self._shards[number] = [
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+        ]
         return self._shards[number]
 
     def _open_teacher(self) -> tuple[Any, Head]:
@@ -285,6 +318,8 @@ class Signals:
         )
         use_cpu_kernels(model)
         model.to(best_device())
+
+        # Rows behind the tokenizer's ids are padding.
         head = head_of(model).detach()
         head = head.first(min(len(head.weight_VH), token_count(load_tokenizer(self.teacher))))
         if self.scheme.name == "hidden":
@@ -294,19 +329,24 @@ class Signals:
     def _write(self, number: int, model: Any, head: Head) -> tuple[str, int]:
         """Make one shard; its path and size in bytes."""
         generator = torch.Generator().manual_seed(self.meta["seed"] * 1_000_003 + number)
-        made = []
+        first = number * ROWS_PER_SHARD
+        last = min((number + 1) * ROWS_PER_SHARD, len(self.data.ids))
+
+        # Each row goes through the teacher by itself.
+        encoded: list[Shard] = []
         with torch.inference_mode():
-            for row in range(
-                number * ROWS_PER_SHARD, min((number + 1) * ROWS_PER_SHARD, len(self.data.ids))
-            ):
-                hidden_LH = hidden_states(
-                    model, **send_to_device(self.data.inputs([row]), model.device)
-                )
-                made.append(encode(hidden_LH, head, self.scheme, generator))
+            for row in range(first, last):
+                inputs = send_to_device(self.data.inputs([row]), model.device)
+                hidden_LH = hidden_states(model, **inputs)
+                encoded.append(encode(hidden_LH, head, self.scheme, generator))
+
+        # Each tensor of all rows, one after the other, and the rows' lengths in it.
         lengths = {
-            f"{name}.lengths": torch.tensor([len(row[name]) for row in made]) for name in made[0]
-        }  # of the rows, one after the other
-        data = save({name: torch.cat([row[name] for row in made]) for name in made[0]} | lengths)
+            f"{name}.lengths": torch.tensor([len(row[name]) for row in encoded])
+            for name in encoded[0]
+        }
+        joined = {name: torch.cat([row[name] for row in encoded]) for name in encoded[0]}
+        data = save(joined | lengths)
         self._put(_name(number, data), data)
         return f"{self.folder}/{_name(number, data)}", len(data)
 

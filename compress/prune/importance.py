@@ -50,10 +50,15 @@ def drop_blocks(
     `entering[i]` (B, L, H) enters block i of the whole model; only what follows a dropped block is
     computed again.
     """
-    kept, states, dropped = list(range(len(blocks))), list(entering), []
+    kept = list(range(len(blocks)))
+    states = list(entering)
+    dropped = []
     for _ in range(count):
+        # What the blocks behind the last one dropped now receive.
         for index in kept[len(states) - 1 :]:
             states.append(blocks[index](states[-1]))
+
+        # The least influential of those that may go.
         influence = {
             at: block_influence(states[at], states[at + 1])
             for at in range(keep_first, len(kept) - keep_last)
@@ -93,9 +98,13 @@ def keep_channels(
     weight_HF = weight_HF.to(torch.float64, copy=True)
     inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(damp(gram_FF, damping)))
     gone_F = torch.zeros(len(gram_FF), dtype=torch.bool, device=gram_FF.device)
-    while (left := int((~gone_F).sum())) > keep:
+
+    while (remaining := int((~gone_F).sum())) > keep:
+        # The cheapest of the channels that are still there.
         cost_F = removal_cost(weight_HF, inverse_FF).masked_fill_(gone_F, torch.inf)
-        out_D = cost_F.argsort(stable=True)[: min(block, left - keep)]
+        out_D = cost_F.argsort(stable=True)[: min(block, remaining - keep)]
+
+        # W and G^-1 without them.
         solved_DF = torch.linalg.solve(inverse_FF[out_D][:, out_D], inverse_FF[out_D])
         weight_HF.addmm_(weight_HF[:, out_D], solved_DF, alpha=-1)
         inverse_FF.addmm_(inverse_FF[:, out_D], solved_DF, alpha=-1)
@@ -120,8 +129,8 @@ def error_fraction(weight_HF: Tensor, gram_FF: Tensor, keep_K: Tensor, weight_HK
     """
     delta_HF = weight_HF.clone()
     delta_HF[:, keep_K] -= weight_HK
-    whole, lost = (((w @ gram_FF) * w).sum().item() for w in (weight_HF, delta_HF))
-    return max(0.0, lost) / max(whole, 1e-30)
+    total, lost = (((w @ gram_FF) * w).sum().item() for w in (weight_HF, delta_HF))
+    return max(0.0, lost) / max(total, 1e-30)
 
 
 def cut_ffns(model: Any, ids_BL: Tensor, keep: int, damping: float) -> list[float]:
@@ -130,8 +139,10 @@ def cut_ffns(model: Any, ids_BL: Tensor, keep: int, damping: float) -> list[floa
     """
     import torch_pruning
 
-    with torch.enable_grad():  # the trace follows grad_fn
-        graph, errors = torch_pruning.DependencyGraph(), []
+    # Which matrices hang together; the trace follows grad_fn.
+    graph = torch_pruning.DependencyGraph()
+    errors: list[float] = []
+    with torch.enable_grad():
         two_BL = torch.zeros(1, 2, dtype=torch.long)
         graph.build_dependency(
             model,
@@ -141,12 +152,17 @@ def cut_ffns(model: Any, ids_BL: Tensor, keep: int, damping: float) -> list[floa
         )
 
     def cut_here(down: torch.nn.Linear, args: tuple[Tensor]) -> tuple[Tensor]:
-        x_NF, whole_HF = args[0].flatten(0, -2), down.weight.detach()
+        # Which channels stay, and the projection fitted to them.
+        x_NF = args[0].flatten(0, -2)
+        weight_HF = down.weight.detach()
         gram_FF = x_NF.T @ x_NF
-        keep_K = keep_channels(whole_HF, gram_FF, keep, damping)
-        fitted_HK = reconstruct(whole_HF, gram_FF, keep_K, damping)
-        errors.append(error_fraction(whole_HF, gram_FF, keep_K, fitted_HK))
-        mlp, gone = mlps[down], sorted(set(range(len(gram_FF))) - set(keep_K.tolist()))
+        keep_K = keep_channels(weight_HF, gram_FF, keep, damping)
+        fitted_HK = reconstruct(weight_HF, gram_FF, keep_K, damping)
+        errors.append(error_fraction(weight_HF, gram_FF, keep_K, fitted_HK))
+
+        # The cut reaches this FFN's three matrices, and no more.
+        mlp = mlps[down]
+        gone = sorted(set(range(len(gram_FF))) - set(keep_K.tolist()))
         group: Any = graph.get_pruning_group(
             mlp.up_proj, torch_pruning.prune_linear_out_channels, gone
         )
@@ -155,15 +171,14 @@ def cut_ffns(model: Any, ids_BL: Tensor, keep: int, damping: float) -> list[floa
             for item in group
             if isinstance(item.dep.target.module, torch.nn.Linear)
         }
-        assert linears == {
-            mlp.gate_proj,
-            mlp.up_proj,
-            down,
-        }, f"the dependency graph found {group}"  # this FFN's three, no more
+        expected = {mlp.gate_proj, mlp.up_proj, down}
+        assert linears == expected, f"the dependency graph found {group}"
         group.prune()
         assert mlp.gate_proj.out_features == mlp.up_proj.out_features == down.in_features == keep, (
             mlp
         )
+
+        # The projection itself goes on with the fitted columns and what stays of its input.
         down.weight.copy_(fitted_HK)
         return (args[0][..., keep_K],)
 

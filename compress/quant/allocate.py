@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.distill.losses import Dense, Mix, head_loss
+from compress.distill.fused_head import head_loss
+from compress.distill.losses import Dense, Mix
 from compress.models.head import block_inputs, head_of, hidden_states
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS
@@ -29,6 +30,99 @@ from compress.store import write_json
 from compress.train.progress import progress
 
 Options = dict[str, dict[str, tuple[float, int]]]  # matrix -> grid -> (cost in nats a token, bytes)
+
+
+class _Calibration:
+    """Calibration text in a model: what enters each block of the unquantized one, and the
+    distribution p that comes out of it.
+    """
+
+    def __init__(self, model: Any, ids_RL: Tensor) -> None:
+        self.model = model
+        self.ids_RL = ids_RL
+        self.states, self.keywords = block_inputs(model, ids_RL)
+        self.labels_N = ids_RL.flatten()
+        self.counted_N = torch.ones(ids_RL.numel())
+
+        # The head may be the matrix that is rounded: p needs a copy of it as it is.
+        head = head_of(model).detach()
+        copied = replace(head, weight_VH=head.weight_VH.clone())
+        self.target = Dense(hidden_states(model, ids_RL), copied)
+
+    def final(self, name: str) -> Tensor:
+        """Final states (N, H) with one matrix changed; blocks in front of it give what they gave
+        before.
+        """
+        if not name.startswith("model.layers."):
+            return hidden_states(self.model, self.ids_RL)
+        index = int(name.split(".")[2])
+        blocks = self.model.model.layers[index:]
+        x_RLH = self.states[index]
+        for block, given in zip(blocks, self.keywords[index:], strict=True):
+            x_RLH = block(x_RLH, **given)
+        return self.model.model.norm(x_RLH).flatten(0, 1)
+
+    def divergence(self, name: str) -> float:
+        """KL(p || the model as it now is) in nats a token, with one matrix changed."""
+        head = head_of(self.model).detach()
+        loss = head_loss(self.final(name), head, self.labels_N, self.counted_N, self.target, Mix())
+        return max(0.0, float(loss) / len(self.labels_N))
+
+
+def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, list[str]]:
+    """The grids whose blocks the rows of each matrix divide into. ValueError, naming the matrix,
+    when there is none.
+    """
+    legal_grids = {
+        name: [grid for grid in grids if home.weight.shape[-1] % GRIDS[grid].block == 0]
+        for name, home in matrices.items()
+    }
+
+    for name, legal in legal_grids.items():
+        if not legal:
+            raise ValueError(
+                f"{name} has rows of {matrices[name].weight.shape[-1]}: none of"
+                f" {', '.join(grids)} takes them; add q8_0, whose blocks are"
+                f" {GRIDS['q8_0'].block}"
+            )
+    return legal_grids
+
+
+def _damage(name: str, weight: Tensor, grids: list[str], text: _Calibration) -> dict[str, float]:
+    """c_ig of one matrix (R, C), alone on each grid; it is put back as it was."""
+    unrounded = weight.clone()
+    damage = {}
+    for grid in grids:
+        weight.copy_(GRIDS[grid].decode(*GRIDS[grid].encode(unrounded, name)))
+        damage[grid] = text.divergence(name)
+    weight.copy_(unrounded)
+    return damage
+
+
+def _measured(
+    matrices: dict[str, Any],
+    legal_grids: dict[str, list[str]],
+    text: _Calibration,
+    kept: Path,
+    label: str,
+    log: Callable[[str], None],
+) -> dict[str, dict[str, float]]:
+    """c_ig of all matrices; the file `kept` has those of a killed run, and gets each new one."""
+    damages: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
+    with progress(label, len(matrices), len(damages), log) as update:
+        for name, home in matrices.items():
+            if set(legal_grids[name]) <= damages.get(name, {}).keys():
+                continue
+
+            # One matrix on all of its grids, kept at once.
+            start = time.monotonic()
+            damage = _damage(name, home.weight, legal_grids[name], text)
+            damages[name] = damage
+            write_json(kept, damages)
+
+            tokens = len(damage) * len(text.labels_N)
+            update(len(damages), max(damage.values()), tokens / (time.monotonic() - start))
+    return damages
 
 
 @torch.no_grad()
@@ -47,59 +141,17 @@ def options(
     takes its rows.
     """
     matrices = quantizable(model)
-    able = {
-        name: [grid for grid in grids if home.weight.shape[-1] % GRIDS[grid].block == 0]
-        for name, home in matrices.items()
-    }
-    for name in (name for name, some in able.items() if not some):
-        rows = f"{name} has rows of {matrices[name].weight.shape[-1]}"
-        raise ValueError(
-            f"{rows}: none of {', '.join(grids)} takes them; add q8_0, whose blocks are"
-            f" {GRIDS['q8_0'].block}"
-        )
-    states, keywords = block_inputs(model, ids_RL)
+    legal_grids = _legal_grids(matrices, grids)
+    damages = _measured(matrices, legal_grids, _Calibration(model, ids_RL), kept, label, log)
 
-    def final(name: str) -> Tensor:
-        """Final states (N, H); blocks in front of the matrix give what they gave before."""
-        if not name.startswith("model.layers."):
-            return hidden_states(model, ids_RL)
-        index = int(name.split(".")[2])
-        x_RLH = states[index]
-        for block, given in zip(model.model.layers[index:], keywords[index:], strict=True):
-            x_RLH = block(x_RLH, **given)
-        return model.model.norm(x_RLH).flatten(0, 1)
-
-    head, labels, every = head_of(model).detach(), ids_RL.flatten(), torch.ones(ids_RL.numel())
-    full = Dense(hidden_states(model, ids_RL), replace(head, weight_VH=head.weight_VH.clone()))
-    found: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
-    with progress(label, len(matrices), len(found), log) as update:
-        for name, home in matrices.items():
-            if set(able[name]) <= found.get(name, {}).keys():
-                continue
-            weight = home.weight
-            whole, start, damage = weight.clone(), time.monotonic(), {}
-            for grid in able[name]:
-                weight.copy_(GRIDS[grid].decode(*GRIDS[grid].encode(whole, name)))
-                damage[grid] = max(
-                    0.0,
-                    float(
-                        head_loss(final(name), head_of(model).detach(), labels, every, full, Mix())
-                    )
-                    / len(labels),
-                )
-            weight.copy_(whole)
-            found[name] = damage
-            write_json(kept, found)
-            update(
-                len(found),
-                max(damage.values()),
-                len(damage) * len(labels) / (time.monotonic() - start),
-            )
-    numel = {name: home.weight.numel() for name, home in matrices.items()}
-    return {
-        name: {g: (found[name][g], round(numel[name] * GRIDS[g].bits_per_weight / 8)) for g in some}
-        for name, some in able.items()
-    }
+    choices: Options = {}
+    for name, home in matrices.items():
+        weights = home.weight.numel()
+        choices[name] = {
+            grid: (damages[name][grid], round(weights * GRIDS[grid].bits_per_weight / 8))
+            for grid in legal_grids[name]
+        }
+    return choices
 
 
 def choose(options: Options, budget_bytes: int) -> dict[str, str]:
@@ -109,17 +161,23 @@ def choose(options: Options, budget_bytes: int) -> dict[str, str]:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
+    # Whether there is an answer.
     least = sum(min(size for _, size in grids.values()) for grids in options.values())
     if least > budget_bytes:
         raise ValueError(
             f"the matrices take at least {least:,} bytes on the grids given, the budget leaves"
             f" {budget_bytes:,}; raise it or add smaller grids"
         )
+
+    # A 0 or 1 for every pair of matrix and grid: one grid a matrix, all within the budget.
     pairs = [(name, grid) for name, grids in options.items() for grid in grids]
     cost, size = np.array([options[name][grid] for name, grid in pairs], dtype=float).T
-    row = {name: i for i, name in enumerate(options)}
-    once = csr_array((np.ones(len(pairs)), ([row[name] for name, _ in pairs], range(len(pairs)))))
+    number = {name: i for i, name in enumerate(options)}
+    rows = [number[name] for name, _ in pairs]
+    once = csr_array((np.ones(len(pairs)), (rows, range(len(pairs)))))
     rules = [LinearConstraint(once, 1, 1), LinearConstraint(size[None], 0, budget_bytes)]
+
+    # The largest cost is 1, the solver's tolerances being absolute.
     solved = milp(
         cost / max(cost.max(), 1e-30),
         integrality=np.ones(len(pairs)),

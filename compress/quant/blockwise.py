@@ -41,12 +41,10 @@ class Stream:
     """
 
     def __init__(self, model: Any, ids_BL: Tensor, precision: str) -> None:
-        self.model, self.ids_BL, self.precision, self.blocks = (
-            model,
-            ids_BL,
-            precision,
-            model.model.layers,
-        )
+        self.model = model
+        self.ids_BL = ids_BL
+        self.precision = precision
+        self.blocks = model.model.layers
         self.keywords = block_inputs(model, ids_BL[:1])[1]
         self.enter()
 
@@ -84,13 +82,14 @@ class Stream:
 
     def inputs(self, index: int, groups: list[Group]) -> list[Inputs]:
         """What each group of a block receives; text goes no further than to the last."""
-        found = [Inputs() for _ in groups]
+        received = [Inputs() for _ in groups]
 
         def note(i: int, _: Any, args: tuple[Tensor]) -> None:
-            found[i].add(args[0])
+            received[i].add(args[0])
             if i == len(groups) - 1:
                 raise _Stop
 
+        # Readers of a group receive the same: one of them is listened to.
         with ExitStack() as hooks:
             for i, group in enumerate(groups):
                 hooks.enter_context(
@@ -99,7 +98,7 @@ class Stream:
             for x_BLH in self.states:
                 with suppress(_Stop):
                     self.call(index, x_BLH)
-        return found
+        return received
 
     def final_gram(self) -> Tensor:
         """(H, H): the sum of h h^T over final hidden states, when all blocks are behind."""
@@ -128,19 +127,19 @@ class Blockwise:
         damping: float = 0.01,
         keep: bool = False,
     ) -> None:
-        self.model, self.layout, self.method, self.search, self.balance = (
-            model,
-            layout,
-            method,
-            search,
-            balance,
-        )
-        self.damping, self.keep = damping, keep
-        self.whole: dict[str, Tensor] = {}  # with `keep`: every matrix before rounding
+        self.model = model
+        self.layout = layout
+        self.method = method
+        self.search = search
+        self.balance = balance
+        self.damping = damping
+        self.keep = keep
+
+        # What comes of it: matrices before rounding (with `keep`), codes, and the squared error of
+        # all rounded matrices beside their squares.
+        self.whole: dict[str, Tensor] = {}
         self.made: dict[str, Quantized] = {}
-        self.lost = torch.zeros(
-            2, dtype=torch.float64
-        )  # squared error of all rounded matrices, and their squares
+        self.lost = torch.zeros(2, dtype=torch.float64)
 
     def put(self, name: str, weight: Tensor, codes: Tensor, scales: Tensor) -> None:
         """One matrix is done: its codes are kept, the model goes on with their values."""
@@ -156,13 +155,14 @@ class Blockwise:
         """Round one matrix by the method, given its inputs' second moments where they are known."""
         grid = GRIDS[self.layout[name]]
         if gram_CC is not None and self.method == "gptq":
-            made = gptq(weight, gram_CC, grid, self.damping, self.search and grid.searches, name)
+            search = self.search and grid.searches
+            codes, scales = gptq(weight, gram_CC, grid, self.damping, search, name)
         elif self.search and grid.searches:
             scales = grid.search(weight, None if gram_CC is None else gram_CC.diagonal(), name)
-            made = grid.codes(weight, scales), scales
+            codes = grid.codes(weight, scales)
         else:
-            made = grid.encode(weight, name)
-        self.put(name, weight, *made)
+            codes, scales = grid.encode(weight, name)
+        self.put(name, weight, codes, scales)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -183,17 +183,23 @@ class Blockwise:
         """Every matrix behind what is quantized before it, on ids (B, L) in the run's precision;
         finished pieces lie in `work`.
         """
-        (first, embedding), *heads = [
+        # Embeddings first; where they are the head too, by the unquantized model's final states.
+        outside = [
             pair
             for pair in quantizable(self.model).items()
             if not pair[0].startswith("model.layers.")
         ]
-        stream, started, fresh = Stream(self.model, ids_BL, precision), time.monotonic(), 0
+        (first, embedding), *heads = outside
+        stream = Stream(self.model, ids_BL, precision)
+        started = time.monotonic()
         self._kept(
             work / "embeddings.safetensors",
             embedding,
             partial(self._embedding, first, embedding, stream, tied=not heads),
         )
+
+        # Block by block, each behind those that are rounded.
+        fresh = 0
         stream.enter()
         for index, block in enumerate(stream.blocks):
             fresh += self._kept(
@@ -202,30 +208,36 @@ class Blockwise:
                 partial(self._block, index, stream),
             )
             stream.advance(index)
-            left = (time.monotonic() - started) / max(1, fresh) * (len(stream.blocks) - index - 1)
-            log(f"block {index + 1}/{len(stream.blocks)} quantized  {left:,.0f} s left")
+            seconds = time.monotonic() - started
+            seconds_left = seconds / max(1, fresh) * (len(stream.blocks) - index - 1)
+            log(f"block {index + 1}/{len(stream.blocks)} quantized  {seconds_left:,.0f} s left")
+
+        # A head of its own, by what now reaches it.
         for name, head in heads:
             self.round(name, head.weight, stream.final_gram())
 
     def _embedding(self, name: str, embedding: Any, stream: Stream, *, tied: bool) -> None:
+        """Round the embedding, a tied one as the head that it also is."""
         for index in range(len(stream.blocks) if tied else 0):
             stream.advance(index)
         self.round(name, embedding.weight, stream.final_gram() if tied else None)
 
     def _block(self, index: int, stream: Stream) -> None:
         """Balance and round one block."""
-        block, prefix = stream.blocks[index], f"model.layers.{index}."
-        groups = groups_of(block)
-        if self.balance != "none":  # all of them measured on the weights as they are
+        prefix = f"model.layers.{index}."
+        groups = groups_of(stream.blocks[index])
+
+        # All groups are balanced, each measured on the weights as they are.
+        if self.balance != "none":
             for group, inputs in zip(groups, stream.inputs(index, groups), strict=True):
                 name = f"{prefix}{next(iter(group.readers))}.weight"
                 fold(group, awq_scales(group, inputs, GRIDS[self.layout[name]], name))
+
+        # Then rounded one after the other, each behind those before it.
         for group in groups:
-            gram_CC = (
-                stream.inputs(index, [group])[0].gram_CC
-                if self.method == "gptq" or self.search
-                else None
-            )
+            gram_CC = None
+            if self.method == "gptq" or self.search:
+                gram_CC = stream.inputs(index, [group])[0].gram_CC
             for name, reader in group.readers.items():
                 self.round(f"{prefix}{name}.weight", reader.weight, gram_CC)
 
@@ -233,37 +245,43 @@ class Blockwise:
         """Make a piece and keep it with `home`'s vectors (norms, biases), or find it in `file`:
         whether it was made now.
         """
-        before, lost = set(self.made), self.lost
         vectors = {
             f"vector:{name}": parameter
             for name, parameter in home.named_parameters()
             if parameter.dim() == 1
         }
         if file.is_file():
-            kept = load_file(file)
-            self.lost = lost + kept.pop("lost")
-            for key, parameter in vectors.items():
-                parameter.copy_(kept.pop(key))
-            for name in sorted({key.rpartition(":")[2] for key in kept}):
-                made = Quantized(self.layout[name], kept[f"codes:{name}"], kept[f"scales:{name}"])
-                self.whole |= {name: kept[f"whole:{name}"]} if self.keep else {}
-                self.made[name] = bake(self.model.get_parameter(name), made)
+            self._take_back(load_file(file), vectors)
             return False
-        self.lost = torch.zeros_like(lost)
+
+        # What the piece itself adds is what its file has to hold.
+        names_before = set(self.made)
+        lost_before = self.lost
+        self.lost = torch.zeros_like(lost_before)
         make()
-        tensors = {
-            f"{part}:{name}": getattr(self.made[name], part)
-            for name in self.made.keys() - before
-            for part in ("codes", "scales")
-        }
-        tensors |= {f"whole:{name}": self.whole[name] for name in self.whole.keys() - before}
-        write_whole(
-            file,
-            save(
-                tensors
-                | {key: parameter.detach() for key, parameter in vectors.items()}
-                | {"lost": self.lost}
-            ),
-        )
-        self.lost = lost + self.lost
+        tensors = {}
+        for name in self.made.keys() - names_before:
+            tensors[f"codes:{name}"] = self.made[name].codes
+            tensors[f"scales:{name}"] = self.made[name].scales
+        for name in self.whole.keys() - names_before:
+            tensors[f"whole:{name}"] = self.whole[name]
+        for key, parameter in vectors.items():
+            tensors[key] = parameter.detach()
+        tensors["lost"] = self.lost
+        write_whole(file, save(tensors))
+
+        self.lost = lost_before + self.lost
         return True
+
+    def _take_back(self, kept: dict[str, Tensor], vectors: dict[str, nn.Parameter]) -> None:
+        """Put a kept piece into the model: its vectors, and its matrices' codes."""
+        self.lost = self.lost + kept.pop("lost")
+        for key, parameter in vectors.items():
+            parameter.copy_(kept.pop(key))
+
+        # All that remains are matrices, each in two or three parts.
+        for name in sorted({key.rpartition(":")[2] for key in kept}):
+            codes = Quantized(self.layout[name], kept[f"codes:{name}"], kept[f"scales:{name}"])
+            if self.keep:
+                self.whole[name] = kept[f"whole:{name}"]
+            self.made[name] = bake(self.model.get_parameter(name), codes)

@@ -46,6 +46,8 @@ def quantizable(model: nn.Module) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
         home = model.get_submodule(path)
+
+        # Vectors (norms, biases) stay as they are.
         if kind == "weight" and isinstance(home, (nn.Linear, nn.Embedding)):
             homes[name] = home
         elif parameter.dim() > 1:
@@ -82,16 +84,14 @@ def save_quantized(
 ) -> None:
     """Write a baked model as a plain fp32 checkpoint, with `quant.safetensors` beside it."""
     save_model(model, out, tokenizer_from, dtype=torch.float32)
-    tensors = {
-        f"{name}.{part}": getattr(q, part)
-        for name, q in made.items()
-        for part in ("codes", "scales")
-    }
-    save_file(
-        tensors,
-        out / FILE,
-        metadata={"grids": json.dumps({name: q.grid for name, q in made.items()}, sort_keys=True)},
-    )
+
+    # The codes that the weights decode from, and the grid of each matrix.
+    tensors = {}
+    for name, q in made.items():
+        tensors[f"{name}.codes"] = q.codes
+        tensors[f"{name}.scales"] = q.scales
+    grids = {name: q.grid for name, q in made.items()}
+    save_file(tensors, out / FILE, metadata={"grids": json.dumps(grids, sort_keys=True)})
 
 
 def is_quantized(path: Path) -> bool:
@@ -120,6 +120,8 @@ def load_quantized(path: Path) -> dict[str, Quantized]:
     """
     if not is_quantized(path):
         raise ValueError(f"{path} has no {FILE}: it is not quantized; run ptq or qat on it first")
+
+    # The tensors, and the grids that the metadata names.
     try:
         with safe_open(path / FILE, framework="pt") as file:
             grids = json.loads((file.metadata() or {}).get("grids", "{}"))
@@ -128,7 +130,11 @@ def load_quantized(path: Path) -> dict[str, Quantized]:
         raise ValueError(
             f"{path / FILE} can't be read ({error}); make the checkpoint again"
         ) from error
-    if {f"{name}.{part}" for name in grids for part in ("codes", "scales")} != set(tensors):
+
+    # Nothing more and nothing less than a known grid, codes and scales of each matrix.
+    codes = {f"{name}.codes" for name in grids}
+    scales = {f"{name}.scales" for name in grids}
+    if codes | scales != set(tensors):
         raise ValueError(
             f"{path / FILE} does not hold a grid, codes and scales of each matrix; make the"
             " checkpoint again"
@@ -139,6 +145,7 @@ def load_quantized(path: Path) -> dict[str, Quantized]:
                 f"{path / FILE}: {name} says grid {grid!r}: known grids are {', '.join(GRIDS)};"
                 " make it again"
             )
+
     return {
         name: Quantized(grid, tensors[f"{name}.codes"], tensors[f"{name}.scales"])
         for name, grid in grids.items()

@@ -48,12 +48,10 @@ class _Snapped:
     """
 
     def __init__(self, home: Any, modules: list[nn.Module], grid: Grid, scales: Tensor) -> None:
-        self.home, self.modules, self.grid, self.scales = (
-            home,
-            modules,
-            grid,
-            scales,
-        )  # those that `values` are made with
+        self.home = home
+        self.modules = modules
+        self.grid = grid
+        self.scales = scales  # those that `values` are made with
         self.key: tuple[int, ...] = ()
         self.values = torch.empty(0)
         self.linked: Tensor | None = None
@@ -78,7 +76,9 @@ class _Snapped:
         """fp32 (R, C): the quantized weight, as a property of modules; recomputed only when the
         master or the scales have changed.
         """
-        parts, scales = self.parts(), self.home.quant_scales
+        # What the values depend on, as identities and version counters.
+        parts = self.parts()
+        scales = self.home.quant_scales
         key = (
             id(parts[0]),
             parts[0].data_ptr(),
@@ -86,6 +86,8 @@ class _Snapped:
             scales._version,
             *(-1 if part is None else part._version for part in parts),
         )
+
+        # Quantize anew, into the same memory where it fits.
         if key != self.key:
             self.scales = self.learned()
             with torch.inference_mode(False), torch.no_grad():
@@ -95,11 +97,12 @@ class _Snapped:
                         master, memory_format=torch.contiguous_format, requires_grad=False
                     )
                 self.grid.snap(master, self.scales, self.values)
-            self.key, self.linked = key, None
-        if not (
-            torch.is_grad_enabled()
-            and any(part is not None and part.requires_grad for part in parts)
-        ):
+            self.key = key
+            self.linked = None
+
+        # The node that leads back to the parts, made once and only where something is trained.
+        trained = any(part is not None and part.requires_grad for part in parts)
+        if not (torch.is_grad_enabled() and trained):
             return self.values
         if self.linked is None:
             self.linked = cast(Tensor, _StraightThrough.apply(*parts, self))
@@ -124,18 +127,26 @@ class _StraightThrough(torch.autograd.Function):
         """From d loss / d values (R, C) to those of the parts that need it: (R, C), (R, C /
         block), (r, C), (R, r).
         """
-        snapped, needed = ctx.snapped, ctx.needs_input_grad
-        w, (_, _, a, b) = snapped.master(), snapped.parts()
-        inside, shift = snapped.grid.unclipped(w, snapped.scales, grad), None
+        snapped = ctx.snapped
+        needed = ctx.needs_input_grad
+        w = snapped.master()
+        _, _, a, b = snapped.parts()
+
+        # dL/dw: what comes in, where no code was clamped.
+        inside = snapped.grid.unclipped(w, snapped.scales, grad)
+
+        # Of a block's log scale: g . w_q where s multiplies, less g . w where s divides unclamped.
+        shift = None
         if needed[1]:
-            blocks = [
-                t.reshape(-1, snapped.grid.length(t.shape[1]))
-                for t in (grad, snapped.values, inside, w)
-            ]
+            length = snapped.grid.length(grad.shape[1])
+            grad_blocks, value_blocks, inside_blocks, w_blocks = (
+                t.reshape(-1, length) for t in (grad, snapped.values, inside, w)
+            )
             shift = (
-                torch.linalg.vecdot(blocks[0], blocks[1])
-                - torch.linalg.vecdot(blocks[2], blocks[3])
+                torch.linalg.vecdot(grad_blocks, value_blocks)
+                - torch.linalg.vecdot(inside_blocks, w_blocks)
             ).view(snapped.scales.shape)
+
         low = (None, None) if a is None else (b.T @ inside, inside @ a.T)
         return inside if needed[0] else None, shift, *low, None
 
@@ -159,6 +170,8 @@ def attach(
     """
     if hasattr(model, "fake_quant"):
         raise ValueError("the model is fake-quantized already: call finish before attaching again")
+
+    # Every matrix with its first scales; nothing is changed before all fit.
     snaps: dict[str, _Snapped] = {}
     for name, home in quantizable(model).items():
         weight = home.weight
@@ -168,19 +181,17 @@ def attach(
             )
         grid = GRIDS[grids if isinstance(grids, str) else grids[name]]
         if start:
-            found = start[name].scales.to(weight.device)
+            first_scales = start[name].scales.to(weight.device)
+        elif scales == "search" and grid.searches:
+            first_scales = grid.search(weight, name=name)
         else:
-            found = (
-                grid.search(weight, name=name)
-                if scales == "search" and grid.searches
-                else grid.encode(weight, name)[1]
-            )
-        snaps[name] = _Snapped(
-            home,
-            [module for module in model.modules() if module._parameters.get("weight") is weight],
-            grid,
-            found,
-        )
+            first_scales = grid.encode(weight, name)[1]
+        modules = [
+            module for module in model.modules() if module._parameters.get("weight") is weight
+        ]
+        snaps[name] = _Snapped(home, modules, grid, first_scales)
+
+    # What is trained besides, and the classes that compute with quantized weights.
     for snapped in snaps.values():
         home = snapped.home
         home.register_buffer("quant_scales", snapped.scales)
@@ -213,18 +224,24 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
     `save_quantized` takes.
     """
     attached: Any = model.fake_quant
-    made: dict[str, Quantized] = {}
+    quantized: dict[str, Quantized] = {}
     for name, snapped in attached.snaps.items():
-        home, grid, master, scales = snapped.home, snapped.grid, snapped.master(), snapped.learned()
+        # The last master and scales, while all parts are there.
+        home = snapped.home
+        grid = snapped.grid
+        master = snapped.master()
+        scales = snapped.learned()
+
+        # Classes, scales and parameters as they were.
         for module in snapped.modules:
             module.__class__ = type(module).unquantized
         del home.quant_scales
         for part in PARTS[1:]:
             home._parameters.pop(part, None)
-        made[name] = bake(
-            home.weight.requires_grad_(True),
-            Quantized(grid.name, grid.codes(master, scales), scales),
-        )
+
+        codes = Quantized(grid.name, grid.codes(master, scales), scales)
+        quantized[name] = bake(home.weight.requires_grad_(True), codes)
+
     attached.hook.remove()
     del model.fake_quant
-    return made
+    return quantized

@@ -53,14 +53,16 @@ def gptq(
     grid.check(w_RC, name)
     upper_CC = factor(gram_CC, damping, name)
     cost_C = upper_CC.diagonal() ** -2
-    left_CR = w_RC.detach().float().T.contiguous()
-    codes_CR = torch.empty_like(left_CR, dtype=grid.dtype)
+    work_CR = w_RC.detach().float().T.contiguous()  # weights, as the rounded ones have moved them
+    codes_CR = torch.empty_like(work_CR, dtype=grid.dtype)
     scales = []
-    length = grid.length(len(left_CR))
+    length = grid.length(len(work_CR))
     group = grid.group or length
-    for start in range(0, len(left_CR), length):
+
+    for start in range(0, len(work_CR), length):
+        # Scales of the block as it now is.
         stop = start + length
-        block_KR = left_CR[start:stop]
+        block_KR = work_CR[start:stop]
         now_RK = block_KR.T.contiguous()
         scales.append(
             grid.search(now_RK, cost_C[start:stop], name)
@@ -68,9 +70,12 @@ def gptq(
             else grid.encode(now_RK, name)[1]
         )
         step, floor = grid.levels(scales[-1])  # (R, groups, 1)
+
+        # Column by column, the rest of the block making up for each.
         error_KR = torch.empty_like(block_KR)  # (w - q) / U_jj
         for j, w_R in enumerate(block_KR):
-            s_R, f_R = step[:, j // group, 0], 0.0 if floor is None else floor[:, j // group, 0]
+            s_R = step[:, j // group, 0]
+            f_R = 0.0 if floor is None else floor[:, j // group, 0]
             q_R = grid.rounded((w_R - f_R) * inverse(s_R))
             codes_CR[start + j] = grid.stored_codes(q_R.clone())
             torch.sub(w_R, q_R.mul_(s_R).add_(f_R), out=error_KR[j]).div_(
@@ -79,5 +84,8 @@ def gptq(
             block_KR[j + 1 :].addr_(
                 upper_CC[start + j, start + j + 1 : stop], error_KR[j], alpha=-1
             )
-        left_CR[stop:].addmm_(upper_CC[start:stop, stop:].T, error_KR, alpha=-1)
+
+        # All later blocks in one product.
+        work_CR[stop:].addmm_(upper_CC[start:stop, stop:].T, error_KR, alpha=-1)
+
     return codes_CR.T.contiguous(), torch.cat(scales, dim=1)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
-# the grids of `compress.quant.grids.GRIDS`, named here because reading the configuration must not
-# import torch
+# The grids of `compress.quant.grids.GRIDS`, named here because reading the configuration must not
+# import torch.
 GridName = StrEnum(
     "GridName",
     [
@@ -27,22 +28,43 @@ GridName = StrEnum(
         "int8",
     ],
 )
-Method = StrEnum("Method", ["nearest", "gptq"])  # how codes are chosen
-Balance = StrEnum("Balance", ["none", "awq"])  # what is folded between layers before rounding
-Scales = StrEnum(
-    "Scales", ["round", "search", "learned"]
-)  # how a block's scale is chosen; learned: qat only, from the rule on, with the weights
-# row lengths must be multiples
-BLOCK = {
-    grid: 256 if grid.endswith("_k") else int(grid.rpartition("_g")[2]) if "_g" in grid else 32
-    for grid in GridName
-} | {GridName.int8: 1}
-# grids of one scale; Q4_K and Q6_K search in their plain rounding already
-SEARCHED = tuple(
-    grid
-    for grid in GridName
-    if grid in ("q4_0", "iq4_nl", "q5_0", "q8_0", "int8") or grid.startswith(("int4_g", "int8_g"))
-)
+# How codes are chosen.
+Method = StrEnum("Method", ["nearest", "gptq"])
+# What is folded between layers before rounding.
+Balance = StrEnum("Balance", ["none", "awq"])
+# How a block's scale is chosen; learned: qat only, from the rule on, with the weights.
+Scales = StrEnum("Scales", ["round", "search", "learned"])
+
+
+class Properties(NamedTuple):
+    """What a stage must know of a grid before torch is there."""
+
+    block: int  # row lengths must be multiples
+    searched: bool  # whether `scales: search` finds other scales than the grid's plain rounding
+
+
+# Searched are grids of one scale; Q4_K and Q6_K search in their plain rounding already.
+PROPERTIES = {
+    GridName.q4_0: Properties(32, True),
+    GridName.iq4_nl: Properties(32, True),
+    GridName.q4_1: Properties(32, False),
+    GridName.q5_0: Properties(32, True),
+    GridName.q8_0: Properties(32, True),
+    GridName.q4_k: Properties(256, False),
+    GridName.q6_k: Properties(256, False),
+    GridName.int4_g32: Properties(32, True),
+    GridName.int4_g64: Properties(64, True),
+    GridName.int4_g128: Properties(128, True),
+    GridName.int4_asym_g32: Properties(32, False),
+    GridName.int4_asym_g64: Properties(64, False),
+    GridName.int4_asym_g128: Properties(128, False),
+    GridName.int8_g32: Properties(32, True),
+    GridName.int8_g64: Properties(64, True),
+    GridName.int8_g128: Properties(128, True),
+    GridName.int8: Properties(1, True),
+}
+BLOCK = {grid: properties.block for grid, properties in PROPERTIES.items()}
+SEARCHED = tuple(grid for grid, properties in PROPERTIES.items() if properties.searched)
 
 
 @dataclass
@@ -61,9 +83,8 @@ class Allocation:
             GridName.q8_0,
         ]
     )
-    calibration_sequences: int = (
-        1  # on which the damage of each matrix is measured: a second one doubles the time
-    )
+    # On which the damage of each matrix is measured: a second one doubles the time.
+    calibration_sequences: int = 1
 
     def __post_init__(self) -> None:
         wrong = [grid.value for grid in self.grids if grid.startswith("int")]

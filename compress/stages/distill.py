@@ -26,17 +26,15 @@ class Distill(Optimization):
 
     kl_weight: float = 0.9
     ce_weight: float = 0.1
-    hidden_weight: float = (
-        0.0  # needs a student of the teacher's hidden size, and signal.scheme hidden or online
-    )
+    # needs a student of the teacher's hidden size, and signal.scheme hidden or online
+    hidden_weight: float = 0.0
     features: Features = field(default_factory=Features)
     divergence: Divergence = Divergence.forward_kl
     jsd_beta: float = 0.5  # 0 is reverse, 1 forward KL in the limit
     temperature: float = 1.0
     signal: Signal = field(default_factory=Signal)
-    on_policy: float = (
-        0.0  # share of the steps whose text the student writes itself; needs signal.scheme=online
-    )
+    # share of the steps whose text the student writes itself; needs signal.scheme=online
+    on_policy: float = 0.0
     prompt_tokens: int = 64  # of each row, before the student writes on
     # false keeps the teacher's: a short run at a high rate spoils the tokens it hardly sees
     train_embeddings: bool = True
@@ -45,6 +43,8 @@ class Distill(Optimization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+
+        # Weights of the loss, and the numbers in it.
         weights = (self.kl_weight, self.ce_weight, self.hidden_weight)
         if min(weights) < 0 or (
             self.kl_weight + self.hidden_weight == 0 and not self.features.used
@@ -58,6 +58,8 @@ class Distill(Optimization):
                 f"temperature={self.temperature} must be above 0 and jsd_beta={self.jsd_beta}"
                 " between 0 and 1"
             )
+
+        # What the teacher's signal must hold for them.
         if self.divergence is not Divergence.forward_kl and self.signal.scheme == "sampled":
             raise ConfigError(
                 f"divergence={self.divergence} needs all of the teacher's probabilities; set"
@@ -73,6 +75,8 @@ class Distill(Optimization):
                 "features need the teacher's inner states on given text; set signal.scheme=online"
                 " and on_policy=0"
             )
+
+        # The student's own text.
         if not 0 <= self.on_policy <= 1 or self.prompt_tokens < 1:
             raise ConfigError(
                 f"on_policy={self.on_policy} must be in [0, 1] and"
@@ -107,15 +111,17 @@ class Distill(Optimization):
         from compress.models.ends import end_ids
         from compress.quant.codes import check_parent
 
+        # What the parent, the teacher and the trainer must be for what is asked.
         check_parent(self, parent, "distill before quantizing, or use the qat stage, on")
-        if (
-            self.hidden_weight
-            and read_config(parent)["hidden_size"] != read_config(ctx.teacher)["hidden_size"]
-        ):
-            raise ValueError(
-                f"{parent}: hidden_weight={self.hidden_weight} needs a student of the teacher's"
-                " hidden size; set it to 0"
+        if self.hidden_weight:
+            width, teacher_width = (
+                read_config(path)["hidden_size"] for path in (parent, ctx.teacher)
             )
+            if width != teacher_width:
+                raise ValueError(
+                    f"{parent}: hidden_weight={self.hidden_weight} needs a student of the teacher's"
+                    " hidden size; set it to 0"
+                )
         if self.on_policy and (self.prompt_tokens >= ctx.seq_len or ctx.parallel == "fsdp2"):
             raise ValueError(
                 f"on_policy needs prompt_tokens={self.prompt_tokens} below"
@@ -124,13 +130,18 @@ class Distill(Optimization):
         if self.features.used and (ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic"):
             raise ValueError("features need whole fp32 models: trainer=auto or ddp")
         vocabulary = common_vocabulary(parent, ctx.teacher)
-        data, sequences = ctx.text(), self.sequences(ctx.seq_len)
+
+        # Student, room for its training, and teacher: a signal takes hours, so room is asked first.
+        data = ctx.text()
+        sequences = self.sequences(ctx.seq_len)
         model = load_model(parent)
         if not self.train_embeddings:
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 embeddings.weight.requires_grad_(False)
         self.reserve(model, ctx)
         source = open_source(self.signal, ctx, ctx.teacher, data, sequences, self.temperature)
+
+        # The loss, and what is put around batches and loss.
         mix = Mix(
             self.kl_weight,
             self.ce_weight,
@@ -141,14 +152,13 @@ class Distill(Optimization):
         )
         wraps: dict[str, Any] = {}
         if isinstance(source, OnlineTeacher) and self.on_policy:
-            ends, share = end_ids(parent), self.on_policy
             wraps["wrap_batches"] = partial(
                 with_rollouts,
                 model=model,
                 teacher=source,
-                share=share,
+                share=self.on_policy,
                 prompt_tokens=self.prompt_tokens,
-                ends=ends,
+                ends=end_ids(parent),
                 seed=ctx.seed,
                 vocabulary=vocabulary,
             )
@@ -156,6 +166,7 @@ class Distill(Optimization):
             wraps["wrap_loss"] = partial(
                 FeatureLoss, student=model, teacher=source, features=self.features, seed=ctx.seed
             )
+
         metrics = self.optimize(model, mix, data, source, ctx, vocabulary=vocabulary, **wraps)
         save_model(model, out, tokenizer_from=parent)
         return metrics

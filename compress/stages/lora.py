@@ -33,13 +33,11 @@ class Targets(NamedTuple):
     """Which matrices of the decoder blocks get adapters, by the ends of their names."""
 
     linears: list[str]  # linear layers, by their last name
-    experts: list[
-        str
-    ]  # matrices that a block stacks for its experts (E, R, C), by their path inside of the block
+    # matrices that a block stacks for its experts (E, R, C), by their path inside of the block
+    experts: list[str]
     outside: list[str]  # whole names of layers that share such a last name and lie in no block
-    left: list[
-        str
-    ]  # what has two dimensions or more and gets none, by its path inside of the block
+    # what has two dimensions or more and gets none, by its path inside of the block
+    unadapted: list[str]
 
 
 def targets_of(model: Any) -> Targets:
@@ -49,7 +47,11 @@ def targets_of(model: Any) -> Targets:
 
     from compress.models.blocks import blocks_of
 
-    linears, experts, left, inside = set(), set(), set(), set()
+    # Every parameter of the blocks falls under one of three.
+    linears = set()
+    experts = set()
+    unadapted = set()
+    inside = set()
     for block in blocks_of(model):
         for path, module in block.named_modules():
             inside.add(id(module))
@@ -63,18 +65,21 @@ def targets_of(model: Any) -> Targets:
                 elif parameter.ndim == 3 and name != "weight":
                     experts.add(f"{path}.{name}")
                 elif parameter.ndim > 1:
-                    left.add(f"{path}.{name}")
+                    unadapted.add(f"{path}.{name}")
+
     if not linears:
         raise ValueError(
             f"{type(model).__name__} has no linear layer in its blocks that an adapter fits; use a"
             " distill stage"
         )
+
+    # Adapters go by last names, which layers elsewhere may share.
     outside = [
         name
         for name, module in model.named_modules()
         if name.rpartition(".")[2] in linears and id(module) not in inside
     ]
-    return Targets(sorted(linears), sorted(experts), outside, sorted(left))
+    return Targets(sorted(linears), sorted(experts), outside, sorted(unadapted))
 
 
 def adapted(base: nn.Module, targets: Targets, rank: int, alpha: int) -> Any:
@@ -82,9 +87,8 @@ def adapted(base: nn.Module, targets: Targets, rank: int, alpha: int) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    transposed = any(
-        isinstance(module, Conv1D) for module in base.modules()
-    )  # GPT-2 keeps weights so
+    # GPT-2 keeps its weights transposed.
+    transposed = any(isinstance(module, Conv1D) for module in base.modules())
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -95,6 +99,20 @@ def adapted(base: nn.Module, targets: Targets, rank: int, alpha: int) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, config)
+
+
+def _same_everywhere(adapter: Path) -> None:
+    """Take out of a saved adapter what differs from machine to machine or process to process."""
+    (adapter / "README.md").unlink(missing_ok=True)  # peft's card
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None  # a path of this machine
+
+    # Sets, whose order differs from process to process.
+    for key in ("target_modules", "target_parameters", "exclude_modules"):
+        config[key] = sorted(config[key]) if config[key] else config[key]
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n"
+    )
 
 
 @dataclass
@@ -139,33 +157,25 @@ class Lora(Optimization):
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "put lora before ptq and qat, on")
+
+        # The frozen base, and a line of what is adapted and what is not.
         torch.manual_seed(ctx.seed)
         base = load_model(parent, load="nf4" if self.load_in_4bit else "plain")
         targets = targets_of(base)
-        for kind, names in (
-            ("adapters on", targets.linears + targets.experts),
-            ("left as they are:", targets.left),
-        ):
-            if names:
-                ctx.log(f"{ctx.label}: {kind} {', '.join(names)}")
+        ctx.log(f"{ctx.label}: adapters on {', '.join(targets.linears + targets.experts)}")
+        if targets.unadapted:
+            ctx.log(f"{ctx.label}: left as they are: {', '.join(targets.unadapted)}")
+
         model = adapted(base, targets, self.rank, self.alpha)
         data = ctx.chat() if self.reads_chat else ctx.text()
         metrics = self.optimize(model, Mix(kl_weight=0.0, ce_weight=1.0), data, None, ctx)
+        adapter_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
         adapter = out / "adapter"
         model.save_pretrained(str(adapter), safe_serialization=True)
-        (adapter / "README.md").unlink(missing_ok=True)  # peft's card
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = None  # a path of this machine
-        for key in (
-            "target_modules",
-            "target_parameters",
-            "exclude_modules",
-        ):  # sets: their order differs from process to process
-            config[key] = sorted(config[key]) if config[key] else config[key]
-        (adapter / "adapter_config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n"
-        )
-        adapter_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        _same_everywhere(adapter)
+
+        # Merged into the unquantized base.
         if self.load_in_4bit:
             model = PeftModel.from_pretrained(load_model(parent), adapter)
         save_model(model.merge_and_unload(), out, tokenizer_from=parent)

@@ -43,6 +43,8 @@ class PruneDepth:
         decides every size.
         """
         shape.check_architecture(config)
+
+        # How many may go.
         present = config["num_hidden_layers"]
         most = min(present - 1, present - self.keep_first - self.keep_last)
         if self.blocks > most:
@@ -51,9 +53,10 @@ class PruneDepth:
                 f" is at most {max(0, most)} with keep_first={self.keep_first} and"
                 f" keep_last={self.keep_last}"
             )
-        return shape.without_blocks(
-            config, set(range(self.keep_first, self.keep_first + self.blocks))
-        )
+
+        # Any of them give the same sizes.
+        stand_in = set(range(self.keep_first, self.keep_first + self.blocks))
+        return shape.without_blocks(config, stand_in)
 
     def calibration_rows(self) -> int:
         """Rows on which blocks are scored."""
@@ -78,6 +81,8 @@ class PruneDepth:
         check_parent(self, parent, "prune")
         model = load_model(parent)
         params = model.num_parameters()
+
+        # Which blocks go, by what they do on calibration text.
         with torch.no_grad():
             entering, keywords = block_inputs(model, ctx.calibration(self.calibration_sequences))
             blocks = [
@@ -85,12 +90,15 @@ class PruneDepth:
                 for block, kwargs in zip(model.model.layers, keywords, strict=True)
             ]
             dropped = drop_blocks(blocks, entering, self.blocks, self.keep_first, self.keep_last)
+
+        # The model without them, and a note of which they were.
         _cut(model, {index for index, _ in dropped})
         shape.save_checked(model, out, parent)
         removed = [{"block": index, "influence": influence} for index, influence in dropped]
         (out / "pruning.json").write_text(
             json.dumps({"blocks_removed_in_order": removed}, indent=2) + "\n"
         )
+
         return {
             "blocks_removed_count": float(len(dropped)),
             "params_removed_fraction": 1 - model.num_parameters() / params,

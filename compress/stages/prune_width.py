@@ -75,7 +75,10 @@ class PruneWidth:
 
         check_parent(self, parent, "prune")
         model = load_model(parent)
-        params, present = model.num_parameters(), model.config.intermediate_size
+        params = model.num_parameters()
+        present = model.config.intermediate_size
+
+        # Cut and fitted in one forward of the calibration text.
         target = shape.snap(self.ffn, self.multiple)
         with torch.no_grad():
             errors = cut_ffns(
@@ -83,6 +86,7 @@ class PruneWidth:
             )
         model.config.intermediate_size = target
         shape.save_checked(model, out, parent)
+
         return {
             "ffn_channels_removed_count": float(present - target),
             "params_removed_fraction": 1 - model.num_parameters() / params,

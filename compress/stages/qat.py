@@ -30,9 +30,8 @@ from compress.stages.training import Keep, Optimization, open_source
 if TYPE_CHECKING:
     from compress.quant.codes import Quantized
 
-LearnFrom = StrEnum(
-    "LearnFrom", ["parent", "teacher"]
-)  # whose distribution the quantized model learns
+# Whose distribution the quantized model learns.
+LearnFrom = StrEnum("LearnFrom", ["parent", "teacher"])
 
 
 @dataclass
@@ -55,6 +54,8 @@ class Qat(Optimization, OnGrid):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_grid("qat")
+
+        # What only other stages, or other settings, could do.
         if self.keep != Keep.always:
             raise ConfigError(
                 f"qat.keep={self.keep}: its parent has no codes to ship; use keep=always"
@@ -106,18 +107,24 @@ class Qat(Optimization, OnGrid):
         from compress.quant.codes import check_parent, save_quantized
         from compress.quant.fake import attach, finish
 
+        # What the parent and the trainer must be.
         check_parent(self, parent, "train")
         if ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic":
             raise ValueError(
                 f"qat needs whole fp32 master weights, got trainer {ctx.parallel}, {ctx.precision};"
                 " use trainer=auto or ddp"
             )
-        data, sequences = ctx.text(), self.sequences(ctx.seq_len)
+
+        # Student, room for its training, and the model that it learns from.
+        data = ctx.text()
+        sequences = self.sequences(ctx.seq_len)
         learned_from = ctx.teacher if self.learn_from is LearnFrom.teacher else parent
         vocabulary = common_vocabulary(parent, learned_from)
         model = load_model(parent)
         self.reserve(model, ctx, copies=1, frozen=self.rank > 0)
         source = open_source(self.signal, ctx, learned_from, data, sequences)
+
+        # Onto the grid, trained there, and written as codes.
         torch.manual_seed(ctx.seed)
         layout, start = self.start(model, parent, ctx)
         attach(model, layout, self.scales.value, self.rank, start)
@@ -136,6 +143,8 @@ class Qat(Optimization, OnGrid):
         layout = self.layout(model, parent, ctx)
         if self.balance == Balance.none:
             return layout, None
+
+        # Folded and rounded block by block; scales stay, weights go back to before the rounding.
         work = Blockwise(
             model, layout, search=self.scales != Scales.round, balance=self.balance.value, keep=True
         )

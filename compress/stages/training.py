@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from compress.distill.losses import Mix
     from compress.distill.online import TeacherSource
     from compress.train.packed import Packed
+    from compress.train.plan import Plan
 
 
-Keep = StrEnum(
-    "Keep", ["always", "better"]
-)  # which weights go on: the stage's, or its parent's where it did not pay
-Schedule = StrEnum(
-    "Schedule", ["cosine", "wsd"]
-)  # how the learning rate falls (`compress/train/optimizer.py`)
+# Which weights go on: the stage's, or its parent's where it did not pay.
+Keep = StrEnum("Keep", ["always", "better"])
+# How the learning rate falls (`compress/train/optimizer.py`).
+Schedule = StrEnum("Schedule", ["cosine", "wsd"])
 
 
 def open_source(
@@ -45,6 +44,7 @@ def open_source(
     from compress.models.checkpoint import load_model
     from compress.train import parallel
 
+    # The teacher itself, run at every step.
     if signal.scheme is SchemeName.online:
         dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
         return OnlineTeacher(
@@ -52,6 +52,8 @@ def open_source(
             data,
             sharded=ctx.parallel == "fsdp2",
         )
+
+    # Or its kept signals, all of them there before training begins.
     scheme = Scheme(signal.scheme.value, signal.threshold, temperature)
     signals = Signals(
         signal.path or ctx.signals,
@@ -76,12 +78,10 @@ class Optimization:
 
     tokens: int = 200_000  # training tokens over all epochs, rounded up to whole steps
     epochs: int = 1  # times each sequence is read; a second one costs no teacher
-    batch_sequences: int = (
-        4  # sequences of data.seq_len tokens per optimizer step, over all processes
-    )
-    micro_batch_sequences: int = (
-        4  # sequences held in memory at once; changes memory and speed, not the result's meaning
-    )
+    # sequences of data.seq_len tokens per optimizer step, over all processes
+    batch_sequences: int = 4
+    # sequences held in memory at once; changes memory and speed, not the result's meaning
+    micro_batch_sequences: int = 4
     lr: float = 5e-4
     schedule: Schedule = Schedule.cosine
     decay_fraction: float = 0.2  # wsd: share of the steps, at the end, in which the rate falls
@@ -109,11 +109,15 @@ class Optimization:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+
+        # Shares of the steps.
         if not 0 <= self.warmup_fraction < 1 or not 0 < self.decay_fraction <= 1:
             raise ConfigError(
                 f"warmup_fraction={self.warmup_fraction} must be in [0, 1) and"
                 f" decay_fraction={self.decay_fraction} in (0, 1]"
             )
+
+        # Measurements, and an end that hangs on them.
         if self.validations < 0 or self.patience < 0 or (self.patience and not self.validations):
             raise ConfigError(
                 f"validations={self.validations}, patience={self.patience}: neither below 0, and"
@@ -201,6 +205,40 @@ class Optimization:
             ) from error
         torch.cuda.empty_cache()  # does nothing where no GPU is in use
 
+    def plan(self, ctx: Context) -> Plan:
+        """The loop's settings in a run's context."""
+        from compress.train.plan import Plan
+
+        return Plan(
+            steps=self.steps(ctx.seq_len),
+            micro=self.micro_batch_sequences,
+            lr=self.lr,
+            schedule=self.schedule.value,
+            decay_fraction=self.decay_fraction,
+            warmup_fraction=self.warmup_fraction,
+            grad_clip=self.grad_clip,
+            seed=ctx.seed,
+            precision=ctx.precision,
+            activation_checkpointing=ctx.activation_checkpointing,
+            parallel=ctx.parallel,
+            validations=self.validations,
+            patience=self.patience,
+        )
+
+    def validation_rows(self, data: Packed, ctx: Context) -> list[int]:
+        """The last rows of the text, where the loss is measured; none without validations.
+        ValueError when no other row is there to train on.
+        """
+        if not self.validations:
+            return []
+        rows = list(range(len(data.ids) - self.validation_sequences, len(data.ids)))
+        if rows[0] < 1:
+            raise ValueError(
+                f"{ctx.label}: {len(data.ids)} sequences of text leave none to train on besides"
+                f" {len(rows)} for validation"
+            )
+        return rows
+
     def optimize(
         self,
         model: Any,
@@ -218,20 +256,16 @@ class Optimization:
         """
         from compress.distill.batches import make_batches, make_loss, one_batch
         from compress.train.loop import train
-        from compress.train.plan import Plan
 
-        rows, validation = self.sequences(ctx.seq_len), None
+        # The loss; wrapped, it may ask more of the teacher, which every batch behind it then has.
         head = source.teacher_head if source else None
         loss = wrap_loss(make_loss(mix, head, vocabulary))
-        if self.validations:
-            held = list(range(len(data.ids) - self.validation_sequences, len(data.ids)))
-            if held[0] < 1:
-                raise ValueError(
-                    f"{ctx.label}: {len(data.ids)} sequences of text leave none to train on besides"
-                    f" {len(held)} for validation"
-                )
-            rows = min(rows, held[0])
-            # the divergence alone, else plain cross-entropy
+
+        # Validation: the divergence alone, else plain cross-entropy, on rows never trained on.
+        rows = self.sequences(ctx.seq_len)
+        validation = None
+        if validation_rows := self.validation_rows(data, ctx):
+            rows = min(rows, validation_rows[0])
             alone = replace(
                 mix,
                 kl_weight=float(source is not None),
@@ -240,37 +274,25 @@ class Optimization:
             )
             validation = (
                 make_loss(alone, head, vocabulary),
-                [one_batch(data, source, [row]) for row in held],
+                [one_batch(data, source, [row]) for row in validation_rows],
             )
+
         batches = wrap_batches(
             make_batches(data, source, seed=ctx.seed, sequences=rows, batch=self.batch_sequences)
-        )
-        plan = Plan(
-            steps=self.steps(ctx.seq_len),
-            micro=self.micro_batch_sequences,
-            lr=self.lr,
-            schedule=self.schedule.value,
-            decay_fraction=self.decay_fraction,
-            warmup_fraction=self.warmup_fraction,
-            grad_clip=self.grad_clip,
-            seed=ctx.seed,
-            precision=ctx.precision,
-            activation_checkpointing=ctx.activation_checkpointing,
-            parallel=ctx.parallel,
-            validations=self.validations,
-            patience=self.patience,
         )
         result = train(
             model,
             loss,
             batches,
-            plan,
+            self.plan(ctx),
             work=ctx.work,
             label=ctx.label,
             log=ctx.log,
             validation=validation,
         )
         ctx.curve(sorted([*result.curve, *result.measured], key=lambda row: row["step"]))
+
+        # Deterministic figures: means over the first and the last tenth of the steps.
         losses = [row["loss"] for row in result.curve]
         tenth = max(1, len(losses) // 10)
         return {

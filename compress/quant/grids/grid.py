@@ -72,14 +72,17 @@ class Grid:
         """ValueError naming the tensor when the grid can't hold it: shape, NaN, infinity, a scale
         beyond fp16.
         """
+        # Rows of whole blocks.
         columns = w.shape[-1] if w.dim() == 2 else 0
         block = self.length(columns) or 1
         if columns == 0 or columns % block:
-            near = max(block, round(columns / block) * block)
+            legal_columns = max(block, round(columns / block) * block)
             raise ValueError(
                 f"{name} has shape {tuple(w.shape)}: {self.name} needs a matrix whose rows are"
-                f" multiples of {block} long; the nearest legal row length is {near}"
+                f" multiples of {block} long; the nearest legal row length is {legal_columns}"
             )
+
+        # Values that a stored scale can reach.
         least, most = w.aminmax()
         if not (torch.isfinite(least) and torch.isfinite(most)):
             raise ValueError(
@@ -106,9 +109,8 @@ class Grid:
         """(x - floor) / step -> 1.0 where rounding it stays in the range of codes, else 0.0;
         overwrites q.
         """
-        return (
-            q.round_().clamp(self.low, self.high).eq_(q)
-        )  # several times faster than a mask of bools
+        # Several times faster than a mask of bools.
+        return q.round_().clamp(self.low, self.high).eq_(q)
 
     def stored_codes(self, q: Tensor) -> Tensor:
         """Numbers q -> the codes that are stored, in place."""
@@ -239,13 +241,14 @@ class Grid:
         written must be contiguous.
         """
         length = self.length(matrix.shape[1])
-        blocks, size = matrix.numel() // length, max(1, GRAIN // length)
+        blocks = matrix.numel() // length
         tensors = [tensor.reshape(blocks, -1) for tensor in (matrix, *others)]
+
+        # Blocks of one piece; no more threads than pieces.
         on_cpu = matrix.device.type == "cpu"
-        threads, piece = (
-            min(torch.get_num_threads(), -(-blocks // size)),
-            (size if on_cpu else max(blocks, 1)),
-        )
+        size = max(1, GRAIN // length)
+        threads = min(torch.get_num_threads(), -(-blocks // size))
+        piece = size if on_cpu else max(blocks, 1)
 
         def span(start: int, stop: int) -> None:
             with torch.inference_mode(False), torch.no_grad():  # both are thread-local
@@ -255,6 +258,8 @@ class Grid:
         if threads <= 1 or not on_cpu:
             span(0, blocks)
             return
+
+        # Each thread takes neighbouring pieces, cut where one thread would cut them.
         bounds = [
             min(blocks, -(-blocks // piece) * i // threads * piece) for i in range(threads + 1)
         ]

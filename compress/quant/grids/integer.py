@@ -33,19 +33,18 @@ class Int(OneScale):
     """
 
     def __init__(self, like: OneScale, bits: int, group: int) -> None:
-        self.like, self.low, self.high, self.offset, self.dtype = (
-            like,
-            like.low,
-            like.high,
-            like.offset,
-            like.dtype,
-        )
-        self.largest, self.targets, self.block, self.group = (
-            like.largest,
-            like.targets,
-            group,
-            group,
-        )
+        # The arithmetic of `like`.
+        self.like = like
+        self.low = like.low
+        self.high = like.high
+        self.offset = like.offset
+        self.dtype = like.dtype
+        self.largest = like.largest
+        self.targets = like.targets
+
+        # In groups of another length.
+        self.block = group
+        self.group = group
         self.name = f"int{bits}_g{group}" if group else f"int{bits}"
         self.bits_per_weight = bits + (32 / group if group else 0)
 
@@ -65,10 +64,12 @@ class Int4Asym(Grid):
 
     def __init__(self, group: int) -> None:
         self.block = self.group = group
-        self.name, self.bits_per_weight = f"int4_asym_g{group}", 4 + 36 / group
+        self.name = f"int4_asym_g{group}"
+        self.bits_per_weight = 4 + 36 / group
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        least, most = x.amin(1, keepdim=True).clamp(max=0.0), x.amax(1, keepdim=True).clamp(min=0.0)
+        least = x.amin(1, keepdim=True).clamp(max=0.0)
+        most = x.amax(1, keepdim=True).clamp(min=0.0)
         s = ((most - least) / 15).half().float()
         z = torch.where(s > 0, (-8 - ratio(least, s)).round_().clamp_(-8, 7), 0.0)
         return ratio(x, s).add_(z).clamp_(-8, 7).round_().add_(8), torch.cat([s, z], dim=1)

@@ -60,11 +60,13 @@ class Q4_K(Grid):
         codes, scale, least = (
             part.t().reshape(len(x), 8, -1) for part in self._fit(groups.t().contiguous())
         )
-        (unit, integers), (least_unit, least_integers) = (
-            self._in_63ths(scale),
-            self._in_63ths(least),
-        )
+
+        # Scales and minima as integers of 6 bits.
+        unit, integers = self._in_63ths(scale)
+        least_unit, least_integers = self._in_63ths(least)
         stored = torch.cat([unit, least_unit, integers, least_integers], dim=1)
+
+        # Codes once more, nearest to what is stored.
         step, floor = self.levels(stored.half())
         again = (groups.view(codes.shape) - floor).div_(step).round_().clamp_(0, 15)
         return torch.where(step == 0, codes, again).flatten(1), stored
@@ -76,29 +78,39 @@ class Q4_K(Grid):
 
     def _fit(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(32, G) -> codes (32, G), scales (1, G), minima (1, G), those with their sign turned."""
-        w = (
-            in_order(x * x) / 32
-        ).double().sqrt().float() + x.abs()  # torch's fp32 root can be a bit off
+        # The weight of each error; torch's fp32 root can be a bit off.
+        w = (in_order(x * x) / 32).double().sqrt().float() + x.abs()
         sum_w, sum_x = in_order(torch.stack([w, w * x], dim=1))
-        least, most = x.amin(0).clamp(max=0.0), x.amax(0)
+
+        # The first fit is the range itself.
+        least = x.amin(0).clamp(max=0.0)
+        most = x.amax(0)
         constant = most == least
         over = ratio(15.0, most - least)
-        codes, scale = self._codes(x, least, over), ratio(1.0, over)
+        codes = self._codes(x, least, over)
+        scale = ratio(1.0, over)
         error = self._error(x, w, codes, scale, least)
+
         for start in torch.arange(21, dtype=torch.float32).mul_(0.1).sub_(1.0).add_(15.0).tolist():
+            # Codes from the best floor so far, and the sums that a line through them needs.
             q = self._codes(x, least, ratio(start, most - least))
             wq = w * q
             sum_q, sum_qq, sum_xq = in_order(torch.stack([wq, wq * q, wq * x], dim=1))
+
+            # The line of least squares, or one through 0 where its floor would lie above.
             det = sum_w * sum_qq - sum_q * sum_q
             line = (sum_w * sum_xq - sum_x * sum_q) / det
             floor = (sum_qq * sum_x - sum_q * sum_xq) / det
             line = torch.where(floor > 0, sum_xq / sum_qq, line)
             floor = floor.clamp_(max=0.0)
-            found = self._error(x, w, q, line, floor)
-            better = (det > 0) & (found < error) & ~constant
+
+            # Kept where it is closer.
+            line_error = self._error(x, w, q, line, floor)
+            better = (det > 0) & (line_error < error) & ~constant
             codes = torch.where(better, q, codes)
-            scale, least = torch.where(better, line, scale), torch.where(better, floor, least)
-            error = torch.where(better, found, error)
+            scale = torch.where(better, line, scale)
+            least = torch.where(better, floor, least)
+            error = torch.where(better, line_error, error)
         return codes, scale[None], -least[None]
 
     def _codes(self, x: Tensor, least: Tensor, over: Tensor) -> Tensor:
@@ -130,14 +142,17 @@ class Q6_K(Grid):
         codes, scale = (
             part.t().reshape(len(x), 16, -1) for part in self._fit(groups.t().contiguous())
         )
+
+        # Scales as integers of 8 bits, which have no -0.
         top = scale.gather(1, scale.abs().argmax(1, keepdim=True))
         over = torch.where(top.abs() < EPS, 0.0, ratio(-128.0, top))
-        small = (scale * over).round_().clamp_(max=127).add_(0.0)  # an integer has no -0
+        small = (scale * over).round_().clamp_(max=127).add_(0.0)
         stored = torch.cat([ratio(1.0, over), small], dim=1)[..., 0]
+
+        # Codes once more, nearest to what is stored.
         step, _ = self.levels(stored.half())
-        again = (
-            (groups.view(codes.shape) / step).round_().clamp_(self.low, self.high).add_(self.offset)
-        )
+        quotient = groups.view(codes.shape) / step
+        again = quotient.round_().clamp_(self.low, self.high).add_(self.offset)
         codes = torch.where(over == 0, 0.0, torch.where(step == 0, codes, again))
         return codes.flatten(1), stored
 
@@ -145,22 +160,22 @@ class Q6_K(Grid):
         """(16, G) -> stored codes (16, G), scales (1, G)."""
         peak = x.gather(0, x.abs().argmax(0, keepdim=True))[0]
         w = x * x
-        codes, scale, gain = (
-            torch.zeros_like(x),
-            torch.zeros_like(peak),
-            torch.full_like(peak, -1.0),
-        )
+        codes = torch.zeros_like(x)
+        scale = torch.zeros_like(peak)
+        gain = torch.full_like(peak, -1.0)
+
         for k in (0, *range(-9, 0), *range(1, 10)):
-            q = (
-                (x * ratio(-(torch.tensor(0.1) * k + 32.0).item(), peak))
-                .round_()
-                .clamp_(self.low, self.high)
-            )
+            # Codes of a first scale, and what a refitted one gains.
+            over = ratio(-(torch.tensor(0.1) * k + 32.0).item(), peak)
+            q = (x * over).round_().clamp_(self.low, self.high)
             xq, qq = in_order(torch.stack([w * x * q, w * q * q], dim=1))
+
+            # Kept where it gains more.
             better = (qq > 0) & (xq * xq > gain * qq)
             codes = torch.where(better, q + self.offset, codes)
             scale = torch.where(better, xq / qq, scale)
             gain = torch.where(better, scale * xq, gain)
+
         zero = peak.abs() < EPS
         return torch.where(zero, 0.0, codes), torch.where(zero, 0.0, scale)[None]
 

@@ -56,9 +56,9 @@ class OneScale(Grid):
 
     def rule(self, x: Tensor) -> Tensor:
         """(N, block) -> (N, 1): the fp32 scale of plain rounding."""
-        return (
-            x.gather(1, x.abs().argmax(1, keepdim=True)) + 0.0
-        ) / self.low  # no -0: the C code begins with 0
+        # Plus 0, so that there is no -0: the C code begins with 0.
+        peak = x.gather(1, x.abs().argmax(1, keepdim=True)) + 0.0
+        return peak / self.low
 
     def nearest(self, x: Tensor) -> Tensor:
         """(N, 32) weights over scale -> (N, 32) stored codes of llama.cpp's plain rounding;
@@ -75,10 +75,12 @@ class OneScale(Grid):
         (C,) or (R, C), weights.
         """
         self.check(w, name)
-        scales = w.new_empty(len(w), w.shape[1] // self.length(w.shape[1]), dtype=torch.float16)
-        h = (w.new_ones(w.shape[1]) if importance is None else importance.detach().float()).reshape(
-            -1, self.length(w.shape[1])
-        )
+        length = self.length(w.shape[1])
+        scales = w.new_empty(len(w), w.shape[1] // length, dtype=torch.float16)
+
+        # Importance block by block, of one row for all or of every row.
+        h = w.new_ones(w.shape[1]) if importance is None else importance.detach().float()
+        h = h.reshape(-1, length)
 
         def work(x: Tensor, number: Tensor, out: Tensor) -> None:
             out[:, 0] = self._search(x, h[number[:, 0] % len(h)].t().contiguous())
@@ -93,12 +95,17 @@ class OneScale(Grid):
         x = rows.t().contiguous()
         hx = h * x
         peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]
-        top, best = torch.zeros_like(peak), torch.zeros_like(peak)
+
+        # The target of largest gain.
+        top = torch.zeros_like(peak)
+        best = torch.zeros_like(peak)
         for target in self.targets:
             gain, scale = self._fit(x, hx, h, inverse(peak / target))
             better = gain > top
             top = torch.where(better, gain, top)
             best = torch.where(better, scale, best)
+
+        # As it is stored, refitted to that, or the rule's: whichever errs least.
         first = best.clamp(-65504.0, 65504.0).half()
         again = self._fit(x, hx, h, inverse(first.float()))[1].clamp(-65504.0, 65504.0).half()
         options = torch.stack([self.rule(rows)[:, 0].half(), first, again])
@@ -177,10 +184,9 @@ class Q8_0(OneScale):
         return x.abs().amax(1, keepdim=True) / 127
 
     def nearest(self, x: Tensor) -> Tensor:
-        whole = x.trunc()
-        return whole.add_(
-            x.sub_(whole).mul_(2).trunc_()
-        )  # the fraction is exact, so this is C's roundf
+        # The fraction is exact, so this is C's roundf.
+        integer = x.trunc()
+        return integer.add_(x.sub_(integer).mul_(2).trunc_())
 
     def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
         return [as_bytes(scales), as_bytes(codes)]

@@ -54,12 +54,17 @@ class IQ4_NL(OneScale):
         columns = x.t().contiguous()
         peak = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
         weight = columns * columns
-        scale, best = torch.zeros_like(peak), torch.zeros_like(peak)
+        scale = torch.zeros_like(peak)
+        best = torch.zeros_like(peak)
+
         for attempt, target in enumerate((127.0, *range(self.low - 7, self.low + 8))):
+            # Codes of a tried scale, and what a refitted one gains.
             over = ratio(1.0, -peak / self.low) if attempt == 0 else ratio(float(target), peak)
             q = self.rounded(columns * over)
             wq = weight * q
             xq, qq = in_order(torch.stack([wq * columns, wq * q], dim=1))
+
+            # Kept where it gains more; the first one is kept in any case.
             better = (
                 (qq > 0) & (xq * xq > best * qq)
                 if attempt
@@ -67,6 +72,8 @@ class IQ4_NL(OneScale):
             )
             scale = torch.where(better, ratio(xq, qq), scale)
             best = torch.where(better, scale * xq, best)
+
+        # Codes nearest to the scale in fp32.
         scale = torch.where(peak.abs() < EPS, 0.0, scale)[:, None]
         return self.stored_codes(self.rounded(x * inverse(scale))), scale
 
@@ -88,10 +95,8 @@ class IQ4_NL(OneScale):
         return self._looked_up(self.nearest_number, q)
 
     def inside(self, q: Tensor) -> Tensor:
-        ends = (
-            self.low - 11.5,
-            self.high + 12.0,
-        )  # half a gap beyond the outermost numbers, as on even grids
+        # Half a gap beyond the outermost numbers, as on even grids.
+        ends = (self.low - 11.5, self.high + 12.0)
         return q.clamp(*ends).eq_(q)
 
     def stored_codes(self, q: Tensor) -> Tensor:

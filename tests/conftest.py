@@ -21,20 +21,21 @@ torch.set_num_threads(1)
 # A file goes to one worker as a whole: the longest ones first, or the last one is waited for.
 LONGEST_FILES = (
     "test_pipeline.py",
-    "test_parallel.py",
-    "test_onnx.py",
-    "test_contract.py",
+    "train/test_parallel.py",
+    "formats/test_onnx.py",
+    "stages/test_contract.py",
     "test_ask.py",
-    "test_lm.py",
-    "test_received_bundle.py",
-    "test_bundle_open.py",
+    "score/test_lm.py",
+    "ship/test_received_bundle.py",
+    "ship/test_bundle_open.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of LONGEST_FILES first, all others in their order."""
-    rank = {name: number for number, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    here = Path(__file__).parent
+    rank = {here / name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session")

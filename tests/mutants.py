@@ -66,15 +66,19 @@ class Mutant(NamedTuple):
     tests: str
 
 
-LOSSES, SIGNAL, GRIDS = "test_losses.py", "test_signal.py", "test_grids.py -k not(llama_cpp)"
-UNEVEN = "test_grids.py -k iq4_nl or uneven"
-PAIRED, BUDGET, STORE = "test_paired.py -k not(cover)", "test_budget.py", "test_store.py"
-STEP = "test_training.py -k plain_gradient"
-RESUME = "test_training.py -k bf16_weights_train_and_resume"
-ROUNDING = "test_training.py -k stochastic_adamw_follows"
-BEST = "test_training.py -k best_weights_by_validation"
-RATES = "test_training.py -k (schedule_warms_up)or(wsd_stays)"
-ROOM = "test_training.py -k asked_for_before"
+LOSSES, SIGNAL, GRIDS = (
+    "distill/test_losses.py",
+    "distill/test_signals.py",
+    "quant/test_grids.py -k not(llama_cpp)",
+)
+UNEVEN = "quant/test_grids.py -k iq4_nl or uneven"
+PAIRED, BUDGET, STORE = "score/test_intervals.py -k not(cover)", "test_budget.py", "test_store.py"
+STEP = "train/test_training.py -k plain_gradient"
+RESUME = "train/test_training.py -k bf16_weights_train_and_resume"
+ROUNDING = "train/test_training.py -k stochastic_adamw_follows"
+BEST = "train/test_training.py -k best_weights_by_validation"
+RATES = "train/test_training.py -k (schedule_warms_up)or(wsd_stays)"
+ROOM = "train/test_training.py -k asked_for_before"
 
 
 def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
@@ -152,7 +156,7 @@ MUTANTS = [
     ),
     *of(
         "stages/training.py",
-        "test_training.py -k no_row_of_the_validation",
+        "train/test_training.py -k no_row_of_the_validation",
         ("rows = min(rows, validation_rows[0])", "rows = min(rows, len(data.ids))"),
     ),
     *of(
@@ -179,7 +183,7 @@ MUTANTS = [
     ),
     *of(
         "train/state.py",
-        "test_training.py -k where_its_weights_lie",
+        "train/test_training.py -k where_its_weights_lie",
         ("torch.tensor(step, device=p.device)", "torch.tensor(step)"),
     ),
     *of(
@@ -202,22 +206,22 @@ MUTANTS = [
     ),
     *of(
         "train/trainer.py",
-        "test_training.py -k halves_the_micro_batch",
+        "train/test_training.py -k halves_the_micro_batch",
         ('max(1, self.state["micro"] // 2)', "1"),
     ),
     *of(
         "train/trainer.py",
-        "test_training.py -k a_nan_stops",
+        "train/test_training.py -k a_nan_stops",
         ("if not math.isfinite(loss) or not math.isfinite(norm):", "if False:"),
     ),
     *of(
         "train/trainer.py",
-        "test_training.py -k add_up_over_micro_batches",
+        "train/test_training.py -k add_up_over_micro_batches",
         ("self.sums_fp32 and len(batches) > 1", "False"),
     ),
     *of(
         "train/optimizer.py",
-        "test_training.py -k rotary",
+        "train/test_training.py -k rotary",
         ("model.state_dict(keep_vars=True).values()", "[*model.parameters(), *model.buffers()]"),
     ),
     *of(
@@ -232,42 +236,42 @@ MUTANTS = [
     ),
     *of(
         "train/parallel.py",
-        "test_parallel.py -k longer_than_any_stage",
+        "train/test_parallel.py -k longer_than_any_stage",
         ("WAIT = timedelta(days=30)", "WAIT = timedelta(minutes=30)"),
     ),
     *of(
         "train/parallel.py",
-        "test_parallel.py -k shards_train_in_bf16",
+        "train/test_parallel.py -k shards_train_in_bf16",
         ("cast_forward_inputs=False", "cast_forward_inputs=True"),
     ),
     *of(
         "train/optimizer.py",
-        "test_parallel.py -k shards_train_in_bf16_as_one_process_does[bf16_stochastic]",
+        "train/test_parallel.py -k shards_train_in_bf16_as_one_process_does[bf16_stochastic]",
         ("parallel.local(p), parallel.local(p.grad)", "p, p.grad"),
     ),
     *of(
         "distill/online.py",
-        "test_contract.py -k leaves_the_random_numbers",
+        "stages/test_contract.py -k leaves_the_random_numbers",
         ("torch.random.fork_rng()", "torch.random.fork_rng(enabled=False)"),
     ),
     *of(
         "distill/online.py",
-        "test_contract.py -k writes_no_padding",
+        "stages/test_contract.py -k writes_no_padding",
         ("suppress_tokens=padding", "suppress_tokens=None"),
     ),
     *of(
         "stages/qat.py",
-        "test_contract.py -k padded_head_is_quantized",
+        "stages/test_contract.py -k padded_head_is_quantized",
         ("= common_vocabulary(parent, learned_from)", "= None"),
     ),
     *of(
         "models/tokenizer.py",
-        "test_contract.py -k ids_with_gaps",
+        "stages/test_contract.py -k ids_with_gaps",
         ("max(tokenizer.get_vocab().values(), default=-1) + 1", "len(tokenizer)"),
     ),
     *of(
         "stages/lora.py",
-        "test_contract.py -k adapters_reach",
+        "stages/test_contract.py -k adapters_reach",
         ("isinstance(module, nn.Linear | Conv1D)", "isinstance(module, nn.Linear)"),
         ("parameter.ndim == 3 and", "False and"),
     ),
@@ -295,7 +299,7 @@ MUTANTS = [
         ("logits_CV.div_(scheme.temperature)", "logits_CV.mul_(scheme.temperature)"),
         (".round().clamp(-127, 127)", ".round().clamp(-63, 63)"),
     ),
-    *of("stages/training.py", "test_signal.py -k listings", ("signals.refresh()", "pass")),
+    *of("stages/training.py", "distill/test_signals.py -k listings", ("signals.refresh()", "pass")),
     *of(
         "quant/grids/grid.py",
         GRIDS,
@@ -312,11 +316,13 @@ MUTANTS = [
         ),
     ),
     *of(
-        "quant/grids/grid.py", "test_grid_limits.py", ("> self.largest:", "> 1.01 * self.largest:")
+        "quant/grids/grid.py",
+        "quant/test_grid_limits.py",
+        ("> self.largest:", "> 1.01 * self.largest:"),
     ),
     *of(
         "quant/grids/grid.py",
-        "test_fake.py -k oracle",
+        "quant/test_fake.py -k oracle",
         (".eq_(q)", ".ne_(q)"),
     ),
     *of(
@@ -330,19 +336,19 @@ MUTANTS = [
     ),
     *of(
         "quant/grids/nonlinear.py",
-        "test_uneven_ends.py",
+        "models/test_uneven_ends.py",
         ("for end in (low, high)", "for end in (low,)"),
         ("for end in (low, high)", "for end in (high,)"),
     ),
     *of(
         "quant/grids/nonlinear.py",
-        "test_fake.py -k oracle",
+        "quant/test_fake.py -k oracle",
         ("self.low - 11.5, self.high + 12.0", "self.low - 0.5, self.high + 0.5"),
     ),
     *of("quant/grids/integer.py", GRIDS, ("return s, -z * s", "return s, z * s")),
     *of(
         "quant/grids/integer.py",
-        "test_grid_limits.py",
+        "quant/test_grid_limits.py",
         ("s = ((most - least) / 15)", "s = ((most - least) / 16)"),
     ),
     *of("quant/grids/kquants.py", GRIDS, (".round_().clamp_(0, 63)", ".round_().clamp_(0, 62)")),
@@ -412,7 +418,7 @@ MUTANTS = [
     ),
     *of(
         "models/ends.py",
-        "test_ends.py -k union",
+        "models/test_ends.py -k union",
         (
             "in stated(checkpoint, tokenizer).values()",
             "in [*stated(checkpoint, tokenizer).values()][:1]",

@@ -1,4 +1,4 @@
-"""One process of a distributed training on the tiny teacher, for `test_parallel.py`: `python
+"""One process of a distributed training on the tiny teacher, for `train/test_parallel.py`: `python
 one_rank.py KIND FOLDER STEPS STOP`.
 
 KIND is none, ddp or fsdp2, and behind it "-online", "-rollouts", "-bf16" or "-bf16_stochastic".

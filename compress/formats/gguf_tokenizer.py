@@ -27,7 +27,7 @@ from compress.models.ends import turn_end
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 # Special tokens at which llama.cpp ends a text although no key of the file says so (seen by forcing
-# each; tests/test_ends.py).
+# each; tests/models/test_ends.py).
 ENDS_BY_NAME = frozenset(
     (
         "<|endoftext|>",

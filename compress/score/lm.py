@@ -8,7 +8,7 @@ once. Rows of like length make a batch, and the head is applied to nodes with an
 Where the model can't do this (state-space layers, a window shorter than the sequence, other
 runtimes) rows have no branches: of sequences that begin alike the longest is run. Tokens,
 truncation, windows and stop strings are those of lm-eval's own `hf` model, and so are the answers
-(tests/test_lm.py).
+(tests/score/test_lm.py).
 
 Legend: B rows, L positions, N nodes or answer tokens, H hidden, V vocabulary.
 """

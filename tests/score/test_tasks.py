@@ -28,7 +28,7 @@ from compress.score.intervals import accuracy
 from compress.score.lm import torch_lm
 from compress.ship.received import _item
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "eval"
 EMBEDDED = {"arithmetic": (120, 0.25), "facts": (196, 0.25), "grammar": (160, 0.5)}
 

@@ -402,7 +402,7 @@ def test_without_a_file_the_slot_that_ships_is_the_final_one(tmp_path):
 
 
 def test_the_committed_demo_can_be_compared(runs, tmp_path, capfd):
-    demo = str(Path(__file__).resolve().parents[1] / "results" / "demo")
+    demo = str(Path(__file__).resolve().parents[2] / "results" / "demo")
     assert main(["compare", demo, f"{demo}/qat", "--html", str(tmp_path / "page.html")]) == 0
     assert "kl_to_teacher" in capfd.readouterr().out
 

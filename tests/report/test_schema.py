@@ -9,7 +9,7 @@ from compress.budget import LIMIT_METRICS
 from compress.report.schema import RECORD, SCORES, explained, figure_of
 from compress.report.table import COLUMNS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECORDS = [
     json.loads(line)
     for line in (ROOT / "results" / "demo" / "records.jsonl").read_text().splitlines()

@@ -133,7 +133,7 @@ def test_bytes_equal_the_gguf_package(name, kind):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_bytes_equal_the_golden_file(name):
     with safe_open(
-        Path(__file__).parent / "golden" / "grids.safetensors", framework="pt"
+        Path(__file__).parents[1] / "golden" / "grids.safetensors", framework="pt"
     ) as golden:
         assert golden.metadata()["llama.cpp"] == "b9190"
         w, expected = golden.get_tensor("weight").float(), golden.get_tensor(name)

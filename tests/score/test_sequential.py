@@ -5,7 +5,7 @@ intervals cover; one model asked look by look.
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal, norm
-from test_paired import designs, items, true_kept
+from test_intervals import designs, items, true_kept
 
 from compress.budget import Limit, judge
 from compress.score import intervals as paired

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def launch(kind, folder, teacher, steps=4, stop=-1, world=2):

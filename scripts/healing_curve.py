@@ -196,7 +196,16 @@ def write(
         "git_sha": git_sha(),
     }
     write_json(options.out / "healing.json", record)
-    (options.out / "healing.md").write_text("\n".join(lines) + "\n")
+    heading = [
+        "# What a cut student learns back, by the text it is healed on",
+        "",
+        f"`python scripts/healing_curve.py --ffn {options.ffn} --seeds {options.seeds}"
+        f" --tokens {' '.join(map(str, options.tokens))}`: medians over the seeds, from least to most.",
+        f"At a rate of {RATE:g}, {len(next(iter(runs.values())))} seeds; the teacher has"
+        f" {teacher['open/right']:.3f} of the answers right.",
+        "",
+    ]
+    (options.out / "healing.md").write_text("\n".join(heading + lines) + "\n")
     print("\n".join(lines))
     last = max(options.tokens)
     ends = {text: rows for (text, tokens), rows in runs.items() if tokens == last}

@@ -200,7 +200,8 @@ def write(
         "# What a cut student learns back, by the text it is healed on",
         "",
         f"`python scripts/healing_curve.py --ffn {options.ffn} --seeds {options.seeds}"
-        f" --tokens {' '.join(map(str, options.tokens))}`: medians over the seeds, from least to most.",
+        f" --tokens {' '.join(map(str, options.tokens))}`: medians over the seeds, from least to"
+        " most.",
         f"At a rate of {RATE:g}, {len(next(iter(runs.values())))} seeds; the teacher has"
         f" {teacher['open/right']:.3f} of the answers right.",
         "",

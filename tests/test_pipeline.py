@@ -209,7 +209,6 @@ def test_depth_and_width_really_shrink(smoke):
 def test_repeating_the_command_reuses_every_stage_and_ends_in_the_same_weights(smoke):
     folder, _ = smoke
     first = records(newest(folder))
-    time.sleep(1.1)  # run directories are named by the second
     done = compress(folder, "run", "smoke", *FAST)
     assert done.returncode == 0, done.stderr
     again = records(newest(folder))
@@ -220,7 +219,6 @@ def test_repeating_the_command_reuses_every_stage_and_ends_in_the_same_weights(s
 
 def test_changing_the_evaluation_keeps_the_weights(smoke):
     folder, _ = smoke
-    time.sleep(1.1)
     done = compress(
         folder, "run", "smoke", *FAST, "eval.limit=3", "pipeline=[depth,width]", "export=none"
     )
@@ -422,7 +420,6 @@ def test_gc_keeps_what_runs_name(smoke, tmp_path):
 
 def test_a_violated_budget_exits_4_and_marks_the_bundle(smoke):
     folder, _ = smoke
-    time.sleep(1.1)
     done = compress(folder, "run", "smoke", *FAST, "+budget.limits={size_bytes:{max:1000}}")
     assert done.returncode == 4, done.stderr
     bundle = newest(folder) / "bundle"
@@ -468,10 +465,8 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(smoke, tmp_path, how):
     )
     if how is not signal.SIGKILL:
         assert json.loads((newest(tmp_path) / "run.json").read_text())["exit"] == process.returncode
-    time.sleep(1.1)
     done = compress(tmp_path, "run", "smoke", *LONG, "store=cut")
     assert done.returncode == 0, done.stderr
-    time.sleep(1.1)
     whole = compress(tmp_path, "run", "smoke", *LONG, "store=whole")
     assert whole.returncode == 0, whole.stderr
     runs = sorted((tmp_path / "runs" / "smoke").iterdir())

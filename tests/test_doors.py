@@ -26,7 +26,7 @@ from compress.models.shapes import tensor_places
 
 def test_text_comes_without_its_byte_order_mark_and_unpacked(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"hello"))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"hello", mtime=0))
     assert read_text(tmp_path / "a.txt") == read_text(tmp_path / "b.txt.gz") == "hello"
 
 
@@ -76,7 +76,7 @@ def test_numbers_that_no_float_holds_are_none():
 
 
 def test_a_damaged_gzip_file_is_refused(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"hello" * 100)[:-12])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"hello" * 100, mtime=0)[:-12])
     with pytest.raises(ValueError, match="a.jsonl.gz is no whole gzip file"):
         read_text(tmp_path / "a.jsonl.gz")
 

@@ -128,7 +128,7 @@ def test_each_input_changes_the_key_of_scores(teacher, tmp_path, monkeypatch, ch
         append(teacher / change)
     elif change == "context":
         config = json.loads((teacher / "config.json").read_text())
-        (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+        (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 400}))
     elif change == "machine":
         monkeypatch.setattr("compress.machine.describe", lambda threads: {"cpu": "another"})
     elif change == "sources":

@@ -25,6 +25,7 @@ from compress.recipe_text import check_override
 from compress.score.patterns import problems
 from compress.score.prompts import embedded_file, read_prompts
 from compress.session import Session
+from compress.stages.lora import Lora
 from compress.text.embedded import EMBEDDED
 
 
@@ -391,9 +392,8 @@ def test_chat_data_is_asked_for_by_slots_that_run_alone():
         chat = property(lambda self: read.append("chat"))
 
     for steps in ([], [("chat", "teacher")]):
-        slot = SimpleNamespace(data=SimpleNamespace(value="chat"))
         opened = Opened()
-        opened.recipe = SimpleNamespace(stages={"chat": slot}, steps=lambda steps=steps: steps)
+        opened.recipe = SimpleNamespace(stages={"chat": Lora()}, steps=lambda steps=steps: steps)
         opened._check_length = lambda slot: None
         Session.open_data(opened)
     assert read == ["chat"]

@@ -45,6 +45,7 @@ LIMIT_METRICS = (
     "latency_ms_p95",
     "ttft_ms_p50",
     "tok_per_sec",
+    "bytes_per_sec",
     "peak_rss_bytes",
     *ACCURACY,
     *OPEN,
@@ -62,7 +63,7 @@ def is_accuracy(metric: str) -> bool:
 
 def is_heldout(metric: str) -> bool:
     """Whether a metric is measured on held-out text."""
-    return metric.partition("/")[0] in HELDOUT
+    return metric.partition("/")[0] in (*HELDOUT, "bytes_per_token", "bytes_per_sec")
 
 
 def human(metric: str, value: float) -> str:
@@ -73,8 +74,8 @@ def human(metric: str, value: float) -> str:
         return f"{value / 1e6:,.1f}M parameters"
     if "_ms" in metric:
         return f"{value:,.1f} ms"
-    if metric == "tok_per_sec":
-        return f"{value:,.0f} tokens/s"
+    if metric in ("tok_per_sec", "bytes_per_sec"):
+        return f"{value:,.0f} {'tokens' if metric == 'tok_per_sec' else 'bytes'}/s"
 
     # Differences of shares are points, shares themselves percent.
     gaps = ("open/loops_gained", "open/ended_lost", "open/choice_gap")

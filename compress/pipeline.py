@@ -45,7 +45,9 @@ def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[
     def make(out: Path, work: Path) -> dict[str, float]:
         if isinstance(stage, Optimization):
             parallel.share((slot, parent.model.path, work))
-        metrics = stage.run(parent.model.path, out, session.context(slot, work, curve))
+        metrics = stage.run(
+            parent.model.path, out, session.context(slot, parent.model.path, work, curve)
+        )
         session.store.note(key, {"seconds": time.monotonic() - start, "curve": curve})
         return metrics
 
@@ -82,7 +84,8 @@ def _follow(recipe: Recipe) -> int:
         # Opened only now: rank 0 has imported the teacher and packed the text.
         session = session or Session(recipe)
         with tempfile.TemporaryDirectory() as nowhere, suppress(parallel.Followed):
-            session.recipe.stages[slot].run(parent, Path(nowhere), session.context(slot, work, []))
+            context = session.context(slot, parent, work, [])
+            session.recipe.stages[slot].run(parent, Path(nowhere), context)
     return EXIT_OK
 
 
@@ -135,7 +138,7 @@ def _stage_candidate(session: Session, folder: RunDir, slot: str, parent_slot: s
     """What a slot's stage makes of its parent, from the store if it is there."""
     parent = session.done[parent_slot]
     technique = session.recipe.technique(slot)
-    inputs = session.inputs(slot, parent.model.digest)
+    inputs = session.inputs(slot, parent.model)
     key = sha256_json(inputs)
     folder.name_key(key)
 

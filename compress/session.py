@@ -27,6 +27,7 @@ from compress.formats.gguf import overhead_bytes
 from compress.keys import WEIGHTS, sources_digest, versions_of
 from compress.models.checkpoint import Model, best_device, config_object, read_config
 from compress.models.model_config import meta_model
+from compress.models.tokenizer import tokenizer_digest
 from compress.quant.codes import quantizable
 from compress.score.measured import Measured
 from compress.score.prompts import Prompt
@@ -34,6 +35,7 @@ from compress.score.scorer import Scorer, open_prompts
 from compress.score.settings import Eval
 from compress.score.task_files import check_tasks
 from compress.stages.context import Context
+from compress.stages.prune_vocab import PruneVocab
 from compress.stages.ptq import OnGrid
 from compress.stages.training import Optimization
 from compress.store import Store
@@ -77,14 +79,18 @@ def open_scorer(
     threads = trainer.threads or machine.available_threads()
     torch.set_num_threads(threads)
 
-    # Held-out text is packed with the teacher's tokenizer, as in a run.
     home = Store(store)
     opened = open_teacher(teacher.source, teacher.revision, home, log)
     check_length(data.seq_len, opened)
-    heldout = {
-        name: pack([source], opened.path, data.seq_len, home.root / "data")
-        for name, source in data.heldout_names().items()
-    }
+
+    def heldout(tokens_of: Path) -> dict[str, Packed]:
+        """Held-out text in the tokens of a checkpoint, as in a run."""
+        folder = home.root / "data"
+        return {
+            name: pack([source], opened.path, data.seq_len, folder, tokens_of=tokens_of)
+            for name, source in data.heldout_names().items()
+        }
+
     return Scorer(home, eval, heldout, opened.path, threads, requests, prompts), opened
 
 
@@ -107,6 +113,7 @@ class Session:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.done: dict[str, Measured] = {}
+        self._packed: dict[str, Packed] = {}  # by sources, tokenizer and settings
         self._check_recipe()
 
         # Processes of one machine share its processors.
@@ -148,22 +155,26 @@ class Session:
 
     def open_data(self) -> None:
         """Read all text before work starts: a missing or empty source is refused here."""
-        _ = self.text, self.scorer  # cached properties: asking is reading
+        _ = self.text(self.teacher.path), self.scorer  # asking is reading
         if any(uses_chat(self.recipe.stages[slot]) for slot, _ in self.recipe.steps()):
-            _ = self.chat
+            self.chat(self.teacher.path)
         for slot, _ in self.recipe.steps():
             self._check_length(slot)
+            stage = self.recipe.stages[slot]
+            if isinstance(stage, PruneVocab):
+                stage.check_tokenizer(self.teacher.path)
 
     def _check_length(self, slot: str) -> None:
         """Say, or refuse with data.reread=refuse, that a stage wants more text than there is."""
         stage, data = self.recipe.stages[slot], self.recipe.data
         sentences = []
         if isinstance(stage, Optimization):
-            training_text = self.chat if stage.reads_chat else self.text
-            sentences.append(stage.told_readings(data.seq_len, len(training_text.ids)))
+            read = self.chat if stage.reads_chat else self.text
+            sequences = len(read(self.teacher.path).ids)
+            sentences.append(stage.told_readings(data.seq_len, sequences))
 
         needed = stage.calibration_rows()
-        if needed > (available := len(self.text.ids)):
+        if needed > (available := len(self.text(self.teacher.path).ids)):
             sentences.append(
                 f"calibration_sequences={needed}, the text has {available} sequences: add text to"
                 f" the data, or set it to at most {available}"
@@ -174,45 +185,52 @@ class Session:
                 raise ValueError(f"{slot}: {sentence}; or set data.reread=tell")
             log(f"{slot}: {sentence}")
 
-    def _pack(self, sources: list[str], **settings: Any) -> Packed:
-        return pack(
-            sources,
-            self.teacher.path,
-            self.recipe.data.seq_len,
-            self.store.root / "data",
-            log=log,
-            **settings,
-        )
+    def _pack(self, sources: list[str], tokens_of: Path, **settings: Any) -> Packed:
+        """Text in the tokens of a checkpoint; each text and tokenizer is read once."""
+        known = json.dumps([sources, tokenizer_digest(tokens_of), settings])
+        if known not in self._packed:
+            self._packed[known] = pack(
+                sources,
+                self.teacher.path,
+                self.recipe.data.seq_len,
+                self.store.root / "data",
+                tokens_of=tokens_of,
+                log=log,
+                **settings,
+            )
+        return self._packed[known]
 
-    @cached_property
-    def text(self) -> Packed:
+    def text(self, tokens_of: Path) -> Packed:
+        """All training text, in the tokens of a checkpoint."""
         data = self.recipe.data
         return self._pack(
             data.train,
+            tokens_of,
             weights=data.weights,
             packing=data.packing.value,
             chat_labels=data.chat_labels.value,
         )
 
-    @cached_property
-    def chat(self) -> Packed:
-        if not self.recipe.data.chat:
+    def chat(self, tokens_of: Path) -> Packed:
+        """Question-answer training data, in the tokens of a checkpoint. ValueError for none."""
+        data = self.recipe.data
+        if not data.chat:
             raise ValueError(
                 "the recipe's lora stage wants chat data, but data.chat is empty; name a source or"
                 " set data=text on the stage"
             )
-        return self._pack(
-            self.recipe.data.chat, packing=self.recipe.data.packing.value, chat_labels="answers"
-        )
+        return self._pack(data.chat, tokens_of, packing=data.packing.value, chat_labels="answers")
 
     @cached_property
     def scorer(self) -> Scorer:
-        heldout = {
-            name: self._pack([source]) for name, source in self.recipe.data.heldout_names().items()
-        }
+        names = self.recipe.data.heldout_names()
+
+        def heldout(tokens_of: Path) -> dict[str, Packed]:
+            return {name: self._pack([source], tokens_of) for name, source in names.items()}
+
         return Scorer(self.store, self.recipe.eval, heldout, self.teacher.path, self.threads)
 
-    def inputs(self, slot: str, parent_digest: str) -> dict[str, Any]:
+    def inputs(self, slot: str, parent: Model) -> dict[str, Any]:
         """All that determines a stage's weights; its digest is the stage's key."""
         stage, trainer = self.recipe.stages[slot], self.recipe.trainer
 
@@ -232,10 +250,10 @@ class Session:
         return {
             "technique": self.recipe.technique(slot),
             "config": config,
-            "parent": parent_digest,
+            "parent": parent.digest,
             "teacher": self.teacher.digest,
-            "data": self.text.digest,
-            "chat": self.chat.digest if uses_chat(stage) else None,
+            "data": self.text(parent.path).digest,
+            "chat": self.chat(parent.path).digest if uses_chat(stage) else None,
             "seq_len": self.recipe.data.seq_len,
             "seed": self.recipe.seed,
             "precision": self.precision,
@@ -247,8 +265,12 @@ class Session:
             "versions": versions_of(*WEIGHTS),
         }
 
-    def context(self, slot: str, work: Path, curve: list[dict[str, float]]) -> Context:
-        """What the stage in `slot` may ask for; rows of its training are added to `curve`."""
+    def context(
+        self, slot: str, parent: Path, work: Path, curve: list[dict[str, float]]
+    ) -> Context:
+        """What the stage in `slot` may ask for, text in its parent's tokens; rows of its training
+        are added to `curve`.
+        """
         trainer = self.recipe.trainer
         return Context(
             teacher=self.teacher.path,
@@ -257,9 +279,9 @@ class Session:
             work=work,
             signals=self.store.root / "signals",
             # Inputs without the last token, which has no next one to predict.
-            calibration=lambda n: self.text.ids[:n, :-1].long(),
-            text=lambda: self.text,
-            chat=lambda: self.chat,
+            calibration=lambda n: self.text(parent).ids[:n, :-1].long(),
+            text=lambda: self.text(parent),
+            chat=lambda: self.chat(parent),
             file_overhead=overhead_bytes,
             precision=self.precision,
             label=slot,

@@ -13,7 +13,7 @@ import torch
 from compress import keys
 from compress.assets import PACKAGE
 from compress.keys import closure, sources_digest, versions_of
-from compress.models.checkpoint import digest, model_of, weights_digest
+from compress.models.checkpoint import Model, digest, model_of, weights_digest
 from compress.models.tokenizer import tokenizer_digest
 from compress.quant.settings import Allocation, GridName
 from compress.session import Session
@@ -213,12 +213,17 @@ def session_of(teacher: Path) -> SimpleNamespace:
         ),
     )
     return SimpleNamespace(
-        recipe=recipe, teacher=model_of(teacher), text=TEXT, chat=TEXT, precision="fp32", threads=1
+        recipe=recipe,
+        teacher=model_of(teacher),
+        text=lambda tokens_of: TEXT,
+        chat=lambda tokens_of: TEXT,
+        precision="fp32",
+        threads=1,
     )
 
 
 def weights_key(session, slot: str = "heal", parent: str = "parent") -> str:
-    return sha256_json(Session.inputs(session, slot, parent))
+    return sha256_json(Session.inputs(session, slot, Model(Path(parent), parent, "torch")))
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +237,7 @@ def edit_teacher(session, monkeypatch):
 
 SESSION_CHANGES = {
     "teacher": edit_teacher,
-    "data": lambda s, m: m.setattr(s, "text", OTHER),
+    "data": lambda s, m: m.setattr(s, "text", lambda tokens_of: OTHER),
     "config": lambda s, m: m.setattr(s.recipe.stages["heal"], "lr", 0.123),
     "signal": lambda s, m: m.setattr(s.recipe.stages["heal"].signal, "threshold", 0.123),
     "seq_len": lambda s, m: m.setattr(s.recipe.data, "seq_len", 64),
@@ -264,7 +269,7 @@ def test_slot_names_and_what_goes_on_are_no_inputs_but_technique_parent_and_chat
     ) != weights_key(opened, "qat")
     monkeypatch.setitem(opened.recipe.stages, "other", opened.recipe.stages["heal"])
     assert weights_key(opened, "other") == before
-    monkeypatch.setattr(opened, "chat", OTHER)
+    monkeypatch.setattr(opened, "chat", lambda tokens_of: OTHER)
     assert weights_key(opened) == before and weights_key(opened, "chat") != chat
 
 

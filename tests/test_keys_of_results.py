@@ -87,7 +87,7 @@ def score_key(teacher, folder, runtime="torch", text=TEXT, **settings) -> str:
     scorer = Scorer(
         Store(folder / "store"),
         Eval(**{"tasks": ["grammar"], "open_limit": 1} | settings),
-        {"text": text},
+        lambda tokens: {"text": text},
         teacher,
         1,
     )

@@ -75,7 +75,7 @@ def test_the_vocabulary_is_complete():
         "data": 3,
         "eval": 4,
         "export": 12,
-        "stage": 6,
+        "stage": 7,
         "teacher": 3,
         "track": 2,
         "trainer": 5,

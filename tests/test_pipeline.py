@@ -59,6 +59,7 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
     found = records(run)
     assert [r["slot"] for r in found] == [
         "teacher",
+        "vocab",
         "depth",
         "width",
         "heal",
@@ -92,6 +93,7 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
     assert [r["parent"] for r in found] == [
         None,
         "teacher",
+        "vocab",
         "depth",
         "width",
         "heal",

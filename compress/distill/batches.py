@@ -18,8 +18,8 @@ from compress.distill.online import Batches, TeacherSource
 from compress.distill.signals import Signals, as_target
 from compress.models.checkpoint import read_config
 from compress.models.head import Head, head_of, hidden_states
-from compress.models.tokenizer import load_tokenizer, token_count, tokenizer_digest
-from compress.models.vocabulary import difference, of_tokenizer
+from compress.models.reading import reading
+from compress.models.tokenizer import load_tokenizer, token_count
 from compress.train import parallel
 from compress.train.packed import Packed
 from compress.train.plan import Batch, LossFunction
@@ -55,30 +55,21 @@ def one_batch(data: Packed, source: TeacherSource | None, rows: list[int]) -> Ba
 
 
 def common_vocabulary(student: Path, teacher: Path) -> int:
-    """Rows of both heads that the ids of their tokenizer need; heads may be padded, and padded
-    differently, behind them.
+    """Rows of the student's head that the ids of its tokenizer need; heads may be padded, and
+    padded differently, behind them.
 
-    ValueError when the tokenizers differ, or when a head has fewer rows than that.
+    ValueError when the tokenizers differ, but for tokens cut out of the student's
+    (`compress/models/reading.py`), or when a head has fewer rows than its tokenizer has ids.
     """
-    sizes = [int(read_config(path)["vocab_size"]) for path in (student, teacher)]
-    ids = token_count(load_tokenizer(teacher))
-
-    # Files that differ may still give every text the same ids.
-    if tokenizer_digest(student) != tokenizer_digest(teacher):
-        students, teachers = (of_tokenizer(load_tokenizer(path)) for path in (student, teacher))
-        if differing := difference(students, teachers):
+    reading(student, teacher)
+    students, teachers = (token_count(load_tokenizer(path)) for path in (student, teacher))
+    for path, ids in ((student, students), (teacher, teachers)):
+        rows = int(read_config(path)["vocab_size"])
+        if rows < ids:
             raise ValueError(
-                f"{student} and {teacher} have different tokenizers; distillation compares"
-                f" probabilities of the same ids, and {differing}"
+                f"{path} has a head of {rows} rows, its tokenizer has {ids} ids; it needs as many"
             )
-
-    # Every id needs its row in both heads.
-    if min(sizes) < ids:
-        raise ValueError(
-            f"{student} and {teacher} have heads of {sizes[0]} and {sizes[1]} rows, their tokenizer"
-            f" has {ids} ids; both need as many"
-        )
-    return ids
+    return students
 
 
 def make_loss(

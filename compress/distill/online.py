@@ -25,7 +25,8 @@ from compress.distill.signals import Signals
 from compress.models.blocks import tapped
 from compress.models.checkpoint import best_device
 from compress.models.cpu_kernels import use_cpu_kernels
-from compress.models.head import Head, head_of, hidden_states
+from compress.models.head import Fold, Head, hidden_states
+from compress.models.reading import read_in
 from compress.train import parallel
 from compress.train.packed import Packed
 from compress.train.plan import Batch
@@ -41,7 +42,10 @@ class OnlineTeacher:
     needs chunk by chunk.
     """
 
-    def __init__(self, model: Any, data: Packed, *, sharded: bool = False) -> None:
+    def __init__(
+        self, model: Any, data: Packed, *, sharded: bool = False, fold: Fold | None = None
+    ) -> None:
+        """`fold`: where `data` is in the tokens of a smaller vocabulary."""
         self.model = model.to(best_device())
         self.data = data
         # Blocks whose states, and whose Q, K and V, `read` gives too, under "teacher/".
@@ -49,7 +53,7 @@ class OnlineTeacher:
         use_cpu_kernels(self.model)
 
         # The loss needs the head whole; a copy of it stays outside of what is sharded.
-        head = head_of(model).detach()
+        head = read_in(self.model, fold).detach()
         self.teacher_head: Head | None = (
             replace(head, weight_VH=head.weight_VH.clone()) if sharded else head
         )

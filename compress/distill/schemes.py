@@ -42,7 +42,7 @@ def encode(hidden_LH: Tensor, head: Head, scheme: Scheme, generator: torch.Gener
     # ids in two bytes, and a third in a tensor of its own where the vocabulary needs it
     ids = sequence.pop("ids")
     sequence["ids_low"] = (ids & 0xFFFF).to(torch.uint16)
-    if len(head.weight_VH) > 1 << 16:
+    if head.ids_count > 1 << 16:
         sequence["ids_high"] = (ids >> 16).to(torch.uint8)
     return sequence
 

@@ -57,7 +57,8 @@ from compress.errors import ResourceError
 from compress.keys import SIGNALS, sources_digest, versions_of
 from compress.models.checkpoint import best_device, load_model, weights_digest
 from compress.models.cpu_kernels import use_cpu_kernels
-from compress.models.head import Head, head_of, hidden_states
+from compress.models.head import Head, hidden_states
+from compress.models.reading import read_in, reading
 from compress.models.tokenizer import load_tokenizer, token_count, tokenizer_digest
 from compress.store import sha256_json, write_whole
 from compress.train import parallel
@@ -95,6 +96,7 @@ def made_with(folder: str | None = None) -> dict[str, Any]:
         "compress.distill.signals:",
         "compress.distill.schemes:",
         "compress.models.head",
+        "compress.models.reading:",
         "compress.models.cpu_kernels",
         "compress.models.checkpoint",
     )
@@ -117,11 +119,15 @@ class Signals:
         log: Callable[[str], None],
         own_folder: bool = False,
         load: str = "plain",
+        tokens_of: Path | None = None,
     ) -> None:
         """In a folder below `root` named by the meta; with `own_folder` in `root` itself.
-        ValueError when a signal of another meta is there.
+        `tokens_of`: the checkpoint in whose tokens `data` is, where it is not the teacher.
+        ValueError when a signal of another meta is there, or as `reading`.
         """
         self.teacher = teacher
+        self.tokens_of = tokens_of or teacher
+        self.fold = reading(self.tokens_of, teacher)
         self.data = data
         self.scheme = scheme
         self.log = log
@@ -135,7 +141,7 @@ class Signals:
             **{field: getattr(scheme, field) for field in fields},
             "teacher": weights_digest(teacher),
             "teacher_load": load,
-            "tokenizer": tokenizer_digest(teacher),
+            "tokenizer": tokenizer_digest(self.tokens_of),
             "data": data.digest,
             "seed": seed,
             "rows_per_shard": ROWS_PER_SHARD,
@@ -320,8 +326,8 @@ class Signals:
         model.to(best_device())
 
         # Rows behind the tokenizer's ids are padding.
-        head = head_of(model).detach()
-        head = head.first(min(len(head.weight_VH), token_count(load_tokenizer(self.teacher))))
+        head = read_in(model, self.fold).detach()
+        head = head.first(min(head.ids_count, token_count(load_tokenizer(self.tokens_of))))
         if self.scheme.name == "hidden":
             self._head = replace(head, weight_VH=head.weight_VH.clone())
         return model, head

@@ -2,7 +2,7 @@
 closeness score needs; and what each block of a decoder receives on the way.
 
 Legend: R rows (sequences), L positions, N = R * L tokens, C tokens a chunk, H hidden, V vocabulary,
-B sequences of a batch.
+S a smaller one, D ids that it lacks, B sequences of a batch.
 """
 
 from __future__ import annotations
@@ -16,31 +16,63 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Fold:
+    """A vocabulary V seen in a smaller one, S, whose tokens it has too: `kept_S`, the larger's id
+    of each of the smaller's; `dropped_D`, its other ids, and `pieces_D`, the smaller's ids with
+    which their texts begin.
+    """
+
+    kept_S: Tensor
+    dropped_D: Tensor
+    pieces_D: Tensor
+
+    def logits(self, logits_CV: Tensor) -> Tensor:
+        """Logits (C, S) of the first piece of what comes next: softmax gives each of the smaller's
+        ids its own probability and those of the dropped ids that begin with it.
+
+        A probability below the smallest normal number of the type counts as that.
+        """
+        top_C1 = logits_CV.amax(-1, keepdim=True)
+        mass_CV = (logits_CV - top_C1).exp_()
+        mass_CS = mass_CV[:, self.kept_S]
+        mass_CS.index_add_(1, self.pieces_D, mass_CV[:, self.dropped_D])
+        return mass_CS.clamp_min_(torch.finfo(mass_CS.dtype).tiny).log_().add_(top_C1)
+
+
+@dataclass(frozen=True)
 class Head:
     """What turns final hidden states into logits: z = (h W^T + bias) * scale, then softcap *
-    tanh(z / softcap) where the model caps them.
+    tanh(z / softcap) where the model caps them. With `fold` they are those of a smaller
+    vocabulary.
     """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    fold: Fold | None = None
+
+    @property
+    def ids_count(self) -> int:
+        """Ids that it gives logits of."""
+        return len(self.weight_VH if self.fold is None else self.fold.kept_S)
 
     def finish(self, product_CV: Tensor) -> Tensor:
-        """Logits (C, V) in fp32 (fp64 for fp64) of h W^T; a new tensor unless the product has that
-        type and nothing is to be done.
+        """Logits (C, V), or (C, S) behind a fold, in fp32 (fp64 for fp64) of h W^T; a new tensor
+        unless the product has that type and nothing is to be done.
         """
         logits_CV = product_CV if product_CV.dtype == torch.float64 else product_CV.float()
         if self.bias_V is not None:
             logits_CV = logits_CV + self.bias_V
         if self.scale != 1.0:
             logits_CV = logits_CV * self.scale
-        if self.softcap is None:
-            return logits_CV
-        return (logits_CV / self.softcap).tanh_().mul_(self.softcap)
+        if self.softcap is not None:
+            logits_CV = (logits_CV / self.softcap).tanh_().mul_(self.softcap)
+        return logits_CV if self.fold is None else self.fold.logits(logits_CV)
 
     def back(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
-        """d loss / d product from d loss / d logits."""
+        """d loss / d product from d loss / d logits; nobody learns through a fold."""
+        assert self.fold is None, "a folded head is a teacher's"
         if self.softcap is not None:
             grad_CV = grad_CV * (1 - (logits_CV / self.softcap) ** 2)
         return grad_CV if self.scale == 1.0 else grad_CV * self.scale
@@ -51,10 +83,11 @@ class Head:
 
     def first(self, rows: int) -> Head:
         """The head of the first `rows` ids: what is behind them is padding
-        that no tokenizer gives.
+        that no tokenizer gives. A folded one has no padding.
         """
-        if rows == len(self.weight_VH):
+        if rows == self.ids_count:
             return self
+        assert self.fold is None, f"{rows} of {self.ids_count} ids of a folded head"
         return replace(
             self,
             weight_VH=self.weight_VH[:rows],

@@ -141,7 +141,7 @@ def differences(first: Run, other: Run) -> list[Difference]:
     kept = sorted(key for key in a["scores"] if key.startswith("kept/"))
     for name in [*COLUMN, "open/ended", *_texts(a), *kept]:
         x, y = a["scores"].get(name), b["scores"].get(name)
-        is_time = "_ms" in name or name == "tok_per_sec"
+        is_time = "_ms" in name or name in ("tok_per_sec", "bytes_per_sec")
         if name in open_by_metric:
             shown.append(open_by_metric[name])
         elif None not in (x, y) and (same_machine or not is_time):

@@ -5,6 +5,9 @@ A record is one slot's line of `records.jsonl`. RECORD names its keys, SCORES th
 (and so of `intervals` and `rows`). Behind a slash stands what a figure is of: `acc/TASK`,
 `kl_to_teacher/TEXT`, `drop/TASK@DAMAGE`, `ttft_ms_p50/TOKENS`, `throughput_tok_per_sec/SEQUENCES`;
 without one it is over all of them.
+
+A student of a smaller vocabulary has KL and top-1 agreement a token of its own, its teacher read in
+these (`models/reading.py`); between vocabularies bits per byte and bytes a second compare.
 """
 
 from typing import NamedTuple
@@ -73,6 +76,7 @@ SCORES: dict[str, Figure] = {
     "word_perplexity": Figure("perplexity a word", "", "less", "documents"),
     "byte_perplexity": Figure("perplexity a byte", "", "less", "documents"),
     "bits_per_byte": Figure("bits of the text a byte", "bits", "less", ROWS),
+    "bytes_per_token": Figure("bytes of text a token stands for", "bytes", "more", ""),
     "kl_to_teacher": Figure("KL(teacher || model), mean over tokens", "nats", "less", ROWS),
     "kl_to_parent": Figure("KL(parent || model), mean over tokens", "nats", "less", ROWS),
     "top1_agree": Figure("tokens with the teacher's first choice", "share", "more", ROWS),
@@ -94,6 +98,9 @@ SCORES: dict[str, Figure] = {
     "latency_ms_p95": Figure("the same, 95th percentile", "ms", "less", PROCESSES),
     "latency_ms_p99": Figure("the same, 99th percentile", "ms", "less", PROCESSES),
     "tok_per_sec": Figure("further tokens a second", "tokens/s", "more", PROCESSES),
+    "bytes_per_sec": Figure(
+        "tok_per_sec times bytes a token of held-out text", "bytes/s", "more", ""
+    ),
     "throughput_tok_per_sec": Figure(
         "tokens of sequences decoded together", "tokens/s", "more", PROCESSES
     ),

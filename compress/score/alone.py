@@ -57,7 +57,7 @@ def scores_alone(
         bits_S, bytes_S = bits_and_bytes(states, setup.heldout.ids_SL, tokenizer)
         result, level = _tasks(lm, setup, tasks, early)
         picked = picks_right(setup.prompts, lm, tokenizer) if asked != "none" else {}
-    text = _bits_per_byte(bits_S, bytes_S, setup.heldout)
+    text = _of_text(bits_S, bytes_S, setup.heldout)
 
     # What it says when it is asked.
     prompts = _prompts_asked(setup.prompts, asked)
@@ -68,6 +68,8 @@ def scores_alone(
     times: dict[str, Any] = {"scores": {}, "intervals": {}, "latency": {}}
     if timed or setup.settings.time_stages:
         times = measure_latency(model.path, model.runtime, _timing(setup))
+        bytes_a_token = text.scores["bytes_per_token/heldout"]
+        times["scores"]["bytes_per_sec"] = times["scores"]["tok_per_sec"] * bytes_a_token
 
     # All of it by name. A perturbed answer's interval comes with the tasks, any other accuracy's
     # from the items.
@@ -139,13 +141,15 @@ def _tasks(
     return until_certain(partial(rescore, lm), items, chance, early.limits, rest)
 
 
-def _bits_per_byte(bits_S: list[float], bytes_S: list[int], heldout: Heldout) -> Scores:
-    """Bits per byte of each held-out text, and of all as `heldout`."""
+def _of_text(bits_S: list[float], bytes_S: list[int], heldout: Heldout) -> Scores:
+    """Bits per byte and bytes per token of each held-out text, and of all as `heldout`."""
+    labels = heldout.ids_SL.shape[1] - 1
     result = Scores({}, {}, [], {})
     rows: dict[str, list[list[float]]] = {}
     for name, part in {"heldout": slice(None), **heldout.texts}.items():
         bits, count = bits_S[part], [float(number) for number in bytes_S[part]]
         result.scores[f"bits_per_byte/{name}"] = sum(bits) / sum(count)
+        result.scores[f"bytes_per_token/{name}"] = sum(count) / (len(count) * labels)
         result.scores[f"heldout_rows/{name}"] = len(bits)
         result.intervals[f"bits_per_byte/{name}"] = ratio_interval(bits, count)
         rows[f"bits_per_byte/{name}"] = [bits, count]

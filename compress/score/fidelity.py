@@ -83,7 +83,7 @@ def closeness(reference: States, student: States, rows: int = 1) -> dict[str, An
     """{"kl", "top1"} of the student to the reference, and "kl_rows", "top1_rows": the means of
     each of `rows` rows of equal length. ValueError when vocabularies or lengths differ.
     """
-    words, other_words = len(reference.head.weight_VH), len(student.head.weight_VH)
+    words, other_words = reference.head.ids_count, student.head.ids_count
     tokens, other_tokens = len(reference.hidden_NH), len(student.hidden_NH)
     if (words, tokens) != (other_words, other_tokens):
         got = f"vocabularies {words} and {other_words}, {tokens} and {other_tokens} held-out tokens"

@@ -10,26 +10,32 @@ quarter of the open prompts and are not timed.
 Below `scores` in the store lie, by keys of models:
 
     KEY.json                 a model's own scores     KEY.states.safetensors   its hidden states
+    KEY-DIGEST.states.safetensors                     a reference's, in a student's tokens
     KEY-KEY.json             closeness of two         KEY-KEY.open.json        open/plausible
     KEY-DIGEST.parity.json   parity of a file with its checkpoint
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
 
 from compress import formats
+from compress.formats.gguf_tokenizer import read_tokenizer
 from compress.formats.runtimes import runtime_of
 from compress.keys import sources_digest
 from compress.models.checkpoint import Model, best_device, load_model
+from compress.models.gguf_header import read_fields
+from compress.models.reading import read_in, reading
 from compress.models.tokenizer import load_tokenizer
 from compress.models.vocabulary import check_same
 from compress.score.alone import scores_alone
 from compress.score.beside import closeness_scores, items_beside, kl_to_parent
-from compress.score.fidelity import States, closeness
+from compress.score.fidelity import States, closeness, hidden_of
 from compress.score.inputs import (
     ScoreInputs,
     Setup,
@@ -46,7 +52,7 @@ from compress.score.open import beside_teacher, plausible
 from compress.score.parity import parity
 from compress.score.prompts import Prompt, prompts_of_eval
 from compress.score.settings import Eval
-from compress.store import Store, sha256_json, write_json
+from compress.store import Store, sha256_json, write_json, write_whole
 from compress.train.packed import Packed
 
 
@@ -64,20 +70,23 @@ class Scorer:
         self,
         store: Store,
         settings: Eval,
-        heldout: Mapping[str, Packed],
+        heldout: Callable[[Path], Mapping[str, Packed]],
         tokenizer_dir: Path,
         threads: int,
         requests: list[dict[str, Any]] | None = None,
         prompts: list[Prompt] | None = None,
     ) -> None:
-        """`heldout`: texts by name. `requests`, `prompts`: a bundle's rendered items and open
-        prompts, in place of the settings' own.
+        """`heldout`: a checkpoint's directory -> texts by name in its tokens. `tokenizer_dir`: the
+        teacher's. `requests`, `prompts`: a bundle's rendered items and open prompts, in place of
+        the settings' own.
         """
         self.store = store
         self.prompts = open_prompts(settings) if prompts is None else prompts
+        self._heldout = heldout
+        texts = heldout(tokenizer_dir)
         self.setup = Setup(
             settings=settings,
-            heldout=first_rows(heldout, settings.heldout_sequences),
+            heldout=first_rows(texts, settings.heldout_sequences),
             prompts=self.prompts,
             requests=requests,
             tokenizer_dir=tokenizer_dir,
@@ -87,8 +96,12 @@ class Scorer:
         check_context(self.setup)
 
         # What scores depend on: a change in any of these makes new ones.
-        self.digests = digests_of(self.setup, heldout)
+        self.digests = digests_of(self.setup, texts)
         self.settings_named = named_settings(self.setup, self.digests)
+
+        # What each model is scored with, in its own tokens, by its digest.
+        self._setups: dict[str, tuple[Setup, dict[str, str]]] = {}
+        self._rebuilt = TemporaryDirectory(prefix="compress-tokens-")
 
     def measure(
         self,
@@ -111,17 +124,17 @@ class Scorer:
             early = EarlyStop(against, limits)
 
         # The model's digest comes first: by it gc knows whose scores these are.
-        depends = self.depends(model.runtime).key_parts()
+        setup, settings_named = self._setup_of(model)
+        depends = score_inputs(settings_named, model.runtime).key_parts()
         until = early.key_parts() if early else None
         named = [model.digest, model.runtime, depends, tasks, asked, timed, until]
         key = f"{model.digest[:16]}-{sha256_json(named)[:32]}"
 
         path = self._path(f"{key}.json")
         if not (path.is_file() and self._states_path(key).is_file()):
-            self.check_tokenizer(model)
             fields = scores_alone(
                 model,
-                self.setup,
+                setup,
                 self._states_path(key),
                 tasks=self.setup.settings.tasks if tasks else [],
                 asked=asked,
@@ -140,19 +153,49 @@ class Scorer:
         return check_same(model, self.setup.tokenizer_dir)
 
     def depends(self, runtime: str) -> ScoreInputs:
-        """What scores depend on besides the model and what is asked of it: settings, texts and
-        tasks, sources, and versions of what computes.
+        """What scores of a model with the teacher's tokens depend on besides it and what is asked
+        of it: settings, texts and tasks, sources, and versions of what computes.
         """
         return score_inputs(self.settings_named, runtime)
+
+    def _setup_of(self, model: Model) -> tuple[Setup, dict[str, str]]:
+        """What a model is scored with, in its own tokens, and the settings by name. ValueError as
+        `check_tokenizer`.
+        """
+        if model.digest in self._setups:
+            return self._setups[model.digest]
+        self.check_tokenizer(model)
+
+        setup, named = self.setup, self.settings_named
+        if reading(model.path, setup.tokenizer_dir) is not None:
+            tokens = self._tokens_of(model)
+            texts = self._heldout(tokens)
+            rows = first_rows(texts, setup.settings.heldout_sequences)
+            setup = replace(setup, heldout=rows, tokenizer_dir=tokens)
+            named = named_settings(setup, digests_of(setup, texts))
+        self._setups[model.digest] = setup, named
+        return setup, named
+
+    def _tokens_of(self, model: Model) -> Path:
+        """A directory with the HF tokenizer of a model whose tokens are its own: its directory, or
+        what a GGUF says of it, written down.
+        """
+        if model.path.is_dir():
+            return model.path
+        folder = Path(self._rebuilt.name) / model.digest[:32]
+        if not folder.is_dir():
+            folder.mkdir()
+            read_tokenizer(read_fields(model.path)[0], folder)
+        return folder
 
     def compare(self, student: Measured, reference: Measured) -> Scores:
         """kl_to_teacher and top1_agree, beside any `reference`, on the held-out texts, each and
         together, with intervals over rows; from the store if it is there.
         """
-        heldout = self.setup.heldout
+        heldout = self._setup_of(student.model)[0].heldout
         path = self._path(f"{student.key}-{reference.key}.json")
         if not path.is_file():
-            states = self._states(reference), self._states(student)
+            states = self._states_beside(reference, student), self._states(student)
             write_json(path, closeness(*states, len(heldout.ids_SL)))
         return closeness_scores(json.loads(path.read_text()), heldout.texts)
 
@@ -169,7 +212,7 @@ class Scorer:
                 checkpoint.model.path,
                 shipped.model.path,
                 name,
-                self.setup.heldout.ids_SL,
+                self._setup_of(shipped.model)[0].heldout.ids_SL,
                 self._states(shipped),
                 self.setup.threads,
             )
@@ -225,3 +268,27 @@ class Scorer:
     def _states(self, measured: Measured) -> States:
         hidden_NH = safetensors.torch.load_file(self._states_path(measured.key))["hidden"]
         return States(hidden_NH, runtime_of(measured.model.runtime).head(measured.model.path))
+
+    def _states_beside(self, reference: Measured, student: Measured) -> States:
+        """The reference's states on the held-out rows of the student: its own where both have the
+        same tokens, else read in the student's. ValueError for a file of other tokens.
+        """
+        fold = reading(student.model.path, reference.model.path)
+        if fold is None:
+            return self._states(reference)
+        if reference.model.runtime != "torch":
+            raise ValueError(
+                f"{reference.model.path} can't be read in the tokens of {student.model.path}; give"
+                " the checkpoint that the file was made of"
+            )
+
+        # Kept by both, for the next one in these tokens.
+        setup, named = self._setup_of(student.model)
+        path = self._states_path(f"{reference.key}-{sha256_json(named)[:32]}")
+        head = replace(runtime_of(reference.model.runtime).head(reference.model.path), fold=fold)
+        if not path.is_file():
+            loaded: Any = load_model(reference.model.path)
+            read_in(loaded, fold)
+            hidden_NH = hidden_of(loaded.to(best_device()), setup.heldout.ids_SL)
+            write_whole(path, safetensors.torch.save({"hidden": hidden_NH.contiguous()}))
+        return States(safetensors.torch.load_file(path)["hidden"], head)

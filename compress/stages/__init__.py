@@ -7,6 +7,7 @@ checks itself, says what it costs and runs.
 from compress.stages.distill import Distill
 from compress.stages.lora import Lora
 from compress.stages.prune_depth import PruneDepth
+from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
 from compress.stages.ptq import Ptq
 from compress.stages.qat import Qat
@@ -14,6 +15,7 @@ from compress.stages.stage import Stage
 
 STAGES: dict[str, type[Stage]] = {
     "prune_depth": PruneDepth,
+    "prune_vocab": PruneVocab,
     "prune_width": PruneWidth,
     "distill": Distill,
     "lora": Lora,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Context:
     """Shapes: calibration(n) gives ids (n, seq_len) int64 of packed training text; the same n
-    gives the same ids.
+    gives the same ids. All text is in the tokens of the stage's parent.
     """
 
     teacher: Path

@@ -139,7 +139,9 @@ class Distill(Optimization):
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 embeddings.weight.requires_grad_(False)
         self.reserve(model, ctx)
-        source = open_source(self.signal, ctx, ctx.teacher, data, sequences, self.temperature)
+        source = open_source(
+            self.signal, ctx, ctx.teacher, data, sequences, parent, self.temperature
+        )
 
         # The loss, and what is put around batches and loss.
         mix = Mix(

@@ -122,7 +122,7 @@ class Qat(Optimization, OnGrid):
         vocabulary = common_vocabulary(parent, learned_from)
         model = load_model(parent)
         self.reserve(model, ctx, copies=1, frozen=self.rank > 0)
-        source = open_source(self.signal, ctx, learned_from, data, sequences)
+        source = open_source(self.signal, ctx, learned_from, data, sequences, parent)
 
         # Onto the grid, trained there, and written as codes.
         torch.manual_seed(ctx.seed)

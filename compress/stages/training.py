@@ -31,10 +31,11 @@ def open_source(
     teacher: Path,
     data: Packed,
     sequences: int,
+    tokens_of: Path,
     temperature: float = 1.0,
 ) -> TeacherSource:
-    """The teacher for the first `sequences` rows of `data`; kept signals are made now where
-    they are missing.
+    """The teacher for the first `sequences` rows of `data`, in the tokens of the checkpoint
+    `tokens_of`; kept signals are made now where they are missing.
     """
     import torch
 
@@ -42,6 +43,7 @@ def open_source(
     from compress.distill.schemes import Scheme
     from compress.distill.signals import Signals
     from compress.models.checkpoint import load_model
+    from compress.models.reading import reading
     from compress.train import parallel
 
     # The teacher itself, run at every step.
@@ -51,6 +53,7 @@ def open_source(
             load_model(teacher, dtype, signal.teacher.value),
             data,
             sharded=ctx.parallel == "fsdp2",
+            fold=reading(tokens_of, teacher),
         )
 
     # Or its kept signals, all of them there before training begins.
@@ -65,6 +68,7 @@ def open_source(
         log=ctx.log,
         own_folder=bool(signal.path),
         load=signal.teacher.value,
+        tokens_of=tokens_of,
     )
     signals.make(min(sequences, len(data.ids)))
     parallel.wait()

@@ -106,12 +106,14 @@ def pack(
     seq_len: int,
     cache_dir: Path,
     *,
+    tokens_of: Path | None = None,
     weights: list[float] | None = None,
     packing: str = "stream",
     chat_labels: str = "all",
     log: Callable[[str], None] = lambda message: None,
 ) -> Packed:
-    """`sources` in the teacher's tokens, packed to (S, seq_len + 1), cached on disk by content.
+    """`sources` in the teacher's tokens, or in those of the checkpoint `tokens_of`, packed to
+    (S, seq_len + 1), cached on disk by content.
 
     ValueError when they don't fill one sequence, or no sequence has a label. `chat_labels`: "all"
     tokens of a chat count as labels, or only the "answers".
@@ -128,7 +130,7 @@ def pack(
 
     # Everything that decides the tokens names the file that keeps them.
     decisive = {
-        "tokens": token_inputs(teacher),
+        "tokens": token_inputs(tokens_of or teacher),
         "texts": sha256_json([[content(document) for document in source] for source in texts]),
         "seq_len": seq_len,
         "weights": weights or [],
@@ -137,7 +139,7 @@ def pack(
     }
     path = cache_dir / f"{sha256_json(decisive)}.safetensors"
     if not path.is_file():
-        tokenizer = load_tokenizer(teacher)
+        tokenizer = load_tokenizer(tokens_of or teacher)
         streams = [
             _shuffled(tokenizer, source, chat_labels)
             for source in (texts if weights else [list(chain(*texts))])

@@ -208,7 +208,12 @@ def test_listings_are_read_again_once_every_process_has_written(context, monkeyp
         MemoryFileSystem, "invalidate_cache", lambda self, path=None: done.append(path)
     )
     signals = open_source(
-        Signal(path="memory://listed"), context, context.teacher, context.text(), 16
+        Signal(path="memory://listed"),
+        context,
+        context.teacher,
+        context.text(),
+        16,
+        context.teacher,
     )
     assert done == ["waited", signals.folder]
 

@@ -65,7 +65,9 @@ def scorer_of(teacher, folder) -> Scorer:
     return Scorer(
         Store(folder / "store"),
         settings,
-        {"text": pack(["embedded:topics"], teacher, 32, folder / "data")},
+        lambda tokens: {
+            "text": pack(["embedded:topics"], teacher, 32, folder / "data", tokens_of=tokens)
+        },
         teacher,
         1,
     )

@@ -209,7 +209,8 @@ def test_a_scorer_stops_a_student_early_beside_its_teacher_and_reads_it_back(
         {"topics": pack(["embedded:topics"], tiny_teacher, 32, tmp_path)},
     )
     early, whole = (
-        Scorer(store, Eval(**how, stop_early=stop), text, tiny_teacher, 1) for stop in (True, False)
+        Scorer(store, Eval(**how, stop_early=stop), lambda _: text, tiny_teacher, 1)
+        for stop in (True, False)
     )
     teacher = early.measure(model_of(tiny_teacher))
     assert teacher.scores["n/grammar"] == 80 and teacher.level == 0.95

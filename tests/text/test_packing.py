@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -274,7 +275,10 @@ def session_of(stage, sequences, reread="tell"):
     )
     text = SimpleNamespace(ids=torch.zeros(sequences, 33))
     return SimpleNamespace(
-        recipe=SimpleNamespace(stages={"heal": stage}, data=data), text=text, chat=text
+        recipe=SimpleNamespace(stages={"heal": stage}, data=data),
+        teacher=SimpleNamespace(path=Path("teacher")),
+        text=lambda tokens_of: text,
+        chat=lambda tokens_of: text,
     )
 
 

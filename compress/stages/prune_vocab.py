@@ -1,0 +1,129 @@
+"""Cut the vocabulary: tokens that the training text uses least go, leaves of the merge tree first
+(`compress/prune/vocabulary.py`), with their rows of embedding and head.
+
+Special tokens and all bytes stay, so that any text can be written as before, only in more tokens;
+what that costs is a loss in bits per byte, not in KL a token, which means nothing across
+vocabularies. Stages behind this one read text in the student's tokens and their teacher in these
+(`compress/models/reading.py`). In a small model the embedding is much: 21% of SmolLM2-135M, two
+thirds of Gemma-3-270M; and the head is read at every step.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from compress.prune import shape
+from compress.stages.context import Context
+from compress.stages.stage import Cost, Family, Sizes, cost_without_training
+
+
+@dataclass
+class PruneVocab:
+    """Keep `ids` tokens, snapped to the nearest `multiple`."""
+
+    ids: int = 32768
+    multiple: int = 64
+    family: ClassVar[Family] = Family.prune
+    leaves_a_grid: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for key in ("ids", "multiple"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"prune_vocab.{key} is {getattr(self, key)}: allowed is 1 or more")
+
+    def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The config of the result. ValueError when nothing would be cut."""
+        present, target = config["vocab_size"], shape.snap(self.ids, self.multiple)
+        if target >= present:
+            raise ValueError(
+                f"prune_vocab.ids is {self.ids} ({target} as a multiple of {self.multiple}) and the"
+                f" model has {present} ids: allowed is less than that"
+            )
+        return {**config, "vocab_size": target}
+
+    def check_tokenizer(self, checkpoint: Path) -> None:
+        """ValueError for a tokenizer that can't be cut so far: of another kind than BPE with all
+        bytes, or with fewer tokens, or more that must stay.
+        """
+        from compress.prune.tokenizer_cut import read_bpe
+
+        bpe = read_bpe(checkpoint)
+        target = shape.snap(self.ids, self.multiple)
+        if not len(bpe.protected) <= target < len(bpe.ids):
+            raise ValueError(
+                f"prune_vocab.ids is {self.ids} ({target} as a multiple of {self.multiple}); the"
+                f" tokenizer has {len(bpe.ids):,} tokens, of which {len(bpe.protected):,} bytes and"
+                f" special tokens stay: allowed is from {len(bpe.protected)} to {len(bpe.ids) - 1}"
+            )
+
+    def calibration_rows(self) -> int:
+        """None: tokens are counted on all of the training text, which takes no model."""
+        return 0
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Rows are copied."""
+        return cost_without_training(sizes, bytes_a_weight=2)
+
+    def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
+        """Write the checkpoint of the smaller vocabulary. ValueError for a parent that is quantized
+        or whose tokenizer can't be cut so far.
+        """
+        import torch
+
+        from compress.models.checkpoint import load_model
+        from compress.prune.tokenizer_cut import read_bpe, write_cut
+        from compress.prune.vocabulary import kept_ids
+        from compress.quant.codes import check_parent
+
+        check_parent(self, parent, "prune")
+        model: Any = load_model(parent)
+        self.check_tokenizer(parent)
+
+        # Which tokens stay, by how often the training text uses them.
+        bpe = read_bpe(parent)
+        text_ids, text_counts = ctx.text().ids.unique(return_counts=True)
+        counts = Counter(dict(zip(text_ids.tolist(), text_counts.tolist(), strict=True)))
+        target = shape.snap(self.ids, self.multiple)
+        kept = kept_ids(bpe.ids, bpe.merges, counts, target, bpe.protected)
+
+        # Files first: config.json names the ends by their new ids.
+        params = model.num_parameters()
+        with torch.no_grad():
+            cut_rows(model, torch.tensor(kept.ids))
+        out.mkdir(parents=True, exist_ok=True)
+        model.config.eos_token_id = write_cut(parent, out, kept.ids)
+        shape.save_checked(model, out, out)
+
+        return {
+            "ids_removed_count": float(len(bpe.ids) - target),
+            "params_removed_fraction": 1 - model.num_parameters() / params,
+            "text_growth_fraction": kept.tokens_added / counts.total(),
+        }
+
+
+def cut_rows(model: Any, kept_S: Any) -> None:
+    """Keep these rows of embedding and head, tied or not, in place; the config follows."""
+    import torch
+
+    from compress.prune.tokenizer_cut import renumbered
+
+    embedding = model.get_input_embeddings()
+    output = model.get_output_embeddings()
+    tied = output.weight is embedding.weight
+    embedding.weight = torch.nn.Parameter(embedding.weight[kept_S])
+    embedding.num_embeddings = len(kept_S)
+    embedding.padding_idx = None
+
+    # A head of its own, or the same matrix.
+    output.weight = embedding.weight if tied else torch.nn.Parameter(output.weight[kept_S])
+    output.out_features = len(kept_S)
+    if getattr(output, "bias", None) is not None:
+        output.bias = torch.nn.Parameter(output.bias[kept_S])
+
+    # Ids in the config, and how many there are.
+    new_ids = {old: new for new, old in enumerate(kept_S.tolist())}
+    for key, value in renumbered(model.config.to_dict(), new_ids.get).items():
+        if key.endswith(("token_id", "token_ids")):
+            setattr(model.config, key, value)
+    model.config.vocab_size = len(kept_S)

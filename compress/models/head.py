@@ -33,8 +33,8 @@ class Fold:
         """
         top_C1 = logits_CV.amax(-1, keepdim=True)
         mass_CV = (logits_CV - top_C1).exp_()
-        mass_CS = mass_CV[:, self.kept_S]
-        mass_CS.index_add_(1, self.pieces_D, mass_CV[:, self.dropped_D])
+        mass_CS = mass_CV.index_select(1, self.kept_S)
+        mass_CS.index_add_(1, self.pieces_D, mass_CV.index_select(1, self.dropped_D))
         return mass_CS.clamp_min_(torch.finfo(mass_CS.dtype).tiny).log_().add_(top_C1)
 
 

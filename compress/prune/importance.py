@@ -1,4 +1,4 @@
-"""What a network would miss least: blocks by their influence, FFN channels by second-order cost.
+"""What a network would miss least: blocks by their influence, and FFNs cut as text reaches them.
 Pure torch.
 
 Blocks (ShortGPT, arXiv 2403.03853, section 3). A block that hardly turns its input does little:
@@ -6,19 +6,9 @@ Blocks (ShortGPT, arXiv 2403.03853, section 3). A block that hardly turns its in
 The least influential block goes, every later block is scored again on what it now receives, and so
 on.
 
-Channels (Optimal Brain Surgeon; structured as in ZipLM, arXiv 2302.04089, section 3). With X (N, F)
-the inputs of the down projection W (H, F) and G = X^T X, damped by damping * mean(diag G), removing
-channel j costs, in squared error of the output that the others can't make up,
+FFN channels go by `compress.prune.compensation`.
 
-    cost_j = ||W[:, j]||^2 / [G^-1]_jj
-    then W <- W - W[:, j] [G^-1]_j: / [G^-1]_jj, and G^-1 likewise.
-
-The cheapest `block` channels go together, W and G^-1 are brought up to date, and so on. What
-remains is the least-squares answer W G[:, keep] G[keep, keep]^-1, solved once at the end, free of
-drift. Left out: interactions inside one block of removals.
-
-Letters: B sequences, L tokens of one, N tokens, H hidden, F channels, K kept channels, D channels
-going together.
+Letters: B sequences, L tokens of one, N tokens, H hidden, F channels, K kept channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from compress.prune.compensation import damp as damp  # where compress.quant.gptq looks for it
+from compress.prune.compensation import error_fraction, keep_channels, reconstruct
 
 
 def block_influence(h_in_NH: Tensor, h_out_NH: Tensor) -> float:
@@ -67,70 +60,6 @@ def drop_blocks(
         dropped.append((kept.pop(at), influence[at]))
         del states[at + 1 :]
     return dropped
-
-
-def damp(gram_FF: Tensor, damping: float) -> Tensor:
-    """G + damping * mean(diag G) * I in float64. A dead layer (G = 0) becomes the identity, which
-    can be solved.
-    """
-    damped_FF = gram_FF.to(torch.float64, copy=True)
-    ridge = damping * damped_FF.diagonal().mean().item()
-    damped_FF.diagonal().add_(ridge if ridge > 0 else 1.0)
-    return damped_FF
-
-
-def removal_cost(weight_HF: Tensor, inverse_FF: Tensor) -> Tensor:
-    """Squared output error (F,) of removing each channel alone, the others compensating.
-    `inverse_FF`: damped G^-1.
-    """
-    return weight_HF.square().sum(0) / inverse_FF.diagonal()
-
-
-def keep_channels(
-    weight_HF: Tensor, gram_FF: Tensor, keep: int, damping: float, block: int = 16
-) -> Tensor:
-    """Indices (keep,), ascending, of the channels to keep; `block` channels go between two updates
-    of the inverse.
-
-    On the embedded teacher (1536 -> 896) blocks of 16 lose 0.1% more than one by one, in a sixth of
-    the time.
-    """
-    weight_HF = weight_HF.to(torch.float64, copy=True)
-    inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(damp(gram_FF, damping)))
-    gone_F = torch.zeros(len(gram_FF), dtype=torch.bool, device=gram_FF.device)
-
-    while (remaining := int((~gone_F).sum())) > keep:
-        # The cheapest of the channels that are still there.
-        cost_F = removal_cost(weight_HF, inverse_FF).masked_fill_(gone_F, torch.inf)
-        out_D = cost_F.argsort(stable=True)[: min(block, remaining - keep)]
-
-        # W and G^-1 without them.
-        solved_DF = torch.linalg.solve(inverse_FF[out_D][:, out_D], inverse_FF[out_D])
-        weight_HF.addmm_(weight_HF[:, out_D], solved_DF, alpha=-1)
-        inverse_FF.addmm_(inverse_FF[:, out_D], solved_DF, alpha=-1)
-        gone_F[out_D] = True
-    return (~gone_F).nonzero().flatten()
-
-
-def reconstruct(weight_HF: Tensor, gram_FF: Tensor, keep_K: Tensor, damping: float) -> Tensor:
-    """(H, K): the kept columns which come closest to the whole projection, min ||X W^T - X[:,
-    keep] V^T||^2 + ridge.
-
-    The ridge pulls towards the old columns, not towards zero. Result in the dtype of `weight_HF`.
-    """
-    rows_KF = damp(gram_FF, damping)[keep_K]
-    solved_KH = torch.linalg.solve(rows_KF[:, keep_K], rows_KF @ weight_HF.double().T)
-    return solved_KH.T.to(weight_HF.dtype).contiguous()
-
-
-def error_fraction(weight_HF: Tensor, gram_FF: Tensor, keep_K: Tensor, weight_HK: Tensor) -> float:
-    """||X W^T - X[:, keep] V^T||^2 / ||X W^T||^2 on the calibration tokens: 0 nothing lost, 1 as
-    bad as no output.
-    """
-    delta_HF = weight_HF.clone()
-    delta_HF[:, keep_K] -= weight_HK
-    total, lost = (((w @ gram_FF) * w).sum().item() for w in (weight_HF, delta_HF))
-    return max(0.0, lost) / max(total, 1e-30)
 
 
 def cut_ffns(model: Any, ids_BL: Tensor, keep: int, damping: float) -> list[float]:

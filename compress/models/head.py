@@ -1,13 +1,11 @@
 """From token ids to final hidden states and the head: the two things every loss and every
 closeness score needs; and what each block of a decoder receives on the way.
 
-Legend: R rows (sequences), L positions, N = R * L tokens, C tokens a chunk, H hidden, V vocabulary,
-B sequences of a batch.
+Legend: R rows (sequences), L positions, N = R * L tokens, C tokens a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +71,14 @@ class Head:
         """The same head with its weight in `dtype`."""
         return replace(self, weight_VH=self.weight_VH.to(dtype))
 
+    def on(self, device: torch.device) -> Head:
+        """The same head on a device."""
+        return replace(
+            self,
+            weight_VH=self.weight_VH.to(device),
+            bias_V=None if self.bias_V is None else self.bias_V.to(device),
+        )
+
 
 def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
     """What a transformers config, as a dict with its defaults, says of the logits besides the
@@ -118,21 +124,3 @@ def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -
         input_ids=inputs, position_ids=positions, use_cache=False
     ).last_hidden_state
     return hidden_RLH.flatten(0, 1)
-
-
-def block_inputs(model: Any, ids_BL: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """What every block of a decoder receives for ids (B, L): hidden states (B, L, H), and the
-    keywords that it is called with.
-    """
-    states: list[Tensor] = []
-    keywords: list[dict[str, Any]] = []
-
-    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keywords.append(dict(kwargs))
-        states.append(args[0] if args else keywords[-1].pop("hidden_states"))
-
-    with ExitStack() as hooks:
-        for block in model.model.layers:
-            hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
-        model.model(ids_BL, use_cache=False)
-    return states, keywords

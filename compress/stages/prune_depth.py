@@ -74,7 +74,7 @@ class PruneDepth:
         import torch
 
         from compress.models.checkpoint import load_model
-        from compress.models.head import block_inputs
+        from compress.models.walk import Walk
         from compress.prune.importance import drop_blocks
         from compress.quant.codes import check_parent
 
@@ -84,12 +84,12 @@ class PruneDepth:
 
         # Which blocks go, by what they do on calibration text.
         with torch.no_grad():
-            entering, keywords = block_inputs(model, ctx.calibration(self.calibration_sequences))
-            blocks = [
-                lambda h, b=block, k=kwargs: b(h, **k)
-                for block, kwargs in zip(model.model.layers, keywords, strict=True)
-            ]
-            dropped = drop_blocks(blocks, entering, self.blocks, self.keep_first, self.keep_last)
+            walk = Walk(
+                model,
+                ctx.calibration(self.calibration_sequences),
+                log=lambda line: ctx.log(f"{ctx.label}: {line}"),
+            )
+            dropped = drop_blocks(walk, self.blocks, self.keep_first, self.keep_last)
 
         # The model without them, and a note of which they were.
         _cut(model, {index for index, _ in dropped})

@@ -83,6 +83,16 @@ def test_the_plan_is_the_result_and_repeating_gives_the_same_bytes(tmp_path):
     assert stage.check_shape(read_config(parent)) == read_config(tmp_path / "a")
 
 
+def test_progress_and_time_left_are_shown(tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(parents.CONTEXT, "log", lines.append)
+    parents.run(
+        PruneDepth(blocks=2, calibration_sequences=6), parents.make(tmp_path), tmp_path / "out"
+    )
+    assert lines[-1].startswith("test: block ") and "weighed, " in lines[-1]
+    assert lines[-1].endswith("  0 s left")
+
+
 @pytest.mark.parametrize(
     "key, value", [("blocks", 0), ("calibration_sequences", 0), ("keep_first", -1)]
 )

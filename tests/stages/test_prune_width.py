@@ -63,6 +63,38 @@ def test_fitting_beats_the_plain_cut_and_damping_acts(tmp_path):
     )
 
 
+def test_a_block_is_fitted_to_what_the_cut_blocks_before_it_send(tmp_path):
+    parent = parents.make(tmp_path)
+    parents.run(PruneWidth(ffn=64, damping=1e-6), parent, tmp_path / "out")
+    dense, cut = load_model(parent).double(), load_model(tmp_path / "out").double()
+    index_K = (
+        (
+            cut.model.layers[3].mlp.up_proj.weight[:, None]
+            == dense.model.layers[3].mlp.up_proj.weight
+        )
+        .all(-1)
+        .int()
+        .argmax(-1)
+    )
+
+    # Inputs of the last down projection: behind cut blocks, and in the model as it was.
+    errors, seen = {}, []
+    mixed = load_model(tmp_path / "out").double()
+    mixed.model.layers[3] = dense.model.layers[3]
+    for name, model in (("cut", mixed), ("dense", dense)):
+        with torch.no_grad():
+            hook = model.model.layers[3].mlp.down_proj.register_forward_pre_hook(
+                lambda _, args: seen.append(args[0].flatten(0, -2))
+            )
+            model(parents.CONTEXT.calibration(16))
+            hook.remove()
+            x_NF, weight_HF = seen.pop(), dense.model.layers[3].mlp.down_proj.weight
+            fitted_KH = torch.linalg.lstsq(x_NF[:, index_K], x_NF @ weight_HF.T).solution
+            gap_HK = cut.model.layers[3].mlp.down_proj.weight - fitted_KH.T
+            errors[name] = (gap_HK.norm() / fitted_KH.norm()).item()
+    assert errors["cut"] < 0.005 < errors["dense"]  # the checkpoint is bf16
+
+
 def test_the_plan_is_the_result_and_repeating_gives_the_same_bytes(tmp_path):
     parent, stage = (
         parents.make(tmp_path),
@@ -73,6 +105,16 @@ def test_the_plan_is_the_result_and_repeating_gives_the_same_bytes(tmp_path):
     assert parents.files(tmp_path / "a") == parents.files(tmp_path / "b")
     assert stage.check_shape(read_config(parent)) == read_config(tmp_path / "a")
     assert read_config(tmp_path / "a")["intermediate_size"] == 96
+
+
+def test_progress_and_time_left_are_shown(tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(parents.CONTEXT, "log", lines.append)
+    parents.run(
+        PruneWidth(ffn=64, calibration_sequences=6), parents.make(tmp_path), tmp_path / "out"
+    )
+    assert lines[-1].startswith("test: block ") and "cut  " in lines[-1]
+    assert lines[-1].endswith("  0 s left")
 
 
 @pytest.mark.parametrize(

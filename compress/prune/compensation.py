@@ -21,9 +21,14 @@ together, K kept columns.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from compress.prune.shape import HELD_OUT
+
+DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1)  # tried where none is given
 
 
 def damp(gram_FF: Tensor, damping: float) -> Tensor:
@@ -167,3 +172,62 @@ def error_fraction(weight_HF: Tensor, gram_FF: Tensor, keep_K: Tensor, weight_HK
     delta_HF[:, keep_K] -= weight_HK
     total, lost = (((w @ gram_FF) * w).sum().item() for w in (weight_HF, delta_HF))
     return max(0.0, lost) / max(total, 1e-30)
+
+
+class Inputs:
+    """Second moments (F, F) in float64 of a layer's inputs: of the rows that it is fitted to, and
+    of every HELD_OUT-th row, which chooses the damping.
+    """
+
+    def __init__(self) -> None:
+        self.fit_FF = torch.zeros((), dtype=torch.float64)
+        self.held_out_FF = torch.zeros((), dtype=torch.float64)
+        self.rows = 0
+
+    def add(self, x_BLF: Tensor) -> None:
+        """Count rows of inputs (B, L, F)."""
+        for x_LF in x_BLF.detach():
+            self.rows += 1
+            with torch.autocast(x_LF.device.type, enabled=False):
+                gram_FF = (x_LF.float().T @ x_LF.float()).double()
+            if self.rows % HELD_OUT:
+                self.fit_FF = self.fit_FF + gram_FF
+            else:
+                self.held_out_FF = self.held_out_FF + gram_FF
+
+
+class Cut(NamedTuple):
+    """Columns (K,) that stay, their weights (H, K), the damping, and the share of the output on all
+    rows that is lost.
+    """
+
+    keep_K: Tensor
+    weight_HK: Tensor
+    damping: float
+    error: float
+
+
+def cut_columns(
+    weight_HF: Tensor,
+    inputs: Inputs,
+    choose: Callable[[Tensor, float], Tensor],
+    damping: float | None,
+) -> Cut:
+    """The columns which `choose` keeps by second moments and damping, fitted.
+
+    Without a damping the one of DAMPINGS whose fit loses least on held-out rows; then everything is
+    done again with all rows.
+    """
+
+    def fitted(gram_FF: Tensor, chosen: float, judge_FF: Tensor) -> Cut:
+        keep_K = choose(gram_FF, chosen)
+        weight_HK = reconstruct(weight_HF, gram_FF, keep_K, chosen)
+        error = error_fraction(weight_HF.double(), judge_FF, keep_K, weight_HK.double())
+        return Cut(keep_K, weight_HK, chosen, error)
+
+    if damping is None:
+        assert inputs.held_out_FF.dim() == 2, "no row was held out"
+        tried = [fitted(inputs.fit_FF, one, inputs.held_out_FF) for one in DAMPINGS]
+        damping = min(tried, key=lambda cut: cut.error).damping
+    whole_FF = inputs.fit_FF + inputs.held_out_FF
+    return fitted(whole_FF, damping, whole_FF)

@@ -24,7 +24,7 @@ from compress.prune.compensation import damp
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the last one all but undoes the fold
 
 
-class Moments:
+class LeastSquares:
     """Sums over tokens of what least squares needs: x x^T (F, F), x y^T (F, H) and y . y."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Fold(NamedTuple):
     error_without: float
 
 
-def folded(fit: Moments, held_out: Moments, dampings: Sequence[float] = DAMPINGS) -> Fold:
+def folded(fit: LeastSquares, held_out: LeastSquares, dampings: Sequence[float] = DAMPINGS) -> Fold:
     """The map fitted to `fit` with the damping that leaves least on `held_out`; the identity where
     none leaves less than that.
     """

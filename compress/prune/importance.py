@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.models.walk import Moments, Walk
+from compress.models.walk import Walk
+from compress.prune.compensation import Cut, Inputs, cut_columns, keep_channels
 from compress.prune.compensation import damp as damp  # where compress.quant.gptq looks for it
-from compress.prune.compensation import error_fraction, keep_channels, reconstruct
 
 
 def block_influence(h_in_NH: Tensor, h_out_NH: Tensor) -> float:
@@ -72,9 +72,9 @@ def drop_blocks(walk: Walk, count: int, keep_first: int, keep_last: int) -> list
     return dropped
 
 
-def cut_ffns(walk: Walk, keep: int, damping: float) -> list[float]:
+def cut_ffns(walk: Walk, keep: int, damping: float | None) -> list[Cut]:
     """Cut every FFN to `keep` channels in place as the text stands in front of its block, and fit
-    it; what each one's output lost, as a fraction.
+    it.
     """
     import torch_pruning
 
@@ -89,28 +89,30 @@ def cut_ffns(walk: Walk, keep: int, damping: float) -> list[float]:
         )
 
     # Every block receives what the blocks already cut send it.
-    errors: list[float] = []
+    cuts = []
     walk.task = "cut"
     for index, block in enumerate(walk.blocks):
-        moments = Moments()
-        walk.inputs(index, {"mlp.down_proj": moments.add})
-        errors.append(_cut_ffn(graph, block.mlp, moments.gram_CC, keep, damping))
+        inputs = Inputs()
+        walk.inputs(index, {"mlp.down_proj": inputs.add})
+        cuts.append(_cut_ffn(graph, block.mlp, inputs, keep, damping))
         walk.advance(index)
-    return errors
+    return cuts
 
 
-def _cut_ffn(graph: Any, mlp: Any, gram_FF: Tensor, keep: int, damping: float) -> float:
+def _cut_ffn(graph: Any, mlp: Any, inputs: Inputs, keep: int, damping: float | None) -> Cut:
     """Cut one FFN by the second moments of its down projection's inputs, and fit it."""
     import torch_pruning
 
     # Which channels stay, and the projection fitted to them.
     weight_HF = mlp.down_proj.weight.detach()
-    keep_K = keep_channels(weight_HF, gram_FF, keep, damping)
-    fitted_HK = reconstruct(weight_HF, gram_FF, keep_K, damping)
-    error = error_fraction(weight_HF.double(), gram_FF, keep_K, fitted_HK.double())
+
+    def choose(gram_FF: Tensor, chosen: float) -> Tensor:
+        return keep_channels(weight_HF, gram_FF, keep, chosen)
+
+    cut = cut_columns(weight_HF, inputs, choose, damping)
 
     # The cut reaches this FFN's three matrices, and no more.
-    gone = sorted(set(range(len(gram_FF))) - set(keep_K.tolist()))
+    gone = sorted(set(range(weight_HF.shape[1])) - set(cut.keep_K.tolist()))
     group: Any = graph.get_pruning_group(mlp.up_proj, torch_pruning.prune_linear_out_channels, gone)
     reached = {item.dep.target.module for item in group}
     linears = {module for module in reached if isinstance(module, torch.nn.Linear)}
@@ -120,5 +122,5 @@ def _cut_ffn(graph: Any, mlp: Any, gram_FF: Tensor, keep: int, damping: float) -
     widths = {mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.down_proj.in_features}
     assert widths == {keep}, mlp
 
-    mlp.down_proj.weight.copy_(fitted_HK)
-    return error
+    mlp.down_proj.weight.copy_(cut.weight_HK)
+    return cut

@@ -13,6 +13,12 @@ ARCHITECTURES = [
 ]
 
 
+# What a config says of attention heads.
+HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+AUTO = "auto"  # the damping by held-out rows
+HELD_OUT = 8  # of which every so many-th row is one
+
+
 def check_architecture(config: dict[str, Any], what: str = "pruned") -> None:
     """ValueError naming the architecture and what is allowed."""
     got = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
@@ -28,6 +34,52 @@ def snap(width: int, multiple: int) -> int:
     gives 896.
     """
     return max(1, (2 * width + multiple) // (2 * multiple)) * multiple
+
+
+def with_heads(config: dict[str, Any], kv_heads: int, share: int) -> dict[str, Any]:
+    """The config with so many key-value heads and query heads for each. Their width is said, which
+    families take from the number of heads otherwise. ValueError where transformers can't open it.
+    """
+    from compress.models.checkpoint import config_object, head_dim
+
+    heads = (kv_heads * share, kv_heads, head_dim(config_object(config)))
+    changed = {**config, **dict(zip(HEAD_KEYS, heads, strict=True))}
+    try:
+        config_object(changed)
+    except ValueError as error:
+        raise ValueError(
+            f"{kv_heads} key-value heads with {share} query heads each can't be opened by"
+            f" transformers ({error}); keep another number"
+        ) from error
+    return changed
+
+
+def damping_of(stage: str, damping: float | str) -> float | None:
+    """A stage's damping, None where held-out rows choose it. ValueError."""
+    if damping == AUTO:
+        return None
+    if isinstance(damping, str) or not 0 < damping < 1:
+        raise ValueError(
+            f"{stage}.damping is {damping}: allowed is {AUTO}, or between 0 and 1, for example 0.01"
+        )
+    return float(damping)
+
+
+def check_text(stage: Any, ids_shape: tuple[int, ...], columns: int) -> None:
+    """ValueError, with what is needed, when calibration text of so many rows and tokens a row can't
+    weigh so many columns: their second moments would tell fewer apart than there are.
+    """
+    rows, seq_len = ids_shape
+    needed = -(-columns // seq_len)
+    if stage.damping == AUTO:
+        needed = max(needed, HELD_OUT)
+    if rows < needed:
+        name = Path(type(stage).__module__.replace(".", "/")).name
+        raise ValueError(
+            f"{name} got {rows} sequences of {seq_len} tokens to weigh {columns:,} columns: needed"
+            f" are {needed} at least, better 20 times as many; raise"
+            f" {name}.calibration_sequences, and add text to the data where it has fewer"
+        )
 
 
 def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from compress.prune.compensation import (
+    DAMPINGS,
+    Inputs,
     Remaining,
+    cut_columns,
     error_fraction,
     keep_channels,
     keep_heads,
@@ -193,3 +196,47 @@ def test_heads_that_are_kept_are_uniform_whatever_is_asked_for(groups, keep):
     assert (kept.diff() > 0).all()
     _, counts = torch.unique(kept // groups[1], return_counts=True)
     assert counts.tolist() == [keep[1]] * keep[0]
+
+
+def _inputs(rows_BLF: torch.Tensor) -> Inputs:
+    inputs = Inputs()
+    for two_BLF in rows_BLF.split(2):
+        inputs.add(two_BLF)
+    return inputs
+
+
+def test_every_eighth_row_is_held_out_and_all_of_them_are_the_whole():
+    rows_BLF = torch.randn(17, 5, 6, generator=torch.Generator().manual_seed(0))
+    inputs = _inputs(rows_BLF)
+    held_NF = rows_BLF[[7, 15]].flatten(0, 1).double()
+    x_NF = rows_BLF.flatten(0, 1).double()
+    torch.testing.assert_close(inputs.held_out_FF, held_NF.T @ held_NF, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        inputs.fit_FF + inputs.held_out_FF, x_NF.T @ x_NF, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_damping_loses_least_on_held_out_rows_and_the_fit_is_then_of_all_rows():
+    """Few noisy rows: the fit of the smallest damping is not the best on others."""
+    generator = torch.Generator().manual_seed(3)
+    rows_BLF = torch.randn(16, 3, 40, generator=generator) ** 3
+    weight_HF = torch.randn(6, 40, generator=generator, dtype=torch.float64)
+    inputs = _inputs(rows_BLF)
+    calls = []
+
+    def choose(gram_FF: torch.Tensor, damping: float) -> torch.Tensor:
+        calls.append((gram_FF, damping))
+        return keep_channels(weight_HF, gram_FF, 20, damping)
+
+    def loss(damping: float) -> float:
+        keep_K = keep_channels(weight_HF, inputs.fit_FF, 20, damping)
+        fitted_HK = reconstruct(weight_HF, inputs.fit_FF, keep_K, damping)
+        return error_fraction(weight_HF, inputs.held_out_FF, keep_K, fitted_HK)
+
+    best = min(DAMPINGS, key=loss)
+    cut = cut_columns(weight_HF, inputs, choose, None)
+    assert cut.damping == best != DAMPINGS[0]
+    given = cut_columns(weight_HF, inputs, choose, best)
+    assert torch.equal(cut.keep_K, given.keep_K) and torch.equal(cut.weight_HK, given.weight_HK)
+    assert [damping for _, damping in calls] == [*DAMPINGS, best, best]
+    torch.testing.assert_close(calls[-1][0], inputs.fit_FF + inputs.held_out_FF)

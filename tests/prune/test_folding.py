@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from compress.prune.folding import Moments, fold_into, folded
+from compress.prune.folding import LeastSquares, fold_into, folded
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def _moments(x_NF: torch.Tensor, y_NH: torch.Tensor) -> Moments:
+def _moments(x_NF: torch.Tensor, y_NH: torch.Tensor) -> LeastSquares:
     """Counted in two goes, as a walk over rows does."""
-    moments = Moments()
+    moments = LeastSquares()
     moments.add(x_NF[:10].view(2, 5, -1), y_NH[:10].view(2, 5, -1))
     moments.add(x_NF[10:], y_NH[10:])
     return moments

@@ -25,10 +25,10 @@ def block_influence(h_in_NH: Tensor, h_out_NH: Tensor) -> float:
     """1 - mean cosine between what enters and what leaves a block: 0 does nothing, 2 turns every
     token round.
     """
-    return _influence([h_in_NH], [h_out_NH])
+    return influence_of([h_in_NH], [h_out_NH])
 
 
-def _influence(entering: list[Tensor], leaving: list[Tensor]) -> float:
+def influence_of(entering: list[Tensor], leaving: list[Tensor]) -> float:
     """Block influence over groups (..., H) of what enters and what leaves."""
     cosines = [
         torch.nn.functional.cosine_similarity(h_in.float(), h_out.float(), dim=-1).flatten()
@@ -60,7 +60,7 @@ def drop_blocks(walk: Walk, count: int, keep_first: int, keep_last: int) -> list
             walk.advance(index)
             if index < keep_first:
                 continue
-            influence = _influence(entering, walk.states)
+            influence = influence_of(entering, walk.states)
             if not lower or influence < lower[-1][0]:
                 lower.append((influence, index, entering))
 

@@ -13,6 +13,8 @@ ARCHITECTURES = [
 ]
 
 
+# With a norm behind the MLP too.
+NORMED_BEHIND = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 # What a config says of attention heads.
 HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 AUTO = "auto"  # the damping by held-out rows
@@ -26,6 +28,18 @@ def check_architecture(config: dict[str, Any], what: str = "pruned") -> None:
         needed = "needed is model.layers[i].mlp with gate_proj, up_proj and down_proj"
         raise ValueError(
             f"architecture {got} can't be {what}: {needed}; allowed are {', '.join(ARCHITECTURES)}"
+        )
+
+
+def check_foldable(config: dict[str, Any]) -> None:
+    """ValueError for a family with a norm between its down projection and the stream, where what
+    that projection adds is no longer linear in its weights.
+    """
+    got = config["architectures"][0]
+    if got in NORMED_BEHIND:
+        raise ValueError(
+            f"blocks of {got} normalize what their down projection adds, so that dropped blocks"
+            " can't be folded into it; set fold=false"
         )
 
 
@@ -65,20 +79,21 @@ def damping_of(stage: str, damping: float | str) -> float | None:
     return float(damping)
 
 
-def check_text(stage: Any, ids_shape: tuple[int, ...], columns: int) -> None:
+def check_text(key: str, ids_shape: tuple[int, ...], columns: int, damping: float | None) -> None:
     """ValueError, with what is needed, when calibration text of so many rows and tokens a row can't
-    weigh so many columns: their second moments would tell fewer apart than there are.
+    weigh so many columns: its second moments would tell fewer apart than there are.
+
+    `key` is the option that says how many rows; held-out rows are needed without a damping.
     """
     rows, seq_len = ids_shape
     needed = -(-columns // seq_len)
-    if stage.damping == AUTO:
+    if damping is None:
         needed = max(needed, HELD_OUT)
     if rows < needed:
-        name = Path(type(stage).__module__.replace(".", "/")).name
         raise ValueError(
-            f"{name} got {rows} sequences of {seq_len} tokens to weigh {columns:,} columns: needed"
-            f" are {needed} at least, better 20 times as many; raise"
-            f" {name}.calibration_sequences, and add text to the data where it has fewer"
+            f"{key}: {rows} sequences of {seq_len} tokens can't weigh {columns:,} columns: needed"
+            f" are {needed} sequences at least, better {20 * needed}; raise it, and add text to the"
+            " data where it has fewer"
         )
 
 

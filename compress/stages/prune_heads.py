@@ -98,7 +98,8 @@ class PruneHeads:
         params = model.num_parameters()
         ids_BL = ctx.calibration(self.calibration_sequences)
         columns = model.model.layers[0].self_attn.o_proj.in_features
-        shape.check_text(self, ids_BL.shape, columns)
+        damping = shape.damping_of("prune_heads", self.damping)
+        shape.check_text("prune_heads.calibration_sequences", ids_BL.shape, columns, damping)
 
         # Cut and fitted block by block, as the calibration text comes there.
         walk = Walk(
@@ -107,7 +108,7 @@ class PruneHeads:
             precision=ctx.precision,
             log=lambda line: ctx.log(f"{ctx.label}: {line}"),
         )
-        cuts = cut_heads(walk, present, keep, shape.damping_of("prune_heads", self.damping))
+        cuts = cut_heads(walk, present, keep, damping)
         for key, value in self.check_shape(config).items():
             if key in shape.HEAD_KEYS:
                 setattr(model.config, key, value)

@@ -75,7 +75,8 @@ class PruneWidth:
         params = model.num_parameters()
         present = model.config.intermediate_size
         ids_BL = ctx.calibration(self.calibration_sequences)
-        shape.check_text(self, ids_BL.shape, present)
+        damping = shape.damping_of("prune_width", self.damping)
+        shape.check_text("prune_width.calibration_sequences", ids_BL.shape, present, damping)
 
         # Cut and fitted block by block, as the calibration text comes there.
         target = shape.snap(self.ffn, self.multiple)
@@ -86,7 +87,7 @@ class PruneWidth:
             log=lambda line: ctx.log(f"{ctx.label}: {line}"),
         )
         with torch.no_grad():
-            cuts = cut_ffns(walk, target, shape.damping_of("prune_width", self.damping))
+            cuts = cut_ffns(walk, target, damping)
         model.config.intermediate_size = target
         shape.save_checked(model, out, parent)
 

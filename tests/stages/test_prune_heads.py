@@ -183,7 +183,7 @@ def test_too_little_text_is_refused_saying_how_much_is_needed(tmp_path):
     parent = parents.make(tmp_path)
     short = SimpleNamespace(**vars(parents.CONTEXT))
     short.calibration = lambda n: torch.zeros(1, 32, dtype=torch.long)
-    message = "got 1 sequences of 32 tokens to weigh 64 columns: needed are {} at least"
+    message = "1 sequences of 32 tokens can't weigh 64 columns: needed are {} seq"
     for damping, needed in ((0.01, 2), ("auto", 8)):
         with pytest.raises(ValueError, match=message.format(needed)):
             replace(STAGE, damping=damping).run(parent, tmp_path / "out", short)

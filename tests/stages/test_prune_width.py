@@ -143,7 +143,7 @@ def test_too_little_text_is_refused_saying_how_much_is_needed(tmp_path):
     parent = parents.make(tmp_path)
     for damping, needed in ((0.01, 6), ("auto", 8)):
         stage = PruneWidth(ffn=64, calibration_sequences=5, damping=damping)
-        message = f"got 5 sequences of 32 tokens to weigh 192 columns: needed are {needed} at least"
+        message = f"5 sequences of 32 tokens can't weigh 192 columns: needed are {needed} seq"
         with pytest.raises(ValueError, match=message):
             stage.run(parent, tmp_path / "out", parents.CONTEXT)
 

@@ -2,10 +2,10 @@
 produce, and kept when finished.
 
 The text goes as `models/walk.py` says: what lies in memory besides the model are its hidden states
-in front of the present block. A finished block is one file in the work folder: a killed run finds it there and
-only sends the text through it again. Inside a block the groups go in order of use, each behind the
-rounded ones before it (GPTQ's "true sequential" order). A tied embedding goes first, measured as a
-head by the unquantized model's final states.
+in front of the present block. A finished block is one file in the work folder: a killed run finds
+it there and only sends the text through it again. Inside a block the groups go in order of use,
+each behind the rounded ones before it (GPTQ's "true sequential" order). A tied embedding goes
+first, measured as a head by the unquantized model's final states.
 
 Legend: B sequences, L tokens of one, H hidden, C channels.
 """

@@ -1,23 +1,13 @@
-"""What a network would miss least: blocks by their influence, FFN channels by second-order cost.
+"""What a network would miss least: blocks by their influence, and FFNs cut as text reaches them.
 
 Blocks (ShortGPT, arXiv 2403.03853, section 3). A block that hardly turns its input does little:
     BI = 1 - E_tokens[cos(h_in, h_out)].
 The least influential block goes, every later block is scored again on what it now receives, and so
 on.
 
-Channels (Optimal Brain Surgeon; structured as in ZipLM, arXiv 2302.04089, section 3). With X (N, F)
-the inputs of the down projection W (H, F) and G = X^T X, damped by damping * mean(diag G), removing
-channel j costs, in squared error of the output that the others can't make up,
+FFN channels go by second-order cost, `compress.prune.compensation`.
 
-    cost_j = ||W[:, j]||^2 / [G^-1]_jj
-    then W <- W - W[:, j] [G^-1]_j: / [G^-1]_jj, and G^-1 likewise.
-
-The cheapest `block` channels go together, W and G^-1 are brought up to date, and so on. What
-remains is the least-squares answer W G[:, keep] G[keep, keep]^-1, solved once at the end, free of
-drift. Left out: interactions inside one block of removals.
-
-Letters: B sequences, L tokens of one, N tokens, H hidden, F channels, K kept channels, D channels
-going together.
+Letters: B sequences, L tokens of one, N tokens, H hidden, F channels.
 """
 
 from collections import deque
@@ -26,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.models.walk import Moments, Walk
+from compress.models.walk import Walk
+from compress.prune.compensation import Cut, Inputs, cut_columns, keep_channels
+from compress.prune.compensation import damp as damp  # where compress.quant.gptq looks for it
 
 
 def block_influence(h_in_NH: Tensor, h_out_NH: Tensor) -> float:
     """1 - mean cosine between what enters and what leaves a block: 0 does nothing, 2 turns every
     token round.
     """
-    return _influence([h_in_NH], [h_out_NH])
+    return influence_of([h_in_NH], [h_out_NH])
 
 
-def _influence(entering: list[Tensor], leaving: list[Tensor]) -> float:
+def influence_of(entering: list[Tensor], leaving: list[Tensor]) -> float:
     """Block influence over groups (..., H) of what enters and what leaves."""
     cosines = [
         torch.nn.functional.cosine_similarity(h_in.float(), h_out.float(), dim=-1).flatten()
@@ -68,7 +60,7 @@ def drop_blocks(walk: Walk, count: int, keep_first: int, keep_last: int) -> list
             walk.advance(index)
             if index < keep_first:
                 continue
-            influence = _influence(entering, walk.states)
+            influence = influence_of(entering, walk.states)
             if not lower or influence < lower[-1][0]:
                 lower.append((influence, index, entering))
 
@@ -80,73 +72,9 @@ def drop_blocks(walk: Walk, count: int, keep_first: int, keep_last: int) -> list
     return dropped
 
 
-def damp(gram_FF: Tensor, damping: float) -> Tensor:
-    """G + damping * mean(diag G) * I in float64. A dead layer (G = 0) becomes the identity, which
-    can be solved.
-    """
-    damped_FF = gram_FF.to(torch.float64, copy=True)
-    ridge = damping * damped_FF.diagonal().mean().item()
-    damped_FF.diagonal().add_(ridge if ridge > 0 else 1.0)
-    return damped_FF
-
-
-def removal_cost(weight_HF: Tensor, inverse_FF: Tensor) -> Tensor:
-    """Squared output error (F,) of removing each channel alone, the others compensating.
-    `inverse_FF`: damped G^-1.
-    """
-    return weight_HF.square().sum(0) / inverse_FF.diagonal()
-
-
-def keep_channels(
-    weight_HF: Tensor, gram_FF: Tensor, keep: int, damping: float, block: int = 16
-) -> Tensor:
-    """Indices (keep,), ascending, of the channels to keep; `block` channels go between two updates
-    of the inverse.
-
-    On the embedded teacher (1536 -> 896) blocks of 16 lose 0.1% more than one by one, in a sixth of
-    the time.
-    """
-    weight_HF = weight_HF.to(torch.float64, copy=True)
-    inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(damp(gram_FF, damping)))
-    gone_F = torch.zeros(len(gram_FF), dtype=torch.bool, device=gram_FF.device)
-
-    while (remaining := int((~gone_F).sum())) > keep:
-        # The cheapest of the channels that are still there.
-        cost_F = removal_cost(weight_HF, inverse_FF).masked_fill_(gone_F, torch.inf)
-        out_D = cost_F.argsort(stable=True)[: min(block, remaining - keep)]
-
-        # W and G^-1 without them.
-        solved_DF = torch.linalg.solve(inverse_FF[out_D][:, out_D], inverse_FF[out_D])
-        weight_HF.addmm_(weight_HF[:, out_D], solved_DF, alpha=-1)
-        inverse_FF.addmm_(inverse_FF[:, out_D], solved_DF, alpha=-1)
-        gone_F[out_D] = True
-    return (~gone_F).nonzero().flatten()
-
-
-def reconstruct(weight_HF: Tensor, gram_FF: Tensor, keep_K: Tensor, damping: float) -> Tensor:
-    """(H, K): the kept columns which come closest to the whole projection, min ||X W^T - X[:,
-    keep] V^T||^2 + ridge.
-
-    The ridge pulls towards the old columns, not towards zero. Result in the dtype of `weight_HF`.
-    """
-    rows_KF = damp(gram_FF, damping)[keep_K]
-    solved_KH = torch.linalg.solve(rows_KF[:, keep_K], rows_KF @ weight_HF.double().T)
-    return solved_KH.T.to(weight_HF.dtype).contiguous()
-
-
-def error_fraction(weight_HF: Tensor, gram_FF: Tensor, keep_K: Tensor, weight_HK: Tensor) -> float:
-    """||X W^T - X[:, keep] V^T||^2 / ||X W^T||^2 on the calibration tokens: 0 nothing lost, 1 as
-    bad as no output.
-    """
-    delta_HF = weight_HF.clone()
-    delta_HF[:, keep_K] -= weight_HK
-    total, lost = (((w @ gram_FF) * w).sum().item() for w in (weight_HF, delta_HF))
-    return max(0.0, lost) / max(total, 1e-30)
-
-
-def cut_ffns(walk: Walk, keep: int, damping: float) -> list[float]:
+def cut_ffns(walk: Walk, keep: int, damping: float | None) -> list[Cut]:
     """Cut every FFN to `keep` channels in place as the text stands in front of its block, and fit
-    it; what each one's output lost, as a fraction.
+    it.
     """
     import torch_pruning
 
@@ -161,28 +89,30 @@ def cut_ffns(walk: Walk, keep: int, damping: float) -> list[float]:
         )
 
     # Every block receives what the blocks already cut send it.
-    errors: list[float] = []
+    cuts = []
     walk.task = "cut"
     for index, block in enumerate(walk.blocks):
-        moments = Moments()
-        walk.inputs(index, {"mlp.down_proj": moments.add})
-        errors.append(_cut_ffn(graph, block.mlp, moments.gram_CC, keep, damping))
+        inputs = Inputs()
+        walk.inputs(index, {"mlp.down_proj": inputs.add})
+        cuts.append(_cut_ffn(graph, block.mlp, inputs, keep, damping))
         walk.advance(index)
-    return errors
+    return cuts
 
 
-def _cut_ffn(graph: Any, mlp: Any, gram_FF: Tensor, keep: int, damping: float) -> float:
+def _cut_ffn(graph: Any, mlp: Any, inputs: Inputs, keep: int, damping: float | None) -> Cut:
     """Cut one FFN by the second moments of its down projection's inputs, and fit it."""
     import torch_pruning
 
     # Which channels stay, and the projection fitted to them.
     weight_HF = mlp.down_proj.weight.detach()
-    keep_K = keep_channels(weight_HF, gram_FF, keep, damping)
-    fitted_HK = reconstruct(weight_HF, gram_FF, keep_K, damping)
-    error = error_fraction(weight_HF.double(), gram_FF, keep_K, fitted_HK.double())
+
+    def choose(gram_FF: Tensor, chosen: float) -> Tensor:
+        return keep_channels(weight_HF, gram_FF, keep, chosen)
+
+    cut = cut_columns(weight_HF, inputs, choose, damping)
 
     # The cut reaches this FFN's three matrices, and no more.
-    gone = sorted(set(range(len(gram_FF))) - set(keep_K.tolist()))
+    gone = sorted(set(range(weight_HF.shape[1])) - set(cut.keep_K.tolist()))
     group: Any = graph.get_pruning_group(mlp.up_proj, torch_pruning.prune_linear_out_channels, gone)
     reached = {item.dep.target.module for item in group}
     linears = {module for module in reached if isinstance(module, torch.nn.Linear)}
@@ -192,5 +122,5 @@ def _cut_ffn(graph: Any, mlp: Any, gram_FF: Tensor, keep: int, damping: float) -
     widths = {mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.down_proj.in_features}
     assert widths == {keep}, mlp
 
-    mlp.down_proj.weight.copy_(fitted_HK)
-    return error
+    mlp.down_proj.weight.copy_(cut.weight_HK)
+    return cut

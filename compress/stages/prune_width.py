@@ -20,13 +20,13 @@ from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 @dataclass
 class PruneWidth:
     """Keep `ffn` channels of every FFN, snapped to the nearest `multiple`. `damping` is relative
-    to mean(diag G).
+    to mean(diag G); auto is by held-out rows.
     """
 
     ffn: int = 1024
     multiple: int = 64
-    calibration_sequences: int = 16
-    damping: float = 0.01
+    calibration_sequences: int = 64
+    damping: float | str = "auto"
     family: ClassVar[Family] = Family.prune
     leaves_a_grid: ClassVar[bool] = False
 
@@ -34,11 +34,7 @@ class PruneWidth:
         for key in ("ffn", "multiple", "calibration_sequences"):
             if getattr(self, key) < 1:
                 raise ValueError(f"prune_width.{key} is {getattr(self, key)}: allowed is 1 or more")
-        if not 0 < self.damping < 1:
-            raise ValueError(
-                f"prune_width.damping is {self.damping}: allowed is between 0 and 1, for example"
-                " 0.01"
-            )
+        shape.damping_of("prune_width", self.damping)
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result.
@@ -78,22 +74,28 @@ class PruneWidth:
         model = load_model(parent)
         params = model.num_parameters()
         present = model.config.intermediate_size
+        ids_BL = ctx.calibration(self.calibration_sequences)
+        damping = shape.damping_of("prune_width", self.damping)
+        shape.check_text("prune_width.calibration_sequences", ids_BL.shape, present, damping)
 
         # Cut and fitted block by block, as the calibration text comes there.
         target = shape.snap(self.ffn, self.multiple)
+        walk = Walk(
+            model,
+            ids_BL,
+            precision=ctx.precision,
+            log=lambda line: ctx.log(f"{ctx.label}: {line}"),
+        )
         with torch.no_grad():
-            walk = Walk(
-                model,
-                ctx.calibration(self.calibration_sequences),
-                log=lambda line: ctx.log(f"{ctx.label}: {line}"),
-            )
-            errors = cut_ffns(walk, target, self.damping)
+            cuts = cut_ffns(walk, target, damping)
         model.config.intermediate_size = target
         shape.save_checked(model, out, parent)
 
+        errors = [cut.error for cut in cuts]
         return {
             "ffn_channels_removed_count": float(present - target),
             "params_removed_fraction": 1 - model.num_parameters() / params,
             "down_error_mean_fraction": sum(errors) / len(errors),
             "down_error_max_fraction": max(errors),
+            "damping_mean_relative": sum(cut.damping for cut in cuts) / len(cuts),
         }

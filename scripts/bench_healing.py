@@ -1,22 +1,22 @@
-"""What a cut student learns back from the same tokens, by how they are used: schedules of the
-learning rate, the mean of the last weights, a second epoch, and which rows.
+"""What a cut student learns back from the same tokens, by how they are used: fresh rows, rows read
+twice, and rows that are chosen.
 
     python scripts/bench_healing.py [--runs VARIANT:RATE:TOKENS:SEEDS ...] [--work DIR]
     [--out results/prune]
 
 Student: the embedded teacher without 5 of its 30 blocks and with FFNs of 1152 channels, 25% of the
-parameters gone. Text: conversations and docstrings, half and half; each seed has rows, an order and
-draws of its own, the same for every variant. Loss and signal are distill's defaults, embeddings
-frozen. KL to the teacher is exact, on held-out conversations and on the language reference, of the
-last weights and, from the same training, of the mean over the last fifth of the steps.
+parameters gone. Text: conversations and docstrings, half and half; each seed has rows and an order
+of its own, the same for every variant. Loss and signal are distill's defaults, embeddings frozen,
+under the cosine. KL to the teacher is exact, on held-out conversations and on the language
+reference.
 
-    cosine, linear   one epoch under either schedule
-    again            linear, half as many rows, read twice with the same sampled ids
-    fresh            the same rows, the second time with sampled ids drawn anew
-    gap              linear, one epoch of the half with the largest KL of twice as many rows under
-                     the untrained student, the last 5% at the top left out as outliers: in
-                     expectation over the teacher's own words the KL is the difference of
-                     likelihoods by which MiniPLM chooses its text (arXiv 2410.17215, section 2.3)
+    cosine   one epoch
+    reread   half as many rows, read twice with the same sampled ids
+    redrawn  the same rows, the second time with sampled ids drawn anew
+    gap      one epoch of the half with the largest KL of twice as many rows under the untrained
+             student, the last 5% at the top left out as outliers: in expectation over the teacher's
+             own words the KL is the difference of likelihoods by which MiniPLM chooses its text
+             (arXiv 2410.17215, section 2.3)
 
 A killed run goes on where it was in --work. Writes healing.json, where rows of other runs stay, and
 the table of healing.md; ends with one line of JSON.
@@ -52,19 +52,19 @@ from compress.stages.prune_width import PruneWidth
 from compress.store import Store, write_json
 from compress.teacher import open_teacher
 from compress.text.packing import pack
+from compress.train.loop import train
 from compress.train.packed import Packed
 from compress.train.plan import Batch, Plan
-from compress.train.trainer import Trainer
 
 LENGTH, BATCH, HELD_OUT, BLOCKS, FFN = 512, 2, 4, 5, 1152
-AVERAGED, OUTLIERS = 0.2, 0.05
+OUTLIERS = 0.05
 WINDOW = 240  # rows of one seed, of which `gap` may choose half
 END = "\n\n<!-- behind the table -->\n"
 TRAIN = ["embedded:conversations", "embedded:docstrings"]
 HELD = {"conversations": "embedded:conversations_heldout", "topics": "embedded:topics"}
-VARIANTS = ("cosine", "linear", "again", "fresh", "gap")
-KLS = [f"{weights}/{text}" for weights in ("last", "mean") for text in HELD]
-RUNS = ["cosine:5e-4:30720:1", "linear:5e-4:30720:1", "fresh:5e-4:30720:1", "cosine:1e-3:30720:1"]
+VARIANTS = ("cosine", "reread", "redrawn", "gap")
+KLS = [f"last/{text}" for text in HELD]
+RUNS = ["cosine:5e-4:30720:1", "cosine:1e-3:30720:1"]
 MIX = Mix(kl_weight=0.9, ce_weight=0.1)
 
 
@@ -139,7 +139,7 @@ class Bench:
         begin = run.seed * WINDOW
         rows = list(range(begin, begin + count))
         readings = 1
-        if run.variant in ("again", "fresh"):
+        if run.variant in ("reread", "redrawn"):
             rows, readings = rows[: count // 2], 2
         if run.variant == "gap":
             rows = self.widest(list(range(begin, begin + 2 * count)), count)
@@ -150,7 +150,7 @@ class Bench:
         order = [rows[at] for reading in orders for at in reading]
 
         def batches(step: int, micro: int) -> list[Batch]:
-            reading = step * BATCH // len(rows) if run.variant == "fresh" else 0
+            reading = step * BATCH // len(rows) if run.variant == "redrawn" else 0
             chosen = order[step * BATCH : (step + 1) * BATCH]
             return [one_batch(self.text, self.draws(reading), chosen)]
 
@@ -163,8 +163,9 @@ class Bench:
         model = load_model(self.student).eval()
         for row in candidates:
             if str(row) not in known:
+                batch = one_batch(self.text, self.draws(0), [row])
                 with torch.no_grad(), torch.autocast("cpu", enabled=fast_dtype() == "bf16"):
-                    total, labels = loss(model, one_batch(self.text, self.draws(0), [row]))
+                    total, labels = loss(model, batch)
                 known[str(row)] = float(total) / int(labels)
         write_json(scores, known)
         ranked = sorted(candidates, key=lambda row: -known[str(row)])
@@ -196,25 +197,15 @@ class Bench:
         model.get_input_embeddings().weight.requires_grad_(False)
         batches = self.batches(run, steps)
 
-        # The same loop as `train`, to look at the weights before and behind the mean.
+        # From the start, whatever a killed run has left.
         unfinished = self.work / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         plan = Plan(
             steps, lr=run.rate, micro=BATCH, warmup_fraction=0.05, seed=run.seed,
-            schedule="cosine" if run.variant == "cosine" else "linear",
-            average_fraction=AVERAGED, precision=fast_dtype(),
+            precision=fast_dtype(),
         )  # fmt: skip
-        trainer = Trainer(model, make_loss(MIX), plan, unfinished)
-        trainer.module.train()
-        for step in range(steps):
-            trainer.step(batches, "healing", say)
-            trainer.state["step"] = step + 1
-        last = self.kl(model)
-        trainer.finish()
-        mean = self.kl(model)
-        return {f"last/{name}": kl for name, kl in last.items()} | {
-            f"mean/{name}": kl for name, kl in mean.items()
-        }
+        train(model, make_loss(MIX), batches, plan, work=unfinished, label="healing", log=say)
+        return {f"last/{name}": kl for name, kl in self.kl(model).items()}
 
 
 def started(bench: Bench) -> dict[str, float]:
@@ -237,6 +228,8 @@ def main() -> None:
     asked = []
     for text in options.runs:
         variant, rate, tokens, seeds = text.split(":")
+        if variant not in VARIANTS:
+            parser.error(f"{text}: {variant} is none of {', '.join(VARIANTS)}")
         asked += [Run(variant, float(rate), int(tokens), seed) for seed in range(int(seeds))]
     bench = Bench(options.work)
     start = started(bench)
@@ -288,14 +281,14 @@ def write(out: Path, start: dict[str, float], figures: dict[Run, dict[str, float
     out.mkdir(parents=True, exist_ok=True)
     if (out / "healing.json").is_file():
         kept = json.loads((out / "healing.json").read_text())["runs"]
-        figures = {Run(**{key: row.pop(key) for key in Run._fields}): row for row in kept} | figures
+        before = {Run(**{key: row.pop(key) for key in Run._fields}): row for row in kept}
+        figures = before | {run: before.get(run, {}) | row for run, row in figures.items()}
     rows = [run._asdict() | row for run, row in figures.items()]
     record = {
         "start": start,
         "runs": rows,
         "blocks_removed": BLOCKS,
         "ffn": FFN,
-        "averaged": AVERAGED,
         "precision": fast_dtype(),
         "machine": describe(available_threads()),
         "versions": versions(),
@@ -307,7 +300,13 @@ def write(out: Path, start: dict[str, float], figures: dict[Run, dict[str, float
     file, rest = out / "healing.md", ""
     if file.is_file():
         rest = file.read_text().partition(END)[2]
-    heading = ["# What the same tokens give back", "", "`python scripts/bench_healing.py`", ""]
+    heading = [
+        "# What the same tokens give back",
+        "",
+        f"`python scripts/bench_healing.py`: the embedded teacher without {BLOCKS} blocks and with"
+        f" FFNs of {FFN} channels; KL in nats on {HELD_OUT} rows of {LENGTH} tokens of each text.",
+        "",
+    ]
     file.write_text("\n".join(heading + lines) + END + rest)
     print("\n".join(lines))
     print(json.dumps({"start": start, "runs": rows}))

@@ -77,8 +77,7 @@ STEP = "train/test_training.py -k plain_gradient"
 RESUME = "train/test_training.py -k bf16_weights_train_and_resume"
 ROUNDING = "train/test_training.py -k stochastic_adamw_follows"
 BEST = "train/test_training.py -k best_weights_by_validation"
-RATES = "train/test_training.py -k (schedule_warms_up)or(wsd_stays)or(linear_warms_up)"
-MEAN = "train/test_training.py -k mean_of"
+RATES = "train/test_training.py -k (schedule_warms_up)or(wsd_stays)"
 ROOM = "train/test_training.py -k asked_for_before"
 
 
@@ -169,7 +168,6 @@ MUTANTS = [
         ),
         ("(step + 1) / max(1, warmup_steps)", "step / max(1, warmup_steps)"),
         ("(LR_FLOOR + (1 - LR_FLOOR) * share)", "share"),
-        ("(steps - step) / max(1, steps - warmup_steps)", "(steps - step) / steps"),
     ),
     *of(
         "train/trainer.py",
@@ -193,18 +191,6 @@ MUTANTS = [
         BEST,
         ('if kl < self.state["best_kl"]:', 'if kl > self.state["best_kl"]:'),
         ("parallel.local(self.trained[name]).copy_(p)", "pass"),
-    ),
-    *of(
-        "train/trainer.py",
-        MEAN,
-        ('count = self.state["step"] - first + 1', 'count = self.state["step"] - first'),
-        ("torch.float32, copy=True", "torch.float32"),
-        ("lerp_(weight.float(), 1 / count)", "lerp_(weight.float(), 1 / (count + 1))"),
-    ),
-    *of(
-        "train/state.py",
-        MEAN,
-        ('{"best": {}, "average": {}}', '{"best": {}}'),
     ),
     *of(
         "train/loop.py",
@@ -243,7 +229,6 @@ MUTANTS = [
         ROOM,
         ('best_device().type == "cpu" and needed > free', "False"),
         ("+ size * bool(self.validations)", ""),
-        ("4 * bool(self.average_fraction)", "0"),
     ),
     *of("stages/distill.py", ROOM, ("self.reserve(model, ctx)", "pass")),
     *of(

@@ -1,8 +1,7 @@
 """One process of a distributed training on the tiny teacher, for `train/test_parallel.py`: `python
 one_rank.py KIND FOLDER STEPS STOP`.
 
-KIND is none, ddp or fsdp2, and behind it "-online", "-rollouts", "-bf16", "-bf16_stochastic" or
-"-average".
+KIND is none, ddp or fsdp2, and behind it "-online", "-rollouts", "-bf16" or "-bf16_stochastic".
 Rank 0 writes curve.json and final.safetensors into FOLDER; without shards the others leave their
 own rank<i>.safetensors. With STOP >= 0, the last rank kills itself there, by SIGKILL.
 """
@@ -77,8 +76,6 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
 
     precision = next((option for option in options if option.startswith("bf16")), "fp32")
     plan = Plan(steps, lr=1e-3, micro=2, parallel=kind, precision=precision, validations=2)
-    if "average" in options:
-        plan = plan._replace(validations=0, average_fraction=0.75)
     held = (make_loss(Mix()), [data.batch([60]) | signals.read([60])])
     try:
         result = train(

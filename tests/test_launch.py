@@ -314,11 +314,6 @@ def test_a_signal_path_without_its_package_is_refused_before_work(tmp_path, monk
         ),
         ("stages.heal.signal.threshold=2", "signal.threshold=2.0 must be in"),
         ("stages.heal.patience=2", "patience needs validations"),
-        ("stages.heal.average_fraction=1.5", "average_fraction=1.5 must be in [0, 1]"),
-        (
-            "stages.qat={average_fraction: 0.2, validations: 2}",
-            "average_fraction=0.2 must be in [0, 1], and 0 with validations=2, which write the",
-        ),
         ("data.weights=[1,2,3]", "must be one number above 0 for each"),
         ("trainer.parallel=dp", "trainer.parallel='dp'; did you mean 'ddp'?"),
         ("trainer.processes=2", "above 1 only with trainer=ddp or trainer=fsdp2"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Which weights go on: the stage's, or its parent's where it did not pay.
 Keep = StrEnum("Keep", ["always", "better"])
 # How the learning rate falls (`compress/train/optimizer.py`).
-Schedule = StrEnum("Schedule", ["cosine", "wsd", "linear"])
+Schedule = StrEnum("Schedule", ["cosine", "wsd"])
 
 
 def open_source(
@@ -86,9 +86,6 @@ class Optimization:
     schedule: Schedule = Schedule.cosine
     decay_fraction: float = 0.2  # wsd: share of the steps, at the end, in which the rate falls
     warmup_fraction: float = 0.05
-    # share of the steps, at the end, whose mean of weights is written instead of the last ones; 0:
-    # the last ones
-    average_fraction: float = 0.0
     grad_clip: float = 1.0
     # measurements of the loss on the last rows of the text, which are then not trained on; the best
     # weights ship
@@ -118,13 +115,6 @@ class Optimization:
             raise ConfigError(
                 f"warmup_fraction={self.warmup_fraction} must be in [0, 1) and"
                 f" decay_fraction={self.decay_fraction} in (0, 1]"
-            )
-
-        # The mean of the last weights, and the best weights, are two answers to one question.
-        if not 0 <= self.average_fraction <= 1 or (self.average_fraction and self.validations):
-            raise ConfigError(
-                f"average_fraction={self.average_fraction} must be in [0, 1], and 0 with"
-                f" validations={self.validations}, which write the best weights"
             )
 
         # Measurements, and an end that hangs on them.
@@ -180,9 +170,8 @@ class Optimization:
         """Allocate what training holds besides activations, and let go of it: a teacher's signal
         may take hours and comes behind.
 
-        Of each trained weight: itself, its gradient, two moments, the best one so far or their
-        mean, and `copies` more; `frozen` weights are held alone. ResourceError when there is no
-        such room.
+        Of each trained weight: itself, its gradient, two moments, the best one so far and `copies`
+        more; `frozen` weights are held alone. ResourceError when there is no such room.
         """
         import psutil
         import torch
@@ -195,7 +184,6 @@ class Optimization:
         # bytes of one weight
         size = 2 if ctx.precision == "bf16_stochastic" else 4
         trained = size * (2 if ctx.parallel == "ddp" else 1) + 8 + size * bool(self.validations)
-        trained += 4 * bool(self.average_fraction)
 
         # bytes of all, of which fsdp2 leaves each process its share
         counts = [(p.numel(), p.requires_grad and not frozen) for p in model.parameters()]
@@ -228,7 +216,6 @@ class Optimization:
             schedule=self.schedule.value,
             decay_fraction=self.decay_fraction,
             warmup_fraction=self.warmup_fraction,
-            average_fraction=self.average_fraction,
             grad_clip=self.grad_clip,
             seed=ctx.seed,
             precision=ctx.precision,

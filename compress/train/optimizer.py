@@ -7,8 +7,6 @@ autocast) or bf16 weights (bf16_stochastic):
              (arXiv 1608.03983)
     wsd      warm-up, then the peak, then over the last `decay_fraction` of the steps linearly to
              the floor (arXiv 2404.06395, section 4)
-    linear   lr(t) = peak * warm(t) * min(1, (steps - t) / (steps - warmup)): straight from the end
-             of the warm-up to zero, no floor (arXiv 2502.15938, "D2Z")
 
 with warm(t) = min(1, (t + 1) / warmup). bf16 has 8 significant bits: an update below 1/512 of a
 weight would vanish under rounding to nearest. Rounding up with probability (x - down) / (up - down)
@@ -43,10 +41,6 @@ def learning_rate(
 ) -> float:
     """The schedules of the module's docstring, steps counted from 0."""
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
-
-    # To zero, which the step behind the last one would have.
-    if schedule == "linear":
-        return peak * warm * min(1.0, (steps - step) / max(1, steps - warmup_steps))
 
     # Both go from 1 to 0; the floor below is added to what is chosen.
     wsd = min(1.0, (steps - step) / max(1, round(decay_fraction * steps)))

@@ -20,7 +20,6 @@ class Plan(NamedTuple):
     warmup_fraction: float = 0.0
     schedule: str = "cosine"
     decay_fraction: float = 0.2
-    average_fraction: float = 0.0  # share of the steps, at the end, whose weights are averaged
     grad_clip: float = 1.0
     seed: int = 0
     precision: str = "fp32"  # or bf16, bf16_stochastic

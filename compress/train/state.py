@@ -21,43 +21,40 @@ from compress.train.optimizer import MOMENTS, StochasticAdamW
 def save_state(
     work: Path,
     state: dict[str, Any],
-    beside: dict[str, dict[str, Tensor]],
+    best: dict[str, Tensor],
     trained: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     ranks: int,
 ) -> None:
     """Make the state durable as `<work>/state-<step>/`, the older one going last: a kill at
-    any moment leaves one whole. `beside` has weights of other steps by kind and name. All ranks
-    call it; the first `ranks` of them write tensors.
+    any moment leaves one whole. All ranks call it; the first `ranks` of them write tensors.
     """
-    part = work / ".state.part"
+    beside = work / ".state.part"
     final = work / f"state-{state['step']:08d}"
     if parallel.rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
 
     # Every rank its own shards, once the folder is there.
     parallel.wait()
     if parallel.rank() < ranks:
-        tensors = _tensors(beside, trained, optimizer)
-        save_file(tensors, part / f"tensors-{parallel.rank()}.safetensors")
+        tensors = _tensors(best, trained, optimizer)
+        save_file(tensors, beside / f"tensors-{parallel.rank()}.safetensors")
 
     # The folder gets its name when all of it is there.
     parallel.wait()
     if parallel.rank() == 0:
-        (part / "state.json").write_text(json.dumps(state | {"ranks": ranks}))
-        commit(part, final)
+        (beside / "state.json").write_text(json.dumps(state | {"ranks": ranks}))
+        commit(beside, final)
         for older in set(work.glob("state-*")) - {final}:
             shutil.rmtree(older)
 
 
 def _tensors(
-    beside: dict[str, dict[str, Tensor]],
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    best: dict[str, Tensor], trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """This rank's part of all weights and their moments, by name in the file."""
-    tensors = {f"{kind}/{name}": p for kind in beside for name, p in beside[kind].items()}
+    """This rank's part of the best weights, the weights and their moments, by name in the file."""
+    tensors = {f"best/{name}": p for name, p in best.items()}
     for name, p in trained.items():
         tensors[f"param/{name}"] = parallel.local(p).contiguous()
         if p in optimizer.state:
@@ -71,9 +68,9 @@ def restore_state(
     trained: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     ranks: int,
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]] | None:
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Put the newest whole state back into parameters and optimizer; returns it without its
-    tensors, the best weights, and the mean; None where there is none.
+    tensors, and the best weights; None where there is none.
 
     ValueError when it was sharded over another number of processes.
     """
@@ -93,16 +90,15 @@ def restore_state(
 
     # Where every rank's state is the same there is one file for all.
     tensors = load_file(newest / f"tensors-{min(parallel.rank(), ranks - 1)}.safetensors")
-    beside: dict[str, dict[str, Tensor]] = {"best": {}, "average": {}}
+    best: dict[str, Tensor] = {}
     for name, p in trained.items():
         parallel.local(p).copy_(tensors[f"param/{name}"])
         if f"{MOMENTS[0]}/{name}" in tensors:
             on_device = not isinstance(optimizer, StochasticAdamW)
             optimizer.state[p] = _optimizer_state(name, p, tensors, state, on_device)
-        for kind, weights in beside.items():
-            if f"{kind}/{name}" in tensors:
-                weights[name] = tensors[f"{kind}/{name}"].to(p.device)
-    return state, beside["best"], beside["average"]
+        if f"best/{name}" in tensors:
+            best[name] = tensors[f"best/{name}"].to(p.device)
+    return state, best
 
 
 def _optimizer_state(

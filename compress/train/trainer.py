@@ -92,17 +92,14 @@ class Trainer:
             "best_step": -1,
             "best_kl": math.inf,
         }
-        # Weights besides the last ones, of this rank: the best so far, and the mean in fp32.
         self.best: dict[str, Tensor] = {}
-        self.average: dict[str, Tensor] = {}
         restored = restore_state(work, self.trained, self.optimizer, self.ranks)
         if restored is not None:
-            self.state, self.best, self.average = restored
+            self.state, self.best = restored
 
     def save(self) -> None:
         """Make the state durable. All ranks call it."""
-        beside = {"best": self.best, "average": self.average}
-        save_state(self.work, self.state, beside, self.trained, self.optimizer, self.ranks)
+        save_state(self.work, self.state, self.best, self.trained, self.optimizer, self.ranks)
 
     def step(
         self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]
@@ -131,7 +128,6 @@ class Trainer:
         torch._foreach_mul_(grads, clip * parallel.world() / count)
 
         self._update(where)
-        self._add_to_average()
         seconds = time.monotonic() - begun
         return {
             "step": step,
@@ -175,27 +171,6 @@ class Trainer:
                 raise ResourceError(f"{where}: {NO_ROOM}") from error
             raise
         self.optimizer.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def _add_to_average(self) -> None:
-        """Running mean, in fp32, of the weights behind each of the last `average_fraction` of the
-        steps, as they are trained: the masters of fake-quantized ones.
-
-        The mean along a path of gradient descent lies in a flatter place than its end (arXiv
-        1803.05407, section 3). `validations` write the best weights instead and exclude it.
-        """
-        plan = self.plan
-        first = plan.steps - round(plan.average_fraction * plan.steps)
-        count = self.state["step"] - first + 1
-        if count < 1:
-            return
-
-        for name, p in self.trained.items():
-            weight = parallel.local(p)
-            if count == 1:
-                self.average[name] = weight.to(torch.float32, copy=True)
-            else:
-                self.average[name].lerp_(weight.float(), 1 / count)
 
     def _gradients(self, batches: list[Batch], where: str) -> tuple[float, float, float]:
         """(loss sum, labels, norm of the mean gradient) over all ranks; leaves gradients of the
@@ -304,10 +279,8 @@ class Trainer:
         return sum(row["step"] > self.state["best_step"] for row in self.state["measured"])
 
     def finish(self) -> None:
-        """Leave the best weights, or the mean of the last ones, whole, in the model. Ranks but the
-        first end here.
-        """
-        for name, p in (self.best or self.average).items():
+        """Leave the best weights, whole, in the model. Ranks but the first end here."""
+        for name, p in self.best.items():
             parallel.local(self.trained[name]).copy_(p)
         if self.sharded:
             parallel.unshard(self.plain)

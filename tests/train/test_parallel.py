@@ -85,19 +85,6 @@ def test_two_processes_give_the_losses_of_one_and_resume_after_a_killed_rank(
     )
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_average_the_weights_of_one_and_go_on_with_them(kind, tiny_teacher, tmp_path):
-    for name, stop, world in (("none", -1, 1), (kind, -1, 2), (kind, 3, 2), (kind, -1, 2)):
-        folder = tmp_path / ("resumed" if stop > 0 or (tmp_path / kind).exists() else name)
-        codes, outputs = launch(f"{name}-average", folder, tiny_teacher, stop=stop, world=world)
-        assert set(codes) == {0} or stop > 0, outputs
-    assert "resuming at step 3" in outputs[0]
-    means = [result(tmp_path / name)[1] for name in ("none", kind, "resumed")]
-    for name, tensor in means[0].items():
-        torch.testing.assert_close(means[1][name], tensor, rtol=1e-3, atol=1e-4)
-        assert torch.equal(means[1][name], means[2][name])
-
-
 @pytest.mark.parametrize("precision", ["bf16", "bf16_stochastic"])
 def test_shards_train_in_bf16_as_one_process_does(precision, tiny_teacher, tmp_path):
     made = []

@@ -56,6 +56,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "file_bytes": (0, 2**60),
     "ffn": (1, 2**24),
     "multiple": (1, 2**24),
+    "kv_groups": (1, 2**16),
+    "heads_per_group": (1, 2**16),
     "keep_first": (0, 10**5),
     "keep_last": (0, 10**5),
 }

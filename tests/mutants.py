@@ -417,6 +417,23 @@ MUTANTS = [
         ("or name in (STAGE_JSON, *table)", "or True"),
     ),
     *of(
+        "models/walk.py",
+        "models/test_walk.py",
+        ("not torch.isfinite(out_BLH).all()", "False"),
+        ("len(heard) == len(takers)", "False"),
+        ("other.states = list(self.states)", "pass"),
+        ("self._place.leave()", "pass"),
+        ("self._embed(self.ids_BL[:1])", "self._embed(self.ids_BL)"),
+        ("max(done - self.first, 1e-9)", "max(done, 1e-9)"),
+    ),
+    *of(
+        "prune/importance.py",
+        "prune/test_importance.py",
+        ("influence < lower[-1][0]", "influence > lower[-1][0]"),
+        ("at = kept.index(index)", "at = kept.index(index) + 1"),
+        ("deque(maxlen=count)", "deque(maxlen=1)"),
+    ),
+    *of(
         "models/ends.py",
         "models/test_ends.py -k union",
         (

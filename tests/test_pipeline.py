@@ -61,6 +61,7 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
         "teacher",
         "vocab",
         "depth",
+        "heads",
         "width",
         "heal",
         "chat",

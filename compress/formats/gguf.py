@@ -159,7 +159,17 @@ def architecture(config: Any) -> str:
         rope_type=("default",),
         sliding_window=(None,),
     )
-    return ARCHITECTURES[config.model_type]
+
+    # llama.cpp's qwen2 takes the width of its heads together to be that of the model.
+    arch = ARCHITECTURES[config.model_type]
+    width = config.num_attention_heads * head_dim(config)
+    if arch == "qwen2" and width != config.hidden_size:
+        raise ValueError(
+            f"num_attention_heads * head_dim is {width} and hidden_size {config.hidden_size}:"
+            " llama.cpp runs a qwen2 only where they are equal; keep all heads, or export"
+            " compressed_tensors"
+        )
+    return arch
 
 
 def check_teacher(path: Path) -> None:

@@ -1,13 +1,12 @@
 """From token ids to final hidden states and the head: the two things every loss and every
-closeness score needs; and what each block of a decoder receives on the way.
+closeness score needs.
 
 Legend: R rows (sequences), L positions, N = R * L tokens, C tokens a chunk, H hidden, V vocabulary,
-S a smaller one, D ids that it lacks, B sequences of a batch.
+S a smaller one, D ids that it lacks.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,8 +33,8 @@ class Fold:
         """
         top_C1 = logits_CV.amax(-1, keepdim=True)
         mass_CV = (logits_CV - top_C1).exp_()
-        mass_CS = mass_CV[:, self.kept_S]
-        mass_CS.index_add_(1, self.pieces_D, mass_CV[:, self.dropped_D])
+        mass_CS = mass_CV.index_select(1, self.kept_S)
+        mass_CS.index_add_(1, self.pieces_D, mass_CV.index_select(1, self.dropped_D))
         return mass_CS.clamp_min_(torch.finfo(mass_CS.dtype).tiny).log_().add_(top_C1)
 
 
@@ -106,6 +105,14 @@ class Head:
         """The same head with its weight in `dtype`."""
         return replace(self, weight_VH=self.weight_VH.to(dtype))
 
+    def on(self, device: torch.device) -> Head:
+        """The same head on a device."""
+        return replace(
+            self,
+            weight_VH=self.weight_VH.to(device),
+            bias_V=None if self.bias_V is None else self.bias_V.to(device),
+        )
+
 
 def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
     """What a transformers config, as a dict with its defaults, says of the logits besides the
@@ -151,21 +158,3 @@ def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -
         input_ids=inputs, position_ids=positions, use_cache=False
     ).last_hidden_state
     return hidden_RLH.flatten(0, 1)
-
-
-def block_inputs(model: Any, ids_BL: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """What every block of a decoder receives for ids (B, L): hidden states (B, L, H), and the
-    keywords that it is called with.
-    """
-    states: list[Tensor] = []
-    keywords: list[dict[str, Any]] = []
-
-    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keywords.append(dict(kwargs))
-        states.append(args[0] if args else keywords[-1].pop("hidden_states"))
-
-    with ExitStack() as hooks:
-        for block in model.model.layers:
-            hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
-        model.model(ids_BL, use_cache=False)
-    return states, keywords

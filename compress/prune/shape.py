@@ -13,6 +13,14 @@ ARCHITECTURES = [
 ]
 
 
+# With a norm behind the MLP too.
+NORMED_BEHIND = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+# What a config says of attention heads.
+HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+AUTO = "auto"  # the damping by held-out rows
+HELD_OUT = 8  # of which every so many-th row is one
+
+
 def check_architecture(config: dict[str, Any], what: str = "pruned") -> None:
     """ValueError naming the architecture and what is allowed."""
     got = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
@@ -23,11 +31,70 @@ def check_architecture(config: dict[str, Any], what: str = "pruned") -> None:
         )
 
 
+def check_foldable(config: dict[str, Any]) -> None:
+    """ValueError for a family with a norm between its down projection and the stream, where what
+    that projection adds is no longer linear in its weights.
+    """
+    got = config["architectures"][0]
+    if got in NORMED_BEHIND:
+        raise ValueError(
+            f"blocks of {got} normalize what their down projection adds, so that dropped blocks"
+            " can't be folded into it; set fold=false"
+        )
+
+
 def snap(width: int, multiple: int) -> int:
     """The multiple nearest to `width`, halves up, at least one multiple: 900 with multiple 64
     gives 896.
     """
     return max(1, (2 * width + multiple) // (2 * multiple)) * multiple
+
+
+def with_heads(config: dict[str, Any], kv_heads: int, share: int) -> dict[str, Any]:
+    """The config with so many key-value heads and query heads for each. Their width is said, which
+    families take from the number of heads otherwise. ValueError where transformers can't open it.
+    """
+    from compress.models.checkpoint import config_object, head_dim
+
+    heads = (kv_heads * share, kv_heads, head_dim(config_object(config)))
+    changed = {**config, **dict(zip(HEAD_KEYS, heads, strict=True))}
+    try:
+        config_object(changed)
+    except ValueError as error:
+        raise ValueError(
+            f"{kv_heads} key-value heads with {share} query heads each can't be opened by"
+            f" transformers ({error}); keep another number"
+        ) from error
+    return changed
+
+
+def damping_of(stage: str, damping: float | str) -> float | None:
+    """A stage's damping, None where held-out rows choose it. ValueError."""
+    if damping == AUTO:
+        return None
+    if isinstance(damping, str) or not 0 < damping < 1:
+        raise ValueError(
+            f"{stage}.damping is {damping}: allowed is {AUTO}, or between 0 and 1, for example 0.01"
+        )
+    return float(damping)
+
+
+def check_text(key: str, ids_shape: tuple[int, ...], columns: int, damping: float | None) -> None:
+    """ValueError, with what is needed, when calibration text of so many rows and tokens a row can't
+    weigh so many columns: its second moments would tell fewer apart than there are.
+
+    `key` is the option that says how many rows; held-out rows are needed without a damping.
+    """
+    rows, seq_len = ids_shape
+    needed = -(-columns // seq_len)
+    if damping is None:
+        needed = max(needed, HELD_OUT)
+    if rows < needed:
+        raise ValueError(
+            f"{key}: {rows} sequences of {seq_len} tokens can't weigh {columns:,} columns: needed"
+            f" are {needed} sequences at least, better {20 * needed}; raise it, and add text to the"
+            " data where it has fewer"
+        )
 
 
 def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from compress.distill.fused_head import head_loss
 from compress.distill.losses import Dense, Mix
-from compress.models.head import block_inputs, head_of, hidden_states
+from compress.models.head import head_of
+from compress.models.walk import Walk
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS
 from compress.store import write_json
@@ -33,40 +34,59 @@ Options = dict[str, dict[str, tuple[float, int]]]  # matrix -> grid -> (cost in 
 
 
 class _Calibration:
-    """Calibration text in a model: what enters each block of the unquantized one, and the
-    distribution p that comes out of it.
+    """Calibration text in a model: it walks through the unquantized one, and the distribution p
+    that comes out of it is kept.
     """
 
     def __init__(self, model: Any, ids_RL: Tensor) -> None:
         self.model = model
-        self.ids_RL = ids_RL
-        self.states, self.keywords = block_inputs(model, ids_RL)
-        self.labels_N = ids_RL.flatten()
-        self.counted_N = torch.ones(ids_RL.numel())
+        self.walk = Walk(model, ids_RL)
+        self.front = 0  # the block that the walk stands in front of
+        device = self.walk.device
+        self.labels_N = ids_RL.flatten().to(device)
+        self.counted_N = torch.ones(ids_RL.numel(), device=device)
 
         # The head may be the matrix that is rounded: p needs a copy of it as it is.
         head = head_of(model).detach()
-        copied = replace(head, weight_VH=head.weight_VH.clone())
-        self.target = Dense(hidden_states(model, ids_RL), copied)
+        copied = replace(head, weight_VH=head.weight_VH.clone()).on(device)
+        self.target = Dense(self.final(self.walk.branch(), 0), copied)
 
-    def final(self, name: str) -> Tensor:
-        """Final states (N, H) with one matrix changed; blocks in front of it give what they gave
-        before.
+    def final(self, walk: Walk, index: int) -> Tensor:
+        """Final states (N, H) of a text in front of a block, on the device."""
+        for later in range(index, len(walk.blocks)):
+            walk.advance(later)
+        return walk.final_states().to(walk.device)
+
+    def changed(self, name: str) -> Tensor:
+        """Final states (N, H) with one matrix changed that was reached before; blocks in front of
+        it give what they gave before.
         """
-        if not name.startswith("model.layers."):
-            return hidden_states(self.model, self.ids_RL)
-        index = int(name.split(".")[2])
-        blocks = self.model.model.layers[index:]
-        x_RLH = self.states[index]
-        for block, given in zip(blocks, self.keywords[index:], strict=True):
-            x_RLH = block(x_RLH, **given)
-        return self.model.model.norm(x_RLH).flatten(0, 1)
+        walk = self.walk.branch()
+        index = _block_of(name)
+        if index is None:
+            walk.enter()
+            return self.final(walk, 0)
+        assert index == self.front, f"the text stands in front of block {self.front}, not {index}"
+        return self.final(walk, index)
+
+    def reach(self, name: str) -> None:
+        """Go on to the block that a matrix is in, while all matrices are as they were."""
+        index = _block_of(name)
+        while index is not None and self.front < index:
+            self.walk.advance(self.front)
+            self.front += 1
 
     def divergence(self, name: str) -> float:
         """KL(p || the model as it now is) in nats a token, with one matrix changed."""
-        head = head_of(self.model).detach()
-        loss = head_loss(self.final(name), head, self.labels_N, self.counted_N, self.target, Mix())
+        head = head_of(self.model).detach().on(self.walk.device)
+        final_NH = self.changed(name)
+        loss = head_loss(final_NH, head, self.labels_N, self.counted_N, self.target, Mix())
         return max(0.0, float(loss) / len(self.labels_N))
+
+
+def _block_of(name: str) -> int | None:
+    """The index of the block that a matrix is in; None for embedding and head."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
 def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, list[str]]:
@@ -90,6 +110,7 @@ def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, 
 
 def _damage(name: str, weight: Tensor, grids: list[str], text: _Calibration) -> dict[str, float]:
     """c_ig of one matrix (R, C), alone on each grid; it is put back as it was."""
+    text.reach(name)
     unrounded = weight.clone()
     damage = {}
     for grid in grids:

@@ -1,18 +1,16 @@
 """Quantizing block by block: each is calibrated with what the already quantized ones before it
 produce, and kept when finished.
 
-What lies in memory besides the model are the hidden states of the calibration text in front of the
-present block. A finished block is one file in the work folder: a killed run finds it there and
-only sends the text through it again. Inside a block the groups go in order of use, each behind the
-rounded ones before it (GPTQ's "true sequential" order). A tied embedding goes first, measured as a
-head by the unquantized model's final states.
+The text goes as `models/walk.py` says: what lies in memory besides the model are its hidden states
+in front of the present block. A finished block is one file in the work folder: a killed run finds
+it there and only sends the text through it again. Inside a block the groups go in order of use,
+each behind the rounded ones before it (GPTQ's "true sequential" order). A tied embedding goes
+first, measured as a head by the unquantized model's final states.
 
 Legend: B sequences, L tokens of one, H hidden, C channels.
 """
 
-import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,91 +19,15 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from compress.models.head import block_inputs
+from compress.models.walk import Walk
 from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of
 from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.gptq import gptq
 from compress.quant.grids import GRIDS
 from compress.store import write_whole
 
-ROWS = 4  # sequences sent through a block at a time
-
-
-class _Stop(Exception):
-    """The text has reached what was asked for."""
-
-
-class Stream:
-    """The calibration text in front of a block: `states`, tensors (ROWS, L, H), and the keywords
-    each block is called with.
-    """
-
-    def __init__(self, model: Any, ids_BL: Tensor, precision: str) -> None:
-        self.model = model
-        self.ids_BL = ids_BL
-        self.precision = precision
-        self.blocks = model.model.layers
-        self.keywords = block_inputs(model, ids_BL[:1])[1]
-        self.enter()
-
-    def enter(self) -> None:
-        """Go back to the first block, through the embeddings as they now are."""
-        self.states: list[Tensor] = []
-
-        def note(_: Any, args: tuple[Tensor]) -> None:
-            self.states.append(args[0])
-            raise _Stop
-
-        with self.blocks[0].register_forward_pre_hook(note):
-            for rows in self.ids_BL.split(ROWS):
-                with suppress(_Stop):
-                    self.model.model(rows, use_cache=False)
-
-    def cast(self) -> torch.autocast:
-        """Products in bf16 unless the precision is fp32; the stream itself stays fp32."""
-        return torch.autocast(
-            self.ids_BL.device.type, torch.bfloat16, enabled=self.precision != "fp32"
-        )
-
-    def call(self, index: int, x_BLH: Tensor) -> Tensor:
-        """What a block makes of its input."""
-        with self.cast():
-            return self.blocks[index](x_BLH, **self.keywords[index])
-
-    def advance(self, index: int) -> None:
-        """Go through a block. ValueError naming it when its output is not finite."""
-        for at, x_BLH in enumerate(self.states):
-            self.states[at] = self.call(index, x_BLH)
-            if not torch.isfinite(self.states[at]).all():
-                where = f"the output of block {index} on the calibration text holds NaN or infinity"
-                raise ValueError(f"{where}: repair the parent, or use method=nearest, balance=none")
-
-    def inputs(self, index: int, groups: list[Group]) -> list[Inputs]:
-        """What each group of a block receives; text goes no further than to the last."""
-        received = [Inputs() for _ in groups]
-
-        def note(i: int, _: Any, args: tuple[Tensor]) -> None:
-            received[i].add(args[0])
-            if i == len(groups) - 1:
-                raise _Stop
-
-        # Readers of a group receive the same: one of them is listened to.
-        with ExitStack() as hooks:
-            for i, group in enumerate(groups):
-                hooks.enter_context(
-                    next(iter(group.readers.values())).register_forward_pre_hook(partial(note, i))
-                )
-            for x_BLH in self.states:
-                with suppress(_Stop):
-                    self.call(index, x_BLH)
-        return received
-
-    def final_gram(self) -> Tensor:
-        """(H, H): the sum of h h^T over final hidden states, when all blocks are behind."""
-        total = Inputs()
-        for x_BLH in self.states:
-            total.add(self.model.model.norm(x_BLH))
-        return total.gram_CC
+# What to do where the calibration text does not come through a block.
+ADVICE = "repair the parent, or use method=nearest, balance=none"
 
 
 class Blockwise:
@@ -190,54 +112,66 @@ class Blockwise:
             if not pair[0].startswith("model.layers.")
         ]
         (first, embedding), *heads = outside
-        stream = Stream(self.model, ids_BL, precision)
-        started = time.monotonic()
+        walk = Walk(self.model, ids_BL, precision=precision, log=log, advice=ADVICE)
         self._kept(
             work / "embeddings.safetensors",
             embedding,
-            partial(self._embedding, first, embedding, stream, tied=not heads),
+            partial(self._embedding, first, embedding, walk, tied=not heads),
         )
 
-        # Block by block, each behind those that are rounded.
-        fresh = 0
-        stream.enter()
-        for index, block in enumerate(stream.blocks):
-            fresh += self._kept(
+        # Block by block, each behind those that are rounded; kept ones say nothing of the time.
+        walk.enter()
+        walk.pace.steps = walk.pace.done + len(walk.blocks)
+        walk.pace.restart()
+        walk.task = "quantized"
+        for index, block in enumerate(walk.blocks):
+            fresh = self._kept(
                 work / f"block-{index:04d}.safetensors",
                 block,
-                partial(self._block, index, stream),
+                partial(self._block, index, walk),
             )
-            stream.advance(index)
-            seconds = time.monotonic() - started
-            seconds_left = seconds / max(1, fresh) * (len(stream.blocks) - index - 1)
-            log(f"block {index + 1}/{len(stream.blocks)} quantized  {seconds_left:,.0f} s left")
+            walk.advance(index)
+            if not fresh:
+                walk.pace.restart()
 
         # A head of its own, by what now reaches it.
         for name, head in heads:
-            self.round(name, head.weight, stream.final_gram())
+            self._head(name, head, walk)
 
-    def _embedding(self, name: str, embedding: Any, stream: Stream, *, tied: bool) -> None:
+    def _embedding(self, name: str, embedding: Any, walk: Walk, *, tied: bool) -> None:
         """Round the embedding, a tied one as the head that it also is."""
-        for index in range(len(stream.blocks) if tied else 0):
-            stream.advance(index)
-        self.round(name, embedding.weight, stream.final_gram() if tied else None)
+        if not tied:
+            self.round(name, embedding.weight)
+            return
+        walk.pace.steps = 2 * len(walk.blocks)
+        walk.task = "passed on the way to the head"
+        for index in range(len(walk.blocks)):
+            walk.advance(index)
+        self._head(name, embedding, walk)
 
-    def _block(self, index: int, stream: Stream) -> None:
+    def _head(self, name: str, head: Any, walk: Walk) -> None:
+        """Round what reads the final states, by their second moments."""
+        received = Inputs()
+        walk.final(received.add)
+        with walk.lent(head):
+            self.round(name, head.weight, received.gram_CC)
+
+    def _block(self, index: int, walk: Walk) -> None:
         """Balance and round one block."""
         prefix = f"model.layers.{index}."
-        groups = groups_of(stream.blocks[index])
+        groups = groups_of(walk.blocks[index])
 
         # All groups are balanced, each measured on the weights as they are.
         if self.balance != "none":
-            for group, inputs in zip(groups, stream.inputs(index, groups), strict=True):
+            for group, received in zip(groups, _received(walk, index, groups), strict=True):
                 name = f"{prefix}{next(iter(group.readers))}.weight"
-                fold(group, awq_scales(group, inputs, GRIDS[self.layout[name]], name))
+                fold(group, awq_scales(group, received, GRIDS[self.layout[name]], name))
 
         # Then rounded one after the other, each behind those before it.
         for group in groups:
             gram_CC = None
             if self.method == "gptq" or self.search:
-                gram_CC = stream.inputs(index, [group])[0].gram_CC
+                gram_CC = _received(walk, index, [group])[0].gram_CC
             for name, reader in group.readers.items():
                 self.round(f"{prefix}{name}.weight", reader.weight, gram_CC)
 
@@ -285,3 +219,14 @@ class Blockwise:
             if self.keep:
                 self.whole[name] = kept[f"whole:{name}"]
             self.made[name] = bake(self.model.get_parameter(name), codes)
+
+
+def _received(walk: Walk, index: int, groups: list[Group]) -> list[Inputs]:
+    """What each group of a block receives. Readers of a group receive the same: one of them is
+    listened to.
+    """
+    received = [Inputs() for _ in groups]
+    readers = [next(iter(group.readers)) for group in groups]
+    takers = [inputs.add for inputs in received]
+    walk.inputs(index, dict(zip(readers, takers, strict=True)))
+    return received

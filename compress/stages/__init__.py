@@ -7,6 +7,7 @@ checks itself, says what it costs and runs.
 from compress.stages.distill import Distill
 from compress.stages.lora import Lora
 from compress.stages.prune_depth import PruneDepth
+from compress.stages.prune_heads import PruneHeads
 from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
 from compress.stages.ptq import Ptq
@@ -14,9 +15,10 @@ from compress.stages.qat import Qat
 from compress.stages.stage import Stage
 
 STAGES: dict[str, type[Stage]] = {
-    "prune_depth": PruneDepth,
     "prune_vocab": PruneVocab,
+    "prune_depth": PruneDepth,
     "prune_width": PruneWidth,
+    "prune_heads": PruneHeads,
     "distill": Distill,
     "lora": Lora,
     "ptq": Ptq,

@@ -1,26 +1,45 @@
-"""Drop whole transformer blocks by block influence (ShortGPT, arXiv 2403.03853), scored again
-after every removal.
+"""Drop whole transformer blocks, and fold what they did into the block in front of them.
 
-A dropped block turns into latency one to one, unlike a narrower one. Which blocks went is written
-to `pruning.json`.
+Which ones: by block influence, scored again after every removal (ShortGPT, arXiv 2403.03853;
+`compress.prune.importance`), or greedily by the KL to the parent that is left without them
+(`compress.prune.depth`). Folding is a least-squares fit of one projection
+(`compress.prune.folding`), which adds no weights. A dropped block turns into latency one to one,
+unlike a narrower one. Which blocks went, and into which they were folded, is written to
+`pruning.json`.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.prune import shape
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
+if TYPE_CHECKING:
+    from compress.models.walk import Walk
+    from compress.prune.folding import Fold
+
+Criterion = StrEnum("Criterion", ["influence", "kl"])
+CANDIDATES = 8  # blocks whose KL is measured for each that goes
+STRIDE = 4  # one token in so many is looked at for it: the head is a fifth of a small model
+FOLD_SEQUENCES = 64
+
 
 @dataclass
 class PruneDepth:
-    """Drop `blocks` blocks, never one of the first `keep_first` or the last `keep_last`."""
+    """Drop `blocks` blocks, never one of the first `keep_first` or the last `keep_last`, weighed on
+    `calibration_sequences` by the criterion; `fold` them, fitted to `fold_sequences`.
+    """
 
     blocks: int = 4
+    criterion: Criterion = Criterion.influence
+    fold: bool = True
     calibration_sequences: int = 8
+    fold_sequences: int = FOLD_SEQUENCES
     keep_first: int = 1
     keep_last: int = 1
     family: ClassVar[Family] = Family.prune
@@ -30,6 +49,7 @@ class PruneDepth:
         for key, least in (
             ("blocks", 1),
             ("calibration_sequences", 1),
+            ("fold_sequences", shape.HELD_OUT),
             ("keep_first", 0),
             ("keep_last", 0),
         ):
@@ -37,12 +57,19 @@ class PruneDepth:
                 raise ValueError(
                     f"prune_depth.{key} is {getattr(self, key)}: allowed is {least} or more"
                 )
+        if not self.fold and self.fold_sequences != FOLD_SEQUENCES:
+            raise ValueError(
+                f"prune_depth.fold_sequences is {self.fold_sequences}: nothing uses it with"
+                " fold=false; leave it out"
+            )
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result. Which blocks go is known after `run` only; their number
         decides every size.
         """
         shape.check_architecture(config)
+        if self.fold:
+            shape.check_foldable(config)
 
         # How many may go.
         present = config["num_hidden_layers"]
@@ -59,51 +86,130 @@ class PruneDepth:
         return shape.without_blocks(config, stand_in)
 
     def calibration_rows(self) -> int:
-        """Rows on which blocks are scored."""
-        return self.calibration_sequences
+        """Rows on which blocks are scored and folds are fitted."""
+        return max(self.calibration_sequences, self.fold_sequences if self.fold else 0)
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every block that goes costs a pass of the calibration text."""
+        """Every block that goes costs a pass of the calibration text, or half a pass for each
+        candidate; folding costs two.
+        """
+        passes = self.blocks
+        if self.criterion == Criterion.kl:
+            passes *= 2 + CANDIDATES // 2
         cost = cost_without_training(sizes, bytes_a_weight=2)
-        return cost.with_calibration(sizes, self.calibration_sequences, passes=self.blocks)
+        cost = cost.with_calibration(sizes, self.calibration_sequences, passes)
+        return cost.with_calibration(sizes, self.fold_sequences, 2) if self.fold else cost
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the shallower checkpoint. ValueError for a parent that is quantized, unsupported
-        or too shallow.
+        or too shallow, and for too little text.
         """
-        import torch
-
         from compress.models.checkpoint import load_model
-        from compress.models.head import block_inputs
-        from compress.prune.importance import drop_blocks
+        from compress.models.walk import Walk
+        from compress.prune.folding import fold_dropped
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "prune")
         model = load_model(parent)
         params = model.num_parameters()
 
-        # Which blocks go, by what they do on calibration text.
-        with torch.no_grad():
-            entering, keywords = block_inputs(model, ctx.calibration(self.calibration_sequences))
-            blocks = [
-                lambda h, b=block, k=kwargs: b(h, **k)
-                for block, kwargs in zip(model.model.layers, keywords, strict=True)
-            ]
-            dropped = drop_blocks(blocks, entering, self.blocks, self.keep_first, self.keep_last)
+        def walk_of(ids_BL: Any) -> Walk:
+            return Walk(
+                model,
+                ids_BL,
+                precision=ctx.precision,
+                log=lambda line: ctx.log(f"{ctx.label}: {line}"),
+            )
 
-        # The model without them, and a note of which they were.
-        _cut(model, {index for index, _ in dropped})
+        # Text for both, before any work.
+        ids_BL = ctx.calibration(self.calibration_rows())
+        if self.fold:
+            columns = model.config.intermediate_size
+            shape.check_text("prune_depth.fold_sequences", ids_BL.shape, columns, None)
+
+        # Which blocks go, and what is folded into the others.
+        dropped = self._dropped(walk_of(ids_BL[: self.calibration_sequences]))
+        removed = {index for index, _ in dropped}
+        folds = fold_dropped(walk_of(ids_BL), removed) if self.fold else []
+        front = next(index for index in range(len(removed) + 1) if index not in removed)
+        if self.fold and front:
+            ctx.log(
+                f"{ctx.label}: blocks 0 to {front - 1} are dropped with none in front of them to"
+                " fold them into"
+            )
+
+        _cut(model, removed)
         shape.save_checked(model, out, parent)
-        removed = [{"block": index, "influence": influence} for index, influence in dropped]
-        (out / "pruning.json").write_text(
-            json.dumps({"blocks_removed_in_order": removed}, indent=2) + "\n"
-        )
-
+        (out / "pruning.json").write_text(json.dumps(self._note(dropped, folds), indent=2) + "\n")
         return {
             "blocks_removed_count": float(len(dropped)),
             "params_removed_fraction": 1 - model.num_parameters() / params,
-            "influence_removed_sum": sum(influence for _, influence in dropped),
+            **self._metrics(dropped, folds),
         }
+
+    def _dropped(self, walk: "Walk") -> list[tuple[int, float]]:
+        """Blocks that go and what they cost by the criterion, in order."""
+        import torch
+
+        from compress.prune.depth import drop_by_kl
+        from compress.prune.importance import drop_blocks
+
+        ends = (self.keep_first, self.keep_last)
+        with torch.no_grad():
+            if self.criterion == Criterion.kl:
+                return drop_by_kl(walk, _divergence(walk), self.blocks, *ends, CANDIDATES)
+            return drop_blocks(walk, self.blocks, *ends)
+
+    def _note(self, dropped: list[tuple[int, float]], folds: "list[Fold]") -> dict[str, Any]:
+        """What pruning.json says."""
+        removed = [{"block": index, self.criterion.value: cost} for index, cost in dropped]
+        note: dict[str, Any] = {"blocks_removed_in_order": removed}
+        if self.fold:
+            note["folds"] = [fold._asdict() for fold in folds]
+        return note
+
+    def _metrics(self, dropped: list[tuple[int, float]], folds: "list[Fold]") -> dict[str, float]:
+        """What is known of the cut, by the criterion that made it."""
+        if self.criterion == Criterion.kl:
+            metrics = {"kl_removed_nats": dropped[-1][1]}
+        else:
+            metrics = {"influence_removed_sum": sum(cost for _, cost in dropped)}
+        if folds:
+            before = sum(fold.error_before for fold in folds) / len(folds)
+            metrics["fold_error_before_mean_fraction"] = before
+            metrics["fold_error_mean_fraction"] = sum(fold.error for fold in folds) / len(folds)
+        return metrics
+
+
+def _divergence(walk: "Walk") -> "Callable[[Walk], float]":
+    """What gives the KL, in nats a token, between the model as it now is and a walk that has passed
+    fewer of its blocks.
+    """
+    import torch
+
+    from compress.distill.fused_head import head_loss
+    from compress.distill.losses import Dense, Mix
+    from compress.models.head import head_of
+
+    head = head_of(walk.model).detach().on(walk.device)
+
+    def final(passed: "Walk") -> Any:
+        return passed.final_states()[::STRIDE].to(walk.device)
+
+    # The model's own distribution.
+    parent = walk.branch()
+    for index in range(len(walk.blocks)):
+        parent.advance(index)
+    target = Dense(final(parent), head)
+    counted_N = torch.ones(len(target.hidden_NH), device=walk.device)
+    labels_N = torch.zeros_like(counted_N, dtype=torch.long)
+
+    def divergence(passed: "Walk") -> float:
+        with torch.autocast(walk.device.type, torch.bfloat16, enabled=walk.precision != "fp32"):
+            loss = head_loss(final(passed), head, labels_N, counted_N, target, Mix())
+        return max(0.0, float(loss) / len(labels_N))
+
+    return divergence
 
 
 def _cut(model: Any, dropped: set[int]) -> None:

@@ -464,6 +464,33 @@ def test_qwen2_with_its_biases_runs_like_torch(tmp_path):
     server.close()
 
 
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {"num_attention_heads": 2, "num_key_value_heads": 1},
+        {"num_attention_heads": 6, "num_key_value_heads": 3},
+    ],
+)
+def test_fewer_or_more_heads_than_the_model_is_wide_run_like_torch(tmp_path, heads):
+    source = tiny_checkpoint(tmp_path / "c", hidden_size=96, head_dim=16, **heads)
+    export_gguf(source, tmp_path / "m.gguf", "F16")
+    fields, _ = read_fields(tmp_path / "m.gguf")
+    assert fields["llama.attention.head_count"] == heads["num_attention_heads"]
+    assert fields["llama.attention.head_count_kv"] == heads["num_key_value_heads"]
+    assert fields["llama.rope.dimension_count"] == fields["llama.attention.value_length"] == 16
+    server = LlamaCpp(tmp_path / "m.gguf", threads=1, ctx_len=64)
+    assert_close_to_torch(server, source, [list(range(3, 60))], 2e-2)  # rounding to fp16: 8e-3
+    server.close()
+
+
+def test_a_qwen2_with_heads_less_wide_than_the_model_is_refused(tmp_path):
+    """llama.cpp would not open the file."""
+    kind = (Qwen2Config, Qwen2ForCausalLM)
+    source = tiny_checkpoint(tmp_path / "c", kind=kind, num_attention_heads=2, head_dim=16)
+    with pytest.raises(ValueError, match=r"head_dim is 32 and hidden_size 64: .* keep all heads"):
+        export_gguf(source, tmp_path / "m.gguf", "F16")
+
+
 def test_missing_package_names_the_install_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(

@@ -134,8 +134,9 @@ def test_the_file_holds_and_computes_the_checkpoint(tmp_path, kind, grid, tied):
         ),
         (LLAMA, {"head_dim": 32, "attention_bias": True, "mlp_bias": True}),
         (MISTRAL, {"sliding_window": None}),
+        (LLAMA, {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}),
     ],
-    ids=["llama3", "yarn", "biases", "mistral"],
+    ids=["llama3", "yarn", "biases", "mistral", "fewer heads"],
 )
 def test_other_ropes_biases_and_head_widths(tmp_path, kind, changes):
     checkpoint, folder = exported(tmp_path, None, kind=kind, **changes)

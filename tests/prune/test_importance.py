@@ -1,38 +1,17 @@
-"""Block influence and second-order channel costs against slow, obvious computations in float64."""
+"""Block influence and what may be cut."""
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
-from compress.prune.importance import (
-    block_influence,
-    drop_blocks,
-    error_fraction,
-    keep_channels,
-    reconstruct,
-    removal_cost,
-)
+from compress.models.walk import Walk
+from compress.prune.importance import block_influence, drop_blocks
 from compress.prune.shape import check_architecture, snap, without_blocks
-
-TINY = 1e-12  # damping that the comparison with undamped least squares can't see
-
-
-def _problem(
-    tokens: int = 60, channels: int = 10, hidden: int = 6
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correlated inputs X (N, F) and a projection W (H, F)."""
-    generator = torch.Generator().manual_seed(0)
-    mix_FF = torch.randn(channels, channels, dtype=torch.float64, generator=generator)
-    x_NF = torch.randn(tokens, channels, dtype=torch.float64, generator=generator) @ mix_FF
-    return x_NF, torch.randn(hidden, channels, dtype=torch.float64, generator=generator)
-
-
-def _lost(x_NF: torch.Tensor, weight_HF: torch.Tensor, keep: list[int]) -> float:
-    """The squared error that no refit of those columns can get below."""
-    y_NH = x_NF @ weight_HF.T
-    fitted_KH = torch.linalg.lstsq(x_NF[:, keep], y_NH).solution
-    return (x_NF[:, keep] @ fitted_KH - y_NH).square().sum().item()
 
 
 def test_block_influence_by_hand():
@@ -42,24 +21,63 @@ def test_block_influence_by_hand():
     assert block_influence(h_in, 2 * h_in) == pytest.approx(0.0, abs=1e-7)
 
 
+class _Step(nn.Module):
+    """A block that is one function of its states."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, h_BLH, **_):
+        return self.function(h_BLH)
+
+
+class _Decoder(nn.Module):
+    """As much of a language model as a walk needs: ids are looked up, blocks follow."""
+
+    def __init__(self, functions, width: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(24, width)
+        self.layers = nn.ModuleList(_Step(function) for function in functions)
+        self.config = SimpleNamespace(num_hidden_layers=len(functions))
+
+    def get_decoder(self):
+        return self
+
+    def forward(self, ids_BL, use_cache):
+        h_BLH = self.embedding(ids_BL)
+        for block in self.layers:
+            h_BLH = block(h_BLH)
+        return h_BLH
+
+
+def _walk(functions, h_BLH: torch.Tensor | None = None, **options) -> Walk:
+    torch.manual_seed(0)
+    decoder = _Decoder(functions)
+    if h_BLH is not None:
+        decoder.embedding.weight.data[: h_BLH[..., 0].numel()] = h_BLH.flatten(0, -2)
+    ids_BL = torch.arange(24).view(6, 4)
+    return Walk(decoder, ids_BL, device=torch.device("cpu"), **options)
+
+
 def _turn(degrees: float):
     angle = torch.tensor(degrees).deg2rad()
     matrix = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
     return lambda h_BLH: h_BLH @ matrix.T
 
 
-def _entering(blocks, h_BLH):
-    states = [h_BLH]
-    for block in blocks[:-1]:
-        states.append(block(states[-1]))
-    return states
+def _scores(functions, h_BLH: torch.Tensor) -> list[float]:
+    """The influence of every block of a model, by one pass through it."""
+    scores = []
+    for function in functions:
+        scores.append(block_influence(h_BLH, function(h_BLH)))
+        h_BLH = function(h_BLH)
+    return scores
 
 
 def test_the_least_influential_block_goes_first_and_the_ends_are_kept():
     blocks = [_turn(a) for a in (1.0, 40.0, 10.0, 20.0, 2.0)]
-    dropped = drop_blocks(
-        blocks, _entering(blocks, torch.randn(2, 3, 2)), 2, keep_first=1, keep_last=1
-    )
+    dropped = drop_blocks(_walk(blocks), 2, keep_first=1, keep_last=1)
     assert [index for index, _ in dropped] == [2, 3]
     assert dropped[0][1] == pytest.approx(1 - torch.tensor(10.0).deg2rad().cos().item(), abs=1e-5)
 
@@ -72,79 +90,61 @@ def test_blocks_are_scored_again_after_a_removal():
     def set_second(value: float):
         return lambda h: torch.stack([h[..., 0], torch.full_like(h[..., 1], value)], -1)
 
-    h = torch.ones(1, 4, 2)
+    h = torch.ones(6, 4, 2)
     blocks = [_turn(0.0), set_second(1.1), set_second(1.15), set_second(0.8), _turn(0.0)]
-    first = [
-        block_influence(a, b)
-        for a, b in zip(_entering(blocks, h)[1:4], _entering(blocks, h)[2:5], strict=True)
-    ]
+    first = _scores(blocks, h)[1:4]
     assert sorted(range(3), key=first.__getitem__) == [1, 0, 2]
-    dropped = drop_blocks(blocks, _entering(blocks, h), 2, 1, 1)
+    dropped = drop_blocks(_walk(blocks, h), 2, 1, 1)
     assert [index for index, _ in dropped] == [2, 1]
     blocks[3] = set_second(1.0)  # does nothing once blocks 1 and 2 are gone
-    dropped = drop_blocks(blocks, _entering(blocks, h), 3, 1, 1)
+    dropped = drop_blocks(_walk(blocks, h), 3, 1, 1)
     assert dropped[-1] == (3, pytest.approx(0.0, abs=1e-6))
 
 
-def test_removal_cost_equals_brute_force_least_squares():
-    x_NF, weight_HF = _problem()
-    cost_F = removal_cost(weight_HF, torch.linalg.inv(x_NF.T @ x_NF))
-    brute = [_lost(x_NF, weight_HF, [k for k in range(10) if k != j]) for j in range(10)]
-    torch.testing.assert_close(cost_F, torch.tensor(brute, dtype=torch.float64), rtol=1e-8, atol=0)
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_blocks_go_in_the_order_of_a_search_that_runs_the_whole_model_each_time(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(9, 2, 2, generator=generator) * 0.5
+
+    def block(matrix):
+        return lambda h: h + (h @ matrix).tanh()
+
+    functions = [block(matrix) for matrix in matrices]
+    walk = _walk(functions)
+    h_BLH, kept, expected = torch.cat(walk.states).double(), list(range(9)), []
+    oracles = [block(matrix.double()) for matrix in matrices]
+    for _ in range(count):
+        scores = _scores([oracles[i] for i in kept], h_BLH)
+        at = min(range(1, len(kept) - 2), key=scores.__getitem__)
+        expected.append((kept.pop(at), pytest.approx(scores[at], abs=1e-6)))
+    assert drop_blocks(walk, count, keep_first=1, keep_last=2) == expected
 
 
-def test_channels_one_by_one_equal_brute_force_greedy():
-    x_NF, weight_HF = _problem()
-    kept = list(range(10))
-    while len(kept) > 4:
-        kept.remove(min(kept, key=lambda j: _lost(x_NF, weight_HF, [k for k in kept if k != j])))
-    assert keep_channels(weight_HF, x_NF.T @ x_NF, 4, TINY, block=1).tolist() == kept
+def test_no_more_states_are_kept_than_blocks_are_to_go():
+    """Each block turns less than the one before it: all of them could go one after the other."""
+    walk = _walk([_turn(20.0 - index) for index in range(12)])
+    entered: list[weakref.ref] = []
+    present, advance = [], walk.advance
+
+    def counted(index: int) -> None:
+        entered.append(weakref.ref(walk.states[0]))
+        advance(index)
+        present.append(sum(state() is not None for state in entered))
+
+    walk.advance = counted
+    assert [index for index, _ in drop_blocks(walk, 2, 0, 0)] == [11, 10]
+    assert max(present) <= 2 + 1
 
 
-@pytest.mark.parametrize("block", [1, 3, 64])
-def test_keep_channels_count_order_and_purity(block: int):
-    x_NF, weight_HF = _problem()
-    gram_FF, before = x_NF.T @ x_NF, weight_HF.clone()
-    copy = gram_FF.clone()
-    kept = keep_channels(weight_HF, gram_FF, 7, 0.01, block)
-    assert kept.shape == (7,) and (kept.diff() > 0).all()
-    assert torch.equal(weight_HF, before) and torch.equal(gram_FF, copy)
-
-
-def test_second_order_choice_beats_magnitude():
-    """A loud channel that another one repeats is cheap; magnitude would keep it."""
-    x_NF, weight_HF = _problem()
-    x_NF[:, 3] = 2 * x_NF[:, 5]
-    weight_HF[:, 3] *= 10
-    kept = keep_channels(weight_HF, x_NF.T @ x_NF, 9, 1e-9).tolist()
-    assert len({3, 5} & set(kept)) == 1
-
-
-def test_reconstruction_equals_lstsq():
-    x_NF, weight_HF = _problem()
-    keep_K = torch.tensor([0, 2, 3, 7])
-    fitted_HK = reconstruct(weight_HF, x_NF.T @ x_NF, keep_K, TINY)
-    expected_KH = torch.linalg.lstsq(x_NF[:, keep_K], x_NF @ weight_HF.T).solution
-    torch.testing.assert_close(fitted_HK, expected_KH.T, rtol=1e-7, atol=1e-9)
-
-
-def test_reconstruction_is_pulled_to_the_old_columns_and_survives_dead_channels():
-    x_NF, weight_HF = _problem()
-    keep_K = torch.tensor([0, 2, 3, 7])
-    strong = reconstruct(weight_HF, x_NF.T @ x_NF, keep_K, 1e9)
-    torch.testing.assert_close(strong, weight_HF[:, keep_K], rtol=1e-6, atol=1e-6)
-    dead = reconstruct(weight_HF.float(), torch.zeros(10, 10), keep_K, 0.01)
-    assert dead.dtype == torch.float32 and torch.equal(dead, weight_HF[:, keep_K].float())
-
-
-def test_error_fraction_on_the_tokens_themselves():
-    x_NF, weight_HF = _problem()
-    keep_K = torch.tensor([0, 2, 3, 7])
-    fitted_HK = reconstruct(weight_HF, x_NF.T @ x_NF, keep_K, TINY)
-    expected = _lost(x_NF, weight_HF, keep_K.tolist()) / (x_NF @ weight_HF.T).square().sum().item()
-    assert error_fraction(weight_HF, x_NF.T @ x_NF, keep_K, fitted_HK) == pytest.approx(
-        expected, rel=1e-6
-    )
+def test_the_lines_say_how_many_blocks_are_gone_and_the_last_one_comes_at_the_end(monkeypatch):
+    monkeypatch.setattr("compress.models.walk.LINE_SECONDS", -1)
+    lines: list[str] = []
+    drop_blocks(_walk([_turn(a) for a in (1.0, 40.0, 10.0, 20.0, 2.0)], log=lines.append), 2, 1, 1)
+    texts = [line.split("  ")[0] for line in lines[::2]]  # two groups of rows a block
+    first = [f"block {i}/5 weighed, 0 of 2 gone" for i in (1, 2, 3, 4)]
+    assert texts == [*first, "block 4/5 weighed, 1 of 2 gone"]
+    assert lines[-1].endswith("  0 s left")
 
 
 def test_snap_goes_to_the_nearest_multiple_and_never_to_zero():

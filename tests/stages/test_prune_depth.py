@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pruning_parents as parents
 import pytest
@@ -10,13 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from compress.models.checkpoint import load_model, read_config, save_model
-from compress.stages.prune_depth import PruneDepth
+from compress.models.walk import Walk
+from compress.prune.folding import fold_dropped
+from compress.stages.prune_depth import Criterion, PruneDepth
 
 
 @pytest.mark.parametrize("kind", parents.KINDS)
 def test_blocks_go_and_the_rest_is_untouched(tmp_path, kind):
     parent = parents.make(tmp_path, kind)
-    metrics = parents.run(PruneDepth(blocks=2, calibration_sequences=2), parent, tmp_path / "out")
+    stage = PruneDepth(blocks=2, fold=False, calibration_sequences=2)
+    metrics = parents.run(stage, parent, tmp_path / "out")
     removed = json.loads((tmp_path / "out" / "pruning.json").read_text())["blocks_removed_in_order"]
     gone = [entry["block"] for entry in removed]
     assert len(set(gone)) == 2 and set(gone) <= {1, 2}
@@ -48,7 +52,8 @@ def test_a_block_that_does_nothing_goes_first_and_layer_types_follow(tmp_path):
     model.config.sliding_window, model.config.use_sliding_window = 8, True
     idle = tmp_path / "idle"
     save_model(model, idle, parent)
-    metrics = parents.run(PruneDepth(blocks=1, calibration_sequences=2), idle, tmp_path / "out")
+    stage = PruneDepth(blocks=1, calibration_sequences=2, fold_sequences=8)
+    metrics = parents.run(stage, idle, tmp_path / "out")
     assert (
         json.loads((tmp_path / "out" / "pruning.json").read_text())["blocks_removed_in_order"][0][
             "block"
@@ -83,12 +88,160 @@ def test_the_plan_is_the_result_and_repeating_gives_the_same_bytes(tmp_path):
     assert stage.check_shape(read_config(parent)) == read_config(tmp_path / "a")
 
 
+def test_progress_and_time_left_are_shown(tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(parents.CONTEXT, "log", lines.append)
+    parents.run(
+        PruneDepth(blocks=2, calibration_sequences=6), parents.make(tmp_path), tmp_path / "out"
+    )
+    weighed, folded = [line for line in lines if line.endswith("  0 s left")]
+    assert weighed.startswith("test: block ") and "weighed, " in weighed
+    assert folded.startswith("test: block 4/4 folded")
+    assert lines[-1].endswith("  0 s left")
+
+
 @pytest.mark.parametrize(
-    "key, value", [("blocks", 0), ("calibration_sequences", 0), ("keep_first", -1)]
+    "key, value",
+    [("blocks", 0), ("calibration_sequences", 0), ("fold_sequences", 7), ("keep_first", -1)],
 )
 def test_impossible_values_are_refused(key, value):
-    with pytest.raises(ValueError, match=f"prune_depth.{key} is {value}: allowed is [01] or more"):
+    with pytest.raises(ValueError, match=f"prune_depth.{key} is {value}: allowed is [018] or more"):
         PruneDepth(**{key: value})
+
+
+def test_rows_that_nothing_uses_are_refused():
+    with pytest.raises(ValueError, match="fold_sequences is 16: nothing uses it with fold=false"):
+        PruneDepth(fold=False, fold_sequences=16)
+
+
+def _final(model, ids_BL, kept) -> torch.Tensor:
+    """Logits of these blocks of a model, run by transformers itself."""
+    layers, count = model.model.layers, model.config.num_hidden_layers
+    model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
+    model.config.num_hidden_layers = len(kept)
+    with torch.no_grad():
+        logits = model(ids_BL, use_cache=False).logits
+    model.model.layers, model.config.num_hidden_layers = layers, count
+    return logits.flatten(0, 1)
+
+
+def test_by_kl_the_blocks_go_that_a_search_with_the_whole_model_would_take(tmp_path):
+    """Logits of one token in four, and each candidate by itself."""
+    torch.manual_seed(3)
+    model = load_model(parents.make(tmp_path))
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            layer.mlp.down_proj.weight.mul_(20 + 10 * ((index * 5) % 4))
+    save_model(model, tmp_path / "loud", tmp_path / "parent")
+    model = load_model(tmp_path / "loud")
+    ids_BL = parents.CONTEXT.calibration(6)
+    log_p = _final(model, ids_BL, range(4))[::4].double().log_softmax(-1)
+
+    def kl(kept: list[int]) -> float:
+        log_q = _final(model, ids_BL, kept)[::4].double().log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+    kept, expected = [0, 1, 2, 3], []
+    for _ in range(2):
+        costs = {i: kl([k for k in kept if k != i]) for i in kept[:-1]}
+        expected.append(min(costs, key=costs.__getitem__))
+        kept.remove(expected[-1])
+    stage = PruneDepth(
+        blocks=2, criterion=Criterion.kl, fold=False, calibration_sequences=6, keep_first=0
+    )
+    metrics = parents.run(stage, tmp_path / "loud", tmp_path / "out")
+    removed = json.loads((tmp_path / "out" / "pruning.json").read_text())["blocks_removed_in_order"]
+    assert [entry["block"] for entry in removed] == expected
+    assert removed[1]["kl"] == metrics["kl_removed_nats"] == pytest.approx(kl(kept), rel=1e-3)
+
+
+def test_a_fold_is_the_least_squares_fit_to_what_leaves_the_dropped_blocks(tmp_path):
+    """Two gaps: what the second is fitted to comes out of the first as it is folded."""
+    parent = parents.make(tmp_path, "llama_bias")
+    model = load_model(parent)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.bias.normal_(0, 0.1)
+            layer.self_attn.o_proj.weight.mul_(5)
+    ids_BL = parents.CONTEXT.calibration(24)
+    walk = Walk(model, ids_BL)
+    dense = [layer.mlp.down_proj.weight.clone().double() for layer in model.model.layers]
+    folds = fold_dropped(walk, {1, 3})
+    assert [(fold.block, fold.dropped) for fold in folds] == [(0, [1]), (2, [3])]
+
+    # The stream as transformers has it: block by block, with one that is folded in its place.
+    hidden_BLH = model.model.embed_tokens(ids_BL)
+    rotary = model.model.rotary_emb(hidden_BLH, torch.arange(32)[None])
+    for fold in folds:
+        block, behind = (model.model.layers[i] for i in (fold.block, fold.block + 1))
+        down = block.mlp.down_proj
+        new_HF = down.weight.clone()
+        seen = []
+        hook = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            down.weight.copy_(dense[fold.block])
+            leaving_BLH = block(hidden_BLH, position_embeddings=rotary)
+            added_BLH = torch.nn.functional.linear(seen[0], down.weight, down.bias)
+            target_BLH = behind(leaving_BLH, position_embeddings=rotary)
+            target_BLH = target_BLH - (leaving_BLH - added_BLH) - down.bias
+            down.weight.copy_(new_HF)
+            hidden_BLH = block(hidden_BLH, position_embeddings=rotary)
+        hook.remove()
+        x_NF, y_NH = (t.flatten(0, 1).double() for t in (seen[0], target_BLH))
+        pull_FF = (fold.damping * x_NF.square().sum(0).mean()).sqrt() * torch.eye(192).double()
+        rows_NH = torch.cat([y_NH, pull_FF @ dense[fold.block].T])
+        expected_FH = torch.linalg.lstsq(torch.cat([x_NF, pull_FF]), rows_NH).solution
+        torch.testing.assert_close(new_HF.double(), expected_FH.T, rtol=1e-3, atol=1e-5)
+        assert fold.error < fold.error_before
+    torch.testing.assert_close(torch.cat(walk.states), hidden_BLH, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in parents.KINDS if kind != "gemma3"])
+def test_folded_blocks_are_missed_less(tmp_path, kind):
+    parent = parents.make(tmp_path, kind)
+    model = load_model(parent)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(10)
+    save_model(model, tmp_path / "loud", parent)
+    ids_BL = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(1))
+    errors = []
+    for fold in (True, False):
+        stage = PruneDepth(blocks=2, fold=fold, calibration_sequences=2)
+        metrics = parents.run(stage, tmp_path / "loud", tmp_path / str(fold))
+        with torch.no_grad():
+            here, there = (
+                load_model(tmp_path / name)(ids_BL).logits for name in (str(fold), "loud")
+            )
+        errors.append((here - there).square().mean().item())
+        assert ("fold_error_mean_fraction" in metrics) == fold
+    assert errors[0] < errors[1]
+    folds = json.loads((tmp_path / "True" / "pruning.json").read_text())["folds"]
+    assert folds[0]["error"] < folds[0]["error_before"]
+
+
+def test_blocks_at_the_front_are_dropped_unfolded_and_that_is_said(tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(parents.CONTEXT, "log", lines.append)
+    stage = PruneDepth(blocks=3, keep_first=0, keep_last=1, calibration_sequences=2)
+    parents.run(stage, parents.make(tmp_path), tmp_path / "out")
+    assert "test: blocks 0 to 2 are dropped with none in front of them to fold them into" in lines
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["folds"] == []
+
+
+def test_a_family_with_a_norm_behind_the_mlp_is_refused_with_folding(tmp_path):
+    parent = parents.make(tmp_path, "gemma3")
+    with pytest.raises(ValueError, match="Gemma3ForCausalLM normalize .*; set fold=false"):
+        PruneDepth(blocks=1).run(parent, tmp_path, parents.CONTEXT)
+
+
+def test_too_little_text_for_a_fold_is_refused_saying_how_much_is_needed(tmp_path):
+    parent = parents.make(tmp_path)
+    short = SimpleNamespace(**vars(parents.CONTEXT))
+    short.calibration = lambda n: torch.zeros(5, 32, dtype=torch.long)
+    message = "fold_sequences: 5 sequences of 32 tokens can't weigh 192 columns: needed are 8"
+    with pytest.raises(ValueError, match=message):
+        PruneDepth(blocks=1).run(parent, tmp_path, short)
 
 
 def test_more_blocks_than_there_are_is_refused_naming_the_directory(tmp_path):

@@ -63,10 +63,43 @@ def test_fitting_beats_the_plain_cut_and_damping_acts(tmp_path):
     )
 
 
+def test_a_block_is_fitted_to_what_the_cut_blocks_before_it_send(tmp_path):
+    parent = parents.make(tmp_path)
+    stage = PruneWidth(ffn=64, calibration_sequences=16, damping=1e-6)
+    parents.run(stage, parent, tmp_path / "out")
+    dense, cut = load_model(parent).double(), load_model(tmp_path / "out").double()
+    index_K = (
+        (
+            cut.model.layers[3].mlp.up_proj.weight[:, None]
+            == dense.model.layers[3].mlp.up_proj.weight
+        )
+        .all(-1)
+        .int()
+        .argmax(-1)
+    )
+
+    # Inputs of the last down projection: behind cut blocks, and in the model as it was.
+    errors, seen = {}, []
+    mixed = load_model(tmp_path / "out").double()
+    mixed.model.layers[3] = dense.model.layers[3]
+    for name, model in (("cut", mixed), ("dense", dense)):
+        with torch.no_grad():
+            hook = model.model.layers[3].mlp.down_proj.register_forward_pre_hook(
+                lambda _, args: seen.append(args[0].flatten(0, -2))
+            )
+            model(parents.CONTEXT.calibration(16))
+            hook.remove()
+            x_NF, weight_HF = seen.pop(), dense.model.layers[3].mlp.down_proj.weight
+            fitted_KH = torch.linalg.lstsq(x_NF[:, index_K], x_NF @ weight_HF.T).solution
+            gap_HK = cut.model.layers[3].mlp.down_proj.weight - fitted_KH.T
+            errors[name] = (gap_HK.norm() / fitted_KH.norm()).item()
+    assert errors["cut"] < 0.005 < errors["dense"]  # the checkpoint is bf16
+
+
 def test_the_plan_is_the_result_and_repeating_gives_the_same_bytes(tmp_path):
     parent, stage = (
         parents.make(tmp_path),
-        PruneWidth(ffn=100, multiple=32, calibration_sequences=2),
+        PruneWidth(ffn=100, multiple=32, calibration_sequences=8),
     )
     for name in ("a", "b"):
         parents.run(stage, parent, tmp_path / name)
@@ -75,12 +108,44 @@ def test_the_plan_is_the_result_and_repeating_gives_the_same_bytes(tmp_path):
     assert read_config(tmp_path / "a")["intermediate_size"] == 96
 
 
+def test_progress_and_time_left_are_shown(tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(parents.CONTEXT, "log", lines.append)
+    parents.run(
+        PruneWidth(ffn=64, calibration_sequences=8), parents.make(tmp_path), tmp_path / "out"
+    )
+    assert lines[-1].startswith("test: block ") and "cut  " in lines[-1]
+    assert lines[-1].endswith("  0 s left")
+
+
 @pytest.mark.parametrize(
-    "key, value", [("ffn", 0), ("multiple", 0), ("calibration_sequences", 0), ("damping", 0.0)]
+    "key, value",
+    [
+        ("ffn", 0),
+        ("multiple", 0),
+        ("calibration_sequences", 0),
+        ("damping", 0.0),
+        ("damping", "on"),
+    ],
 )
 def test_impossible_values_are_refused(key, value):
     with pytest.raises(ValueError, match=f"prune_width.{key} is {value}: allowed is"):
         PruneWidth(**{key: value})
+
+
+def test_without_a_damping_it_is_chosen_on_held_out_rows(tmp_path):
+    parent = parents.make(tmp_path)
+    metrics = parents.run(PruneWidth(ffn=64), parent, tmp_path / "out")
+    assert 0.001 <= metrics["damping_mean_relative"] <= 0.1
+
+
+def test_too_little_text_is_refused_saying_how_much_is_needed(tmp_path):
+    parent = parents.make(tmp_path)
+    for damping, needed in ((0.01, 6), ("auto", 8)):
+        stage = PruneWidth(ffn=64, calibration_sequences=5, damping=damping)
+        message = f"5 sequences of 32 tokens can't weigh 192 columns: needed are {needed} seq"
+        with pytest.raises(ValueError, match=message):
+            stage.run(parent, tmp_path / "out", parents.CONTEXT)
 
 
 @pytest.mark.parametrize("ffn", [1000, 192, 180])

@@ -305,6 +305,7 @@ def test_a_killed_run_finds_its_finished_blocks_and_ends_in_the_same_bytes(
         real(self, index, *rest)
 
     monkeypatch.setattr(blockwise.Blockwise, "_block", dies_in_the_second)
+    monkeypatch.setattr("compress.models.walk.LINE_SECONDS", -1)
     context = _calibrated(tmp_path / "killed")
     with pytest.raises(KeyboardInterrupt):
         stage.run(parent, tmp_path / "killed" / "out", context)
@@ -320,6 +321,7 @@ def test_a_killed_run_finds_its_finished_blocks_and_ends_in_the_same_bytes(
         and metrics["whole"] == metrics["killed"]
     )
     assert any("block 1/2 quantized" in line and line.endswith("s left") for line in context.lines)
+    assert context.lines[-1] == "ptq: block 2/2 quantized  0 s left"
 
 
 def test_nan_on_the_calibration_text_is_named(tmp_path, monkeypatch):

@@ -46,6 +46,9 @@ KINDS = {
 CONTEXT = SimpleNamespace(
     calibration=lambda n: torch.randint(256, (n, 32), generator=torch.Generator().manual_seed(0)),
     seed=0,
+    precision="fp32",
+    label="test",
+    log=lambda line: None,
 )
 
 

@@ -1,0 +1,315 @@
+"""A text on its way through the blocks of a decoder: the one way in which stages calibrate.
+
+    x_0 = embed(ids)    x_i+1 = block_i(x_i)    h = norm(x_n)
+
+The model stays where it is, in host memory; the present block alone is on the device. Besides it
+there are the hidden states in front of that block, in groups of ROWS rows, each sent through by
+itself: they lie beside the model too. Whoever changes a block does so in front of it and then
+advances through it, so that every later block is measured on what the changed ones send it (the
+"true sequential" order of GPTQ's code, arXiv 2210.17323).
+
+What modules inside a block receive or give is handed over as it comes, group by group, to be
+reduced at once (`Moments`): a second moment is an fp32 product within a group and a float64 sum
+over groups. Left out: sending the next block while the present one computes.
+
+Legend: B sequences, L tokens of one, N tokens, H hidden, C channels of a module's inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.models.blocks import blocks_of
+from compress.models.checkpoint import best_device
+
+ROWS = 4  # sequences sent through a block at a time
+LINE_SECONDS = 20.0  # between two lines of progress, as in `train/progress.py`
+
+Taker = Callable[[Tensor], None]  # what a module received or gave for one group of rows
+
+
+class _Stop(Exception):
+    """The text has reached what was asked for."""
+
+
+class Moments:
+    """Second moments of inputs: the sum of x x^T (C, C) in float64."""
+
+    def __init__(self) -> None:
+        self.gram_CC = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Count inputs (..., C)."""
+        x_NC = x.detach().flatten(0, -2).float()
+        with torch.autocast(x.device.type, enabled=False):
+            self.gram_CC = self.gram_CC + (x_NC.T @ x_NC).double()
+
+
+class Pace:
+    """Lines of progress: how far, and how long still. At most one every LINE_SECONDS, and the
+    last.
+
+    `steps` are the blocks to pass, which may be corrected on the way.
+    """
+
+    def __init__(self, log: Callable[[str], None], steps: float) -> None:
+        self.log = log
+        self.steps = steps
+        self.done = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Steps up to here took no time that says anything of the next ones."""
+        self.first = self.done
+        self.started = self.printed = time.monotonic()
+
+    def reach(self, done: float, text: str) -> None:
+        """So many steps are done; perhaps say so."""
+        self.done = done
+        now = time.monotonic()
+        if now - self.printed <= LINE_SECONDS and done != self.steps:
+            return
+
+        # Time left, if what is to come goes as fast as what is done.
+        self.printed = now
+        seconds_a_step = (now - self.started) / max(done - self.first, 1e-9)
+        seconds_left = seconds_a_step * max(0.0, self.steps - done)
+        self.log(f"{text}  {seconds_left:,.0f} s left")
+
+
+class _Place:
+    """Where the present block computes, and which one it is: shared by a walk and its branches."""
+
+    def __init__(self, device: torch.device, home: torch.device) -> None:
+        self.device = device
+        self.home = home
+        self.present: Any = None
+
+    def bring(self, block: nn.Module) -> None:
+        """Have this block on the device, and no other."""
+        if self.device != self.home and self.present is not block:
+            self.leave()
+            block.to(self.device)
+            self.present = block
+
+    def leave(self) -> None:
+        """Send the present block home."""
+        if self.present is not None:
+            self.present.to(self.home)
+            self.present = None
+
+
+class Walk:
+    """Ids (B, L) on their way through `model`: `states`, tensors (ROWS, L, H) of which the last
+    may have fewer rows, stand in front of a block.
+
+    `device`: where blocks compute, the best of this machine unless given; where the model is
+    already, nothing moves. `precision`: products are bf16 unless it is "fp32", the states stay
+    fp32. `log` receives lines of progress; `pace` says how far it is.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ids_BL: Tensor,
+        *,
+        precision: str = "fp32",
+        device: torch.device | None = None,
+        log: Callable[[str], None] = lambda line: None,
+        advice: str = "repair the parent",
+    ) -> None:
+        self.model = model
+        self.blocks = blocks_of(model)
+        self.precision = precision
+        self.advice = advice  # in the refusal of a text that is not finite
+
+        # The model is at home; ids may come from anywhere.
+        home = next(model.parameters()).device
+        self.ids_BL = ids_BL.to(home)
+        self._place = _Place(device or best_device(), home)
+        self.keywords = self._keywords()
+
+        self.pace = Pace(log, len(self.blocks))
+        self.task = ""  # what is done at each block, for the lines of progress
+        self.enter()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the present block computes."""
+        return self._place.device
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Go to the first block, through the embeddings as they now are."""
+        self.states: list[Tensor] = []
+
+        def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.states.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
+
+        with self.blocks[0].register_forward_pre_hook(note, with_kwargs=True):
+            for rows in self.ids_BL.split(ROWS):
+                with suppress(_Stop):
+                    self._embed(rows)
+
+    def branch(self) -> Walk:
+        """Another walk from here, over the same model and without lines of progress: this one
+        stays where it is.
+        """
+        other = copy.copy(self)
+        other.states = list(self.states)
+        other.pace = Pace(lambda line: None, len(self.blocks))
+        return other
+
+    def call(self, index: int, x_BLH: Tensor) -> Tensor:
+        """What a block makes of up to ROWS rows, on the device; the block stays there until
+        another is called or advanced through. Gradients are the caller's business.
+        """
+        self._place.bring(self.blocks[index])
+        keywords = _on(self.device, self.keywords[index])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32"):
+            return self.blocks[index](x_BLH.to(self.device), **keywords)
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Go through a block, which then goes home. ValueError naming it when its output is not
+        finite.
+        """
+        passed = self.pace.done
+        for at, x_BLH in enumerate(self.states):
+            out_BLH = self.call(index, x_BLH)
+            if not torch.isfinite(out_BLH).all():
+                where = f"the output of block {index} on the calibration text holds NaN or infinity"
+                raise ValueError(f"{where}: {self.advice}")
+            self.states[at] = out_BLH.to(self._place.home)
+
+            # Large blocks take minutes, so each group counts.
+            self.pace.reach(
+                passed + (at + 1) / len(self.states),
+                f"block {index + 1}/{len(self.blocks)} {self.task}".rstrip(),
+            )
+        self._place.leave()
+
+    def inputs(self, index: int, takers: Mapping[str, Taker]) -> None:
+        """Hand what modules of a block receive, by name below it, to their takers, group by group
+        and on the device; text goes no further than to the last of them.
+        """
+        self._listen(index, takers, outputs=False)
+
+    def outputs(self, index: int, takers: Mapping[str, Taker]) -> None:
+        """As `inputs`, of what the modules give: the first tensor of several."""
+        self._listen(index, takers, outputs=True)
+
+    @torch.no_grad()
+    def _listen(self, index: int, takers: Mapping[str, Taker], *, outputs: bool) -> None:
+        heard: set[str] = set()
+
+        def note(name: str, value: Any) -> None:
+            takers[name](value[0] if isinstance(value, tuple) else value)
+            heard.add(name)
+            if len(heard) == len(takers):
+                raise _Stop
+
+        def of_inputs(name: str, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            note(name, args or kwargs["hidden_states"])
+
+        def of_outputs(name: str, _: Any, args: Any, out: Any) -> None:
+            note(name, out)
+
+        # Hooks are taken away again, whatever happens meanwhile.
+        with ExitStack() as hooks:
+            for name in takers:
+                module = self.blocks[index].get_submodule(name)
+                hooks.enter_context(
+                    module.register_forward_hook(partial(of_outputs, name))
+                    if outputs
+                    else module.register_forward_pre_hook(
+                        partial(of_inputs, name), with_kwargs=True
+                    )
+                )
+            for x_BLH in self.states:
+                heard.clear()
+                with suppress(_Stop):
+                    self.call(index, x_BLH)
+
+    @torch.no_grad()
+    def final(self, taker: Taker) -> None:
+        """Hand the states that have passed all blocks, after the final norm (ROWS, L, H), to the
+        taker, group by group and on the device.
+        """
+        norm = self.model.get_decoder().norm
+        with self.lent(norm):
+            for x_BLH in self.states:
+                taker(norm(x_BLH.to(self.device)))
+
+    def final_states(self) -> Tensor:
+        """All of them (N, H), beside the model."""
+        groups: list[Tensor] = []
+        self.final(lambda h_BLH: groups.append(h_BLH.to(self._place.home)))
+        return torch.cat(groups).flatten(0, 1)
+
+    @contextmanager
+    def lent(self, module: nn.Module) -> Iterator[None]:
+        """For the block, a module that is none of the decoder's on the device."""
+        moves = self.device != self._place.home
+        try:
+            if moves:
+                module.to(self.device)
+            yield
+        finally:
+            if moves:
+                module.to(self._place.home)
+
+    def _embed(self, ids_BL: Tensor) -> None:
+        self.model.get_decoder()(ids_BL, use_cache=False)
+
+    @torch.no_grad()
+    def _keywords(self) -> list[dict[str, Any]]:
+        """What the model calls each block with besides its states: positions and masks of one row,
+        which hold for any number of rows.
+        """
+        keywords: list[dict[str, Any]] = []
+
+        def note(*args: Tensor, **given: Any) -> Tensor:
+            x_BLH = args[0] if args else given.pop("hidden_states")
+            keywords.append(given)
+            return x_BLH
+
+        # Blocks only note what they are given: the model computes nothing else for it.
+        with ExitStack() as kept:
+            for block in self.blocks:
+                kept.enter_context(_instead(block, note))
+            self._embed(self.ids_BL[:1])
+        return keywords
+
+
+@contextmanager
+def _instead(block: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """For the block of code, another forward of a module."""
+    present = vars(block).get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if present is not None:
+            block.forward = present
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """A keyword with its tensors on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _on(device, part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_on(device, part) for part in value)
+    return value

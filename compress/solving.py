@@ -143,7 +143,8 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     # What it was told, as a recipe says it.
     choices, values = _as_a_recipe(options.teacher, overrides, parts)
     lines = sentences(solution)
-    title = f"{lines[0].partition(': ')[2]}: what `compress solve` chose for {options.budget}."
+    asked = " and ".join(map(str, solution.bounds))
+    title = f"{lines[0].partition(': ')[2]}: what `compress solve` chose for {asked}."
     recipes.write_recipe(
         file,
         recipes.Program(

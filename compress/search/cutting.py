@@ -30,11 +30,23 @@ from compress.stages.distill import Distill
 from compress.stages.stage import Stage
 
 JUDGED_ROWS = 8  # the last ones of the training text, which nothing here learns from
-# Fewer than the stages' own numbers: which of two cuts is better shows earlier than how good it is.
-CALIBRATION_ROWS = {"depth": 8, "heads": 16, "narrow": 16}
+# Of calibration, fewer than the stages' own numbers: which of two cuts is better shows earlier than
+# how good each is. More where they would not tell all channels apart.
+LEAST_ROWS = 16
+ROWS_PER_COLUMN = 4  # tokens, for every channel that is weighed
 BATCH_ROWS = 2  # of healing
 HEALING_RATE = 2e-4
 SLOT = "heal"
+
+
+def rows_of(full: Shape, seq_len: int) -> dict[str, dict[str, int]]:
+    """Slot -> options of its stage that say how much text it is calibrated on."""
+    rows = max(LEAST_ROWS, -(-ROWS_PER_COLUMN * full.ffn // seq_len))
+    return {
+        "depth": {"calibration_sequences": LEAST_ROWS // 2, "fold_sequences": rows},
+        "heads": {"calibration_sequences": rows},
+        "narrow": {"calibration_sequences": rows},
+    }
 
 
 class Workshop:
@@ -47,7 +59,8 @@ class Workshop:
         self.log = log
         self.teacher = session.teacher.path
         text = session.text(self.teacher)
-        needed = JUDGED_ROWS + max(CALIBRATION_ROWS.values())
+        self._rows = rows_of(full, session.recipe.data.seq_len)
+        needed = JUDGED_ROWS + max(max(rows.values()) for rows in self._rows.values())
         if len(text.ids) < needed:
             raise ConfigError(
                 f"the training text has {len(text.ids)} sequences of {session.recipe.data.seq_len}"
@@ -61,6 +74,7 @@ class Workshop:
         self._judged_SL = text.ids[-JUDGED_ROWS:]
         self._judge: Judge | None = None
         self._chain: list[tuple[str, Stage, Path]] = []
+        self._healing_rate = 0.0  # seconds a token, 0 until something was healed
 
     def _settings(self, text: str) -> dict[str, Any]:
         """What losses depend on besides the shape."""
@@ -74,7 +88,7 @@ class Workshop:
             "seed": self.session.recipe.seed,
             "precision": self.session.precision,
             "device": str(best_device()),
-            "rows": [JUDGED_ROWS, CALIBRATION_ROWS, BATCH_ROWS, HEALING_RATE],
+            "rows": [JUDGED_ROWS, self._rows, BATCH_ROWS, HEALING_RATE],
             "sources": sources,
             "versions": versions_of(*WEIGHTS),
         }
@@ -97,7 +111,17 @@ class Workshop:
         return self._in_time(order, measure, clock, share, what)
 
     def healed(self, shapes: Collection[Shape], tokens: int, clock: Clock) -> Nats:
-        """The loss of each shape after so many tokens of healing, as many as fit."""
+        """The loss of each shape after so many tokens of healing; of none where they don't all fit
+        into the time, as far as that is known.
+        """
+        waiting = sum(f"{_name(shape)}+{tokens}" not in self.kept for shape in shapes)
+        seconds = waiting * tokens * self._healing_rate
+        if waiting and not clock.allows(seconds):
+            self.log(
+                f"healing for {tokens:,} tokens is left out: it would take about"
+                f" {seconds / 60:.1f} min; {clock}"
+            )
+            return {}
         return self._in_time(
             shapes,
             lambda shape: self._healed(shape, tokens),
@@ -173,8 +197,10 @@ class Workshop:
         shutil.rmtree(out, ignore_errors=True)
         work = self.folder / f"healing-{_name(shape)}-{tokens}"
         work.mkdir(exist_ok=True)
+        start = time.monotonic()
         stage.run(parent, out, self._context(SLOT, parent, work))
         loss = self.judge.loss(out)
+        self._healing_rate = (time.monotonic() - start) / tokens
         shutil.rmtree(work)
         shutil.rmtree(out)
         return loss
@@ -186,7 +212,7 @@ class Workshop:
 
     def cut(self, shape: Shape) -> Path:
         """The checkpoint of a shape: what it begins with like the last one is not cut again."""
-        steps = list(steps_of(shape, self.full, CALIBRATION_ROWS).items())
+        steps = list(steps_of(shape, self.full, self._rows).items())
         common = 0
         for (slot, stage), (done_slot, done_stage, _) in zip(steps, self._chain, strict=False):
             if (slot, stage) != (done_slot, done_stage):

@@ -117,7 +117,7 @@ def singles(levels: Levels, shapes: Collection[Shape], count: int) -> list[Shape
     for name in STRUCTURES:
         used = {getattr(shape, name) for shape in shapes}
         lower = [level for level in getattr(levels, name)[1:] if level in used]
-        places = np.unique(np.round(np.linspace(0, len(lower) - 1, count + 1)[1:]).astype(int))
+        places = np.unique(np.round(np.linspace(-1, len(lower) - 1, count + 1)[1:]).astype(int))
         result += [full._replace(**{name: lower[place]}) for place in places if lower]
     return result
 

@@ -10,7 +10,7 @@ Hugging Face's Llama can't say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import cached_property
 from itertools import product
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from compress.prune.shape import check_architecture, snap
 from compress.quant.settings import GridName
-from compress.stages import STAGES
 from compress.stages.prune_depth import PruneDepth
+from compress.stages.prune_heads import PruneHeads
 from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
 from compress.stages.ptq import OnGrid
@@ -29,7 +29,6 @@ MULTIPLE = 64  # of ids and FFN channels: the blocks of every grid and eight row
 # Of the vocabulary.
 IDS_SHARES = tuple(Fraction(share) for share in ("7/8", "3/4", "2/3", "1/2", "3/8"))
 FFN_LEVELS = 16  # at most
-HEADS = "prune_heads"  # the stage that cuts key-value heads, where there is one
 
 
 class Shape(NamedTuple):
@@ -85,32 +84,24 @@ def shape_of(config: dict[str, Any]) -> Shape:
 
 
 def steps_of(
-    shape: Shape, full: Shape, calibration_rows: dict[str, int] | None = None
+    shape: Shape, full: Shape, rows: Mapping[str, Mapping[str, int]] | None = None
 ) -> dict[str, Stage]:
     """The stages that make a shape of the full one, by slot, in order; none for the full one.
 
-    `calibration_rows`: slot -> rows of text in place of the stage's own number.
+    `rows`: slot -> options in place of the stage's own, such as rows of text.
     """
     makers: dict[str, tuple[bool, Any, dict[str, int]]] = {
         "depth": (shape.blocks < full.blocks, PruneDepth, {"blocks": full.blocks - shape.blocks}),
         "vocab": (shape.ids < full.ids, PruneVocab, {"ids": shape.ids}),
-        "heads": (
-            shape.kv_heads < full.kv_heads,
-            STAGES.get(HEADS),
-            {"kv_groups": shape.kv_heads},
-        ),
+        "heads": (shape.kv_heads < full.kv_heads, PruneHeads, {"kv_groups": shape.kv_heads}),
         "narrow": (shape.ffn < full.ffn, PruneWidth, {"ffn": shape.ffn}),
     }
-
-    # How much text each is calibrated on, where it is by any.
-    steps = {}
-    for slot, (cuts, stage, options) in makers.items():
-        if not cuts:
-            continue
-        if rows := (calibration_rows or {}).get(slot):
-            options["calibration_sequences"] = rows
-        steps[slot] = stage(**options)
-    return steps
+    given = rows or {}
+    return {
+        slot: stage(**options, **given.get(slot, {}))
+        for slot, (cuts, stage, options) in makers.items()
+        if cuts
+    }
 
 
 class Family:
@@ -141,13 +132,12 @@ class Family:
         multiple = MULTIPLE * -(-full.ffn // (2 * MULTIPLE * FFN_LEVELS))
         channels = range(full.ffn // multiple * multiple, full.ffn // 2 - 1, -multiple)
         blocks = range(full.blocks - 1, -(-full.blocks // 2) - 1, -1)
-        heads = range(full.kv_heads - 1, 0, -1) if HEADS in STAGES else ()
 
         lower = {
             "ids": [level for level in ids if least_ids <= level < full.ids],
             "blocks": blocks,
             "ffn": [level for level in channels if MULTIPLE <= level < full.ffn],
-            "kv_heads": heads,
+            "kv_heads": range(full.kv_heads - 1, 0, -1),
         }
         return Levels(
             *(

@@ -181,6 +181,15 @@ class Workshop:
 
     def _healed(self, shape: Shape, tokens: int) -> float:
         """The loss after healing, from the cut on."""
+        start = time.monotonic()
+        out = self.heal(shape, tokens)
+        loss = self.judge.loss(out)
+        self._healing_rate = (time.monotonic() - start) / tokens
+        shutil.rmtree(out)
+        return loss
+
+    def heal(self, shape: Shape, tokens: int) -> Path:
+        """The checkpoint of a shape after so many tokens of distilling, until the next one."""
         stage = Distill(
             tokens=tokens,
             lr=HEALING_RATE,
@@ -197,13 +206,9 @@ class Workshop:
         shutil.rmtree(out, ignore_errors=True)
         work = self.folder / f"healing-{_name(shape)}-{tokens}"
         work.mkdir(exist_ok=True)
-        start = time.monotonic()
         stage.run(parent, out, self._context(SLOT, parent, work))
-        loss = self.judge.loss(out)
-        self._healing_rate = (time.monotonic() - start) / tokens
         shutil.rmtree(work)
-        shutil.rmtree(out)
-        return loss
+        return out
 
     def _context(self, slot: str, parent: Path, work: Path) -> Any:
         """What a stage may ask for, without its lines."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.budget import Limit
+from compress.quant.settings import SEARCHED
 from compress.search.shapes import Shape, steps_of
 from compress.stages import STAGES
 
@@ -94,7 +95,7 @@ def _slots(program: Program) -> dict[str, tuple[str, dict[str, Any], str]]:
         "grid": program.grid,
         "learn_from": "teacher",
         "balance": "awq",
-        "scales": "learned",
+        "scales": "learned" if program.grid in SEARCHED else "round",
         "tokens": ROUNDING_TOKENS,
         "lr": ROUNDING_RATE,
         "warmup_fraction": 0.1,

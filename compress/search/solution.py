@@ -66,11 +66,11 @@ def solve(
 
     # What every shape would be: bytes are exact, times predicted.
     clock = Clock(minutes)
-    family, skeletons = _opened(session)
+    family, skeletons = opened(session)
     sizes = Sizes(family, skeletons.header_bytes)
-    figures = _sizes_of_all(family, sizes)
+    figures = sizes_of_all(family, sizes)
     check_possible(figures, [b for b in bounds_of(limits, {}) if b.name not in TIMED] or [])
-    speed = _speed(session, family, skeletons, log) if with_speed else None
+    speed = speed_of(session, family, skeletons, log) if with_speed else None
     if speed:
         figures = {shape: values | speed.predict(shape) for shape, values in figures.items()}
     errors = {name: speed.error_p95(name) for name in timed} if speed else {}
@@ -105,7 +105,7 @@ def solve(
     )
 
 
-def _opened(session: Session) -> tuple[Family, Skeletons]:
+def opened(session: Session) -> tuple[Family, Skeletons]:
     """The teacher's shapes, and tokenizers of fewer ids."""
     teacher = session.teacher.path
 
@@ -130,7 +130,7 @@ def _skeleton_settings(session: Session) -> dict[str, str]:
     return {"kind": "skeletons", "teacher": session.teacher.digest, "text": text}
 
 
-def _sizes_of_all(family: Family, sizes: Sizes) -> dict[Shape, dict[str, float]]:
+def sizes_of_all(family: Family, sizes: Sizes) -> dict[Shape, dict[str, float]]:
     """size_bytes and params of every shape that can be made."""
     full = family.full
     return {
@@ -140,7 +140,7 @@ def _sizes_of_all(family: Family, sizes: Sizes) -> dict[Shape, dict[str, float]]
     }
 
 
-def _speed(
+def speed_of(
     session: Session, family: Family, skeletons: Skeletons, log: Callable[[str], None]
 ) -> SpeedModel:
     """The times of this machine."""

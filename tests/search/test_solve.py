@@ -22,7 +22,7 @@ from compress.search.explore import Clock, Effort
 from compress.search.judge import Judge
 from compress.search.shapes import Shape, steps_of
 from compress.session import Session
-from compress.solving import solve
+from compress.solving import GRIDS, solve
 from compress.stages.qat import Qat
 
 QUICK = Effort(first=2, parents=1, children=1, rounds=2, rungs=((64, 2), (128, 2)))
@@ -245,6 +245,12 @@ def test_every_slot_has_a_reason_and_makes_the_shape(tmp_path):
     assert program.pipeline[:4] == list(wanted) and program.teacher.source == "random:0"
     assert program.budget.limits["size_bytes"].max == 60e6
     assert program.export.files == ["gguf:IQ4_NL"]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_grid_has_a_recipe_that_composes(grid, tmp_path):
+    program = composed(recipe.text_of(program_of(FULL, grid=grid)), tmp_path)
+    assert program.export.files == [f"gguf:{grid.upper()}"] and program.stages["qat"].grid == grid
 
 
 def test_limits_paths_and_words_arrive_as_they_were_given(tmp_path):

@@ -116,6 +116,7 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     from compress.formats.settings import Export
     from compress.launch import without_recipe
     from compress.search import recipe as recipes
+    from compress.search.cutting import rows_of
     from compress.search.explore import Effort
     from compress.search.solution import losses_alone, sentences, solve
     from compress.session import Session, log
@@ -158,6 +159,7 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
             title,
             lines[1:],
             losses_alone(solution),
+            rows_of(solution.full, parts["data"].seq_len),
         ),
     )
 

@@ -8,8 +8,8 @@ not fitted. `rank`: eight shapes of equal bytes healed for SHORT and five times 
 Kendall's tau of the two orders. `solve`: minutes that a search takes in a fresh place, timing
 included. `hand`: what a person would cut, five blocks and a quarter of the FFN, beside what a
 search finds at the same predicted milliseconds, both healed for 16,384 tokens, by KL on held-out
-text that no search sees; medians over seeds. Needs a quiet machine: nothing else may run. Prints a table; the
-last line is one JSON object. With --out it writes search.json there.
+text that no search sees; medians over seeds. Needs a quiet machine: nothing else may run. Prints a
+table; the last line is one JSON object. With --out it writes search.json there.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def by_hand(full: Shape) -> Shape:
 
 def times(session: Session) -> dict[str, float]:
     solution.CHECKS = CHECKED
-    family, skeletons = solution.opened(session)
+    family, skeletons = solution.opened(session, log)
     model = solution.speed_of(session, family, skeletons, log)
     return {
         "latency_pred_error_p95": model.error_p95(),
@@ -86,7 +86,7 @@ def times(session: Session) -> dict[str, float]:
 
 def rank(session: Session, short: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Kendall's tau of two lengths of healing, on shapes along the edge of one size."""
-    family, skeletons = solution.opened(session)
+    family, skeletons = solution.opened(session, log)
     figures = solution.sizes_of_all(family, Sizes(family, skeletons.header_bytes))
     size = SHARE * figures[family.full]["size_bytes"]
     shapes = edge(allowed(figures, bounds_of({"size_bytes": Limit(max=size)}, {})), family.levels)
@@ -109,7 +109,7 @@ def searched(session: Session, minutes: float, **limits: Limit) -> solution.Solu
 def hand(options: argparse.Namespace, store: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Held-out KL of the searched shape over that of the one by hand, at equal milliseconds."""
     session = opened(options, store, 0)
-    family, skeletons = solution.opened(session)
+    family, skeletons = solution.opened(session, log)
     shape = by_hand(family.full)
     ms = solution.speed_of(session, family, skeletons, log).predict(shape)["latency_ms_p50"]
     # The bound is drawn tighter by its error; the same room is given to both here.
@@ -155,7 +155,7 @@ def main() -> None:
             start = time.monotonic()
             size = Limit(max=60e6)
             if options.teacher != "embedded":
-                family, skeletons = solution.opened(session)
+                family, skeletons = solution.opened(session, log)
                 sizes = Sizes(family, skeletons.header_bytes)
                 size = Limit(max=SHARE * sizes.file_bytes(family.full))
             found = searched(session, options.minutes, size_bytes=size)

@@ -101,14 +101,15 @@ class Workshop:
         what: str,
         *,
         keep_cuts: bool = False,
+        at_least: int = 1,
     ) -> Nats:
         """The loss of each shape right after its cut: those that are known, and of others as many
-        as fit into a share of the time, at least one. `keep_cuts`: healing may need them.
+        as fit into a share of the time, `at_least` so many. `keep_cuts`: healing may need them.
         """
         # Those that begin with the same cuts behind each other, in the order of the steps.
         order = sorted(shapes, key=lambda s: (s.blocks, s.ids, s.kv_heads, s.ffn), reverse=True)
         measure = partial(self._loss, keep_cut=keep_cuts)
-        return self._in_time(order, measure, clock, share, what)
+        return self._in_time(order, measure, clock, share, what, at_least=at_least)
 
     def healed(self, shapes: Collection[Shape], tokens: int, clock: Clock) -> Nats:
         """The loss of each shape after so many tokens of healing; of none where they don't all fit

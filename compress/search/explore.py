@@ -110,16 +110,19 @@ def _between(level: int, levels: Sequence[int], nats: np.ndarray) -> float:
 
 def singles(levels: Levels, shapes: Collection[Shape], count: int) -> list[Shape]:
     """Shapes that differ from the full one in one structure: of each at most `count` levels, evenly
-    over those that `shapes` have, the lowest among them.
+    over those that `shapes` have. The lowest of every structure come first: without them a
+    structure would seem to cost nothing.
     """
     full = levels.full
-    result = []
+    lowest, others = [], []
     for name in STRUCTURES:
         used = {getattr(shape, name) for shape in shapes}
         lower = [level for level in getattr(levels, name)[1:] if level in used]
         places = np.unique(np.round(np.linspace(-1, len(lower) - 1, count + 1)[1:]).astype(int))
-        result += [full._replace(**{name: lower[place]}) for place in places if lower]
-    return result
+        row = [full._replace(**{name: lower[place]}) for place in places if lower]
+        lowest += row[-1:]
+        others += row[:-1]
+    return lowest + others
 
 
 def mutations(shape: Shape, levels: Levels, allowed: Collection[Shape]) -> set[Shape]:

@@ -36,6 +36,7 @@ class Program(NamedTuple):
     title: str
     reasons: Sequence[str]
     losses: Mapping[str, float]  # slot -> what its level loses alone, in nats
+    rows: Mapping[str, Mapping[str, int]]  # slot -> rows of calibration that it can't do without
 
 
 def text_of(program: Program) -> str:
@@ -83,7 +84,11 @@ def _slots(program: Program) -> dict[str, tuple[str, dict[str, Any], str]]:
         why = whys[slot]
         if slot in program.losses:
             why += f"; alone it loses {program.losses[slot]:.3f} nats a token"
-        slots[slot] = (name, {key: getattr(stage, key)}, why)
+        options = {key: getattr(stage, key)}
+        for option, rows in program.rows.get(slot, {}).items():
+            if rows > getattr(stage, option):
+                options[option] = rows
+        slots[slot] = (name, options, why)
 
     # What gives back what cuts lose, then the grid of the file.
     if slots and RESTORE in STAGES:

@@ -66,7 +66,7 @@ def solve(
 
     # What every shape would be: bytes are exact, times predicted.
     clock = Clock(minutes)
-    family, skeletons = opened(session)
+    family, skeletons = opened(session, log)
     sizes = Sizes(family, skeletons.header_bytes)
     figures = sizes_of_all(family, sizes)
     check_possible(figures, [b for b in bounds_of(limits, {}) if b.name not in TIMED] or [])
@@ -85,11 +85,12 @@ def solve(
         f" cut for nothing more; {clock}"
     )
     workshop = Workshop(session, family.full, log)
-    damages, cut, healed = _tried(workshop, family, shapes, starts, effort, clock, log)
+    with session.store.lock(workshop.kept.key):  # two would cut into the same folder
+        damages, cut, healed = _tried(workshop, family, shapes, starts, effort, clock, log)
+        workshop.close()
     chosen, reason = _choice(cut, healed)
     estimate = damages.corrected(cut)
     prices = {bound.name: _price(bound, bounds, figures, estimate) for bound in bounds}
-    workshop.close()
     return Solution(
         chosen,
         family.full,
@@ -105,7 +106,7 @@ def solve(
     )
 
 
-def opened(session: Session) -> tuple[Family, Skeletons]:
+def opened(session: Session, log: Callable[[str], None]) -> tuple[Family, Skeletons]:
     """The teacher's shapes, and tokenizers of fewer ids."""
     teacher = session.teacher.path
 
@@ -116,7 +117,8 @@ def opened(session: Session) -> tuple[Family, Skeletons]:
     # A tokenizer that can't be cut leaves the vocabulary as it is.
     try:
         least_ids = len(read_bpe(teacher).protected)
-    except ValueError:
+    except ValueError as error:
+        log(f"the vocabulary stays as it is: {error}")
         least_ids = None
     stage = session.recipe.stages[session.recipe.shipped_slot()]
     family = Family(read_config(teacher), stage.layout_name, least_ids)
@@ -168,11 +170,9 @@ def _tried(
     levels = family.levels
     if family.full in shapes:
         return Damages(family.full, {}), {family.full: 0.0}, []
-    alone = workshop.losses(
-        singles(levels, starts, LEVELS_ALONE), clock, ALONE_SHARE, "level alone"
-    )
-    damages = Damages(family.full, alone)
+    damages = Damages(family.full, _alone(workshop, singles(levels, starts, LEVELS_ALONE), clock))
 
+    # The best of them stay on disk until they are healed.
     survivors = max((count for _, count in effort.rungs), default=1)
     cut: Nats = {}
 
@@ -189,6 +189,14 @@ def _tried(
     order = sorted(cut, key=cut.__getitem__)
     heal = partial(workshop.healed, clock=clock)
     return damages, cut, halve(order, heal, effort.rungs)
+
+
+def _alone(workshop: Workshop, shapes: list[Shape], clock: Clock) -> Nats:
+    """What single levels lose: the lowest of each structure in any case, others as time allows."""
+    lowest = len({tuple(a != b for a, b in zip(s, workshop.full, strict=True)) for s in shapes})
+    first, others = shapes[:lowest], shapes[lowest:]
+    nats = workshop.losses(first, clock, ALONE_SHARE, "lowest level alone", at_least=lowest)
+    return nats | workshop.losses(others, clock, ALONE_SHARE, "level alone", at_least=0)
 
 
 def _choice(cut: Nats, healed: list[tuple[int, Nats]]) -> tuple[Shape, str]:

@@ -94,7 +94,10 @@ def test_whole_shapes_correct_the_scale_of_what_was_measured_alone():
 
 def test_single_levels_are_even_and_end_at_the_lowest_that_is_used():
     used = [Shape(480, blocks, 24, 3) for blocks in range(24, 31)]
-    assert singles(LEVELS, used, 3) == [FULL._replace(blocks=b) for b in (28, 26, 24)]
+    assert singles(LEVELS, used, 3) == [FULL._replace(blocks=b) for b in (24, 28, 26)]
+    used += [Shape(240, 30, 20, 3)]
+    first = singles(LEVELS, used, 3)[:3]
+    assert first == [FULL._replace(ids=240), FULL._replace(blocks=24), FULL._replace(ffn=20)]
 
 
 def test_mutants_move_two_structures_and_stay_on_the_edge():

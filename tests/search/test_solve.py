@@ -217,6 +217,7 @@ def program_of(shape, **changes):
         "A title.",
         ["a reason"],
         {"depth": 0.1},
+        {"narrow": {"calibration_sequences": 100}, "heads": {"calibration_sequences": 16}},
     )
     return program._replace(**changes)
 
@@ -241,6 +242,7 @@ def test_every_slot_has_a_reason_and_makes_the_shape(tmp_path):
     assert "alone it loses 0.100 nats" in text and "# a reason" in text
     program = composed(text, tmp_path)
     wanted = steps_of(Shape(448, 3, 128, 1), FULL)
+    wanted["narrow"].calibration_sequences = 100  # what it can't do without, where that is more
     assert {slot: program.stages[slot] for slot in wanted} == wanted
     assert program.pipeline[:4] == list(wanted) and program.teacher.source == "random:0"
     assert program.budget.limits["size_bytes"].max == 60e6

@@ -75,7 +75,7 @@ def test_the_vocabulary_is_complete():
         "data": 3,
         "eval": 4,
         "export": 12,
-        "stage": 8,
+        "stage": 9,
         "teacher": 3,
         "track": 2,
         "trainer": 5,

@@ -65,6 +65,7 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
         "width",
         "heal",
         "chat",
+        "thin",
         "round",
         "qat",
         "gguf_q4_0",

@@ -69,8 +69,8 @@ class LeastSquares:
 
 
 class Fitted(NamedTuple):
-    """Weights (H, F) in float64, the damping that made them (None: old ones), and the error on held-out rows beside
-    that of the old weights, as shares of the target's squares.
+    """Weights (H, F) in float64, the damping that made them (None: old ones), and the error on
+    held-out rows beside that of the old weights, as shares of the target's squares.
     """
 
     weight_HF: Tensor

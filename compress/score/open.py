@@ -33,7 +33,7 @@ Beside the teacher, on the same prompts, paired:
                           end counts as a token where it ended
     open/form_differing   share of the prompts that reach the model as other token ids than its
                           teacher: a template that lost something, a doubled BOS, another
-                          tokenizer. Exact, no interval
+                          tokenizer; of a smaller vocabulary, as another text. Exact, no interval
     open/choice_gap       accuracy of picking the right one of four minus open/right, on the facts
                           that can be asked in both forms: how much the likelihood form flatters
 
@@ -50,6 +50,7 @@ from scipy.stats import beta
 
 from compress.models.checkpoint import Model
 from compress.models.ends import turn_end
+from compress.models.vocabulary import vocabulary_of
 from compress.score.intervals import bootstrap, cells, interval, ratio_interval
 from compress.score.prompts import ANSWER_TOKENS, Prompt
 from compress.score.talk import has_template, open_speaker, prompts_of, question_ids
@@ -63,13 +64,14 @@ Pair = tuple[Mapping[str, Any], Mapping[str, Any]]  # a model's answer and its t
 
 def answered(model: Model, prompts: Sequence[Prompt], threads: int) -> list[dict[str, Any]]:
     """What a model says to each prompt, as rows {id, kind, prompt, form, answer, ids, ended, loops,
-    right}; `form` names the prompt's token ids. ValueError when it can't be asked.
+    right}; `form` as `form_of` gives it. ValueError when it can't be asked.
 
     A pattern that runs away on an answer makes it not right; such rows say `timed_out`.
     """
+    tokens = vocabulary_of(model.path).tokens
     with open_speaker(model, threads) as speaker:
         texts = prompts_of(speaker, [prompt.prompt for prompt in prompts], has_template(model))
-        forms = [sha256_json(speaker.prompt_ids(text))[:16] for text in texts]
+        forms = [form_of(speaker.prompt_ids(text), tokens) for text in texts]
         answers = speaker.answers(texts, ANSWER_TOKENS)
 
     rows = []
@@ -92,6 +94,24 @@ def answered(model: Model, prompts: Sequence[Prompt], threads: int) -> list[dict
             row["timed_out"] = True
         rows.append(row)
     return rows
+
+
+def form_of(ids: Sequence[int], tokens: Mapping[int, str]) -> str:
+    """A name for how a prompt reaches a model with so many `tokens`: digests of its ids and of the
+    text that they spell out, and the count.
+    """
+    spelled = "".join(tokens.get(i, f"[{i}]") for i in ids)
+    return "-".join([sha256_json(list(ids))[:16], sha256_json(spelled)[:16], str(len(tokens))])
+
+
+def same_form(form: str, other: str) -> bool:
+    """Whether a prompt reaches two models alike: as the same ids, or, where one has fewer tokens
+    than the other, as the same text. Older names have ids alone.
+    """
+    (ids, *rest), (other_ids, *other_rest) = form.split("-"), other.split("-")
+    if len(rest) == len(other_rest) == 2 and rest[1] != other_rest[1]:
+        return rest[0] == other_rest[0]
+    return ids == other_ids
 
 
 def choice_gap(
@@ -190,7 +210,7 @@ def beside_teacher(
         scores["open/kept"] = kept / len(to_keep)
         spread["open/kept"] = _jeffreys(kept, len(to_keep))
 
-    differing = sum(row["form"] != reference["form"] for row, reference in pairs)
+    differing = sum(not same_form(row["form"], reference["form"]) for row, reference in pairs)
     scores["open/form_differing"] = differing / len(pairs)
 
     # Both differences grow with what got worse.

@@ -12,6 +12,7 @@ from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
 from compress.stages.ptq import Ptq
 from compress.stages.qat import Qat
+from compress.stages.sparsify import Sparsify
 from compress.stages.stage import Stage
 
 STAGES: dict[str, type[Stage]] = {
@@ -19,6 +20,7 @@ STAGES: dict[str, type[Stage]] = {
     "prune_depth": PruneDepth,
     "prune_width": PruneWidth,
     "prune_heads": PruneHeads,
+    "sparsify": Sparsify,
     "distill": Distill,
     "lora": Lora,
     "ptq": Ptq,

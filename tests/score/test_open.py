@@ -22,8 +22,10 @@ from compress.score.open import (
     answered,
     beside_teacher,
     choice_gap,
+    form_of,
     own_scores,
     plausible,
+    same_form,
     worst_first,
 )
 from compress.score.prompts import (
@@ -432,3 +434,13 @@ def test_what_is_longer_than_the_context_is_refused_before_work(
     with pytest.raises(ValueError, match=told):
         check_context(setup)
     check_context(replace(setup, longest=10_000))
+
+
+def test_a_prompt_is_the_same_by_its_ids_or_of_fewer_tokens_by_its_text():
+    whole, cut = {0: "<s>", 1: "a", 2: "b", 3: "ab"}, {0: "<s>", 1: "a", 2: "b"}
+    asked = form_of([0, 3], whole)
+    assert same_form(asked, form_of([0, 3], whole))
+    assert not same_form(asked, form_of([0, 1, 2], whole))  # cut otherwise, in the same tokens
+    assert same_form(asked, form_of([0, 1, 2], cut))
+    assert not same_form(asked, form_of([0, 0, 1, 2], cut))  # BOS doubled
+    assert same_form("abc", "abc") and not same_form("abc", "abd")  # of older bundles

@@ -26,6 +26,7 @@ SMALL = {
     "prune_vocab": {"ids": 448},
     "prune_width": {"ffn": 128, "multiple": 32, "calibration_sequences": 8},
     "prune_heads": {"kv_groups": 1, "calibration_sequences": 8},
+    "sparsify": {"calibration_sequences": 2},
     "distill": {"tokens": 128, "batch_sequences": 2, "micro_batch_sequences": 1},
     "lora": {"tokens": 128, "batch_sequences": 2, "micro_batch_sequences": 1, "rank": 2},
     "ptq": {},

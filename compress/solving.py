@@ -68,6 +68,8 @@ def _split(settings: list[str]) -> tuple[dict[str, Limit], list[str]]:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"{setting!r} is no LIMIT=VALUE or KEY=VALUE; {USAGE}")
+
+        # A limit that decides, one that can't, or what any verb takes.
         if name in SOLVABLE:
             limits[name] = _limit(name, value)
         elif name in LIMIT_METRICS:

@@ -78,8 +78,10 @@ class Workshop:
 
     def _settings(self, text: str) -> dict[str, Any]:
         """What losses depend on besides the shape."""
+        # Whatever may cut or heal, and what judges.
         modules = sorted(stage.__module__ for stage in STAGES.values())
         sources = sources_digest(*modules, "compress.search.judge", "compress.search.cutting:")
+
         return {
             "kind": "damage",
             "teacher": self.session.teacher.digest,
@@ -115,6 +117,7 @@ class Workshop:
         """The loss of each shape after so many tokens of healing; of none where they don't all fit
         into the time, as far as that is known.
         """
+        # A rung that is not finished decides nothing.
         waiting = sum(f"{_name(shape)}+{tokens}" not in self.kept for shape in shapes)
         seconds = waiting * tokens * self._healing_rate
         if waiting and not clock.allows(seconds):
@@ -123,6 +126,7 @@ class Workshop:
                 f" {seconds / 60:.1f} min; {clock}"
             )
             return {}
+
         return self._in_time(
             shapes,
             lambda shape: self._healed(shape, tokens),
@@ -150,6 +154,8 @@ class Workshop:
             if _name(shape) + suffix in self.kept
         }
         waiting = [shape for shape in shapes if shape not in results]
+
+        # One after the other, as long as the next one fits by what the others took.
         start = time.monotonic()
         for done, shape in enumerate(waiting):
             seconds_each = (time.monotonic() - start) / max(1, done)

@@ -132,6 +132,8 @@ def mutations(shape: Shape, levels: Levels, allowed: Collection[Shape]) -> set[S
         higher = levels.stepped(shape, up, -1)
         if higher is None:
             continue
+
+        # As many levels down of another one as the limits ask for.
         for down in (name for name in STRUCTURES if name != up):
             lowered: Shape | None = higher
             while lowered is not None and lowered not in allowed:
@@ -195,12 +197,14 @@ def halve(
     healed: list[tuple[int, Nats]] = []
     survivors = list(shapes)
     for tokens, count in rungs:
+        # Fewer than two leave nothing to be decided.
         survivors = survivors[:count]
-        if len(survivors) < 2:  # nothing is to be decided
+        if len(survivors) < 2:
             break
         nats = heal(survivors, tokens)
         if len(nats) < len(survivors):
             break
+
         healed.append((tokens, nats))
         survivors = sorted(survivors, key=nats.__getitem__)
     return healed

@@ -62,6 +62,8 @@ def bounds_of(limits: Mapping[str, Limit], errors: Mapping[str, float]) -> list[
             value = limit.max if limit.max is not None else limit.min
             assert value is not None, "a limit has one of both"
             bounds.append(Bound(name, value, is_most, min(MARGIN, errors.get(name, 0.0))))
+
+    # Without one every shape would do, and the teacher's best.
     if not bounds:
         raise ConfigError(
             f"the budget limits none of {', '.join(SOLVABLE)}, so nothing decides a shape; name a"

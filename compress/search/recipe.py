@@ -45,6 +45,8 @@ def text_of(program: Program) -> str:
     defaults = [f"  - /stage/{stage}@stages.{slot}" for slot, (stage, _, _) in slots.items()]
     choices = dict(program.choices) | {"budget": program.budget}
     choices |= {"export": f"gguf_{program.grid}"}
+
+    # Where it comes from, what it is made of, and in which order.
     lines = [
         f"# {program.title}",
         *(f"# {line}" for line in program.reasons),
@@ -60,6 +62,8 @@ def text_of(program: Program) -> str:
         "",
         "stages:",
     ]
+
+    # A slot each, with why it is there.
     for slot, (_, options, why) in slots.items():
         lines.append(f"  {slot}:{' {}' if not options else ''}  # {why}")
         lines += [f"    {key}: {_value(value)}" for key, value in options.items()]

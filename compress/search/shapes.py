@@ -96,6 +96,8 @@ def steps_of(
         "heads": (shape.kv_heads < full.kv_heads, PruneHeads, {"kv_groups": shape.kv_heads}),
         "narrow": (shape.ffn < full.ffn, PruneWidth, {"ffn": shape.ffn}),
     }
+
+    # Those that cut something.
     given = rows or {}
     return {
         slot: stage(**options, **given.get(slot, {}))
@@ -153,6 +155,8 @@ class Family:
         """The HF config of a shape; None where a stage or the grid refuses it."""
         if shape in self._configs:
             return self._configs[shape]
+
+        # As the stages say it, one behind the other.
         config: dict[str, Any] | None = dict(self.config)
         try:
             for stage in steps_of(shape, self.full).values():

@@ -69,7 +69,8 @@ def solve(
     family, skeletons = opened(session, log)
     sizes = Sizes(family, skeletons.header_bytes)
     figures = sizes_of_all(family, sizes)
-    check_possible(figures, [b for b in bounds_of(limits, {}) if b.name not in TIMED] or [])
+    check_possible(figures, [b for b in bounds_of(limits, {}) if b.name not in TIMED])
+    workshop = Workshop(session, family.full, log)  # too little text is refused here
     speed = speed_of(session, family, skeletons, log) if with_speed else None
     if speed:
         figures = {shape: values | speed.predict(shape) for shape, values in figures.items()}
@@ -84,7 +85,6 @@ def solve(
         f"{len(shapes):,} of {len(figures):,} shapes are within the limits, {len(starts):,} of them"
         f" cut for nothing more; {clock}"
     )
-    workshop = Workshop(session, family.full, log)
     with session.store.lock(workshop.kept.key):  # two would cut into the same folder
         damages, cut, healed = _tried(workshop, family, shapes, starts, effort, clock, log)
         workshop.close()
@@ -150,6 +150,8 @@ def speed_of(
     timing = Timing(settings.prompt_tokens, settings.new_tokens, settings.repeats, session.threads)
     kept = Kept(session.store, settings_of(family, timing))
     bench = Bench(family, skeletons, kept, session.store.root / "work" / kept.key)
+
+    # Shapes to fit, and others to say how far off that is.
     fit, checks = design(family.levels, CHECKS)
     times = bench.times([*fit, *checks], timing, ROUNDS, log)
     model = fitted({s: times[s] for s in fit}, {s: times[s] for s in checks})
@@ -204,6 +206,8 @@ def _choice(cut: Nats, healed: list[tuple[int, Nats]]) -> tuple[Shape, str]:
     order = sorted(cut, key=cut.__getitem__)
     when = "right after the cut"
     nats = cut
+
+    # The longest healing decides, where there was one.
     if healed:
         tokens, nats = healed[-1]
         order = sorted(nats, key=nats.__getitem__)

@@ -234,6 +234,7 @@ def settings_of(family: Family, timing: Timing) -> dict[str, Any]:
         for key, value in family.config.items()
         if key not in (*sizes, *heads) and not key.endswith("token_id") and "layer" not in key
     }
+
     return {
         "kind": "speed",
         "machine": machine.describe(timing.threads),

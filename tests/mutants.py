@@ -470,6 +470,55 @@ MUTANTS = [
         ("max(done - self.first, 1e-9)", "max(done, 1e-9)"),
     ),
     *of(
+        "prune/compensation.py",
+        "prune/test_compensation.py",
+        (
+            "self.weight_HF.addmm_(self.weight_HF[:, columns_D], solved_DF, alpha=-1)",
+            "self.weight_HF.addmm_(self.weight_HF[:, columns_D], solved_DF)",
+        ),
+        (
+            "inverse_FF.addmm_(inverse_FF[:, columns_D], solved_DF, alpha=-1)",
+            "inverse_FF[columns_D] = 0",
+        ),
+        ("rows_KF = damp(gram_FF, damping)[keep_K]", "rows_KF = gram_FF.double()[keep_K]"),
+        ("(went < share - keep_share)[group_of_M]", "(went >= 0)[group_of_M]"),
+        ("if self.rows % HELD_OUT:", "if self.rows % HELD_OUT != 1:"),
+        (
+            "return fitted(whole_FF, damping, whole_FF)",
+            "return fitted(inputs.fit_FF, damping, whole_FF)",
+        ),
+    ),
+    *of(
+        "prune/folding.py",
+        "prune/test_folding.py",
+        ("self.cross_FH + pull_FF @ old_HF.double().T", "self.cross_FH"),
+        ("fit.with_others(held_out).solved(old_HF, damping)", "fit.solved(old_HF, damping)"),
+    ),
+    *of(
+        "prune/folding.py",
+        "stages/test_prune_depth.py -k a_fold_is",
+        ("rest.append(h_BLH - m_BLH.to(h_BLH.device))", "rest.append(h_BLH)"),
+        ("target_BLH = target_BLH - down.bias", "target_BLH = target_BLH"),
+        ("walk.states[at] = rest_BLH + given_BLH.to(rest_BLH.device)", "pass"),
+        ("for block in range(passed, behind):", "for block in (index,):"),
+    ),
+    *of(
+        "prune/depth.py",
+        "prune/test_importance.py -k by_kl",
+        ("for later in kept[at + 1 :]:", "for later in kept[at:]:"),
+        ("index = min(costs, key=costs.__getitem__)", "index = tried[0]"),
+        ("walk.advance(index) influences[index]", "influences[index]"),
+    ),
+    *of(
+        "prune/heads.py",
+        "stages/test_prune_heads.py -k keeps_as_many or biases",
+        (
+            "torch.unique(cut.keep_K // (width * present.share))",
+            "torch.arange(keep.kv_heads)",
+        ),
+        ("linear.bias[rows_R].contiguous()", "linear.bias[: len(rows_R)].contiguous()"),
+    ),
+    *of(
         "prune/importance.py",
         "prune/test_importance.py",
         ("influence < lower[-1][0]", "influence > lower[-1][0]"),

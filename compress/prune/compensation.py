@@ -28,7 +28,7 @@ from torch import Tensor
 
 from compress.prune.shape import HELD_OUT
 
-DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1)  # tried where none is given
+DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # tried where none is given
 
 
 def damp(gram_FF: Tensor, damping: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -156,44 +157,45 @@ def test_by_kl_the_blocks_go_that_a_search_with_the_whole_model_would_take(tmp_p
 
 
 def test_a_fold_is_the_least_squares_fit_to_what_leaves_the_dropped_blocks(tmp_path):
-    """Two gaps: what the second is fitted to comes out of the first as it is folded."""
+    """Two gaps: the second is fitted on what the first sends, to what the parent would."""
     parent = parents.make(tmp_path, "llama_bias")
     model = load_model(parent)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.down_proj.bias.normal_(0, 0.1)
             layer.self_attn.o_proj.weight.mul_(5)
+    dense = copy.deepcopy(model)
     ids_BL = parents.CONTEXT.calibration(24)
     walk = Walk(model, ids_BL)
-    dense = [layer.mlp.down_proj.weight.clone().double() for layer in model.model.layers]
     folds = fold_dropped(walk, {1, 3})
     assert [(fold.block, fold.dropped) for fold in folds] == [(0, [1]), (2, [3])]
 
-    # The stream as transformers has it: block by block, with one that is folded in its place.
-    hidden_BLH = model.model.embed_tokens(ids_BL)
-    rotary = model.model.rotary_emb(hidden_BLH, torch.arange(32)[None])
+    # Streams of parent and student as transformers has them, block by block.
+    rotary = model.model.rotary_emb(dense.model.embed_tokens(ids_BL), torch.arange(32)[None])
+
+    def passed(h_BLH, whose, *blocks: int) -> torch.Tensor:
+        for index in blocks:
+            h_BLH = whose.model.layers[index](h_BLH, position_embeddings=rotary)
+        return h_BLH
+
+    entering_BLH = parent_BLH = dense.model.embed_tokens(ids_BL)
     for fold in folds:
-        block, behind = (model.model.layers[i] for i in (fold.block, fold.block + 1))
-        down = block.mlp.down_proj
-        new_HF = down.weight.clone()
+        old, new = (m.model.layers[fold.block].mlp.down_proj for m in (dense, model))
         seen = []
-        hook = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        hook = old.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
-            down.weight.copy_(dense[fold.block])
-            leaving_BLH = block(hidden_BLH, position_embeddings=rotary)
-            added_BLH = torch.nn.functional.linear(seen[0], down.weight, down.bias)
-            target_BLH = behind(leaving_BLH, position_embeddings=rotary)
-            target_BLH = target_BLH - (leaving_BLH - added_BLH) - down.bias
-            down.weight.copy_(new_HF)
-            hidden_BLH = block(hidden_BLH, position_embeddings=rotary)
-        hook.remove()
+            leaving_BLH = passed(entering_BLH, dense, fold.block)
+            hook.remove()
+            parent_BLH = passed(parent_BLH, dense, fold.block, *fold.dropped)
+            entering_BLH = passed(entering_BLH, model, fold.block)
+            target_BLH = parent_BLH - (leaving_BLH - old(seen[0])) - old.bias
         x_NF, y_NH = (t.flatten(0, 1).double() for t in (seen[0], target_BLH))
         pull_FF = (fold.damping * x_NF.square().sum(0).mean()).sqrt() * torch.eye(192).double()
-        rows_NH = torch.cat([y_NH, pull_FF @ dense[fold.block].T])
+        rows_NH = torch.cat([y_NH, pull_FF @ old.weight.double().T])
         expected_FH = torch.linalg.lstsq(torch.cat([x_NF, pull_FF]), rows_NH).solution
-        torch.testing.assert_close(new_HF.double(), expected_FH.T, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(new.weight.double(), expected_FH.T, rtol=1e-3, atol=1e-5)
         assert fold.error < fold.error_before
-    torch.testing.assert_close(torch.cat(walk.states), hidden_BLH, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(walk.states), entering_BLH, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in parents.KINDS if kind != "gemma3"])

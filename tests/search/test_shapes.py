@@ -114,7 +114,7 @@ def test_more_than_ten_blocks_have_longer_names_and_are_still_exact(tiny_teacher
 
     from compress.models.checkpoint import save_model
 
-    config = read_config(tiny_teacher) | {"num_hidden_layers": 12}
+    config = read_config(tiny_teacher) | {"num_hidden_layers": 15}
     about = LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
     save_model(LlamaForCausalLM(about), tmp_path / "deep", tokenizer_from=tiny_teacher)
     family = Family(read_config(tmp_path / "deep"), "q8_0", None)
@@ -122,3 +122,12 @@ def test_more_than_ten_blocks_have_longer_names_and_are_still_exact(tiny_teacher
     export_gguf(tmp_path / "deep", tmp_path / "model.gguf", "Q8_0")
     size = (tmp_path / "model.gguf").stat().st_size
     assert Sizes(family, skeletons.header_bytes).file_bytes(family.full) == size
+
+
+def test_every_tensor_takes_whole_multiples_of_32_bytes(family):
+    part = Sizes(family, lambda ids: 0)._part(
+        {"model.norm.weight": (3,), "lm_head.weight": (3, 32)}
+    )
+    assert part.weight_bytes == 32 + 64 and part.params == 3 + 96 and part.tensors == 2
+    names = len("output_norm.weight") + len("output.weight")
+    assert part.record_bytes == 2 * (8 + 4 + 4 + 8) + names + 8 * (1 + 2)

@@ -164,19 +164,15 @@ def fold(bench: Bench) -> list[Row]:
 
 def cuts(bench: Bench) -> list[Row]:
     """A quarter of the parameters."""
-    ffn = {width: PruneWidth(ffn=width) for width in (1024, 1152, 1280, 1408)}
+    ffn = {width: PruneWidth(ffn=width) for width in (1152, 1280, 1408)}
     heads = PruneHeads(kv_groups=2)
     return bench.rows(
         {
             "5 blocks, FFN 1152": (depth(5, fold=False), ffn[1152]),
             "5 blocks folded, FFN 1152": (depth(5), ffn[1152]),
-            "7 blocks folded, FFN 1280": (depth(7), ffn[1280]),
-            "3 blocks folded, FFN 1024": (depth(3), ffn[1024]),
             "5 blocks folded, 2 KV groups, FFN 1280": (depth(5), heads, ffn[1280]),
             "24,576 ids, FFN 1152": (PruneVocab(ids=24576), ffn[1152]),
-            "24,576 ids, 6 blocks folded": (PruneVocab(ids=24576), depth(6)),
             "24,576 ids, 4 blocks folded, FFN 1408": (PruneVocab(ids=24576), depth(4), ffn[1408]),
-            "32,768 ids, 7 blocks folded": (PruneVocab(ids=32768), depth(7)),
         }
     )
 

@@ -120,7 +120,7 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     from compress.search import recipe as recipes
     from compress.search.cutting import rows_of
     from compress.search.explore import Effort
-    from compress.search.solution import losses_alone, sentences, solve
+    from compress.search.solution import losses_alone, rate_of_healing, sentences, solve
     from compress.session import Session, log
     from compress.stages.qat import Qat
 
@@ -162,6 +162,7 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
             lines[1:],
             losses_alone(solution),
             rows_of(solution.full, parts["data"].seq_len),
+            rate_of_healing(solution),
         ),
     )
 

@@ -35,7 +35,9 @@ JUDGED_ROWS = 8  # the last ones of the training text, which nothing here learns
 LEAST_ROWS = 16
 ROWS_PER_COLUMN = 4  # tokens, for every channel that is weighed
 BATCH_ROWS = 2  # of healing
-HEALING_RATE = 2e-4
+# Learning rate of healing by nats of a cut: on the embedded teacher 2e-5 is right behind a cut of
+# 0.02 nats, where 1e-4 does harm, and 5e-4 behind one of 1.1 (results/prune/).
+RATE_PER_NAT, LOWEST_RATE, HIGHEST_RATE = 1e-3, 2e-5, 5e-4
 SLOT = "heal"
 
 
@@ -47,6 +49,11 @@ def rows_of(full: Shape, seq_len: int) -> dict[str, dict[str, int]]:
         "heads": {"calibration_sequences": rows},
         "narrow": {"calibration_sequences": rows},
     }
+
+
+def healing_rate(nats: float) -> float:
+    """The learning rate behind a cut that lost so much."""
+    return min(HIGHEST_RATE, max(LOWEST_RATE, RATE_PER_NAT * nats))
 
 
 class Workshop:
@@ -74,7 +81,7 @@ class Workshop:
         self._judged_SL = text.ids[-JUDGED_ROWS:]
         self._judge: Judge | None = None
         self._chain: list[tuple[str, Stage, Path]] = []
-        self._healing_rate = 0.0  # seconds a token, 0 until something was healed
+        self._seconds_a_token = 0.0  # seconds a token, 0 until something was healed
 
     def _settings(self, text: str) -> dict[str, Any]:
         """What losses depend on besides the shape."""
@@ -90,7 +97,7 @@ class Workshop:
             "seed": self.session.recipe.seed,
             "precision": self.session.precision,
             "device": str(best_device()),
-            "rows": [JUDGED_ROWS, self._rows, BATCH_ROWS, HEALING_RATE],
+            "rows": [JUDGED_ROWS, self._rows, BATCH_ROWS, RATE_PER_NAT],
             "sources": sources,
             "versions": versions_of(*WEIGHTS),
         }
@@ -114,12 +121,12 @@ class Workshop:
         return self._in_time(order, measure, clock, share, what, at_least=at_least)
 
     def healed(self, shapes: Collection[Shape], tokens: int, clock: Clock) -> Nats:
-        """The loss of each shape after so many tokens of healing; of none where they don't all fit
-        into the time, as far as that is known.
+        """The loss of each shape after so many tokens of healing, or of none where that does harm;
+        nothing where they don't all fit into the time, as far as that is known.
         """
         # A rung that is not finished decides nothing.
         waiting = sum(f"{_name(shape)}+{tokens}" not in self.kept for shape in shapes)
-        seconds = waiting * tokens * self._healing_rate
+        seconds = waiting * tokens * self._seconds_a_token
         if waiting and not clock.allows(seconds):
             self.log(
                 f"healing for {tokens:,} tokens is left out: it would take about"
@@ -191,15 +198,16 @@ class Workshop:
         start = time.monotonic()
         out = self.heal(shape, tokens)
         loss = self.judge.loss(out)
-        self._healing_rate = (time.monotonic() - start) / tokens
+        self._seconds_a_token = (time.monotonic() - start) / tokens
         shutil.rmtree(out)
-        return loss
+        return min(loss, self.kept[_name(shape)])
 
     def heal(self, shape: Shape, tokens: int) -> Path:
         """The checkpoint of a shape after so many tokens of distilling, until the next one."""
+        nats = self.kept.get(_name(shape), partial(self._loss, shape, keep_cut=True))
         stage = Distill(
             tokens=tokens,
-            lr=HEALING_RATE,
+            lr=healing_rate(nats),
             batch_sequences=BATCH_ROWS,
             micro_batch_sequences=BATCH_ROWS,
             train_embeddings=False,

@@ -15,10 +15,18 @@ from compress.quant.settings import SEARCHED
 from compress.search.shapes import Shape, steps_of
 from compress.stages import STAGES
 
-RESTORE = "restore"  # the stage that matches each block to the teacher's, where there is one
-# Trained tokens and rate of what follows a cut: what recipes/demo.yaml proves on this grid.
-HEALING_TOKENS, HEALING_RATE = 60_000, 0.0002
-ROUNDING_TOKENS, ROUNDING_RATE = 60_000, 0.00015
+HEALING_TOKENS = 61_440
+# Training under the rounding of the file, as recipes/demo.yaml does it.
+ROUNDING = {
+    "learn_from": "teacher",
+    "balance": "awq",
+    "calibration_sequences": 32,
+    "tokens": 76_800,
+    "batch_sequences": 2,
+    "micro_batch_sequences": 2,
+    "lr": 0.00011,
+    "warmup_fraction": 0.1,
+}
 
 
 class Program(NamedTuple):
@@ -37,6 +45,7 @@ class Program(NamedTuple):
     reasons: Sequence[str]
     losses: Mapping[str, float]  # slot -> what its level loses alone, in nats
     rows: Mapping[str, Mapping[str, int]]  # slot -> rows of calibration that it can't do without
+    healing_rate: float  # 0: healing does harm
 
 
 def text_of(program: Program) -> str:
@@ -95,20 +104,18 @@ def _slots(program: Program) -> dict[str, tuple[str, dict[str, Any], str]]:
         slots[slot] = (name, options, why)
 
     # What gives back what cuts lose, then the grid of the file.
-    if slots and RESTORE in STAGES:
-        slots["restore"] = (RESTORE, {}, "each block brought back to what the teacher's gives")
-    if slots:
-        healing = {"tokens": HEALING_TOKENS, "lr": HEALING_RATE, "train_embeddings": False}
-        slots["heal"] = ("distill", healing, "more tokens give more back, the longer the better")
-    rounding = {
-        "grid": program.grid,
-        "learn_from": "teacher",
-        "balance": "awq",
-        "scales": "learned" if program.grid in SEARCHED else "round",
-        "tokens": ROUNDING_TOKENS,
-        "lr": ROUNDING_RATE,
-        "warmup_fraction": 0.1,
-    }
+    if program.healing_rate:
+        healing = {
+            "tokens": HEALING_TOKENS,
+            "batch_sequences": 2,
+            "micro_batch_sequences": 2,
+            "lr": program.healing_rate,
+            "train_embeddings": False,
+        }
+        why = "more tokens give more back; the rate is by what the cuts lost"
+        slots["heal"] = ("distill", healing, why)
+    scales = "learned" if program.grid in SEARCHED else "round"
+    rounding = {"grid": program.grid, "scales": scales, **ROUNDING}
     slots["qat"] = ("qat", rounding, "trained on the very grid of the file that ships")
     return slots
 

@@ -14,7 +14,7 @@ from compress.errors import ConfigError
 from compress.models.checkpoint import read_config
 from compress.prune.tokenizer_cut import read_bpe
 from compress.score.latency import Timing
-from compress.search.cutting import Workshop
+from compress.search.cutting import Workshop, healing_rate
 from compress.search.explore import Clock, Damages, Effort, Nats, explore, halve, mutations, singles
 from compress.search.kept import Kept
 from compress.search.limits import TIMED, Bound, allowed, bounds_of, check_possible, edge
@@ -256,6 +256,17 @@ def losses_alone(solution: Solution) -> dict[str, float]:
     slots = {"depth": "blocks", "vocab": "ids", "heads": "kv_heads", "narrow": "ffn"}
     parts = dict(zip(Shape._fields, solution.damages.parts(solution.shape), strict=True))
     return {slot: float(parts[slots[slot]]) for slot in steps_of(solution.shape, solution.full)}
+
+
+def rate_of_healing(solution: Solution) -> float:
+    """The learning rate of healing the choice at length; 0 where the search saw it do no good, or
+    nothing was cut that it could bring back.
+    """
+    nats = solution.cut[solution.shape]
+    best = min([*(rung.get(solution.shape, nats) for _, rung in solution.healed), nats])
+    only_ids = solution.shape._replace(ids=solution.full.ids) == solution.full
+    helps = best < nats if solution.healed else not only_ids
+    return float(f"{healing_rate(nats):.2g}") if helps else 0.0
 
 
 def sentences(solution: Solution) -> list[str]:

@@ -88,7 +88,7 @@ def test_the_verb_writes_a_recipe_that_composes_and_runs(store, capsys):
     assert launch("tiny", ["--config-dir=mine", *used], run) == 0
     program = recipes[0]
     assert program.budget.limits["size_bytes"].max == 115e3
-    assert program.pipeline[-2:] == ["heal", "qat"] and len(program.pipeline) > 2
+    assert program.pipeline[-1] == "qat" and len(program.pipeline) > 1
     (file,) = Path("runs").glob("tiny/*/bundle/model-IQ4_NL.gguf")
     promised = out.partition("figures: size_bytes ")[2].partition(" MB")[0]
     assert round(file.stat().st_size / 1e6, 1) == float(promised) and file.stat().st_size <= 115e3
@@ -98,6 +98,7 @@ def test_the_choice_is_the_best_of_what_was_healed_and_lies_within_the_limit(sto
     lines = []
     found = searched(store, lines)
     tokens, nats = found.healed[-1]
+    assert all(nats[shape] <= found.cut[shape] for shape in nats), "harm is not taken"
     assert found.shape == min(nats, key=nats.__getitem__) and tokens == 128
     assert found.figures[found.shape]["size_bytes"] <= 115e3
     assert set(solution.frontier(found)) <= set(found.cut) and found.prices["size_bytes"] >= 0
@@ -167,6 +168,11 @@ def test_a_smaller_vocabulary_costs_even_where_kl_a_token_sees_nothing(store):
     workshop.close()
 
 
+def test_the_rate_of_healing_follows_what_a_cut_lost():
+    rates = [cutting.healing_rate(nats) for nats in (0.001, 0.02, 0.2, 1.1)]
+    assert rates == pytest.approx([2e-5, 2e-5, 2e-4, 5e-4])
+
+
 def test_a_search_whose_time_is_up_still_chooses(store):
     lines = []
     clock = Clock(0)
@@ -174,7 +180,7 @@ def test_a_search_whose_time_is_up_still_chooses(store):
     shapes = [Shape(512, 2, 192, 1), Shape(384, 2, 192, 1)]
     losses = workshop.losses(shapes, clock, 1.0, "shape")
     assert len(losses) == 1 and "time is up, 1 shapes are left out" in lines[-1]
-    workshop._healing_rate = 1.0
+    workshop._seconds_a_token = 1.0
     assert workshop.healed(shapes, 64, clock) == {} and "left out" in lines[-1]
     workshop.close()
 
@@ -218,6 +224,7 @@ def program_of(shape, **changes):
         ["a reason"],
         {"depth": 0.1},
         {"narrow": {"calibration_sequences": 100}, "heads": {"calibration_sequences": 16}},
+        3e-4,
     )
     return program._replace(**changes)
 
@@ -246,7 +253,9 @@ def test_every_slot_has_a_reason_and_makes_the_shape(tmp_path):
     assert {slot: program.stages[slot] for slot in wanted} == wanted
     assert program.pipeline[:4] == list(wanted) and program.teacher.source == "random:0"
     assert program.budget.limits["size_bytes"].max == 60e6
-    assert program.export.files == ["gguf:IQ4_NL"]
+    assert program.export.files == ["gguf:IQ4_NL"] and program.stages["heal"].lr == 3e-4
+    gentle = composed(recipe.text_of(program_of(Shape(448, 4, 192, 2), healing_rate=0)), tmp_path)
+    assert gentle.pipeline == ["vocab", "qat"], "healing that does harm is left out"
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -23,10 +23,12 @@ from compress.errors import (
     nearest,
     without_credentials,
 )
+from compress.solving import solve
 from compress.verbs import HELP, accept, ask, compare, gc, list_all, run, score, sync, verify
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
+    "solve": solve,
     "list": list_all,
     "score": score,
     "ask": ask,

@@ -18,6 +18,9 @@ and prove it on the files that ship.
                                         time, disk and memory first
                                         Hydra's flags work: --cfg job, -m (sweep), --help,
                                         --config-dir DIR (your own recipes)
+  compress solve TEACHER --budget NAME [LIMIT=VALUE ...]
+                                        find the shape that meets a budget, by measuring; writes a
+                                        recipe of it, --run runs that
   compress list                         recipes, stages and every option, with one line each
   compress score MODEL [--budget NAME] [--teacher T] [KEY=VALUE ...]
                                         score any checkpoint directory or GGUF file, also one made

@@ -28,8 +28,9 @@ PARAGRAPH_LINES = 12  # a function of so many lines of code has a paragraph in i
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("verbs",),
+    ("solving",),
     ("accept", "ask", "launch", "pipeline"),
-    ("composing", "judging", "planning", "ship"),
+    ("composing", "judging", "planning", "search", "ship"),
     ("rundir",),
     ("session",),
     ("config",),

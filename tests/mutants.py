@@ -88,6 +88,49 @@ def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
 
 MUTANTS = [
     *of(
+        "search/sizes.py",
+        "search/test_shapes.py",
+        (
+            "RECORD_BYTES + len(gguf.gguf_name(name)) + 8 * len(dims)",
+            "RECORD_BYTES + 8 * len(dims)",
+        ),
+        ("padded(round(prod(dims) * bits / 8))", "round(prod(dims) * bits / 8)"),
+        ("(len(str(number)) - 1 for number", "(0 for number"),
+        ("bits = 32.0 if len(dims) == 1", "bits = 16.0 if len(dims) == 1"),
+    ),
+    *of(
+        "search/speed.py",
+        "search/test_speed.py",
+        ("rows / scale / measured[:, None]", "rows / scale"),
+        ("blocks * shape.kv_heads", "shape.kv_heads"),
+        ("reversed(shapes)", "shapes"),
+        ("float(np.median(", "float(np.max("),
+    ),
+    *of(
+        "search/explore.py",
+        "search/test_explore.py",
+        ("np.maximum.accumulate(", "np.asarray("),
+        ("return lowest + others", "return others + lowest"),
+        ("results.add(_raised(lowered, levels, allowed, down))", "results.add(lowered)"),
+        ("if len(nats) < len(survivors):", "if not nats:"),
+        ("estimate = damages.corrected(measured)", "estimate = len"),
+    ),
+    *of(
+        "search/limits.py",
+        "search/test_limits.py",
+        ("return figure <= self.value * (1 - self.margin)", "return figure <= self.value"),
+        ("return figure >= self.value * (1 + self.margin)", "return figure >= self.value"),
+        (
+            "levels.stepped(shape, name, -1) not in shapes",
+            "levels.stepped(shape, name, 1) in shapes",
+        ),
+    ),
+    *of(
+        "search/judge.py",
+        "search/test_solve.py -k vocabulary or smaller",
+        ("vocabulary_nats=more_nats / self._plain.tokens", "vocabulary_nats=0.0"),
+    ),
+    *of(
         "distill/losses.py",
         LOSSES,
         ("grad_CV = q_CV.sub_(p_CV)", "grad_CV = p_CV.sub_(q_CV)"),

@@ -127,20 +127,26 @@ def overhead_bytes(checkpoint: Path) -> int:
     """Bytes of the checkpoint's GGUF besides its matrices: metadata, tokenizer, 1-D tensors, and
     at most TENSOR_BYTES for every tensor.
     """
-    # The header is written to be measured.
+    shapes: list[tuple[int, ...]] = []
+    for file in weight_files(checkpoint):
+        shapes += tensor_shapes(file).values()
+    vector_bytes = sum(4 * shape[0] for shape in shapes if len(shape) == 1)
+    return header_bytes(checkpoint) + len(shapes) * TENSOR_BYTES + vector_bytes
+
+
+def header_bytes(checkpoint: Path) -> int:
+    """Bytes of metadata and tokenizer in a GGUF with a checkpoint's config.json and tokenizer,
+    whose weights need not be there.
+    """
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+
+    # It is written to be measured.
     with tempfile.TemporaryDirectory() as folder:
         writer = _described(checkpoint, config, "F16", Path(folder) / "header.gguf")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        header_bytes = (Path(folder) / "header.gguf").stat().st_size
-
-    shapes: list[tuple[int, ...]] = []
-    for file in weight_files(checkpoint):
-        shapes += tensor_shapes(file).values()
-    vector_bytes = sum(4 * shape[0] for shape in shapes if len(shape) == 1)
-    return header_bytes + len(shapes) * TENSOR_BYTES + vector_bytes
+        return (Path(folder) / "header.gguf").stat().st_size
 
 
 def architecture(config: Any) -> str:
@@ -251,6 +257,11 @@ def _encode(name: str, w: Tensor, type: str) -> np.ndarray:
         return half.numpy()
     grid = GRIDS[type.lower()]
     return grid.pack(*grid.encode(w, name)).numpy()
+
+
+def gguf_name(tensor: str) -> str:
+    """The name in a GGUF of a tensor of HF. ValueError when it has no place there."""
+    return _renamed(tensor, _NAMES, f"tensor {tensor} has no place in a GGUF")
 
 
 def hf_name(tensor: str) -> str:

@@ -1,0 +1,247 @@
+"""Milliseconds a token, time to the first one and memory of a shape in the runtime that ships,
+predicted from files of a few shapes that were timed there.
+
+    figure = a + blocks (b + c kv_heads + d ffn) + e ids
+
+Each term is what a part of the network costs: a the call itself, b what every block has (norms,
+barriers between threads), c its attention, whose query heads go with their key-value heads, d its
+FFN, e the head. The coefficients are those that no part of a machine can have below zero: least
+squares of relative errors with non-negative coefficients (Lawson and Hanson's NNLS). Weights are
+random, since dense kernels take the same time for any; files are timed in fresh processes
+(`score/latency.py`), round by round in alternating order, so that what drifts hits all alike, and
+the median of the rounds counts. Shapes that were not fitted say how far off it is. Left out: caches
+that a smaller model fits and a larger doesn't, unless the shapes that are timed lie on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from compress import machine
+from compress.errors import ResourceError
+from compress.keys import OF_RUNTIME, versions_of
+from compress.score.latency import Timing, measure
+from compress.search.kept import Kept
+from compress.search.shapes import Family, Levels, Shape
+from compress.search.sizes import Skeletons
+
+Figures = dict[str, float]
+# What a timing gives and a line of five terms can say; tok_per_sec is 1000 / token_ms.
+PREDICTED = ("latency_ms_p50", "token_ms", "ttft_ms_p50", "peak_rss_bytes")
+TERMS = ("call", "block", "attention", "ffn", "head")
+USABLE_ERROR = 0.5  # beyond it times tell nothing of shapes
+TILE_ROWS = 64  # of random weights, over and over: nobody computes with more than a look at them
+RUNTIME = "llama.cpp"
+
+
+def terms(shape: Shape) -> np.ndarray:
+    """What each coefficient of TERMS is multiplied with."""
+    blocks = shape.blocks
+    return np.array([1, blocks, blocks * shape.kv_heads, blocks * shape.ffn, shape.ids], float)
+
+
+@dataclass(frozen=True)
+class SpeedModel:
+    """Coefficients of TERMS by figure, and the relative errors on shapes that were not fitted."""
+
+    coefficients: dict[str, list[float]]
+    errors: dict[str, list[float]]
+
+    def predict(self, shape: Shape) -> Figures:
+        """latency_ms_p50, ttft_ms_p50, tok_per_sec and peak_rss_bytes of a shape."""
+        row = terms(shape)
+        figures = {
+            name: float(row @ np.array(values)) for name, values in self.coefficients.items()
+        }
+        figures["tok_per_sec"] = 1000 / figures.pop("token_ms")
+        return figures
+
+    def error_p95(self, figure: str = "latency_ms_p50") -> float:
+        """The relative error that 95% of unfitted shapes stay below."""
+        name = "token_ms" if figure == "tok_per_sec" else figure
+        return float(np.quantile(self.errors[name], 0.95))
+
+
+def fitted(times: Mapping[Shape, Figures], checks: Mapping[Shape, Figures]) -> SpeedModel:
+    """The model of measured `times`, and its errors on `checks`. ValueError for fewer shapes than
+    terms that differ, or times that are none; ResourceError for an error beyond USABLE_ERROR.
+    """
+    from scipy.optimize import nnls
+
+    rows = np.array([terms(shape) for shape in times])
+    needed = np.linalg.matrix_rank(rows / rows.max(0)) if len(rows) else 1
+    records = [*times.values(), *checks.values()]
+    values = [figures[name] for figures in records for name in PREDICTED]
+    if len(times) <= needed or not all(np.isfinite(value) and value > 0 for value in values):
+        raise ValueError(
+            f"{len(times)} shapes with times {values[:4]} ... can't tell {needed} coefficients:"
+            f" needed are finite times above 0 of at least {needed + 1} different shapes"
+        )
+
+    # Each row divided by its time: relative errors count. Columns of one size, for the solver.
+    coefficients = {}
+    scale = rows.max(0)
+    for name in PREDICTED:
+        measured = np.array([figures[name] for figures in times.values()])
+        solution, _ = nnls(rows / scale / measured[:, None], np.ones(len(rows)))
+        coefficients[name] = (solution / scale).tolist()
+
+    errors = {
+        name: [
+            abs(float(terms(shape) @ np.array(coefficients[name])) / figures[name] - 1)
+            for shape, figures in checks.items()
+        ]
+        for name in PREDICTED
+    }
+    model = SpeedModel(coefficients, errors)
+    worst = model.error_p95()
+    if worst > USABLE_ERROR:
+        raise ResourceError(
+            f"times of unfitted shapes are {100 * worst:.0f}% off what was predicted: this machine"
+            " is too busy, or its clock too unsteady, to time anything; repeat when it is quiet, or"
+            " leave times out with --no-speed"
+        )
+    return model
+
+
+def design(levels: Levels, checks: int, seed: int = 0) -> tuple[list[Shape], list[Shape]]:
+    """Shapes to fit, half of the corners of the levels (a fractional factorial: every structure is
+    low as often as high beside each other one) with their middle, and random ones to check.
+    """
+    corners = [
+        Shape(*(row[0] if high else row[-1] for row, high in zip(levels, signs, strict=True)))
+        for signs in product((True, False), repeat=len(levels))
+        if sum(signs) % 2 == 0
+    ]
+    middle = Shape(*(row[len(row) // 2] for row in levels))
+    ends = [levels.full, Shape(*(row[-1] for row in levels))]
+    fit = list(dict.fromkeys([*ends, *corners, middle]))
+
+    # Corners alone are too few where a structure has one level.
+    others = [shape for shape in levels.shapes() if shape not in set(fit)]
+    Random(seed).shuffle(others)
+    lacking = max(0, len(TERMS) + 2 - len(fit))
+    return fit + others[:lacking], others[lacking : lacking + checks]
+
+
+class Bench:
+    """Files of random weights in the shapes of a family, and their times."""
+
+    def __init__(self, family: Family, skeletons: Skeletons, kept: Kept, folder: Path) -> None:
+        """`kept`: times by shape and round; `folder`: where files are written and removed again."""
+        self.family = family
+        self.skeletons = skeletons
+        self.kept = kept
+        self.folder = folder
+
+    def times(
+        self, shapes: Sequence[Shape], timing: Timing, rounds: int, log: Callable[[str], None]
+    ) -> dict[Shape, Figures]:
+        """The figures of PREDICTED of each shape, medians of `rounds`, each in a process of its
+        own. What is kept is not timed again.
+        """
+        once = replace(timing, processes=1, prompt_lengths=(), batch_sizes=())
+        turns = [
+            (shape, number)
+            for number in range(rounds)
+            for shape in (shapes if number % 2 == 0 else reversed(shapes))
+        ]
+        waiting = [turn for turn in turns if _name(*turn) not in self.kept]
+        start = time.monotonic()
+        for done, (shape, number) in enumerate(waiting, 1):
+            file = self._file(shape)
+            self.kept.get(_name(shape, number), partial(_timed, file, once))
+            seconds_left = (time.monotonic() - start) / done * (len(waiting) - done)
+            log(f"timing shapes {done}/{len(waiting)}, {seconds_left:.0f} s left")
+
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return {shape: self._medians(shape, rounds) for shape in shapes}
+
+    def _medians(self, shape: Shape, rounds: int) -> Figures:
+        """Of what was timed in each round."""
+        records = [self.kept[_name(shape, number)] for number in range(rounds)]
+        return {name: float(np.median([r[name] for r in records])) for name in PREDICTED}
+
+    def _file(self, shape: Shape) -> Path:
+        """A GGUF of random weights in a shape."""
+        from compress.formats.gguf import export_gguf
+
+        grid = self.family.grid.grid.value.upper()
+        file = self.folder / f"{'-'.join(map(str, shape))}.gguf"
+        if not file.is_file():
+            checkpoint = self.folder / "checkpoint"
+            config = self.family.config_of(shape)
+            assert config is not None, f"{shape} can't be made"
+            random_checkpoint(config, self.skeletons.of(shape.ids), checkpoint)
+            export_gguf(checkpoint, file, grid)
+            shutil.rmtree(checkpoint)
+        return file
+
+
+def _name(shape: Shape, number: int) -> str:
+    return f"{'-'.join(map(str, shape))} round {number}"
+
+
+def _timed(file: Path, timing: Timing) -> Figures:
+    """The figures of PREDICTED of one process."""
+    scores = measure(file, RUNTIME, timing)["scores"]
+    return {name: scores[name] for name in PREDICTED if name in scores} | {
+        "token_ms": 1000 / scores["tok_per_sec"]
+    }
+
+
+def random_checkpoint(config: dict[str, Any], skeleton: Path, out: Path) -> None:
+    """Write a checkpoint of an HF config with random weights and the tokenizer of a skeleton."""
+    import torch
+    from safetensors.torch import save_file
+
+    from compress.models.checkpoint import WEIGHTS, copy_beside
+    from compress.models.model_config import meta_model
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, parameter in meta_model(config).named_parameters():
+        rows, *rest = parameter.shape
+        tile = 0.05 * torch.randn(min(rows, TILE_ROWS), *rest, generator=generator)
+        copies = -(-rows // len(tile))
+        tensors[name] = tile.repeat(copies, *(1 for _ in rest))[:rows].bfloat16().contiguous()
+
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    copy_beside(skeleton, out)
+    (out / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+
+
+def settings_of(family: Family, timing: Timing) -> dict[str, Any]:
+    """What times depend on besides the shape: machine, runtime, family of models, grid, how they
+    are taken.
+    """
+    sizes = ("vocab_size", "num_hidden_layers", "intermediate_size")
+    heads = ("num_attention_heads", "num_key_value_heads")
+    config = {
+        key: value
+        for key, value in family.config.items()
+        if key not in (*sizes, *heads) and not key.endswith("token_id") and "layer" not in key
+    }
+
+    return {
+        "kind": "speed",
+        "machine": machine.describe(timing.threads),
+        "versions": versions_of(*OF_RUNTIME[RUNTIME]),
+        "config": config,
+        "heads_a_group": family.config[heads[0]] // family.config[heads[1]],
+        "grid": family.grid.grid.value,
+        "timing": asdict(timing),
+        "schema": 1,
+    }

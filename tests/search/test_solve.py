@@ -1,0 +1,292 @@
+"""`compress solve` from the command line to a recipe that composes and runs, on the tiny random
+teacher; kills, refusals and the recipe's text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from compress.__main__ import main
+from compress.budget import Limit
+from compress.config import Recipe
+from compress.doors import parse_yaml
+from compress.errors import ConfigError
+from compress.formats.settings import Export
+from compress.launch import launch, without_recipe
+from compress.quant.settings import GridName
+from compress.search import cutting, explore, recipe, solution
+from compress.search.explore import Clock, Effort
+from compress.search.judge import Judge
+from compress.search.shapes import Shape, steps_of
+from compress.session import Session
+from compress.solving import GRIDS, solve
+from compress.stages.qat import Qat
+
+QUICK = Effort(first=2, parents=1, children=1, rounds=2, rungs=((64, 2), (128, 2)))
+TEXT = ["data=python_docs", "data.seq_len=32"]
+FEW = ["data.seq_len=8", "data.train=[few.txt]", "data.weights=[]"]
+FULL = Shape(512, 4, 192, 2)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store that keeps teacher and text for all tests here."""
+    return tmp_path_factory.mktemp("solve") / "store"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(explore, "Effort", lambda: QUICK)
+    monkeypatch.setattr(cutting, "ROWS_PER_COLUMN", 2)
+    monkeypatch.setattr(cutting, "JUDGED_ROWS", 4)
+    monkeypatch.setattr(solution, "LEVELS_ALONE", 1)
+
+
+def session(store):
+    parts = without_recipe(["teacher=random", *TEXT, f"store={store}"])
+    program = Recipe(
+        **parts,
+        export=Export(["gguf:IQ4_NL"]),
+        stages={"qat": Qat(grid=GridName.iq4_nl)},
+        pipeline=["qat"],
+    )
+    return Session(program)
+
+
+def searched(store, lines, **limits):
+    limits = limits or {"size_bytes": Limit(max=115e3)}
+    return solution.solve(session(store), limits, QUICK, 10, with_speed=False, log=lines.append)
+
+
+def test_the_verb_writes_a_recipe_that_composes_and_runs(store, capsys):
+    arguments = ["random", "size_bytes=115e3", *TEXT, f"store={store}", "--no-speed"]
+    assert main(["solve", *arguments, "--out", "mine/tiny.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "KL cut" in out and "choice: " in out and "reason: it loses" in out
+    assert "limit: size_bytes at most 0.1 MB; 5% more room would give back about" in out
+    assert "compress run tiny --config-dir=mine" in out
+
+    # The file that the recipe makes has the bytes that were promised.
+    recipes = []
+    short = ["eval.tasks=[]", "eval.open_prompts=[]", "eval.processes=1", "eval.repeats=1"]
+    short += ["eval.prompt_tokens=8", "eval.new_tokens=2"]
+    short += ["stages.heal.tokens=64", "stages.qat.tokens=64"]
+    short += ["stages.qat.calibration_sequences=8"]
+
+    def run(program, run_dir, command):
+        from compress import pipeline
+
+        recipes.append(program)
+        return pipeline.run(program, run_dir, command)
+
+    written = Path("mine/tiny.yaml").read_text()
+    used = [o for o in short if o.split(".")[0] != "stages" or f"\n  {o.split('.')[1]}:" in written]
+    assert launch("tiny", ["--config-dir=mine", *used], run) == 0
+    program = recipes[0]
+    assert program.budget.limits["size_bytes"].max == 115e3
+    assert program.pipeline[-1] == "qat" and len(program.pipeline) > 1
+    (file,) = Path("runs").glob("tiny/*/bundle/model-IQ4_NL.gguf")
+    promised = out.partition("figures: size_bytes ")[2].partition(" MB")[0]
+    assert round(file.stat().st_size / 1e6, 1) == float(promised) and file.stat().st_size <= 115e3
+
+
+def test_the_choice_is_the_best_of_what_was_healed_and_lies_within_the_limit(store):
+    lines = []
+    found = searched(store, lines)
+    tokens, nats = found.healed[-1]
+    assert all(nats[shape] <= found.cut[shape] for shape in nats), "harm is not taken"
+    assert found.shape == min(nats, key=nats.__getitem__) and tokens == 128
+    assert found.figures[found.shape]["size_bytes"] <= 115e3
+    assert set(solution.frontier(found)) <= set(found.cut) and found.prices["size_bytes"] >= 0
+    assert "shapes are within the limits" in lines[0] and "min left" in lines[0]
+    work = [path.name for path in (store / "work").iterdir()]
+    assert not any((store / "work" / name / "kept").exists() for name in work)
+
+
+def test_a_killed_search_goes_on_and_ends_the_same(store, tmp_path, monkeypatch):
+    limits = {"size_bytes": Limit(max=105e3)}
+    lines, measured = [], []
+    loss = Judge.loss
+
+    def dies(self, checkpoint):
+        measured.append(checkpoint)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return loss(self, checkpoint)
+
+    monkeypatch.setattr(Judge, "loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        searched(store, lines, **limits)
+    interrupted = len(measured)
+    resumed = searched(store, lines, **limits)
+    again = len(measured) - interrupted
+
+    # The same from nothing, in another store.
+    measured.clear()
+    monkeypatch.setattr(Judge, "loss", loss)
+    whole = searched(tmp_path / "other", lines, **limits)
+    assert resumed.cut == whole.cut and resumed.healed == whole.healed
+    assert resumed.shape == whole.shape and again >= 1
+    before = len(lines)
+    assert searched(store, lines, **limits).healed == whole.healed
+    assert not any("nats, " in line for line in lines[before:]), "nothing is measured twice"
+
+
+def test_shapes_that_begin_alike_share_their_cuts(store, monkeypatch):
+    workshop = cutting.Workshop(session(store), FULL, lambda line: None)
+    runs = []
+    for kind in {type(s) for s in steps_of(Shape(448, 3, 128, 1), FULL).values()}:
+        real = kind.run
+
+        def counted(self, parent, out, ctx, real=real):
+            runs.append(type(self).__name__)
+            return real(self, parent, out, ctx)
+
+        monkeypatch.setattr(kind, "run", counted)
+    first = workshop.cut(Shape(512, 3, 128, 1))
+    assert runs == ["PruneDepth", "PruneHeads", "PruneWidth"] and first.name == "narrow"
+    assert workshop.cut(Shape(512, 3, 192, 1)).name == "heads" and len(runs) == 3
+    workshop.cut(Shape(448, 3, 192, 2))
+    assert runs[3:] == ["PruneVocab"] and not (workshop.folder / "heads").exists()
+    assert workshop.cut(FULL) == workshop.teacher
+    workshop.close()
+
+
+def test_a_smaller_vocabulary_costs_even_where_kl_a_token_sees_nothing(store):
+    workshop = cutting.Workshop(session(store), FULL, lambda line: None)
+    judge = workshop.judge
+    assert judge.loss(workshop.teacher) == pytest.approx(0, abs=1e-6)
+    cut = workshop.cut(Shape(320, 4, 192, 2))
+    reading = judge._reading(cut)
+    assert reading.tokens > judge._plain.tokens, "the same text in more tokens"
+    assert judge.loss(cut) >= reading.vocabulary_nats >= 0
+    assert workshop.judge is judge
+    workshop.close()
+
+
+def test_the_rate_of_healing_follows_what_a_cut_lost():
+    rates = [cutting.healing_rate(nats) for nats in (0.001, 0.02, 0.2, 1.1)]
+    assert rates == pytest.approx([2e-5, 2e-5, 2e-4, 5e-4])
+
+
+def test_a_search_whose_time_is_up_still_chooses(store):
+    lines = []
+    clock = Clock(0)
+    workshop = cutting.Workshop(session(store), FULL, lines.append)
+    shapes = [Shape(512, 2, 192, 1), Shape(384, 2, 192, 1)]
+    losses = workshop.losses(shapes, clock, 1.0, "shape")
+    assert len(losses) == 1 and "time is up, 1 shapes are left out" in lines[-1]
+    workshop._seconds_a_token = 1.0
+    assert workshop.healed(shapes, 64, clock) == {} and "left out" in lines[-1]
+    workshop.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["random"], "limits none of size_bytes"),
+        (["random", "size_bytes=1e3", *TEXT], "no shape of this teacher meets size_bytes"),
+        (["random", "size_bytes=many"], "needed is a number above 0"),
+        (["random", "open/kept=0.9"], "can't be told of a shape before it is trained"),
+        (["random", "sise_bytes=3"], "did you mean 'size_bytes'"),
+        (["random", "size_bytes"], "no LIMIT=VALUE or KEY=VALUE"),
+        (["random", "--budget", "nana", "size_bytes=1e6"], "did you mean 'nano'"),
+        (["nowhere", "size_bytes=1e6"], "neither an option nor a path"),
+        (["random", "size_bytes=1e6", "--grid", "q5"], "is no grid"),
+        (["random", "size_bytes=1e6", "--out", "recipe.yml"], "a recipe is a .yaml file"),
+        (["random", "size_bytes=1e6", "--minutes", "-1"], "--minutes is -1.0"),
+        (["random", "latency_ms_p50=3", "--no-speed", *TEXT], "leave --no-speed out"),
+        (["random", "size_bytes=115e3", *FEW], "a search needs"),
+    ],
+)
+def test_what_can_not_be_meant_is_refused_in_a_sentence(arguments, sentence, store):
+    Path("few.txt").write_text("A few words about a search that needs more.")
+    extra = ["--no-speed"] if "--no-speed" not in arguments else []
+    with pytest.raises(ConfigError, match=sentence):
+        solve([*arguments, *extra, f"store={store}"])
+    assert not Path("solved").exists()
+
+
+def program_of(shape, **changes):
+    program = recipe.Program(
+        shape,
+        FULL,
+        "iq4_nl",
+        "nano60",
+        {},
+        {"teacher": "random"},
+        {},
+        "A title.",
+        ["a reason"],
+        {"depth": 0.1},
+        {"narrow": {"calibration_sequences": 100}, "heads": {"calibration_sequences": 16}},
+        3e-4,
+    )
+    return program._replace(**changes)
+
+
+def composed(text, tmp_path):
+    (tmp_path / "own").mkdir(exist_ok=True)
+    (tmp_path / "own" / "it.yaml").write_text(text)
+    programs = []
+
+    def task(program, run_dir, command):
+        programs.append(program)
+        return 0
+
+    launch("it", [f"--config-dir={tmp_path / 'own'}"], task)
+    return programs[0]
+
+
+def test_every_slot_has_a_reason_and_makes_the_shape(tmp_path):
+    text = recipe.text_of(program_of(Shape(448, 3, 128, 1)))
+    for slot in ("depth", "vocab", "heads", "narrow", "heal", "qat"):
+        assert f"  {slot}:  # " in text
+    assert "alone it loses 0.100 nats" in text and "# a reason" in text
+    program = composed(text, tmp_path)
+    wanted = steps_of(Shape(448, 3, 128, 1), FULL)
+    wanted["narrow"].calibration_sequences = 100  # what it can't do without, where that is more
+    assert {slot: program.stages[slot] for slot in wanted} == wanted
+    assert program.pipeline[:4] == list(wanted) and program.teacher.source == "random:0"
+    assert program.budget.limits["size_bytes"].max == 60e6
+    assert program.export.files == ["gguf:IQ4_NL"] and program.stages["heal"].lr == 3e-4
+    gentle = composed(recipe.text_of(program_of(Shape(448, 4, 192, 2), healing_rate=0)), tmp_path)
+    assert gentle.pipeline == ["vocab", "qat"], "healing that does harm is left out"
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_grid_has_a_recipe_that_composes(grid, tmp_path):
+    program = composed(recipe.text_of(program_of(FULL, grid=grid)), tmp_path)
+    assert program.export.files == [f"gguf:{grid.upper()}"] and program.stages["qat"].grid == grid
+
+
+def test_limits_paths_and_words_arrive_as_they_were_given(tmp_path):
+    words = 'of "a: #1" ${oc}'
+    text = recipe.text_of(
+        program_of(
+            FULL,
+            limits={"tok_per_sec": Limit(min=200, why=words)},
+            choices={"teacher": "custom"},
+            values={"teacher.source": "some where/a: b", "data.seq_len": 64, "eval.limit": None},
+        )
+    )
+    program = composed(text, tmp_path)
+    assert program.pipeline == ["qat"] and program.data.seq_len == 64
+    assert program.teacher.source == "some where/a: b"
+    limit = program.budget.limits["tok_per_sec"]
+    assert limit.min == 200 and limit.max is None and limit.why == words
+    assert dataclasses.asdict(program.eval)["limit"] is None
+    assert parse_yaml(text, "it")["pipeline"] == ["qat"]
+
+
+def test_run_hands_the_recipe_on(store, monkeypatch):
+    ran = []
+    monkeypatch.setattr("compress.launch.launch", lambda *a: ran.append(a[:2]) or 4)
+    arguments = ["random", "size_bytes=1e6", *TEXT, f"store={store}", "--no-speed", "--run"]
+    assert solve(arguments) == 4
+    assert ran == [("random_none", ["--config-dir=solved"])]
+    assert "pipeline: [qat]" in Path("solved/random_none.yaml").read_text()

@@ -7,8 +7,8 @@ held-out topics and on held-out conversations, of which no cut sees a token. A p
 PARTS and returns rows; what a row is made of is kept under --work, so that a killed run goes on
 where it was and rows that begin alike share that. `fold`: ten of thirty blocks, by influence and by
 KL, with and without folding. `cuts`: a quarter of the parameters, by tokens, blocks, FFN channels
-and heads in several shares. `healed`: one of them distilled. Of fewer tokens, KL is a token of the student's own text, its teacher
-read in these; bits per byte beside the teacher's compare all.
+and heads in several shares. `healed`: one of them distilled. Of fewer tokens, KL is a token of the
+student's own text, its teacher read in these; bits per byte beside the teacher's compare all.
 
 What is chosen by numbers is chosen with --skip 6, which looks at other held-out text than what is
 reported. Writes PART.json and PART.md, ends with one line of JSON.

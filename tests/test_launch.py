@@ -71,7 +71,7 @@ def test_the_vocabulary_is_complete():
     }
     assert not counts.pop("tasks") and not counts.pop("open") and not counts.pop("conversations")
     assert counts == {
-        "budget": 4,
+        "budget": 5,
         "data": 3,
         "eval": 4,
         "export": 12,

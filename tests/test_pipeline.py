@@ -97,8 +97,10 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
         "teacher",
         "vocab",
         "depth",
+        "heads",
         "width",
         "heal",
+        "width",
         "chat",
         "chat",
         "qat",
@@ -195,12 +197,15 @@ def test_a_stage_that_buys_only_quality_says_whether_it_paid(smoke):
     assert "heal did not pay" in smoke[1].stderr or "heal paid" in smoke[1].stderr
 
 
-def test_depth_and_width_really_shrink(smoke):
+def test_every_cut_really_shrinks(smoke):
     by = {r["slot"]: r["scores"]["params"] for r in records(newest(smoke[0]))}
     assert (
         by["teacher"]
+        > by["vocab"]
         > by["depth"]
+        > by["heads"]
         > by["width"]
+        == by["thin"]
         == by["heal"]
         == by["chat"]
         == by["qat"]
@@ -224,7 +229,7 @@ def test_repeating_the_command_reuses_every_stage_and_ends_in_the_same_weights(s
 def test_changing_the_evaluation_keeps_the_weights(smoke):
     folder, _ = smoke
     done = compress(
-        folder, "run", "smoke", *FAST, "eval.limit=3", "pipeline=[depth,width]", "export=none"
+        folder, "run", "smoke", *FAST, "eval.limit=3", "pipeline=[vocab,depth]", "export=none"
     )
     assert done.returncode == 0, done.stderr
     assert [r["reused"] for r in records(newest(folder))] == [False, True, True]
@@ -366,11 +371,11 @@ def test_sync_replays_the_run_that_was_tracked_live(smoke):
     assert done.returncode == 0, done.stderr
     assert (
         sorted(path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*")) == live
-        and len(live) == 10
+        and len(live) == 13
     )
-    assert (run / "03-heal" / "steps.jsonl").stat().st_size and len(
+    assert (run / "05-heal" / "steps.jsonl").stat().st_size and len(
         (run / "records.jsonl").read_text().splitlines()
-    ) == 10
+    ) == 13
 
 
 def test_score_judges_a_checkpoint_and_a_gguf_it_did_not_make(smoke, tmp_path):
@@ -489,7 +494,7 @@ REFUSED = {
     "no tokenizer": (["teacher=./untokenized"], 3, "has no tokenizer"),
     "architecture": (["teacher=./strange"], 3, "strange"),
     "empty data": (["data.train=[empty.txt]"], 3, "empty.txt has no usable text"),
-    "too many blocks": (["stages.depth.blocks=9"], 3, "slot 'depth' after 'teacher'"),
+    "too many blocks": (["stages.depth.blocks=9"], 3, "slot 'depth' after 'vocab'"),
     "unknown task": (["eval.tasks=[gramar]"], 2, "grammar"),
     "format without package": (
         ["export.files=[compressed_tensors]"],

@@ -295,7 +295,7 @@ def test_defaults_that_double_are_given_up(ran, capfd, monkeypatch):
         ("store=", "store is empty"),
         ("store=' '", "store is empty"),
         ("track.project=", "track.project is empty"),
-        ("budget=nan", "budget=nan names no option of budget; allowed: demo, mini, nano, none"),
+        ("budget=nan", "budget=nan names no option of budget; allowed: demo, mini, nano, nano60, none"),
         ("budget=null", "budget=null names no option of budget"),
         ("budget=5", "budget=5 names no option of budget"),
         ("budget=[a]", "budget='a' is no option"),
@@ -388,8 +388,14 @@ def test_chat_data_is_asked_for_by_slots_that_run_alone():
     read = []
 
     class Opened:
-        text = scorer = 0
-        chat = property(lambda self: read.append("chat"))
+        scorer = 0
+        teacher = SimpleNamespace(path=Path("teacher"))
+
+        def text(self, tokens_of):
+            """Nothing of it is looked at."""
+
+        def chat(self, tokens_of):
+            read.append("chat")
 
     for steps in ([], [("chat", "teacher")]):
         opened = Opened()

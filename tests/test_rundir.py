@@ -377,7 +377,7 @@ def test_a_curve_and_its_time_outlive_a_kill_after_the_weights_are_there(tmp_pat
     session = SimpleNamespace(
         recipe=SimpleNamespace(stages={"heal": Stage()}),
         store=store,
-        context=lambda slot, work, curve: {"curve": curve},
+        context=lambda slot, parent, work, curve: {"curve": curve},
     )
     parent = SimpleNamespace(model=SimpleNamespace(path=tmp_path))
 

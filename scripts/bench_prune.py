@@ -7,8 +7,8 @@ held-out topics and on held-out conversations, of which no cut sees a token. A p
 PARTS and returns rows; what a row is made of is kept under --work, so that a killed run goes on
 where it was and rows that begin alike share that. `fold`: ten of thirty blocks, by influence and by
 KL, with and without folding. `cuts`: a quarter of the parameters, by tokens, blocks, FFN channels
-and heads in several shares. Of fewer tokens, KL is a token of the student's own text, its teacher
-read in these; bits per byte beside the teacher's compare all.
+and heads in several shares. `healed`: one of them distilled. Of fewer tokens, KL is a token of the
+student's own text, its teacher read in these; bits per byte beside the teacher's compare all.
 
 What is chosen by numbers is chosen with --skip 6, which looks at other held-out text than what is
 reported. Writes PART.json and PART.md, ends with one line of JSON.
@@ -37,6 +37,7 @@ from compress.models.reading import read_in, reading
 from compress.models.tokenizer import load_tokenizer
 from compress.score.fidelity import States, bits_and_bytes, closeness, hidden_of
 from compress.stages.context import Context
+from compress.stages.distill import Distill
 from compress.stages.prune_depth import Criterion, PruneDepth
 from compress.stages.prune_heads import PruneHeads
 from compress.stages.prune_vocab import PruneVocab
@@ -177,7 +178,25 @@ def cuts(bench: Bench) -> list[Row]:
     )
 
 
-PARTS: dict[str, Callable[[Bench], list[Row]]] = {"fold": fold, "cuts": cuts}
+def healed(bench: Bench) -> list[Row]:
+    """A quarter of the parameters, then distillation."""
+    cut = (PruneVocab(ids=24576), depth(4), PruneWidth(ffn=1408))
+    return bench.rows(
+        {
+            f"24,576 ids, 4 blocks folded, FFN 1408, {tokens:,} tokens": (*cut, healing(tokens))
+            for tokens in (30_720, 112_640)
+        }
+    )
+
+
+def healing(tokens: int) -> Distill:
+    """Distillation as the records of healing have it."""
+    return Distill(
+        tokens=tokens, lr=5e-4, batch_sequences=2, micro_batch_sequences=2, train_embeddings=False
+    )
+
+
+PARTS: dict[str, Callable[[Bench], list[Row]]] = {"fold": fold, "cuts": cuts, "healed": healed}
 
 
 def table(rows: list[Row]) -> list[str]:

@@ -127,7 +127,7 @@ MUTANTS = [
     ),
     *of(
         "search/judge.py",
-        "search/test_solve.py -k vocabulary or smaller",
+        "search/test_solve.py -k smaller_vocabulary",
         ("vocabulary_nats=more_nats / self._plain.tokens", "vocabulary_nats=0.0"),
     ),
     *of(

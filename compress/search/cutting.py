@@ -34,6 +34,7 @@ JUDGED_ROWS = 8  # the last ones of the training text, which nothing here learns
 # how good each is. More where they would not tell all channels apart.
 LEAST_ROWS = 16
 ROWS_PER_COLUMN = 4  # tokens, for every channel that is weighed
+DAMPING = 0.1  # of fits; trying seven on held-out rows takes eight times as long
 BATCH_ROWS = 2  # of healing
 # Learning rate of healing by nats of a cut: on the embedded teacher 2e-5 is right behind a cut of
 # 0.02 nats, where 1e-4 does harm, and 5e-4 behind one of 1.1 (results/prune/).
@@ -68,6 +69,10 @@ class Workshop:
         text = session.text(self.teacher)
         self._rows = rows_of(full, session.recipe.data.seq_len)
         needed = JUDGED_ROWS + max(max(rows.values()) for rows in self._rows.values())
+        self._options: dict[str, dict[str, Any]] = dict(self._rows)
+        self._options |= {
+            slot: self._rows[slot] | {"damping": DAMPING} for slot in ("heads", "narrow")
+        }
         if len(text.ids) < needed:
             raise ConfigError(
                 f"the training text has {len(text.ids)} sequences of {session.recipe.data.seq_len}"
@@ -97,7 +102,7 @@ class Workshop:
             "seed": self.session.recipe.seed,
             "precision": self.session.precision,
             "device": str(best_device()),
-            "rows": [JUDGED_ROWS, self._rows, BATCH_ROWS, RATE_PER_NAT],
+            "rows": [JUDGED_ROWS, self._options, BATCH_ROWS, RATE_PER_NAT],
             "sources": sources,
             "versions": versions_of(*WEIGHTS),
         }
@@ -232,7 +237,7 @@ class Workshop:
 
     def cut(self, shape: Shape) -> Path:
         """The checkpoint of a shape: what it begins with like the last one is not cut again."""
-        steps = list(steps_of(shape, self.full, self._rows).items())
+        steps = list(steps_of(shape, self.full, self._options).items())
         common = 0
         for (slot, stage), (done_slot, done_stage, _) in zip(steps, self._chain, strict=False):
             if (slot, stage) != (done_slot, done_stage):

@@ -104,7 +104,7 @@ def _slots(program: Program) -> dict[str, tuple[str, dict[str, Any], str]]:
         slots[slot] = (name, options, why)
 
     # What gives back what cuts lose, then the grid of the file.
-    if program.healing_rate:
+    if slots and program.healing_rate:
         healing = {
             "tokens": HEALING_TOKENS,
             "batch_sequences": 2,

@@ -84,11 +84,11 @@ def shape_of(config: dict[str, Any]) -> Shape:
 
 
 def steps_of(
-    shape: Shape, full: Shape, rows: Mapping[str, Mapping[str, int]] | None = None
+    shape: Shape, full: Shape, given: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Stage]:
     """The stages that make a shape of the full one, by slot, in order; none for the full one.
 
-    `rows`: slot -> options in place of the stage's own, such as rows of text.
+    `given`: slot -> options in place of the stage's own, such as rows of text.
     """
     makers: dict[str, tuple[bool, Any, dict[str, int]]] = {
         "depth": (shape.blocks < full.blocks, PruneDepth, {"blocks": full.blocks - shape.blocks}),
@@ -98,9 +98,8 @@ def steps_of(
     }
 
     # Those that cut something.
-    given = rows or {}
     return {
-        slot: stage(**options, **given.get(slot, {}))
+        slot: stage(**options, **(given or {}).get(slot, {}))
         for slot, (cuts, stage, options) in makers.items()
         if cuts
     }

@@ -127,6 +127,29 @@ def test_healing_halves_the_survivors_and_a_rung_that_is_not_finished_does_not_c
     assert halve(shapes[:1], heal, Effort().rungs) == []
 
 
+def test_mutants_are_tried_in_the_order_that_measured_shapes_have_taught():
+    """Alone both structures lose alike; together the blocks turn out to be ten times as dear."""
+    alone = {FULL._replace(blocks=20): 1.0, FULL._replace(ffn=14): 1.0}
+    damages = Damages(FULL, alone)
+    children = [FULL._replace(blocks=25), FULL._replace(ffn=18), FULL._replace(ffn=17)]
+
+    def loss(shape):
+        parts = damages.parts(shape)
+        return 10 * parts[1] + parts[2]
+
+    tried = []
+
+    def measure(waiting):
+        tried.append(waiting)
+        return {shape: float(loss(shape)) for shape in waiting}
+
+    starts = [FULL._replace(blocks=28), FULL._replace(ffn=23), Shape(480, 29, 22, 3)]
+    effort = Effort(first=3, parents=1, children=2, rounds=2)
+    explore(starts, lambda s: set(children), damages, measure, effort)
+    assert damages.sum(children[0]) < damages.sum(children[1])
+    assert tried[1] == [FULL._replace(ffn=18), FULL._replace(ffn=17)]
+
+
 def test_a_clock_knows_what_still_fits():
     times = iter([0.0, 30.0, 30.0, 59.0, 59.0])
     clock = Clock(1, lambda: next(times))

@@ -32,6 +32,8 @@ def test_limits_of_shapes_alone_become_bounds_with_the_margin_of_their_predictio
     size, speed = bounds_of(limits, {"tok_per_sec": 0.02})
     assert size == Bound("size_bytes", 60e6, True) and size.holds(60e6) and not size.holds(60.1e6)
     assert not speed.holds(101.9) and speed.holds(102.1)
+    fast = Bound("latency_ms_p50", 3.0, True, 0.02)
+    assert fast.holds(2.93) and not fast.holds(2.95)
     assert bounds_of({"latency_ms_p50": Limit(max=3)}, {"latency_ms_p50": 0.3})[0].margin == 0.05
     with pytest.raises(ConfigError, match="limits none of size_bytes"):
         bounds_of({"open/kept": Limit(min=0.6)}, {})

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from compress.__main__ import main
 from compress.budget import Limit
@@ -16,6 +17,8 @@ from compress.doors import parse_yaml
 from compress.errors import ConfigError
 from compress.formats.settings import Export
 from compress.launch import launch, without_recipe
+from compress.models.checkpoint import load_model
+from compress.models.reading import reading
 from compress.quant.settings import GridName
 from compress.search import cutting, explore, recipe, solution
 from compress.search.explore import Clock, Effort
@@ -156,15 +159,43 @@ def test_shapes_that_begin_alike_share_their_cuts(store, monkeypatch):
     workshop.close()
 
 
-def test_a_smaller_vocabulary_costs_even_where_kl_a_token_sees_nothing(store):
+def oracle(teacher, rows, fold):
+    """Log-probabilities (N, S) in float64 of the teacher in a cut vocabulary, id by id, and the
+    labels' nats in all.
+    """
+    model = load_model(teacher).double()
+    logs, nats = [], 0.0
+    for row in rows:
+        with torch.no_grad():
+            ids = row if fold is None else fold.kept_S[row]
+            p_LV = model(ids[None, :-1]).logits[0].softmax(-1)
+        p_LS = p_LV
+        if fold is not None:
+            p_LS = p_LV[:, fold.kept_S].clone()
+            for dropped, piece in zip(fold.dropped_D, fold.pieces_D, strict=True):
+                p_LS[:, piece] += p_LV[:, dropped]
+        logs.append(p_LS.log())
+        nats -= float(p_LS.log().gather(1, row[1:, None]).sum())
+    return torch.cat(logs), nats
+
+
+def test_a_smaller_vocabulary_costs_what_kl_a_token_does_not_see(store):
     workshop = cutting.Workshop(session(store), FULL, lambda line: None)
-    judge = workshop.judge
-    assert judge.loss(workshop.teacher) == pytest.approx(0, abs=1e-6)
+    judge, teacher = workshop.judge, workshop.teacher
+    assert judge.loss(teacher) == pytest.approx(0, abs=1e-6)
     cut = workshop.cut(Shape(320, 4, 192, 2))
-    reading = judge._reading(cut)
-    assert reading.tokens > judge._plain.tokens, "the same text in more tokens"
-    assert judge.loss(cut) >= reading.vocabulary_nats >= 0
-    assert workshop.judge is judge
+    text = judge._reading(cut)
+    assert text.tokens > judge._plain.tokens, "the same text in more tokens"
+
+    # Both terms by another path: probabilities folded id by id in float64.
+    log_p, nats = oracle(teacher, text.rows, reading(cut, teacher))
+    log_q, _ = oracle(cut, text.rows, None)
+    _, plain_nats = oracle(teacher, judge._plain.rows, None)
+    words = judge._plain.tokens
+    assert nats > plain_nats
+    kl = float((log_p.exp() * (log_p - log_q)).sum())
+    expected = (kl + nats - plain_nats) / words
+    assert judge.loss(cut) == pytest.approx(expected, rel=1e-4)
     workshop.close()
 
 

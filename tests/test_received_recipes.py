@@ -295,7 +295,10 @@ def test_defaults_that_double_are_given_up(ran, capfd, monkeypatch):
         ("store=", "store is empty"),
         ("store=' '", "store is empty"),
         ("track.project=", "track.project is empty"),
-        ("budget=nan", "budget=nan names no option of budget; allowed: demo, mini, nano, nano60, none"),
+        (
+            "budget=nan",
+            "budget=nan names no option of budget; allowed: demo, mini, nano, nano60, none",
+        ),
         ("budget=null", "budget=null names no option of budget"),
         ("budget=5", "budget=5 names no option of budget"),
         ("budget=[a]", "budget='a' is no option"),

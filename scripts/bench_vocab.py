@@ -44,7 +44,7 @@ from compress.store import Store, write_json
 from compress.teacher import open_teacher
 from compress.text.packing import pack
 
-LENGTH, PIECE, CHARACTERS, RATE = 512, 1500, 120_000, 2e-4
+LENGTH, PIECE, CHARACTERS, RATE = 512, 1500, 60_000, 2e-5
 TRAIN = ["embedded:conversations", "embedded:docstrings"]
 HELD = {"conversations": "embedded:conversations_heldout", "topics": "embedded:topics"}
 WIKITEXT = "text/wikitext2_valid.txt"

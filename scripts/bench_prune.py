@@ -6,9 +6,9 @@ Cuts are of the embedded teacher, calibrated on half docstrings, half conversati
 held-out topics and on held-out conversations, of which no cut sees a token. A part is a function of
 PARTS and returns rows; what a row is made of is kept under --work, so that a killed run goes on
 where it was and rows that begin alike share that. `fold`: ten of thirty blocks, by influence and by
-KL, with and without folding. `cuts`: a quarter of the parameters, by tokens, blocks, FFN channels
-and heads in several shares. `healed`: one of them distilled. Of fewer tokens, KL is a token of the
-student's own text, its teacher read in these; bits per byte beside the teacher's compare all.
+KL, with and without folding. `cuts`: a quarter of the parameters, by tokens, blocks and FFN
+channels in several shares. `healed`: the last of them distilled. Of fewer tokens, KL is a token of
+the student's own text, its teacher read in these; bits per byte beside the teacher's compare all.
 
 What is chosen by numbers is chosen with --skip 6, which looks at other held-out text than what is
 reported. Writes PART.json and PART.md, ends with one line of JSON.
@@ -39,7 +39,6 @@ from compress.score.fidelity import States, bits_and_bytes, closeness, hidden_of
 from compress.stages.context import Context
 from compress.stages.distill import Distill
 from compress.stages.prune_depth import Criterion, PruneDepth
-from compress.stages.prune_heads import PruneHeads
 from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
 from compress.stages.stage import Stage
@@ -163,30 +162,24 @@ def fold(bench: Bench) -> list[Row]:
     )
 
 
+SMALLER: Chain = (PruneVocab(ids=24576), depth(4), PruneWidth(ffn=1408))
+
+
 def cuts(bench: Bench) -> list[Row]:
     """A quarter of the parameters."""
-    ffn = {width: PruneWidth(ffn=width) for width in (1152, 1280, 1408)}
-    heads = PruneHeads(kv_groups=2)
+    narrow = PruneWidth(ffn=1152)
     return bench.rows(
         {
-            "5 blocks, FFN 1152": (depth(5, fold=False), ffn[1152]),
-            "5 blocks folded, FFN 1152": (depth(5), ffn[1152]),
-            "5 blocks folded, 2 KV groups, FFN 1280": (depth(5), heads, ffn[1280]),
-            "24,576 ids, FFN 1152": (PruneVocab(ids=24576), ffn[1152]),
-            "24,576 ids, 4 blocks folded, FFN 1408": (PruneVocab(ids=24576), depth(4), ffn[1408]),
+            "5 blocks, FFN 1152": (depth(5, fold=False), narrow),
+            "5 blocks folded, FFN 1152": (depth(5), narrow),
+            "24,576 ids, 4 blocks folded, FFN 1408": SMALLER,
         }
     )
 
 
 def healed(bench: Bench) -> list[Row]:
     """A quarter of the parameters, then distillation."""
-    cut = (PruneVocab(ids=24576), depth(4), PruneWidth(ffn=1408))
-    return bench.rows(
-        {
-            f"24,576 ids, 4 blocks folded, FFN 1408, {tokens:,} tokens": (*cut, healing(tokens))
-            for tokens in (30_720, 112_640)
-        }
-    )
+    return bench.rows({"the same, 30,720 tokens": (*SMALLER, healing(30_720))})
 
 
 def healing(tokens: int) -> Distill:

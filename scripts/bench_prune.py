@@ -132,8 +132,8 @@ class Bench:
         row: Row = {"cut": name, "params": params, "removed_fraction": 1 - params / self.params}
         for text in HELD:
             ids_SL = self.held(text, path)
-            views = [self.states(model, ids_SL, path) for model in (self.teacher, path)]
-            row[f"kl/{text}"] = closeness(*views)["kl"]
+            full, cut = (self.states(model, ids_SL, path) for model in (self.teacher, path))
+            row[f"kl/{text}"] = closeness(full, cut)["kl"]
             row[f"bits/{text}"] = self.bits_per_byte(path, text) / self.bits[text]
         row["seconds"] = seconds
         say(json.dumps(row))

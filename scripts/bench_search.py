@@ -174,8 +174,8 @@ def main() -> None:
     for name, value in figures.items():
         side, goal = GOALS.get(name, ("", float("nan")))
         print(f"{name:26s} {value:10.4f}  {f'{side} {goal}' if side else '-'}")
-    record = figures | {"about": about, "machine": machine.describe(machine.available_threads())}
-    record |= {"commit": machine.git_sha()}
+    where = machine.describe(machine.available_threads())
+    record = figures | {"about": about, "machine": where, "commit": machine.git_sha()}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "search.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -71,7 +71,7 @@ class Bench:
     def heldout(self, source: str) -> str:
         """The text of a source, as the teacher's tokens write it."""
         ids = pack([source], self.teacher, LENGTH, self.work / "data").ids.flatten().tolist()
-        return load_tokenizer(self.teacher).decode(ids, skip_special_tokens=True)
+        return str(load_tokenizer(self.teacher).decode(ids, skip_special_tokens=True))
 
     def context(self, tokens_of: Path, seed: int) -> Context:
         """What a stage may ask for, text in the tokens of a checkpoint."""

@@ -41,6 +41,14 @@ def damp(gram_FF: Tensor, damping: float) -> Tensor:
     return damped_FF
 
 
+def solved(matrix_FF: Tensor, right_FH: Tensor) -> Tensor:
+    """X (F, H) of matrix X = right, of a symmetric positive definite matrix. By Cholesky: torch
+    2.13's LU fails on several threads, "Parameter 6 was incorrect on entry to DLASWP", where a batch
+    of matrices meets a wide right side.
+    """
+    return torch.cholesky_solve(right_FH, torch.linalg.cholesky(matrix_FF))
+
+
 class Remaining:
     """What remains of a layer while columns go: weights (H, F) that make up for them, and the
     inverse (F, F) of the damped Gram matrix. Columns that went are 0 in both.
@@ -59,13 +67,15 @@ class Remaining:
         if groups_MG.shape[1] == 1:
             return weight_MGH.square().sum((1, 2)) / self.inverse_FF.diagonal()[groups_MG[:, 0]]
         inverse_MGG = self.inverse_FF[groups_MG[:, :, None], groups_MG[:, None, :]]
-        return (weight_MGH * torch.linalg.solve(inverse_MGG, weight_MGH)).sum((1, 2))
+        lower_MGG = torch.linalg.cholesky(inverse_MGG)
+        whitened_MGH = torch.linalg.solve_triangular(lower_MGG, weight_MGH, upper=False)
+        return whitened_MGH.square().sum((1, 2))
 
     def remove(self, columns_D: Tensor) -> None:
         """Bring weights and inverse up to date without those columns."""
         inverse_FF = self.inverse_FF
         across_DD = inverse_FF[columns_D][:, columns_D]
-        solved_DF = torch.linalg.solve(across_DD, inverse_FF[columns_D])
+        solved_DF = solved(across_DD, inverse_FF[columns_D])
         self.weight_HF.addmm_(self.weight_HF[:, columns_D], solved_DF, alpha=-1)
         inverse_FF.addmm_(inverse_FF[:, columns_D], solved_DF, alpha=-1)
 
@@ -160,7 +170,7 @@ def reconstruct(weight_HF: Tensor, gram_FF: Tensor, keep_K: Tensor, damping: flo
     The ridge pulls towards the old columns, not towards zero. Result in the dtype of `weight_HF`.
     """
     rows_KF = damp(gram_FF, damping)[keep_K]
-    solved_KH = torch.linalg.solve(rows_KF[:, keep_K], rows_KF @ weight_HF.double().T)
+    solved_KH = solved(rows_KF[:, keep_K], rows_KF @ weight_HF.double().T)
     return solved_KH.T.to(weight_HF.dtype).contiguous()
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.models.walk import Walk
-from compress.prune.compensation import damp
+from compress.prune.compensation import damp, solved
 from compress.prune.shape import HELD_OUT
 
 DAMPINGS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)  # the last one all but leaves W as it is
@@ -73,7 +73,7 @@ class LeastSquares:
         """W (H, F) with the least ||X W^T - Y||^2 + damping * mean(diag X^T X) * ||W - old||^2."""
         damped_FF = damp(self.gram_FF, damping)
         pull_FF = damped_FF - self.gram_FF
-        return torch.linalg.solve(damped_FF, self.cross_FH + pull_FF @ old_HF.double().T).T
+        return solved(damped_FF, self.cross_FH + pull_FF @ old_HF.double().T).T
 
 
 class Fitted(NamedTuple):

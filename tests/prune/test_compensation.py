@@ -134,6 +134,20 @@ def test_costs_after_a_removal_equal_least_squares_without_both_groups():
         assert first + cost == pytest.approx(both, rel=1e-6)
 
 
+def test_groups_of_a_real_size_can_be_weighed_on_several_threads():
+    # torch's LU fails here, about every tenth time, where its right side is wide.
+    columns_MG = torch.arange(576).view(3, -1)
+    torch.set_num_threads(2)
+    try:
+        for seed in range(30):
+            torch.manual_seed(seed)
+            weight_HF, x_NF = torch.randn(576, 576), torch.randn(700, 576).double()
+            remaining = Remaining(weight_HF, x_NF.T @ x_NF, 0.1)
+            assert remaining.costs(columns_MG).isfinite().all()
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_weights_that_remain_are_the_reconstruction():
     x_NF, weight_HF = _problem(channels=12)
     remaining = Remaining(weight_HF, x_NF.T @ x_NF, 0.01)

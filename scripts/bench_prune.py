@@ -38,7 +38,7 @@ from compress.models.tokenizer import load_tokenizer
 from compress.score.fidelity import States, bits_and_bytes, closeness, hidden_of
 from compress.stages.context import Context
 from compress.stages.distill import Distill
-from compress.stages.prune_depth import Criterion, PruneDepth
+from compress.stages.prune_depth import PruneDepth
 from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
 from compress.stages.stage import Stage
@@ -144,19 +144,16 @@ class Bench:
         return [self.row(name, chain) for name, chain in cuts.items()]
 
 
-def depth(blocks: int, fold: bool = True, criterion: str = "influence") -> PruneDepth:
-    """Blocks by the criterion."""
-    return PruneDepth(blocks=blocks, fold=fold, criterion=Criterion(criterion))
+def depth(blocks: int, fold: bool = True) -> PruneDepth:
+    """Blocks by influence."""
+    return PruneDepth(blocks=blocks, fold=fold)
 
 
 def fold(bench: Bench) -> list[Row]:
     """Ten blocks of thirty."""
     return bench.rows(
         {
-            f"10 blocks by {criterion}{', folded' if folded else ''}": (
-                depth(10, folded, criterion),
-            )
-            for criterion in ("influence", "kl")
+            f"10 blocks by influence{', folded' if folded else ''}": (depth(10, folded),)
             for folded in (False, True)
         }
     )

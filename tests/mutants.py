@@ -503,13 +503,6 @@ MUTANTS = [
         ("for block in range(passed, behind):", "for block in (index,):"),
     ),
     *of(
-        "prune/depth.py",
-        "prune/test_importance.py -k by_kl",
-        ("for later in kept[at + 1 :]:", "for later in kept[at:]:"),
-        ("index = min(costs, key=costs.__getitem__)", "index = tried[0]"),
-        ("walk.advance(index) influences[index]", "influences[index]"),
-    ),
-    *of(
         "prune/heads.py",
         "stages/test_prune_heads.py -k keeps_as_many or biases",
         (

@@ -42,9 +42,10 @@ def damp(gram_FF: Tensor, damping: float) -> Tensor:
 
 
 def solved(matrix_FF: Tensor, right_FH: Tensor) -> Tensor:
-    """X (F, H) of matrix X = right, of a symmetric positive definite matrix. By Cholesky: torch
-    2.13's LU fails on several threads, "Parameter 6 was incorrect on entry to DLASWP", where a batch
-    of matrices meets a wide right side.
+    """X (F, H) of matrix X = right, of a symmetric positive definite matrix.
+
+    By Cholesky: torch 2.13's LU fails on several threads, "Parameter 6 was incorrect on entry to
+    DLASWP", where a batch of matrices meets a wide right side.
     """
     return torch.cholesky_solve(right_FH, torch.linalg.cholesky(matrix_FF))
 

@@ -1,17 +1,15 @@
 """Drop whole transformer blocks, and fold what they did into the block in front of them.
 
 Which ones: by block influence, scored again after every removal (ShortGPT, arXiv 2403.03853;
-`compress.prune.importance`), or greedily by the KL to the parent that is left without them
-(`compress.prune.depth`). Folding is a least-squares fit of one projection
+`compress.prune.importance`). Folding is a least-squares fit of one projection
 (`compress.prune.folding`), which adds no weights. A dropped block turns into latency one to one,
 unlike a narrower one. Which blocks went, and into which they were folded, is written to
-`pruning.json`.
+`pruning.json`. Left out: choosing blocks greedily by the KL without them, which took three times as
+long and chose no better (results/prune/fold.md).
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,23 +18,18 @@ from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
 if TYPE_CHECKING:
-    from compress.models.walk import Walk
     from compress.prune.folding import Fold
 
-Criterion = StrEnum("Criterion", ["influence", "kl"])
-CANDIDATES = 8  # blocks whose KL is measured for each that goes
-STRIDE = 4  # one token in so many is looked at for it: the head is a fifth of a small model
 FOLD_SEQUENCES = 64
 
 
 @dataclass
 class PruneDepth:
     """Drop `blocks` blocks, never one of the first `keep_first` or the last `keep_last`, weighed on
-    `calibration_sequences` by the criterion; `fold` them, fitted to `fold_sequences`.
+    `calibration_sequences` by influence; `fold` them, fitted to `fold_sequences`.
     """
 
     blocks: int = 4
-    criterion: Criterion = Criterion.influence
     fold: bool = True
     calibration_sequences: int = 8
     fold_sequences: int = FOLD_SEQUENCES
@@ -90,14 +83,9 @@ class PruneDepth:
         return max(self.calibration_sequences, self.fold_sequences if self.fold else 0)
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every block that goes costs a pass of the calibration text, or half a pass for each
-        candidate; folding costs two.
-        """
-        passes = self.blocks
-        if self.criterion == Criterion.kl:
-            passes *= 2 + CANDIDATES // 2
+        """Every block that goes costs a pass of the calibration text; folding costs two."""
         cost = cost_without_training(sizes, bytes_a_weight=2)
-        cost = cost.with_calibration(sizes, self.calibration_sequences, passes)
+        cost = cost.with_calibration(sizes, self.calibration_sequences, self.blocks)
         return cost.with_calibration(sizes, self.fold_sequences, 2) if self.fold else cost
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
@@ -107,6 +95,7 @@ class PruneDepth:
         from compress.models.checkpoint import load_model
         from compress.models.walk import Walk
         from compress.prune.folding import fold_dropped
+        from compress.prune.importance import drop_blocks
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "prune")
@@ -128,7 +117,8 @@ class PruneDepth:
             shape.check_text("prune_depth.fold_sequences", ids_BL.shape, columns, None)
 
         # Which blocks go, and what is folded into the others.
-        dropped = self._dropped(walk_of(ids_BL[: self.calibration_sequences]))
+        walk = walk_of(ids_BL[: self.calibration_sequences])
+        dropped = drop_blocks(walk, self.blocks, self.keep_first, self.keep_last)
         removed = {index for index, _ in dropped}
         folds = fold_dropped(walk_of(ids_BL), removed) if self.fold else []
         front = next(index for index in range(len(removed) + 1) if index not in removed)
@@ -147,69 +137,22 @@ class PruneDepth:
             **self._metrics(dropped, folds),
         }
 
-    def _dropped(self, walk: "Walk") -> list[tuple[int, float]]:
-        """Blocks that go and what they cost by the criterion, in order."""
-        import torch
-
-        from compress.prune.depth import drop_by_kl
-        from compress.prune.importance import drop_blocks
-
-        ends = (self.keep_first, self.keep_last)
-        with torch.no_grad():
-            if self.criterion == Criterion.kl:
-                return drop_by_kl(walk, _divergence(walk), self.blocks, *ends, CANDIDATES)
-            return drop_blocks(walk, self.blocks, *ends)
-
     def _note(self, dropped: list[tuple[int, float]], folds: "list[Fold]") -> dict[str, Any]:
         """What pruning.json says."""
-        removed = [{"block": index, self.criterion.value: cost} for index, cost in dropped]
+        removed = [{"block": index, "influence": influence} for index, influence in dropped]
         note: dict[str, Any] = {"blocks_removed_in_order": removed}
         if self.fold:
             note["folds"] = [fold._asdict() for fold in folds]
         return note
 
     def _metrics(self, dropped: list[tuple[int, float]], folds: "list[Fold]") -> dict[str, float]:
-        """What is known of the cut, by the criterion that made it."""
-        if self.criterion == Criterion.kl:
-            metrics = {"kl_removed_nats": dropped[-1][1]}
-        else:
-            metrics = {"influence_removed_sum": sum(cost for _, cost in dropped)}
+        """What is known of the cut."""
+        metrics = {"influence_removed_sum": sum(influence for _, influence in dropped)}
         if folds:
             before = sum(fold.error_before for fold in folds) / len(folds)
             metrics["fold_error_before_mean_fraction"] = before
             metrics["fold_error_mean_fraction"] = sum(fold.error for fold in folds) / len(folds)
         return metrics
-
-
-def _divergence(walk: "Walk") -> "Callable[[Walk], float]":
-    """What gives the KL, in nats a token, between the model as it now is and a walk that has passed
-    fewer of its blocks.
-    """
-    import torch
-
-    from compress.distill.fused_head import head_loss
-    from compress.distill.losses import Dense, Mix
-    from compress.models.head import head_of
-
-    head = head_of(walk.model).detach().on(walk.device)
-
-    def final(passed: "Walk") -> Any:
-        return passed.final_states()[::STRIDE].to(walk.device)
-
-    # The model's own distribution.
-    parent = walk.branch()
-    for index in range(len(walk.blocks)):
-        parent.advance(index)
-    target = Dense(final(parent), head)
-    counted_N = torch.ones(len(target.hidden_NH), device=walk.device)
-    labels_N = torch.zeros_like(counted_N, dtype=torch.long)
-
-    def divergence(passed: "Walk") -> float:
-        with torch.autocast(walk.device.type, torch.bfloat16, enabled=walk.precision != "fp32"):
-            loss = head_loss(final(passed), head, labels_N, counted_N, target, Mix())
-        return max(0.0, float(loss) / len(labels_N))
-
-    return divergence
 
 
 def _cut(model: Any, dropped: set[int]) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from compress.models.walk import Walk
-from compress.prune.depth import drop_by_kl
 from compress.prune.importance import block_influence, drop_blocks
 from compress.prune.shape import check_architecture, snap, without_blocks
 
@@ -146,31 +145,6 @@ def test_the_lines_say_how_many_blocks_are_gone_and_the_last_one_comes_at_the_en
     first = [f"block {i}/5 weighed, 0 of 2 gone" for i in (1, 2, 3, 4)]
     assert texts == [*first, "block 4/5 weighed, 1 of 2 gone"]
     assert lines[-1].endswith("  0 s left")
-
-
-def test_by_kl_only_the_least_influential_are_tried_and_each_without_its_block(monkeypatch):
-    """The distance of what comes out stands for KL; turns add up, so that the influence of a block
-    is the distance that it makes.
-    """
-    monkeypatch.setattr("compress.models.walk.LINE_SECONDS", -1)
-    lines: list[str] = []
-    degrees = (1.0, 40.0, 12.0, 20.0, 6.0, 2.0)
-    walk = _walk([_turn(a) for a in degrees], log=lines.append)
-    h_BLH = torch.cat(walk.states)
-    asked: list[float] = []
-
-    def distance(branch: Walk) -> float:
-        turned = block_influence(h_BLH, torch.cat(branch.states))
-        missing = sum(degrees) - torch.tensor(1 - turned).acos().rad2deg().item()
-        asked.append(round(missing, 1))
-        return missing
-
-    dropped = drop_by_kl(walk, distance, 2, keep_first=1, keep_last=1, candidates=2)
-    assert [index for index, _ in dropped] == [4, 2]
-    assert asked == [12.0, 6.0, 18.0, 26.0]  # 12 and 20 degrees, the 6 being gone
-    assert [cost for _, cost in dropped] == pytest.approx([6.0, 18.0], abs=0.1)
-    assert lines[-1].endswith("weighed, 1 of 2 gone  0 s left")
-    assert walk.pace.done == pytest.approx(walk.pace.steps)
 
 
 def test_snap_goes_to_the_nearest_multiple_and_never_to_zero():

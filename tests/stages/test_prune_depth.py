@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from compress.models.checkpoint import load_model, read_config, save_model
 from compress.models.walk import Walk
 from compress.prune.folding import fold_dropped
-from compress.stages.prune_depth import Criterion, PruneDepth
+from compress.stages.prune_depth import PruneDepth
 
 
 @pytest.mark.parametrize("kind", parents.KINDS)
@@ -113,47 +113,6 @@ def test_impossible_values_are_refused(key, value):
 def test_rows_that_nothing_uses_are_refused():
     with pytest.raises(ValueError, match="fold_sequences is 16: nothing uses it with fold=false"):
         PruneDepth(fold=False, fold_sequences=16)
-
-
-def _final(model, ids_BL, kept) -> torch.Tensor:
-    """Logits of these blocks of a model, run by transformers itself."""
-    layers, count = model.model.layers, model.config.num_hidden_layers
-    model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
-    model.config.num_hidden_layers = len(kept)
-    with torch.no_grad():
-        logits = model(ids_BL, use_cache=False).logits
-    model.model.layers, model.config.num_hidden_layers = layers, count
-    return logits.flatten(0, 1)
-
-
-def test_by_kl_the_blocks_go_that_a_search_with_the_whole_model_would_take(tmp_path):
-    """Logits of one token in four, and each candidate by itself."""
-    torch.manual_seed(3)
-    model = load_model(parents.make(tmp_path))
-    with torch.no_grad():
-        for index, layer in enumerate(model.model.layers):
-            layer.mlp.down_proj.weight.mul_(20 + 10 * ((index * 5) % 4))
-    save_model(model, tmp_path / "loud", tmp_path / "parent")
-    model = load_model(tmp_path / "loud")
-    ids_BL = parents.CONTEXT.calibration(6)
-    log_p = _final(model, ids_BL, range(4))[::4].double().log_softmax(-1)
-
-    def kl(kept: list[int]) -> float:
-        log_q = _final(model, ids_BL, kept)[::4].double().log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-
-    kept, expected = [0, 1, 2, 3], []
-    for _ in range(2):
-        costs = {i: kl([k for k in kept if k != i]) for i in kept[:-1]}
-        expected.append(min(costs, key=costs.__getitem__))
-        kept.remove(expected[-1])
-    stage = PruneDepth(
-        blocks=2, criterion=Criterion.kl, fold=False, calibration_sequences=6, keep_first=0
-    )
-    metrics = parents.run(stage, tmp_path / "loud", tmp_path / "out")
-    removed = json.loads((tmp_path / "out" / "pruning.json").read_text())["blocks_removed_in_order"]
-    assert [entry["block"] for entry in removed] == expected
-    assert removed[1]["kl"] == metrics["kl_removed_nats"] == pytest.approx(kl(kept), rel=1e-3)
 
 
 def test_a_fold_is_the_least_squares_fit_to_what_leaves_the_dropped_blocks(tmp_path):

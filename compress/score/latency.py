@@ -13,7 +13,8 @@ Processes differ more than repeats inside one (addresses, clocks, neighbours), s
 sample: a score is exp(mean log x), its 95% interval exp(mean +- t_{n-1} s / sqrt(n)) of the logs:
 Student's t, because a percentile bootstrap of five values covers 84%. One process has no interval;
 memory is the largest. `compare_speed` runs two models in the order A B B A, which cancels what
-drifts linearly: four processes, one ratio.
+drifts linearly: four processes, one ratio. Many models are compared by `measure_in_turn`, which
+opens each for less than a second in one process: what drifts more slowly hits all alike.
 """
 
 import json
@@ -32,6 +33,7 @@ from typing import Any
 from compress.formats.runtimes import runtime_of
 
 # Imports wait in functions: a process's memory is measured.
+IN_TURN = "--in-turn"
 LARGEST_SWEEP = 2**30  # bytes; far beyond every cache, where the rate no longer depends on the size
 
 
@@ -128,19 +130,33 @@ def compare_speed(
     return ratios
 
 
+def measure_in_turn(models: Sequence[Path], runtime: str, timing: Timing) -> list[dict[str, float]]:
+    """Times of one sequence of each model: one process opens, times and closes one after the other.
+    ValueError as `measure`.
+    """
+    return _child([IN_TURN, *map(str, models)], runtime, timing)
+
+
 def _fresh(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
     """One process's numbers."""
+    return _child([str(model)], runtime, timing)
+
+
+def _child(models: list[str], runtime: str, timing: Timing) -> Any:
+    """What a fresh process measures."""
     # It imports this package, wherever it is started.
     package_folder = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package_folder, os.environ.get("PYTHONPATH")]))
     env = os.environ | {"OMP_NUM_THREADS": str(timing.threads), "PYTHONPATH": path}
 
     module = "compress.score.latency"
-    command = [sys.executable, "-m", module, str(model), runtime, json.dumps(asdict(timing))]
+    command = [sys.executable, "-m", module, runtime, json.dumps(asdict(timing)), *models]
     process = subprocess.run(command, capture_output=True, text=True, env=env)
     if process.returncode:
         words = process.stderr.strip().splitlines() or ["no message"]
-        raise ValueError(f"measuring {model} failed with exit {process.returncode}: {words[-1]}")
+        raise ValueError(
+            f"measuring {models[-1]} failed with exit {process.returncode}: {words[-1]}"
+        )
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -199,18 +215,8 @@ def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
     # Every shape warms up by itself.
     generate(timing.prompt_tokens, timing.new_tokens, 1)
     runs = [generate(timing.prompt_tokens, timing.new_tokens, 1) for _ in repeats]
-    peak = peak_rss_bytes()
+    scores = {"peak_rss_bytes": peak_rss_bytes()} | _of_tokens(runs)
     import numpy as np  # only now: llama.cpp does without it, and its memory is what is measured
-
-    # One sequence.
-    runs_ms = np.array(runs)  # (repeats, new_tokens)
-    tokens_ms = runs_ms[:, 1:]
-    scores = {
-        "ttft_ms_p50": float(np.median(runs_ms[:, 0])),
-        "tok_per_sec": 1000 / float(tokens_ms.mean()),
-        "peak_rss_bytes": peak,
-    }
-    scores |= {f"latency_ms_p{q}": float(np.quantile(tokens_ms, q / 100)) for q in (50, 90, 95, 99)}
 
     # Other lengths, and several sequences together.
     for length in timing.prompt_lengths:
@@ -232,5 +238,46 @@ def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
     }
 
 
+def run_in_turn(models: Sequence[Path], runtime: str, timing: Timing) -> list[dict[str, float]]:
+    """Times of one sequence of each model, in this process."""
+    pin(timing.threads)
+    records = []
+    for model in models:
+        generate, _ = runtime_of(runtime).timer(model, timing.threads)
+        generate(timing.prompt_tokens, timing.new_tokens, 1)
+        turns = range(timing.repeats)
+        records.append(
+            _of_tokens([generate(timing.prompt_tokens, timing.new_tokens, 1) for _ in turns])
+        )
+        del generate  # and with it the model
+    return records
+
+
+def _of_tokens(runs: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Scores of one sequence, from the milliseconds (repeats, new_tokens) of each token, the first
+    one's with its prompt's.
+    """
+    import numpy as np
+
+    runs_ms = np.array(runs)
+    tokens_ms = runs_ms[:, 1:]
+    scores = {
+        "ttft_ms_p50": float(np.median(runs_ms[:, 0])),
+        "tok_per_sec": 1000 / float(tokens_ms.mean()),
+    }
+    return scores | {
+        f"latency_ms_p{q}": float(np.quantile(tokens_ms, q / 100)) for q in (50, 90, 95, 99)
+    }
+
+
+def main(runtime: str, timing: str, *models: str) -> None:
+    """Print what a process measures, of one model or, behind IN_TURN, of several."""
+    settings = Timing(**json.loads(timing))
+    if models[0] == IN_TURN:
+        print(json.dumps(run_in_turn([Path(model) for model in models[1:]], runtime, settings)))
+    else:
+        print(json.dumps(run(Path(models[0]), runtime, settings)))
+
+
 if __name__ == "__main__":
-    print(json.dumps(run(Path(sys.argv[1]), sys.argv[2], Timing(**json.loads(sys.argv[3])))))
+    main(*sys.argv[1:])

@@ -25,7 +25,7 @@ from compress.session import Session
 
 LEVELS_ALONE = 3  # of each structure that are measured by themselves
 CHECKS = 4  # unfitted shapes that say how far predicted times are off
-ROUNDS = 3  # of timing
+ROUNDS = 16  # of timing
 RELAXED = 0.05  # of a limit, when it is told what it costs
 CUTTING_SHARE = 0.55  # of the time; healing has the rest
 ALONE_SHARE = 0.35

@@ -7,9 +7,10 @@ Each term is what a part of the network costs: a the call itself, b what every b
 barriers between threads), c its attention, whose query heads go with their key-value heads, d its
 FFN, e the head. The coefficients are those that no part of a machine can have below zero: least
 squares of relative errors with non-negative coefficients (Lawson and Hanson's NNLS). Weights are
-random, since dense kernels take the same time for any; files are timed in fresh processes
-(`score/latency.py`), round by round in alternating order, so that what drifts hits all alike, and
-the median of the rounds counts. Shapes that were not fitted say how far off it is. Left out: caches
+random, since dense kernels take the same time for any; all files are opened and timed one after the
+other, half a second each, round by round in alternating order (`score/latency.py`). A machine that
+is 20% slower for a minute is so for whole rounds: each is divided by its own geometric mean, and
+the median over rounds counts. Shapes that were not fitted say how far off it is. Left out: caches
 that a smaller model fits and a larger doesn't, unless the shapes that are timed lie on both sides.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -31,18 +32,21 @@ import numpy as np
 from compress import machine
 from compress.errors import ResourceError
 from compress.keys import OF_RUNTIME, versions_of
-from compress.score.latency import Timing, measure
+from compress.score.latency import Timing, measure, measure_in_turn
 from compress.search.kept import Kept
 from compress.search.shapes import Family, Levels, Shape
 from compress.search.sizes import Skeletons
+from compress.store import sha256_json
 
 Figures = dict[str, float]
 # What a timing gives and a line of five terms can say; tok_per_sec is 1000 / token_ms.
-PREDICTED = ("latency_ms_p50", "token_ms", "ttft_ms_p50", "peak_rss_bytes")
+TIMES = ("latency_ms_p50", "token_ms", "ttft_ms_p50")
+PREDICTED = (*TIMES, "peak_rss_bytes")
 TERMS = ("call", "block", "attention", "ffn", "head")
 USABLE_ERROR = 0.5  # beyond it times tell nothing of shapes
 TILE_ROWS = 64  # of random weights, over and over: nobody computes with more than a look at them
 RUNTIME = "llama.cpp"
+LEAST_ROUNDS, LONGEST_SECONDS = 3, 180.0  # of timing
 
 
 def terms(shape: Shape) -> np.ndarray:
@@ -148,30 +152,48 @@ class Bench:
     def times(
         self, shapes: Sequence[Shape], timing: Timing, rounds: int, log: Callable[[str], None]
     ) -> dict[Shape, Figures]:
-        """The figures of PREDICTED of each shape, medians of `rounds`, each in a process of its
-        own. What is kept is not timed again.
+        """The figures of PREDICTED of each shape: memory of a fresh process, times over `rounds`.
+
+        Of slow models these are as many as LONGEST_SECONDS hold, but LEAST_ROUNDS. What is kept is
+        not measured again.
         """
         once = replace(timing, processes=1, prompt_lengths=(), batch_sizes=())
-        turns = [
-            (shape, number)
-            for number in range(rounds)
-            for shape in (shapes if number % 2 == 0 else reversed(shapes))
-        ]
-        waiting = [turn for turn in turns if _name(*turn) not in self.kept]
-        start = time.monotonic()
-        for done, (shape, number) in enumerate(waiting, 1):
-            file = self._file(shape)
-            self.kept.get(_name(shape, number), partial(_timed, file, once))
-            seconds_left = (time.monotonic() - start) / done * (len(waiting) - done)
-            log(f"timing shapes {done}/{len(waiting)}, {seconds_left:.0f} s left")
+        for done, shape in enumerate(shapes, 1):
+            if _memory(shape) not in self.kept:
+                memory = partial(_peak_bytes, self._file(shape), replace(once, repeats=1))
+                self.kept.get(_memory(shape), memory)
+                log(f"memory of shapes {done}/{len(shapes)}")
 
+        # Every second round backwards, so that nobody is always the first.
+        seconds = 0.0
+        records: list[list[Figures]] = []
+        for number in range(rounds):
+            if number >= LEAST_ROUNDS and seconds * (1 + 1 / number) > LONGEST_SECONDS:
+                break
+            turn = [*shapes] if number % 2 == 0 else [*reversed(shapes)]
+            record = self.kept.get(_round(turn, number), partial(self._round, turn, once))
+            records.append(record["times"] if number % 2 == 0 else record["times"][::-1])
+            seconds += record["seconds"]
+            seconds_left = seconds / (number + 1) * (rounds - number - 1)
+            log(f"timing shapes, round {number + 1}/{rounds}, {seconds_left:.0f} s left")
+
+        # By shape, with what drifts taken out.
         shutil.rmtree(self.folder, ignore_errors=True)
-        return {shape: self._medians(shape, rounds) for shape in shapes}
+        times = steady(records)
+        return {
+            shape: figures | {"peak_rss_bytes": self.kept[_memory(shape)]}
+            for shape, figures in zip(shapes, times, strict=True)
+        }
 
-    def _medians(self, shape: Shape, rounds: int) -> Figures:
-        """Of what was timed in each round."""
-        records = [self.kept[_name(shape, number)] for number in range(rounds)]
-        return {name: float(np.median([r[name] for r in records])) for name in PREDICTED}
+    def _round(self, shapes: Sequence[Shape], timing: Timing) -> dict[str, Any]:
+        """Times of all shapes, one after the other, and the seconds that this took."""
+        files = [self._file(shape) for shape in shapes]
+        start = time.monotonic()
+        times = [
+            {"token_ms": 1000 / s["tok_per_sec"]} | {name: s[name] for name in TIMES if name in s}
+            for s in measure_in_turn(files, RUNTIME, timing)
+        ]
+        return {"seconds": time.monotonic() - start, "times": times}
 
     def _file(self, shape: Shape) -> Path:
         """A GGUF of random weights in a shape."""
@@ -189,16 +211,32 @@ class Bench:
         return file
 
 
-def _name(shape: Shape, number: int) -> str:
-    return f"{'-'.join(map(str, shape))} round {number}"
+def steady(rounds: Sequence[Sequence[Figures]]) -> list[Figures]:
+    """The times of each shape, from rounds of times of all shapes: the median over rounds of its
+    share of the round's geometric mean, times the median of these means.
+    """
+    figures: list[Figures] = [{} for _ in rounds[0]]
+    for name in TIMES:
+        logs_RS = np.log([[record[name] for record in shapes] for shapes in rounds])
+        means_R1 = logs_RS.mean(1, keepdims=True)
+        times_S = np.exp(np.median(logs_RS - means_R1, 0) + np.median(means_R1))
+        for record, value in zip(figures, times_S, strict=True):
+            record[name] = float(value)
+    return figures
 
 
-def _timed(file: Path, timing: Timing) -> Figures:
-    """The figures of PREDICTED of one process."""
-    scores = measure(file, RUNTIME, timing)["scores"]
-    return {name: scores[name] for name in PREDICTED if name in scores} | {
-        "token_ms": 1000 / scores["tok_per_sec"]
-    }
+def _memory(shape: Shape) -> str:
+    """The name under which a shape's memory is kept."""
+    return f"{'-'.join(map(str, shape))} memory"
+
+
+def _round(shapes: Iterable[Shape], number: int) -> str:
+    """The name under which a round of shapes is kept."""
+    return f"round {number} of {sha256_json([*shapes])[:16]}"
+
+
+def _peak_bytes(file: Path, timing: Timing) -> float:
+    return float(measure(file, RUNTIME, timing)["scores"]["peak_rss_bytes"])
 
 
 def random_checkpoint(config: dict[str, Any], skeleton: Path, out: Path) -> None:
@@ -243,5 +281,5 @@ def settings_of(family: Family, timing: Timing) -> dict[str, Any]:
         "heads_a_group": family.config[heads[0]] // family.config[heads[1]],
         "grid": family.grid.grid.value,
         "timing": asdict(timing),
-        "schema": 1,
+        "schema": 2,
     }

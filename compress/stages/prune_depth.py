@@ -128,7 +128,7 @@ class PruneDepth:
                 " fold them into"
             )
 
-        _cut(model, removed)
+        cut_blocks(model, removed)
         shape.save_checked(model, out, parent)
         (out / "pruning.json").write_text(json.dumps(self._note(dropped, folds), indent=2) + "\n")
         return {
@@ -155,7 +155,7 @@ class PruneDepth:
         return metrics
 
 
-def _cut(model: Any, dropped: set[int]) -> None:
+def cut_blocks(model: Any, dropped: set[int]) -> None:
     """Remove the blocks in place; the config's per-block lists and the attention's KV cache slots
     follow.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,7 +109,7 @@ class Workshop:
 
     def losses(
         self,
-        shapes: Collection[Shape],
+        shapes: Sequence[Shape],
         clock: Clock,
         share: float,
         what: str,
@@ -117,11 +117,15 @@ class Workshop:
         keep_cuts: bool = False,
         at_least: int = 1,
     ) -> Nats:
-        """The loss of each shape right after its cut: those that are known, and of others as many
-        as fit into a share of the time, `at_least` so many. `keep_cuts`: healing may need them.
+        """The loss of each shape, most promising first, right after its cut: those that are known,
+        and of others as many as fit into a share of the time, `at_least` so many. `keep_cuts`:
+        healing may need them.
         """
-        # Those that begin with the same cuts behind each other, in the order of the steps.
-        order = sorted(shapes, key=lambda s: (s.blocks, s.ids, s.kv_heads, s.ffn), reverse=True)
+        # Behind each promising one those that begin with the same cuts, in the order of the steps.
+        place: dict[int, int] = {}
+        for number, shape in enumerate(shapes):
+            place.setdefault(shape.blocks, number)
+        order = sorted(shapes, key=lambda s: (place[s.blocks], -s.ids, -s.kv_heads, -s.ffn))
         measure = partial(self._loss, keep_cut=keep_cuts)
         return self._in_time(order, measure, clock, share, what, at_least=at_least)
 

@@ -216,6 +216,17 @@ def test_a_search_whose_time_is_up_still_chooses(store):
     workshop.close()
 
 
+def test_the_most_promising_come_first_and_those_that_begin_like_them(store, monkeypatch):
+    order = []
+    workshop = cutting.Workshop(session(store), FULL, lambda line: None)
+    monkeypatch.setattr(workshop, "_loss", lambda shape, keep_cut: float(order.append(shape) or 1))
+    promising = [(512, 3, 192, 1), (512, 4, 64, 2), (512, 3, 192, 2), (352, 4, 192, 2)]
+    shapes = [Shape(*numbers) for numbers in promising]
+    workshop.losses(shapes, Clock(1e3), 1.0, "shape")
+    assert order == [shapes[2], shapes[0], shapes[1], shapes[3]]
+    workshop.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -104,7 +104,10 @@ MUTANTS = [
         ("rows / scale / measured[:, None]", "rows / scale"),
         ("blocks * shape.kv_heads", "shape.kv_heads"),
         ("reversed(shapes)", "shapes"),
-        ("float(np.median(", "float(np.max("),
+        ("np.median(logs_RS - means_R1, 0)", "np.max(logs_RS - means_R1, 0)"),
+        ("np.median(logs_RS - means_R1, 0)", "np.median(logs_RS, 0)"),
+        ('else record["times"][::-1]', 'else record["times"]'),
+        ("% 2 == 0 and any(signs)", "% 2 == 0"),
     ),
     *of(
         "search/explore.py",

@@ -28,6 +28,8 @@ from compress.session import Session
 from compress.stages import STAGES
 from compress.stages.distill import Distill
 from compress.stages.stage import Stage
+from compress.store import sha256_json
+from compress.train.packed import Packed
 
 JUDGED_ROWS = 8  # the last ones of the training text, which nothing here learns from
 # Of calibration, fewer than the stages' own numbers: which of two cuts is better shows earlier than
@@ -84,6 +86,7 @@ class Workshop:
         self.folder = session.store.root / "work" / self.kept.key
         self.folder.mkdir(parents=True, exist_ok=True)
         self._judged_SL = text.ids[-JUDGED_ROWS:]
+        self._rows_in_all = len(text.ids)
         self._judge: Judge | None = None
         self._chain: list[tuple[str, Stage, Path]] = []
         self._seconds_a_token = 0.0  # seconds a token, 0 until something was healed
@@ -235,9 +238,20 @@ class Workshop:
         return out
 
     def _context(self, slot: str, parent: Path, work: Path) -> Any:
-        """What a stage may ask for, without its lines."""
+        """What a stage may ask for, without its lines, and without the text that judges: of that a
+        vocabulary that was counted on it would seem to miss nothing.
+        """
         context = self.session.context(slot, parent, work, [])
-        return replace(context, log=lambda line: None)
+        return replace(
+            context, log=lambda line: None, text=lambda: self._but_judged(context.text())
+        )
+
+    def _but_judged(self, text: Packed) -> Packed:
+        """All rows of the text but its end, which is longer where tokens are fewer."""
+        judged = -(-JUDGED_ROWS * len(text.ids) // self._rows_in_all)
+        first_SL = None if text.first is None else text.first[:-judged]
+        digest = sha256_json([text.digest, judged])
+        return Packed(text.ids[:-judged], text.mask[:-judged], digest, first_SL)
 
     def cut(self, shape: Shape) -> Path:
         """The checkpoint of a shape: what it begins with like the last one is not cut again."""

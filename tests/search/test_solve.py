@@ -199,6 +199,24 @@ def test_a_smaller_vocabulary_costs_what_kl_a_token_does_not_see(store):
     workshop.close()
 
 
+def test_no_cut_and_no_healing_sees_the_text_that_judges(store):
+    workshop = cutting.Workshop(session(store), FULL, lambda line: None)
+    judged = workshop.session.text(workshop.teacher).ids[-cutting.JUDGED_ROWS :]
+    assert torch.equal(workshop._judged_SL, judged)
+    text = workshop._context("vocab", workshop.teacher, workshop.folder).text()
+    everything = workshop.session.text(workshop.teacher).ids
+    assert torch.equal(torch.cat([text.ids, judged]), everything)
+    assert len(text.mask) == len(text.ids)
+    assert text.digest != workshop.session.text(workshop.teacher).digest
+
+    # In the tokens of a cut, whose rows are more, its end goes back at least as far.
+    cut = workshop.cut(Shape(320, 4, 192, 2))
+    whole = workshop.session.text(cut).ids
+    seen = len(workshop._context("heal", cut, workshop.folder).text().ids) / len(whole)
+    assert seen <= len(text.ids) / len(everything) < 1
+    workshop.close()
+
+
 def test_the_rate_of_healing_follows_what_a_cut_lost():
     rates = [cutting.healing_rate(nats) for nats in (0.001, 0.02, 0.2, 1.1)]
     assert rates == pytest.approx([2e-5, 2e-5, 2e-4, 5e-4])

@@ -1,6 +1,7 @@
 """What a cut model has lost, in nats per token of its teacher, whatever tokens it has itself.
 
-On rows of training text that no search calibrates, counts or trains on, with KL(p || q) in nats a token,
+On rows of training text that no search calibrates, counts or trains on, with KL(p || q) in nats a
+token,
 
     loss = KL(teacher read in the student's tokens || student) n' / n  +  max(0, c' - c) / n
 

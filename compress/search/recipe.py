@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from compress.budget import Limit
 from compress.quant.settings import SEARCHED
+from compress.search.cutting import BATCH_ROWS
 from compress.search.shapes import Shape, steps_of
 from compress.stages import STAGES
 
@@ -107,8 +108,8 @@ def _slots(program: Program) -> dict[str, tuple[str, dict[str, Any], str]]:
     if slots and program.healing_rate:
         healing = {
             "tokens": HEALING_TOKENS,
-            "batch_sequences": 2,
-            "micro_batch_sequences": 2,
+            "batch_sequences": BATCH_ROWS,
+            "micro_batch_sequences": BATCH_ROWS,
             "lr": program.healing_rate,
             "train_embeddings": False,
         }

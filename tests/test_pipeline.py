@@ -1,44 +1,16 @@
-"""The smoke recipe from the command line: every verb on a real run, refusals,
-interrupts and resuming.
-"""
+"""The smoke recipe from the command line: every verb on a real run."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
+from smoke_runs import FAST, compress, newest, records
 
 from compress.__main__ import main
-from compress.store import file_table, sha256_file
-
-ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-FAST = ["eval.tasks=[grammar]", "eval.limit=4", "trainer.threads=1"]
-
-
-def compress(folder, *arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "compress", *arguments],
-        cwd=folder,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        **options,
-    )
-
-
-def newest(folder, recipe="smoke"):
-    return max(
-        path for path in (folder / "runs" / recipe).iterdir() if (path / "run.json").is_file()
-    )
+from compress.store import sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +19,6 @@ def smoke(tmp_path_factory):
     done = compress(folder, "run", "smoke", "track=wandb", *FAST)
     assert done.returncode == 0, done.stderr
     return folder, done
-
-
-def records(run):
-    return [json.loads(path.read_text()) for path in sorted(run.glob("*/record.json"))]
 
 
 def test_every_slot_has_a_record_with_scores_and_weights(smoke):
@@ -444,132 +412,3 @@ def test_the_plan_runs_nothing(smoke, tmp_path):
     assert "heal" in done.stdout
     assert "GB free" in done.stdout
     assert not (tmp_path / "runs" / "smoke").exists()
-
-
-LONG = ["stages.heal.tokens=19200", "pipeline=[depth,heal]", "export=none", *FAST]
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_resumes_to_the_same_bytes(smoke, tmp_path, how):
-    folder, _ = smoke
-    process = subprocess.Popen(
-        [sys.executable, "-m", "compress", "run", "smoke", *LONG, "store=cut"],
-        cwd=tmp_path,
-        env=ENV,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a background shell job lets its children ignore it
-    )
-    for line in process.stderr:
-        if "teacher signal" in line and "2/" in line:  # training begins a moment later
-            break
-    time.sleep(0.5)
-    process.send_signal(how)
-    process.communicate()
-    assert (
-        process.returncode
-        in {signal.SIGINT: (130,), signal.SIGTERM: (143,), signal.SIGKILL: (-9,)}[how]
-    )
-    if how is not signal.SIGKILL:
-        assert json.loads((newest(tmp_path) / "run.json").read_text())["exit"] == process.returncode
-    done = compress(tmp_path, "run", "smoke", *LONG, "store=cut")
-    assert done.returncode == 0, done.stderr
-    whole = compress(tmp_path, "run", "smoke", *LONG, "store=whole")
-    assert whole.returncode == 0, whole.stderr
-    runs = sorted((tmp_path / "runs" / "smoke").iterdir())
-    assert [r["digest"] for r in records(runs[-1])] == [r["digest"] for r in records(runs[-2])]
-    assert file_table((runs[-1] / "02-heal" / "weights").resolve()) == file_table(
-        (runs[-2] / "02-heal" / "weights").resolve()
-    )
-
-
-REFUSED = {
-    "missing teacher": (
-        ["teacher=./nowhere"],
-        3,
-        "teacher './nowhere' does not exist; give a checkpoint directory",
-    ),
-    "no tokenizer": (["teacher=./untokenized"], 3, "has no tokenizer"),
-    "architecture": (["teacher=./strange"], 3, "strange"),
-    "empty data": (["data.train=[empty.txt]"], 3, "empty.txt has no usable text"),
-    "too many blocks": (["stages.depth.blocks=9"], 3, "slot 'depth' after 'vocab'"),
-    "unknown task": (["eval.tasks=[gramar]"], 2, "grammar"),
-    "format without package": (
-        ["export.files=[compressed_tensors]"],
-        2,
-        "needs compressed_tensors, which is not installed: pip install 'compressed",
-    ),
-    "architecture of a file": (
-        ["teacher=./scaled"],
-        3,
-        "rope_type 'linear' can't be written as GGUF",
-    ),
-    "read-only store": (["store=file/store"], 5, "can't be written"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_before_any_stage(tmp_path, tiny_teacher, monkeypatch, capfd, case):
-    monkeypatch.chdir(tmp_path)
-    for name in ("untokenized", "strange", "scaled"):
-        shutil.copytree(tiny_teacher, tmp_path / name)
-    (tmp_path / "untokenized" / "tokenizer.json").unlink()
-    config = json.loads((tmp_path / "strange" / "config.json").read_text())
-    (tmp_path / "strange" / "config.json").write_text(
-        json.dumps(config | {"model_type": "strange", "architectures": ["StrangeForCausalLM"]})
-    )
-    rope = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
-    (tmp_path / "scaled" / "config.json").write_text(json.dumps(config | rope))
-    if case == "format without package":
-        monkeypatch.setattr("compress.formats.importlib.util.find_spec", lambda name: None)
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "file").write_text("")
-    arguments, code, message = REFUSED[case]
-    assert main(["run", "smoke", *arguments]) == code
-    assert message in capfd.readouterr().err
-    assert not list(tmp_path.glob("runs/smoke/*"))
-
-
-def test_a_full_disk_is_exit_5_and_keeps_what_was_made(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("compress.models.checkpoint.save_file", full)
-    assert main(["run", "smoke", *FAST]) == 5
-    assert "the disk refuses" in capfd.readouterr().err
-    assert not list(tmp_path.glob("runs/.store/entries/[0-9a-f]*")) and not list(
-        tmp_path.glob("runs/.store/entries/.*.part")
-    )
-
-
-def test_too_little_disk_is_refused_before_work(tmp_path, monkeypatch, capfd):
-    import collections
-
-    monkeypatch.chdir(tmp_path)
-    usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 9, 1))
-    assert main(["run", "smoke", *FAST]) == 5
-    assert re.search(r"may need [\d.]+ MB in .*, 1 bytes are free", capfd.readouterr().err)
-    assert not list(tmp_path.glob("runs/smoke/*"))
-
-
-def test_a_stage_that_did_not_pay_is_passed_over_where_the_recipe_says_so(tmp_path):
-    done = compress(
-        tmp_path,
-        "run",
-        "smoke",
-        "pipeline=[depth,heal,round]",
-        "stages.heal.lr=1.0",
-        "stages.heal.keep=better",
-        "export=none",
-        *FAST,
-    )
-    assert done.returncode == 0, done.stderr
-    by = {record["slot"]: record for record in records(newest(tmp_path))}
-    assert by["heal"]["payoff"]["paid"] is False and by["heal"]["payoff"]["kept"] == "depth"
-    assert by["round"]["parent"] == "depth"
-    assert "heal did not pay" in done.stderr and "depth goes on in its place" in done.stderr

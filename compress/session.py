@@ -163,6 +163,7 @@ class Session:
             stage = self.recipe.stages[slot]
             if isinstance(stage, PruneVocab):
                 stage.check_tokenizer(self.teacher.path)
+                self.vocabulary(self.teacher.path)
 
     def _check_length(self, slot: str) -> None:
         """Say, or refuse with data.reread=refuse, that a stage wants more text than there is."""
@@ -211,6 +212,11 @@ class Session:
             chat_labels=data.chat_labels.value,
         )
 
+    def vocabulary(self, tokens_of: Path) -> Packed | None:
+        """Text whose tokens a smaller vocabulary keeps besides the training text's."""
+        sources = self.recipe.data.vocabulary
+        return self._pack(sources, tokens_of) if sources else None
+
     def chat(self, tokens_of: Path) -> Packed:
         """Question-answer training data, in the tokens of a checkpoint. ValueError for none."""
         data = self.recipe.data
@@ -246,6 +252,8 @@ class Session:
         config.pop("keep", None)
         if folder := config.get("signal", {}).pop("path", None):
             config["signal"]["made_with"] = made_with(folder)
+        if isinstance(stage, PruneVocab) and (counted := self.vocabulary(parent.path)):
+            config["counted"] = counted.digest
 
         return {
             "technique": self.recipe.technique(slot),
@@ -282,6 +290,7 @@ class Session:
             calibration=lambda n: self.text(parent).ids[:n, :-1].long(),
             text=lambda: self.text(parent),
             chat=lambda: self.chat(parent),
+            vocabulary=lambda: self.vocabulary(parent),
             file_overhead=overhead_bytes,
             precision=self.precision,
             label=slot,

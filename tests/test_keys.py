@@ -198,6 +198,7 @@ def session_of(teacher: Path) -> SimpleNamespace:
     """What `Session.inputs` reads of a session, for one stage of every technique."""
     stages = {
         "depth": STAGES["prune_depth"](blocks=1),
+        "vocab": STAGES["prune_vocab"](ids=384),
         "heal": STAGES["distill"](tokens=64),
         "chat": STAGES["lora"](tokens=64),
         "qat": STAGES["qat"](tokens=64),
@@ -217,6 +218,7 @@ def session_of(teacher: Path) -> SimpleNamespace:
         teacher=model_of(teacher),
         text=lambda tokens_of: TEXT,
         chat=lambda tokens_of: TEXT,
+        vocabulary=lambda tokens_of: None,
         precision="fp32",
         threads=1,
     )
@@ -271,6 +273,12 @@ def test_slot_names_and_what_goes_on_are_no_inputs_but_technique_parent_and_chat
     assert weights_key(opened, "other") == before
     monkeypatch.setattr(opened, "chat", lambda tokens_of: OTHER)
     assert weights_key(opened) == before and weights_key(opened, "chat") != chat
+
+
+def test_text_that_is_counted_is_an_input_of_a_smaller_vocabulary_alone(opened, monkeypatch):
+    vocab, heal = weights_key(opened, "vocab"), weights_key(opened)
+    monkeypatch.setattr(opened, "vocabulary", lambda tokens_of: OTHER)
+    assert weights_key(opened, "vocab") != vocab and weights_key(opened) == heal
 
 
 def test_a_mixture_depends_on_what_the_rest_of_a_gguf_takes(opened, monkeypatch):

@@ -72,7 +72,7 @@ def test_the_vocabulary_is_complete():
     assert not counts.pop("tasks") and not counts.pop("open") and not counts.pop("conversations")
     assert counts == {
         "budget": 5,
-        "data": 3,
+        "data": 4,
         "eval": 4,
         "export": 12,
         "stage": 9,
@@ -114,6 +114,10 @@ def test_the_vocabulary_is_complete():
         (
             ["run", "smoke", "data.heldout=[embedded:docstrings]"],
             "held-out text must never be trained on",
+        ),
+        (
+            ["run", "smoke", "data.vocabulary=[embedded:topics]"],
+            "held-out text must never be trained on, nor decide which tokens stay",
         ),
         (["run", "smoke", "export=gguf_q8_0"], "export.files=gguf:Q8_0 would re-round slot 'qat'"),
         (

@@ -101,6 +101,7 @@ class Workshop:
             "kind": "damage",
             "teacher": self.session.teacher.digest,
             "text": text,
+            "vocabulary": (more := self.session.vocabulary(self.teacher)) and more.digest,
             "seq_len": self.session.recipe.data.seq_len,
             "seed": self.session.recipe.seed,
             "precision": self.session.precision,

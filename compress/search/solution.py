@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from compress.budget import Limit, human
 from compress.errors import ConfigError
@@ -22,6 +22,7 @@ from compress.search.shapes import Family, Shape, steps_of
 from compress.search.sizes import Sizes, Skeletons
 from compress.search.speed import Bench, SpeedModel, design, fitted, settings_of
 from compress.session import Session
+from compress.stages.prune_vocab import counts_of
 
 LEVELS_ALONE = 3  # of each structure that are measured by themselves
 CHECKS = 4  # unfitted shapes that say how far predicted times are off
@@ -111,8 +112,7 @@ def opened(session: Session, log: Callable[[str], None]) -> tuple[Family, Skelet
     teacher = session.teacher.path
 
     def counts() -> Counter[int]:
-        ids, numbers = session.text(teacher).ids.unique(return_counts=True)
-        return Counter(dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
+        return counts_of(session.text(teacher), session.vocabulary(teacher))
 
     # A tokenizer that can't be cut leaves the vocabulary as it is.
     try:
@@ -126,10 +126,12 @@ def opened(session: Session, log: Callable[[str], None]) -> tuple[Family, Skelet
     return family, Skeletons(teacher, counts, folder)
 
 
-def _skeleton_settings(session: Session) -> dict[str, str]:
+def _skeleton_settings(session: Session) -> dict[str, Any]:
     """What cut tokenizers depend on."""
-    text = session.text(session.teacher.path).digest
-    return {"kind": "skeletons", "teacher": session.teacher.digest, "text": text}
+    teacher = session.teacher.path
+    more = session.vocabulary(teacher)
+    texts = [session.text(teacher).digest, more and more.digest]
+    return {"kind": "skeletons", "teacher": session.teacher.digest, "texts": texts}
 
 
 def sizes_of_all(family: Family, sizes: Sizes) -> dict[Shape, dict[str, float]]:

@@ -36,5 +36,7 @@ class Context:
     label: str  # what progress lines call this stage
     log: Callable[[str], None]
     curve: Callable[[list[dict[str, float]]], None]  # receives the training curve
+    # more text whose tokens a smaller vocabulary keeps, None for none
+    vocabulary: Callable[[], Packed | None] = lambda: None
     parallel: str = "none"  # or ddp, fsdp2
     activation_checkpointing: bool = False

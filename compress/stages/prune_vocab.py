@@ -1,5 +1,6 @@
-"""Cut the vocabulary: tokens that the training text uses least go, leaves of the merge tree first
-(`compress/prune/vocabulary.py`), with their rows of embedding and head.
+"""Cut the vocabulary: tokens that the training text, and data.vocabulary beside it, use least go,
+leaves of the merge tree first (`compress/prune/vocabulary.py`), with their rows of embedding and
+head.
 
 Special tokens and all bytes stay, so that any text can be written as before, only in more tokens;
 what that costs is a loss in bits per byte, not in KL a token, which means nothing across
@@ -11,11 +12,14 @@ thirds of Gemma-3-270M; and the head is read at every step.
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.prune import shape
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
+
+if TYPE_CHECKING:
+    from compress.train.packed import Packed
 
 
 @dataclass
@@ -80,10 +84,9 @@ class PruneVocab:
         model: Any = load_model(parent)
         self.check_tokenizer(parent)
 
-        # Which tokens stay, by how often the training text uses them.
+        # Which tokens stay, by how often text uses them.
         bpe = read_bpe(parent)
-        text_ids, text_counts = ctx.text().ids.unique(return_counts=True)
-        counts = Counter(dict(zip(text_ids.tolist(), text_counts.tolist(), strict=True)))
+        counts = counts_of(ctx.text(), ctx.vocabulary())
         target = shape.snap(self.ids, self.multiple)
         kept = kept_ids(bpe.ids, bpe.merges, counts, target, bpe.protected)
 
@@ -100,6 +103,16 @@ class PruneVocab:
             "params_removed_fraction": 1 - model.num_parameters() / params,
             "text_growth_fraction": kept.tokens_added / counts.total(),
         }
+
+
+def counts_of(*texts: "Packed | None") -> "Counter[int]":
+    """How often each id occurs in texts, of which some may be None."""
+    counts: Counter[int] = Counter()
+    for text in texts:
+        if text is not None:
+            ids, numbers = text.ids.unique(return_counts=True)
+            counts.update(dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
+    return counts
 
 
 def cut_rows(model: Any, kept_S: Any) -> None:

@@ -32,6 +32,8 @@ class Data:
     # Of a stage whose tokens are more than its text has: read it more often and say so, or end
     # before work starts.
     reread: Reread = Reread.tell
+    # Beside data.train: text whose tokens a smaller vocabulary keeps too. Nothing learns from it.
+    vocabulary: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.seq_len < 8:
@@ -40,7 +42,7 @@ class Data:
             raise ConfigError("data.train and data.heldout must each name at least one source")
 
         # Sources that there are, in the right number, each in one place.
-        for key in ("train", "chat", "heldout"):
+        for key in ("train", "chat", "heldout", "vocabulary"):
             for source in getattr(self, key):
                 check_source(f"data.{key}", source)
         if self.weights and (len(self.weights) != len(self.train) or not min(self.weights) > 0):
@@ -48,11 +50,11 @@ class Data:
                 f"data.weights={self.weights} must be one number above 0 for each of the"
                 f" {len(self.train)} sources in data.train"
             )
-        both = set(self.train + self.chat) & set(self.heldout)
+        both = set(self.train + self.chat + self.vocabulary) & set(self.heldout)
         if both:
             raise ConfigError(
                 f"data.heldout shares {sorted(both)} with the training data; held-out text must"
-                " never be trained on"
+                " never be trained on, nor decide which tokens stay"
             )
         check_values("data", self)
 

@@ -20,10 +20,11 @@ from compress.models.tokenizer import load_tokenizer
 from compress.score.scorer import Scorer
 from compress.score.settings import Eval
 from compress.stages.distill import Distill
-from compress.stages.prune_vocab import PruneVocab
+from compress.stages.prune_vocab import PruneVocab, counts_of
 from compress.stages.training import open_source
 from compress.store import Store
 from compress.text.packing import pack
+from compress.train.packed import Packed
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,22 @@ def test_kept_tokens_have_the_logits_that_they_had(tiny_teacher, student):
         logits = load_model(tiny_teacher)(kept_S[ids]).logits[..., kept_S]
         torch.testing.assert_close(load_model(student)(ids).logits, logits)
     assert read_config(student)["vocab_size"] == len(load_tokenizer(student)) == 384
+
+
+def test_tokens_of_more_text_are_counted_beside_those_of_the_training_text(tiny_teacher, tmp_path):
+    context = make_context(tiny_teacher, tmp_path)
+    used = set(context.text().ids.flatten().tolist())
+    rare = next(i for i in range(300, 512) if i not in used)
+    more = Packed(torch.full((4000, 33), rare, dtype=torch.int32), None, "more")
+
+    def kept(name, **changes):
+        stage = PruneVocab(ids=384)
+        stage.run(tiny_teacher, tmp_path / name, dataclasses.replace(context, **changes))
+        return set(reading(tmp_path / name, tiny_teacher).kept_S.tolist())
+
+    alone, both = kept("alone"), kept("both", vocabulary=lambda: more)
+    assert rare in both - alone and len(both) == len(alone) == 384
+    assert counts_of(context.text(), None, more)[rare] == 4000 * 33
 
 
 def test_an_untied_head_with_a_bias_is_cut_like_the_embedding():

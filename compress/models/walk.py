@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.models.blocks import blocks_of
+from compress.models.blocks import blocks_of, final_norm
 from compress.models.checkpoint import best_device
 
 ROWS = 4  # sequences sent through a block at a time
@@ -245,7 +245,7 @@ class Walk:
         """Hand the states that have passed all blocks, after the final norm (ROWS, L, H), to the
         taker, group by group and on the device.
         """
-        norm = self.model.get_decoder().norm
+        norm = final_norm(self.model, self.ids_BL[:1, :1])
         with self.lent(norm):
             for x_BLH in self.states:
                 taker(norm(x_BLH.to(self.device)))

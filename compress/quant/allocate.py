@@ -23,6 +23,7 @@ from torch import Tensor
 
 from compress.distill.fused_head import head_loss
 from compress.distill.losses import Dense, Mix
+from compress.models.blocks import blocks_prefix
 from compress.models.head import head_of
 from compress.models.walk import Walk
 from compress.quant.codes import quantizable
@@ -42,6 +43,7 @@ class _Calibration:
         self.model = model
         self.walk = Walk(model, ids_RL)
         self.front = 0  # the block that the walk stands in front of
+        self.prefix = blocks_prefix(model)
         device = self.walk.device
         self.labels_N = ids_RL.flatten().to(device)
         self.counted_N = torch.ones(ids_RL.numel(), device=device)
@@ -62,7 +64,7 @@ class _Calibration:
         it give what they gave before.
         """
         walk = self.walk.branch()
-        index = _block_of(name)
+        index = self.block_of(name)
         if index is None:
             walk.enter()
             return self.final(walk, 0)
@@ -71,10 +73,15 @@ class _Calibration:
 
     def reach(self, name: str) -> None:
         """Go on to the block that a matrix is in, while all matrices are as they were."""
-        index = _block_of(name)
+        index = self.block_of(name)
         while index is not None and self.front < index:
             self.walk.advance(self.front)
             self.front += 1
+
+    def block_of(self, name: str) -> int | None:
+        """The index of the block that a matrix is in; None for embedding and head."""
+        inside = name.startswith(self.prefix)
+        return int(name.removeprefix(self.prefix).split(".")[0]) if inside else None
 
     def divergence(self, name: str) -> float:
         """KL(p || the model as it now is) in nats a token, with one matrix changed."""
@@ -82,11 +89,6 @@ class _Calibration:
         final_NH = self.changed(name)
         loss = head_loss(final_NH, head, self.labels_N, self.counted_N, self.target, Mix())
         return max(0.0, float(loss) / len(self.labels_N))
-
-
-def _block_of(name: str) -> int | None:
-    """The index of the block that a matrix is in; None for embedding and head."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
 def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, list[str]]:

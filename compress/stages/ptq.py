@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compress.prune.shape import check_architecture
+from compress.models.blocks import Work, row_for
 from compress.quant.settings import BLOCK, SEARCHED, Allocation, Balance, GridName, Method, Scales
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
@@ -150,11 +150,11 @@ class Ptq(OnGrid):
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result: the parent's, unchanged. ValueError when its rows don't divide
-        into blocks, or its layers have other names.
+        into blocks, or no calibration text can round its family.
         """
         self.check_rows(config)
-        if self.passes or self.allocate.file_bytes:
-            check_architecture(config, "calibrated or allocated")
+        if self.passes:
+            row_for(config, Work.calibrated)
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compress.models.blocks import row_of
 from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of
 from compress.quant.grids import GRIDS
 
@@ -52,7 +53,7 @@ def test_folding_any_factors_leaves_logits(kind):
     before = _logits(model)
     generator = torch.Generator().manual_seed(0)
     for block in model.model.layers:
-        for group in groups_of(block):
+        for group in groups_of(row_of(model), block, 32):
             size = group.matrix().shape[1] // group.repeats
             s = torch.exp(torch.randn(size, generator=generator))
             weights = group.matrix().clone()

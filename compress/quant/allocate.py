@@ -96,14 +96,14 @@ def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, 
     when there is none.
     """
     legal_grids = {
-        name: [grid for grid in grids if home.weight.shape[-1] % GRIDS[grid].block == 0]
-        for name, home in matrices.items()
+        name: [grid for grid in grids if matrix.rows.shape[1] % GRIDS[grid].block == 0]
+        for name, matrix in matrices.items()
     }
 
     for name, legal in legal_grids.items():
         if not legal:
             raise ValueError(
-                f"{name} has rows of {matrices[name].weight.shape[-1]}: none of"
+                f"{name} has rows of {matrices[name].rows.shape[1]}: none of"
                 f" {', '.join(grids)} takes them; add q8_0, whose blocks are"
                 f" {GRIDS['q8_0'].block}"
             )
@@ -133,13 +133,13 @@ def _measured(
     """c_ig of all matrices; the file `kept` has those of a killed run, and gets each new one."""
     damages: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
     with progress(label, len(matrices), len(damages), log) as update:
-        for name, home in matrices.items():
+        for name, matrix in matrices.items():
             if set(legal_grids[name]) <= damages.get(name, {}).keys():
                 continue
 
             # One matrix on all of its grids, kept at once.
             start = time.monotonic()
-            damage = _damage(name, home.weight, legal_grids[name], text)
+            damage = _damage(name, matrix.rows, legal_grids[name], text)
             damages[name] = damage
             write_json(kept, damages)
 
@@ -168,8 +168,8 @@ def options(
     damages = _measured(matrices, legal_grids, _Calibration(model, ids_RL), kept, label, log)
 
     choices: Options = {}
-    for name, home in matrices.items():
-        weights = home.weight.numel()
+    for name, matrix in matrices.items():
+        weights = matrix.weight.numel()
         choices[name] = {
             grid: (damages[name][grid], round(weights * GRIDS[grid].bits_per_weight / 8))
             for grid in legal_grids[name]

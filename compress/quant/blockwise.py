@@ -97,8 +97,8 @@ class Blockwise:
     @torch.no_grad()
     def plain(self) -> None:
         """Every matrix by itself, without data."""
-        for name, home in quantizable(self.model).items():
-            self.round(name, home.weight)
+        for name, matrix in quantizable(self.model).items():
+            self.round(name, matrix.rows)
 
     @torch.no_grad()
     def calibrated(
@@ -112,7 +112,7 @@ class Blockwise:
         outside = [
             pair for pair in quantizable(self.model).items() if not pair[0].startswith(prefix)
         ]
-        (first, embedding), *heads = outside
+        (first, embedding), *heads = [(name, matrix.home) for name, matrix in outside]
         walk = Walk(self.model, ids_BL, precision=precision, log=log, advice=ADVICE)
         self._kept(
             work / "embeddings.safetensors",

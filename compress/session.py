@@ -306,6 +306,8 @@ def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
         stage = session.recipe.stages[slot]
         try:
             shapes[slot] = stage.check_shape(dict(shapes[parent]))
+            if isinstance(stage, OnGrid):
+                stage.check_matrices(meta_model(shapes[parent]))
         except ValueError as error:
             raise ValueError(f"slot {slot!r} after {parent!r}: {error}") from error
 

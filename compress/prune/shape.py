@@ -12,6 +12,8 @@ from compress.models.blocks import Row, Work, row_for
 
 # What a config says of attention heads.
 HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+# How many blocks there are, as a config and as GPT-2's says it.
+DEPTH_KEYS = ("num_hidden_layers", "n_layer")
 AUTO = "auto"  # the damping by held-out rows
 HELD_OUT = 8  # of which every so many-th row is one
 
@@ -105,7 +107,8 @@ def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:
         for key, value in config.items()
         if "layer" in key and isinstance(value, list) and len(value) == blocks
     }
-    return {**config, **per_block, "num_hidden_layers": blocks - len(dropped)}
+    counts = {key: blocks - len(dropped) for key in DEPTH_KEYS if key in config}
+    return {**config, **per_block, **counts}
 
 
 def save_checked(model: Any, out: Path, parent: Path) -> None:

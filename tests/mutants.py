@@ -466,7 +466,7 @@ MUTANTS = [
         ("len(heard) == len(takers)", "False"),
         ("other.states = list(self.states)", "pass"),
         ("self._place.leave()", "pass"),
-        ("one = self._noted(self.ids_BL[:1], in_tuples)", "one = self._noted(self.ids_BL, True)"),
+        ("one = self._noted(self.ids_BL[:1], others)", "one = self._noted(self.ids_BL, others)"),
         ("max(done - self.first, 1e-9)", "max(done, 1e-9)"),
     ),
     *of(
@@ -526,12 +526,17 @@ MUTANTS = [
         "models/test_blocks.py -k parts_are or fused_projection",
         ("rows.view(-1, 3, width).unbind(1)", "rows.view(3, -1, width).unbind(0)"),
         ("shared = (len(rows) - columns) // 2", "shared = columns // 2"),
-        ("out[..., rows_K.to(out.device)]", "out[..., : len(rows_K)]"),
+    ),
+    Mutant(
+        "distill/taps.py",
+        "out[..., rows_K.to(out.device)]",
+        "out[..., : len(rows_K)]",
+        "models/test_blocks.py -k fused_projection",
     ),
     *of(
         "models/walk.py",
         "models/test_blocks.py -k positional or something_of_each_row",
-        ("return (x_BLH,) if in_tuples else x_BLH", "return x_BLH"),
+        ("return x_BLH if others is None else (x_BLH, *others)", "return x_BLH"),
         ("arguments.append((args[1:], given))", "arguments.append(((), given))"),
         ("not _same(one, two)", "False"),
     ),
@@ -555,7 +560,7 @@ MUTANTS = [
     *of(
         "prune/shape.py",
         "prune/test_structures.py -k know_their_numbers",
-        ("config.get(key) not in (None, False, 1, [])", "False"),
+        ("value is True or value not in (None, False, 1, [])", "value is True"),
         ("for key in DEPTH_KEYS if key in config", "for key in DEPTH_KEYS[:1]"),
     ),
     *of(

@@ -11,17 +11,16 @@ Blocks are found in any model that has a list of as many modules as its config c
 or without one: distilling, scoring and rounding without data need no more. Left out: mixers that
 are no attention (convolutions, state spaces), whose models have no row.
 
-Letters: R rows (sequences), L tokens of one, H hidden, D width of a head. No torch at import: a
-plan reads rows, not tensors.
+Letters: L tokens, H hidden, K outputs of a layer that are meant. No torch at import: a plan reads
+rows, not tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -237,6 +236,13 @@ def named(config: Mapping[str, Any]) -> Row | None:
     return next((row for row in ROWS if row.architecture == architecture), None)
 
 
+def lengths_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """Inputs that a model's matrices have, by the keys under which its config says them."""
+    row = named(config)
+    width_key = row.width_key if row is not None else "intermediate_size"
+    return {key: config[key] for key in ("hidden_size", width_key) if config.get(key)}
+
+
 def row_for(config: Mapping[str, Any], work: Work) -> Row:
     """The row of a config that this can be done to. ValueError naming the architecture, what
     would be needed, and those that can.
@@ -356,38 +362,3 @@ def inputs_of(linear: Any) -> int:
 def outputs_of(linear: Any) -> int:
     """Its outputs."""
     return int(getattr(linear, "out_features", None) or linear.nf)
-
-
-@contextmanager
-def tapped(
-    model: Any, layers: Sequence[int], projections: Sequence[int] = ()
-) -> Iterator[dict[str, Tensor]]:
-    """Collect, while `model` runs, outputs (R, L, H) of `layers` as "layer<i>" and Q, K, V of
-    `projections` as "q<i>". ValueError when a block has no projections of q, k, v.
-    """
-    from compress.models.checkpoint import head_dim
-
-    seen: dict[str, Tensor] = {}
-    blocks = blocks_of(model)
-    row = row_of(model) or ROWS[0]
-
-    def keep_states(name: str, module: nn.Module, arguments: Any, out: Any) -> None:
-        seen[name] = out[0] if isinstance(out, tuple) else out
-
-    def keep_rows(name: str, rows_K: Tensor, module: nn.Module, arguments: Any, out: Any) -> None:
-        seen[name] = out if len(rows_K) == out.shape[-1] else out[..., rows_K.to(out.device)]
-
-    # Hooks are taken away again, whatever happens meanwhile.
-    with ExitStack() as hooks:
-        for i in layers:
-            hook = partial(keep_states, f"layer{i}")
-            hooks.enter_context(blocks[i].register_forward_hook(hook))
-        for i in projections:
-            try:
-                parts = qkv_of(row, blocks[i], head_dim(model.config))
-            except ValueError as error:
-                raise ValueError(f"{error}; set features.relations=0") from error
-            for name, part in zip("qkv", parts, strict=True):
-                hook = partial(keep_rows, f"{name}{i}", part.rows_K)
-                hooks.enter_context(part.linear.register_forward_hook(hook))
-        yield seen

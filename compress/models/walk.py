@@ -278,9 +278,9 @@ class Walk:
         """What the model calls each block with besides its states: positions and masks of one row,
         which hold for any number of rows. ValueError where those of two rows are others.
         """
-        in_tuples = self._gives_tuples()
-        one = self._noted(self.ids_BL[:1], in_tuples)
-        two = self._noted(torch.cat([self.ids_BL[:1], self.ids_BL[-1:]]), in_tuples)
+        others = self._others()
+        one = self._noted(self.ids_BL[:1], others)
+        two = self._noted(torch.cat([self.ids_BL[:1], self.ids_BL[-1:]]), others)
         if not _same(one, two):
             raise ValueError(
                 f"blocks of {type(self.model).__name__} receive something of each row besides its"
@@ -288,20 +288,22 @@ class Walk:
             )
         return one
 
-    def _gives_tuples(self) -> bool:
-        """Whether a block returns its states as the first of several, by one token in the first."""
-        in_tuples = False
+    def _others(self) -> tuple[Any, ...] | None:
+        """What a block returns behind its states, by one token in the first; None where it returns
+        no tuple.
+        """
+        others: tuple[Any, ...] | None = None
 
         def look(_: Any, args: Any, out: Any) -> None:
-            nonlocal in_tuples
-            in_tuples = isinstance(out, tuple)
+            nonlocal others
+            others = out[1:] if isinstance(out, tuple) else None
             raise _Stop
 
         with self.blocks[0].register_forward_hook(look), suppress(_Stop):
             self._embed(self.ids_BL[:1, :1])
-        return in_tuples
+        return others
 
-    def _noted(self, ids_BL: Tensor, in_tuples: bool) -> list[Arguments]:
+    def _noted(self, ids_BL: Tensor, others: tuple[Any, ...] | None) -> list[Arguments]:
         """Arguments of every block for such rows. Blocks only note what they are given: the model
         computes nothing else for it.
         """
@@ -312,7 +314,7 @@ class Walk:
             arguments.append((args[1:], given))
             if len(arguments) == len(self.blocks):
                 raise _Stop
-            return (x_BLH,) if in_tuples else x_BLH
+            return x_BLH if others is None else (x_BLH, *others)
 
         with ExitStack() as kept:
             for block in self.blocks:

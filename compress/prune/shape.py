@@ -29,9 +29,10 @@ def check_foldable(config: dict[str, Any]) -> None:
 def check_numbered(config: dict[str, Any], row: Row) -> None:
     """ValueError where what a block computes depends on its number, which changes as blocks go."""
     for key in row.numbered_keys:
-        if config.get(key) not in (None, False, 1, []):
+        value = config.get(key)
+        if value is True or value not in (None, False, 1, []):
             raise ValueError(
-                f"{key} is {config[key]}: blocks of {row.architecture} then depend on their"
+                f"{key} is {value}: blocks of {row.architecture} then depend on their"
                 f" numbers and can't be {Work.depth}; needed is a checkpoint without it"
             )
 

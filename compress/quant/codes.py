@@ -22,6 +22,7 @@ from compress.models.checkpoint import check, read_config, save_model
 from compress.quant.grids import GRIDS
 
 FILE = "quant.safetensors"
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose kernels are no stacked matrices
 
 
 class Quantized(NamedTuple):
@@ -81,7 +82,7 @@ def _sorted(model: nn.Module) -> tuple[dict[str, Matrix], list[str]]:
         # Vectors (norms, biases) stay too, and nobody has to be told.
         if kind == "weight" and isinstance(home, nn.Linear | nn.Embedding | Conv1D):
             matrices[name] = Matrix(home)
-        elif parameter.dim() == 3 and kind != "weight" and min(parameter.shape) > 1:
+        elif parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(home, CONV):
             matrices[name] = Matrix(home, kind)
         elif parameter.dim() > 1:
             others.append(name)

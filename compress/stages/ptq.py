@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compress.models.blocks import Work, named, row_for
+from compress.models.blocks import Work, lengths_of, row_for
 from compress.quant.settings import BLOCK, SEARCHED, Allocation, Balance, GridName, Method, Scales
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
@@ -109,9 +109,7 @@ class OnGrid:
         block = BLOCK[grid]
 
         # Lengths of the rows of every matrix.
-        row = named(config)
-        width_key = row.width_key if row is not None else "intermediate_size"
-        rows = {key: config[key] for key in ("hidden_size", width_key) if config.get(key)}
+        rows = lengths_of(config)
         if config.get("head_dim"):
             heads = config.get("num_attention_heads") or 0
             rows["num_attention_heads * head_dim"] = heads * config["head_dim"]

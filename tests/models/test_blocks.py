@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from compress.distill.taps import tapped
 from compress.models.blocks import (
     ROWS,
     Quirk,
@@ -25,7 +26,6 @@ from compress.models.blocks import (
     qkv_of,
     row_for,
     row_of,
-    tapped,
 )
 from compress.models.checkpoint import head_dim
 from compress.models.walk import Walk
@@ -147,7 +147,9 @@ def test_the_names_of_parts_are_in_one_file():
             continue
         if hits := set(word.findall(file.read_text())):
             readers[place] = hits
-    assert readers == {"teacher.py": {"LlamaForCausalLM"}}  # the one that a GGUF becomes
+
+    # What a GGUF becomes, and what a message gives as an example.
+    assert readers == dict.fromkeys(["models/model_config.py", "teacher.py"], {"LlamaForCausalLM"})
 
 
 def test_a_config_without_a_row_is_refused_with_those_that_can():

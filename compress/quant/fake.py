@@ -73,6 +73,23 @@ class _Snapped:
         scales: Tensor = getattr(self.home, self.name("scales"))
         return scales
 
+    def add_parts(self, *, learned: bool, rank: int) -> None:
+        """Give the module its scales, a shift of them that is learned, and adapters of a rank."""
+        self.home.register_buffer(self.name("scales"), self.scales)
+        if learned and self.grid.searches:
+            shift = torch.zeros_like(self.scales, dtype=torch.float32)
+            self.home.register_parameter(self.name("shift"), nn.Parameter(shift))
+        if not rank:
+            return
+
+        # The master stays, what is added to it is trained.
+        self.parts()[0].requires_grad_(False)
+        master = self.master()
+        a = nn.init.kaiming_uniform_(master.new_empty(rank, master.shape[1]), a=5**0.5)
+        b = master.new_zeros(len(master), rank)
+        self.home.register_parameter(self.name("a"), nn.Parameter(a))
+        self.home.register_parameter(self.name("b"), nn.Parameter(b))
+
     @torch.no_grad()
     def master(self) -> Tensor:
         """fp32 (R, C): W, or W + B A with adapters."""
@@ -210,18 +227,7 @@ def attach(
 
     # What is trained besides, and the classes that compute with quantized weights.
     for snapped in snaps.values():
-        home = snapped.home
-        home.register_buffer(snapped.name("scales"), snapped.scales)
-        if scales == "learned" and snapped.grid.searches:
-            shift = torch.zeros_like(snapped.scales, dtype=torch.float32)
-            home.register_parameter(snapped.name("shift"), nn.Parameter(shift))
-        if rank:
-            snapped.parts()[0].requires_grad_(False)
-            master = snapped.master()
-            a = nn.init.kaiming_uniform_(master.new_empty(rank, master.shape[1]), a=5**0.5)
-            home.register_parameter(snapped.name("a"), nn.Parameter(a))
-            b = master.new_zeros(len(master), rank)
-            home.register_parameter(snapped.name("b"), nn.Parameter(b))
+        snapped.add_parts(learned=scales == "learned", rank=rank)
         for module in snapped.modules:
             kind = type(module)
             module.__class__ = type(

@@ -116,7 +116,8 @@ class Family:
 
         ValueError for an architecture that can't be cut, or rows that the grid can't hold.
         """
-        row_for(config, Work.width)
+        for work in (Work.depth, Work.heads, Work.width):
+            row_for(config, work)
         self.config = config
         self.grid = OnGrid(grid=GridName(grid))
         self.grid.check_rows(config)

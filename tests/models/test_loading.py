@@ -420,7 +420,10 @@ FAMILIES = [
     ("NanoChat", COMMON),
     ("Olmoe", COMMON | {"num_experts": 4, "num_experts_per_tok": 2}),
     ("Phi", COMMON),
-    ("RecurrentGemma", COMMON | {"logits_soft_cap": 0.5}),
+    (
+        "RecurrentGemma",
+        COMMON | {"logits_soft_cap": 0.5, "block_types": ["recurrent", "attention"]},
+    ),
     (
         "MiniCPM3",
         COMMON

@@ -28,7 +28,7 @@ from compress.keys import WEIGHTS, sources_digest, versions_of
 from compress.models.checkpoint import Model, best_device, config_object, read_config
 from compress.models.model_config import meta_model
 from compress.models.tokenizer import tokenizer_digest
-from compress.quant.codes import quantizable
+from compress.quant.codes import check_packable
 from compress.score.measured import Measured
 from compress.score.prompts import Prompt
 from compress.score.scorer import Scorer, open_prompts
@@ -314,20 +314,32 @@ def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
     for slot, parent in session.recipe.steps():
         stage = session.recipe.stages[slot]
         try:
-            if isinstance(stage, OnGrid):
-                quantizable(meta_model(shapes[parent]))
             shapes[slot] = stage.check_shape(dict(shapes[parent]))
+            if isinstance(stage, OnGrid):
+                stage.check_matrices(meta_model(shapes[parent]))
         except ValueError as error:
             raise ValueError(f"slot {slot!r} after {parent!r}: {error}") from error
 
     # A format may need things of the shape that ships, and of the teacher's files.
-    shipped = shapes[session.recipe.shipped_slot()]
+    slot = session.recipe.shipped_slot()
+    shipped = shapes[slot]
+    packed = isinstance(session.recipe.stages.get(slot), OnGrid)
     for name in session.recipe.export.files:
         module = formats.parse(name)[0].module
         module.check_architecture(config_object(shipped))
+        if packed and name == "compressed_tensors":
+            _check_packable(name, shipped)
         if check_teacher := getattr(module, "check_teacher", None):
             check_teacher(session.teacher.path)
     return shapes
+
+
+def _check_packable(name: str, config: dict[str, Any]) -> None:
+    """ValueError, naming the file, for a model with matrices that it has no place for."""
+    try:
+        check_packable(meta_model(config))
+    except ValueError as error:
+        raise ValueError(f"export.files has {name}: {error}") from error
 
 
 def thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:

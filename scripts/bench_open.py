@@ -31,6 +31,7 @@ from compress.assets import configs_dir
 from compress.budget import Limit
 from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
+from compress.models.blocks import blocks_of, row_of
 from compress.models.checkpoint import load_model, model_of, save_model
 from compress.models.tokenizer import load_tokenizer
 from compress.quant.settings import Balance, Method, Scales
@@ -270,9 +271,12 @@ def block_times_three(bench: Bench) -> Path:
     """One block adds three times what it should."""
 
     def change(model: Any) -> None:
-        block = model.model.layers[14]
-        block.self_attn.o_proj.weight *= 3
-        block.mlp.down_proj.weight *= 3
+        block = blocks_of(model)[14]
+        row = row_of(model)
+        assert row is not None
+        for name in (row.o, row.down):
+            linear: Any = block.get_submodule(name)
+            linear.weight *= 3
 
     return bench.changed("block_times_three", change)
 

@@ -469,7 +469,7 @@ MUTANTS = [
         ("len(heard) == len(takers)", "False"),
         ("other.states = list(self.states)", "pass"),
         ("self._place.leave()", "pass"),
-        ("self._embed(self.ids_BL[:1])", "self._embed(self.ids_BL)"),
+        ("one = self._noted(self.ids_BL[:1], others)", "one = self._noted(self.ids_BL, others)"),
         ("max(done - self.first, 1e-9)", "max(done, 1e-9)"),
     ),
     *of(
@@ -512,7 +512,79 @@ MUTANTS = [
             "torch.unique(cut.keep_K // (width * present.share))",
             "torch.arange(keep.kv_heads)",
         ),
-        ("linear.bias[rows_R].contiguous()", "linear.bias[: len(rows_R)].contiguous()"),
+    ),
+    *of(
+        "prune/linears.py",
+        "stages/test_prune_heads.py -k biases",
+        ("linear.bias[rows_K].contiguous()", "linear.bias[: len(rows_K)].contiguous()"),
+    ),
+    *of(
+        "prune/linears.py",
+        "prune/test_structures.py -k transposed",
+        ("nn.Parameter(weight_RC.T.contiguous()", "nn.Parameter(weight_RC.contiguous()"),
+        ("linear.nf, linear.nx = outputs, inputs", "pass"),
+    ),
+    *of(
+        "models/blocks.py",
+        "models/test_blocks.py -k parts_are or fused_projection",
+        ("rows.view(-1, 3, width).unbind(1)", "rows.view(3, -1, width).unbind(0)"),
+        ("shared = (len(rows) - columns) // 2", "shared = columns // 2"),
+    ),
+    Mutant(
+        "distill/taps.py",
+        "out[..., rows_K.to(out.device)]",
+        "out[..., : len(rows_K)]",
+        "models/test_blocks.py -k fused_projection",
+    ),
+    *of(
+        "models/walk.py",
+        "models/test_blocks.py -k positional or something_of_each_row",
+        ("return x_BLH if others is None else (x_BLH, *others)", "return x_BLH"),
+        ("arguments.append((args[1:], given))", "arguments.append(((), given))"),
+        ("not _same(one, two)", "False"),
+    ),
+    *of(
+        "prune/importance.py",
+        "prune/test_structures.py -k fused_ffn",
+        ("cut.keep_K + half * width", "cut.keep_K"),
+    ),
+    *of(
+        "prune/heads.py",
+        "prune/test_structures.py -k fused_attention",
+        ("part.rows_K[kept_K.cpu()]", "kept_K.cpu()"),
+        ("attention.config.num_attention_heads = keep.kv_heads * keep.share", "pass"),
+    ),
+    *of(
+        "prune/folding.py",
+        "prune/test_structures.py -k scaled_stream",
+        ("(z_BLH - rest[-1]) / scale", "z_BLH - rest[-1]"),
+        ("scale * m_BLH.float()", "m_BLH.float()"),
+    ),
+    *of(
+        "prune/shape.py",
+        "prune/test_structures.py -k know_their_numbers",
+        ("value is True or value not in (None, False, 1, [])", "value is True"),
+        ("for key in DEPTH_KEYS if key in config", "for key in DEPTH_KEYS[:1]"),
+    ),
+    *of(
+        "quant/balance.py",
+        "quant/test_balance.py -k folding_any",
+        (
+            "channels[-inputs_of(block.get_submodule(row.down)) :]",
+            "channels[: inputs_of(block.get_submodule(row.down))]",
+        ),
+        ("maker.bias.div_(s_C)", "pass"),
+        ("maker if row.gated else None", "maker"),
+    ),
+    *of(
+        "quant/fake.py",
+        "quant/test_fake.py -k stacked",
+        (
+            'return f"quant_{part}" if self.attribute == "weight" else '
+            'f"quant_{part}_{self.attribute}"',
+            'return f"quant_{part}"',
+        ),
+        ("grad = grad.flatten(0, -2)", "grad = 2 * grad.flatten(0, -2)"),
     ),
     *of(
         "prune/importance.py",

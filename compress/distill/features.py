@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from compress.distill.losses import hidden_mse
 from compress.distill.online import OnlineTeacher
-from compress.models.blocks import tapped
+from compress.distill.taps import tapped
 from compress.models.checkpoint import head_dim
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from compress.distill.signals import Signals
-from compress.models.blocks import tapped
+from compress.distill.taps import tapped
 from compress.models.checkpoint import best_device
 from compress.models.cpu_kernels import use_cpu_kernels
 from compress.models.head import Fold, Head, hidden_states

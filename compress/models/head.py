@@ -136,7 +136,12 @@ def scale_and_softcap(config: dict[str, Any]) -> dict[str, Any]:
         scale *= float(config["dim_model_base"]) / float(config["hidden_size"])
     elif scaling := config.get("logits_scaling"):
         scale *= float(scaling) if family == "hyperclovax" else 1.0 / float(scaling)
-    return {"scale": scale, "softcap": config.get("final_logit_softcapping")}
+
+    # RecurrentGemma has Gemma's cap under another key.
+    softcap = config.get("final_logit_softcapping")
+    if family == "recurrent_gemma":
+        softcap = config.get("logits_soft_cap")
+    return {"scale": scale, "softcap": softcap}
 
 
 def head_of(model: Any) -> Head:

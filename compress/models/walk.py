@@ -27,13 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.models.blocks import blocks_of
+from compress.models.blocks import blocks_of, final_norm
 from compress.models.checkpoint import best_device
 
 ROWS = 4  # sequences sent through a block at a time
 LINE_SECONDS = 20.0  # between two lines of progress, as in `train/progress.py`
 
 Taker = Callable[[Tensor], None]  # what a module received or gave for one group of rows
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, besides its states
 
 
 class _Stop(Exception):
@@ -135,7 +136,7 @@ class Walk:
         home = next(model.parameters()).device
         self.ids_BL = ids_BL.to(home)
         self._place = _Place(device or best_device(), home)
-        self.keywords = self._keywords()
+        self.arguments = self._arguments()
 
         self.pace = Pace(log, len(self.blocks))
         self.task = ""  # what is done at each block, for the lines of progress
@@ -174,9 +175,10 @@ class Walk:
         another is called or advanced through. Gradients are the caller's business.
         """
         self._place.bring(self.blocks[index])
-        keywords = _on(self.device, self.keywords[index])
+        others, keywords = _on(self.device, self.arguments[index])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32"):
-            return self.blocks[index](x_BLH.to(self.device), **keywords)
+            out = self.blocks[index](x_BLH.to(self.device), *others, **keywords)
+        return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -245,7 +247,7 @@ class Walk:
         """Hand the states that have passed all blocks, after the final norm (ROWS, L, H), to the
         taker, group by group and on the device.
         """
-        norm = self.model.get_decoder().norm
+        norm = final_norm(self.model, self.ids_BL[:1, :1])
         with self.lent(norm):
             for x_BLH in self.states:
                 taker(norm(x_BLH.to(self.device)))
@@ -272,23 +274,54 @@ class Walk:
         self.model.get_decoder()(ids_BL, use_cache=False)
 
     @torch.no_grad()
-    def _keywords(self) -> list[dict[str, Any]]:
+    def _arguments(self) -> list[Arguments]:
         """What the model calls each block with besides its states: positions and masks of one row,
-        which hold for any number of rows.
+        which hold for any number of rows. ValueError where those of two rows are others.
         """
-        keywords: list[dict[str, Any]] = []
+        others = self._others()
+        one = self._noted(self.ids_BL[:1], others)
+        two = self._noted(torch.cat([self.ids_BL[:1], self.ids_BL[-1:]]), others)
+        if not _same(one, two):
+            raise ValueError(
+                f"blocks of {type(self.model).__name__} receive something of each row besides its"
+                " states, which is not followed here; use stages that need no calibration"
+            )
+        return one
 
-        def note(*args: Tensor, **given: Any) -> Tensor:
+    def _others(self) -> tuple[Any, ...] | None:
+        """What a block returns behind its states, by one token in the first; None where it returns
+        no tuple.
+        """
+        others: tuple[Any, ...] | None = None
+
+        def look(_: Any, args: Any, out: Any) -> None:
+            nonlocal others
+            others = out[1:] if isinstance(out, tuple) else None
+            raise _Stop
+
+        with self.blocks[0].register_forward_hook(look), suppress(_Stop):
+            self._embed(self.ids_BL[:1, :1])
+        return others
+
+    def _noted(self, ids_BL: Tensor, others: tuple[Any, ...] | None) -> list[Arguments]:
+        """Arguments of every block for such rows. Blocks only note what they are given: the model
+        computes nothing else for it.
+        """
+        arguments: list[Arguments] = []
+
+        def note(*args: Any, **given: Any) -> Any:
             x_BLH = args[0] if args else given.pop("hidden_states")
-            keywords.append(given)
-            return x_BLH
+            arguments.append((args[1:], given))
+            if len(arguments) == len(self.blocks):
+                raise _Stop
+            return x_BLH if others is None else (x_BLH, *others)
 
-        # Blocks only note what they are given: the model computes nothing else for it.
         with ExitStack() as kept:
             for block in self.blocks:
                 kept.enter_context(_instead(block, note))
-            self._embed(self.ids_BL[:1])
-        return keywords
+            with suppress(_Stop):
+                self._embed(ids_BL)
+        return arguments
 
 
 @contextmanager
@@ -302,6 +335,18 @@ def _instead(block: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
         del block.forward
         if present is not None:
             block.forward = present
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether arguments of one row are those of each of several."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        rows = other.shape[:1] if one.shape[:1] == (1,) else one.shape[:1]
+        return rows + one.shape[1:] == other.shape and bool((one == other).all())
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, Tensor) == isinstance(other, Tensor)
 
 
 def _on(device: torch.device, value: Any) -> Any:

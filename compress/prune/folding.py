@@ -4,8 +4,10 @@ Blocks i+1..j are dropped. With X (N, F) the inputs of block i's down projection
 (N, H) the stream besides what that projection adds, and Z (N, H) the parent's stream behind block
 j, W is fitted to do the work of all of them:
 
-    W* = argmin ||X W^T - (Z - R - b)||^2 + a ||W - W_old||^2
-       = ((Z - R - b)^T X + a W_old) (X^T X + a I)^-1
+    W* = argmin ||X W^T - ((Z - R) / c - b)||^2 + a ||W - W_old||^2
+       = (((Z - R) / c - b)^T X + a W_old) (X^T X + a I)^-1
+
+with c the factor of what a block adds, 1 in most families.
 
 ReplaceMe (arXiv 2505.02819, section 3) fits the same target by a map T of what the MLP adds and
 multiplies it in, W <- T^T W. All W that it can reach are among those here, which have F / H times
@@ -27,13 +29,15 @@ Letters: B sequences, L tokens of one, N tokens, H hidden, F inputs of the proje
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from compress.models.blocks import Row
 from compress.models.walk import Walk
 from compress.prune.compensation import damp, solved
+from compress.prune.linears import matrix_of
 from compress.prune.shape import HELD_OUT
 
 DAMPINGS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)  # the last one all but leaves W as it is
@@ -116,7 +120,7 @@ class Fold(NamedTuple):
 
 
 @torch.no_grad()
-def fold_dropped(walk: Walk, dropped: set[int]) -> list[Fold]:
+def fold_dropped(walk: Walk, row: Row, dropped: set[int]) -> list[Fold]:
     """Fold every run of dropped blocks into the one in front of it, in place, as the text comes
     there. Blocks at the front have none in front of them, and are not folded.
     """
@@ -134,46 +138,47 @@ def fold_dropped(walk: Walk, dropped: set[int]) -> list[Fold]:
 
         run = list(range(index + 1, behind))
         if run:
-            folds.append(_fold(walk, parent, index, run))
+            folds.append(_fold(walk, parent, row, index, run))
         else:
             walk.advance(index)
     return folds
 
 
-def _fold(walk: Walk, parent: Walk, index: int, run: list[int]) -> Fold:
+def _fold(walk: Walk, parent: Walk, row: Row, index: int, run: list[int]) -> Fold:
     """Fit one block's down projection to the parent's stream behind the run; the text then stands
     where the fitted one sends it.
     """
-    down = walk.blocks[index].get_submodule("mlp.down_proj")
-    assert isinstance(down, nn.Linear)
+    down: Any = walk.blocks[index].get_submodule(row.down)
+    weight_HF = matrix_of(down)
+    scale = float(getattr(walk.model.config, row.residual_key)) if row.residual_key else 1.0
 
     # Inputs of the projection and what it adds, and the stream behind it.
     entering: list[Tensor] = []
     added: list[Tensor] = []
-    walk.inputs(index, {"mlp.down_proj": lambda x_BLF: entering.append(x_BLF.float())})
-    walk.outputs(index, {"mlp.down_proj": lambda m_BLH: added.append(m_BLH.float())})
+    walk.inputs(index, {row.down: lambda x_BLF: entering.append(x_BLF.float())})
+    walk.outputs(index, {row.down: lambda m_BLH: added.append(scale * m_BLH.float())})
     walk.advance(index)
 
     # Row by row, some of them held out.
     fit, held_out = LeastSquares(), LeastSquares()
-    rows = 0
+    passed = 0
     rest: list[Tensor] = []
     for x_BLF, m_BLH, h_BLH, z_BLH in zip(entering, added, walk.states, parent.states, strict=True):
         rest.append(h_BLH - m_BLH.to(h_BLH.device))
-        target_BLH = z_BLH - rest[-1]
+        target_BLH = (z_BLH - rest[-1]) / scale
         if down.bias is not None:
             target_BLH = target_BLH - down.bias
         for x_LF, target_LH in zip(x_BLF, target_BLH, strict=True):
-            rows += 1
-            moments = fit if rows % HELD_OUT else held_out
+            passed += 1
+            moments = fit if passed % HELD_OUT else held_out
             moments.add(x_LF, target_LH.to(x_LF.device))
 
     # The projection, and the stream behind it.
-    new = fitted(fit, held_out, down.weight.to(fit.gram_FF.device))
-    down.weight.copy_(new.weight_HF)
+    new = fitted(fit, held_out, weight_HF.to(fit.gram_FF.device))
+    weight_HF.copy_(new.weight_HF)
     for at, (x_BLF, rest_BLH) in enumerate(zip(entering, rest, strict=True)):
-        given_BLH = x_BLF @ down.weight.to(x_BLF.device).T
+        given_BLH = scale * (x_BLF @ weight_HF.to(x_BLF.device).T)
         walk.states[at] = rest_BLH + given_BLH.to(rest_BLH.device)
         if down.bias is not None:
-            walk.states[at] += down.bias
+            walk.states[at] += scale * down.bias
     return Fold(index, run, new.damping, new.error, new.error_before)

@@ -8,16 +8,19 @@ every group as many query heads, so that stock loaders open the result. Norms of
 weight for each of the D channels, whichever head they are of, and stay. Left out: merging heads
 into one (GQA out of MHA, arXiv 2305.13245), which needs training.
 
-Letters: K kept heads, D width of a head, C columns of the output projection, R rows.
+Letters: K kept heads or rows, D width of a head, H hidden, C columns of the output projection.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from compress.models.blocks import Row, inputs_of, qkv_of
 from compress.models.walk import Walk
 from compress.prune.compensation import Cut, Inputs, cut_columns, keep_heads
+from compress.prune.linears import matrix_of, narrow, refit
 
 
 class Heads(NamedTuple):
@@ -27,7 +30,9 @@ class Heads(NamedTuple):
     share: int
 
 
-def cut_heads(walk: Walk, present: Heads, keep: Heads, damping: float | None) -> list[Cut]:
+def cut_heads(
+    walk: Walk, row: Row, present: Heads, keep: Heads, damping: float | None
+) -> list[Cut]:
     """Cut every attention in place as the text stands in front of its block, and fit its output
     projection to what the blocks already cut send it.
     """
@@ -35,47 +40,56 @@ def cut_heads(walk: Walk, present: Heads, keep: Heads, damping: float | None) ->
     walk.task = "cut"
     for index, block in enumerate(walk.blocks):
         inputs = Inputs()
-        walk.inputs(index, {"self_attn.o_proj": inputs.add})
-        cuts.append(cut_attention(block.self_attn, inputs, present, keep, damping))
+        walk.inputs(index, {row.o: inputs.add})
+        cuts.append(cut_attention(row, block, inputs, present, keep, damping))
         walk.advance(index)
     return cuts
 
 
 @torch.no_grad()
 def cut_attention(
-    attention: Any, inputs: Inputs, present: Heads, keep: Heads, damping: float | None
+    row: Row, block: Any, inputs: Inputs, present: Heads, keep: Heads, damping: float | None
 ) -> Cut:
     """Cut one attention in place by the second moments of its output projection's inputs."""
-    projection = attention.o_proj
-    width = projection.in_features // (present.kv_heads * present.share)
+    projection = block.get_submodule(row.o)
+    width = inputs_of(projection) // (present.kv_heads * present.share)
+    parts = qkv_of(row, block, width)
+    weight_HC = matrix_of(projection)
 
     def choose(gram_CC: Tensor, chosen: float) -> Tensor:
-        heads_K = keep_heads(projection.weight, gram_CC, present, keep, chosen)
+        heads_K = keep_heads(weight_HC, gram_CC, present, keep, chosen)
         return rows_of(heads_K, width)
 
     # Which heads stay, and the projection fitted to them.
-    cut = cut_columns(projection.weight, inputs, choose, damping)
-    projection.weight = nn.Parameter(cut.weight_HK, requires_grad=False)
-    projection.in_features = len(cut.keep_K)
+    cut = cut_columns(weight_HC, inputs, choose, damping)
+    refit(projection, cut.weight_HK)
 
     # Their queries, and keys and values of the groups that have any left.
-    narrow(attention.q_proj, cut.keep_K)
     kv_heads_K = torch.unique(cut.keep_K // (width * present.share))
-    for maker in (attention.k_proj, attention.v_proj):
-        narrow(maker, rows_of(kv_heads_K, width))
-    attention.num_key_value_groups = keep.share
+    kv_rows_K = rows_of(kv_heads_K, width)
+    kept_rows: dict[Any, list[Tensor]] = {}
+    for part, kept_K in zip(parts, (cut.keep_K, kv_rows_K, kv_rows_K), strict=True):
+        kept_rows.setdefault(part.linear, []).append(part.rows_K[kept_K.cpu()])
+    for linear, rows in kept_rows.items():
+        narrow(linear, torch.cat(rows).to(linear.weight.device))
+
+    _tell(block.get_submodule(row.o.rpartition(".")[0]), keep)
     return cut
+
+
+def _tell(attention: Any, keep: Heads) -> None:
+    """Say how many heads there are, in what an attention computes with; the config that it shares
+    with blocks that are not cut yet stays as it is.
+    """
+    attention.num_key_value_groups = keep.share
+    if hasattr(attention, "num_key_value_heads"):
+        attention.num_key_value_heads = keep.kv_heads
+    attention.config = copy.copy(attention.config)
+    attention.config.num_attention_heads = keep.kv_heads * keep.share
+    attention.config.num_key_value_heads = keep.kv_heads
 
 
 def rows_of(heads_K: Tensor, width: int) -> Tensor:
     """Rows (K * D,) of a projection that makes heads of this width."""
     channels_D = torch.arange(width, device=heads_K.device)
     return (heads_K[:, None] * width + channels_D).flatten()
-
-
-def narrow(linear: nn.Linear, rows_R: Tensor) -> None:
-    """Keep these outputs of a linear layer alone, in place."""
-    linear.weight = nn.Parameter(linear.weight[rows_R].contiguous(), requires_grad=False)
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias[rows_R].contiguous(), requires_grad=False)
-    linear.out_features = len(rows_R)

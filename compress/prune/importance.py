@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.models.blocks import Row
 from compress.models.walk import Walk
 from compress.prune.compensation import Cut, Inputs, cut_columns, keep_channels
 from compress.prune.compensation import damp as damp  # where compress.quant.gptq looks for it
+from compress.prune.linears import matrix_of, narrow, refit
 
 
 def block_influence(h_in_NH: Tensor, h_out_NH: Tensor) -> float:
@@ -72,55 +74,38 @@ def drop_blocks(walk: Walk, count: int, keep_first: int, keep_last: int) -> list
     return dropped
 
 
-def cut_ffns(walk: Walk, keep: int, damping: float | None) -> list[Cut]:
+def cut_ffns(walk: Walk, row: Row, keep: int, damping: float | None) -> list[Cut]:
     """Cut every FFN to `keep` channels in place as the text stands in front of its block, and fit
-    it.
+    it. Every block receives what the blocks already cut send it.
     """
-    import torch_pruning
-
-    # Which matrices hang together; the trace follows grad_fn.
-    graph = torch_pruning.DependencyGraph()
-    with torch.enable_grad():
-        graph.build_dependency(
-            walk.model,
-            walk.ids_BL.new_zeros(1, 2),
-            lambda traced, ids_BL: traced(ids_BL, use_cache=False).logits,
-            verbose=False,
-        )
-
-    # Every block receives what the blocks already cut send it.
     cuts = []
     walk.task = "cut"
     for index, block in enumerate(walk.blocks):
         inputs = Inputs()
-        walk.inputs(index, {"mlp.down_proj": inputs.add})
-        cuts.append(_cut_ffn(graph, block.mlp, inputs, keep, damping))
+        walk.inputs(index, {row.down: inputs.add})
+        cuts.append(cut_ffn(row, block, inputs, keep, damping))
         walk.advance(index)
     return cuts
 
 
-def _cut_ffn(graph: Any, mlp: Any, inputs: Inputs, keep: int, damping: float | None) -> Cut:
+def cut_ffn(row: Row, block: Any, inputs: Inputs, keep: int, damping: float | None) -> Cut:
     """Cut one FFN by the second moments of its down projection's inputs, and fit it."""
-    import torch_pruning
-
-    # Which channels stay, and the projection fitted to them.
-    weight_HF = mlp.down_proj.weight.detach()
+    down = block.get_submodule(row.down)
+    weight_HF = matrix_of(down)
 
     def choose(gram_FF: Tensor, chosen: float) -> Tensor:
         return keep_channels(weight_HF, gram_FF, keep, chosen)
 
+    # Which channels stay, and the projection fitted to them.
     cut = cut_columns(weight_HF, inputs, choose, damping)
+    refit(down, cut.weight_HK)
 
-    # The cut reaches this FFN's three matrices, and no more.
-    gone = sorted(set(range(weight_HF.shape[1])) - set(cut.keep_K.tolist()))
-    group: Any = graph.get_pruning_group(mlp.up_proj, torch_pruning.prune_linear_out_channels, gone)
-    reached = {item.dep.target.module for item in group}
-    linears = {module for module in reached if isinstance(module, torch.nn.Linear)}
-    expected = {mlp.gate_proj, mlp.up_proj, mlp.down_proj}
-    assert linears == expected, f"the dependency graph found {group}"
-    group.prune()
-    widths = {mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.down_proj.in_features}
-    assert widths == {keep}, mlp
-
-    mlp.down_proj.weight.copy_(cut.weight_HK)
+    # What makes them; where gates and ups are one matrix, in both of its halves.
+    makers = [block.get_submodule(name) for name in row.gate_up]
+    halves = 2 if row.gated and len(makers) == 1 else 1
+    width = weight_HF.shape[1]
+    rows = torch.cat([cut.keep_K + half * width for half in range(halves)])
+    for maker in makers:
+        assert len(matrix_of(maker)) == halves * width, f"{row.gate_up} of {row.architecture}"
+        narrow(maker, rows)
     return cut

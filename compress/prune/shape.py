@@ -1,46 +1,47 @@
 """What may be cut, and what a Hugging Face config says afterwards. No torch at import: a plan
 needs only numbers.
 
-Supported are decoder-only models built of `model.layers[i].mlp.{gate,up,down}_proj`. Everything
-stays uniform across layers, so that stock transformers, llama.cpp and vLLM load the result.
+Which families can be cut, `models/blocks.py` says. Everything stays uniform across layers, so that
+stock transformers, llama.cpp and vLLM load the result.
 """
 
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = [
-    f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3")
-]
+from compress.models.blocks import Row, Work, row_for
 
-
-# With a norm behind the MLP too.
-NORMED_BEHIND = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 # What a config says of attention heads.
 HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+# How many blocks there are, as a config and as GPT-2's says it.
+DEPTH_KEYS = ("num_hidden_layers", "n_layer")
 AUTO = "auto"  # the damping by held-out rows
 HELD_OUT = 8  # of which every so many-th row is one
 
 
-def check_architecture(config: dict[str, Any], what: str = "pruned") -> None:
-    """ValueError naming the architecture and what is allowed."""
-    got = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
-    if got not in ARCHITECTURES:
-        needed = "needed is model.layers[i].mlp with gate_proj, up_proj and down_proj"
-        raise ValueError(
-            f"architecture {got} can't be {what}: {needed}; allowed are {', '.join(ARCHITECTURES)}"
-        )
-
-
 def check_foldable(config: dict[str, Any]) -> None:
-    """ValueError for a family with a norm between its down projection and the stream, where what
-    that projection adds is no longer linear in its weights.
+    """ValueError for a family whose down projection can't stand for dropped blocks."""
+    try:
+        row_for(config, Work.fold)
+    except ValueError as error:
+        raise ValueError(f"{error}; set fold=false") from error
+
+
+def check_numbered(config: dict[str, Any], row: Row) -> None:
+    """ValueError where what a block computes depends on its number, which changes as blocks go."""
+    for key in row.numbered_keys:
+        value = config.get(key)
+        if value is True or value not in (None, False, 1, []):
+            raise ValueError(
+                f"{key} is {value}: blocks of {row.architecture} then depend on their"
+                f" numbers and can't be {Work.depth}; needed is a checkpoint without it"
+            )
+
+
+def width_of(config: dict[str, Any], row: Row) -> int:
+    """FFN channels of a config; where it says none they are four times the hidden size, as GPT-2
+    has it.
     """
-    got = config["architectures"][0]
-    if got in NORMED_BEHIND:
-        raise ValueError(
-            f"blocks of {got} normalize what their down projection adds, so that dropped blocks"
-            " can't be folded into it; set fold=false"
-        )
+    return int(config.get(row.width_key) or 4 * config["hidden_size"])
 
 
 def snap(width: int, multiple: int) -> int:
@@ -107,7 +108,8 @@ def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:
         for key, value in config.items()
         if "layer" in key and isinstance(value, list) and len(value) == blocks
     }
-    return {**config, **per_block, "num_hidden_layers": blocks - len(dropped)}
+    counts = {key: blocks - len(dropped) for key in DEPTH_KEYS if key in config}
+    return {**config, **per_block, **counts}
 
 
 def save_checked(model: Any, out: Path, parent: Path) -> None:

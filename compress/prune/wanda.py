@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from compress.models.walk import Walk
+from compress.prune.linears import matrix_of
 
 
 def kept_weights(worth_RC: Tensor, zeros_fraction: float, n: int = 0, m: int = 0) -> Tensor:
@@ -56,15 +58,21 @@ def thin_blocks(walk: Walk, keep: Callable[[Tensor], Tensor]) -> tuple[int, int]
     walk.task = "thinned"
     for index, block in enumerate(walk.blocks):
         layers: dict[str, Any] = {
-            name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)
+            name: module
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
         }
         squares = {name: _Squares() for name in layers}
         walk.inputs(index, {name: squares[name].add for name in layers})
 
+        # A layer whose weight is taken past its own forward has heard nothing, and stays.
         for name, layer in layers.items():
-            norm_C = squares[name].sum_C.sqrt().to(layer.weight.device)
-            kept_RC = keep(layer.weight.abs() * norm_C)
-            layer.weight.mul_(kept_RC)
+            if squares[name].sum_C.dim() == 0:
+                continue
+            weight_RC = matrix_of(layer)
+            norm_C = squares[name].sum_C.sqrt().to(weight_RC.device)
+            kept_RC = keep(weight_RC.abs() * norm_C)
+            weight_RC.mul_(kept_RC)
             zeros += int((~kept_RC).sum())
             weights += kept_RC.numel()
         walk.advance(index)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from compress.distill.fused_head import head_loss
 from compress.distill.losses import Dense, Mix
+from compress.models.blocks import blocks_prefix
 from compress.models.head import head_of
 from compress.models.walk import Walk
 from compress.quant.codes import quantizable
@@ -42,6 +43,7 @@ class _Calibration:
         self.model = model
         self.walk = Walk(model, ids_RL)
         self.front = 0  # the block that the walk stands in front of
+        self.prefix = blocks_prefix(model)
         device = self.walk.device
         self.labels_N = ids_RL.flatten().to(device)
         self.counted_N = torch.ones(ids_RL.numel(), device=device)
@@ -62,7 +64,7 @@ class _Calibration:
         it give what they gave before.
         """
         walk = self.walk.branch()
-        index = _block_of(name)
+        index = self.block_of(name)
         if index is None:
             walk.enter()
             return self.final(walk, 0)
@@ -71,10 +73,15 @@ class _Calibration:
 
     def reach(self, name: str) -> None:
         """Go on to the block that a matrix is in, while all matrices are as they were."""
-        index = _block_of(name)
+        index = self.block_of(name)
         while index is not None and self.front < index:
             self.walk.advance(self.front)
             self.front += 1
+
+    def block_of(self, name: str) -> int | None:
+        """The index of the block that a matrix is in; None for embedding and head."""
+        inside = name.startswith(self.prefix)
+        return int(name.removeprefix(self.prefix).split(".")[0]) if inside else None
 
     def divergence(self, name: str) -> float:
         """KL(p || the model as it now is) in nats a token, with one matrix changed."""
@@ -84,24 +91,19 @@ class _Calibration:
         return max(0.0, float(loss) / len(self.labels_N))
 
 
-def _block_of(name: str) -> int | None:
-    """The index of the block that a matrix is in; None for embedding and head."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
-
-
 def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, list[str]]:
     """The grids whose blocks the rows of each matrix divide into. ValueError, naming the matrix,
     when there is none.
     """
     legal_grids = {
-        name: [grid for grid in grids if home.weight.shape[-1] % GRIDS[grid].block == 0]
-        for name, home in matrices.items()
+        name: [grid for grid in grids if matrix.rows.shape[1] % GRIDS[grid].block == 0]
+        for name, matrix in matrices.items()
     }
 
     for name, legal in legal_grids.items():
         if not legal:
             raise ValueError(
-                f"{name} has rows of {matrices[name].weight.shape[-1]}: none of"
+                f"{name} has rows of {matrices[name].rows.shape[1]}: none of"
                 f" {', '.join(grids)} takes them; add q8_0, whose blocks are"
                 f" {GRIDS['q8_0'].block}"
             )
@@ -131,13 +133,13 @@ def _measured(
     """c_ig of all matrices; the file `kept` has those of a killed run, and gets each new one."""
     damages: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
     with progress(label, len(matrices), len(damages), log) as update:
-        for name, home in matrices.items():
+        for name, matrix in matrices.items():
             if set(legal_grids[name]) <= damages.get(name, {}).keys():
                 continue
 
             # One matrix on all of its grids, kept at once.
             start = time.monotonic()
-            damage = _damage(name, home.weight, legal_grids[name], text)
+            damage = _damage(name, matrix.rows, legal_grids[name], text)
             damages[name] = damage
             write_json(kept, damages)
 
@@ -166,8 +168,8 @@ def options(
     damages = _measured(matrices, legal_grids, _Calibration(model, ids_RL), kept, label, log)
 
     choices: Options = {}
-    for name, home in matrices.items():
-        weights = home.weight.numel()
+    for name, matrix in matrices.items():
+        weights = matrix.weight.numel()
         choices[name] = {
             grid: (damages[name][grid], round(weights * GRIDS[grid].bits_per_weight / 8))
             for grid in legal_grids[name]

@@ -4,8 +4,8 @@ made it; logits stay what they are.
 Whoever makes channel j of the inputs X divides by s_j, whoever reads it multiplies column j of W by
 s_j. It is exact where nothing non-linear lies between: a norm's weight before q, k, v and before
 gate, up; v's rows before o (attention only averages values; heads that share a v share its
-factors); up's rows before down (gate * up). Rows keep no trace of it on a grid with a scale in
-every row, columns do:
+factors); up's rows before down (gate * up). Where none of these made X, as behind a gelu, a group
+is rounded as it is. Rows keep no trace of it on a grid with a scale in every row, columns do:
 
     AWQ  s = mean|X|^a, a from 0 to 1 by the least output error of the rounded group
          (arXiv 2306.00978, section 3.2, eq. 4, 5)
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.models.blocks import Part, Row, inputs_of, outputs_of, qkv_of
 from compress.quant.grids import Grid
 
 STEPS = 20  # exponents tried, as in AWQ's own code
@@ -50,38 +51,52 @@ class Group:
     """
 
     readers: dict[str, nn.Linear]
-    maker: Any
+    maker: Any  # None: nothing that a factor could be taken out of
     repeats: int = 1  # readers' channels for each of the maker's: heads that share a value head
     width: int = 1  # channels of one head, where `repeats` is more than 1
+    rows_K: Tensor | None = None  # of a maker that makes other things too
 
     def matrix(self) -> Tensor:
         """All readers' weights, stacked (R, C)."""
         return torch.cat([reader.weight.detach() for reader in self.readers.values()])
 
 
-def groups_of(block: Any) -> list[Group]:
-    """The four groups of a decoder block of `prune.shape.ARCHITECTURES`, in the order in which
-    text reaches them.
+def groups_of(row: Row, block: Any, width: int) -> list[Group]:
+    """The four groups of a decoder block with heads of this width, in the order in which text
+    reaches them.
     """
-    attention, mlp = block.self_attn, block.mlp
-    repeats = attention.o_proj.in_features // attention.v_proj.out_features
 
-    def named(path: str, *names: str) -> dict[str, nn.Linear]:
-        return {f"{path}.{name}": block.get_submodule(f"{path}.{name}") for name in names}
+    def named(*names: str) -> dict[str, nn.Linear]:
+        return {name: block.get_submodule(name) for name in names}
 
+    def norm(name: str) -> Any:
+        return block.get_submodule(name) if name else None
+
+    # Heads that share a value head share its factors.
+    value = qkv_of(row, block, width)[2]
+    repeats = inputs_of(block.get_submodule(row.o)) // len(value.rows_K)
+
+    # Ups are the last of the two matrices, or the second half of the one.
+    maker = block.get_submodule(row.gate_up[-1])
+    channels = torch.arange(outputs_of(maker))
+    ups = Part(maker, channels[-inputs_of(block.get_submodule(row.down)) :])
     return [
-        Group(named("self_attn", "q_proj", "k_proj", "v_proj"), block.input_layernorm),
-        Group(named("self_attn", "o_proj"), attention.v_proj, repeats, attention.head_dim),
-        Group(
-            named("mlp", "gate_proj", "up_proj"),
-            getattr(block, "pre_feedforward_layernorm", None) or block.post_attention_layernorm,
-        ),
-        Group(named("mlp", "down_proj"), mlp.up_proj),
+        Group(named(*row.qkv), norm(row.attention_norm)),
+        Group(named(row.o), value.linear, repeats, width, _rows(value)),
+        Group(named(*row.gate_up), norm(row.ffn_norm)),
+        Group(named(row.down), maker if row.gated else None, rows_K=_rows(ups)),
     ]
+
+
+def _rows(part: Part) -> Tensor | None:
+    """None for all of them."""
+    return None if len(part.rows_K) == outputs_of(part.linear) else part.rows_K
 
 
 def gain(norm: Any) -> Tensor:
     """(C,): what a norm multiplies each channel by. Gemma's norms store it less one."""
+    if isinstance(norm, nn.LayerNorm):
+        return norm.weight
     plain = (norm(torch.ones_like(norm.weight)[None])[0] - norm.weight).abs().mean() < 0.5
     return norm.weight if plain else norm.weight + 1
 
@@ -89,19 +104,22 @@ def gain(norm: Any) -> Tensor:
 @torch.no_grad()
 def fold(group: Group, s_C: Tensor) -> None:
     """Divide the maker's channels by s and multiply the readers' columns by it, in place: the
-    function stays the same.
+    function stays the same. The group must have a maker.
     """
     maker = group.maker
 
     # The maker: a linear layer's rows, or a norm's weight, which may be stored less one.
     if isinstance(maker, nn.Linear):
         s_K = s_C.view(-1, group.repeats, group.width)[:, 0].flatten()
-        maker.weight.div_(s_K[:, None])
+        rows = slice(None) if group.rows_K is None else group.rows_K.to(s_K.device)
+        maker.weight[rows] /= s_K[:, None]
         if maker.bias is not None:
-            maker.bias.div_(s_K)
+            maker.bias[rows] /= s_K
     else:
         gain_C = gain(maker)
         maker.weight.add_(gain_C / s_C - gain_C)
+        if getattr(maker, "bias", None) is not None:
+            maker.bias.div_(s_C)
 
     for reader in group.readers.values():
         reader.weight.mul_(s_C)

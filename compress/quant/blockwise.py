@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from compress.models.blocks import blocks_prefix, row_of
+from compress.models.checkpoint import head_dim
 from compress.models.walk import Walk
 from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of
 from compress.quant.codes import Quantized, bake, quantizable
@@ -95,8 +97,8 @@ class Blockwise:
     @torch.no_grad()
     def plain(self) -> None:
         """Every matrix by itself, without data."""
-        for name, home in quantizable(self.model).items():
-            self.round(name, home.weight)
+        for name, matrix in quantizable(self.model).items():
+            self.round(name, matrix.rows)
 
     @torch.no_grad()
     def calibrated(
@@ -106,12 +108,11 @@ class Blockwise:
         finished pieces lie in `work`.
         """
         # Embeddings first; where they are the head too, by the unquantized model's final states.
+        prefix = blocks_prefix(self.model)
         outside = [
-            pair
-            for pair in quantizable(self.model).items()
-            if not pair[0].startswith("model.layers.")
+            pair for pair in quantizable(self.model).items() if not pair[0].startswith(prefix)
         ]
-        (first, embedding), *heads = outside
+        (first, embedding), *heads = [(name, matrix.home) for name, matrix in outside]
         walk = Walk(self.model, ids_BL, precision=precision, log=log, advice=ADVICE)
         self._kept(
             work / "embeddings.safetensors",
@@ -158,12 +159,15 @@ class Blockwise:
 
     def _block(self, index: int, walk: Walk) -> None:
         """Balance and round one block."""
-        prefix = f"model.layers.{index}."
-        groups = groups_of(walk.blocks[index])
+        row = row_of(self.model)
+        assert row is not None, "a stage asks for a row before it comes here"
+        prefix = f"{blocks_prefix(self.model)}{index}."
+        groups = groups_of(row, walk.blocks[index], head_dim(self.model.config))
 
         # All groups are balanced, each measured on the weights as they are.
         if self.balance != "none":
-            for group, received in zip(groups, _received(walk, index, groups), strict=True):
+            foldable = [group for group in groups if group.maker is not None]
+            for group, received in zip(foldable, _received(walk, index, foldable), strict=True):
                 name = f"{prefix}{next(iter(group.readers))}.weight"
                 fold(group, awq_scales(group, received, GRIDS[self.layout[name]], name))
 

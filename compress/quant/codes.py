@@ -3,7 +3,8 @@ these and never rounded again.
 
 A quantized checkpoint is a plain fp32 one whose matrices equal what these codes decode to, with
 this file beside it. Tensors `NAME.codes` (R, C) and `NAME.scales`, and the metadata `grids`, a JSON
-object that names each matrix's grid.
+object that names each matrix's grid. What is no matrix of a linear layer, an embedding or experts
+stays fp32 (`unquantized`).
 """
 
 import json
@@ -15,16 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compress.models.checkpoint import check, read_config, save_model
 from compress.quant.grids import GRIDS
 
 FILE = "quant.safetensors"
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose kernels are no stacked matrices
 
 
 class Quantized(NamedTuple):
-    """One matrix on its grid: codes (R, C), scales as
-    `compress/quant/grids/grid.py` stores them.
+    """One matrix on its grid: codes (R, C), those of stacked experts one behind the other, scales
+    as `compress/quant/grids/grid.py` stores them.
     """
 
     grid: str
@@ -36,26 +39,68 @@ class Quantized(NamedTuple):
         return GRIDS[self.grid].decode(self.codes, self.scales)
 
 
-def quantizable(model: nn.Module) -> dict[str, Any]:
-    """The Linear or Embedding of each weight matrix, by its state-dict name; a tied one once,
-    under its first name.
-
-    ValueError when another parameter has two or more dimensions: it could not be packed.
+class Matrix(NamedTuple):
+    """A matrix that a grid can hold, and the module that it belongs to: the weight of a linear
+    layer or an embedding, or the stacked matrices (E, R, C) of experts.
     """
-    homes: dict[str, Any] = {}
+
+    home: Any
+    attribute: str = "weight"
+
+    @property
+    def weight(self) -> Any:
+        """As the module has it."""
+        return getattr(self.home, self.attribute)
+
+    @property
+    def rows(self) -> Tensor:
+        """(R, C), of all experts one behind the other; the same memory."""
+        return self.weight.detach().flatten(0, -2)
+
+
+def quantizable(model: nn.Module) -> dict[str, Matrix]:
+    """Each matrix that a grid can hold, by its state-dict name; a tied one once, under its first
+    name. GPT-2's lie transposed, and so do their rows.
+    """
+    return _sorted(model)[0]
+
+
+def unquantized(model: nn.Module) -> list[str]:
+    """Names of what has two or more dimensions and stays as it is: kernels of convolutions,
+    routers of experts, tables of state spaces.
+    """
+    return _sorted(model)[1]
+
+
+def _sorted(model: nn.Module) -> tuple[dict[str, Matrix], list[str]]:
+    matrices: dict[str, Matrix] = {}
+    others: list[str] = []
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
         home = model.get_submodule(path)
 
-        # Vectors (norms, biases) stay as they are.
-        if kind == "weight" and isinstance(home, (nn.Linear, nn.Embedding)):
-            homes[name] = home
+        # Vectors (norms, biases) stay too, and nobody has to be told.
+        if kind == "weight" and isinstance(home, nn.Linear | nn.Embedding | Conv1D):
+            matrices[name] = Matrix(home)
+        elif parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(home, CONV):
+            matrices[name] = Matrix(home, kind)
         elif parameter.dim() > 1:
-            raise ValueError(
-                f"{name} with shape {tuple(parameter.shape)} belongs to no Linear or Embedding:"
-                " only those can be quantized; use another architecture"
-            )
-    return homes
+            others.append(name)
+    return matrices, others
+
+
+def check_packable(model: nn.Module) -> None:
+    """ValueError naming a tensor that files of Linear and Embedding matrices have no place for."""
+    stacked = [
+        name
+        for name, matrix in quantizable(model).items()
+        if not isinstance(matrix.home, nn.Linear | nn.Embedding)
+    ]
+    for name in stacked + unquantized(model):
+        raise ValueError(
+            f"{name} with shape {tuple(model.get_parameter(name).shape)} belongs to no Linear or"
+            " Embedding: only those can be packed; export nothing, or use another architecture"
+        )
 
 
 def verified(name: str, w: Tensor, made: dict[str, Quantized]) -> Quantized:
@@ -73,9 +118,9 @@ def verified(name: str, w: Tensor, made: dict[str, Quantized]) -> Quantized:
 
 
 def bake(weight: Tensor, made: Quantized) -> Quantized:
-    """Overwrite `weight` (R, C) by its decoded codes; returns them on the CPU."""
+    """Overwrite a matrix by its decoded codes; returns them on the CPU."""
     with torch.no_grad():
-        weight.copy_(made.decode())
+        weight.copy_(made.decode().view(weight.shape))
     return Quantized(made.grid, made.codes.cpu(), made.scales.cpu())
 
 

@@ -23,7 +23,7 @@ With adapters (LoRA, arXiv 2106.09685, section 4.1, under the grid) the master i
 frozen, and of dL/dw only dL/dA = B^T dL/dw and dL/dB = dL/dw A^T are kept: what merges is on the
 grid already, not rounded afterwards.
 
-Master weights keep their names and identity: the class of each Linear / Embedding is swapped for a
+Master weights keep their names and identity: the class of each module is swapped for a
 subclass whose `weight` attribute is the quantized tensor, whatever its forward does, while
 `state_dict` and `parameters` still hold the master. Scales are buffers (`<module>.quant_scales`).
 The subclass can't be pickled or deep-copied; call `finish` first.
@@ -36,19 +36,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from compress.quant.codes import Quantized, bake, quantizable
+from compress.quant.codes import Matrix, Quantized, bake, quantizable
 from compress.quant.grids import GRIDS, Grid
-
-PARTS = ("weight", "quant_shift", "quant_a", "quant_b")  # what may be trained of a module
 
 
 class _Snapped:
     """One master weight on its grid: the values, and the graph node
-    that leads back to the master.
+    that leads back to the master. Stacked matrices (E, R, C) count as one, (E R, C).
     """
 
-    def __init__(self, home: Any, modules: list[nn.Module], grid: Grid, scales: Tensor) -> None:
-        self.home = home
+    def __init__(
+        self, matrix: Matrix, modules: list[nn.Module], grid: Grid, scales: Tensor
+    ) -> None:
+        self.home = matrix.home
+        self.attribute = matrix.attribute
+        self.shape = matrix.weight.shape
         self.modules = modules
         self.grid = grid
         self.scales = scales  # those that `values` are made with
@@ -56,29 +58,58 @@ class _Snapped:
         self.values = torch.empty(0)
         self.linked: Tensor | None = None
 
+    def name(self, part: str) -> str:
+        """Of what is added to the module for this weight, which may hold two."""
+        return f"quant_{part}" if self.attribute == "weight" else f"quant_{part}_{self.attribute}"
+
     def parts(self) -> list[Any]:
-        """PARTS, None where there is none."""
-        return [self.home._parameters.get(name) for name in PARTS]
+        """What may be trained: master, shift, adapters a and b; None where there is none."""
+        names = [self.attribute, self.name("shift"), self.name("a"), self.name("b")]
+        return [self.home._parameters.get(name) for name in names]
+
+    @property
+    def stored(self) -> Tensor:
+        """The scales that the module holds."""
+        scales: Tensor = getattr(self.home, self.name("scales"))
+        return scales
+
+    def add_parts(self, *, learned: bool, rank: int) -> None:
+        """Give the module its scales, a shift of them that is learned, and adapters of a rank."""
+        self.home.register_buffer(self.name("scales"), self.scales)
+        if learned and self.grid.searches:
+            shift = torch.zeros_like(self.scales, dtype=torch.float32)
+            self.home.register_parameter(self.name("shift"), nn.Parameter(shift))
+        if not rank:
+            return
+
+        # The master stays, what is added to it is trained.
+        self.parts()[0].requires_grad_(False)
+        master = self.master()
+        a = nn.init.kaiming_uniform_(master.new_empty(rank, master.shape[1]), a=5**0.5)
+        b = master.new_zeros(len(master), rank)
+        self.home.register_parameter(self.name("a"), nn.Parameter(a))
+        self.home.register_parameter(self.name("b"), nn.Parameter(b))
 
     @torch.no_grad()
     def master(self) -> Tensor:
         """fp32 (R, C): W, or W + B A with adapters."""
         w, _, a, b = self.parts()
-        return w.detach() if a is None else torch.addmm(w, b, a)
+        w = w.detach().flatten(0, -2)
+        return w if a is None else torch.addmm(w, b, a)
 
     @torch.no_grad()
     def learned(self) -> Tensor:
         """fp16 (R, C / block): the scales as the shift has moved them."""
-        scales, shift = self.home.quant_scales, self.parts()[1]
+        scales, shift = self.stored, self.parts()[1]
         return scales if shift is None else (scales.float() * shift.exp()).half()
 
     def tensor(self, _: nn.Module) -> Tensor:
-        """fp32 (R, C): the quantized weight, as a property of modules; recomputed only when the
-        master or the scales have changed.
+        """fp32, in the weight's shape: the quantized weight, as a property of modules; recomputed
+        only when the master or the scales have changed.
         """
         # What the values depend on, as identities and version counters.
         parts = self.parts()
-        scales = self.home.quant_scales
+        scales = self.stored
         key = (
             id(parts[0]),
             parts[0].data_ptr(),
@@ -103,7 +134,7 @@ class _Snapped:
         # The node that leads back to the parts, made once and only where something is trained.
         trained = any(part is not None and part.requires_grad for part in parts)
         if not (torch.is_grad_enabled() and trained):
-            return self.values
+            return self.values.view(self.shape)
         if self.linked is None:
             self.linked = cast(Tensor, _StraightThrough.apply(*parts, self))
         return self.linked
@@ -120,7 +151,7 @@ class _StraightThrough(torch.autograd.Function):
         snapped: _Snapped,
     ) -> Tensor:
         ctx.snapped = snapped
-        return snapped.values.detach()
+        return snapped.values.detach().view(snapped.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,6 +164,7 @@ class _StraightThrough(torch.autograd.Function):
         _, _, a, b = snapped.parts()
 
         # dL/dw: what comes in, where no code was clamped.
+        grad = grad.flatten(0, -2)
         inside = snapped.grid.unclipped(w, snapped.scales, grad)
 
         # Of a block's log scale: g . w_q where s multiplies, less g . w where s divides unclamped.
@@ -148,7 +180,7 @@ class _StraightThrough(torch.autograd.Function):
             ).view(snapped.scales.shape)
 
         low = (None, None) if a is None else (b.T @ inside, inside @ a.T)
-        return inside if needed[0] else None, shift, *low, None
+        return inside.view(snapped.shape) if needed[0] else None, shift, *low, None
 
 
 def attach(
@@ -158,8 +190,8 @@ def attach(
     rank: int = 0,
     start: dict[str, Quantized] | None = None,
 ) -> None:
-    """Make each Linear and Embedding compute on a grid, the same for all or one for each matrix by
-    its state-dict name.
+    """Make each matrix that a grid can hold (`quantizable`) compute on one, the same for all or one
+    for each by its state-dict name.
 
     Scales are those of `start`, which holds all matrices or is None: then by llama.cpp's rule
     ("round") or, on grids of one scale, by "search" or "learned". Learned ones begin so and add a
@@ -173,8 +205,8 @@ def attach(
 
     # Every matrix with its first scales; nothing is changed before all fit.
     snaps: dict[str, _Snapped] = {}
-    for name, home in quantizable(model).items():
-        weight = home.weight
+    for name, matrix in quantizable(model).items():
+        weight = matrix.weight
         if weight.dtype != torch.float32:
             raise ValueError(
                 f"{name} is {weight.dtype}: masters must be fp32; load the model as torch.float32"
@@ -183,32 +215,25 @@ def attach(
         if start:
             first_scales = start[name].scales.to(weight.device)
         elif scales == "search" and grid.searches:
-            first_scales = grid.search(weight, name=name)
+            first_scales = grid.search(matrix.rows, name=name)
         else:
-            first_scales = grid.encode(weight, name)[1]
+            first_scales = grid.encode(matrix.rows, name)[1]
         modules = [
-            module for module in model.modules() if module._parameters.get("weight") is weight
+            module
+            for module in model.modules()
+            if module._parameters.get(matrix.attribute) is weight
         ]
-        snaps[name] = _Snapped(home, modules, grid, first_scales)
+        snaps[name] = _Snapped(matrix, modules, grid, first_scales)
 
     # What is trained besides, and the classes that compute with quantized weights.
     for snapped in snaps.values():
-        home = snapped.home
-        home.register_buffer("quant_scales", snapped.scales)
-        if scales == "learned" and snapped.grid.searches:
-            home.quant_shift = nn.Parameter(torch.zeros_like(snapped.scales, dtype=torch.float32))
-        if rank:
-            weight = home.weight.requires_grad_(False)
-            home.quant_a = nn.Parameter(
-                nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=5**0.5)
-            )
-            home.quant_b = nn.Parameter(weight.new_zeros(len(weight), rank))
+        snapped.add_parts(learned=scales == "learned", rank=rank)
         for module in snapped.modules:
             kind = type(module)
             module.__class__ = type(
                 f"FakeQuant{kind.__name__}",
                 (kind,),
-                {"weight": property(snapped.tensor), "unquantized": kind},
+                {snapped.attribute: property(snapped.tensor), "unquantized": kind},
             )
 
     def stepped(*_: Any) -> None:
@@ -235,12 +260,13 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
         # Classes, scales and parameters as they were.
         for module in snapped.modules:
             module.__class__ = type(module).unquantized
-        del home.quant_scales
-        for part in PARTS[1:]:
-            home._parameters.pop(part, None)
+        delattr(home, snapped.name("scales"))
+        for part in ("shift", "a", "b"):
+            home._parameters.pop(snapped.name(part), None)
 
         codes = Quantized(grid.name, grid.codes(master, scales), scales)
-        quantized[name] = bake(home.weight.requires_grad_(True), codes)
+        weight = home._parameters[snapped.attribute].requires_grad_(True)
+        quantized[name] = bake(weight, codes)
 
     attached.hook.remove()
     del model.fake_quant

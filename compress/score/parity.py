@@ -83,13 +83,13 @@ def twin_of(checkpoint: Path, name: str) -> Any:
 
     # Rounded as the file's type rounds.
     with torch.no_grad():
-        for matrix, home in quantizable(model).items():
-            weight = home.weight
+        for tensor, matrix in quantizable(model).items():
+            weight = matrix.rows
             if kind == "F16":
                 weight.copy_(weight.half().float())
             else:
                 grid = GRIDS[kind.lower()]
-                weight.copy_(grid.decode(*grid.encode(weight, matrix)))
+                weight.copy_(grid.decode(*grid.encode(weight, tensor)))
     return model
 
 

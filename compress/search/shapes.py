@@ -16,7 +16,8 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
-from compress.prune.shape import check_architecture, snap
+from compress.models.blocks import Work, row_for
+from compress.prune.shape import snap, width_of
 from compress.quant.settings import GridName
 from compress.stages.prune_depth import PruneDepth
 from compress.stages.prune_heads import PruneHeads
@@ -79,8 +80,9 @@ class Levels(NamedTuple):
 
 def shape_of(config: dict[str, Any]) -> Shape:
     """The shape that an HF config describes."""
-    keys = ("vocab_size", "num_hidden_layers", "intermediate_size", "num_key_value_heads")
-    return Shape(*(config[key] for key in keys))
+    keys = ("vocab_size", "num_hidden_layers", "num_key_value_heads")
+    ids, blocks, kv_heads = (config[key] for key in keys)
+    return Shape(ids, blocks, width_of(config, row_for(config, Work.width)), kv_heads)
 
 
 def steps_of(
@@ -114,7 +116,8 @@ class Family:
 
         ValueError for an architecture that can't be cut, or rows that the grid can't hold.
         """
-        check_architecture(config)
+        for work in (Work.depth, Work.heads, Work.width):
+            row_for(config, work)
         self.config = config
         self.grid = OnGrid(grid=GridName(grid))
         self.grid.check_rows(config)

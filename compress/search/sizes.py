@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compress.formats import gguf
+from compress.models.blocks import blocks_prefix
 from compress.models.checkpoint import copy_beside, read_config
 from compress.models.model_config import meta_model
 from compress.prune import shape as cuts
@@ -29,7 +30,6 @@ from compress.search.shapes import Family, Shape
 
 ALIGNMENT = 32
 RECORD_BYTES = 8 + 4 + 4 + 8  # of a tensor, besides its name and dimensions
-FIRST = "model.layers.0."  # of a block's tensors
 
 
 def padded(count: int) -> int:
@@ -100,8 +100,10 @@ class Sizes:
         config = self.family.config_of(shape)
         assert config is not None, f"{shape} can't be made"
         one = cuts.without_blocks(config, set(range(1, shape.blocks)))
-        tensors = {name: tuple(p.shape) for name, p in meta_model(one).named_parameters()}
-        inside = {name: dims for name, dims in tensors.items() if name.startswith(FIRST)}
+        model = meta_model(one)
+        tensors = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        prefix = blocks_prefix(model)
+        inside = {name: dims for name, dims in tensors.items() if name.startswith(prefix)}
         outside = {name: dims for name, dims in tensors.items() if name not in inside}
         return self._part(inside), self._part(outside)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from compress.models.blocks import Work, blocks_of, row_for
 from compress.prune import shape
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
@@ -60,7 +61,7 @@ class PruneDepth:
         """The config of the result. Which blocks go is known after `run` only; their number
         decides every size.
         """
-        shape.check_architecture(config)
+        shape.check_numbered(config, row_for(config, Work.depth))
         if self.fold:
             shape.check_foldable(config)
 
@@ -92,13 +93,14 @@ class PruneDepth:
         """Write the shallower checkpoint. ValueError for a parent that is quantized, unsupported
         or too shallow, and for too little text.
         """
-        from compress.models.checkpoint import load_model
+        from compress.models.checkpoint import load_model, read_config
         from compress.models.walk import Walk
         from compress.prune.folding import fold_dropped
         from compress.prune.importance import drop_blocks
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "prune")
+        row = row_for(read_config(parent), Work.depth)
         model = load_model(parent)
         params = model.num_parameters()
 
@@ -113,14 +115,14 @@ class PruneDepth:
         # Text for both, before any work.
         ids_BL = ctx.calibration(self.calibration_rows())
         if self.fold:
-            columns = model.config.intermediate_size
+            columns = shape.width_of(model.config.to_dict(), row)
             shape.check_text("prune_depth.fold_sequences", ids_BL.shape, columns, None)
 
         # Which blocks go, and what is folded into the others.
         walk = walk_of(ids_BL[: self.calibration_sequences])
         dropped = drop_blocks(walk, self.blocks, self.keep_first, self.keep_last)
         removed = {index for index, _ in dropped}
-        folds = fold_dropped(walk_of(ids_BL), removed) if self.fold else []
+        folds = fold_dropped(walk_of(ids_BL), row, removed) if self.fold else []
         front = next(index for index in range(len(removed) + 1) if index not in removed)
         if self.fold and front:
             ctx.log(
@@ -159,12 +161,14 @@ def cut_blocks(model: Any, dropped: set[int]) -> None:
     """Remove the blocks in place; the config's per-block lists and the attention's KV cache slots
     follow.
     """
-    for key, value in shape.without_blocks(model.config.to_dict(), dropped).items():
+    blocks: Any = blocks_of(model)
+    config = model.config.to_dict() | {"num_hidden_layers": len(blocks)}
+    for key, value in shape.without_blocks(config, dropped).items():
         if key == "num_hidden_layers" or isinstance(value, list) and "layer" in key:
             setattr(model.config, key, value)
     for index in sorted(dropped, reverse=True):
-        del model.model.layers[index]
-    for i, layer in enumerate(model.model.layers):
-        for module in layer.modules():
+        del blocks[index]
+    for i, block in enumerate(blocks):
+        for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = i

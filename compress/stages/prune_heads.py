@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from compress.models.blocks import Work, blocks_of, inputs_of, row_for
 from compress.prune import shape
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
@@ -48,7 +49,7 @@ class PruneHeads:
 
         ValueError when nothing would be cut, or the architecture can't be.
         """
-        shape.check_architecture(config)
+        row_for(config, Work.heads)
         present, keep = self._heads(config)
         for key, count, most in zip(("kv_groups", "heads_per_group"), keep, present, strict=True):
             if count > most:
@@ -93,11 +94,12 @@ class PruneHeads:
 
         check_parent(self, parent, "prune")
         config = read_config(parent)
+        row = row_for(config, Work.heads)
         present, keep = (Heads(*heads) for heads in self._heads(config))
         model: Any = load_model(parent)
         params = model.num_parameters()
         ids_BL = ctx.calibration(self.calibration_sequences)
-        columns = model.model.layers[0].self_attn.o_proj.in_features
+        columns = inputs_of(blocks_of(model)[0].get_submodule(row.o))
         damping = shape.damping_of("prune_heads", self.damping)
         shape.check_text("prune_heads.calibration_sequences", ids_BL.shape, columns, damping)
 
@@ -108,7 +110,7 @@ class PruneHeads:
             precision=ctx.precision,
             log=lambda line: ctx.log(f"{ctx.label}: {line}"),
         )
-        cuts = cut_heads(walk, present, keep, damping)
+        cuts = cut_heads(walk, row, present, keep, damping)
         for key, value in self.check_shape(config).items():
             if key in shape.HEAD_KEYS:
                 setattr(model.config, key, value)

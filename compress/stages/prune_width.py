@@ -1,6 +1,6 @@
 """Narrow every FFN to the same width: channels by second-order cost (OBS,
-`compress.prune.importance`), the cut made through torch-pruning's dependency graph, and the
-down projection then fitted again by least squares.
+`compress.prune.importance`), and the down projection then fitted again by least squares. A channel
+is a column of that projection with its rows of gate and up, which may be one matrix.
 
 The calibration text goes from block to block: as it stands in front of one, that FFN is cut and
 fitted, so every later block is fitted to what the blocks already cut send it. On the embedded
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from compress.models.blocks import Work, row_for
 from compress.prune import shape
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
@@ -41,14 +42,14 @@ class PruneWidth:
 
         ValueError when nothing would be cut or the architecture can't be.
         """
-        shape.check_architecture(config)
-        present, target = config["intermediate_size"], shape.snap(self.ffn, self.multiple)
+        row = row_for(config, Work.width)
+        present, target = shape.width_of(config, row), shape.snap(self.ffn, self.multiple)
         if target >= present:
             raise ValueError(
                 f"prune_width.ffn is {self.ffn} ({target} as a multiple of {self.multiple}) and the"
                 f" model has {present} FFN channels: allowed is less than that"
             )
-        return {**config, "intermediate_size": target}
+        return {**config, row.width_key: target}
 
     def calibration_rows(self) -> int:
         """Rows on which channels are weighed."""
@@ -65,7 +66,7 @@ class PruneWidth:
         """
         import torch
 
-        from compress.models.checkpoint import load_model
+        from compress.models.checkpoint import load_model, read_config
         from compress.models.walk import Walk
         from compress.prune.importance import cut_ffns
         from compress.quant.codes import check_parent
@@ -73,7 +74,8 @@ class PruneWidth:
         check_parent(self, parent, "prune")
         model = load_model(parent)
         params = model.num_parameters()
-        present = model.config.intermediate_size
+        row = row_for(read_config(parent), Work.width)
+        present = shape.width_of(model.config.to_dict(), row)
         ids_BL = ctx.calibration(self.calibration_sequences)
         damping = shape.damping_of("prune_width", self.damping)
         shape.check_text("prune_width.calibration_sequences", ids_BL.shape, present, damping)
@@ -87,8 +89,8 @@ class PruneWidth:
             log=lambda line: ctx.log(f"{ctx.label}: {line}"),
         )
         with torch.no_grad():
-            cuts = cut_ffns(walk, target, damping)
-        model.config.intermediate_size = target
+            cuts = cut_ffns(walk, row, target, damping)
+        setattr(model.config, row.width_key, target)
         shape.save_checked(model, out, parent)
 
         errors = [cut.error for cut in cuts]

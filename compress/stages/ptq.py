@@ -10,11 +10,12 @@ equal to the decoded codes, which lie in `quant.safetensors`.
 Rounding and its search need no data.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compress.prune.shape import check_architecture
+from compress.models.blocks import Work, lengths_of, row_for
 from compress.quant.settings import BLOCK, SEARCHED, Allocation, Balance, GridName, Method, Scales
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
@@ -57,8 +58,11 @@ class OnGrid:
         below the smallest possible file.
         """
         from compress.quant.allocate import choose, options
-        from compress.quant.codes import quantizable
+        from compress.quant.codes import quantizable, unquantized
 
+        # What no grid can hold stays, and is told by its names in a block.
+        if stays := {re.sub(r"\.\d+\.", ".*.", name) for name in unquantized(model)}:
+            ctx.log(f"{ctx.label}: stays in fp32: {', '.join(sorted(stays))}")
         if not self.allocate.file_bytes:
             return dict.fromkeys(quantizable(model), self.grid.value)
 
@@ -77,17 +81,35 @@ class OnGrid:
         """Rows on which the damage of each matrix is measured."""
         return self.allocate.calibration_sequences if self.allocate.file_bytes else 0
 
+    @property
+    def finest_grid(self) -> GridName:
+        """The grid, or of a mixture the one with the shortest blocks."""
+        grids = self.allocate.grids if self.allocate.file_bytes else [self.grid]
+        return min(grids, key=lambda name: BLOCK[name])
+
+    def check_matrices(self, model: Any) -> None:
+        """ValueError naming a matrix whose rows don't divide into blocks, where sizes of a family
+        are not those that its config tells; the model may be without memory.
+        """
+        from compress.quant.codes import quantizable
+
+        block = BLOCK[self.finest_grid]
+        for name, matrix in quantizable(model).items():
+            if matrix.weight.shape[-1] % block:
+                raise ValueError(
+                    f"{name} has rows of {matrix.weight.shape[-1]}: grid {self.finest_grid} needs"
+                    f" a multiple of {block}; take another grid"
+                )
+
     def check_rows(self, config: dict[str, Any]) -> None:
         """ValueError naming key and nearest legal value when an HF config has rows the grid, or
         every one of a mixture, can't cut into blocks.
         """
-        grid = self.grid
-        if self.allocate.file_bytes:
-            grid = min(self.allocate.grids, key=lambda name: BLOCK[name])
+        grid = self.finest_grid
         block = BLOCK[grid]
 
         # Lengths of the rows of every matrix.
-        rows = {key: config[key] for key in ("hidden_size", "intermediate_size") if config.get(key)}
+        rows = lengths_of(config)
         if config.get("head_dim"):
             heads = config.get("num_attention_heads") or 0
             rows["num_attention_heads * head_dim"] = heads * config["head_dim"]
@@ -150,11 +172,11 @@ class Ptq(OnGrid):
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result: the parent's, unchanged. ValueError when its rows don't divide
-        into blocks, or its layers have other names.
+        into blocks, or no calibration text can round its family.
         """
         self.check_rows(config)
-        if self.passes or self.allocate.file_bytes:
-            check_architecture(config, "calibrated or allocated")
+        if self.passes:
+            row_for(config, Work.calibrated)
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:

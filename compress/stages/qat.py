@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.distill.settings import SchemeName, Signal
 from compress.errors import ConfigError
-from compress.prune.shape import check_architecture
+from compress.models.blocks import Work, row_for
 from compress.quant.settings import Balance, Scales
 from compress.stages.context import Context
 from compress.stages.ptq import OnGrid
@@ -91,8 +91,8 @@ class Qat(Optimization, OnGrid):
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""
         self.check_rows(config)
-        if self.balance != Balance.none or self.allocate.file_bytes:
-            check_architecture(config, "balanced or allocated")
+        if self.balance != Balance.none:
+            row_for(config, Work.calibrated)
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from compress.models.blocks import lengths_of
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
@@ -56,11 +57,10 @@ class Sparsify:
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The parent's config. ValueError when its rows don't divide by the pattern."""
         m = self.kept_of()[1]
-        for key in ("hidden_size", "intermediate_size"):
-            if m and config.get(key, 0) % m:
+        for key, length in lengths_of(config).items():
+            if m and length % m:
                 raise ValueError(
-                    f"{key} is {config[key]}: sparsify.pattern={self.pattern} needs a multiple of"
-                    f" {m}"
+                    f"{key} is {length}: sparsify.pattern={self.pattern} needs a multiple of {m}"
                 )
         return config
 

@@ -26,6 +26,7 @@ from accelerate.utils.other import get_free_port
 from torch import nn
 
 from compress.errors import ResourceError
+from compress.models.blocks import blocks_of
 
 # The others wait while rank 0 prunes, rounds and scores, which with full tasks and a large model
 # takes days; torch's own limit is 30 minutes.
@@ -152,7 +153,7 @@ def shard(module: nn.Module, model: Any, precision: str) -> nn.Module:
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     policy = bf16 if precision == "bf16" else MixedPrecisionPolicy()
-    for block in model.get_decoder().layers:
+    for block in blocks_of(model):
         fully_shard(block, mp_policy=policy)
     return fully_shard(module, mp_policy=policy)  # type: ignore[return-value]
 

@@ -15,8 +15,8 @@ from compress.distill.features import FeatureLoss, check_pairs, layer_pairs, rel
 from compress.distill.losses import Mix
 from compress.distill.online import OnlineTeacher
 from compress.distill.settings import Features, SchemeName, Signal
+from compress.distill.taps import tapped
 from compress.errors import Interrupted
-from compress.models.blocks import tapped
 from compress.models.checkpoint import load_model, save_model
 from compress.stages.distill import Distill
 

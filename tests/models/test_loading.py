@@ -26,6 +26,7 @@ from compress.models.head import hidden_states
 from compress.models.loading import head_place
 from compress.models.model_config import meta_model
 from compress.models.tokenizer import check_tokens, load_tokenizer, token_count
+from compress.quant.settings import GridName
 from compress.score.size import size
 from compress.session import check_shapes
 from compress.stages.ptq import Ptq
@@ -420,6 +421,10 @@ FAMILIES = [
     ("Olmoe", COMMON | {"num_experts": 4, "num_experts_per_tok": 2}),
     ("Phi", COMMON),
     (
+        "RecurrentGemma",
+        COMMON | {"logits_soft_cap": 0.5, "block_types": ["recurrent", "attention"]},
+    ),
+    (
         "MiniCPM3",
         COMMON
         | {
@@ -549,22 +554,24 @@ def test_additional_chat_templates_travel_with_the_tokenizer(copied, tmp_path):
     ("name", "config"),
     [("GPT2", FAMILIES[0][1]), ("Olmoe", COMMON | {"num_experts": 4, "num_experts_per_tok": 2})],
 )
-def test_matrices_that_no_grid_can_hold_are_refused_before_work(
+def test_matrices_that_no_file_can_hold_are_refused_before_work(
     tiny_teacher, tmp_path, name, config
 ):
     folder = family(tmp_path, tiny_teacher, name, **config)
-    export = SimpleNamespace(files=[])
+    export = SimpleNamespace(files=["compressed_tensors"])
     recipe = SimpleNamespace(
         steps=lambda: [("round", "teacher")],
-        stages={"round": Ptq()},
+        stages={"round": Ptq(grid=GridName.int8)},
         export=export,
         shipped_slot=lambda: "round",
     )
     session: Any = SimpleNamespace(recipe=recipe, teacher=SimpleNamespace(path=folder))
     with pytest.raises(
-        ValueError, match="slot 'round' after 'teacher': .* belongs to no Linear or Embedding"
+        ValueError, match="compressed_tensors: .* belongs to no Linear or Embedding"
     ):
         check_shapes(session)
+    export.files = []
+    assert check_shapes(session)["round"]["hidden_size"] == 32
 
 
 def test_what_no_student_could_bring_into_a_gguf_is_refused_of_the_teacher(tiny_teacher, tmp_path):

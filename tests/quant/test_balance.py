@@ -6,10 +6,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compress.models.blocks import blocks_of, row_of
 from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of
 from compress.quant.grids import GRIDS
 
-KINDS = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text"]
+KINDS = [
+    *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+    *("phi3", "smollm3", "olmo2", "granite", "gpt_neox"),
+]
 
 
 def _model(kind: str, tied: bool = True, **changes):
@@ -51,8 +55,11 @@ def test_folding_any_factors_leaves_logits(kind):
     model = _model(kind)
     before = _logits(model)
     generator = torch.Generator().manual_seed(0)
-    for block in model.model.layers:
-        for group in groups_of(block):
+    width = 24 if kind == "gpt_neox" else 32  # NeoX takes it from the number of heads
+    for block in blocks_of(model):
+        for group in groups_of(row_of(model), block, width):
+            if group.maker is None:
+                continue
             size = group.matrix().shape[1] // group.repeats
             s = torch.exp(torch.randn(size, generator=generator))
             weights = group.matrix().clone()

@@ -196,7 +196,7 @@ def test_every_kind_of_optimizer_step_is_seen(options):
         _loss(model).backward()
         optimizer.step()
         optimizer.zero_grad()
-        for home in codes.quantizable(model).values():
+        for home in (matrix.home for matrix in codes.quantizable(model).values()):
             grid, master = GRIDS["q4_0"], home._parameters["weight"]
             expected = grid.decode(grid.codes(master, home.quant_scales), home.quant_scales)
             assert torch.equal(home.weight, expected)
@@ -311,12 +311,56 @@ def test_attaching_twice_and_half_precision_masters_are_refused():
         fake.attach(nn.Linear(32, 8).bfloat16(), "q4_0")
 
 
-def test_a_matrix_outside_linear_and_embedding_is_refused_by_name():
+def test_what_no_grid_can_hold_stays_and_is_refused_by_name_where_files_are_packed():
     model = nn.Sequential(nn.Linear(32, 32), nn.Conv1d(32, 32, 1))
+    assert codes.unquantized(model) == ["1.weight"]
+    kernel = model[1].weight.detach().clone()
+    fake.attach(model, "q4_0")
+    assert list(fake.finish(model)) == ["0.weight"] and torch.equal(model[1].weight, kernel)
     with pytest.raises(
         ValueError, match=r"1\.weight with shape .* belongs to no Linear or Embedding"
     ):
-        fake.attach(model, "q4_0")
+        codes.check_packable(model)
+
+
+class _Experts(nn.Module):
+    """Two stacks in one module, as transformers has experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 64, 32))
+        self.down = nn.Parameter(torch.randn(3, 32, 64))
+
+    def forward(self, x_NH):
+        return sum(x_NH @ up.T @ down.T for up, down in zip(self.up, self.down, strict=True))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_stacked_experts_learn_under_their_grid_like_as_many_linear_layers(rank):
+    torch.manual_seed(0)
+    experts, x_NH = _Experts(), torch.randn(8, 32)
+    layers = nn.ModuleList(nn.Linear(32, 64, bias=False) for _ in range(3))
+    for layer, up in zip(layers, experts.up, strict=True):
+        layer.weight.data = up.detach().clone()
+    fake.attach(experts, "q4_0", "learned", rank)
+    fake.attach(layers, "q4_0", "learned")
+    assert experts.up.shape == (3, 64, 32) and experts.quant_scales_up.shape == (192, 1)
+    torch.testing.assert_close(experts.up, torch.stack([layer.weight for layer in layers]))
+
+    # Gradients of the three upper matrices and their shifts are those of linear layers.
+    down = experts.down.detach()
+    experts(x_NH).sum().backward()
+    sum(layer(x_NH) @ one.T for layer, one in zip(layers, down, strict=True)).sum().backward()
+    shift = torch.cat([layer.quant_shift.grad for layer in layers])
+    torch.testing.assert_close(experts.quant_shift_up.grad, shift)
+    if not rank:
+        master = experts._parameters["up"].grad
+        expected = torch.stack([layer._parameters["weight"].grad for layer in layers])
+        torch.testing.assert_close(master, expected)
+    finished = fake.finish(experts)
+    assert finished["up"].codes.shape == (192, 32) and type(experts) is _Experts
+    torch.testing.assert_close(finished["up"].decode().view(3, 64, 32), experts.up)
+    assert set(experts.state_dict()) == {"up", "down"}
 
 
 def test_damaged_or_missing_codes_are_refused(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from compress.models.blocks import row_of
 from compress.models.checkpoint import load_model, read_config, save_model
 from compress.models.walk import Walk
 from compress.prune.folding import fold_dropped
@@ -126,7 +127,7 @@ def test_a_fold_is_the_least_squares_fit_to_what_leaves_the_dropped_blocks(tmp_p
     dense = copy.deepcopy(model)
     ids_BL = parents.CONTEXT.calibration(24)
     walk = Walk(model, ids_BL)
-    folds = fold_dropped(walk, {1, 3})
+    folds = fold_dropped(walk, row_of(model), {1, 3})
     assert [(fold.block, fold.dropped) for fold in folds] == [(0, [1]), (2, [3])]
 
     # Streams of parent and student as transformers has them, block by block.
@@ -192,7 +193,7 @@ def test_blocks_at_the_front_are_dropped_unfolded_and_that_is_said(tmp_path, mon
 
 def test_a_family_with_a_norm_behind_the_mlp_is_refused_with_folding(tmp_path):
     parent = parents.make(tmp_path, "gemma3")
-    with pytest.raises(ValueError, match="Gemma3ForCausalLM normalize .*; set fold=false"):
+    with pytest.raises(ValueError, match="Gemma3ForCausalLM .* normalize .*; set fold=false"):
         PruneDepth(blocks=1).run(parent, tmp_path, parents.CONTEXT)
 
 

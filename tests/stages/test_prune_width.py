@@ -162,9 +162,11 @@ def test_other_architectures_and_quantized_parents_are_refused(tmp_path):
     parent = parents.make(tmp_path)
     config = read_config(parent)
     (parent / "config.json").write_text(
-        json.dumps({**config, "architectures": ["GPT2LMHeadModel"]})
+        json.dumps({**config, "architectures": ["BloomForCausalLM"]})
     )
-    with pytest.raises(ValueError, match=f"{parent}: architecture GPT2LMHeadModel can't be pruned"):
+    with pytest.raises(
+        ValueError, match=f"{parent}: architecture BloomForCausalLM can't be narrowed"
+    ):
         PruneWidth(ffn=64).run(parent, tmp_path, parents.CONTEXT)
     (parent / "quant.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=f"{parent} is quantized"):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import tiny_families as tiny
 import torch
 
+from compress.models.blocks import blocks_of
 from compress.models.checkpoint import load_model
-from compress.prune.wanda import kept_weights
+from compress.models.walk import Walk
+from compress.prune.wanda import kept_weights, thin_blocks
 from compress.stages.sparsify import Sparsify
 
 
@@ -66,3 +71,28 @@ def test_what_can_not_be_is_refused(settings, message):
         Sparsify(**settings)
     with pytest.raises(ValueError, match="hidden_size is 66: .*2:4 needs a multiple of 4"):
         Sparsify(pattern="2:4").check_shape({"hidden_size": 66})
+
+
+def test_transposed_matrices_are_thinned_by_output():
+    """GPT-2 stores (inputs, outputs)."""
+    model = tiny.model_of("GPT2LMHeadModel")
+    ids_BL = torch.randint(3, 500, (4, 16), generator=torch.Generator().manual_seed(0))
+    zeros, weights = thin_blocks(Walk(model, ids_BL), partial(kept_weights, zeros_fraction=0.5))
+    assert zeros * 2 == weights == 3 * (64 * 192 + 64 * 64 + 2 * 64 * 128)
+    for block in blocks_of(model):
+        zeros_R = (block.mlp.c_fc.weight == 0).sum(0)
+        assert zeros_R.tolist() == [32] * 128
+
+
+def test_a_layer_whose_weight_is_read_past_it_stays():
+    """As a kernel of a state space takes its last projection's: the layer itself hears nothing."""
+    model = tiny.model_of("LlamaForCausalLM")
+    for block in blocks_of(model):
+        linear = block.mlp.down_proj
+        block.mlp.down_proj = torch.nn.Identity()
+        block.mlp.down_proj.inner = linear
+        block.mlp.down_proj.forward = partial(torch.nn.functional.linear, weight=linear.weight)
+    thin_blocks(Walk(model, torch.arange(3, 19)[None]), partial(kept_weights, zeros_fraction=0.5))
+    for block in blocks_of(model):
+        assert (block.mlp.down_proj.inner.weight != 0).all()
+        assert (block.mlp.gate_proj.weight == 0).sum() == 64 * 128 // 2

@@ -314,8 +314,11 @@ def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
     # A format may need things of the shape that ships, and of the teacher's files.
     shipped = shapes[session.recipe.shipped_slot()]
     for name in session.recipe.export.files:
-        module = formats.parse(name)[0].module
+        format, _, type = formats.parse(name)
+        module = format.module
         module.check_architecture(config_object(shipped))
+        if type.grids:
+            quantizable(meta_model(shipped))
         if check_teacher := getattr(module, "check_teacher", None):
             check_teacher(session.teacher.path)
     return shapes

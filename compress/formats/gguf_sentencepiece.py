@@ -7,16 +7,19 @@ split a token into two tokens is a merge, and the merges that make one token fol
 a token's score is minus the place of its first merge. Other merges are refused. A vocabulary that
 was cut keeps both properties, and no tokenizer.model is needed.
 
-Spaces are ▁ in the vocabulary, a space in tokens that are taken from a text before anything is
-merged. Left out: Unigram, whose scores are probabilities.
+Spaces are ▁ in the vocabulary. A token that is taken from a text before anything is merged has no ▁
+here: no text has one, so that merges make Gemma's runs of spaces on both sides. (Files of others
+take them first, and llama.cpp cuts 32 spaces in another way.) Left out: Unigram, whose scores are
+probabilities.
 """
 
 import json
 from typing import Any
 
+from compress.models.vocabulary import SPACE, UNMERGED, merges_of, spelled
+
 # llama.cpp's src/llama-vocab.cpp, llama_token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-SPACE = "▁"
 _ESCAPED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPENDED = {"type": "Prepend", "prepend": SPACE}
 
@@ -97,24 +100,57 @@ def write_sentencepiece(writer: Any, tokenizer: Any, vocab: dict[int, str], ids_
             return UNUSED
         if vocab[i] == unknown:
             return UNKNOWN
-        if i in added:
+        if i in added and (added[i].special or SPACE not in vocab[i]):
             return CONTROL if added[i].special else USER_DEFINED
         return BYTE if _is_byte(vocab[i]) else NORMAL
 
     # Padding rows have no token.
-    kinds = [kind(i) for i in range(ids_count)]
     tokens = [vocab.get(i, f"[PAD{i}]") for i in range(ids_count)]
-    texts = [
-        token.replace(SPACE, " ") if k == USER_DEFINED else token
-        for token, k in zip(tokens, kinds, strict=True)
-    ]
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(texts)
-    writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
-    writer.add_token_types(kinds)
+    writer.add_token_list(tokens)
+    writer.add_token_scores([scores.get(token, UNMERGED) for token in tokens])
+    writer.add_token_types([kind(i) for i in range(ids_count)])
     writer.add_add_space_prefix(has_prefix(state))
 
 
 def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def read_sentencepiece(fields: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer of a GGUF's metadata as `tokenizers` writes it, without added tokens."""
+    kinds = fields["tokenizer.ggml.token_type"]
+    tokens = spelled(fields["tokenizer.ggml.tokens"], kinds)
+    merges = merges_of(tokens, kinds, fields["tokenizer.ggml.scores"])
+    unknown = fields.get("tokenizer.ggml.unknown_token_id")
+    prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    unescape = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": {"type": "Sequence", "normalizers": [_PREPENDED, _ESCAPED]}
+        if prefix
+        else _ESCAPED,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None if unknown is None else tokens[unknown],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }

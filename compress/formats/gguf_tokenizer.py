@@ -24,12 +24,14 @@ from typing import Any
 from compress.formats.gguf_sentencepiece import (
     has_prefix,
     is_sentencepiece,
+    read_sentencepiece,
     scores_of,
     write_sentencepiece,
 )
 from compress.formats.llama_conversion import pre_by_hash
 from compress.models.end_files import as_value
 from compress.models.ends import turn_end
+from compress.models.vocabulary import SPACE, spelled
 
 PRE_KEY = "gguf_pre"  # of tokenizer_config.json
 # Names whose published tokenizers have no normalizer.
@@ -306,30 +308,39 @@ def _backend(fields: dict[str, Any], bos: int | None) -> Any:
 
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+    if model != "llama" and (model != "gpt2" or pre not in PRE_TOKENIZERS):
         raise ValueError(
             f"the GGUF's tokenizer is model {model!r} with pre-tokenizer {pre!r}; known are model"
-            f" 'gpt2' with {', '.join(PRE_TOKENIZERS)}. A guess would change token ids: use this"
-            " model's Hugging Face checkpoint"
+            f" 'llama', and model 'gpt2' with {', '.join(PRE_TOKENIZERS)}. A guess would change"
+            " token ids: use this model's Hugging Face checkpoint"
         )
 
     # Rules are set as JSON: as `tokenizers` writes them, which is how they are known here.
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    bpe = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignores(pre)))
-    state = json.loads(bpe.to_str())
-    state |= {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": _BYTE_LEVEL}
-    backend = Tokenizer.from_str(json.dumps(state))
+    if model == "llama":
+        tokens = spelled(tokens, kinds)
+        backend = Tokenizer.from_str(json.dumps(read_sentencepiece(fields)))
+    else:
+        merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+        vocab = {token: index for index, token in enumerate(tokens)}
+        bpe = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignores(pre)))
+        state = json.loads(bpe.to_str())
+        state |= {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": _BYTE_LEVEL}
+        backend = Tokenizer.from_str(json.dumps(state))
+        backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
 
     # BOS before every text, where the file asks for it.
-    backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
-    if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+    if fields.get("tokenizer.ggml.add_bos_token", model == "llama" or pre == "llama-bpe"):
         token = tokens[bos]
         backend.post_processor = processors.TemplateProcessing(
             [token, "$A"], [token, "$A", "$B:0"], [(token, bos)]
         )
 
-    added = [pair for pair in zip(tokens, kinds, strict=True) if pair[1] in (CONTROL, USER_DEFINED)]
+    # Where spaces are spelled, runs of them are made by merges.
+    added = [
+        (token, kind)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind == CONTROL or (kind == USER_DEFINED and (model == "gpt2" or SPACE not in token))
+    ]
     backend.add_tokens(
         [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added]
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def tokenizer_of(name: str, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
+@cache
 def byte_level() -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -131,6 +133,7 @@ def byte_level() -> Tokenizer:
     return backend
 
 
+@cache
 def fallback() -> Tokenizer:
     """Like Gemma's: all ways to split a token are merges, in the order of the tokens."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))

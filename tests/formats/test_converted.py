@@ -28,6 +28,7 @@ from compress.models.gguf_header import read_fields
 from compress.models.head import hidden_states
 from compress.models.model_config import meta_model, read_config
 from compress.models.tokenizer import load_tokenizer
+from compress.models.vocabulary import difference, is_cut_of, vocabulary_of
 from compress.quant.codes import load_quantized, quantizable
 from compress.quant.grids import GRIDS
 from compress.score.fidelity import States
@@ -439,6 +440,10 @@ def test_a_cut_vocabulary_has_the_ids_of_its_file(checkpoints, tmp_path, name):
     differing = strings_differing(out, llama, 50)
     llama.close()
     assert differing == 0 and len(kept) < 512
+
+    # The file's ids are known to mean the checkpoint's, and to be cut out of the parent's.
+    assert difference(vocabulary_of(tmp_path / "m.gguf"), vocabulary_of(out)) == ""
+    assert is_cut_of(vocabulary_of(tmp_path / "m.gguf"), vocabulary_of(parent))
 
 
 def test_a_prefixed_space_is_written(tmp_path):

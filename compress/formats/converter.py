@@ -95,8 +95,15 @@ class Rows:
 
         # Rows of one value stand for each other, so that they count together.
         if sum(self.waiting.values()) == 0:
-            self.__init__()  # type: ignore[misc]
+            for table in (self.packed_RB, self.kinds, self.waiting, self.places):
+                table.clear()
         return packed_RB.reshape(*values.shape[:-1], -1), kinds[0]
+
+    def pass_over(self, values: np.ndarray) -> None:
+        """A tensor (..., C) is written as numbers: its rows wait no more."""
+        for row in np.ascontiguousarray(values).reshape(-1, values.shape[-1]):
+            if place := self.places.get(_digest(row)):
+                self.waiting[place.matrix] -= 1
 
     def check_taken(self) -> None:
         """ValueError naming the matrices that the file does not hold."""
@@ -163,6 +170,8 @@ class Feed:
         """A tensor of the file as the writer takes it, and its ggml type."""
         matrix = values.ndim > 1 and name.endswith(".weight") and not F32_ONLY.search(name)
         if not matrix:
+            if values.ndim > 1:
+                self.rows.pass_over(values)
             return values, "F32"
         if self.type != "F16":
             return self.rows.take(name, values)

@@ -299,6 +299,11 @@ def test_rows_that_were_transposed_or_scaled_and_those_without_a_place_are_refus
     rows.take("blk.0.rest", w[31:])
     rows.check_taken()
 
+    # What is written as numbers holds its codes' values, and needs no bytes.
+    rows.feed("model.router", w, np.zeros((32, 18), np.uint8), "Q4_0")
+    rows.pass_over(w)
+    rows.check_taken()
+
 
 def test_a_matrix_without_codes_is_refused(checkpoints, tmp_path):
     from safetensors.torch import save_file
@@ -362,6 +367,19 @@ def test_without_the_converter_the_line_to_type_is_named(checkpoints, monkeypatc
     llama_conversion._folder.cache_clear()
     with pytest.raises(ConfigError, match="pip install --no-deps auto-round==0.16.1"):
         gguf.check_architecture(config)
+
+
+def test_a_bf16_checkpoint_in_shards_is_written_whole(checkpoints, tmp_path):
+    model = load_model(checkpoints("qwen3")).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
+    tokenizer_of("qwen3", tmp_path / "hf")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    gguf.export_gguf(tmp_path / "hf", tmp_path / "m.gguf", "F16")
+    decoded = converter.decoded(read_fields(tmp_path / "m.gguf")[1])
+    plain = converter.expected(checkpoints("qwen3"), "F16", {})
+    assert decoded.keys() == plain.keys()
+    for name, numbers in plain.items():
+        assert torch.equal(decoded[name], numbers.bfloat16().half().float()), name
 
 
 def test_no_name_of_the_checkpoint_gets_into_the_file(checkpoints, tmp_path):

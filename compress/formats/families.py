@@ -104,14 +104,14 @@ class Family(NamedTuple):
 _SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
 _GELU: dict[str, tuple[Any, ...]] = {"hidden_act": ("gelu_pytorch_tanh",)}
 _GEMMA: dict[str, tuple[Any, ...]] = {"hidden_activation": ("gelu_pytorch_tanh",)}
-_EXPERTS = {
+_EXPERTS: dict[str, tuple[str, ...]] = {
     "mlp.experts.gate_up_proj": (
         "mlp.experts.{}.gate_proj.weight",
         "mlp.experts.{}.up_proj.weight",
     ),
     "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
 }
-_MIXTRAL = {
+_MIXTRAL: dict[str, tuple[str, ...]] = {
     "mlp.experts.gate_up_proj": (
         "block_sparse_moe.experts.{}.w1.weight",
         "block_sparse_moe.experts.{}.w3.weight",
@@ -119,7 +119,7 @@ _MIXTRAL = {
     "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
     "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
 }
-_GRANITE = {
+_GRANITE: dict[str, tuple[str, ...]] = {
     "block_sparse_moe.experts.gate_up_proj": ("block_sparse_moe.input_linear.weight",),
     "block_sparse_moe.experts.down_proj": ("block_sparse_moe.output_linear.weight",),
     "block_sparse_moe.router.weight": ("block_sparse_moe.router.layer.weight",),

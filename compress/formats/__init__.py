@@ -44,6 +44,7 @@ class Format:
     packages: dict[str, str]  # module -> what pip installs
     source: str  # our module
     types: dict[str, Type]
+    optional: tuple[str, ...] = ()  # packages that decide bytes where they are installed
 
     @property
     def module(self) -> Any:
@@ -80,6 +81,7 @@ FORMATS: dict[str, Format] = {
         {"F16": Type(16, (), exact=True)}
         | {name: Type(bits, (name.lower(),)) for name, bits in _ROUNDED.items()}
         | {"MIXED": Type(8.5, ("mixed",), rounds=False)},
+        ("auto-round",),
     ),
     "compressed_tensors": Format(
         "compressed_tensors",

@@ -7,8 +7,11 @@ way out and back on the way in. Codes and scales are rows too: they move along a
 computed again. qwen2 keeps HF's layout. All matrices, the embedding too, get the type asked for:
 F16, or a grid of `compress/quant/grids/`, whose modules say what their blocks hold; MIXED gives
 each matrix the type of its codes. 1-D tensors stay F32. Left out: llama.cpp's own mixtures such as
-Q4_K_M (Q4_K here is Q4_K throughout), rope scaling, experts, attention biases of Llama: refused by
-name.
+Q4_K_M (Q4_K here is Q4_K throughout).
+
+This module writes ARCHITECTURES in their plain form; what else is in formats/families.py, rope
+scaling of Llama included, goes through llama.cpp's converter (formats/converter.py), which the
+tests hold against this one.
 """
 
 import os
@@ -24,8 +27,15 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from compress.formats import check_config, codes_of
-from compress.formats.gguf_tokenizer import end_keys, pre_name, templates_of, write_tokenizer
+from compress.formats import check_config, codes_of, converter
+from compress.formats.families import check_family
+from compress.formats.gguf_tokenizer import (
+    check_tokenizer,
+    end_keys,
+    templates_of,
+    write_tokenizer,
+)
+from compress.formats.llama_conversion import converter_of
 from compress.models.checkpoint import check, head_dim, read_config, weight_files
 from compress.models.ends import end_ids
 from compress.models.gguf_header import read_fields
@@ -70,8 +80,12 @@ def export_gguf(checkpoint: Path, out_file: Path, type: str) -> None:
     check(checkpoint)
     quantized = codes_of(checkpoint, f"gguf:{type}")
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    main_type = _main_type(quantized) if quantized else type
+    if not is_plain(config):
+        converter.convert(checkpoint, out_file, type, TYPES[main_type], quantized)
+        return
     part = out_file.with_name(out_file.name + ".part")
-    writer = _described(checkpoint, config, _main_type(quantized) if quantized else type, part)
+    writer = _described(checkpoint, config, main_type, part)
 
     # Tensors under llama.cpp's names, then the file in one go.
     for name, raw, kind in _packed(checkpoint, type, quantized, config):
@@ -142,11 +156,35 @@ def header_bytes(checkpoint: Path) -> int:
 
     # It is written to be measured.
     with tempfile.TemporaryDirectory() as folder:
-        writer = _described(checkpoint, config, "F16", Path(folder) / "header.gguf")
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
-        return (Path(folder) / "header.gguf").stat().st_size
+        file = Path(folder) / "header.gguf"
+        if is_plain(config):
+            writer = _described(checkpoint, config, "F16", file)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.close()
+        else:
+            converter.write_header(checkpoint, file)
+        return file.stat().st_size
+
+
+def is_plain(config: Any) -> bool:
+    """Whether this module writes it; the converter writes others."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    biases = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    windowed = getattr(config, "sliding_window", None) is not None
+    plain = rope == "default" and not biases and not windowed
+    return config.model_type in ARCHITECTURES and plain
+
+
+def check_architecture(config: Any) -> None:
+    """ValueError when no GGUF can be of a transformers config. ConfigError when the converter of
+    its family is not installed.
+    """
+    if is_plain(config):
+        architecture(config)
+    else:
+        check_family(config)
+        converter_of(config)
 
 
 def architecture(config: Any) -> str:
@@ -156,6 +194,7 @@ def architecture(config: Any) -> str:
         "GGUF",
         "export compressed_tensors",
         model_type=tuple(ARCHITECTURES),
+        hidden_act=("silu",),
         rope_type=("default",),
         sliding_window=(None,),
     )
@@ -177,9 +216,11 @@ def check_teacher(path: Path) -> None:
     a GGUF.
     """
     tokenizer = load_tokenizer(path)
-    pre_name(tokenizer)
+    check_tokenizer(tokenizer)
     end_keys(tokenizer, end_ids(path, tokenizer))
     templates_of(tokenizer.chat_template)
+    if not is_plain(AutoConfig.from_pretrained(path, local_files_only=True)):
+        return
     for name, _ in meta_model(read_config(path)).named_parameters():
         _renamed(
             name,
@@ -321,7 +362,19 @@ class ReloadedGguf:
         self.close = llama.close
 
     def tensors(self) -> dict[str, Tensor]:
+        if self.is_converted():
+            return converter.decoded(self.listed)
         return decode_gguf(self.fields, self.listed)
+
+    def is_converted(self) -> bool:
+        """Whether llama.cpp's converter wrote it: its tensors keep the names of a GGUF."""
+        return bool(self.fields.get("general.name") == converter.NAME)
+
+    def expected(self, checkpoint: Path, type: str) -> dict[str, Tensor] | None:
+        """What `tensors` must be, under their names, where those are not HF's."""
+        if not self.is_converted():
+            return None
+        return converter.expected(checkpoint, type, codes_of(checkpoint, f"gguf:{type}"))
 
     def eos_ids(self) -> set[int]:
         keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
@@ -329,4 +382,4 @@ class ReloadedGguf:
 
 
 # For formats/__init__.py.
-write, reload, check_architecture = export_gguf, ReloadedGguf, architecture
+write, reload = export_gguf, ReloadedGguf

@@ -5,14 +5,15 @@ merging) by name only, `tokenizer.ggml.pre`; llama.cpp holds the rules behind th
 `PRE_TOKENIZERS` is our copy of those rules, read in both directions: a name that is not in it is
 refused on import, rules that are not in it are refused on export. A guess would give other token
 ids, hence another model. ("\\n\\n1" is [1116, 33] for SmolLM2; without its digit splitter it
-becomes [198, 198, 33].)
+becomes [198, 198, 33].) Rules that are not in it have a name where llama.cpp's converter knows the
+tokenizer by a hash of ids, or where tokenizer_config.json gives one as PRE_KEY: a cut vocabulary
+has another hash. BPE with byte fallback is in formats/gguf_sentencepiece.py.
 
 Of the ends of a text llama.cpp reads three: eos, eot (of a turn) and eom (of a message). Some more
 it knows by their names (ENDS_BY_NAME). Of several chat templates the default one is
 tokenizer.chat_template, the others are there by name.
 
-Left out: SentencePiece and Unigram tokenizers, and normalizers other than Qwen2's NFC, which
-llama.cpp does not apply.
+Left out: Unigram tokenizers, and normalizers other than NFC, which llama.cpp does not apply.
 """
 
 import json
@@ -20,9 +21,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.formats.gguf_sentencepiece import (
+    has_prefix,
+    is_sentencepiece,
+    read_sentencepiece,
+    scores_of,
+    write_sentencepiece,
+)
+from compress.formats.llama_conversion import pre_by_hash
 from compress.models.end_files import as_value
 from compress.models.ends import turn_end
+from compress.models.vocabulary import SPACE, spelled
 
+PRE_KEY = "gguf_pre"  # of tokenizer_config.json
+# Names whose published tokenizers have no normalizer.
+NOT_NORMALIZED = ("gpt-2", "smollm", "llama-bpe", "dbrx")
 # llama.cpp's src/llama-vocab.cpp, llama_token_type
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
@@ -80,42 +93,62 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
         "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
     },
     "llama-bpe": _sequence(_WORDS + r"\p{N}{1,3}" + _SYMBOLS + _TAIL),
+    "dbrx": _sequence(_WORDS + r"\p{N}{1,3}" + _SYMBOLS + _TAIL),
     "qwen2": _sequence(_WORDS + r"\p{N}" + _SYMBOLS + _TAIL),
 }
 
 
 def pre_name(tokenizer: Any) -> str:
-    """The `tokenizer.ggml.pre` name of a fast HF tokenizer. ValueError when llama.cpp would cut
-    text otherwise.
+    """The `tokenizer.ggml.pre` name of a fast byte-level HF tokenizer. ValueError when llama.cpp
+    would cut text otherwise.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["model"]["type"] != "BPE":
         raise ValueError(
-            f"the tokenizer's model is {state['model']['type']}; allowed in a GGUF: byte-level BPE"
+            f"the tokenizer's model is {state['model']['type']}; allowed in a GGUF: BPE"
         )
 
     # How text is cut, by llama.cpp's name.
     cutting = _rules(state["pre_tokenizer"])
     names = [name for name, rules in PRE_TOKENIZERS.items() if cutting == _rules(rules)]
-    if not names:
+    names = names or [pre_by_hash(tokenizer) or tokenizer.init_kwargs.get(PRE_KEY)]
+    if names == [None]:
         raise ValueError(
             f"the tokenizer's pre-tokenizer {json.dumps(state['pre_tokenizer'])} is not known to be"
-            f" one of llama.cpp's (known: {', '.join(PRE_TOKENIZERS)}); add it to PRE_TOKENIZERS"
-            " and compare token ids with llama.cpp"
+            f" one of llama.cpp's (known: {', '.join(PRE_TOKENIZERS)}); add it to PRE_TOKENIZERS,"
+            f" or its name in llama.cpp as {PRE_KEY} to tokenizer_config.json, and compare token"
+            " ids with llama.cpp"
         )
 
     # What the name implies besides.
-    if state["model"].get("ignore_merges", False) != (names[0] == "llama-bpe"):
+    merged = state["model"].get("ignore_merges", False)
+    fitting = [name for name in names if name not in PRE_TOKENIZERS or ignores(name) == merged]
+    if not fitting:
         raise ValueError(
-            f"a {names[0]} tokenizer has ignore_merges = {names[0] != 'llama-bpe'}, which llama.cpp"
-            " reverses"
+            f"a {names[0]} tokenizer has ignore_merges = {not merged}, which llama.cpp reverses"
         )
     normalizer = state["normalizer"]
-    if normalizer is not None and (names[0], normalizer["type"]) != ("qwen2", "NFC"):
+    if normalizer is not None and (normalizer["type"] != "NFC" or fitting[0] in NOT_NORMALIZED):
         raise ValueError(
             f"the tokenizer's normalizer {normalizer['type']} is not in llama.cpp; allowed: none"
         )
-    return names[0]
+    return fitting[0]
+
+
+def ignores(pre: str) -> bool:
+    """Whether llama.cpp takes a text that is a token without merging it."""
+    return pre == "llama-bpe"
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """ValueError when a tokenizer has no place in a GGUF."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if is_sentencepiece(state):
+        state["added"] = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        has_prefix(state)
+        scores_of(state)
+    else:
+        pre_name(tokenizer)
 
 
 def _rules(pre_tokenizer: Any) -> Any:
@@ -136,23 +169,18 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence
 
     ValueError: what llama.cpp would read otherwise, or has no place for.
     """
-    pre = pre_name(tokenizer)
     vocab = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(vocab) >= vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {max(vocab)}, the model embeds {vocab_size} tokens; one"
             " is foreign"
         )
-
-    # Rows of the embedding without a token are padding.
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list([vocab.get(i, f"[PAD{i}]") for i in range(vocab_size)])
-    writer.add_token_types(_token_types(tokenizer, vocab, vocab_size))
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if is_sentencepiece(state):
+        write_sentencepiece(writer, tokenizer, vocab, vocab_size)
+    else:
+        _write_byte_level(writer, tokenizer, vocab, vocab_size, state["model"]["merges"])
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
-    writer.add_add_space_prefix(False)
 
     # Special tokens, and the ends of a text.
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")}
@@ -161,6 +189,20 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, ends: Sequence
         if (index := ids.get(name)) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
     _write_templates(writer, templates_of(tokenizer.chat_template))
+
+
+def _write_byte_level(
+    writer: Any, tokenizer: Any, vocab: dict[int, str], vocab_size: int, merges: list[Any]
+) -> None:
+    """Adds model, tokens, types and merges of byte-level BPE."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_name(tokenizer))
+
+    # Rows of the embedding without a token are padding.
+    writer.add_token_list([vocab.get(i, f"[PAD{i}]") for i in range(vocab_size)])
+    writer.add_token_types(_token_types(tokenizer, vocab, vocab_size))
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    writer.add_add_space_prefix(False)
 
 
 def _token_types(tokenizer: Any, vocab: dict[int, str], vocab_size: int) -> list[int]:
@@ -265,31 +307,41 @@ def _backend(fields: dict[str, Any], bos: int | None) -> Any:
     from tokenizers import AddedToken, Tokenizer, models, processors
 
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+    model = fields.get("tokenizer.ggml.model")
+    pre = str(fields.get("tokenizer.ggml.pre"))
+    if model != "llama" and (model != "gpt2" or pre not in PRE_TOKENIZERS):
         raise ValueError(
             f"the GGUF's tokenizer is model {model!r} with pre-tokenizer {pre!r}; known are model"
-            f" 'gpt2' with {', '.join(PRE_TOKENIZERS)}. A guess would change token ids: use this"
-            " model's Hugging Face checkpoint"
+            f" 'llama', and model 'gpt2' with {', '.join(PRE_TOKENIZERS)}. A guess would change"
+            " token ids: use this model's Hugging Face checkpoint"
         )
 
     # Rules are set as JSON: as `tokenizers` writes them, which is how they are known here.
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    bpe = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
-    state = json.loads(bpe.to_str())
-    state |= {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": _BYTE_LEVEL}
-    backend = Tokenizer.from_str(json.dumps(state))
+    if model == "llama":
+        tokens = spelled(tokens, kinds)
+        backend = Tokenizer.from_str(json.dumps(read_sentencepiece(fields)))
+    else:
+        merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+        vocab = {token: index for index, token in enumerate(tokens)}
+        bpe = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignores(pre)))
+        state = json.loads(bpe.to_str())
+        state |= {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": _BYTE_LEVEL}
+        backend = Tokenizer.from_str(json.dumps(state))
+        backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
 
     # BOS before every text, where the file asks for it.
-    backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
-    if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+    if fields.get("tokenizer.ggml.add_bos_token", model == "llama" or pre == "llama-bpe"):
         token = tokens[bos]
         backend.post_processor = processors.TemplateProcessing(
             [token, "$A"], [token, "$A", "$B:0"], [(token, bos)]
         )
 
-    added = [pair for pair in zip(tokens, kinds, strict=True) if pair[1] in (CONTROL, USER_DEFINED)]
+    # Where spaces are spelled, runs of them are made by merges.
+    added = [
+        (token, kind)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind == CONTROL or (kind == USER_DEFINED and (model == "gpt2" or SPACE not in token))
+    ]
     backend.add_tokens(
         [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added]
     )

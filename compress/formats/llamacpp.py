@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from compress.models.head import Head
 
 GREEDY = {"temperature": 0, "cache_prompt": False}
+# Architectures whose logit_scale llama.cpp multiplies logits by, and those where it divides them.
+SCALES_LOGITS = ("command-r", "cohere2")
+DIVIDES_LOGITS = ("granite", "granitemoe")
 _PARALLEL = 4  # sequences that the server decodes together: short prompts fill a batch
 
 
@@ -296,8 +299,8 @@ def maximal(
 
 
 def head(gguf: Path) -> Head:
-    """The fp32 head as decoded from the file: `output.weight`, or the tied embedding. ValueError
-    for logits that are scaled or capped.
+    """The fp32 head as decoded from the file: `output.weight`, or the tied embedding, with its bias
+    and what scales or caps the logits. ValueError for a scale whose meaning is not known.
     """
     import torch
     from gguf.quants import dequantize
@@ -306,20 +309,32 @@ def head(gguf: Path) -> Head:
     from compress.models.head import Head
 
     fields, listed = read_fields(gguf)
-    special = [key for key in fields if key.endswith((".final_logit_softcapping", ".logit_scale"))]
-    if special or any(tensor.name == "output.bias" for tensor in listed):
-        raise ValueError(
-            f"{gguf}: logits with {special or 'a bias'} can't be scored through llama.cpp yet;"
-            " score the checkpoint it was made of"
+    tensors = {tensor.name: tensor for tensor in listed}
+
+    def decoded(name: str) -> Tensor:
+        tensor = tensors[name]
+        return torch.from_numpy(
+            dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True)
         )
 
     # Tied embeddings are in a file once.
-    tensors = {tensor.name: tensor for tensor in listed}
-    tensor = tensors.get("output.weight", tensors.get("token_embd.weight"))
-    if tensor is None:
+    names = [name for name in ("output.weight", "token_embd.weight") if name in tensors]
+    if not names:
         raise ValueError(f"{gguf}: neither output.weight nor token_embd.weight is in it")
+
+    # What is done with the logits behind it.
+    family = fields["general.architecture"]
+    scale = float(fields.get(f"{family}.logit_scale") or 1.0)
+    if scale != 1.0 and family not in (*SCALES_LOGITS, *DIVIDES_LOGITS):
+        raise ValueError(
+            f"{gguf}: {family}.logit_scale can't be scored through llama.cpp yet; score the"
+            " checkpoint it was made of"
+        )
     return Head(
-        torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True))
+        decoded(names[0]),
+        decoded("output.bias") if "output.bias" in tensors else None,
+        1.0 / scale if family in DIVIDES_LOGITS else scale,
+        fields.get(f"{family}.final_logit_softcapping"),
     )
 
 

@@ -3,9 +3,14 @@
 Compared are the token of every id, added and special ones included, and the rules by which text
 becomes tokens: merges of BPE, scores of Unigram. Chat templates, ends and padding may differ: they
 change what a model is asked, not what an id means.
+
+A GGUF holds BPE with byte fallback as scores: of all neighbours whose text together is a token
+those of the highest score are joined, so every way to make a token is a merge, and those of one
+token have no order among them.
 """
 
 import json
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +18,10 @@ from typing import Any, NamedTuple
 from compress.models.checkpoint import Model
 from compress.models.tokenizer import load_tokenizer, tokenizer_digest
 
-UNUSED = 5  # llama.cpp's type of a token that fills a gap
+# llama.cpp's types of tokens: of text, taken from a text before anything is merged, filling a gap.
+NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
+UNMERGED = -1e30  # score of a token that nothing is merged to
+SPACE = "▁"  # a space, where bytes are tokens of their own
 
 
 class Vocabulary(NamedTuple):
@@ -30,7 +38,8 @@ def of_tokenizer(tokenizer: Any) -> Vocabulary:
     model: dict[str, Any] = json.loads(backend.to_str())["model"] if backend is not None else {}
     vocab = model.get("vocab", [])
     rules = model.get("merges") or (vocab if isinstance(vocab, list) else [])
-    return Vocabulary(tokens, [_merge(rule) for rule in rules])
+    merges = [_merge(rule) for rule in rules]
+    return Vocabulary(tokens, grouped(merges) if model.get("byte_fallback") else merges)
 
 
 def of_gguf(file: Path) -> Vocabulary:
@@ -40,12 +49,50 @@ def of_gguf(file: Path) -> Vocabulary:
     fields = read_fields(file)[0]
     tokens = fields.get("tokenizer.ggml.tokens", [])
     kinds = fields.get("tokenizer.ggml.token_type", [0] * len(tokens))
+    rules = [_merge(rule) for rule in fields.get("tokenizer.ggml.merges", [])]
+    if fields.get("tokenizer.ggml.model") == "llama":
+        tokens = spelled(tokens, kinds)
+        rules = merges_of(tokens, kinds, fields["tokenizer.ggml.scores"])
     named = {
         i: token
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
         if kind != UNUSED and token != f"[PAD{i}]"
     }
-    return Vocabulary(named, [_merge(rule) for rule in fields.get("tokenizer.ggml.merges", [])])
+    return Vocabulary(named, rules)
+
+
+def spelled(tokens: Sequence[str], kinds: Sequence[int]) -> list[str]:
+    """Tokens of a GGUF with byte fallback as tokenizer.json spells them."""
+    return [
+        token.replace(" ", SPACE) if kind == USER_DEFINED else token
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+
+
+def merges_of(
+    tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]
+) -> list[tuple[str, str]]:
+    """What scores mean as merges, in the order of scores."""
+    of_text = {tokens[i] for i, kind in enumerate(kinds) if kind in (NORMAL, USER_DEFINED)}
+    merged = [i for i, score in enumerate(scores) if score > UNMERGED / 2]
+    joined = sorted(
+        (i for i in merged if tokens[i] in of_text and len(tokens[i]) > 1),
+        key=lambda i: (-scores[i], i),
+    )
+    return [
+        (tokens[i][:at], tokens[i][at:])
+        for i in joined
+        for at in range(1, len(tokens[i]))
+        if tokens[i][:at] in of_text and tokens[i][at:] in of_text
+    ]
+
+
+def grouped(merges: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Merges with those of one token side by side, the one that cuts it earliest first."""
+    order: dict[str, int] = {}
+    for merge in merges:
+        order.setdefault("".join(merge), len(order))
+    return sorted(merges, key=lambda merge: (order["".join(merge)], len(merge[0])))
 
 
 def vocabulary_of(path: Path) -> Vocabulary:

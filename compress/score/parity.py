@@ -4,7 +4,8 @@ its format.
 The twin is the checkpoint with each matrix as the file's type holds it: the checkpoint itself when
 it is quantized, its rounded copy otherwise. The file is a `Reloaded`. Measured, and refused where
 it is more than arithmetic can explain; exact: F16 in llama.cpp and all that torch runs; others:
-integer types of llama.cpp, whose kernels round activations to 8 bits:
+integer types of llama.cpp, whose kernels round activations to 8 bits, and mixtures: where two
+experts are nearly as good, arithmetic decides which is asked:
 
     parity_values_differing     numbers of the twin that the decoded file does not hold bit for
                                 bit: 0
@@ -38,6 +39,7 @@ from compress.models.checkpoint import best_device, load_model
 from compress.models.end_files import in_files
 from compress.models.ends import is_special, turn_end
 from compress.models.head import head_of, hidden_states
+from compress.models.model_config import read_config
 from compress.models.tokenizer import load_tokenizer
 from compress.quant.codes import is_quantized, quantizable
 from compress.quant.grids import GRIDS
@@ -54,7 +56,10 @@ class Reloaded(Protocol):
     """A file as its own runtime opens it; each module of `formats/__init__.py` has one."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """HF state-dict name -> fp32, as decoded from the file; without a tied head."""
+        """HF state-dict name -> fp32, as decoded from the file; without a tied head. Names may be
+        the file's own, where it has a method `expected(checkpoint, type)` that gives the numbers to
+        compare with, or None for the twin's.
+        """
 
     def generate_ids(self, prompt: Sequence[int], n: int) -> list[int]:
         """Greedy continuation of at most `n` tokens, ended by EOS."""
@@ -81,27 +86,30 @@ def twin_of(checkpoint: Path, name: str) -> Any:
     if is_quantized(checkpoint) or not kind:
         return model
 
-    # Rounded as the file's type rounds.
+    # Rounded as the file's type rounds: in F16 all that is no vector, experts and convolutions too.
     with torch.no_grad():
-        for tensor, matrix in quantizable(model).items():
-            weight = matrix.rows
-            if kind == "F16":
+        if kind == "F16":
+            for weight in (p for p in model.parameters() if p.dim() > 1):
                 weight.copy_(weight.half().float())
-            else:
-                grid = GRIDS[kind.lower()]
-                weight.copy_(grid.decode(*grid.encode(weight, tensor)))
+        else:
+            grid = GRIDS[kind.lower()]
+            for tensor, matrix in quantizable(model).items():
+                matrix.rows.copy_(grid.decode(*grid.encode(matrix.rows, tensor)))
     return model
 
 
-def values_differing(twin: Any, decoded: dict[str, Tensor]) -> int:
-    """Numbers of the twin's state dict that the file, decoded, holds otherwise or not at all."""
-    expected = {
+def numbers_of(twin: Any) -> dict[str, Tensor]:
+    """The twin's state dict without what is tied."""
+    return {
         name: tensor
         for name, tensor in twin.state_dict().items()
         if name not in twin.all_tied_weights_keys
     }
 
-    # What the twin has no place for differs in every number, and so does what the file lacks.
+
+def values_differing(expected: dict[str, Tensor], decoded: dict[str, Tensor]) -> int:
+    """Numbers of `expected` that the file, decoded, holds otherwise or not at all."""
+    # What has no place there differs in every number, and so does what the file lacks.
     differing = sum(tensor.numel() for name, tensor in decoded.items() if name not in expected)
     for name, tensor in expected.items():
         other = decoded.get(name)
@@ -156,7 +164,8 @@ def parity(
 ) -> dict[str, float]:
     """`figures`, or ValueError naming every figure that is beyond its limit."""
     measured = figures(checkpoint, file, name, heldout, shipped, threads)
-    exact = parse(name)[2].exact
+    mixture = any(read_config(checkpoint).get(key) for key in ("num_experts", "num_local_experts"))
+    exact = parse(name)[2].exact and not mixture
 
     # Counts and flags may not be above 0, differences not above what arithmetic explains.
     limits = {key: 0.0 for key in measured if key.endswith(("_differing", "_flag"))}
@@ -201,7 +210,10 @@ def figures(
     reloaded: Reloaded = parse(name)[0].module.reload(file, threads)
     prompt = heldout[0, :32].tolist()
     try:
-        measured["parity_values_differing"] = values_differing(twin, reloaded.tensors())
+        expected = getattr(reloaded, "expected", lambda *_: None)(checkpoint, parse(name)[1])
+        measured["parity_values_differing"] = values_differing(
+            expected or numbers_of(twin), reloaded.tensors()
+        )
         written = reloaded.generate_ids(prompt, GREEDY)
         strings_differing = sum(
             reloaded.tokenize(text) != tokenizer.encode(text, add_special_tokens=False)

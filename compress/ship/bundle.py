@@ -15,6 +15,7 @@ open_prompts.jsonl   the open prompts with their checks, as `eval.open_prompts` 
 open_answers.jsonl   what teacher and judged file said to them, {"id", "teacher": {answer, ended,
                      loops, right}, "student": {...}}, so that `accept` needs no teacher for
                      open/kept
+terms/               the terms that the teacher came under, where it brought any
 SHA256SUMS           sha256 of every other file, in the format of `sha256sum -c`
 """
 
@@ -36,6 +37,7 @@ from compress.score.open import Answers
 from compress.score.prompts import Prompt, as_row
 from compress.ship.manifest import read_manifest
 from compress.store import STAGE_JSON, commit, file_table, write_json
+from compress.teacher import TERMS
 
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)
@@ -62,6 +64,10 @@ def write_bundle(
     for shipped in files:
         copy = shutil.copytree if shipped.model.path.is_dir() else shutil.copyfile
         copy(shipped.model.path, part / shipped.model.path.name)
+
+    # The terms that the teacher, and so its student, is under.
+    if (teacher.path / TERMS).is_dir():
+        shutil.copytree(teacher.path / TERMS, part / TERMS)
 
     # What was asked, and what teacher and judged file answered.
     reference = next(record for record in run.records if record["slot"] == "teacher")
@@ -170,6 +176,7 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
     for format, type, _ in map(formats.parse, config["export"]["files"]):
         file = format.file.format(type=type)
         files.append(f"- `{file}`: {format.about.format(file=file)}")
+    terms = f", which are in `{TERMS}/`" if _has_terms(manifest) else ""
     lineage = [
         f"{number}. `{slot['slot']}` ({slot['technique']}) from `{slot['parent'] or 'nothing'}`,"
         f" weights sha256 `{slot['digest'][:16]}`"
@@ -207,7 +214,8 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         "",
         (
             f"- Teacher: {origin.get('licence', 'unknown; ask its publisher')}. The student is a"
-            " derived work and stays under those terms."
+            " derived work and stays under those terms"
+            f"{terms}."
         ),
         *[
             f"- Training text: {name}"
@@ -224,6 +232,11 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _has_terms(manifest: dict[str, Any]) -> bool:
+    """Whether the teacher's terms are in the bundle."""
+    return any(name.startswith(f"{TERMS}/") for name in manifest["files"])
 
 
 def sums_digest(bundle: Path) -> str:

@@ -388,7 +388,7 @@ def test_unknown_pre_tokenizers_are_refused_both_ways(tied, f16, tmp_path):
         pre=pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel()]),
     )
     with pytest.raises(
-        ValueError, match="pre-tokenizer .*Whitespace.*known: gpt-2, smollm, llama-bpe, qwen2"
+        ValueError, match="pre-tokenizer .*Whitespace.*known: gpt-2, smollm, llama-bpe, dbrx, qwen2"
     ):
         export_gguf(tmp_path / "c", tmp_path / "m.gguf", "F16")
     foreign = tmp_path / "foreign.gguf"

@@ -26,6 +26,7 @@ from compress.score.parity import (
     GREEDY,
     TOP1_GAP,
     greedy,
+    numbers_of,
     parity,
     strings,
     top1_beyond_gap,
@@ -94,7 +95,8 @@ def test_one_flipped_byte_of_a_matrix_is_counted_and_refused(quantized, tmp_path
     (tmp_path / "m.gguf").write_bytes(data)
     assert (
         values_differing(
-            twin_of(checkpoint, "gguf:Q4_0"), decode_gguf(*read_fields(tmp_path / "m.gguf"))
+            numbers_of(twin_of(checkpoint, "gguf:Q4_0")),
+            decode_gguf(*read_fields(tmp_path / "m.gguf")),
         )
         == 2
     )

@@ -117,7 +117,7 @@ def test_transposed_matrices_are_cut_as_linear_layers_are():
 def test_narrowing_and_refitting_say_the_new_sizes():
     linear = nn.Linear(6, 4)
     weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
-    rows = torch.tensor([3, 0])
+    rows = torch.tensor([0, 3])
     narrow(linear, rows)
     assert torch.equal(linear.weight, weight[rows]) and torch.equal(linear.bias, bias[rows])
     refit(linear, torch.ones(2, 5))

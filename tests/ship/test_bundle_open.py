@@ -87,6 +87,15 @@ def lines(file):
 # ------------------------------------------------------------------- files
 
 
+def test_the_terms_of_the_teacher_are_in_the_bundle_and_named_in_its_card(tmp_path):
+    (tmp_path / "terms").mkdir()
+    (tmp_path / "terms" / "SMALL_TERMS.html").write_text("Be kind.")
+    bundle = made(tmp_path)
+    assert (bundle / "terms" / "SMALL_TERMS.html").read_text() == "Be kind."
+    assert "stays under those terms, which are in `terms/`." in (bundle / "README.md").read_text()
+    assert "terms/SMALL_TERMS.html" in (bundle / "SHA256SUMS").read_text()
+
+
 def test_the_prompts_can_be_asked_again_and_the_answers_are_both_sides(tmp_path):
     bundle = made(tmp_path)
     again = open_prompts(Eval(open_prompts=[str(bundle / "open_prompts.jsonl")]))

@@ -612,7 +612,6 @@ MUTANTS = [
             'f"quant_{part}_{self.attribute}"',
             'return f"quant_{part}"',
         ),
-        ("grad = grad.flatten(0, -2)", "grad = 2 * grad.flatten(0, -2)"),
     ),
     *of(
         "prune/importance.py",

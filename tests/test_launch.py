@@ -72,11 +72,11 @@ def test_the_vocabulary_is_complete():
     assert not counts.pop("tasks") and not counts.pop("open") and not counts.pop("conversations")
     assert counts == {
         "budget": 5,
-        "data": 3,
+        "data": 4,
         "eval": 4,
         "export": 12,
         "stage": 9,
-        "teacher": 3,
+        "teacher": 4,
         "track": 2,
         "trainer": 5,
     }

@@ -31,6 +31,7 @@ from compress.formats.gguf_sentencepiece import (
 from compress.formats.llama_conversion import pre_by_hash
 from compress.models.end_files import as_value
 from compress.models.ends import turn_end
+from compress.models.tokenizer import load_tokenizer
 from compress.models.vocabulary import SPACE, spelled
 
 PRE_KEY = "gguf_pre"  # of tokenizer_config.json
@@ -133,6 +134,25 @@ def pre_name(tokenizer: Any) -> str:
             f"the tokenizer's normalizer {normalizer['type']} is not in llama.cpp; allowed: none"
         )
     return fitting[0]
+
+
+def keep_pre_name(parent: Path, cut: Path) -> None:
+    """Write into a cut checkpoint's tokenizer_config.json the name that its parent's pre-tokenizer
+    has in llama.cpp, where only a hash of ids tells it, which are others after a cut.
+    """
+    tokenizer = load_tokenizer(parent)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if is_sentencepiece(state):
+        return
+    cutting = _rules(state["pre_tokenizer"])
+    if any(cutting == _rules(rules) for rules in PRE_TOKENIZERS.values()):
+        return
+
+    name = pre_by_hash(tokenizer) or tokenizer.init_kwargs.get(PRE_KEY)
+    if name:
+        file = cut / "tokenizer_config.json"
+        settings = json.loads(file.read_text()) | {PRE_KEY: name}
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def ignores(pre: str) -> bool:

@@ -75,6 +75,7 @@ class PruneVocab:
         """
         import torch
 
+        from compress.formats.gguf_tokenizer import keep_pre_name
         from compress.models.checkpoint import load_model
         from compress.prune.tokenizer_cut import read_bpe, write_cut
         from compress.prune.vocabulary import kept_ids
@@ -97,6 +98,7 @@ class PruneVocab:
         out.mkdir(parents=True, exist_ok=True)
         model.config.eos_token_id = write_cut(parent, out, kept.ids)
         shape.save_checked(model, out, out)
+        keep_pre_name(parent, out)
 
         return {
             "ids_removed_count": float(len(bpe.ids) - target),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 
@@ -14,6 +15,7 @@ from compress.distill.batches import make_loss, one_batch
 from compress.distill.losses import Mix
 from compress.distill.settings import SchemeName, Signal
 from compress.formats.gguf import export_gguf
+from compress.formats.gguf_tokenizer import PRE_KEY, pre_name
 from compress.models.checkpoint import load_model, model_of, read_config
 from compress.models.reading import reading
 from compress.models.tokenizer import load_tokenizer
@@ -25,6 +27,13 @@ from compress.stages.training import open_source
 from compress.store import Store
 from compress.text.packing import pack
 from compress.train.packed import Packed
+
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,26 @@ def test_tokens_of_more_text_are_counted_beside_those_of_the_training_text(tiny_
     alone, both = kept("alone"), kept("both", vocabulary=lambda: more)
     assert rare in both - alone and len(both) == len(alone) == 384
     assert counts_of(context.text(), None, more)[rare] == 4000 * 33
+
+
+def test_a_pre_tokenizer_that_only_a_hash_tells_is_written_down(
+    tiny_teacher, student, tmp_path, monkeypatch
+):
+    assert PRE_KEY not in (student / "tokenizer_config.json").read_text(), "its rules tell it"
+    shutil.copytree(tiny_teacher, tmp_path / "parent")
+    file = tmp_path / "parent" / "tokenizer.json"
+    about = json.loads(file.read_text())
+    digits = {"type": "Digits", "individual_digits": False}
+    about["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, BYTE_LEVEL]}
+    file.write_text(json.dumps(about))
+
+    monkeypatch.setattr("compress.formats.gguf_tokenizer.pre_by_hash", lambda tokenizer: "refact")
+    context = make_context(tmp_path / "parent", tmp_path)
+    PruneVocab(ids=384).run(tmp_path / "parent", tmp_path / "cut", context)
+    monkeypatch.setattr("compress.formats.gguf_tokenizer.pre_by_hash", lambda tokenizer: None)
+    assert pre_name(load_tokenizer(tmp_path / "cut")) == "refact"
+    with pytest.raises(ValueError, match="not known to be one of llama.cpp's"):
+        pre_name(load_tokenizer(tmp_path / "parent"))
 
 
 def test_an_untied_head_with_a_bias_is_cut_like_the_embedding():

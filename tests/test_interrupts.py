@@ -79,7 +79,7 @@ REFUSED = {
     "architecture of a file": (
         ["teacher=./scaled"],
         3,
-        "rope_type 'linear' can't be written as GGUF",
+        "rope_type 'linear' can't be written as a GGUF of llama",
     ),
     "read-only store": (["store=file/store"], 5, "can't be written"),
 }

@@ -76,7 +76,7 @@ DATA = {
     "heldout": Kind("one to 32 texts", lambda value: TEXTS.holds(value) and 1 <= len(value) <= 32),
     "seq_len": optional(whole(8, 2**17)),
     **dict.fromkeys(("train", "chat"), TEXTS),
-    **dict.fromkeys(("weights", "packing", "chat_labels", "reread"), optional(ANY)),
+    **dict.fromkeys(("weights", "packing", "chat_labels", "reread", "vocabulary"), optional(ANY)),
 }
 TEACHER = {
     "source": TEXT,

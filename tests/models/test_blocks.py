@@ -148,8 +148,8 @@ def test_the_names_of_parts_are_in_one_file():
         if hits := set(word.findall(file.read_text())):
             readers[place] = hits
 
-    # What a GGUF becomes, and what a message gives as an example.
-    assert readers == dict.fromkeys(["models/model_config.py", "teacher.py"], {"LlamaForCausalLM"})
+    # What a message gives as an example.
+    assert readers == {"models/model_config.py": {"LlamaForCausalLM"}}
 
 
 def test_a_config_without_a_row_is_refused_with_those_that_can():

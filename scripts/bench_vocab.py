@@ -229,7 +229,7 @@ def faster(bench: Bench, student: Path, bits: dict[str, Any]) -> dict[str, float
     files = exported(bench, "teacher", bench.teacher), exported(bench, student.name, student)
     timing = Timing(new_tokens=64, repeats=5, threads=available_threads())
     a, b = ((file, "llama.cpp") for file in files)
-    ratio, low, high = compare_speed(a, b, timing, blocks=3)["latency_ms_p50"]
+    ratio, low, high = compare_speed(a, b, timing, blocks=8)["latency_ms_p50"]
     teacher = bench.bits_of_teacher["conversations"]["tokens"]
     growth = bits["conversations"]["tokens"] / teacher
     return {

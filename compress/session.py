@@ -28,7 +28,7 @@ from compress.keys import WEIGHTS, sources_digest, versions_of
 from compress.models.checkpoint import Model, best_device, config_object, read_config
 from compress.models.model_config import meta_model
 from compress.models.tokenizer import tokenizer_digest
-from compress.quant.codes import check_packable, quantizable
+from compress.quant.codes import check_packable
 from compress.score.measured import Measured
 from compress.score.prompts import Prompt
 from compress.score.scorer import Scorer, open_prompts
@@ -325,11 +325,8 @@ def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
     shipped = shapes[slot]
     packed = isinstance(session.recipe.stages.get(slot), OnGrid)
     for name in session.recipe.export.files:
-        format, _, type = formats.parse(name)
-        module = format.module
+        module = formats.parse(name)[0].module
         module.check_architecture(config_object(shipped))
-        if type.grids:
-            quantizable(meta_model(shipped))
         if packed and name == "compressed_tensors":
             _check_packable(name, shipped)
         if check_teacher := getattr(module, "check_teacher", None):

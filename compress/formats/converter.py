@@ -35,8 +35,9 @@ from compress.formats.families import check_family, hparams, published_names
 from compress.formats.gguf_tokenizer import write_tokenizer
 from compress.formats.llama_conversion import converter_of
 from compress.models.ends import end_ids
+from compress.models.model_config import meta_model, read_config
 from compress.models.tokenizer import load_tokenizer
-from compress.quant.codes import Quantized, verified
+from compress.quant.codes import Quantized, quantizable, verified
 from compress.quant.grids import GRIDS
 
 NAME = "compressed model"
@@ -124,8 +125,9 @@ class Feed:
     file of `type` in, their bytes out.
     """
 
-    def __init__(self, type: str, quantized: dict[str, Quantized]) -> None:
+    def __init__(self, type: str, quantized: dict[str, Quantized], checkpoint: Path) -> None:
         self.type, self.quantized = type, quantized
+        self.matrices = quantizable(meta_model(read_config(checkpoint))).keys()
         self.rows = Rows()
         self.last: tuple[str, Tensor] | None = None  # experts are read in parts
 
@@ -152,15 +154,15 @@ class Feed:
                 )
             return half.float()
 
-        # Convolutions and routers without codes are F32.
+        # Convolutions and routers are F32, and so is what has no codes beside what has.
         rows_RC = w.reshape(-1, w.shape[-1])
         if name in self.quantized:
             q = verified(name, rows_RC, self.quantized)
-        elif self.quantized or w.ndim > 2:
+        elif self.quantized or name not in self.matrices:
             return w
         else:
             grid = self.type.lower()
-            q = Quantized(grid, *GRIDS[grid].encode(w, name))
+            q = Quantized(grid, *GRIDS[grid].encode(rows_RC, name))
         decoded_RC = q.decode()
         packed_RB = GRIDS[q.grid].pack(q.codes, q.scales)
         self.rows.feed(name, decoded_RC.numpy(), packed_RB.numpy(), q.grid.upper())
@@ -224,7 +226,7 @@ def convert(
     import gguf
 
     part = out_file.with_name(out_file.name + ".part")
-    feed = Feed(type, quantized)
+    feed = Feed(type, quantized, checkpoint)
     with _model(checkpoint, part, file_type) as model:
         writer = model.gguf_writer
         add_tensor = writer.add_tensor
@@ -267,7 +269,7 @@ def expected(checkpoint: Path, type: str, quantized: dict[str, Quantized]) -> di
 
     with _model(checkpoint, checkpoint / "unwritten", 0) as model:
         model.gguf_writer.add_tensor = keep
-        _feed(model, Feed(type, quantized))
+        _feed(model, Feed(type, quantized, checkpoint))
     return numbers
 
 

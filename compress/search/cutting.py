@@ -37,7 +37,9 @@ JUDGED_ROWS = 8  # the last ones of the training text, which nothing here learns
 LEAST_ROWS = 16
 ROWS_PER_COLUMN = 4  # tokens, for every channel that is weighed
 DAMPING = 0.1  # of fits; trying seven on held-out rows takes eight times as long
-BATCH_ROWS = 1  # of healing: of few tokens many small steps make more (results/prune/rates.md)
+BATCH_ROWS = (
+    1  # of healing, with the rates below the best of what was tried (results/prune/rates.md)
+)
 # Learning rate of healing by nats of a cut: on the embedded teacher 2e-5 is right behind a cut of
 # 0.02 nats, where 1e-4 does harm; behind one of 0.4 1e-4 and 2e-4 are (results/prune/rates.md).
 RATE_PER_NAT, LOWEST_RATE, HIGHEST_RATE = 4e-4, 2e-5, 2e-4

@@ -171,15 +171,11 @@ def engine_for(teacher: Path) -> str:
     from transformers import AutoConfig
 
     from compress.formats import gguf
-    from compress.models.model_config import meta_model
-    from compress.quant.codes import quantizable
 
     if torch.cuda.is_available():
         return "vllm" if find_spec("vllm") else "transformers"
     try:
-        config = AutoConfig.from_pretrained(teacher, local_files_only=True)
-        gguf.check_architecture(config)
-        quantizable(meta_model(config.to_dict()))
+        gguf.check_architecture(AutoConfig.from_pretrained(teacher, local_files_only=True))
     except ValueError:
         return "transformers"
     return "llama.cpp"

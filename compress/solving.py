@@ -120,7 +120,13 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     from compress.search import recipe as recipes
     from compress.search.cutting import rows_of
     from compress.search.explore import Effort
-    from compress.search.solution import losses_alone, rate_of_healing, sentences, solve
+    from compress.search.solution import (
+        losses_alone,
+        mixture_bytes,
+        rate_of_healing,
+        sentences,
+        solve,
+    )
     from compress.session import Session, log
     from compress.stages.qat import Qat
 
@@ -143,9 +149,17 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     )
     _print(solution)
 
+    # Room within the limits is for more bits.
+    finer = recipes.finer_grids(options.grid)
+    mixture = mixture_bytes(solution) if finer else 0
+    lines = sentences(solution)
+    if mixture:
+        grids = ", ".join([options.grid, *finer])
+        lines.append(f"grids: of {grids} one for every matrix, up to {mixture:,} bytes")
+        print(lines[-1])
+
     # What it was told, as a recipe says it.
     choices, values = _as_a_recipe(options.teacher, overrides, parts)
-    lines = sentences(solution)
     asked = " and ".join(map(str, solution.bounds))
     title = f"{lines[0].partition(': ')[2]}: what `compress solve` chose for {asked}."
     recipes.write_recipe(
@@ -163,6 +177,7 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
             losses_alone(solution),
             rows_of(solution.full, parts["data"].seq_len),
             rate_of_healing(solution),
+            mixture,
         ),
     )
 

@@ -74,7 +74,7 @@ def test_the_vocabulary_is_complete():
         "budget": 5,
         "data": 4,
         "eval": 4,
-        "export": 12,
+        "export": 13,
         "stage": 9,
         "teacher": 4,
         "track": 2,

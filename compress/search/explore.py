@@ -36,7 +36,7 @@ class Effort(NamedTuple):
     parents: int = 2
     children: int = 4
     rounds: int = 3
-    rungs: tuple[tuple[int, int], ...] = ((4096, 4), (16384, 2), (65536, 2))
+    rungs: tuple[tuple[int, int], ...] = ((16384, 3), (65536, 2))
 
 
 class Clock:

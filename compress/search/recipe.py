@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.budget import Limit
+from compress.quant.grids import GRIDS
 from compress.quant.settings import SEARCHED
 from compress.search.cutting import BATCH_ROWS
 from compress.search.shapes import Shape, steps_of
@@ -30,6 +31,12 @@ ROUNDING = {
 }
 
 
+def finer_grids(grid: str) -> list[str]:
+    """Grids of more bits than `grid`, as a mixture takes them for what rounding harms most."""
+    bits = GRIDS[grid].bits_per_weight
+    return [name for name in ("q5_0", "q8_0") if GRIDS[name].bits_per_weight > bits]
+
+
 class Program(NamedTuple):
     """What a recipe is written of: shape, the teacher's, grid, budget, limits that the command line
     gave, the overrides of base.yaml's choices, and lines that say where it comes from.
@@ -47,6 +54,7 @@ class Program(NamedTuple):
     losses: Mapping[str, float]  # slot -> what its level loses alone, in nats
     rows: Mapping[str, Mapping[str, int]]  # slot -> rows of calibration that it can't do without
     healing_rate: float  # 0: healing does harm
+    mixture_bytes: int = 0  # of a file with a grid for every matrix; 0: one grid for all
 
 
 def text_of(program: Program) -> str:
@@ -54,7 +62,7 @@ def text_of(program: Program) -> str:
     slots = _slots(program)
     defaults = [f"  - /stage/{stage}@stages.{slot}" for slot, (stage, _, _) in slots.items()]
     choices = dict(program.choices) | {"budget": program.budget}
-    choices |= {"export": f"gguf_{program.grid}"}
+    choices |= {"export": "gguf_mixed" if program.mixture_bytes else f"gguf_{program.grid}"}
 
     # Where it comes from, what it is made of, and in which order.
     lines = [
@@ -117,7 +125,12 @@ def _slots(program: Program) -> dict[str, tuple[str, dict[str, Any], str]]:
         slots["heal"] = ("distill", healing, why)
     scales = "learned" if program.grid in SEARCHED else "round"
     rounding = {"grid": program.grid, "scales": scales, **ROUNDING}
-    slots["qat"] = ("qat", rounding, "trained on the very grid of the file that ships")
+    why = "trained on the very grid of the file that ships"
+    if program.mixture_bytes:
+        grids = [program.grid, *finer_grids(program.grid)]
+        rounding["allocate"] = {"file_bytes": program.mixture_bytes, "grids": grids}
+        why = "more bits for the matrices that lose most by few, up to the bytes that are allowed"
+    slots["qat"] = ("qat", rounding, why)
     return slots
 
 

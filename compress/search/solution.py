@@ -28,6 +28,10 @@ LEVELS_ALONE = 3  # of each structure that are measured by themselves
 CHECKS = 4  # unfitted shapes that say how far predicted times are off
 ROUNDS = 16  # of timing
 RELAXED = 0.05  # of a limit, when it is told what it costs
+TELLING_TOKENS = 16_384  # of healing: 4,096 bring nothing back (results/prune/search.md)
+# Of a limit on bytes, from which on a mixture of grids is worth measuring; and at least so many
+# bytes, since records of tensors are counted at their longest there.
+ROOM, ROOM_BYTES = 0.01, 200_000
 CUTTING_SHARE = 0.55  # of the time; healing has the rest
 ALONE_SHARE = 0.35
 
@@ -181,7 +185,10 @@ def _tried(
     cut: Nats = {}
 
     def measure(waiting: list[Shape]) -> Nats:
-        nats = workshop.losses(waiting, clock, CUTTING_SHARE, "shape", keep_cuts=True)
+        # One shape alone leaves nothing to be healed and decided.
+        nats = workshop.losses(
+            waiting, clock, CUTTING_SHARE, "shape", keep_cuts=True, at_least=2 if not cut else 1
+        )
         cut.update(nats)
         workshop.keep_best(sorted(cut, key=cut.__getitem__)[:survivors])
         return nats
@@ -261,14 +268,28 @@ def losses_alone(solution: Solution) -> dict[str, float]:
 
 
 def rate_of_healing(solution: Solution) -> float:
-    """The learning rate of healing the choice at length; 0 where the search saw it do no good, or
-    nothing was cut that it could bring back.
+    """The learning rate of healing the choice at length; 0 where the search saw so many tokens of
+    it do no good as tell, or nothing was cut that it could bring back.
     """
     nats = solution.cut[solution.shape]
-    best = min([*(rung.get(solution.shape, nats) for _, rung in solution.healed), nats])
+    telling = [rung for tokens, rung in solution.healed if tokens >= TELLING_TOKENS]
+    healed = [rung[solution.shape] for rung in telling if solution.shape in rung]
     only_ids = solution.shape._replace(ids=solution.full.ids) == solution.full
-    helps = best < nats if solution.healed else not only_ids
+    helps = min(healed) < nats if healed else not only_ids
     return float(f"{healing_rate(nats):.2g}") if helps else 0.0
+
+
+def mixture_bytes(solution: Solution) -> int:
+    """What a file with a grid for every matrix may take, where the choice on one grid leaves room
+    within a limit on bytes; 0 for one grid: there is no room, or times and memory, which are
+    predicted for one, are limited too.
+    """
+    by_name = {bound.name: bound for bound in solution.bounds}
+    size = by_name.get("size_bytes")
+    if size is None or by_name.keys() & set(TIMED):
+        return 0
+    room = size.value - solution.figures[solution.shape]["size_bytes"]
+    return int(size.value) if room >= max(ROOM * size.value, ROOM_BYTES) else 0
 
 
 def sentences(solution: Solution) -> list[str]:

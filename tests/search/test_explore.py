@@ -121,10 +121,11 @@ def test_healing_halves_the_survivors_and_a_rung_that_is_not_finished_does_not_c
         asked.append((len(survivors), tokens))
         return {s: late[s] for s in survivors[: 1 if tokens > 10_000 else None]}
 
-    rungs = halve(shapes, heal, Effort().rungs)
+    steps = ((4096, 4), (16384, 2))
+    rungs = halve(shapes, heal, steps)
     assert asked == [(4, 4096), (2, 16384)] and [tokens for tokens, _ in rungs] == [4096]
     assert sorted(rungs[0][1]) == sorted(shapes[:4])
-    assert halve(shapes[:1], heal, Effort().rungs) == []
+    assert halve(shapes[:1], heal, steps) == []
 
 
 def test_mutants_are_tried_in_the_order_that_measured_shapes_have_taught():

@@ -21,8 +21,9 @@ from compress.models.checkpoint import load_model
 from compress.models.reading import reading
 from compress.quant.settings import GridName
 from compress.search import cutting, explore, recipe, solution
-from compress.search.explore import Clock, Effort
+from compress.search.explore import Clock, Damages, Effort
 from compress.search.judge import Judge
+from compress.search.limits import bounds_of
 from compress.search.shapes import Shape, steps_of
 from compress.session import Session
 from compress.solving import GRIDS, solve
@@ -322,6 +323,56 @@ def test_every_slot_has_a_reason_and_makes_the_shape(tmp_path):
 def test_every_grid_has_a_recipe_that_composes(grid, tmp_path):
     program = composed(recipe.text_of(program_of(FULL, grid=grid)), tmp_path)
     assert program.export.files == [f"gguf:{grid.upper()}"] and program.stages["qat"].grid == grid
+
+
+def test_room_in_the_file_becomes_a_mixture_of_finer_grids(tmp_path):
+    program = composed(recipe.text_of(program_of(FULL, mixture_bytes=90_000)), tmp_path)
+    allocate = program.stages["qat"].allocate
+    assert program.export.files == ["gguf:MIXED"] and allocate.file_bytes == 90_000
+    assert allocate.grids == ["iq4_nl", "q5_0", "q8_0"]
+    assert [recipe.finer_grids(grid) for grid in ("q5_0", "q6_k", "q8_0")] == [
+        ["q8_0"],
+        ["q8_0"],
+        [],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "healed", "heals"),
+    [
+        (Shape(512, 3, 192, 2), [], True),
+        (Shape(384, 4, 192, 2), [], False),  # only ids: nothing that training brings back
+        (Shape(512, 3, 192, 2), [(4096, 0.3)], True),  # too few tokens to tell
+        (Shape(512, 3, 192, 2), [(4096, 0.3), (16384, 0.3)], False),
+        (Shape(512, 3, 192, 2), [(16384, 0.3), (65536, 0.2)], True),
+    ],
+)
+def test_a_recipe_heals_unless_healing_was_seen_to_do_no_good(shape, healed, heals):
+    rungs = [(tokens, {shape: nats}) for tokens, nats in healed]
+    solved = solution.Solution(
+        shape, FULL, [], {}, Damages(FULL, {}), {shape: 0.3}, rungs, {}, None, "", 0.0
+    )
+    assert solution.rate_of_healing(solved) == (pytest.approx(1.2e-4) if heals else 0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "size", "promised"),
+    [
+        ({"size_bytes": 9e7 + 0.5}, 8.9e7, 90_000_000),
+        ({"size_bytes": 9e7}, 8.92e7, 0),  # no room worth measuring
+        ({"size_bytes": 9e6}, 8.85e6, 0),  # less than records of tensors may take
+        ({"size_bytes": 9e7, "params": 1e8}, 8e7, 90_000_000),
+        ({"size_bytes": 9e7, "latency_ms_p50": 3.0}, 8e7, 0),  # predicted for one grid
+        ({"params": 1e8}, 8e7, 0),
+    ],
+)
+def test_a_mixture_is_for_limits_on_bytes_with_room_alone(limits, size, promised):
+    bounds = bounds_of({name: Limit(max=value) for name, value in limits.items()}, {})
+    figures = {FULL: {"size_bytes": size}}
+    solved = solution.Solution(
+        FULL, FULL, bounds, figures, Damages(FULL, {}), {}, [], {}, None, "", 0.0
+    )
+    assert solution.mixture_bytes(solved) == promised
 
 
 def test_limits_paths_and_words_arrive_as_they_were_given(tmp_path):

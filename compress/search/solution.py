@@ -31,7 +31,7 @@ RELAXED = 0.05  # of a limit, when it is told what it costs
 TELLING_TOKENS = 16_384  # of healing: 4,096 bring nothing back (results/prune/search.md)
 # Of a limit on bytes, from which on a mixture of grids is worth measuring; and at least so many
 # bytes, since records of tensors are counted at their longest there.
-ROOM, ROOM_BYTES = 0.01, 200_000
+ROOM, ROOM_BYTES = 0.03, 200_000
 CUTTING_SHARE = 0.55  # of the time; healing has the rest
 ALONE_SHARE = 0.35
 

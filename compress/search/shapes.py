@@ -28,7 +28,10 @@ from compress.stages.stage import Stage
 
 MULTIPLE = 64  # of ids and FFN channels: the blocks of every grid and eight rows of a kernel
 # Of the vocabulary.
-IDS_SHARES = tuple(Fraction(share) for share in ("7/8", "3/4", "2/3", "1/2", "3/8"))
+IDS_SHARES = tuple(
+    Fraction(share)
+    for share in ("7/8", "13/16", "3/4", "2/3", "5/8", "9/16", "1/2", "7/16", "3/8")
+)
 FFN_LEVELS = 16  # at most
 
 
@@ -129,7 +132,7 @@ class Family:
     def levels(self) -> Levels:
         """Levels that can be made and opened, each by itself."""
         full = self.full
-        ids = [snap(int(full.ids * share), MULTIPLE) for share in IDS_SHARES]
+        ids = sorted({snap(int(full.ids * share), MULTIPLE) for share in IDS_SHARES}, reverse=True)
         least_ids = full.ids if self._least_ids is None else self._least_ids
 
         # Few enough channels' levels that all combinations can be counted.

@@ -29,8 +29,7 @@ from compress.stages.stage import Stage
 MULTIPLE = 64  # of ids and FFN channels: the blocks of every grid and eight rows of a kernel
 # Of the vocabulary.
 IDS_SHARES = tuple(
-    Fraction(share)
-    for share in ("7/8", "13/16", "3/4", "2/3", "5/8", "9/16", "1/2", "7/16", "3/8")
+    Fraction(share) for share in ("7/8", "13/16", "3/4", "2/3", "5/8", "9/16", "1/2", "7/16", "3/8")
 )
 FFN_LEVELS = 16  # at most
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from compress.models.blocks import Row
 
+MOST_NAMES = 8  # in a line of the log; files have all
+
 
 class Routed(NamedTuple):
     """What a router says of tokens: logits (N, E), the gates of the chosen experts (N, A) and which
@@ -116,7 +118,11 @@ def below(tokens_E: Tensor, floor_tokens: int) -> dict[int, int]:
 
 
 def sentence_of(index: int, tokens_E: Tensor, floor_tokens: int) -> str:
-    """A line for the log that names those of a block; "" where there are none."""
-    names = ", ".join(f"{e} ({count})" for e, count in below(tokens_E, floor_tokens).items())
-    reached = f"block {index}: fewer than {floor_tokens} tokens of the calibration text reached"
-    return f"{reached} experts {names}" if names else ""
+    """A line for the log that names those of a block, the rarest first; "" where there are none."""
+    rare = sorted(below(tokens_E, floor_tokens).items(), key=lambda pair: pair[1])
+    if not rare:
+        return ""
+    names = ", ".join(f"{expert} ({count})" for expert, count in rare[:MOST_NAMES])
+    more = f" and {len(rare) - MOST_NAMES} others" if len(rare) > MOST_NAMES else ""
+    reached = f"fewer than {floor_tokens:,} tokens of the calibration text reached"
+    return f"block {index}: {reached} experts {names}{more}"

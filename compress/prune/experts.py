@@ -244,8 +244,9 @@ def matched(maker: Tensor, down_HF: Tensor, other_maker: Tensor, other_down_HF: 
 
     # Least squares apart is most alike: sums of squares are the same in every order.
     channels = down_HF.shape[1]
-    alike_FF = down_HF.float().T @ other_down_HF.float()
-    for half in (slice(channels), slice(channels, None)):
-        alike_FF += maker[half].float() @ other_maker[half].float().T
+    with torch.autocast(maker.device.type, enabled=False):
+        alike_FF = down_HF.float().T @ other_down_HF.float()
+        for half in (slice(channels), slice(channels, None)):
+            alike_FF += maker[half].float() @ other_maker[half].float().T
     _, order = linear_sum_assignment(alike_FF.cpu().numpy(), maximize=True)
     return torch.from_numpy(order).to(maker.device)

@@ -52,7 +52,7 @@ class Blockwise:
         balance: str = "none",
         damping: float = 0.01,
         keep: bool = False,
-        floor_tokens: int = 1,
+        floor_tokens: int | None = None,
     ) -> None:
         self.model = model
         self.layout = layout

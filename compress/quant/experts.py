@@ -16,7 +16,11 @@ token of the block, at the mean gate,
     G_e <- G_e + max(0, floor - |X_e|) mean(g^2) / N sum over all N tokens of z z^T
 
 so that one without any token is rounded by all of them, and one above the floor by its own alone.
-Experts below the floor are named, with their tokens.
+The floor is FLOOR_A_COLUMN tokens for each of the C columns of its matrix unless a number is given:
+fewer leave G_e near to singular, and GPTQ then makes up for errors along what few tokens happened
+to have in common. On a random mixture (C = 64, int4_g32) whose experts saw 96 tokens each, the
+block's error on other text was 0.030 by their own tokens alone, 0.029 filled up to 64, 0.019 up to
+256, and 0.023 rounded without data.
 
 Balance (`balance.py`) folds one factor a column into the norm in front of router, gates and ups,
 chosen by the error of all experts together, and one a channel of each expert from its ups to its
@@ -34,11 +38,12 @@ import torch
 from torch import Tensor
 
 from compress.models.blocks import Row
-from compress.models.experts import Mixture, ffn_path
+from compress.models.experts import Mixture, below, ffn_path
 from compress.models.walk import Walk
 from compress.quant.balance import Group, best_scales, fold
 from compress.quant.codes import Matrix
 from compress.quant.grids import Grid
+from compress.quant.settings import FLOOR_A_COLUMN
 
 
 class ExpertInputs:
@@ -124,25 +129,29 @@ class Stacks:
     sent to the FFN again for each thing that is asked, since weights change in between.
     """
 
-    def __init__(self, walk: Walk, index: int, row: Row, mixture: Mixture, floor: int) -> None:
+    def __init__(
+        self, walk: Walk, index: int, row: Row, mixture: Mixture, floor_tokens: int | None
+    ) -> None:
         self.walk = walk
         self.index = index
         self.path = ffn_path(row)
         self.mixture = mixture
-        self.floor_tokens = floor
+        self.floor_tokens = floor_tokens
 
-        # Which experts too few tokens reach, for good: nothing in front of the router changes.
+        # How many tokens reach each expert, for good: nothing in front of the router changes.
         counted = Tokens(mixture)
         walk.inputs(index, {self.path: counted.add})
         self.tokens_E = counted.tokens_E
-        rare = (self.tokens_E < floor).nonzero().flatten().tolist()
-        self.rare = frozenset(rare)
 
     def inputs(self, *, inner: bool) -> ExpertInputs:
         """What all experts receive now, filled up to the floor."""
-        received = ExpertInputs(self.mixture, inner=inner, rare=self.rare)
+        columns = (self.mixture.downs if inner else self.mixture.makers).shape[-1]
+        floor = self.floor_tokens or FLOOR_A_COLUMN * columns
+        received = ExpertInputs(
+            self.mixture, inner=inner, rare=frozenset(below(self.tokens_E, floor))
+        )
         self.walk.inputs(self.index, {self.path: received.add})
-        return received.filled(self.floor_tokens)
+        return received.filled(floor)
 
     @torch.no_grad()
     def balance(self, norm: Any, grids: tuple[Grid, Grid], names: tuple[str, str]) -> None:

@@ -1,11 +1,11 @@
 """Keep fewer experts in every block of a mixture, by router-weighted activation (REAP), and lower
 how many of them see a token (`compress.prune.experts`).
 
-Every block keeps as many, so that a plain config says it: num_experts, num_local_experts or
-n_routed_experts, as the family has it. What a token costs is decided by `top_k` alone, what the
-file costs by `experts`. The calibration text goes from block to block, so each is weighed on what
-the blocks already cut send it. Experts that fewer than `floor_tokens` tokens reached are named in
-the log, and with tokens and worth of all others, in `pruning.json`.
+Every block keeps as many, so that a plain config says it, under the name that its family has
+(num_experts, num_local_experts). What a token costs is decided by `top_k` alone, what the file
+costs by `experts`. The calibration text goes from block to block, so each is weighed on what the
+blocks already cut send it. Experts that fewer than `floor_tokens` tokens reached are named in the
+log, and with tokens and worth of all others, in `pruning.json`.
 """
 
 import json

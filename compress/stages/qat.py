@@ -130,7 +130,7 @@ class Qat(Optimization, OnGrid):
         attach(model, layout, self.scales.value, self.rank, start)
         metrics = self.optimize(model, Mix(), data, source, ctx, vocabulary=vocabulary)
         save_quantized(model, out, parent, finish(model))
-        return metrics | self.experts_reported(tokens, out, ctx)
+        return metrics | self.experts_reported(tokens, model, out, ctx)
 
     def start(
         self, model: Any, parent: Path, ctx: Context

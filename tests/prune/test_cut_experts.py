@@ -217,6 +217,10 @@ def test_experts_that_no_token_reached_go_first_and_too_few_are_refused():
     line = "block 2: fewer than 1 tokens of the calibration text reached experts 1 (0), 4 (0)"
     assert sentence_of(2, reports[2].tokens_E, 1) == line
     assert sentence_of(2, torch.tensor([7, 9]), 7) == ""
+    many = sentence_of(0, torch.arange(12).flip(0), 2000)
+    assert many.endswith(
+        "experts 11 (0), 10 (1), 9 (2), 8 (3), 7 (4), 6 (5), 5 (6), 4 (7) and 4 others"
+    )
 
 
 def test_an_expert_below_the_floor_goes_however_much_it_adds():

@@ -17,6 +17,7 @@ COLUMNS = {
     Work.fold: "its fold",
     Work.width: "`prune_width`",
     Work.heads: "`prune_heads`",
+    Work.experts: "`prune_experts`",
     Work.calibrated: "AWQ, GPTQ",
 }
 
@@ -43,6 +44,8 @@ def table() -> str:
     reasons: list[str] = []
 
     def cell(row: Row, work: Work) -> str:
+        if work is Work.experts and not row.router:
+            return "–"
         reason = row.reason(work)
         if reason and reason not in reasons:
             reasons.append(reason)

@@ -621,6 +621,33 @@ MUTANTS = [
         ("deque(maxlen=count)", "deque(maxlen=1)"),
     ),
     *of(
+        "prune/experts.py",
+        "prune/test_cut_experts.py -k worth or twin or below_the_floor or shuffled",
+        ("gates_N.double() * size_N", "size_N"),
+        ("if error_merged < error:", "if error_merged > error:"),
+        ("worth_E[list(rare)] = -1.0", "pass"),
+        ("rows = torch.cat([order_F, order_F + len(order_F)])", "rows = slice(None)"),
+    ),
+    *of(
+        "quant/experts.py",
+        "quant/test_rounded_experts.py -k moments or balance_leaves",
+        ("_gram(z_NC * gates_N[:, None].float())", "_gram(z_NC)"),
+        ("lacking * gate * self.all_gram[filler]", "lacking * self.all_gram[filler]"),
+        ("ups = slice(mixture.downs.shape[-1], None)", "ups = slice(mixture.downs.shape[-1])"),
+    ),
+    Mutant(
+        "quant/blockwise.py",
+        "if id(parameter) not in matrices",
+        "if parameter.dim() == 1",
+        "quant/test_rounded_experts.py -k killed_run",
+    ),
+    Mutant(
+        "models/blocks.py",
+        'return replace(row, router="", gate_up=Row.gate_up, down=Row.down)',
+        "return row",
+        "quant/test_rounded_experts.py -k plain_ffn",
+    ),
+    *of(
         "models/ends.py",
         "models/test_ends.py -k union",
         (

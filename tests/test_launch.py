@@ -75,7 +75,7 @@ def test_the_vocabulary_is_complete():
         "data": 4,
         "eval": 4,
         "export": 13,
-        "stage": 9,
+        "stage": 10,
         "teacher": 4,
         "track": 2,
         "trainer": 5,

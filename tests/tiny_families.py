@@ -119,3 +119,16 @@ def make(folder: Path, architecture: str, tokenizer_from: Path) -> Path:
     if not folder.is_dir():
         save_model(model_of(architecture), folder, tokenizer_from)
     return folder
+
+
+def mixture(kind: str = "qwen3_moe", normed: bool = True, **changes: Any) -> Any:
+    """Of six experts, in float64, as its own plain loop over them computes it."""
+    sizes = SIZES | EXPERTS | {"num_experts": 6, "norm_topk_prob": normed} | changes
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).double().eval()
+    model.config._experts_implementation = "eager"
+    with torch.no_grad():
+        for layer in model.model.layers:
+            if hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.weight.mul_(4)  # of some experts more than of others
+    return model

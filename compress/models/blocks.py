@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,6 +47,7 @@ class Work(StrEnum):
     depth = "pruned in depth"
     heads = "pruned of heads"
     fold = "folded"
+    experts = "pruned of experts"
     calibrated = "rounded by calibration text"
 
 
@@ -77,6 +78,8 @@ class Row:
     gated: bool = True
     down: str = "mlp.down_proj"
     router: str = ""  # of a mixture: its FFNs are experts, stacked in two tensors
+    experts_keys: tuple[str, ...] = ()  # of the config: how many, under each name it may have
+    top_k_key: str = ""  # how many of them see a token
     transposed: bool = False  # matrices are transformers' Conv1D, (C, R)
 
     # Norms: in front of attention and FFN, "" where there is none, and behind them.
@@ -97,6 +100,8 @@ class Row:
 
     def reason(self, work: Work) -> str:
         """Why it can't be done, "" where it can."""
+        if work is Work.experts:
+            return "" if self.router else NO_EXPERTS
         return "" if work is Work.depth else str(getattr(self, f"no_{work.name}"))
 
 
@@ -112,9 +117,7 @@ NO_HEAD_DIM = (
 )
 EXPERTS_WIDTH = "its FFNs are experts; needed is a cut by what the router sends to each"
 EXPERTS_FOLD = "its FFNs are experts; needed is one down projection that adds to the stream"
-EXPERTS_CALIBRATED = (
-    "an expert sees only what the router sends to it; needed are second moments of each"
-)
+NO_EXPERTS = "its FFNs are no experts; needed is a mixture"
 TRANSPOSED = "its matrices are stored transposed; needed are grids along their inputs"
 
 BEHIND_BOTH = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -209,11 +212,12 @@ ROWS = (
         gate_up=("mlp.experts.gate_up_proj",),
         down="mlp.experts.down_proj",
         router="mlp.gate",
+        experts_keys=("num_local_experts", "num_experts"),
+        top_k_key="num_experts_per_tok",
         width_key="moe_intermediate_size",
         numbered_keys=("decoder_sparse_step", "mlp_only_layers"),
         no_width=EXPERTS_WIDTH,
         no_fold=EXPERTS_FOLD,
-        no_calibrated=EXPERTS_CALIBRATED,
     ),
     Row(
         "OLMoE",
@@ -222,10 +226,11 @@ ROWS = (
         gate_up=("mlp.experts.gate_up_proj",),
         down="mlp.experts.down_proj",
         router="mlp.gate",
+        experts_keys=("num_experts", "num_local_experts"),
+        top_k_key="num_experts_per_tok",
         no_width=EXPERTS_WIDTH,
         no_heads=ALL_HEADS,
         no_fold=EXPERTS_FOLD,
-        no_calibrated=EXPERTS_CALIBRATED,
     ),
 )
 
@@ -267,6 +272,17 @@ def row_of(model: Any) -> Row | None:
     config = getattr(model, "config", None)
     names += getattr(config, "architectures", None) or []
     return next((row for row in ROWS if row.architecture in names), None)
+
+
+def row_of_block(row: Row, block: Any) -> Row:
+    """The row as it is true of one block: of a mixture some may have a plain FFN, which then is
+    where most families have theirs.
+    """
+    try:
+        block.get_submodule(row.router)
+    except AttributeError:
+        return replace(row, router="", gate_up=Row.gate_up, down=Row.down)
+    return row
 
 
 def blocks_of(model: Any) -> nn.ModuleList:

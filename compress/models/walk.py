@@ -176,9 +176,13 @@ class Walk:
         """
         self._place.bring(self.blocks[index])
         others, keywords = _on(self.device, self.arguments[index])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32"):
+        with self.arithmetic():
             out = self.blocks[index](x_BLH.to(self.device), *others, **keywords)
         return out[0] if isinstance(out, tuple) else out
+
+    def arithmetic(self) -> torch.autocast:
+        """As blocks compute: products in bf16 unless the precision is fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32")
 
     @torch.no_grad()
     def advance(self, index: int) -> None:

@@ -69,6 +69,26 @@ def with_heads(config: dict[str, Any], kv_heads: int, share: int) -> dict[str, A
     return changed
 
 
+def experts_of(config: dict[str, Any], row: Row) -> tuple[int, int]:
+    """Experts of a block, and how many of them see a token. ValueError where a config doesn't say
+    so.
+    """
+    counts = [config[key] for key in row.experts_keys if config.get(key)]
+    top_k = config.get(row.top_k_key)
+    if not counts or not top_k:
+        raise ValueError(
+            f"config.json doesn't say {' or '.join(row.experts_keys)}, and {row.top_k_key}; write"
+            " them there"
+        )
+    return int(counts[0]), int(top_k)
+
+
+def with_experts(config: dict[str, Any], row: Row, experts: int, top_k: int) -> dict[str, Any]:
+    """The config with so many experts of which so many see a token, under the names it has."""
+    counts = {key: experts for key in row.experts_keys if key in config}
+    return {**config, **counts, row.top_k_key: top_k}
+
+
 def damping_of(stage: str, damping: float | str) -> float | None:
     """A stage's damping, None where held-out rows choose it. ValueError."""
     if damping == AUTO:

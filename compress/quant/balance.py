@@ -16,6 +16,7 @@ summed over tokens. Left out: AWQ's clipping, which a search of scales does on t
 Letters: C channels of the inputs, R rows, N tokens, K channels of the maker.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,8 @@ class Group:
 
 def groups_of(row: Row, block: Any, width: int) -> list[Group]:
     """The four groups of a decoder block with heads of this width, in the order in which text
-    reaches them.
+    reaches them; of a mixture the first two, its experts being no linear layers
+    (`compress/quant/experts.py`).
     """
 
     def named(*names: str) -> dict[str, nn.Linear]:
@@ -76,13 +78,19 @@ def groups_of(row: Row, block: Any, width: int) -> list[Group]:
     value = qkv_of(row, block, width)[2]
     repeats = inputs_of(block.get_submodule(row.o)) // len(value.rows_K)
 
+    attention = [
+        Group(named(*row.qkv), norm(row.attention_norm)),
+        Group(named(row.o), value.linear, repeats, width, _rows(value)),
+    ]
+    if row.router:
+        return attention
+
     # Ups are the last of the two matrices, or the second half of the one.
     maker = block.get_submodule(row.gate_up[-1])
     channels = torch.arange(outputs_of(maker))
     ups = Part(maker, channels[-inputs_of(block.get_submodule(row.down)) :])
     return [
-        Group(named(*row.qkv), norm(row.attention_norm)),
-        Group(named(row.o), value.linear, repeats, width, _rows(value)),
+        *attention,
         Group(named(*row.gate_up), norm(row.ffn_norm)),
         Group(named(row.down), maker if row.gated else None, rows_K=_rows(ups)),
     ]
@@ -138,17 +146,25 @@ def awq_scales(group: Group, inputs: Inputs, grid: Grid, name: str = "weight") -
     exponent 0 is all ones.
     """
     w_RC = group.matrix()
-    size_C = share(inputs.total_C, group).clamp(min=1e-30)
 
+    def error(s_C: Tensor) -> float:
+        # The group's output error on the calibration text.
+        gap_RC = grid.trial(w_RC * s_C, name).div_(s_C).sub_(w_RC)
+        return ((gap_RC @ inputs.gram_CC) * gap_RC).sum().item()
+
+    return best_scales(share(inputs.total_C, group), error)
+
+
+def best_scales(total_C: Tensor, error: Callable[[Tensor], float]) -> Tensor:
+    """(C,): powers of the inputs' sizes (C,), with the exponent whose factors have least error."""
+    size_C = total_C.clamp(min=1e-30)
     least_error, best_C = torch.inf, torch.ones_like(size_C)
     for step in range(STEPS):
         # As AWQ's code: over sqrt(min * max).
         s_C = size_C.log().mul_(step / STEPS)
         s_C = s_C.sub_(s_C.aminmax()[0].add(s_C.max()) / 2).exp_().clamp_(1e-4, 1e4)
 
-        # The group's output error on the calibration text.
-        gap_RC = grid.trial(w_RC * s_C, name).div_(s_C).sub_(w_RC)
-        error = ((gap_RC @ inputs.gram_CC) * gap_RC).sum().item()
-        if error < least_error:
-            least_error, best_C = error, s_C
+        error_now = error(s_C)
+        if error_now < least_error:
+            least_error, best_C = error_now, s_C
     return best_C

@@ -19,11 +19,13 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from compress.models.blocks import blocks_prefix, row_of
+from compress.models.blocks import Row, blocks_prefix, row_of, row_of_block
 from compress.models.checkpoint import head_dim
+from compress.models.experts import mixture_of
 from compress.models.walk import Walk
 from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of
 from compress.quant.codes import Quantized, bake, quantizable
+from compress.quant.experts import Stacks
 from compress.quant.gptq import gptq
 from compress.quant.grids import GRIDS
 from compress.store import write_whole
@@ -50,6 +52,7 @@ class Blockwise:
         balance: str = "none",
         damping: float = 0.01,
         keep: bool = False,
+        floor_tokens: int | None = None,
     ) -> None:
         self.model = model
         self.layout = layout
@@ -58,12 +61,16 @@ class Blockwise:
         self.balance = balance
         self.damping = damping
         self.keep = keep
+        self.floor_tokens = floor_tokens
 
         # What comes of it: matrices before rounding (with `keep`), codes, and the squared error of
         # all rounded matrices beside their squares.
         self.whole: dict[str, Tensor] = {}
         self.made: dict[str, Quantized] = {}
         self.lost = torch.zeros(2, dtype=torch.float64)
+
+        # Of a mixture, by block, how many tokens reached each expert (E,).
+        self.tokens: dict[int, Tensor] = {}
 
     def put(self, name: str, weight: Tensor, codes: Tensor, scales: Tensor) -> None:
         """One matrix is done: its codes are kept, the model goes on with their values."""
@@ -77,16 +84,18 @@ class Blockwise:
 
     def round(self, name: str, weight: Any, gram_CC: Tensor | None = None) -> None:
         """Round one matrix by the method, given its inputs' second moments where they are known."""
+        self.put(name, weight, *self.codes_of(name, weight, gram_CC))
+
+    def codes_of(self, name: str, weight: Any, gram_CC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes and scales of one matrix (R, C) by the method."""
         grid = GRIDS[self.layout[name]]
         if gram_CC is not None and self.method == "gptq":
             search = self.search and grid.searches
-            codes, scales = gptq(weight, gram_CC, grid, self.damping, search, name)
-        elif self.search and grid.searches:
+            return gptq(weight, gram_CC, grid, self.damping, search, name)
+        if self.search and grid.searches:
             scales = grid.search(weight, None if gram_CC is None else gram_CC.diagonal(), name)
-            codes = grid.codes(weight, scales)
-        else:
-            codes, scales = grid.encode(weight, name)
-        self.put(name, weight, codes, scales)
+            return grid.codes(weight, scales), scales
+        return grid.encode(weight, name)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -162,7 +171,9 @@ class Blockwise:
         row = row_of(self.model)
         assert row is not None, "a stage asks for a row before it comes here"
         prefix = f"{blocks_prefix(self.model)}{index}."
-        groups = groups_of(row, walk.blocks[index], head_dim(self.model.config))
+        block = walk.blocks[index]
+        row = row_of_block(row, block)
+        groups = groups_of(row, block, head_dim(self.model.config))
 
         # All groups are balanced, each measured on the weights as they are.
         if self.balance != "none":
@@ -179,14 +190,44 @@ class Blockwise:
             for name, reader in group.readers.items():
                 self.round(f"{prefix}{name}.weight", reader.weight, gram_CC)
 
+        mixture = mixture_of(row, block)
+        if mixture is not None:
+            stacks = Stacks(walk, index, row, mixture, self.floor_tokens)
+            self.tokens[index] = stacks.tokens_E
+            self._experts(prefix, row, block, stacks)
+
+    def _experts(self, prefix: str, row: Row, block: Any, stacks: Stacks) -> None:
+        """Balance and round the experts of one block: gates and ups, then what they send down."""
+        mixture = stacks.mixture
+        makers, downs = f"{prefix}{row.gate_up[0]}", f"{prefix}{row.down}"
+        if self.balance != "none":
+            norm = block.get_submodule(row.ffn_norm) if row.ffn_norm else None
+            grids = GRIDS[self.layout[makers]], GRIDS[self.layout[downs]]
+            stacks.balance(norm, grids, (makers, downs))
+
+        # By the moments of each expert, where anything asks for them.
+        weighed = self.method == "gptq" or self.search
+        for name, weight, inner in ((makers, mixture.makers, False), (downs, mixture.downs, True)):
+            if not weighed:
+                codes, scales = self.codes_of(name, weight.detach().flatten(0, -2), None)
+            else:
+                grams_ECC = stacks.inputs(inner=inner).gram_ECC
+                pairs = [
+                    self.codes_of(name, w, gram)
+                    for w, gram in zip(weight.detach(), grams_ECC, strict=True)
+                ]
+                codes, scales = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+            self.put(name, weight, codes, scales)
+
     def _kept(self, file: Path, home: nn.Module, make: Callable[[], None]) -> bool:
-        """Make a piece and keep it with `home`'s vectors (norms, biases), or find it in `file`:
-        whether it was made now.
+        """Make a piece and keep it with what `home` has besides codes (norms, biases, a router), or
+        find it in `file`: whether it was made now.
         """
+        matrices = {id(matrix.weight) for matrix in quantizable(home).values()}
         vectors = {
             f"vector:{name}": parameter
             for name, parameter in home.named_parameters()
-            if parameter.dim() == 1
+            if id(parameter) not in matrices
         }
         if file.is_file():
             self._take_back(load_file(file), vectors)
@@ -194,6 +235,7 @@ class Blockwise:
 
         # What the piece itself adds is what its file has to hold.
         names_before = set(self.made)
+        blocks_before = set(self.tokens)
         lost_before = self.lost
         self.lost = torch.zeros_like(lost_before)
         make()
@@ -205,6 +247,8 @@ class Blockwise:
             tensors[f"whole:{name}"] = self.whole[name]
         for key, parameter in vectors.items():
             tensors[key] = parameter.detach()
+        for index in self.tokens.keys() - blocks_before:
+            tensors[f"tokens:{index}"] = self.tokens[index]
         tensors["lost"] = self.lost
         write_whole(file, save(tensors))
 
@@ -216,6 +260,8 @@ class Blockwise:
         self.lost = self.lost + kept.pop("lost")
         for key, parameter in vectors.items():
             parameter.copy_(kept.pop(key))
+        for key in [key for key in kept if key.startswith("tokens:")]:
+            self.tokens[int(key.removeprefix("tokens:"))] = kept.pop(key)
 
         # All that remains are matrices, each in two or three parts.
         for name in sorted({key.rpartition(":")[2] for key in kept}):

@@ -63,6 +63,8 @@ PROPERTIES = {
     GridName.int8_g128: Properties(128, True),
     GridName.int8: Properties(1, True),
 }
+# Calibration tokens that an expert is to be rounded by, for each of its columns.
+FLOOR_A_COLUMN = 4
 BLOCK = {grid: properties.block for grid, properties in PROPERTIES.items()}
 SEARCHED = tuple(grid for grid, properties in PROPERTIES.items() if properties.searched)
 

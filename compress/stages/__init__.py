@@ -7,6 +7,7 @@ checks itself, says what it costs and runs.
 from compress.stages.distill import Distill
 from compress.stages.lora import Lora
 from compress.stages.prune_depth import PruneDepth
+from compress.stages.prune_experts import PruneExperts
 from compress.stages.prune_heads import PruneHeads
 from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
@@ -20,6 +21,7 @@ STAGES: dict[str, type[Stage]] = {
     "prune_depth": PruneDepth,
     "prune_width": PruneWidth,
     "prune_heads": PruneHeads,
+    "prune_experts": PruneExperts,
     "sparsify": Sparsify,
     "distill": Distill,
     "lora": Lora,

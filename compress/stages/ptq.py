@@ -10,15 +10,28 @@ equal to the decoded codes, which lie in `quant.safetensors`.
 Rounding and its search need no data.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.models.blocks import Work, lengths_of, row_for
-from compress.quant.settings import BLOCK, SEARCHED, Allocation, Balance, GridName, Method, Scales
+from compress.quant.settings import (
+    BLOCK,
+    FLOOR_A_COLUMN,
+    SEARCHED,
+    Allocation,
+    Balance,
+    GridName,
+    Method,
+    Scales,
+)
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -31,6 +44,9 @@ class OnGrid:
     scales: Scales = Scales.round
     balance: Balance = Balance.none  # awq: fold between layers first (`compress/quant/balance.py`)
     allocate: Allocation = field(default_factory=Allocation)
+    # an expert that fewer calibration tokens reach counts the block's mean token for those lacking;
+    # null: four for each of its columns (`compress/quant/experts.py`)
+    floor_tokens: int | None = None
 
     def check_grid(self, stage: str) -> None:
         """ValueError when the grid, or a stage without training, has no such scales; of a mixture
@@ -47,6 +63,50 @@ class OnGrid:
                 f"{stage}.scales is learned: nothing is trained there; use round or search, or the"
                 " qat stage"
             )
+
+    def check_family(self, stage: str, config: dict[str, Any], *, calibrated: bool) -> None:
+        """ValueError for a config whose family no calibration text can round, where it is to, and
+        for a floor that nothing uses.
+        """
+        if self.balance != Balance.none and config.get("clip_qkv"):
+            raise ValueError(
+                f"clip_qkv is {config['clip_qkv']}: attention clips its values, and no factor can"
+                f" be folded through that; use {stage}.balance=none"
+            )
+        row = row_for(config, Work.calibrated) if calibrated else None
+        used = row is not None and bool(row.router)
+        if self.floor_tokens is not None and not used:
+            why = "the model has no experts" if calibrated else "no text calibrates it"
+            raise ValueError(
+                f"{stage}.floor_tokens is {self.floor_tokens}: {why}; leave it at null"
+            )
+        if self.floor_tokens is not None and self.floor_tokens < 1:
+            raise ValueError(f"{stage}.floor_tokens is {self.floor_tokens}: allowed is 1 or more")
+
+    def experts_reported(
+        self, tokens: "dict[int, Tensor]", model: Any, out: Path, ctx: Context
+    ) -> dict[str, float]:
+        """Name the experts that too few tokens reached, in the log and in `experts.json`, given
+        how many reached each, by block; how many they are. Nothing for a model without experts.
+        """
+        from compress.models.experts import below, sentence_of
+
+        if not tokens:
+            return {}
+        floor_tokens = self.floor_tokens or FLOOR_A_COLUMN * model.config.hidden_size
+        note = []
+        for index, tokens_E in sorted(tokens.items()):
+            rare = below(tokens_E, floor_tokens)
+            note.append({"block": index, "tokens": tokens_E.tolist(), "experts_below_floor": rare})
+            if rare:
+                ctx.log(f"{ctx.label}: {sentence_of(index, tokens_E, floor_tokens)}")
+        (out / "experts.json").write_text(json.dumps({"blocks": note}, indent=2) + "\n")
+
+        counts = [count for tokens_E in tokens.values() for count in tokens_E.tolist()]
+        return {
+            "experts_unseen_count": float(counts.count(0)),
+            "experts_below_floor_count": float(sum(n < floor_tokens for n in counts)),
+        }
 
     @property
     def layout_name(self) -> str:
@@ -175,8 +235,7 @@ class Ptq(OnGrid):
         into blocks, or no calibration text can round its family.
         """
         self.check_rows(config)
-        if self.passes:
-            row_for(config, Work.calibrated)
+        self.check_family("ptq", config, calibrated=self.passes > 0)
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
@@ -200,6 +259,7 @@ class Ptq(OnGrid):
             search=self.scales == Scales.search,
             balance=self.balance,
             damping=self.damping,
+            floor_tokens=self.floor_tokens,
         )
         if self.passes:
             work.calibrated(
@@ -222,4 +282,5 @@ class Ptq(OnGrid):
             "bits_per_weight": bits / total,
             "weight_mse_relative": error / max(power, 1e-30),
             "tensors_quantized_count": float(len(numel)),
+            **self.experts_reported(work.tokens, model, out, ctx),
         }

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.distill.settings import SchemeName, Signal
 from compress.errors import ConfigError
-from compress.models.blocks import Work, row_for
 from compress.quant.settings import Balance, Scales
 from compress.stages.context import Context
 from compress.stages.ptq import OnGrid
@@ -28,6 +27,8 @@ from compress.stages.stage import Cost, Family, Sizes, cost_of_training
 from compress.stages.training import Keep, Optimization, open_source
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from compress.quant.codes import Quantized
 
 # Whose distribution the quantized model learns.
@@ -91,8 +92,7 @@ class Qat(Optimization, OnGrid):
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""
         self.check_rows(config)
-        if self.balance != Balance.none:
-            row_for(config, Work.calibrated)
+        self.check_family("qat", config, calibrated=self.balance != Balance.none)
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
@@ -126,27 +126,32 @@ class Qat(Optimization, OnGrid):
 
         # Onto the grid, trained there, and written as codes.
         torch.manual_seed(ctx.seed)
-        layout, start = self.start(model, parent, ctx)
+        layout, start, tokens = self.start(model, parent, ctx)
         attach(model, layout, self.scales.value, self.rank, start)
         metrics = self.optimize(model, Mix(), data, source, ctx, vocabulary=vocabulary)
         save_quantized(model, out, parent, finish(model))
-        return metrics
+        return metrics | self.experts_reported(tokens, model, out, ctx)
 
     def start(
         self, model: Any, parent: Path, ctx: Context
-    ) -> tuple[dict[str, str], dict[str, Quantized] | None]:
-        """Put an fp32 model where training starts: the grid of each matrix, and where they were
-        searched its scales.
+    ) -> tuple[dict[str, str], dict[str, Quantized] | None, dict[int, Tensor]]:
+        """Put an fp32 model where training starts: the grid of each matrix, where they were
+        searched its scales, and how many tokens reached each expert, by block.
         """
         from compress.quant.blockwise import Blockwise
 
         layout = self.layout(model, parent, ctx)
         if self.balance == Balance.none:
-            return layout, None
+            return layout, None, {}
 
         # Folded and rounded block by block; scales stay, weights go back to before the rounding.
         work = Blockwise(
-            model, layout, search=self.scales != Scales.round, balance=self.balance.value, keep=True
+            model,
+            layout,
+            search=self.scales != Scales.round,
+            balance=self.balance.value,
+            keep=True,
+            floor_tokens=self.floor_tokens,
         )
         work.calibrated(
             ctx.calibration(self.calibration_sequences),
@@ -155,4 +160,4 @@ class Qat(Optimization, OnGrid):
             lambda line: ctx.log(f"{ctx.label}: {line}"),
         )
         work.restore()
-        return layout, work.made
+        return layout, work.made, work.tokens

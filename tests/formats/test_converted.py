@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +31,11 @@ from compress.models.tokenizer import load_tokenizer
 from compress.models.vocabulary import difference, is_cut_of, vocabulary_of
 from compress.quant.codes import load_quantized
 from compress.quant.grids import GRIDS
+from compress.quant.settings import Method
 from compress.score.fidelity import States
 from compress.score.parity import parity, strings
+from compress.stages.prune_experts import PruneExperts
+from compress.stages.ptq import Ptq
 from compress.text.sources import documents
 
 IDS = torch.randint(4, 512, (3, 49), generator=torch.Generator().manual_seed(3))
@@ -197,6 +201,37 @@ def test_experts_without_codes_are_rounded_like_other_matrices(checkpoints, tmp_
     kinds = {t.tensor_type.name for t in read_fields(tmp_path / "m.gguf")[1] if "_exps" in t.name}
     assert kinds == {"Q8_0"}
     assert distance(name, tmp_path / "m.gguf", checkpoints(name)) < 5e-2
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_a_mixture_of_fewer_experts_is_in_its_file_what_it_is_as_a_checkpoint(
+    checkpoints, tmp_path, name
+):
+    """Three experts of four, one for a token; then rounded by what each of them is sent."""
+    context = SimpleNamespace(
+        calibration=lambda n: torch.randint(4, 512, (n, 32), generator=torch.Generator()),
+        precision="fp32",
+        label="test",
+        log=lambda line: None,
+        work=tmp_path,
+    )
+    cut, rounded = tmp_path / "cut", tmp_path / "rounded"
+    for stage, parent, out in (
+        (PruneExperts(experts=3, top_k=1, floor_tokens=1), checkpoints(name), cut),
+        (Ptq(method=Method.gptq, calibration_sequences=8, floor_tokens=64), cut, rounded),
+    ):
+        out.mkdir()
+        stage.run(parent, out, context)
+
+    for kind, checkpoint in (("F16", cut), ("Q4_0", rounded)):
+        file = tmp_path / f"{kind}.gguf"
+        gguf.export_gguf(checkpoint, file, kind)
+        fields = read_fields(file)[0]
+        about = fields["general.architecture"]
+        assert fields[f"{about}.expert_count"] == 3 and fields[f"{about}.expert_used_count"] == 1
+        assert distance(name, file, checkpoint) < (3e-3 if kind == "F16" else 5e-2)
+        figures = proven(checkpoint, file, kind)
+        assert figures["parity_values_differing"] == figures["parity_strings_differing"] == 0
 
 
 def test_a_converted_file_that_holds_another_number_is_refused(checkpoints, tmp_path):

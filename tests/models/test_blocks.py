@@ -86,8 +86,12 @@ def test_ffns_are_as_a_row_says(row):
         experts, name = row.down.rsplit(".", 1)
         assert getattr(block.get_submodule(experts), name).dim() == 3
         assert block.get_submodule(row.router).weight.shape == (4, 64)
-        assert all(row.reason(work) for work in (Work.width, Work.fold, Work.calibrated))
+        assert all(row.reason(work) for work in (Work.width, Work.fold))
+        config = model.config.to_dict()
+        assert {config[key] for key in row.experts_keys if key in config} == {4}
+        assert config[row.top_k_key] == 2 and not row.reason(Work.experts)
         return
+    assert row.reason(Work.experts) and not row.experts_keys
     makers = [block.get_submodule(name) for name in row.gate_up]
     down = block.get_submodule(row.down)
     assert (

@@ -24,6 +24,7 @@ from compress.score.fidelity import States, closeness, hidden_of
 from compress.stages.distill import Distill
 from compress.stages.lora import Lora
 from compress.stages.prune_depth import PruneDepth
+from compress.stages.prune_experts import PruneExperts
 from compress.stages.prune_heads import PruneHeads
 from compress.stages.prune_width import PruneWidth
 from compress.stages.ptq import Ptq
@@ -39,6 +40,10 @@ CUTS = {
     ),
     "fold": (Work.fold, PruneDepth(blocks=1, calibration_sequences=2, fold_sequences=8)),
     "prune_heads": (Work.heads, PruneHeads(kv_groups=1, calibration_sequences=8, damping=0.01)),
+    "prune_experts": (
+        Work.experts,
+        PruneExperts(experts=3, floor_tokens=1, calibration_sequences=8),
+    ),
     "awq": (Work.calibrated, Ptq(balance="awq", grid=GridName.int4_g32, calibration_sequences=2)),
 }
 TRAINED = {
@@ -124,7 +129,7 @@ def test_a_family_goes_through_a_stage_or_is_refused_by_name(shared, tmp_path, a
     out.mkdir()
     row = next((row for row in ROWS if row.architecture == architecture), None)
     if work is not None and row.reason(work):
-        message = f"{architecture} can't be {work}: {row.reason(work)}; allowed are Llama"
+        message = f"{architecture} can't be {work}: {row.reason(work)}; allowed are "
         with pytest.raises(ValueError, match=re.escape(message)):
             stage.run(parent, out, context)
         assert not list(out.iterdir())
@@ -141,7 +146,7 @@ def test_a_family_goes_through_a_stage_or_is_refused_by_name(shared, tmp_path, a
 
 def test_no_family_and_no_step_is_left_out():
     assert {row.architecture for row in ROWS} == set(tiny.ROWS)
-    assert len(ROWS) == 15 and len(STEPS) == 10 and len(PAIRS) == 150
+    assert len(ROWS) == 15 and len(STEPS) == 11 and len(PAIRS) == 165
     assert len(OTHER_PAIRS) == 5 * len(tiny.OTHERS) == 20
 
 

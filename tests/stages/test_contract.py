@@ -9,6 +9,7 @@ import shutil
 import signal
 
 import pytest
+import tiny_families as tiny
 import torch
 from conftest import make_context
 
@@ -26,6 +27,7 @@ SMALL = {
     "prune_vocab": {"ids": 448},
     "prune_width": {"ffn": 128, "multiple": 32, "calibration_sequences": 8},
     "prune_heads": {"kv_groups": 1, "calibration_sequences": 8},
+    "prune_experts": {"experts": 3, "floor_tokens": 1, "calibration_sequences": 8},
     "sparsify": {"calibration_sequences": 2},
     "distill": {"tokens": 128, "batch_sequences": 2, "micro_batch_sequences": 1},
     "lora": {"tokens": 128, "batch_sequences": 2, "micro_batch_sequences": 1, "rank": 2},
@@ -56,6 +58,18 @@ def test_every_stage_says_what_it_is_for_and_what_it_costs(name):
         assert cost.flops >= 6 * 90 * stage.tokens
 
 
+@pytest.fixture(scope="module")
+def tiny_mixture(tiny_teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture") / "teacher"
+    return tiny.make(folder, "Qwen3MoeForCausalLM", tiny_teacher)
+
+
+@pytest.fixture
+def teacher(name, tiny_teacher, tiny_mixture):
+    """What a stage works on: one of them needs experts."""
+    return tiny_mixture if name == "prune_experts" else tiny_teacher
+
+
 def run(name, teacher, folder, parent=None):
     folder.mkdir(exist_ok=True)
     out = folder / "out"
@@ -66,24 +80,22 @@ def run(name, teacher, folder, parent=None):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_writes_a_plain_checkpoint_and_leaves_its_parent_alone(
-    name, tiny_teacher, tmp_path
-):
-    before = file_table(tiny_teacher)
-    out, metrics = run(name, tiny_teacher, tmp_path / "a")
-    assert file_table(tiny_teacher) == before
+def test_a_stage_writes_a_plain_checkpoint_and_leaves_its_parent_alone(name, teacher, tmp_path):
+    before = file_table(teacher)
+    out, metrics = run(name, teacher, tmp_path / "a")
+    assert file_table(teacher) == before
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     logits = model(torch.arange(9)[None]).logits
     assert logits.isfinite().all()
     torch.testing.assert_close(load_model(out)(torch.arange(9)[None]).logits, logits)
-    tokenizers = load_tokenizer(tiny_teacher), load_tokenizer(out)
+    tokenizers = load_tokenizer(teacher), load_tokenizer(out)
     if name != "prune_vocab":  # the only one that may change what an id means
         ids, student_ids = (each("Hello world 123")["input_ids"] for each in tokenizers)
         assert student_ids == ids
         for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            assert (out / file).read_bytes() == (tiny_teacher / file).read_bytes()
+            assert (out / file).read_bytes() == (teacher / file).read_bytes()
     assert metrics
     for key, value in metrics.items():
         assert key.endswith(UNITS), f"{key} has no unit"
@@ -91,33 +103,31 @@ def test_a_stage_writes_a_plain_checkpoint_and_leaves_its_parent_alone(
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_is_deterministic(name, tiny_teacher, tmp_path):
-    first, metrics = run(name, tiny_teacher, tmp_path / "a")
-    second, again = run(name, tiny_teacher, tmp_path / "b")
+def test_a_stage_is_deterministic(name, teacher, tmp_path):
+    first, metrics = run(name, teacher, tmp_path / "a")
+    second, again = run(name, teacher, tmp_path / "b")
     assert file_table(first) == file_table(second)
     assert metrics == again
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_wrong_parent_is_refused_naming_directory_and_what_is_missing(
-    name, tiny_teacher, tmp_path
-):
+def test_a_wrong_parent_is_refused_naming_directory_and_what_is_missing(name, teacher, tmp_path):
     parent = tmp_path / "parent"
-    shutil.copytree(tiny_teacher, parent)
+    shutil.copytree(teacher, parent)
     (parent / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=re.escape(str(parent)) + ".*model.safetensors"):
-        run(name, tiny_teacher, tmp_path / "a", parent)
+        run(name, teacher, tmp_path / "a", parent)
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_quantized_parent_is_refused(name, tiny_teacher, tmp_path):
-    quantized, _ = run("ptq", tiny_teacher, tmp_path / "q")
+def test_a_quantized_parent_is_refused(name, teacher, tmp_path):
+    quantized, _ = run("ptq", teacher, tmp_path / "q")
     with pytest.raises(ValueError, match="quantized"):
-        run(name, tiny_teacher, tmp_path / "a", quantized)
+        run(name, teacher, tmp_path / "a", quantized)
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_that_dies_leaves_no_entry(name, tiny_teacher, tmp_path, monkeypatch):
+def test_a_stage_that_dies_leaves_no_entry(name, teacher, tmp_path, monkeypatch):
     store = Store(tmp_path / "store")
     stage = STAGES[name](**SMALL[name])
 
@@ -127,12 +137,12 @@ def test_a_stage_that_dies_leaves_no_entry(name, tiny_teacher, tmp_path, monkeyp
     monkeypatch.setattr("safetensors.torch.save_file", fails)
     monkeypatch.setattr("compress.models.checkpoint.save_file", fails)
     monkeypatch.setattr("compress.distill.signals.write_whole", fails)
-    context = make_context(tiny_teacher, tmp_path)
+    context = make_context(teacher, tmp_path)
     with pytest.raises(OSError, match="No space left"):
         store.build(
             "k" * 64,
             {},
-            lambda out, work: stage.run(tiny_teacher, out, dataclasses.replace(context, work=work)),
+            lambda out, work: stage.run(teacher, out, dataclasses.replace(context, work=work)),
         )
     assert not store.entry("k" * 64).exists()
 

@@ -144,7 +144,7 @@ def test_training_starts_from_the_same_function_which_rounding_costs_less(tiny_t
         with torch.no_grad():
             whole = plain(ids).logits
             if scales:
-                layout, start = Qat(
+                layout, start, _ = Qat(
                     balance=Balance.awq, calibration_sequences=4, scales=scales
                 ).start(model, tiny_teacher, context)
                 assert not torch.equal(

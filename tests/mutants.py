@@ -324,6 +324,30 @@ MUTANTS = [
         ("parallel.local(p), parallel.local(p.grad)", "p, p.grad"),
     ),
     *of(
+        "quant/shards.py",
+        "train/test_parallel_qat.py -k lowrank and give_the_codes",
+        ("parallel.add_up(gradient)", "pass"),
+    ),
+    *of(
+        "train/state.py",
+        "train/test_state.py -k not(kill)",
+        ("self.seconds / SAVE_SHARE", "0.0"),
+        ('part.to("cpu", copy=True)', "part"),
+    ),
+    *of(
+        "train/launchers.py",
+        "train/test_launchers.py -k variables_of_every or half_an or first_node",
+        ("if rank >= world:", "if rank > world:"),
+        ('"SLURM_STEP_ID" in environment or', "True or"),
+        ("counts[node] if node < len(counts) else world", "world"),
+    ),
+    *of(
+        "train/packed.py",
+        "distill/test_signals.py -k windows_of_its_shards",
+        (".split(files)", ".split(len(order) + 10**9)"),
+        ("places = places[places < size]", "pass"),
+    ),
+    *of(
         "distill/online.py",
         "stages/test_contract.py -k leaves_the_random_numbers",
         ("torch.random.fork_rng()", "torch.random.fork_rng(enabled=False)"),

@@ -251,8 +251,8 @@ MUTANTS = [
     *of(
         "train/state.py",
         RESUME,
-        ('parallel.local(p).copy_(tensors[f"param/{name}"])', "pass"),
-        ('parallel.local(moments[m]).copy_(tensors[f"{m}/{name}"])', "pass"),
+        ('tensors[f"param/{name}"] = p.detach()', 'tensors[f"param/{name}"] = p.detach().clone()'),
+        ('tensors |= {f"{m}/{name}": moment for m, moment in moments.items()}', "pass"),
         ('step = float(state["step"])', "step = 0.0"),
     ),
     *of(
@@ -296,7 +296,10 @@ MUTANTS = [
     *of(
         "train/optimizer.py",
         "train/test_training.py -k rotary",
-        ("model.state_dict(keep_vars=True).values()", "[*model.parameters(), *model.buffers()]"),
+        (
+            "model.state_dict(keep_vars=True).items()",
+            "[*model.named_parameters(), *model.named_buffers()]",
+        ),
     ),
     *of(
         "stages/training.py",

@@ -175,7 +175,7 @@ def shard(
     for block in blocks_of(model):
         fully_shard(block, mp_policy=policy, ignored_params=ignored)
     sharded: Any = fully_shard(module, mp_policy=policy, ignored_params=ignored)
-    return sharded  # type: ignore[no-any-return]
+    return sharded
 
 
 def to_device(module: nn.Module, device: torch.device) -> None:

@@ -37,6 +37,8 @@ from compress.store import commit, fsync
 from compress.train import parallel
 from compress.train.optimizer import MOMENTS, StochasticAdamW
 
+# A tensor, or its rows that one process has, and where in it these begin; None: it is whole.
+Part = tuple[Tensor, list[int] | None]
 SAVE_SECONDS = 20.0  # between two states, at least
 SAVE_SHARE = 0.05  # of the time, at most
 ROOM = 2  # times the copy that must be free on the host
@@ -63,9 +65,9 @@ class Saver:
         pause = max(SAVE_SECONDS, self.seconds / SAVE_SHARE)
         return not busy and time.monotonic() - self.begun > pause
 
-    def begin(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write this state, with tensors as `tensors_of` gives them, while training goes on. All
-        ranks call it. OSError when the one before it can't be written.
+    def begin(self, state: dict[str, Any], parts: dict[str, Part]) -> None:
+        """Write this state, with this rank's part of each tensor, while training goes on. All ranks
+        call it. OSError when the one before it can't be written.
         """
         self.wait()
         self.begun = time.monotonic()
@@ -74,20 +76,23 @@ class Saver:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
 
-        # What this rank writes, once the folder is there.
+        # What this rank writes, once the folder is there; what all have is written by the first.
         parallel.wait()
         final = self.work / f"state-{state['step']:08d}"
         text = json.dumps(state | {"ranks": self.ranks})
-        parts = {} if parallel.rank() >= self.ranks else _parts(tensors)
-        places = {name: {"saved_offsets": first} for name, (_, first) in parts.items()}
-        size = sum(part.nbytes for part, _ in parts.values())
+        tensors: dict[str, Tensor] = {}
+        places: dict[str, Any] = {}
+        for name, (part, first) in parts.items():
+            if part.numel() and (first is not None or parallel.rank() == 0):
+                tensors[name] = part.contiguous()
+                places[name] = {"saved_offsets": first or [0] * part.dim()}
+        size = sum(part.nbytes for part in tensors.values())
 
         # A copy on the host leaves training free to go on.
         if psutil.virtual_memory().available < ROOM * size:
-            present = {name: part for name, (part, _) in parts.items()}
-            self._write(beside, final, text, present, places)
+            self._write(beside, final, text, tensors, places)
             return
-        copies = {name: part.to("cpu", copy=True) for name, (part, _) in parts.items()}
+        copies = {name: part.to("cpu", copy=True) for name, part in tensors.items()}
         arguments = (beside, final, text, copies, places)
         self.thread = threading.Thread(target=self._write_quietly, args=arguments, daemon=True)
         self.thread.start()
@@ -162,29 +167,20 @@ def _write_part(beside: Path, tensors: dict[str, Tensor], places: dict[str, Any]
     part.rename(beside / _file(parallel.rank()))
 
 
-def _parts(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, list[int]]]:
-    """This rank's part of each tensor, and where in it it begins; what all ranks have is written
-    by the first.
-    """
-    parts = {}
-    for name, tensor in tensors.items():
-        part = parallel.local(tensor).contiguous()
-        first = parallel.offset(tensor)
-        if part.numel() and (parallel.rank() == 0 or first is not None):
-            parts[name] = part, first or [0] * part.dim()
-    return parts
-
-
-def tensors_of(
+def parts_of(
     best: dict[str, Tensor], trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """The best weights, the weights and their moments, by name in the state."""
-    tensors = {f"best/{name}": parallel.like(part, trained[name]) for name, part in best.items()}
+) -> dict[str, Part]:
+    """This rank's part of the best weights, the weights and their moments, by name in the state."""
+    parts: dict[str, Part] = {}
     for name, p in trained.items():
-        tensors[f"param/{name}"] = p.detach()
+        first = parallel.offset(p)
+        parts[f"param/{name}"] = parallel.local(p), first
+        if name in best:
+            parts[f"best/{name}"] = best[name], first
         if p in optimizer.state:
-            tensors |= {f"{m}/{name}": optimizer.state[p][m] for m in MOMENTS}
-    return tensors
+            moments = {m: parallel.local(optimizer.state[p][m]) for m in MOMENTS}
+            parts |= {f"{m}/{name}": (moment, first) for m, moment in moments.items()}
+    return parts
 
 
 def restore_state(

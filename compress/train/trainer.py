@@ -23,7 +23,7 @@ from compress.models.empty import places_of
 from compress.train import parallel
 from compress.train.optimizer import BETAS, StochasticAdamW, learning_rate, to_bf16
 from compress.train.plan import Batch, LossFunction, Plan
-from compress.train.state import Saver, restore_state, tensors_of
+from compress.train.state import Saver, parts_of, restore_state
 
 NO_ROOM = (
     "weights, gradients and AdamW's moments have no room; what takes less is"
@@ -75,7 +75,7 @@ class Trainer:
             self.module = DistributedDataParallel(self.plain, gradient_as_bucket_view=True)
 
         # What is trained, and by which optimizer; bf16 weights take fp32 gradients.
-        masters = self.carried.masters if self.carried else {}
+        masters: dict[Tensor, nn.Parameter] = self.carried.masters if self.carried else {}
         parameters_by_name = self.plain.named_parameters()
         self.trained = {name: masters.get(p, p) for name, p in parameters_by_name if name in names}
         parameters = list(self.trained.values())
@@ -119,7 +119,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write the state. All ranks call it."""
-        self.saver.begin(self.state, tensors_of(self.best, self.trained, self.optimizer))
+        self.saver.begin(self.state, parts_of(self.best, self.trained, self.optimizer))
 
     def step(
         self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]

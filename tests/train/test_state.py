@@ -74,7 +74,7 @@ def test_the_copy_is_of_the_moment_when_a_save_began(tmp_path, monkeypatch):
 
     monkeypatch.setattr(state, "save_file", late)
     weight, saver = torch.zeros(3), Saver(tmp_path, 1)
-    saver.begin({"step": 1}, {"param/w": weight})
+    saver.begin({"step": 1}, {"param/w": (weight, None)})
     weight.fill_(7)
     saver.wait()
     assert not load_file(tmp_path / "state-00000001/tensors-0.safetensors")["param/w"].any()
@@ -84,7 +84,7 @@ def test_the_copy_is_of_the_moment_when_a_save_began(tmp_path, monkeypatch):
 def test_without_room_for_a_copy_training_waits_for_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(state, "ROOM", 1e15)
     saver = Saver(tmp_path, 1)
-    saver.begin({"step": 3}, {"param/w": torch.ones(2)})
+    saver.begin({"step": 3}, {"param/w": (torch.ones(2), None)})
     assert saver.thread is None and (tmp_path / "state-00000003/state.json").is_file()
 
 
@@ -138,11 +138,11 @@ def test_nothing_is_unpickled_when_a_run_goes_on(context, tmp_path, monkeypatch)
 
 def test_the_first_process_does_not_wait_for_a_part_that_nobody_can_write(tmp_path, monkeypatch):
     saver = Saver(tmp_path, 2)
-    saver.begin({"step": 1}, {"param/w": torch.ones(2)})
+    saver.begin({"step": 1}, {"param/w": (torch.ones(2), None)})
     assert saver.thread.is_alive() and not saver.due
     (tmp_path / ".state.part" / state.FAILED).touch()
     with pytest.raises(OSError, match="a process can't write its part of the state"):
         saver.wait()
-    saver.begin({"step": 1}, {"param/w": torch.ones(2)})
+    saver.begin({"step": 1}, {"param/w": (torch.ones(2), None)})
     saver.close()
     assert not saver.thread.is_alive() and not list(tmp_path.glob("state-*"))

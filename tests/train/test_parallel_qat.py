@@ -9,7 +9,9 @@ from train.test_parallel import launch, result
 from compress.quant.codes import Quantized
 
 
-@pytest.mark.parametrize("option", ["round", "learned", "lowrank"])
+@pytest.mark.parametrize(
+    "option", [pytest.param("round", marks=pytest.mark.slow), "learned", "lowrank"]
+)
 def test_rows_that_round_by_themselves_give_the_codes_of_one_process(
     option, tiny_teacher, tmp_path
 ):
@@ -32,7 +34,7 @@ def test_rows_that_round_by_themselves_give_the_codes_of_one_process(
             torch.testing.assert_close(shards[name], tensor, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("option", ["learned", "lowrank"])
+@pytest.mark.parametrize("option", ["learned", pytest.param("lowrank", marks=pytest.mark.slow)])
 def test_bf16_masters_round_alike_in_one_process_and_in_shards(option, tiny_teacher, tmp_path):
     made = []
     for kind, world in (("none", 1), ("fsdp2", 2)):

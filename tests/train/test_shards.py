@@ -24,7 +24,7 @@ def run(name, folder, teacher, world):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
-@pytest.mark.parametrize("name", ["distill", "qat", "online"])
+@pytest.mark.parametrize("name", [pytest.param("distill", marks=pytest.mark.slow), "qat", "online"])
 def test_no_process_holds_a_whole_model_and_all_learn_what_one_does(name, tiny_teacher, tmp_path):
     (alone,) = run(name, tmp_path / "one", tiny_teacher, 1)
     first, second = run(name, tmp_path / "two", tiny_teacher, 2)

@@ -255,6 +255,15 @@ class Session:
         if isinstance(stage, PruneVocab) and (counted := self.vocabulary(parent.path)):
             config["counted"] = counted.digest
 
+        # Who trains; anybody where the number of processes may change on the way.
+        processes: dict[str, Any] = {
+            "threads": self.threads,
+            "world": parallel.world(),
+            "trainer": [trainer.parallel, trainer.activation_checkpointing],
+        }
+        if trainer.elastic:
+            processes = {"elastic": True, "trainer": trainer.activation_checkpointing}
+
         return {
             "technique": self.recipe.technique(slot),
             "config": config,
@@ -265,12 +274,10 @@ class Session:
             "seq_len": self.recipe.data.seq_len,
             "seed": self.recipe.seed,
             "precision": self.precision,
-            "threads": self.threads,
-            "world": parallel.world(),
-            "trainer": [trainer.parallel, trainer.activation_checkpointing],
             "device": str(best_device()),
             "sources": sources_digest(*sources),
             "versions": versions_of(*WEIGHTS),
+            **processes,
         }
 
     def context(

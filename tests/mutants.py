@@ -251,8 +251,8 @@ MUTANTS = [
     *of(
         "train/state.py",
         RESUME,
-        ('parallel.local(p).copy_(tensors[f"param/{name}"])', "pass"),
-        ('parallel.local(moments[m]).copy_(tensors[f"{m}/{name}"])', "pass"),
+        ('tensors[f"param/{name}"] = p.detach()', 'tensors[f"param/{name}"] = p.detach().clone()'),
+        ('tensors |= {f"{m}/{name}": moment for m, moment in moments.items()}', "pass"),
         ('step = float(state["step"])', "step = 0.0"),
     ),
     *of(
@@ -296,7 +296,10 @@ MUTANTS = [
     *of(
         "train/optimizer.py",
         "train/test_training.py -k rotary",
-        ("model.state_dict(keep_vars=True).values()", "[*model.parameters(), *model.buffers()]"),
+        (
+            "model.state_dict(keep_vars=True).items()",
+            "[*model.named_parameters(), *model.named_buffers()]",
+        ),
     ),
     *of(
         "stages/training.py",
@@ -322,6 +325,30 @@ MUTANTS = [
         "train/optimizer.py",
         "train/test_parallel.py -k shards_train_in_bf16_as_one_process_does[bf16_stochastic]",
         ("parallel.local(p), parallel.local(p.grad)", "p, p.grad"),
+    ),
+    *of(
+        "quant/shards.py",
+        "train/test_parallel_qat.py -k lowrank and give_the_codes",
+        ("parallel.add_up(gradient)", "pass"),
+    ),
+    *of(
+        "train/state.py",
+        "train/test_state.py -k not(kill)",
+        ("self.seconds / SAVE_SHARE", "0.0"),
+        ('part.to("cpu", copy=True)', "part"),
+    ),
+    *of(
+        "train/launchers.py",
+        "train/test_launchers.py -k variables_of_every or half_an or first_node",
+        ("if rank >= world:", "if rank > world:"),
+        ('"SLURM_STEP_ID" in environment or', "True or"),
+        ("counts[node] if node < len(counts) else world", "world"),
+    ),
+    *of(
+        "train/packed.py",
+        "distill/test_signals.py -k windows_of_its_shards",
+        (".split(files)", ".split(len(order) + 10**9)"),
+        ("places = places[places < size]", "pass"),
     ),
     *of(
         "distill/online.py",

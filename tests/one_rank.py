@@ -1,9 +1,12 @@
 """One process of a distributed training on the tiny teacher, for `train/test_parallel.py`: `python
 one_rank.py KIND FOLDER STEPS STOP`.
 
-KIND is none, ddp or fsdp2, and behind it "-online", "-rollouts", "-bf16" or "-bf16_stochastic".
-Rank 0 writes curve.json and final.safetensors into FOLDER; without shards the others leave their
-own rank<i>.safetensors. With STOP >= 0, the last rank kills itself there, by SIGKILL.
+KIND is none, ddp or fsdp2, and behind it "-online", "-rollouts", "-bf16" or "-bf16_stochastic";
+"-midsave", to be killed while the second state gets its name;
+"-round", "-learned" or "-lowrank" for training on the grid q4_0, by SGD where "-sgd" is said too.
+Rank 0 writes curve.json and final.safetensors, with codes behind a grid, into FOLDER; without
+shards the others leave their own rank<i>.safetensors. With STOP >= 0, the last rank kills itself
+there, by SIGKILL.
 """
 
 from __future__ import annotations
@@ -25,13 +28,31 @@ from compress.distill.online import OnlineTeacher, with_rollouts
 from compress.distill.schemes import Scheme
 from compress.distill.signals import Signals
 from compress.models.checkpoint import load_model
-from compress.train import loop, parallel
+from compress.quant.fake import attach, finish
+from compress.train import parallel, state
 from compress.train.loop import train
 from compress.train.plan import Plan
+from compress.train.state import Saver
+
+
+def killed_at_the_second(commit):
+    """`commit`, in whose second call the process dies."""
+    calls = []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        commit(*arguments)
+
+    return dying
 
 
 def main(kind: str, folder: Path, steps: int, stop: int) -> None:
-    loop.SAVE_SECONDS = 0.0 if stop >= 0 else 60.0  # with a kill ahead, save after every step
+    if "midsave" in kind:
+        state.commit = killed_at_the_second(state.commit)
+    if stop >= 0:  # with a kill ahead, save after every step
+        Saver.due = property(lambda saver: True)
     own = folder / str(parallel.rank())
     own.mkdir(parents=True, exist_ok=True)
     context = make_context(folder / "teacher", own)
@@ -52,6 +73,12 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
+    on_grid = {"round", "learned", "lowrank"} & set(options)
+    if on_grid:
+        scales = "learned" if "learned" in options else "round"
+        attach(model, "q4_0", scales, rank=4 if "lowrank" in options else 0)
+    if "sgd" in options:
+        torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr=300 * lr)
     batches = make_batches(data, source, seed=5, sequences=64, batch=8)
     if "rollouts" in options:
         batches = with_rollouts(
@@ -93,10 +120,11 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
             mine = {name: p.detach().contiguous() for name, p in model.named_parameters()}
             save_file(mine, folder / f"rank{parallel.rank()}.safetensors")
         return
-    save_file(
-        {name: p.detach().contiguous() for name, p in model.named_parameters()},
-        folder / "final.safetensors",
-    )
+    made = finish(model) if on_grid else {}
+    codes = {f"{name}.codes": q.codes for name, q in made.items()}
+    scales = {f"{name}.scales": q.scales for name, q in made.items()}
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(weights | codes | scales, folder / "final.safetensors")
     about = {
         "curve": result.curve,
         "types": sorted(types),

@@ -262,6 +262,18 @@ def test_each_input_changes_the_key_of_weights(opened, monkeypatch, change):
     assert weights_key(opened) != before
 
 
+def test_who_trains_is_no_input_where_another_number_of_processes_may_go_on(opened, monkeypatch):
+    plain = weights_key(opened)
+    monkeypatch.setattr(opened.recipe.trainer, "elastic", True)
+    elastic = weights_key(opened)
+    assert elastic != plain
+    for change in ("world", "threads", "parallel"):
+        SESSION_CHANGES[change](opened, monkeypatch)
+    assert weights_key(opened) == elastic
+    SESSION_CHANGES["trainer"](opened, monkeypatch)
+    assert weights_key(opened) != elastic
+
+
 def test_slot_names_and_what_goes_on_are_no_inputs_but_technique_parent_and_chat_are(
     opened, monkeypatch
 ):

@@ -29,12 +29,15 @@ def make_batches(
     data: Packed, source: TeacherSource | None, *, seed: int, sequences: int, batch: int
 ) -> Batches:
     """Micro-batches of this rank's part of a step's `batch` rows. Kept signals of the next step
-    are fetched while this one computes.
+    are fetched while this one computes; more of them than memory holds are read in windows.
     """
+    windows = source.windows(sequences) if isinstance(source, Signals) else None
 
     def batches(step: int, micro: int) -> list[Batch]:
         rows, following = (
-            data.rows(seed, s * batch, batch, sequences)[parallel.rank() :: parallel.world()]
+            data.rows(seed, s * batch, batch, sequences, windows)[
+                parallel.rank() :: parallel.world()
+            ]
             for s in (step, step + 1)
         )
         micro_batches = [

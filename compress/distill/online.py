@@ -25,6 +25,7 @@ from compress.distill.signals import Signals
 from compress.distill.taps import tapped
 from compress.models.checkpoint import best_device
 from compress.models.cpu_kernels import use_cpu_kernels
+from compress.models.empty import fill_head, places_of
 from compress.models.head import Fold, Head, hidden_states
 from compress.models.reading import read_in
 from compress.train import parallel
@@ -45,12 +46,19 @@ class OnlineTeacher:
     def __init__(
         self, model: Any, data: Packed, *, sharded: bool = False, fold: Fold | None = None
     ) -> None:
-        """`fold`: where `data` is in the tokens of a smaller vocabulary."""
-        self.model = model.to(best_device())
+        """`fold`: where `data` is in the tokens of a smaller vocabulary. A `sharded` model may be
+        empty, without a fold: its weights are then read in shards.
+        """
+        device = best_device()
+        self.model = model
         self.data = data
         # Blocks whose states, and whose Q, K and V, `read` gives too, under "teacher/".
         self.taps: tuple[list[int], list[int]] = ([], [])
         use_cpu_kernels(self.model)
+        places = places_of(model)
+        if places:
+            fill_head(model, device)
+        parallel.to_device(self.model, device)
 
         # The loss needs the head whole; a copy of it stays outside of what is sharded.
         head = read_in(self.model, fold).detach()
@@ -59,6 +67,8 @@ class OnlineTeacher:
         )
         if sharded:
             parallel.shard(model.base_model, model, "as it is")
+        if places:
+            parallel.fill(self.model, places, device)
 
     @torch.no_grad()
     def read(self, rows: list[int]) -> Batch:

@@ -55,17 +55,19 @@ from compress.distill.losses import Dense, Sparse, Target
 from compress.distill.schemes import Scheme, Shard, decode, encode
 from compress.errors import ResourceError
 from compress.keys import SIGNALS, sources_digest, versions_of
-from compress.models.checkpoint import best_device, load_model, weights_digest
+from compress.models.checkpoint import best_device, check, load_model, weights_digest
 from compress.models.cpu_kernels import use_cpu_kernels
-from compress.models.head import Head, hidden_states
+from compress.models.empty import empty_model, fill_head
+from compress.models.head import Head, head_of, hidden_states
 from compress.models.reading import read_in, reading
 from compress.models.tokenizer import load_tokenizer, token_count, tokenizer_digest
 from compress.store import sha256_json, write_whole
 from compress.train import parallel
-from compress.train.packed import Packed
+from compress.train.packed import Packed, Windows
 
 ROWS_PER_SHARD = 16
 SHARDS_IN_MEMORY = 64
+WINDOW_SHARDS = 16  # whose rows are mixed, where more shards are read than memory holds
 
 
 def as_target(batch: dict[str, Tensor], head: Head | None) -> Target | None:
@@ -200,7 +202,7 @@ class Signals:
     def teacher_head(self) -> Head | None:
         """The head that turns kept hidden states into logits; None for `sampled`."""
         if self.scheme.name == "hidden" and self._head is None:
-            self._open_teacher()
+            self._open_head()
         return self._head
 
     def read(self, rows: list[int]) -> dict[str, Tensor]:
@@ -219,6 +221,15 @@ class Signals:
         for number in numbers - self._shards.keys() - self._fetched.keys():
             if path := self._paths.get(number) or self._present().get(number):
                 self._fetched[number] = self._reader.submit(self.fs.cat_file, path)
+
+    def windows(self, rows: int) -> Windows | None:
+        """How the first `rows` sequences are to be shuffled, so that each shard is read once an
+        epoch; None, in any order, where memory holds all of them.
+        """
+        shards = -(-min(rows, len(self.data.ids)) // ROWS_PER_SHARD)
+        if shards <= SHARDS_IN_MEMORY:
+            return None
+        return Windows(ROWS_PER_SHARD, WINDOW_SHARDS)
 
     def make(self, rows: int) -> None:
         """Make this rank's part of what lacks of the first `rows` sequences' shards. ResourceError
@@ -315,19 +326,32 @@ class Signals:
         ]
         return self._shards[number]
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float32 if self.meta["precision"] == "fp32" else torch.bfloat16
+
+    def _open_head(self) -> None:
+        """The head for `teacher_head`, without the rest of the teacher where its files allow."""
+        check(self.teacher)
+        alone = self.load == "plain" and self.fold is None
+        model = empty_model(self.teacher, self._dtype) if alone else None
+        if model is None:
+            self._open_teacher()
+            return
+        fill_head(model, best_device())
+        self._head = self._without_padding(head_of(model).detach())
+
+    def _without_padding(self, head: Head) -> Head:
+        """Rows behind the tokenizer's ids are padding."""
+        return head.first(min(head.ids_count, token_count(load_tokenizer(self.tokens_of))))
+
     def _open_teacher(self) -> tuple[Any, Head]:
         """The teacher and its head, of which a copy stays where `teacher_head` gives it."""
-        model: Any = load_model(
-            self.teacher,
-            torch.float32 if self.meta["precision"] == "fp32" else torch.bfloat16,
-            self.load,
-        )
+        model: Any = load_model(self.teacher, self._dtype, self.load)
         use_cpu_kernels(model)
         model.to(best_device())
 
-        # Rows behind the tokenizer's ids are padding.
-        head = read_in(model, self.fold).detach()
-        head = head.first(min(head.ids_count, token_count(load_tokenizer(self.tokens_of))))
+        head = self._without_padding(read_in(model, self.fold).detach())
         if self.scheme.name == "hidden":
             self._head = replace(head, weight_VH=head.weight_VH.clone())
         return model, head

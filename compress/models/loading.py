@@ -311,6 +311,20 @@ def _head_names(model: Any) -> list[str]:
     return _names_of(model, getattr(output, "weight", None)) if output is not None else []
 
 
+def names_in_files(model: Any, table: Table) -> dict[str, str] | None:
+    """The name in the files of each parameter; None where they don't hold exactly the parameters,
+    each under a name and in a shape of its own.
+    """
+    lacking, spare_names = _difference(model, table)
+    if lacking or spare_names:
+        return None
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_there = [other for other in _variants(model, name) if other in table]
+        names |= {id(parameter): other for other in names_there[:1]}
+    return {name: names[id(parameter)] for name, parameter in model.named_parameters()}
+
+
 def _difference(model: Any, table: Table) -> tuple[list[str], list[str]]:
     """Parameters without a tensor of their name and shape, and tensors without a parameter.
 

@@ -27,20 +27,29 @@ Master weights keep their names and identity: the class of each module is swappe
 subclass whose `weight` attribute is the quantized tensor, whatever its forward does, while
 `state_dict` and `parameters` still hold the master. Scales are buffers (`<module>.quant_scales`).
 The subclass can't be pickled or deep-copied; call `finish` first.
+
+bf16 masters (trainer.precision=bf16_stochastic) are rounded to the grid in fp32, and the values
+that a model computes with to bf16, as autocast does with fp32 ones; what ships are codes of the
+master and fp32 values. Scales, shift and adapters stay in their types. Under fsdp2 each process
+rounds its rows (`shards.py`).
 """
 
-from types import SimpleNamespace
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from compress.models.empty import read
 from compress.quant.codes import Matrix, Quantized, bake, quantizable
 from compress.quant.grids import GRIDS, Grid
+from compress.quant.shards import Carried
+from compress.train import parallel
 
 
-class _Snapped:
+class Snapped:
     """One master weight on its grid: the values, and the graph node
     that leads back to the master. Stacked matrices (E, R, C) count as one, (E R, C).
     """
@@ -54,6 +63,8 @@ class _Snapped:
         self.modules = modules
         self.grid = grid
         self.scales = scales  # those that `values` are made with
+        self.rows = slice(None)  # of scales (R, any), where this process has some of them
+        self.trained: nn.Parameter | None = None  # master, where the module's weight carries values
         self.key: tuple[int, ...] = ()
         self.values = torch.empty(0)
         self.linked: Tensor | None = None
@@ -64,8 +75,18 @@ class _Snapped:
 
     def parts(self) -> list[Any]:
         """What may be trained: master, shift, adapters a and b; None where there is none."""
-        names = [self.attribute, self.name("shift"), self.name("a"), self.name("b")]
-        return [self.home._parameters.get(name) for name in names]
+        names = [self.name("shift"), self.name("a"), self.name("b")]
+        master = self.home._parameters[self.attribute] if self.trained is None else self.trained
+        return [master, *(self.home._parameters.get(name) for name in names)]
+
+    def local_parts(self) -> list[Any]:
+        """Of all of them what this process has, as plain tensors outside of the graph."""
+        return [None if part is None else parallel.local(part) for part in self.parts()]
+
+    def restore_classes(self) -> None:
+        """Let its modules compute with their weights as they are."""
+        for module in self.modules:
+            module.__class__ = getattr(type(module), "unquantized", type(module))
 
     @property
     def stored(self) -> Tensor:
@@ -77,31 +98,69 @@ class _Snapped:
         """Give the module its scales, a shift of them that is learned, and adapters of a rank."""
         self.home.register_buffer(self.name("scales"), self.scales)
         if learned and self.grid.searches:
-            shift = torch.zeros_like(self.scales, dtype=torch.float32)
+            shape = (*self.shape[:-1], self.scales.shape[1])
+            shift = self.scales.new_zeros(shape, dtype=torch.float32)
             self.home.register_parameter(self.name("shift"), nn.Parameter(shift))
         if not rank:
             return
 
         # The master stays, what is added to it is trained.
         self.parts()[0].requires_grad_(False)
-        master = self.master()
-        a = nn.init.kaiming_uniform_(master.new_empty(rank, master.shape[1]), a=5**0.5)
-        b = master.new_zeros(len(master), rank)
+        exact = partial(self.scales.new_zeros, dtype=torch.float32)
+        a = nn.init.kaiming_uniform_(exact(rank, self.shape[-1]), a=5**0.5)
+        b = exact(*self.shape[:-1], rank)
         self.home.register_parameter(self.name("a"), nn.Parameter(a))
         self.home.register_parameter(self.name("b"), nn.Parameter(b))
 
     @torch.no_grad()
     def master(self) -> Tensor:
-        """fp32 (R, C): W, or W + B A with adapters."""
-        w, _, a, b = self.parts()
-        w = w.detach().flatten(0, -2)
-        return w if a is None else torch.addmm(w, b, a)
+        """fp32 (R, C), of this process's rows: W, or W + B A with adapters."""
+        w, _, a, b = self.local_parts()
+        w = w.flatten(0, -2).float()
+        return w if a is None else torch.addmm(w, b.flatten(0, -2), a)
 
     @torch.no_grad()
     def learned(self) -> Tensor:
-        """fp16 (R, C / block): the scales as the shift has moved them."""
-        scales, shift = self.stored, self.parts()[1]
-        return scales if shift is None else (scales.float() * shift.exp()).half()
+        """fp16 (R, C / block), of this process's rows: the scales as the shift has moved them."""
+        scales = self.stored[self.rows].to(self.parts()[0].device)
+        shift = self.local_parts()[1]
+        return scales if shift is None else (scales.float() * shift.flatten(0, -2).exp()).half()
+
+    def snap(self, values: Tensor) -> None:
+        """decode(codes) of the master into `values` (R, C), whatever their type."""
+        exact = values
+        if values.dtype != torch.float32:
+            exact = torch.empty_like(values, dtype=torch.float32)
+        self.grid.snap(self.master(), self.scales, exact)
+        if exact is not values:
+            values.copy_(exact)
+
+    @torch.no_grad()
+    def gradients(
+        self, grad: Tensor, values: Tensor, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """From d loss / d values (R, C) to those of the parts that are `needed`, of this process's
+        rows: (R, C), (R, C / block), (r, C), (R, r).
+        """
+        w = self.master()
+        _, _, a, b = self.local_parts()
+
+        # dL/dw: what comes in, where no code was clamped.
+        grad = grad.float()
+        inside = self.grid.unclipped(w, self.scales, grad) if len(w) else grad
+
+        # Of a block's log scale: g . w_q where s multiplies, less g . w where s divides unclamped.
+        shift = None
+        if needed[1]:
+            length = self.grid.length(self.shape[-1])
+            grad_blocks, value_blocks, inside_blocks, w_blocks = (
+                t.reshape(t.numel() // length, length) for t in (grad, values.float(), inside, w)
+            )
+            shift = torch.linalg.vecdot(grad_blocks, value_blocks)
+            shift = (shift - torch.linalg.vecdot(inside_blocks, w_blocks)).view(len(w), -1)
+
+        low = (None, None) if a is None else (b.flatten(0, -2).T @ inside, inside @ a.T)
+        return [inside if needed[0] else None, shift, *low]
 
     def tensor(self, _: nn.Module) -> Tensor:
         """fp32, in the weight's shape: the quantized weight, as a property of modules; recomputed
@@ -122,12 +181,13 @@ class _Snapped:
         if key != self.key:
             self.scales = self.learned()
             with torch.inference_mode(False), torch.no_grad():
-                master = self.master()
-                if self.values.shape != master.shape or self.values.device != master.device:
+                w = parts[0].detach().flatten(0, -2)
+                alike = (w.shape, w.device, w.dtype)
+                if (self.values.shape, self.values.device, self.values.dtype) != alike:
                     self.values = torch.empty_like(
-                        master, memory_format=torch.contiguous_format, requires_grad=False
+                        w, memory_format=torch.contiguous_format, requires_grad=False
                     )
-                self.grid.snap(master, self.scales, self.values)
+                self.snap(self.values)
             self.key = key
             self.linked = None
 
@@ -148,39 +208,59 @@ class _StraightThrough(torch.autograd.Function):
         shift: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
-        snapped: _Snapped,
+        snapped: Snapped,
     ) -> Tensor:
         ctx.snapped = snapped
         return snapped.values.detach().view(snapped.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """From d loss / d values (R, C) to those of the parts that need it: (R, C), (R, C /
-        block), (r, C), (R, r).
-        """
+        """From d loss / d values, in the weight's shape, to those of the parts that need it."""
         snapped = ctx.snapped
-        needed = ctx.needs_input_grad
-        w = snapped.master()
-        _, _, a, b = snapped.parts()
+        gradients = snapped.gradients(grad.flatten(0, -2), snapped.values, ctx.needs_input_grad[:4])
+        shaped = [
+            None if gradient is None else gradient.view(part.shape).to(part.dtype)
+            for part, gradient in zip(snapped.parts(), gradients, strict=True)
+        ]
+        return *shaped, None
 
-        # dL/dw: what comes in, where no code was clamped.
-        grad = grad.flatten(0, -2)
-        inside = snapped.grid.unclipped(w, snapped.scales, grad)
 
-        # Of a block's log scale: g . w_q where s multiplies, less g . w where s divides unclamped.
-        shift = None
-        if needed[1]:
-            length = snapped.grid.length(grad.shape[1])
-            grad_blocks, value_blocks, inside_blocks, w_blocks = (
-                t.reshape(-1, length) for t in (grad, snapped.values, inside, w)
-            )
-            shift = (
-                torch.linalg.vecdot(grad_blocks, value_blocks)
-                - torch.linalg.vecdot(inside_blocks, w_blocks)
-            ).view(snapped.scales.shape)
+class Attached:
+    """What `attach` has put on a model: its matrices, by name, and the hook that tells them of an
+    optimizer's step; under fsdp2 what carries them.
+    """
 
-        low = (None, None) if a is None else (b.T @ inside, inside @ a.T)
-        return inside.view(snapped.shape) if needed[0] else None, shift, *low, None
+    def __init__(self, snaps: dict[str, Snapped]) -> None:
+        self.snaps = snaps
+        self.hook = register_optimizer_step_post_hook(self._stepped)
+        self.carried: Carried | None = None
+
+    def _stepped(self, *_: Any) -> None:
+        for snapped in self.snaps.values():
+            snapped.key = ()
+        if self.carried is not None:
+            self.carried.fresh = False
+
+    def prepare(self) -> set[nn.Parameter]:
+        """Before the masters are cut: modules compute with their weights as they are. Returns
+        the parameters besides, which are not to be cut.
+        """
+        for snapped in self.snaps.values():
+            snapped.restore_classes()
+        parts = (part for snapped in self.snaps.values() for part in snapped.parts()[1:])
+        return {part for part in parts if part is not None}
+
+    def spread(self) -> Carried:
+        """Round in rows from now on: each master has become a shard."""
+        self.carried = Carried(self.snaps.values())
+        return self.carried
+
+
+def _values(matrix: Matrix) -> Tensor:
+    """fp32 (R, C): the values of a matrix, for the moment where it has no memory."""
+    if not matrix.weight.is_meta:
+        return matrix.rows
+    return read(matrix.weight.place).float().flatten(0, -2)
 
 
 def attach(
@@ -204,7 +284,7 @@ def attach(
         raise ValueError("the model is fake-quantized already: call finish before attaching again")
 
     # Every matrix with its first scales; nothing is changed before all fit.
-    snaps: dict[str, _Snapped] = {}
+    snaps: dict[str, Snapped] = {}
     for name, matrix in quantizable(model).items():
         weight = matrix.weight
         if weight.dtype != torch.float32:
@@ -215,15 +295,15 @@ def attach(
         if start:
             first_scales = start[name].scales.to(weight.device)
         elif scales == "search" and grid.searches:
-            first_scales = grid.search(matrix.rows, name=name)
+            first_scales = grid.search(_values(matrix), name=name)
         else:
-            first_scales = grid.encode(matrix.rows, name)[1]
+            first_scales = grid.encode(_values(matrix), name)[1]
         modules = [
             module
             for module in model.modules()
             if module._parameters.get(matrix.attribute) is weight
         ]
-        snaps[name] = _Snapped(matrix, modules, grid, first_scales)
+        snaps[name] = Snapped(matrix, modules, grid, first_scales)
 
     # What is trained besides, and the classes that compute with quantized weights.
     for snapped in snaps.values():
@@ -236,12 +316,7 @@ def attach(
                 {snapped.attribute: property(snapped.tensor), "unquantized": kind},
             )
 
-    def stepped(*_: Any) -> None:
-        for snapped in snaps.values():
-            snapped.key = ()
-
-    hook = register_optimizer_step_post_hook(stepped)
-    model.fake_quant = SimpleNamespace(snaps=snaps, hook=hook)  # type: ignore[assignment]
+    model.fake_quant = Attached(snaps)  # type: ignore[assignment]
 
 
 def finish(model: nn.Module) -> dict[str, Quantized]:
@@ -258,14 +333,14 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
         scales = snapped.learned()
 
         # Classes, scales and parameters as they were.
-        for module in snapped.modules:
-            module.__class__ = type(module).unquantized
+        snapped.restore_classes()
         delattr(home, snapped.name("scales"))
         for part in ("shift", "a", "b"):
             home._parameters.pop(snapped.name(part), None)
 
         codes = Quantized(grid.name, grid.codes(master, scales), scales)
         weight = home._parameters[snapped.attribute].requires_grad_(True)
+        weight.data = weight.data.float()  # of bf16 masters too: their decoded values are not bf16
         quantized[name] = bake(weight, codes)
 
     attached.hook.remove()

@@ -17,7 +17,7 @@ from compress.distill.settings import Divergence, Features, Signal
 from compress.errors import ConfigError
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_of_training
-from compress.stages.training import Optimization, open_source
+from compress.stages.training import Optimization, open_source, open_student
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Distill(Optimization):
         from compress.distill.features import FeatureLoss
         from compress.distill.losses import Mix
         from compress.distill.online import OnlineTeacher, with_rollouts
-        from compress.models.checkpoint import load_model, read_config, save_model
+        from compress.models.checkpoint import read_config, save_model
         from compress.models.ends import end_ids
         from compress.quant.codes import check_parent
 
@@ -134,7 +134,7 @@ class Distill(Optimization):
         # Student, room for its training, and teacher: a signal takes hours, so room is asked first.
         data = ctx.text()
         sequences = self.sequences(ctx.seq_len)
-        model = load_model(parent)
+        model = open_student(parent, ctx)
         if not self.train_embeddings:
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 embeddings.weight.requires_grad_(False)

@@ -2,7 +2,8 @@
 its own rounding.
 
 Every step computes with decode(encode(W)) and lets gradients pass straight through to the fp32
-master weights (`quant/fake.py`). The loss is KL(p || student) from a cached signal. With
+or bf16 master weights (`quant/fake.py`), which under fsdp2 are rounded in rows, each where it lies
+(`quant/shards.py`). The loss is KL(p || student) from a cached signal. With
 `learn_from` parent, p is the model whose loss through rounding is to be won back (LLM-QAT, arXiv
 2305.17888, section 3.1); with teacher, quantization-aware distillation, it is the recipe's teacher.
 With `balance` training starts from folded weights, and searched or learned scales from what loses
@@ -24,7 +25,7 @@ from compress.quant.settings import Balance, Scales
 from compress.stages.context import Context
 from compress.stages.ptq import OnGrid
 from compress.stages.stage import Cost, Family, Sizes, cost_of_training
-from compress.stages.training import Keep, Optimization, open_source
+from compress.stages.training import Keep, Optimization, open_source, open_student
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,20 +108,15 @@ class Qat(Optimization, OnGrid):
         from compress.quant.codes import check_parent, save_quantized
         from compress.quant.fake import attach, finish
 
-        # What the parent and the trainer must be.
         check_parent(self, parent, "train")
-        if ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic":
-            raise ValueError(
-                f"qat needs whole fp32 master weights, got trainer {ctx.parallel}, {ctx.precision};"
-                " use trainer=auto or ddp"
-            )
 
         # Student, room for its training, and the model that it learns from.
         data = ctx.text()
         sequences = self.sequences(ctx.seq_len)
         learned_from = ctx.teacher if self.learn_from is LearnFrom.teacher else parent
         vocabulary = common_vocabulary(parent, learned_from)
-        model = load_model(parent)
+        reads_weights = self.balance != Balance.none or self.allocate.file_bytes
+        model = load_model(parent) if reads_weights else open_student(parent, ctx)
         self.reserve(model, ctx, copies=1, frozen=self.rank > 0)
         source = open_source(self.signal, ctx, learned_from, data, sequences, parent)
 

@@ -25,6 +25,17 @@ Keep = StrEnum("Keep", ["always", "better"])
 Schedule = StrEnum("Schedule", ["cosine", "wsd"])
 
 
+def open_student(parent: Path, ctx: Context) -> Any:
+    """The fp32 model that is to be trained. Under fsdp2 it is empty where that can be, and its
+    weights are read in shards when it has been cut (`compress/models/empty.py`).
+    """
+    from compress.models.checkpoint import load_model
+    from compress.models.empty import empty_model
+
+    empty = empty_model(parent) if ctx.parallel == "fsdp2" else None
+    return load_model(parent) if empty is None else empty
+
+
 def open_source(
     signal: Signal,
     ctx: Context,
@@ -43,18 +54,21 @@ def open_source(
     from compress.distill.schemes import Scheme
     from compress.distill.signals import Signals
     from compress.models.checkpoint import load_model
+    from compress.models.empty import empty_model
     from compress.models.reading import reading
     from compress.train import parallel
 
     # The teacher itself, run at every step.
     if signal.scheme is SchemeName.online:
         dtype = torch.float32 if ctx.precision == "fp32" else torch.bfloat16
-        return OnlineTeacher(
-            load_model(teacher, dtype, signal.teacher.value),
-            data,
-            sharded=ctx.parallel == "fsdp2",
-            fold=reading(tokens_of, teacher),
-        )
+        fold = reading(tokens_of, teacher)
+        sharded = ctx.parallel == "fsdp2"
+        model = None
+        if sharded and fold is None and signal.teacher.value == "plain":
+            model = empty_model(teacher, dtype)
+        if model is None:
+            model = load_model(teacher, dtype, signal.teacher.value)
+        return OnlineTeacher(model, data, sharded=sharded, fold=fold)
 
     # Or its kept signals, all of them there before training begins.
     scheme = Scheme(signal.scheme.value, signal.threshold, temperature)
@@ -187,11 +201,11 @@ class Optimization:
 
         # bytes of one weight
         size = 2 if ctx.precision == "bf16_stochastic" else 4
-        trained = size * (2 if ctx.parallel == "ddp" else 1) + 8 + size * bool(self.validations)
+        trained = size + 8 + size * bool(self.validations)
 
         # bytes of all, of which fsdp2 leaves each process its share
         counts = [(p.numel(), p.requires_grad and not frozen) for p in model.parameters()]
-        needed = sum(count * (size + 4 * copies + trained * learns) for count, learns in counts)
+        needed = sum(count * (size * (1 + copies) + trained * learns) for count, learns in counts)
         needed = needed // parallel.world() if ctx.parallel == "fsdp2" else needed
 
         # a host promises more than it has, a GPU does not

@@ -5,12 +5,12 @@ Each step accumulates the gradient of a loss *sum* over its micro-batches (and, 
 processes, over their rows), then divides once by the number of labels, clips to a global norm and
 takes one optimizer step. When memory runs out, the micro-batch is halved and the step taken again.
 
-Ctrl-C and SIGTERM finish the step, save the state and stop; after kill -9 at most SAVE_SECONDS of
-work is lost. Either way the same command goes on from there and, on a CPU, ends in the same bytes:
-batches and random numbers are pure functions of the step, tensors lie in safetensors and the rest
-in JSON. (GPUs add up gradients of embeddings and attention in any order: there last bits may
-differ.) With sharded parameters each rank writes its own shards, and a resumed run needs as many
-ranks.
+Ctrl-C and SIGTERM finish the step, save the state and stop; besides it is saved by a thread, as
+often as that takes a twentieth of the time (`state.py`). So the same command goes on and, on a CPU,
+ends in the same bytes: batches and random numbers are pure functions of the step, tensors lie in
+safetensors and the rest in JSON. (GPUs add up gradients of embeddings and attention in any order:
+there last bits may differ.) Another number of processes goes on from the same state, with the same
+rows in the same order: its sums differ by rounding.
 
 With validation, the KL on rows that are never trained on is measured at regular steps, the first
 one before any; training returns the best weights, and `patience` measurements without a better one
@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,6 @@ from compress.train import parallel
 from compress.train.plan import Batch, LossFunction, Plan, Result
 from compress.train.progress import progress
 from compress.train.trainer import Trainer
-
-SAVE_SECONDS = 60.0  # between two states
 
 
 @contextmanager
@@ -76,13 +73,16 @@ def train(
     """
     trainer = Trainer(model, loss_fn, plan, work)
     state = trainer.state
-    saved_at = time.monotonic()
     if state["step"]:
         log(f"{label}: resuming at step {state['step']} of {plan.steps}")
     trainer.module.train()
     due = _steps_to_measure(plan) if validation else set()
 
-    with _delayed_signals() as caught, progress(label, plan.steps, state["step"], log) as shown:
+    with (
+        _delayed_signals() as caught,
+        closing(trainer.saver),
+        progress(label, plan.steps, state["step"], log) as shown,
+    ):
         while True:
             # The validation KL, never twice at one step.
             step = state["step"]
@@ -103,12 +103,13 @@ def train(
             # Ranks stop and save together, whichever was signalled.
             stop, late = parallel.total(
                 caught[0] if caught else 0,
-                parallel.rank() == 0 and time.monotonic() - saved_at > SAVE_SECONDS,
+                parallel.rank() == 0 and trainer.saver.due,
             )
+            trainer.saver.check()
             if stop or (late and step + 1 < plan.steps):
                 trainer.save()
-                saved_at = time.monotonic()
             if stop:
+                trainer.saver.wait()
                 log(
                     f"{label}: state saved after step {step + 1} of {plan.steps}; repeat the"
                     " command to go on"

@@ -29,6 +29,7 @@ from compress.train import parallel
 LR_FLOOR = 0.1
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
+ADDED = "quant_"  # how names of what `quant/fake.py` adds to a module begin
 
 
 def learning_rate(
@@ -59,7 +60,7 @@ def stochastic_bf16(x: Tensor) -> Tensor:
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW without weight decay on bf16 weights, sharded or not; fp32 moments under torch's own
-    names, the step a plain number.
+    names, the step a plain number. What is fp32 among them (scales that are learned) stays so.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], lr: float) -> None:
@@ -90,15 +91,15 @@ class StochasticAdamW(torch.optim.Optimizer):
 
                 # Both moments without their bias to zero, then up or down at random to bf16.
                 root = (square / (1 - b2**t)).sqrt_().add_(eps)
-                weight.copy_(
-                    stochastic_bf16(weight.float().addcdiv_(mean, root, value=-lr / (1 - b1**t)))
-                )
+                moved = weight.float().addcdiv_(mean, root, value=-lr / (1 - b1**t))
+                if weight.dtype == torch.bfloat16:
+                    weight.copy_(stochastic_bf16(moved))
 
 
 def to_bf16(model: nn.Module) -> None:
     """Cast what a checkpoint holds, as loading in bf16 does; other buffers stay: bf16 rotary
-    frequencies would be off by up to 0.4%.
+    frequencies would be off by up to 0.4%. So do scales and what else fake quantization has added.
     """
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not name.rpartition(".")[2].startswith(ADDED):
             tensor.data = tensor.data.to(torch.bfloat16)

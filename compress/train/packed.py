@@ -7,10 +7,18 @@ Legend: S sequences, L positions, R rows of a batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Windows(NamedTuple):
+    """A shuffle that reads files once an epoch: `rows` lie in each, those of `files` are mixed."""
+
+    rows: int
+    files: int
 
 
 @dataclass(frozen=True)
@@ -24,14 +32,16 @@ class Packed:
     digest: str
     first: Tensor | None = None  # None: rows are one text each
 
-    def rows(self, seed: int, start: int, count: int, first: int) -> list[int]:
+    def rows(
+        self, seed: int, start: int, count: int, first: int, windows: Windows | None = None
+    ) -> list[int]:
         """Sequence numbers of positions start..start+count of the endless shuffled stream over the
-        `first` sequences.
+        `first` sequences; of those in files, in `windows` of them.
         """
         size = min(len(self.ids), first)
+        order = _permutation if windows is None else partial(_in_windows, windows)
         return [
-            _permutation(seed, index // size, size)[index % size]
-            for index in range(start, start + count)
+            order(seed, index // size, size)[index % size] for index in range(start, start + count)
         ]
 
     def inputs(self, rows: list[int]) -> dict[str, Tensor]:
@@ -57,3 +67,16 @@ class Packed:
 def _permutation(seed: int, epoch: int, size: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(size, generator=generator).tolist()
+
+
+@cache
+def _in_windows(windows: Windows, seed: int, epoch: int, size: int) -> list[int]:
+    """Files in any order, then the rows of so many of them at a time."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = []
+    rows, files = windows
+    for chosen in torch.randperm(-(-size // rows), generator=generator).split(files):
+        places = (chosen[:, None] * rows + torch.arange(rows)).flatten()
+        places = places[places < size]
+        order += places[torch.randperm(len(places), generator=generator)].tolist()
+    return order

@@ -19,8 +19,11 @@ class Trainer:
     # CPU threads; 0 takes all this process may use. Part of the store's key: sums depend on it.
     threads: int = 0
     parallel: str = "none"  # or ddp, fsdp2
-    # Processes that train together; 0: one a GPU. Under torchrun its WORLD_SIZE counts.
+    # Processes that train together; 0: one a GPU. Where a launcher started them its number counts.
     processes: int = 0
+    # Whether another number of processes may go on where some have stopped. Then neither that
+    # number nor ddp or fsdp2 is part of the store's key, and who trained shows in last bits.
+    elastic: bool = False
     # Recompute activations in the backward pass: less memory, about a third more time.
     activation_checkpointing: bool = False
 

@@ -19,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from compress.errors import ResourceError, is_memory
 from compress.models.checkpoint import best_device
 from compress.models.cpu_kernels import use_cpu_kernels
+from compress.models.empty import places_of
 from compress.train import parallel
 from compress.train.optimizer import BETAS, StochasticAdamW, learning_rate, to_bf16
 from compress.train.plan import Batch, LossFunction, Plan
-from compress.train.state import restore_state, save_state
+from compress.train.state import Saver, parts_of, restore_state
 
 NO_ROOM = (
     "weights, gradients and AdamW's moments have no room; what takes less is"
@@ -52,6 +53,7 @@ class Trainer:
         self.plan, self.model, self.work = plan, model, work
         self.device = best_device()
         self.sharded = plan.parallel == "fsdp2"
+        self.carried: Any = None  # what carries rounded rows (`quant/shards.py`)
 
         # The model as it computes here.
         if plan.precision == "bf16_stochastic":
@@ -62,17 +64,22 @@ class Trainer:
 
         # With its loss, by itself and as the devices share it.
         autocast = plan.precision == "bf16" and not self.sharded
-        self.plain = LossModule(model, loss_fn, autocast).to(self.device)
+        self.plain = LossModule(model, loss_fn, autocast)
+        parallel.to_device(self.plain, self.device)
+        names = {name for name, p in self.plain.named_parameters() if p.requires_grad}
         self.module: Any = self.plain
         if self.sharded:
-            self.module = parallel.shard(self.plain, model, plan.precision)
+            self._shard()
         elif plan.parallel == "ddp":
-            self.module = DistributedDataParallel(self.plain)
+            # Gradients lie in the buckets that ranks exchange, not in a copy besides.
+            self.module = DistributedDataParallel(self.plain, gradient_as_bucket_view=True)
 
         # What is trained, and by which optimizer; bf16 weights take fp32 gradients.
-        self.trained = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
+        masters: dict[Tensor, nn.Parameter] = self.carried.masters if self.carried else {}
+        parameters_by_name = self.plain.named_parameters()
+        self.trained = {name: masters.get(p, p) for name, p in parameters_by_name if name in names}
         parameters = list(self.trained.values())
-        self.sums_fp32 = parameters[0].dtype == torch.bfloat16
+        self.sums_fp32 = any(p.dtype == torch.bfloat16 for p in parameters)
         if self.sums_fp32:
             for p in parameters:
                 p.grad_dtype = None
@@ -82,8 +89,8 @@ class Trainer:
                 parameters, lr=plan.lr, betas=BETAS, weight_decay=0.0, fused=True
             )
 
-        # Ranks that save: without shards every rank's state is the same.
-        self.ranks = parallel.world() if self.sharded else 1
+        # Without shards every rank's state is the same, and one saves it.
+        self.saver = Saver(work, parallel.world() if self.sharded else 1)
         self.state: dict[str, Any] = {
             "step": 0,
             "curve": [],
@@ -93,13 +100,26 @@ class Trainer:
             "best_kl": math.inf,
         }
         self.best: dict[str, Tensor] = {}
-        restored = restore_state(work, self.trained, self.optimizer, self.ranks)
+        restored = restore_state(work, self.trained, self.optimizer)
         if restored is not None:
             self.state, self.best = restored
 
+    def _shard(self) -> None:
+        """Spread the model over the processes; an empty one is read in shards, and what is
+        fake-quantized rounds in rows.
+        """
+        attached = getattr(self.model, "fake_quant", None)
+        ignored = attached.prepare() if attached else None
+        places = places_of(self.plain)
+        self.module = parallel.shard(self.plain, self.model, self.plan.precision, ignored)
+        parallel.fill(self.plain, places, self.device)
+        if attached:
+            self.carried = attached.spread()
+            self.module.register_forward_pre_hook(self.carried.refresh, prepend=True)
+
     def save(self) -> None:
-        """Make the state durable. All ranks call it."""
-        save_state(self.work, self.state, self.best, self.trained, self.optimizer, self.ranks)
+        """Begin to write the state. All ranks call it."""
+        self.saver.begin(self.state, parts_of(self.best, self.trained, self.optimizer))
 
     def step(
         self, batches: Callable[[int, int], list[Batch]], where: str, log: Callable[[str], None]
@@ -231,11 +251,15 @@ class Trainer:
         return loss, count
 
     def _add_up(self, sums: dict[nn.Parameter, Tensor]) -> None:
-        """Move the gradients of the last pass to `sums`, in fp32."""
+        """Move the gradients of the last pass to `sums`, in fp32: they may lie in buckets."""
         for p in self.trained.values():
-            if p.grad is not None:
-                sums[p] = sums[p].add_(p.grad) if p in sums else p.grad.float()
-                p.grad = None
+            if p.grad is None:
+                continue
+            if p in sums:
+                sums[p].add_(p.grad)
+            else:
+                sums[p] = p.grad.to(torch.float32, copy=True)
+            p.grad = None
 
     def _not_finite(self) -> str:
         """Name of the first tensor whose gradient is not finite, else "the loss"."""
@@ -279,11 +303,13 @@ class Trainer:
         return sum(row["step"] > self.state["best_step"] for row in self.state["measured"])
 
     def finish(self) -> None:
-        """Leave the best weights, whole, in the model. Ranks but the first end here."""
+        """Leave the best weights in the model, whole on the first rank, where the others end."""
         for name, p in self.best.items():
             parallel.local(self.trained[name]).copy_(p)
+        if self.carried:
+            self.carried.gather()
         if self.sharded:
-            parallel.unshard(self.plain)
+            parallel.unshard(self.plain, self.work / "whole")
         self.model.eval()
         if self.plan.activation_checkpointing:
             self.model.gradient_checkpointing_disable()  # type: ignore[operator]

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 
+from compress.distill.batches import make_batches
 from compress.distill.fused_head import head_loss
 from compress.distill.losses import Dense, Mix
 from compress.distill.schemes import Scheme, decode, encode, sample
@@ -293,3 +294,71 @@ def test_a_4_bit_teacher_makes_a_signal_close_to_the_whole_one(context, tmp_path
     whole, packed = likely
     same = (whole.indices[:, :1] == packed.indices).any(-1).float().mean()
     assert same > 0.9 and not torch.equal(whole.values, packed.values)
+
+
+def test_a_signal_that_memory_holds_is_read_in_the_order_of_one_permutation(context):
+    signals = signals_of(context)
+    assert signals.windows(16 * 64) is None and signals.windows(16 * 64 + 1) == (16, 16)
+    size = len(context.text().ids)
+    expected = []
+    for epoch in (0, 1):
+        generator = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
+        expected += torch.randperm(size, generator=generator).tolist()
+    assert context.text().rows(7, 0, 2 * size, 10**9) == expected
+
+
+def test_a_longer_signal_is_read_once_an_epoch_in_windows_of_its_shards(context, monkeypatch):
+    monkeypatch.setattr("compress.distill.signals.SHARDS_IN_MEMORY", 4)
+    monkeypatch.setattr("compress.distill.signals.WINDOW_SHARDS", 2)
+    signals, data, size = signals_of(context), context.text(), 16 * 5 + 3
+    assert signals.windows(64) is None and signals.windows(size) == (16, 2)
+    batches = make_batches(data, signals, seed=7, sequences=size, batch=1)
+    signals.make(size)
+    read, fetched = [], []
+    monkeypatch.setattr(signals.fs, "cat_file", counted(signals.fs.cat_file, fetched))
+    monkeypatch.setattr(signals, "read", counted(signals.read, read))
+    for step in range(2 * size):
+        batches(step, 1)
+    rows = [row for (row,) in read]
+
+    # Every row once an epoch, another order in each, and never rows of more than two shards.
+    epochs = [rows[:size], rows[size:]]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(size)) and epochs[0] != epochs[1]
+    for epoch in epochs:
+        for shard in range(6):
+            places = [place for place, row in enumerate(epoch) if row // 16 == shard]
+            assert places[-1] - places[0] < 2 * 16
+    assert len(fetched) <= 2 * 6 + 1
+
+
+def signals_of(context, scheme="sampled") -> Signals:
+    return Signals(
+        context.signals,
+        context.teacher,
+        context.text(),
+        Scheme(scheme),
+        seed=0,
+        precision="fp32",
+        log=lambda line: None,
+    )
+
+
+def counted(function, calls):
+    """`function`, its first argument noted."""
+
+    def counting(first, *others, **named):
+        calls.append(first)
+        return function(first, *others, **named)
+
+    return counting
+
+
+def test_the_head_of_kept_states_is_read_without_the_rest_of_the_teacher(context, monkeypatch):
+    from compress.distill import signals as module
+
+    make = signals_of(context, "hidden")
+    make.make(16)
+    expected = make.teacher_head.weight_VH
+    monkeypatch.setattr(module, "load_model", None)
+    head = signals_of(context, "hidden").teacher_head
+    assert torch.equal(head.weight_VH, expected) and head.bias_V is None

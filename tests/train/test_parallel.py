@@ -19,31 +19,38 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parents[1]
 
 
-def launch(kind, folder, teacher, steps=4, stop=-1, world=2):
-    folder.mkdir(exist_ok=True)
-    if not (folder / "teacher").exists():
-        shutil.copytree(teacher, folder / "teacher")
+def start(line, world):
+    """So many processes of a line, under torchrun's variables; their exit codes and outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join([str(HERE), str(HERE.parent)])
     shared = os.environ | {
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world),
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
     }
-    line = [sys.executable, str(HERE / "one_rank.py"), kind, str(folder), str(steps), str(stop)]
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {} for r in range(world)]
     processes = [
         subprocess.Popen(
-            line, env=shared | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *line],
+            env=shared | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for own in ranks
     ]
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
     return [process.returncode for process in processes], outputs
+
+
+def launch(kind, folder, teacher, steps=4, stop=-1, world=2):
+    folder.mkdir(exist_ok=True)
+    if not (folder / "teacher").exists():
+        shutil.copytree(teacher, folder / "teacher")
+    return start([str(HERE / "one_rank.py"), kind, str(folder), str(steps), str(stop)], world)
 
 
 def result(folder):
@@ -137,14 +144,41 @@ def test_a_sharded_teacher_gives_the_losses_of_a_whole_one(tiny_teacher, tmp_pat
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
-def test_sharded_state_of_another_number_of_processes_is_refused(tiny_teacher, tmp_path):
-    launch("fsdp2", tmp_path / "a", tiny_teacher, stop=2)
-    codes, outputs = launch("none", tmp_path / "a", tiny_teacher, world=1)
-    assert (
-        codes != [0]
-        and "was saved by 2 sharded processes, this run has 1; use as many, or delete it"
-        in outputs[0]
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (("fsdp2", 2), ("none", 1)),
+        (("none", 1), ("fsdp2", 2)),
+        pytest.param(("fsdp2", 2), ("fsdp2", 4), marks=pytest.mark.slow),
+        pytest.param(("fsdp2-learned-sgd", 2), ("none-learned-sgd", 1), marks=pytest.mark.slow),
+    ],
+)
+def test_another_number_of_processes_goes_on_from_a_state(
+    before, after, single, tiny_teacher, tmp_path
+):
+    (kind, world), (next_kind, next_world) = before, after
+    codes, outputs = launch(kind, tmp_path / "a", tiny_teacher, stop=2, world=world)
+    assert codes[-1] == -9, outputs
+    codes, outputs = launch(next_kind, tmp_path / "a", tiny_teacher, world=next_world)
+    assert codes == [0] * next_world and "resuming at step" in outputs[0], outputs
+    expected, expected_weights = single
+    if "sgd" in kind:
+        launch(next_kind, tmp_path / "b", tiny_teacher, world=1)
+        expected, expected_weights = result(tmp_path / "b")
+
+    # The same rows in the same order, and the numbers of an unbroken run within rounding.
+    about, weights = result(tmp_path / "a")
+    assert [row["step"] for row in about["curve"]] == [0, 1, 2, 3]
+    for ours, theirs in zip(about["curve"], expected["curve"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert about["validation"]["validation_kl_best_nats"] == pytest.approx(
+        expected["validation"]["validation_kl_best_nats"], rel=1e-4
     )
+    for name, tensor in expected_weights.items():
+        if name.endswith(".codes"):
+            assert (weights[name] != tensor).float().mean() < 1e-4, name
+        else:
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from compress.formats.gguf_tokenizer import PRE_TOKENIZERS
 from compress.text.sources import documents
 
 VOCABULARY = 512
@@ -20,6 +21,9 @@ FALLBACK = ("gemma", "gemma2", "gemma3_text", "phi3", "nemotron", "mistral")
 def tokenizer_of(name: str, out: Path) -> None:
     """A byte-level tokenizer, or one with byte fallback for FALLBACK."""
     backend = fallback() if name in FALLBACK else byte_level()
+    if name == "qwen2":  # whatever its file says, transformers cuts by the family's rules
+        state = json.loads(backend.to_str()) | {"pre_tokenizer": PRE_TOKENIZERS["qwen2"]}
+        backend = Tokenizer.from_str(json.dumps(state))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,

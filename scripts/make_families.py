@@ -91,8 +91,8 @@ def brief() -> str:
 
     # What has no row, and what of that a GGUF holds.
     rest = set(FAMILIES) - {MODEL_TYPES[row.architecture] for row in ROWS}
-    lines = [("families", "cut", "train", "4 bits", "GGUF", "ONNX", "compressed-tensors")]
-    lines.append(("---",) * len(lines[0]))
+    head = ("families", "cut", "train", "4 bits", "GGUF", "ONNX", "compressed-tensors")
+    lines: list[tuple[str, ...]] = [head, ("---",) * len(head)]
     lines += [(", ".join(names), *cells) for cells, names in families.items()]
     more = f"[{len(rest)} more](docs/deploying.md)"
     lines.append(("any other causal model", "no", "yes", "yes", more, "no", "linear layers only"))

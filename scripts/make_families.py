@@ -1,4 +1,6 @@
-"""Writes docs/models.md's table again: what can be done to which family, from `models/blocks.py`.
+"""Writes the tables of families again: of docs/models.md what can be done to which, of README.md in
+brief that and which files hold it. From `models/blocks.py` and the tables of formats, to which
+tests/models/test_families.py holds every family.
 
 python scripts/make_families.py
 """
@@ -8,10 +10,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from compress.formats.families import FAMILIES
+from compress.formats.onnx import ARCHITECTURES
 from compress.models.blocks import ROWS, Row, Work
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, README = ROOT / "docs" / "models.md", ROOT / "README.md"
 BEGIN, END = "<!-- table: made by scripts/make_families.py -->\n", "<!-- end of table -->"
+BRIEF_BEGIN = "<!-- families: made by scripts/make_families.py -->\n"
+BRIEF_END = "<!-- end of families -->"
 COLUMNS = {
     Work.depth: "`prune_depth`",
     Work.fold: "its fold",
@@ -61,11 +70,49 @@ def table() -> str:
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *notes]) + "\n"
 
 
+MODEL_TYPES = {name: kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+
+
+def files_of(row: Row) -> dict[str, bool]:
+    """Entry of `export.files` without its type -> whether it can hold a family."""
+    kind = MODEL_TYPES[row.architecture]
+    return {
+        "gguf": kind in FAMILIES,
+        "onnx": kind in ARCHITECTURES,
+        "compressed_tensors": not row.transposed and not row.router,
+    }
+
+
+def brief() -> str:
+    """Markdown: a line for all families of which the same is true."""
+    families: dict[tuple[str, ...], list[str]] = {}
+    for row in ROWS:
+        cuts = [work.name for work in (Work.depth, Work.width, Work.heads) if not row.reason(work)]
+        four_bits = "yes" if row.reason(Work.calibrated) else "yes, AWQ, GPTQ"
+        files = ("yes" if held else "no" for held in files_of(row).values())
+        families.setdefault((", ".join(cuts), "yes", four_bits, *files), []).append(row.family)
+
+    # What has no row, and what of that a GGUF holds.
+    rest = set(FAMILIES) - {MODEL_TYPES[row.architecture] for row in ROWS}
+    head = ("families", "cut", "train", "4 bits", "GGUF", "ONNX", "compressed-tensors")
+    lines: list[tuple[str, ...]] = [head, ("---",) * len(head)]
+    lines += [(", ".join(names), *cells) for cells, names in families.items()]
+    more = f"[{len(rest)} more](docs/deploying.md)"
+    lines.append(("any other causal model", "no", "yes", "yes", more, "no", "linear layers only"))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def put(page: Path, begin: str, table: str, end: str) -> None:
+    """Put a table between its markers on a page."""
+    between = re.escape(begin) + ".*?" + re.escape(end)
+    text = re.sub(between, lambda _: begin + table + end, page.read_text(), flags=re.DOTALL)
+    page.write_text(text)
+
+
 def main() -> None:
-    """Put the table between its markers."""
-    text = PAGE.read_text()
-    whole_table = re.escape(BEGIN) + ".*?" + re.escape(END)
-    PAGE.write_text(re.sub(whole_table, lambda _: BEGIN + table() + END, text, flags=re.DOTALL))
+    """Put both tables between their markers."""
+    put(PAGE, BEGIN, table(), END)
+    put(README, BRIEF_BEGIN, brief(), BRIEF_END)
 
 
 if __name__ == "__main__":

@@ -78,12 +78,14 @@ def test_table_and_answers_are_those_of_the_committed_record():
     assert answers.count("\n") == 4 and table.count("PASS") + table.count("FAIL") == 5
 
 
-def test_the_table_of_families_is_that_of_the_rows():
+def test_the_tables_of_families_are_those_of_the_rows():
     sys.path.insert(0, str(ROOT / "scripts"))
     import make_families
 
     page = PAGES["docs/models.md"]
     assert make_families.BEGIN + make_families.table() + make_families.END in page
+    begin, end = make_families.BRIEF_BEGIN, make_families.BRIEF_END
+    assert begin + make_families.brief() + end in README
 
 
 @pytest.mark.parametrize("command", RUNS)

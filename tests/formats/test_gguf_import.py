@@ -13,8 +13,8 @@ from pathlib import Path
 import gguf as gguf_package
 import pytest
 import torch
-from families_built import build
 from test_gguf import tiny_checkpoint
+from tiny_families import build
 
 from compress.formats import gguf_import
 from compress.formats.gguf import export_gguf
@@ -60,7 +60,7 @@ def test_a_model_that_differs_from_its_file_is_refused(tmp_path):
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     limits = gguf_import.check_import(tmp_path / "m.gguf", model, tokenizer, TEXTS, 256, 1)
     assert limits["states"] < 3e-3 and limits["strings"] == 0
-    model.config.layer_types = ["full_attention"] * 2
+    model.config.layer_types = ["full_attention"] * 3
     for layer in model.model.layers:
         layer.self_attn.sliding_window = None
         layer.self_attn.layer_type = "full_attention"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_gguf import TEXT, tiny_checkpoint
+from tiny_families import LLAMA3
 from tokenizers import pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -52,14 +53,6 @@ LLAMA, QWEN2, MISTRAL = (
     (MistralConfig, MistralForCausalLM),
 )
 ROWS = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 def exported(folder: Path, grid: str | None = "q4_0", **changes) -> tuple[Path, Path]:

@@ -65,7 +65,6 @@ def test_a_budget_that_no_shape_meets_names_limit_and_nearest():
 
 
 def test_limits_that_exclude_each_other_say_what_each_could_be():
-    bounds = [Bound("size_bytes", 5.9e6, True), Bound("latency_ms_p50", 0.7, True)]
     hard = {s: f | {"latency_ms_p50": 1 / s.blocks} for s, f in FIGURES.items()}
     bounds = [Bound("size_bytes", 6e6, True), Bound("latency_ms_p50", 0.13, True)]
     assert allowed(hard, bounds[:1]) and allowed(hard, bounds[1:]) and not allowed(hard, bounds)

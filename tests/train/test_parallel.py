@@ -5,52 +5,87 @@ the command starts its own followers.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+from one_rank import rank_process
 from safetensors.torch import load_file
+from smoke_runs import FAST
+
+from compress.__main__ import main
 
 HERE = Path(__file__).parents[1]
+# Each process is new, but what it imports was imported once, before it was forked.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["one_rank"])
+PATHS = os.pathsep.join([str(HERE), str(HERE.parent)])
 
 
-def start(line, world):
-    """So many processes of a line, under torchrun's variables; their exit codes and outputs."""
+@cache
+def fork_server():
+    """It finds what it imports by its environment only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PATHS)
+        forkserver.ensure_running()
+
+
+def environments(world):
+    """The variables of each of so many processes, as torchrun sets them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = os.environ | {
+    shared = {
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world),
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "PYTHONPATH": PATHS,
     }
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {} for r in range(world)]
+    return [shared | own for own in ranks]
+
+
+def start(line, world):
+    """So many processes of a line; their exit codes and outputs."""
     processes = [
         subprocess.Popen(
             [sys.executable, *line],
-            env=shared | own,
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for own in ranks
+        for environment in environments(world)
     ]
     outputs = [process.communicate(timeout=500)[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
 
 def launch(kind, folder, teacher, steps=4, stop=-1, world=2):
+    """So many processes of one_rank.py; their exit codes and outputs."""
     folder.mkdir(exist_ok=True)
     if not (folder / "teacher").exists():
         shutil.copytree(teacher, folder / "teacher")
-    return start([str(HERE / "one_rank.py"), kind, str(folder), str(steps), str(stop)], world)
+    fork_server()
+    outputs = [folder / f"output{r}.txt" for r in range(world)]
+    processes = [
+        FORKS.Process(target=rank_process, args=(kind, folder, steps, stop, own, output))
+        for own, output in zip(environments(world), outputs, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=180)
+    return [process.exitcode for process in processes], [path.read_text() for path in outputs]
 
 
 def result(folder):
@@ -194,6 +229,8 @@ def test_the_command_starts_its_own_followers(kind, tmp_path):
         "trainer.threads=1",
         "pipeline=[depth,heal,chat]",
         "export=none",
+        "eval.open_prompts=[]",
+        *FAST,
     ]
     done = subprocess.run(
         line,
@@ -211,29 +248,13 @@ def test_the_command_starts_its_own_followers(kind, tmp_path):
     assert len(list(tmp_path.glob("runs/smoke/*"))) == 1
 
 
-def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path):
-    line = [
-        sys.executable,
-        "-m",
-        "compress",
-        "run",
-        "smoke",
-        "trainer=ddp",
-        "trainer.processes=2",
-        "stages.heal.batch_sequences=3",
-    ]
-    done = subprocess.run(
-        line,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
-        timeout=120,
-    )
-    assert done.returncode == 2, done.stderr
+def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    processes = ["trainer=ddp", "trainer.processes=2"]
+    assert main(["run", "smoke", *processes, "stages.heal.batch_sequences=3"]) == 2
     assert (
         "stages.heal.batch_sequences=3 can't be shared by 2 processes; use a multiple of that"
-        in done.stderr
+        in capfd.readouterr().err
     )
 
 

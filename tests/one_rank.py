@@ -1,5 +1,5 @@
-"""One process of a distributed training on the tiny teacher, for `train/test_parallel.py`, which
-forks `rank_process` from a server that has imported all of this once.
+"""One process of a distributed training on the tiny teacher, for `train/test_parallel.py`: `python
+one_rank.py KIND FOLDER STEPS STOP`.
 
 KIND is none, ddp or fsdp2, and behind it "-online", "-rollouts", "-bf16" or "-bf16_stochastic";
 "-midsave", to be killed while the second state gets its name;
@@ -135,15 +135,8 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
     (folder / "curve.json").write_text(json.dumps(about))
 
 
-def rank_process(
-    kind: str, folder: Path, steps: int, stop: int, environment: dict[str, str], output: Path
-) -> None:
-    """All that a process does and says, with this environment, said into a file."""
-    os.environ.update(environment)
-    with output.open("wb") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
-
-    # Left as compress leaves it: a group still open may abort the exit.
-    with parallel.group() if "RANK" in os.environ else nullcontext():
-        main(kind, folder, steps, stop)
+if __name__ == "__main__":
+    with (
+        parallel.group() if "RANK" in os.environ else nullcontext()
+    ):  # left as compress leaves it: a group still open may abort the exit
+        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

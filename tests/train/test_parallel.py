@@ -5,87 +5,55 @@ the command starts its own followers.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from functools import cache
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
-from one_rank import rank_process
 from safetensors.torch import load_file
 from smoke_runs import FAST
 
 from compress.__main__ import main
 
 HERE = Path(__file__).parents[1]
-# Each process is new, but what it imports was imported once, before it was forked.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["one_rank"])
-PATHS = os.pathsep.join([str(HERE), str(HERE.parent)])
 
 
-@cache
-def fork_server():
-    """It finds what it imports by its environment only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", PATHS)
-        forkserver.ensure_running()
-
-
-def environments(world):
-    """The variables of each of so many processes, as torchrun sets them."""
+def start(line, world):
+    """So many processes of a line, under torchrun's variables; their exit codes and outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {
+    shared = os.environ | {
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world),
-        "PYTHONPATH": PATHS,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
     }
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {} for r in range(world)]
-    return [shared | own for own in ranks]
-
-
-def start(line, world):
-    """So many processes of a line; their exit codes and outputs."""
     processes = [
         subprocess.Popen(
             [sys.executable, *line],
-            env=os.environ | environment,
+            env=shared | own,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for environment in environments(world)
+        for own in ranks
     ]
     outputs = [process.communicate(timeout=500)[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
 
 def launch(kind, folder, teacher, steps=4, stop=-1, world=2):
-    """So many processes of one_rank.py; their exit codes and outputs."""
     folder.mkdir(exist_ok=True)
     if not (folder / "teacher").exists():
         shutil.copytree(teacher, folder / "teacher")
-    fork_server()
-    outputs = [folder / f"output{r}.txt" for r in range(world)]
-    processes = [
-        FORKS.Process(target=rank_process, args=(kind, folder, steps, stop, own, output))
-        for own, output in zip(environments(world), outputs, strict=True)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=180)
-    return [process.exitcode for process in processes], [path.read_text() for path in outputs]
+    return start([str(HERE / "one_rank.py"), kind, str(folder), str(steps), str(stop)], world)
 
 
 def result(folder):

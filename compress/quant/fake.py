@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from compress.models.checkpoint import best_device
 from compress.quant.codes import Matrix, Quantized, bake, quantizable
 from compress.quant.grids import GRIDS, Grid
 
@@ -214,10 +215,11 @@ def attach(
         grid = GRIDS[grids if isinstance(grids, str) else grids[name]]
         if start:
             first_scales = start[name].scales.to(weight.device)
-        elif scales == "search" and grid.searches:
-            first_scales = grid.search(matrix.rows, name=name)
         else:
-            first_scales = grid.encode(matrix.rows, name)[1]
+            rows = matrix.rows.to(best_device())
+            searched = scales == "search" and grid.searches
+            first = grid.search(rows, name=name) if searched else grid.encode(rows, name)[1]
+            first_scales = first.to(weight.device)
         modules = [
             module
             for module in model.modules()

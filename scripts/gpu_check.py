@@ -128,17 +128,17 @@ CHECKS: dict[str, Check] = {
         for name in gpu_memory.RUNS
     },
     "resume": Check(lambda place: _runs(place, "resume"), 60),
+    "fsdp2": Check(lambda place: _runs(place, "one_process", "fsdp2"), 60),
+    "ddp": Check(lambda place: _runs(place, "one_process", "ddp"), 60),
+    "online": Check(lambda place: _speed(place, "distilled", "online"), 60),
     **{
         f"stage-{name}": Check(
             partial(gpu_stages.stage, name=name), 60, ("peft",) if name == "lora" else ()
         )
         for name in gpu_stages.RUNS
     },
-    "online": Check(lambda place: _speed(place, "distilled", "online"), 60),
-    "fsdp2": Check(lambda place: _runs(place, "one_process", "fsdp2"), 60),
-    "ddp": Check(lambda place: _runs(place, "one_process", "ddp"), 60),
     "closeness": Check(lambda place: _speed(place, "closeness"), 60),
-    "latency": Check(lambda place: _speed(place, "latency"), 60, ("more_itertools",)),
+    "latency": Check(lambda place: _speed(place, "latency"), 60),
 }
 
 
@@ -230,15 +230,21 @@ def shown(name: str, line: Figures) -> str:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("checks", nargs="*", metavar="CHECK")
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help="a name, or stage, memory")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))
     parser.add_argument("--minutes", type=float, default=8.7)
     parser.add_argument("--list", action="store_true", help="names of the checks")
     given = parser.parse_args()
-    unknown = sorted(set(given.checks) - set(CHECKS))
-    if unknown:
-        parser.error(f"no such check: {', '.join(unknown)}; there are {', '.join(CHECKS)}")
+
+    # A part of a name in front of its dash stands for all that begin so.
+    names: list[str] = []
+    for asked in given.checks:
+        matching = [name for name in CHECKS if name == asked or name.startswith(f"{asked}-")]
+        if not matching:
+            parser.error(f"no such check: {asked}; there are {', '.join(CHECKS)}")
+        names += matching
+    given.checks = names or list(CHECKS)
     return given
 
 
@@ -262,7 +268,7 @@ def main() -> int:
     lines: dict[str, Figures] = {}
     with tempfile.TemporaryDirectory() as folder, (out / "gpu_check.jsonl").open("a") as record:
         place = Place(Path(folder), given.dry_run)
-        for name in given.checks or CHECKS:
+        for name in given.checks:
             seconds_left = 60 * given.minutes - (time.monotonic() - begun)
             lines[name] = run(name, place, out, seconds_left)
             about = {"check": name, "dry_run": given.dry_run, "card": _card(lines), **lines[name]}

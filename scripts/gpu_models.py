@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,6 +156,13 @@ class Place:
         """One of the two."""
         return dry if self.dry else real
 
+    def tokenizer(self, out: Path, ids: int) -> None:
+        """Its files in a folder, written once for all of them."""
+        written = self.folder / f"tokenizer-{ids}"
+        if not written.is_dir():
+            write_tokenizer(written, ids)
+        shutil.copytree(written, out, dirs_exist_ok=True)
+
     def checkpoint(self, name: str, seed: int = 0) -> Path:
         """The directory of a random checkpoint in bf16, made by whoever asks first."""
         from compress.models.checkpoint import save_model
@@ -163,7 +171,7 @@ class Place:
         if not out.is_dir():
             beside = self.folder / f".{out.name}.part"
             config = config_of(name, self.dry)
-            write_tokenizer(beside, config.vocab_size)
+            self.tokenizer(beside, config.vocab_size)
             model = random_model(config, seed, torch.bfloat16)
             save_model(model, beside, tokenizer_from=beside)
             beside.rename(out)
@@ -174,7 +182,7 @@ class Place:
         sizes = "-".join(f"{key}{value}" for key, value in changes.items())
         out = self.folder / f"{name}-hollow-{sizes}"
         config = config_of(name, self.dry, **changes)
-        write_tokenizer(out, config.vocab_size)
+        self.tokenizer(out, config.vocab_size)
         (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         return out
 

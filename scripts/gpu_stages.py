@@ -40,7 +40,7 @@ RUNS: dict[str, Run] = {
     "sparsify": Run("sparsify", CALIBRATED, CALIBRATED_DRY),
     "distill": Run("distill", TRAINED, TRAINED_DRY),
     "lora": Run("lora", TRAINED | {"data": "text"}, TRAINED_DRY | {"data": "text", "rank": 2}),
-    "ptq_nearest": Run("ptq", {"grid": GridName.q4_k}, {"grid": GridName.q4_0}),
+    "ptq_nearest": Run("ptq", {"grid": GridName.q4_0}, {"grid": GridName.q4_0}),
     "ptq_awq": Run("ptq", AWQ | CALIBRATED, AWQ | CALIBRATED_DRY),
     "ptq_gptq": Run("ptq", {"method": Method.gptq} | CALIBRATED, {"method": Method.gptq}),
     "qat": Run("qat", TRAINED, TRAINED_DRY),

@@ -27,6 +27,7 @@ import gpu_stages  # noqa: E402
 from gpu_check import Check  # noqa: E402
 from gpu_models import Place  # noqa: E402
 
+from compress.prune.shape import check_text  # noqa: E402
 from compress.stages import STAGES  # noqa: E402
 
 
@@ -124,6 +125,23 @@ def test_every_stage_is_checked():
         *("prune_width", "ptq", "lora", "distill", "qat")
     }
     assert set(gpu_memory.DRY) == set(gpu_memory.RUNS)
+
+
+@pytest.mark.parametrize("runs", [gpu_stages.RUNS, gpu_memory.RUNS])
+def test_settings_are_legal_at_real_sizes(runs):
+    """Which a dry run, of other sizes, does not say."""
+    for name, run in runs.items():
+        settings = {key: value for key, value in run.settings.items() if key != "data"}
+        stage = STAGES[run.technique](**settings)
+        at_7b = runs is gpu_memory.RUNS
+        blocks = {"num_hidden_layers": run.blocks} if at_7b else {}
+        config = gpu_models.config_of("7B" if at_7b else "0.5B", False, **blocks).to_dict()
+        stage.check_shape(config)
+        rows, length = (run.rows, run.length) if at_7b else (gpu_stages.ROWS, gpu_stages.LENGTH)
+        assert stage.calibration_rows() <= rows, name
+        if run.technique == "prune_width":
+            calibrated = (stage.calibration_rows(), length)
+            check_text(name, calibrated, config["intermediate_size"], None)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -12,7 +12,6 @@ from threading import Event
 from typing import Any
 
 import torch
-from more_itertools import chunked
 from safetensors import safe_open
 from torch import Tensor
 
@@ -89,6 +88,8 @@ class TorchSpeaker:
 
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
         """In batches of `together`, the longest first, padded on the left."""
+        from more_itertools import chunked
+
         ids_B = [self.prompt_ids(prompt) for prompt in prompts]
         longest_first = sorted(range(len(ids_B)), key=lambda i: -len(ids_B[i]))
         answer_of: dict[int, Answer] = {}

@@ -138,3 +138,15 @@ def test_a_module_comes_home_when_what_it_was_lent_for_fails():
         module.to_empty(device="cpu")
         raise KeyError
     assert module.weight.device.type == "cpu"
+
+
+def test_the_head_of_a_file_that_is_scored_is_on_the_device(monkeypatch):
+    from compress.models.head import Head
+    from compress.score.lm import served_lm
+
+    monkeypatch.setattr("compress.score.lm.best_device", lambda: torch.device("meta"))
+    lm = served_lm(SimpleNamespace(ctx_len=64), Head(torch.randn(9, 4)), None, 2)
+    spots, answers = torch.tensor([0, 1]), torch.tensor([3, 4])
+    assert lm.head.weight_VH.device.type == "meta"
+    with pytest.raises(NotImplementedError, match="meta"):  # nothing was computed on the CPU
+        lm._answers(torch.randn(2, 4), spots, answers)

@@ -2,7 +2,7 @@
 
 A stage runs as it does in production, but for its files: 15 GB are not written and read again for
 each of them. Instead of `load_model` stands a model of random numbers, instead of what writes
-nothing (`WITHOUT_FILES`). Stages that walk over blocks have one block on the device at a time, so
+nothing (`without_files`). Stages that walk over blocks have one block on the device at a time, so
 they see the first blocks alone, and the line says how many. Training stages see all 28.
 """
 
@@ -57,7 +57,9 @@ DRY: dict[str, dict[str, Any]] = {
 
 
 class Peak:
-    """Bytes allocated on the device at most, what random numbers are drawn in not counted."""
+    """Bytes allocated on the device at most. What random numbers are drawn in, and what a stage
+    allocates beforehand to see whether there is room, does not count.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -82,6 +84,14 @@ def nothing(*_: Any, **__: Any) -> None:
 def without_files(peak: Peak) -> Iterator[None]:
     """For the block, checkpoints are opened out of nothing and written nowhere."""
     from compress.models.checkpoint import config_object, read_config
+    from compress.stages.training import Optimization
+
+    reserve = Optimization.reserve
+
+    def reserved(*arguments: Any, **options: Any) -> None:
+        peak.note()
+        reserve(*arguments, **options)
+        peak.skip()
 
     def opened(path: Path, dtype: torch.dtype = torch.float32, *_: Any, **__: Any) -> Any:
         peak.note()
@@ -89,7 +99,8 @@ def without_files(peak: Peak) -> Iterator[None]:
         peak.skip()
         return model
 
-    replaced = {
+    replaced: dict[str, Any] = {
+        "compress.stages.training.Optimization.reserve": reserved,
         "compress.models.checkpoint.load_model": opened,
         "compress.distill.signals.load_model": opened,
         "compress.distill.signals.weights_digest": str,

@@ -23,6 +23,7 @@ from compress.errors import (
     tree_without_credentials,
     without_credentials,
 )
+from compress.formats.devices import check_device
 from compress.formats.gguf import overhead_bytes
 from compress.keys import WEIGHTS, sources_digest, versions_of
 from compress.models.checkpoint import Model, best_device, config_object, read_config
@@ -138,6 +139,8 @@ class Session:
             check_tracker(name)
         check_tasks(recipe.eval.tasks)
         open_prompts(recipe.eval)  # a prompt file that can't be used is refused here
+        for runtime in ("torch", *(formats.parse(name)[0].runtime for name in recipe.export.files)):
+            check_device(runtime, recipe.eval.device)
 
         # Every process takes the same share of a batch.
         processes = parallel.world()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from compress.models.head import Head
 
-CHUNK = 32  # tokens whose full logits are held at once
+CHUNK = 32  # tokens whose full logits are held at once: on a CPU those that its cache takes
+GPU_CHUNK = 512  # on a GPU, where a kernel over few tokens takes as long as one over many
 BLOCK = 64  # ids summed up together; a hit is looked for in the sums first
 GROUP = 64  # int8 hidden states sharing a scale
 Shard = dict[str, Tensor]
@@ -31,7 +32,7 @@ def encode(hidden_LH: Tensor, head: Head, scheme: Scheme, generator: torch.Gener
 
     # Chunk by chunk, so that few full rows of logits are held at once.
     parts: list[Shard] = []
-    for chunk in hidden_LH.split(CHUNK):
+    for chunk in hidden_LH.split(CHUNK if hidden_LH.device.type == "cpu" else GPU_CHUNK):
         logits_CV = head.logits(chunk)
         if scheme.temperature != 1.0:
             logits_CV.div_(scheme.temperature)

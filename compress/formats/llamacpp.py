@@ -29,6 +29,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from compress.formats.devices import gpu_layers
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -75,6 +77,7 @@ class LlamaCpp:
         parallel: int = _PARALLEL,
         *,
         embedding: bool = True,
+        device: str = "cpu",
     ) -> None:
         import xllamacpp
 
@@ -82,7 +85,7 @@ class LlamaCpp:
         if not gguf.is_file():
             raise ValueError(f"{gguf}: no such GGUF file")
 
-        # A server on the CPU that keeps nothing between prompts.
+        # A server that keeps nothing between prompts.
         params = xllamacpp.CommonParams()
         params.model.path = str(gguf)
         params.n_parallel = parallel
@@ -90,7 +93,7 @@ class LlamaCpp:
         # Without pooling a prompt must fit one micro-batch.
         params.n_batch = params.n_ubatch = ctx_len
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = gpu_layers(device)
         params.fit_params = params.warmup = params.ui = False
         params.cache_ram_mib = 0
         params.verbosity = -1
@@ -338,20 +341,18 @@ def head(gguf: Path) -> Head:
     )
 
 
-def timer(gguf: Path, threads: int) -> tuple[Callable[[int, int, int], list[float]], int]:
+def timer(gguf: Path, threads: int, device: str) -> tuple[Callable[..., list[float]], int]:
     """What `compress.score.latency` times, tokens streamed one by one, and the file's bytes."""
 
     @lru_cache(maxsize=1)
     def server(ctx_len: int, parallel: int) -> LlamaCpp:
-        return LlamaCpp(gguf, threads, ctx_len, parallel, embedding=False)
+        return LlamaCpp(gguf, threads, ctx_len, parallel, embedding=False, device=device)
 
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
         llama = server(prompt_tokens + count + 8, batch)
 
         # One word over and over: dense kernels take the same time for any ids, and each token is
-        # whole text, sent at once.
-        # (Free-running output of a damaged model is half UTF-8 sequences, which the server holds
-        # back.)
+        # whole text, sent at once (of a half UTF-8 sequence the server would wait for the rest).
         word = llama.tokenize("a")[-1:]
         body = GREEDY | {"ignore_eos": True, "logit_bias": [[word[0], 1000.0]]}
         if batch == 1:
@@ -372,9 +373,9 @@ def timer(gguf: Path, threads: int) -> tuple[Callable[[int, int, int], list[floa
     return generate, gguf.stat().st_size
 
 
-def speaker(gguf: Path, threads: int, context: int, together: int) -> LlamaCpp:
+def speaker(gguf: Path, threads: int, context: int, together: int, device: str) -> LlamaCpp:
     """The file ready for `together` questions of `context` tokens with their answers."""
-    return LlamaCpp(gguf, threads, context, together, embedding=False)
+    return LlamaCpp(gguf, threads, context, together, embedding=False, device=device)
 
 
 def has_template(gguf: Path) -> bool:

@@ -24,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.formats.devices import check_device
 from compress.formats.llamacpp import Answer, Ending, maximal
 from compress.formats.onnx_folder import CONFIG, MODEL, wheel
 from compress.models.end_files import as_ids
@@ -39,7 +40,8 @@ class OnnxRuntime:
     it can't be opened. Close it after use.
     """
 
-    def __init__(self, folder: Path, threads: int, ctx_len: int) -> None:
+    def __init__(self, folder: Path, threads: int, ctx_len: int, *, device: str = "cpu") -> None:
+        check_device("onnxruntime", device)
         self.folder, self.threads, self.ctx_len = folder, threads, ctx_len
         from compress.formats.onnx_folder import check_folder
 
@@ -211,9 +213,9 @@ def head(folder: Path) -> Head:
     return Head(weight_VH)
 
 
-def timer(folder: Path, threads: int) -> tuple[Callable[[int, int, int], list[float]], int]:
+def timer(folder: Path, threads: int, device: str) -> tuple[Callable[..., list[float]], int]:
     """What `compress.score.latency` times, no end obeyed, and the directory's bytes."""
-    runtime = OnnxRuntime(folder, threads, ctx_len=0)
+    runtime = OnnxRuntime(folder, threads, ctx_len=0, device=device)
 
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
         prompt = [i * 7919 % runtime.about["vocab_size"] for i in range(prompt_tokens)]
@@ -229,9 +231,9 @@ def timer(folder: Path, threads: int) -> tuple[Callable[[int, int, int], list[fl
     return generate, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def speaker(folder: Path, threads: int, context: int, together: int) -> OnnxRuntime:
+def speaker(folder: Path, threads: int, context: int, together: int, device: str) -> OnnxRuntime:
     """The directory ready for questions of `context` tokens with their answers, one at a time."""
-    return OnnxRuntime(folder, threads, context)
+    return OnnxRuntime(folder, threads, context, device=device)
 
 
 def has_template(folder: Path) -> bool:

@@ -44,15 +44,19 @@ class Speaker(Protocol):
 
 
 class Runtime(Protocol):
-    """What a runtime's module has. ValueError, from each, when the model can't be read or run."""
+    """What a runtime's module has. ValueError, from each, when the model can't be read or run;
+    ConfigError where it can't be on the `device`, cpu or gpu (`compress/formats/devices.py`).
+    """
 
     def head(self, path: Path) -> "Head":
         """The fp32 head, as decoded from what ships."""
 
-    def speaker(self, path: Path, threads: int, context: int, together: int) -> Speaker:
+    def speaker(
+        self, path: Path, threads: int, context: int, together: int, device: str
+    ) -> Speaker:
         """The model ready for `together` questions of `context` tokens with their answers."""
 
-    def timer(self, path: Path, threads: int) -> tuple[Generate, int]:
+    def timer(self, path: Path, threads: int, device: str) -> tuple[Generate, int]:
         """What is timed, in the shipping type, and the bytes of the weights."""
 
     def params_and_files(self, path: Path) -> tuple[int, list[Path]]:

@@ -12,10 +12,10 @@ from threading import Event
 from typing import Any
 
 import torch
-from more_itertools import chunked
 from safetensors import safe_open
 from torch import Tensor
 
+from compress.formats.devices import Device, check_device
 from compress.formats.llamacpp import Answer, Ending
 from compress.formats.runtimes import Generate, Turns
 from compress.models.chats import render
@@ -88,6 +88,8 @@ class TorchSpeaker:
 
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
         """In batches of `together`, the longest first, padded on the left."""
+        from more_itertools import chunked
+
         ids_B = [self.prompt_ids(prompt) for prompt in prompts]
         longest_first = sorted(range(len(ids_B)), key=lambda i: -len(ids_B[i]))
         answer_of: dict[int, Answer] = {}
@@ -183,16 +185,19 @@ def head(model_dir: Path) -> Head:
     )
 
 
-def timer(model_dir: Path, threads: int) -> tuple[Generate, int]:
+def timer(model_dir: Path, threads: int, device: str) -> tuple[Generate, int]:
     """A checkpoint, in bf16: the type that weights ship in."""
+    check_device("torch", device)
     torch.set_num_threads(threads)
-    model = open_model(model_dir, torch.bfloat16)
+    place = torch.device("cuda" if device == Device.gpu else "cpu")
+    model: Any = open_model(model_dir, torch.bfloat16)
+    model.to(place)
 
     @torch.inference_mode()
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
         # Fixed ids, spread over the vocabulary.
         prompt_ids_L = torch.arange(prompt_tokens) * 7919 % model.config.vocab_size
-        ids_BL = prompt_ids_L.repeat(batch, 1)
+        ids_BL = prompt_ids_L.repeat(batch, 1).to(place)
 
         cache = None
         times_ms = []
@@ -200,15 +205,17 @@ def timer(model_dir: Path, threads: int) -> tuple[Generate, int]:
             start = time.perf_counter()
             out = model(ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids_BL, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+            if place.type == "cuda":
+                torch.cuda.synchronize()
             times_ms.append(1000 * (time.perf_counter() - start))
         return times_ms
 
     return generate, int(model.get_memory_footprint())
 
 
-def speaker(path: Path, threads: int, context: int, together: int) -> TorchSpeaker:
-    """The checkpoint ready for questions, `together` at once; torch has its threads already and
-    makes room as it goes.
+def speaker(path: Path, threads: int, context: int, together: int, device: str) -> TorchSpeaker:
+    """The checkpoint ready for questions, `together` at once, on the GPU wherever there is one;
+    torch has its threads already and makes room as it goes.
     """
     return TorchSpeaker(path, together)
 

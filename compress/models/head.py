@@ -25,6 +25,10 @@ class Fold:
     dropped_D: Tensor
     pieces_D: Tensor
 
+    def on(self, device: torch.device) -> Fold:
+        """The same fold on a device."""
+        return Fold(self.kept_S.to(device), self.dropped_D.to(device), self.pieces_D.to(device))
+
     def logits(self, logits_CV: Tensor) -> Tensor:
         """Logits (C, S) of the first piece of what comes next: softmax gives each of the smaller's
         ids its own probability and those of the dropped ids that begin with it.
@@ -111,6 +115,7 @@ class Head:
             self,
             weight_VH=self.weight_VH.to(device),
             bias_V=None if self.bias_V is None else self.bias_V.to(device),
+            fold=None if self.fold is None else self.fold.on(device),
         )
 
 

@@ -72,8 +72,7 @@ def read_in(model: Any, fold: Fold | None) -> Head:
         return head
 
     # A tied head keeps the whole matrix: the embedding gets one of its own.
-    device = head.weight_VH.device
-    fold = Fold(fold.kept_S.to(device), fold.dropped_D.to(device), fold.pieces_D.to(device))
+    fold = fold.on(head.weight_VH.device)
     embedding = model.get_input_embeddings()
     embedding.weight = torch.nn.Parameter(
         embedding.weight.detach()[fold.kept_S], requires_grad=embedding.weight.requires_grad

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -262,17 +262,9 @@ class Walk:
         self.final(lambda h_BLH: groups.append(h_BLH.to(self._place.home)))
         return torch.cat(groups).flatten(0, 1)
 
-    @contextmanager
-    def lent(self, module: nn.Module) -> Iterator[None]:
+    def lent(self, module: nn.Module) -> AbstractContextManager[None]:
         """For the block, a module that is none of the decoder's on the device."""
-        moves = self.device != self._place.home
-        try:
-            if moves:
-                module.to(self.device)
-            yield
-        finally:
-            if moves:
-                module.to(self._place.home)
+        return lent(module, self.device)
 
     def _embed(self, ids_BL: Tensor) -> None:
         self.model.get_decoder()(ids_BL, use_cache=False)
@@ -326,6 +318,20 @@ class Walk:
             with suppress(_Stop):
                 self._embed(ids_BL)
         return arguments
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """For the block, a module with all of its parameters on a device; then where it was."""
+    home = next(module.parameters()).device
+    moves = device != home
+    try:
+        if moves:
+            module.to(device)
+        yield
+    finally:
+        if moves:
+            module.to(home)
 
 
 @contextmanager

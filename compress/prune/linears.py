@@ -7,7 +7,6 @@ Letters: R outputs, C inputs, K kept of either.
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 
@@ -20,13 +19,7 @@ def matrix_of(linear: Any) -> Tensor:
 @torch.no_grad()
 def narrow(linear: Any, rows_K: Tensor) -> None:
     """Keep these outputs of a linear layer alone, ascending, in place."""
-    assert (rows_K.diff() > 0).all(), "torch-pruning keeps the order that there is"
-    if isinstance(linear, nn.Linear):
-        gone = sorted(set(range(linear.out_features)) - set(rows_K.tolist()))
-        torch_pruning.prune_linear_out_channels(linear, gone)
-        return
-
-    # torch-pruning knows no matrix that is stored the other way round.
+    assert (rows_K.diff() > 0).all(), "outputs stay in their order"
     _put(linear, matrix_of(linear)[rows_K])
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias[rows_K].contiguous(), requires_grad=False)

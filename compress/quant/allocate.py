@@ -111,12 +111,15 @@ def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, 
 
 
 def _damage(name: str, weight: Tensor, grids: list[str], text: _Calibration) -> dict[str, float]:
-    """c_ig of one matrix (R, C), alone on each grid; it is put back as it was."""
+    """c_ig of one matrix (R, C), alone on each grid, rounded on the device; it is put back as it
+    was.
+    """
     text.reach(name)
     unrounded = weight.clone()
+    on_device = unrounded.to(text.walk.device)
     damage = {}
     for grid in grids:
-        weight.copy_(GRIDS[grid].decode(*GRIDS[grid].encode(unrounded, name)))
+        weight.copy_(GRIDS[grid].decode(*GRIDS[grid].encode(on_device, name)))
         damage[grid] = text.divergence(name)
     weight.copy_(unrounded)
     return damage

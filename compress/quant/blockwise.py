@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from compress.models.blocks import Row, blocks_prefix, row_of, row_of_block
-from compress.models.checkpoint import head_dim
+from compress.models.checkpoint import best_device, head_dim
 from compress.models.experts import mixture_of
-from compress.models.walk import Walk
+from compress.models.walk import Walk, lent
 from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of
 from compress.quant.codes import Quantized, bake, quantizable
 from compress.quant.experts import Stacks
@@ -105,9 +105,10 @@ class Blockwise:
 
     @torch.no_grad()
     def plain(self) -> None:
-        """Every matrix by itself, without data."""
+        """Every matrix by itself, without data, on the best device of this machine."""
         for name, matrix in quantizable(self.model).items():
-            self.round(name, matrix.rows)
+            with lent(matrix.home, best_device()):
+                self.round(name, matrix.rows)
 
     @torch.no_grad()
     def calibrated(
@@ -151,7 +152,8 @@ class Blockwise:
     def _embedding(self, name: str, embedding: Any, walk: Walk, *, tied: bool) -> None:
         """Round the embedding, a tied one as the head that it also is."""
         if not tied:
-            self.round(name, embedding.weight)
+            with walk.lent(embedding):
+                self.round(name, embedding.weight)
             return
         walk.pace.steps = 2 * len(walk.blocks)
         walk.task = "passed on the way to the head"

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from compress.models.checkpoint import best_device
 from compress.models.empty import read
 from compress.quant.codes import Matrix, Quantized, bake, quantizable
 from compress.quant.grids import GRIDS, Grid
@@ -294,10 +295,11 @@ def attach(
         grid = GRIDS[grids if isinstance(grids, str) else grids[name]]
         if start:
             first_scales = start[name].scales.to(weight.device)
-        elif scales == "search" and grid.searches:
-            first_scales = grid.search(_values(matrix), name=name)
         else:
-            first_scales = grid.encode(_values(matrix), name)[1]
+            rows = _values(matrix).to(best_device())
+            searched = scales == "search" and grid.searches
+            first = grid.search(rows, name=name) if searched else grid.encode(rows, name)[1]
+            first_scales = first.to(weight.device)
         modules = [
             module
             for module in model.modules()

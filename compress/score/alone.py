@@ -57,11 +57,14 @@ def scores_alone(
         bits_S, bytes_S = bits_and_bytes(states, setup.heldout.ids_SL, tokenizer)
         result, level = _tasks(lm, setup, tasks, early)
         picked = picks_right(setup.prompts, lm, tokenizer) if asked != "none" else {}
+    del lm, states  # the model's place on the device is what is timed next
+    torch.cuda.empty_cache()  # does nothing where no GPU is in use
     text = _of_text(bits_S, bytes_S, setup.heldout)
 
     # What it says when it is asked.
     prompts = _prompts_asked(setup.prompts, asked)
-    answers = answered(model, prompts, setup.threads) if prompts else []
+    device = setup.settings.device
+    answers = answered(model, prompts, setup.threads, device) if prompts else []
     spoken = _of_answers(answers, picked)
 
     # Times, in processes of their own.
@@ -109,7 +112,10 @@ def _opened(model: Model, setup: Setup, tokenizer: Any) -> Iterator[tuple[Any, S
 
     # A server holds the longer of a held-out row and what a task may show.
     capacity = max(ids_SL.shape[1] + 8, setup.context_tokens)
-    with closing(SERVERS[model.runtime](model.path, setup.threads, capacity)) as server:
+    device = setup.settings.device
+    with closing(
+        SERVERS[model.runtime](model.path, setup.threads, capacity, device=device)
+    ) as server:
         hidden_NH = torch.cat(server.hidden_states(ids_SL[:, :-1].tolist()))
         lm = served_lm(server, head, tokenizer, batch_size, setup.context_tokens)
         yield lm, States(hidden_NH, head)
@@ -188,4 +194,5 @@ def _timing(setup: Setup) -> Timing:
         settings.processes,
         tuple(lengths),
         tuple(settings.batch_sizes),
+        str(settings.device),
     )

@@ -15,12 +15,14 @@ not quite a document: one cut in two lies in neighbouring rows.
 
 A model is kept as its final hidden states and its head weight, from which all logits follow: 2.3 kB
 a token at H = 576 instead of 197 kB of logits, and the same two tensors come out of transformers
-and of llama.cpp. Everything is fp32, the reference's too.
+and of llama.cpp. Everything is fp32, the reference's too. States lie in host memory; heads and the
+logits of a chunk are on the best device of the machine (`logits_of`).
 
 Legend: N tokens, H hidden, V vocabulary, C tokens a chunk.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.models.checkpoint import best_device
 from compress.models.head import Head, hidden_states
 from compress.models.tokens import opening
 from compress.score.intervals import Items, Scores, ratio_interval
@@ -51,6 +54,16 @@ def hidden_of(model: Any, ids_SL: Tensor) -> Tensor:
     return torch.cat(
         [hidden_states(model, row[None, :-1].long().to(model.device)).cpu() for row in ids_SL]
     )
+
+
+def logits_of(states: States) -> Iterator[Tensor]:
+    """Logits (C, V) in fp32 of CHUNK tokens at a time, which all at once would not fit, on the best
+    device of this machine.
+    """
+    device = best_device()
+    head = states.head.on(device)
+    for hidden_CH in states.hidden_NH.split(CHUNK):
+        yield head.logits(hidden_CH.to(device))
 
 
 def perplexities(items: Items) -> Scores:
@@ -89,17 +102,15 @@ def closeness(reference: States, student: States, rows: int = 1) -> dict[str, An
         got = f"vocabularies {words} and {other_words}, {tokens} and {other_tokens} held-out tokens"
         raise ValueError(f"the models can't be compared: {got}; both must use the same tokenizer")
 
-    # Logits of all tokens at once would not fit.
+    # Both figures of every token, chunk by chunk.
     parts = []
-    for reference_CH, student_CH in zip(
-        reference.hidden_NH.split(CHUNK), student.hidden_NH.split(CHUNK), strict=True
-    ):
-        log_p = reference.head.logits(reference_CH).log_softmax(-1)
-        log_q = student.head.logits(student_CH).log_softmax(-1)
+    for reference_CV, student_CV in zip(logits_of(reference), logits_of(student), strict=True):
+        log_p = reference_CV.log_softmax(-1)
+        log_q = student_CV.log_softmax(-1)
         kl_C = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
         parts.append(torch.stack([kl_C, (log_p.argmax(-1) == log_q.argmax(-1)).double()]))
 
-    kl_S, top1_S = torch.cat(parts, 1).view(2, rows, -1).mean(-1)
+    kl_S, top1_S = torch.cat(parts, 1).cpu().view(2, rows, -1).mean(-1)
     return {
         "kl": float(kl_S.mean()),
         "top1": float(top1_S.mean()),
@@ -119,12 +130,12 @@ def bits_and_bytes(states: States, ids_SL: Tensor, tokenizer: Any) -> tuple[list
     # A BOS between documents is given, not written: nothing is lost on it.
     begins = torch.tensor(opening(tokenizer), dtype=torch.long)
     nats = []
-    for hidden_CH, labels_C in zip(
-        states.hidden_NH.split(CHUNK), labels_SL.flatten().split(CHUNK), strict=True
+    for logits_CV, labels_C in zip(
+        logits_of(states), labels_SL.flatten().split(CHUNK), strict=True
     ):
-        logits_CV = states.head.logits(hidden_CH)
-        lost_C = torch.nn.functional.cross_entropy(logits_CV, labels_C, reduction="none").double()
-        nats.append(lost_C.masked_fill(torch.isin(labels_C, begins), 0.0))
+        targets_C = labels_C.to(logits_CV.device)
+        lost_C = torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
+        nats.append(lost_C.double().cpu().masked_fill(torch.isin(labels_C, begins), 0.0))
 
     bits_S = torch.cat(nats).view(len(bytes_S), -1).sum(1) / math.log(2)
     return bits_S.tolist(), bytes_S

@@ -6,7 +6,7 @@ greedily after a prompt of fixed ids, obeying no end token: `ttft_ms_p50` is the
 first token is chosen (`/N`: after N tokens), `latency_ms_p50` to `_p99` that of one further token
 with the KV cache, `tok_per_sec` further tokens / their total time; `throughput_tok_per_sec/B` the
 tokens of B sequences together / the whole time, prompts included; `bandwidth_share` tok_per_sec x
-bytes of the weights / the bytes a second that a sweep of as many reads on the same CPUs;
+bytes of the weights / the bytes a second that a sweep of as many reads on the same CPUs or GPU;
 `peak_rss_bytes` the kernel's high-water mark, loading included, before other lengths and batches.
 
 Processes differ more than repeats inside one (addresses, clocks, neighbours), so they are the
@@ -48,6 +48,7 @@ class Timing:
     processes: int = 1
     prompt_lengths: tuple[int, ...] = ()
     batch_sizes: tuple[int, ...] = ()
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         # The first token's time is its own: a further one is needed.
@@ -190,6 +191,15 @@ def read_bytes_per_second(size: int, threads: int) -> float:
     return sum(part.nbytes for part in parts) / best
 
 
+def gpu_read_bytes_per_second(size: int) -> float:
+    """The same of the GPU's own memory."""
+    import torch
+
+    swept = torch.ones(min(size, LARGEST_SWEEP) // 4, dtype=torch.int32, device="cuda")
+    best = min(timeit.repeat(lambda: swept.max().item(), number=1, repeat=10))
+    return swept.nbytes / best
+
+
 def pin(threads: int) -> list[int]:
     """Keep this process to `threads` CPUs, of different cores as far as there are, and return
     them; [] where the system offers no pinning.
@@ -210,7 +220,7 @@ def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
     """The measurement itself, in this process."""
     cpus = pin(timing.threads)
     repeats = range(timing.repeats)
-    generate, weight_bytes = runtime_of(runtime).timer(model, timing.threads)
+    generate, weight_bytes = runtime_of(runtime).timer(model, timing.threads, timing.device)
 
     # Every shape warms up by itself.
     generate(timing.prompt_tokens, timing.new_tokens, 1)
@@ -229,12 +239,22 @@ def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
         total_ms = float(np.median([sum(generate(*shape)) for _ in repeats]))
         scores[f"throughput_tok_per_sec/{batch}"] = 1000 * batch * timing.new_tokens / total_ms
 
-    # How near to what memory can deliver.
-    read = read_bytes_per_second(weight_bytes, timing.threads)
+    # How near to what the device's memory can deliver.
+    on_cpu = timing.device == "cpu"
+    read = (
+        read_bytes_per_second(weight_bytes, timing.threads)
+        if on_cpu
+        else gpu_read_bytes_per_second(weight_bytes)
+    )
     scores["bandwidth_share"] = scores["tok_per_sec"] * weight_bytes / read
     return {
         "scores": scores,
-        "latency": {"pinned_cpus": cpus, "weight_bytes": weight_bytes, "read_bytes_per_sec": read},
+        "latency": {
+            "device": timing.device,
+            "pinned_cpus": cpus,
+            "weight_bytes": weight_bytes,
+            "read_bytes_per_sec": read,
+        },
     }
 
 
@@ -243,7 +263,7 @@ def run_in_turn(models: Sequence[Path], runtime: str, timing: Timing) -> list[di
     pin(timing.threads)
     records = []
     for model in models:
-        generate, _ = runtime_of(runtime).timer(model, timing.threads)
+        generate, _ = runtime_of(runtime).timer(model, timing.threads, timing.device)
         generate(timing.prompt_tokens, timing.new_tokens, 1)
         turns = range(timing.repeats)
         records.append(

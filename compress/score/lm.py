@@ -38,6 +38,7 @@ from more_itertools import chunked, constrained_batches, partition
 from torch import Tensor
 from tqdm import tqdm
 
+from compress.models.checkpoint import best_device
 from compress.models.cpu_kernels import use_cpu_kernels
 from compress.models.head import Head, head_of
 from compress.score.trie import Row, padded, rows_of, tree_inputs
@@ -146,11 +147,11 @@ def torch_lm(model: Any, tokenizer: Any, batch_size: int, max_length: int | None
 def served_lm(
     server: Any, head: Head, tokenizer: Any, batch_size: int, max_length: int | None = None
 ) -> LM:
-    """lm-eval's view of a LlamaCpp or an OnnxRuntime: `head` as decoded from the file, an HF
-    `tokenizer`.
+    """lm-eval's view of a LlamaCpp or an OnnxRuntime: `head` as decoded from the file, whose
+    products are taken on the best device of this machine, and an HF `tokenizer`.
     """
     length = min(max_length or sys.maxsize, server.ctx_len)
-    return LM(Served(server), head, tokenizer, batch_size, length)
+    return LM(Served(server), head.on(best_device()), tokenizer, batch_size, length)
 
 
 class LM(TemplateLM):
@@ -250,7 +251,7 @@ class LM(TemplateLM):
         logprob_N, first_N = torch.zeros(len(spots_N)), torch.zeros(len(spots_N), dtype=torch.bool)
         nodes, where_N = spots_N.unique(return_inverse=True)
         for start, chunk in zip(range(0, len(nodes), NODES), nodes.split(NODES), strict=True):
-            logits_NV = self.head.logits(hidden_NH[chunk])
+            logits_NV = self.head.logits(hidden_NH[chunk].to(self.head.weight_VH.device))
 
             # The answer tokens that stand behind nodes of this chunk.
             inside = ((where_N >= start) & (where_N < start + NODES)).nonzero()[:, 0]

@@ -62,14 +62,16 @@ Answers = Sequence[Mapping[str, Any]]
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]  # a model's answer and its teacher's
 
 
-def answered(model: Model, prompts: Sequence[Prompt], threads: int) -> list[dict[str, Any]]:
+def answered(
+    model: Model, prompts: Sequence[Prompt], threads: int, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """What a model says to each prompt, as rows {id, kind, prompt, form, answer, ids, ended, loops,
     right}; `form` as `form_of` gives it. ValueError when it can't be asked.
 
     A pattern that runs away on an answer makes it not right; such rows say `timed_out`.
     """
     tokens = vocabulary_of(model.path).tokens
-    with open_speaker(model, threads) as speaker:
+    with open_speaker(model, threads, device=device) as speaker:
         texts = prompts_of(speaker, [prompt.prompt for prompt in prompts], has_template(model))
         forms = [form_of(speaker.prompt_ids(text), tokens) for text in texts]
         answers = speaker.answers(texts, ANSWER_TOKENS)

@@ -43,7 +43,7 @@ from compress.models.model_config import read_config
 from compress.models.tokenizer import load_tokenizer
 from compress.quant.codes import is_quantized, quantizable
 from compress.quant.grids import GRIDS
-from compress.score.fidelity import CHUNK, States, closeness, hidden_of
+from compress.score.fidelity import States, closeness, hidden_of, logits_of
 
 EXACT_LIMITS = {"parity_kl_nats": 1e-5, "parity_greedy_gap_nats": 1e-3}
 INTEGER_LIMITS = {"parity_kl_nats": 5e-3}
@@ -126,12 +126,10 @@ def top1_beyond_gap(twin: States, shipped: States) -> float:
     than TOP1_GAP apart.
     """
     agree = count = 0
-    for twin_CH, shipped_CH in zip(
-        twin.hidden_NH.split(CHUNK), shipped.hidden_NH.split(CHUNK), strict=True
-    ):
-        top_C2 = twin.head.logits(twin_CH).topk(2, -1)
+    for twin_CV, shipped_CV in zip(logits_of(twin), logits_of(shipped), strict=True):
+        top_C2 = twin_CV.topk(2, -1)
         sure_C = top_C2.values[:, 0] - top_C2.values[:, 1] > TOP1_GAP
-        same_C = shipped.head.logits(shipped_CH).argmax(-1) == top_C2.indices[:, 0]
+        same_C = shipped_CV.argmax(-1) == top_C2.indices[:, 0]
         agree += int((same_C & sure_C).sum())
         count += int(sure_C.sum())
     return agree / count if count else 1.0
@@ -223,7 +221,7 @@ def figures(
     finally:
         reloaded.close()
 
-    tokens_count, gap_nats = greedy(twin, written, prompt)
+    tokens_count, gap_nats = greedy(twin.to(best_device()), written, prompt)
     measured["parity_eos_differing_flag"] = float(not ends_agree)
     measured["parity_greedy_tokens_count"] = tokens_count
     measured["parity_greedy_gap_nats"] = gap_nats

@@ -25,6 +25,7 @@ from typing import Any
 import safetensors.torch
 
 from compress import formats
+from compress.formats.devices import check_device
 from compress.formats.gguf_tokenizer import read_tokenizer
 from compress.formats.runtimes import runtime_of
 from compress.keys import sources_digest
@@ -117,8 +118,10 @@ class Scorer:
 
         `tasks=False` leaves the tasks out; with `eval.stop_early` they go on only until every
         accuracy limit in `limits` on the comparison with the teacher, `against`, is decided.
-        `asked`: all open prompts, the fixed quarter, or none.
+        `asked`: all open prompts, the fixed quarter, or none. ConfigError where its runtime can't
+        compute on `eval.device`.
         """
+        check_device(model.runtime, self.setup.settings.device)
         early = None
         if against is not None and tasks and self.setup.settings.stop_early:
             early = EarlyStop(against, limits)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compress.bounds import check_values
 from compress.errors import ConfigError, nearest
+from compress.formats.devices import Device
 from compress.score.perturb import PERTURBATIONS
 
 
@@ -34,8 +35,9 @@ class Eval:
     open_prompts: list[str] = field(default_factory=lambda: ["embedded"])
     open_limit: int | None = None  # prompts of each file
 
-    # Times: in each of so many fresh processes, which are the sample of the intervals, so many
-    # repeats.
+    # Where times are taken, and files of llama.cpp run: what a budget's limits on times are of.
+    device: Device = Device.cpu
+    # In each of so many fresh processes, which are the sample of the intervals, so many repeats.
     prompt_tokens: int = 128
     new_tokens: int = 32
     repeats: int = 5

@@ -24,14 +24,19 @@ TOGETHER = 32  # questions that are answered together: the rest waits
 
 
 def open_speaker(
-    model: Model, threads: int, context: int = CONTEXT_TOKENS, together: int = TOGETHER
+    model: Model,
+    threads: int,
+    context: int = CONTEXT_TOKENS,
+    together: int = TOGETHER,
+    device: str = "cpu",
 ) -> AbstractContextManager[Speaker]:
     """A model in its own runtime for `together` questions of `context` tokens with their answers,
     closed at the end of a `with` block.
 
     ValueError when the runtime can't load it.
     """
-    return closing(runtime_of(model.runtime).speaker(model.path, threads, context, together))
+    runtime = runtime_of(model.runtime)
+    return closing(runtime.speaker(model.path, threads, context, together, device))
 
 
 def plain_text(turns: Turns) -> str:

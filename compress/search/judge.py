@@ -28,7 +28,7 @@ from compress.models.head import Head, head_of
 from compress.models.reading import read_in, reading
 from compress.models.tokenizer import load_tokenizer, tokenizer_digest
 from compress.models.tokens import encode
-from compress.score.fidelity import CHUNK, States, closeness, hidden_of
+from compress.score.fidelity import CHUNK, States, closeness, hidden_of, logits_of
 
 
 class Reading(NamedTuple):
@@ -103,10 +103,8 @@ def _nats(text: Reading) -> float:
     """The teacher's cross-entropy over all labels together."""
     labels_N = torch.cat([row[1:] for row in text.rows])
     total = 0.0
-    for hidden_CH, labels_C in zip(
-        text.teacher.hidden_NH.split(CHUNK), labels_N.split(CHUNK), strict=True
-    ):
-        logits_CV = text.teacher.head.logits(hidden_CH)
-        nats = torch.nn.functional.cross_entropy(logits_CV, labels_C, reduction="sum")
+    for logits_CV, labels_C in zip(logits_of(text.teacher), labels_N.split(CHUNK), strict=True):
+        targets_C = labels_C.to(logits_CV.device)
+        nats = torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="sum")
         total += float(nats.double())
     return total

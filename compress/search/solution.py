@@ -153,7 +153,13 @@ def speed_of(
 ) -> SpeedModel:
     """The times of this machine."""
     settings = session.recipe.eval
-    timing = Timing(settings.prompt_tokens, settings.new_tokens, settings.repeats, session.threads)
+    timing = Timing(
+        settings.prompt_tokens,
+        settings.new_tokens,
+        settings.repeats,
+        session.threads,
+        device=str(settings.device),
+    )
     kept = Kept(session.store, settings_of(family, timing))
     bench = Bench(family, skeletons, kept, session.store.root / "work" / kept.key)
 

@@ -21,6 +21,7 @@ from compress.doors import (
     whole,
 )
 from compress.errors import ConfigError
+from compress.formats.devices import Device
 from compress.formats.onnx_folder import check_folder
 from compress.models.checkpoint import Model, model_of, read_config
 from compress.report.records import bundle_rows
@@ -56,6 +57,7 @@ MEASURED = {
     "processes": whole(1, 50),
     "prompt_lengths": SIZES,
     "batch_sizes": SIZES,
+    "device": Kind("cpu or gpu", lambda value: value in list(Device)),
 }
 # The bundle's own items and prompts stand in place of these.
 RECIPE_ONLY = (

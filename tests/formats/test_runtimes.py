@@ -58,14 +58,14 @@ def test_runtimes_agree_on_a_model_that_each_of_them_knows(models):
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_runtime_answers_and_is_timed(models, name):
     runtime = runtime_of(name)
-    speaker = runtime.speaker(models[name], 1, 128, 2)
+    speaker = runtime.speaker(models[name], 1, 128, 2, "cpu")
     try:
         questions = prompts_of(speaker, ["Hello?", "Why?"], runtime.has_template(models[name]))
         answers = speaker.answers(questions, 4)
     finally:
         speaker.close()
     assert len(answers) == 2 and all(len(answer.ids) <= 4 for answer in answers)
-    generate, weight_bytes = runtime.timer(models[name], 1)
+    generate, weight_bytes = runtime.timer(models[name], 1, "cpu")
     assert len(generate(8, 3, 1)) == 3 and weight_bytes > 0
 
 

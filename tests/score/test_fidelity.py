@@ -13,9 +13,16 @@ from scipy import stats
 
 from compress.formats.torch_runtime import head as checkpoint_head
 from compress.models.checkpoint import check, load_model, weight_files
-from compress.models.head import Head, head_of, hidden_states
+from compress.models.head import Fold, Head, head_of, hidden_states
 from compress.models.tokenizer import load_tokenizer
-from compress.score.fidelity import States, bits_and_bytes, closeness, hidden_of, perplexities
+from compress.score.fidelity import (
+    States,
+    bits_and_bytes,
+    closeness,
+    hidden_of,
+    logits_of,
+    perplexities,
+)
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.text.packing import pack
@@ -67,6 +74,17 @@ def test_kl_and_agreement_equal_float64_logits(tiny_teacher, heldout, tmp_path):
     )
     same = closeness(states(student, heldout, 7), states(student, heldout, 7), rows=7)
     assert same == {"kl": 0.0, "top1": 1.0, "kl_rows": [0.0] * 7, "top1_rows": [1.0] * 7}
+
+
+def test_heads_and_logits_are_on_a_device_that_has_only_a_name_here(monkeypatch):
+    """ "meta" stands for a GPU: what is computed there has shape, type and place, and no values."""
+    monkeypatch.setattr("compress.score.fidelity.best_device", lambda: torch.device("meta"))
+    fold = Fold(torch.arange(5), torch.arange(5, 9), torch.zeros(4, dtype=torch.long))
+    head = Head(torch.randn(9, 4), torch.randn(9), 0.5, 3.0, fold)
+    chunks = list(logits_of(States(torch.randn(300, 4), head)))
+    assert [tuple(chunk.shape) for chunk in chunks] == [(256, 5), (44, 5)]
+    assert {chunk.device.type for chunk in chunks} == {"meta"}
+    assert head.weight_VH.device.type == fold.kept_S.device.type == "cpu"
 
 
 def test_perplexities_of_documents_have_intervals_over_documents():

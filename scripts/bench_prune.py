@@ -12,7 +12,7 @@ where it was and rows that begin alike share that.
     merged  blocks dropped, beside blocks merged with their neighbours
     cuts    a quarter of the parameters, by tokens, blocks and FFN channels in several shares
     healed  the last of them distilled, three seeds
-    rounds  the same cut and distilled in one, two and three rounds, each on text of its own
+    rounds  the same, cut and distilled in one and two rounds, each on text of its own
     peers   the same share of the parameters cut as others cut it, distilled alike, one seed
 
 Of fewer tokens, KL is a token of the student's own text, its teacher read in these; bits per byte
@@ -218,29 +218,29 @@ def healed(bench: Bench) -> list[Row]:
 
 
 def rounds(bench: Bench) -> list[Row]:
-    """A quarter of the parameters, cut and distilled in one, two and three rounds."""
-    chains: dict[str, Chain] = {
-        "one round": (*SMALLER, healing(ROUND_TOKENS, bench.rate)),
-        "two rounds": (
-            *(PruneVocab(ids=24576), depth(2), PruneWidth(ffn=1472), _round(bench, 0, 2)),
-            *(depth(2), PruneWidth(ffn=1408), _round(bench, 1, 2)),
-        ),
-        "three rounds": (
-            *(PruneVocab(ids=24576), depth(2), _round(bench, 0, 3)),
-            *(depth(1), PruneWidth(ffn=1472), _round(bench, 1, 3)),
-            *(depth(1), PruneWidth(ffn=1408), _round(bench, 2, 3)),
-        ),
-    }
-    return bench.rows({"one cut, not distilled": SMALLER} | chains)
+    """A quarter of the parameters, cut and distilled in one and in two rounds."""
+    tokens = (ROUND_ROWS * LENGTH, ROUND_ROWS * LENGTH // 2)
+    all_of_it, half = (healing(count, bench.rate) for count in tokens)
+    first: Chain = (*quarter(2, 1472), half)
+    return bench.rows(
+        {
+            "cut": quarter(4, 1408),
+            "one round": (*quarter(4, 1408), all_of_it),
+            "two rounds": (*first, *quarter(2, 1408)[1:], Later(half, ROUND_ROWS // 2)),
+        }
+    )
 
 
-ROUND_TOKENS = 78 * LENGTH  # of all rounds together
+ROUND_ROWS, FITTED_ROWS = 60, 32  # of training in all, and of each cut's calibration
 
 
-def _round(bench: Bench, number: int, of: int) -> Later:
-    """Its share of the tokens, which no other round reads."""
-    tokens = ROUND_TOKENS // of
-    return Later(healing(tokens, bench.rate), number * tokens // LENGTH)
+def quarter(blocks: int, ffn: int) -> Chain:
+    """Tokens, blocks and channels, fitted to fewer rows than by default."""
+    return (
+        PruneVocab(ids=24576),
+        PruneDepth(blocks=blocks, fold_sequences=FITTED_ROWS),
+        PruneWidth(ffn=ffn, calibration_sequences=FITTED_ROWS),
+    )
 
 
 def healing(tokens: int, rate: float) -> Distill:

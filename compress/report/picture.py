@@ -209,7 +209,8 @@ def _point(
     is known.
     """
     size, speed = COLUMN["size_bytes"], COLUMN["latency_ms_p50"]
-    size_bytes, y = size.finite(record), measure and measure.finite(record)
+    size_bytes = size.finite(record)
+    y = measure.finite(record) if measure else None
     if measure is None or size_bytes is None or y is None:
         return None
     low, high = record.get("intervals", {}).get(measure.key, (y, y)) if interval else (y, y)

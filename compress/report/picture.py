@@ -173,7 +173,7 @@ def size_accuracy_latency(run: Run) -> str:
         _point(record, measure, record["slot"], family(record["technique"]))
         for record in run.records
     ]
-    return _drawings(points, measure, "every slot")
+    return _drawings(points, measure, "size, closeness and latency of every slot")
 
 
 def candidates(runs: Sequence[Run]) -> str:
@@ -187,7 +187,7 @@ def candidates(runs: Sequence[Run]) -> str:
         if run.final is not run.teacher:
             colour = RUN_COLOURS[number % len(RUN_COLOURS)]
             points.append(_point(run.final, measure, name, colour, interval=True))
-    return _drawings(points, measure, "every candidate")
+    return _drawings(points, measure, "size, closeness and latency of every candidate")
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -244,7 +244,6 @@ def _drawings(places: Sequence[Point | None], measure: Column | None, label: str
     front = undominated([(p.mb, -measure.sign * p.y) for p in points])
     for point, on_front in zip(points, front, strict=True):
         point.front = on_front
-    label = f"size, closeness and latency of {label}"
     wide = _svg(points, measure, label, "wide", 960, 470)
     return wide + _svg(points, measure, label, "narrow", 380, 440)
 

@@ -27,7 +27,7 @@ from compress.report.table import print_table, stage_table, verdict_lines
 from compress.rundir import RunDir, now, reserved
 from compress.score.measured import Measured
 from compress.score.size import size
-from compress.session import Session, check_shapes, log, plain
+from compress.session import Session, check_calibration, check_shapes, log, plain
 from compress.ship.bundle import write_bundle
 from compress.stages.training import Optimization
 from compress.store import sha256_json
@@ -93,8 +93,10 @@ def _lead(recipe: Recipe, run_dir: Path) -> int:
     """Execute the recipe and record it in `run_dir`, also how it ended. Returns the exit code."""
     # Nothing is written before all that can be refused was.
     session = Session(recipe)
-    planning.check_disk(session, planning.estimate(session, check_shapes(session), rate=1.0))
+    shapes = check_shapes(session)
+    planning.check_disk(session, planning.estimate(session, shapes, rate=1.0))
     session.open_data()
+    check_calibration(session, shapes)
 
     folder = RunDir(run_dir, session)
     log(f"run directory {folder.path}")

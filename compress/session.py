@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from enum import Enum
 from functools import cached_property
@@ -29,14 +30,17 @@ from compress.keys import WEIGHTS, sources_digest, versions_of
 from compress.models.checkpoint import Model, best_device, config_object, read_config
 from compress.models.model_config import meta_model
 from compress.models.tokenizer import tokenizer_digest
-from compress.quant.codes import check_packable
+from compress.quant.codes import check_packable, check_unquantized
 from compress.score.measured import Measured
 from compress.score.prompts import Prompt
 from compress.score.scorer import Scorer, open_prompts
 from compress.score.settings import Eval
 from compress.score.task_files import check_tasks
 from compress.stages.context import Context
+from compress.stages.prune_depth import PruneDepth
+from compress.stages.prune_heads import PruneHeads
 from compress.stages.prune_vocab import PruneVocab
+from compress.stages.prune_width import PruneWidth
 from compress.stages.ptq import OnGrid
 from compress.stages.training import Optimization
 from compress.store import Store
@@ -311,9 +315,30 @@ class Session:
         )
 
 
+def _about(slot: str, parent: str, check: Callable[..., Any], *arguments: Any) -> Any:
+    """What a check gives; its ValueError names the slot."""
+    try:
+        return check(*arguments)
+    except ValueError as error:
+        raise ValueError(f"slot {slot!r} after {parent!r}: {error}") from error
+
+
 def uses_chat(stage: Any) -> bool:
     """Whether a stage trains on the recipe's chat data."""
     return isinstance(stage, Optimization) and stage.reads_chat
+
+
+def check_calibration(session: Session, shapes: Mapping[str, dict[str, Any]]) -> None:
+    """ValueError naming the slot that has too little text to weigh what it cuts. `shapes` as
+    `check_shapes` gives them.
+    """
+    # Of the teacher's tokens, of which a cut vocabulary makes more and never fewer.
+    rows, seq_len = session.text(session.teacher.path).ids.shape
+    for slot, parent in session.recipe.steps():
+        stage = session.recipe.stages[slot]
+        if isinstance(stage, PruneDepth | PruneHeads | PruneWidth):
+            given = min(rows, stage.calibration_rows())
+            _about(slot, parent, stage.check_text, shapes[parent], given, seq_len - 1)
 
 
 def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
@@ -323,12 +348,11 @@ def check_shapes(session: Session) -> dict[str, dict[str, Any]]:
     shapes = {"teacher": read_config(session.teacher.path)}
     for slot, parent in session.recipe.steps():
         stage = session.recipe.stages[slot]
-        try:
-            shapes[slot] = stage.check_shape(dict(shapes[parent]))
-            if isinstance(stage, OnGrid):
-                stage.check_matrices(meta_model(shapes[parent]))
-        except ValueError as error:
-            raise ValueError(f"slot {slot!r} after {parent!r}: {error}") from error
+        if parent == "teacher":
+            _about(slot, parent, check_unquantized, session.teacher.path)
+        shapes[slot] = _about(slot, parent, stage.check_shape, dict(shapes[parent]))
+        if isinstance(stage, OnGrid):
+            _about(slot, parent, stage.check_matrices, meta_model(shapes[parent]))
 
     # A format may need things of the shape that ships, and of the teacher's files.
     slot = session.recipe.shipped_slot()

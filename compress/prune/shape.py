@@ -51,6 +51,14 @@ def snap(width: int, multiple: int) -> int:
     return max(1, (2 * width + multiple) // (2 * multiple)) * multiple
 
 
+def sizes_that_cut(multiple: int, most: int, least: int = 1) -> str:
+    """Multiples from `least` to `most`, as a refusal of another one says them."""
+    first, last = -(-least // multiple) * multiple, most // multiple * multiple
+    if first > last:
+        return f"no multiple of {multiple} does; give a smaller multiple"
+    return f"allowed are {first:,} to {last:,} in steps of {multiple}, or a smaller multiple"
+
+
 def with_heads(config: dict[str, Any], kv_heads: int, share: int) -> dict[str, Any]:
     """The config with so many key-value heads and query heads for each. Their width is said, which
     families take from the number of heads otherwise. ValueError where transformers can't open it.

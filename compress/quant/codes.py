@@ -144,15 +144,20 @@ def is_quantized(path: Path) -> bool:
     return (path / FILE).is_file()
 
 
+def check_unquantized(parent: Path, work: str = "start from") -> None:
+    """ValueError for a checkpoint on a grid."""
+    if is_quantized(parent):
+        raise ValueError(
+            f"{parent} is quantized already (it has {FILE}): {work} an unquantized checkpoint"
+        )
+
+
 def check_parent(stage: Any, parent: Path, work: str) -> None:
     """ValueError naming the directory when `stage` can't work on it: damaged, of a wrong shape, or
     on a grid, which any `work` would leave.
     """
     check(parent)
-    if is_quantized(parent):
-        raise ValueError(
-            f"{parent} is quantized already (it has {FILE}): {work} an unquantized checkpoint"
-        )
+    check_unquantized(parent, work)
     try:
         stage.check_shape(read_config(parent))
     except ValueError as error:

@@ -1,10 +1,11 @@
 """Drawings as SVG without scripts: the size-accuracy-latency picture, and lines over steps, tokens
 or seconds.
 
-The picture: x = bytes on disk, y = accuracy kept above chance (KL to the teacher when no task was
-scored; axis turned so that up is always better), bubble area = milliseconds per token, arrows from
-parent to child. Ringed and joined: the Pareto front of the two axes (nothing else is both smaller
-and better). Drawn for a wide and a narrow screen; CSS shows one.
+The picture of a run: x = bytes on disk, y = accuracy kept above chance (KL to the teacher when no
+task was scored; axis turned so that up is always better), bubble area = milliseconds per token,
+arrows from parent to child. Of several runs: what each ships, by its name, with the 95% interval,
+and their teachers; y as `table.measure_of` says. Ringed and joined: the Pareto front of the two
+axes (nothing else is both smaller and better). Drawn for a wide and a narrow screen; CSS shows one.
 
 matplotlib draws. Its colours become the page's CSS variables with themselves to fall back on, so
 that a drawing follows a dark page and is still whole in a file of its own.
@@ -21,8 +22,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from compress.report.records import Run
-from compress.report.table import COLUMN, Column, undominated
+from compress.report.records import Record, Run
+from compress.report.table import BITS, COLUMN, KL, Column, measure_of, undominated
 from compress.stages import STAGES
 
 CSS = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
@@ -131,21 +132,29 @@ def lines_svg(
 
 @dataclass
 class Point:
-    """A slot in the picture: (mb, y) in units of the axes; radius and `at`, measured from the
-    lower left, in pixels.
+    """A record in the picture: (mb, y) in units of the axes, `ends` of its interval in those of y;
+    radius and `at`, measured from the lower left, in pixels. `slot` is its name there.
     """
 
-    run: int
     slot: str
     parent: str | None
     colour: str
     mb: float
     y: float
+    ends: tuple[float, float]
     ms: float | None
     summary: str
     radius: float = 6.0
     at: Any = (0.0, 0.0)
     front: bool = False
+
+
+AXES = {
+    "open/kept": "open answers kept",
+    "kept": "accuracy kept",
+    KL: "KL to teacher (nats, less is better)",
+    BITS: "bits per byte (less is better)",
+}
 
 
 def family(technique: str) -> str:
@@ -157,67 +166,100 @@ def family(technique: str) -> str:
     return "teacher" if technique == "teacher" else "ship"
 
 
-def size_accuracy_latency(runs: Sequence[Run]) -> str:
-    """Both drawings, or '' when fewer than two slots have a size and a closeness to plot."""
-    for measure, up in ((COLUMN["kept"], 1), (COLUMN["kl_to_teacher"], -1)):
-        points = _points(runs, measure)
-        if len(points) < 2:
-            continue
-        front = undominated([(p.mb, -up * p.y) for p in points])
-        for point, on_front in zip(points, front, strict=True):
-            point.front = on_front
-        wide = _svg(points, measure, up, "wide", 960, 470)
-        return wide + _svg(points, measure, up, "narrow", 380, 440)
-    return ""
+def size_accuracy_latency(run: Run) -> str:
+    """Both drawings of a run's slots, or '' when fewer than two have a size and a closeness."""
+    measure = measure_of(run.records)
+    points = [
+        _point(record, measure, record["slot"], family(record["technique"]))
+        for record in run.records
+    ]
+    return _drawings(points, measure, "size, closeness and latency of every slot")
 
 
-def _points(runs: Sequence[Run], measure: Column) -> list[Point]:
-    """The slots of all runs that have a size and `measure`, in order."""
-    size, speed = COLUMN["size_bytes"], COLUMN["latency_ms_p50"]
-    points = []
-    for number, run in enumerate(runs):
-        for record in run.records:
-            size_bytes, y, ms = size.value(record), measure.value(record), speed.value(record)
-            if size_bytes is None or y is None or not math.isfinite(size_bytes + y):
-                continue
-
-            # What a point says to the pointer and the keyboard.
-            head = measure.head.replace("\n", " ")
-            summary = f"{record['slot']}: {size.text(record)} MB, {head} {measure.text(record)}"
-            if ms is not None:
-                runtime = record.get("runtime", "torch")
-                summary += f", {speed.text(record)} ms per token in {runtime}"
-
-            # Colours tell runs apart, or within one run kinds of stages.
-            colour = family(record["technique"])
-            if len(runs) > 1:
-                colour = RUN_COLOURS[number % len(RUN_COLOURS)]
-            points.append(
-                Point(
-                    number,
-                    record["slot"],
-                    record.get("parent"),
-                    colour,
-                    size_bytes / 1e6,
-                    y * measure.scale,
-                    ms,
-                    summary,
-                )
-            )
-    return points
-
-
-def _svg(points: list[Point], measure: Column, up: int, kind: str, width: int, height: int) -> str:
-    """One drawing of the points, `width` x `height` pixels; `up`: 1 where more of `measure` is
-    better, else -1. Sets their places and radii.
+def candidates(runs: Sequence[Run]) -> str:
+    """Both drawings of what is compared of each run, with intervals, and of the teachers; '' when
+    fewer than two have a size and a closeness.
     """
-    name = "accuracy kept" if up > 0 else "KL to teacher (nats, less is better)"
-    with drawing(width, height, "size on disk (MB)", f"↑ {name}") as (figure, axes):
+    measure = measure_of([run.final for run in runs], between_runs=True)
+    teachers = {run.teacher["digest"]: run.teacher for run in runs if run.teacher}
+    points = [_point(teacher, measure, "teacher", "muted") for teacher in teachers.values()]
+    for number, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
+        if run.final is not run.teacher:
+            colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+            points.append(_point(run.final, measure, name, colour, interval=True))
+    return _drawings(points, measure, "size, closeness and latency of every candidate")
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Of each run as little as tells them apart: its recipe, or its name without what all have."""
+    recipes = [run.info["recipe"] for run in runs]
+    if len(set(recipes)) == len(runs):
+        return recipes
+    parts = [run.name.split("/") for run in runs]
+    if len(set(recipes)) > 1 or len(set(map(tuple, parts))) < len(runs):
+        return [run.name for run in runs]
+    shared = next(i for i in range(99) if len({tuple(part[: i + 1]) for part in parts}) > 1)
+    return ["/".join(part[shared:]) or part[-1] for part in parts]
+
+
+def _point(
+    record: Record, measure: Column | None, name: str, colour: str, interval: bool = False
+) -> Point | None:
+    """A record as a point, None without a size or what is measured; with its interval where one
+    is known.
+    """
+    size, speed = COLUMN["size_bytes"], COLUMN["latency_ms_p50"]
+    size_bytes = size.finite(record)
+    y = measure.finite(record) if measure else None
+    if measure is None or size_bytes is None or y is None:
+        return None
+    low, high = record.get("intervals", {}).get(measure.key, (y, y)) if interval else (y, y)
+
+    # What a point says to the pointer and the keyboard.
+    head = measure.head.replace("/\n", "/").replace("\n", " ")
+    summary = f"{name}: {size.text(record)} MB, {head} {measure.text(record)}"
+    if low < high:
+        ends = (f"{end * measure.scale:.{measure.digits}f}{measure.suffix}" for end in (low, high))
+        summary += f" ({' to '.join(ends)})"
+    ms = speed.value(record)
+    if ms is not None:
+        summary += f", {speed.text(record)} ms per token in {record.get('runtime', 'torch')}"
+    return Point(
+        name,
+        record.get("parent"),
+        colour,
+        size_bytes / 1e6,
+        y * measure.scale,
+        (low * measure.scale, high * measure.scale),
+        ms,
+        summary,
+    )
+
+
+def _drawings(places: Sequence[Point | None], measure: Column | None, label: str) -> str:
+    """The picture for a wide and a narrow screen, '' of fewer than two points."""
+    points = [point for point in places if point is not None]
+    if measure is None or len(points) < 2:
+        return ""
+    front = undominated([(p.mb, -measure.sign * p.y) for p in points])
+    for point, on_front in zip(points, front, strict=True):
+        point.front = on_front
+    wide = _svg(points, measure, label, "wide", 960, 470)
+    return wide + _svg(points, measure, label, "narrow", 380, 440)
+
+
+def _svg(
+    points: list[Point], measure: Column, label: str, kind: str, width: int, height: int
+) -> str:
+    """One drawing of the points, `width` x `height` pixels. Sets their places and radii."""
+    name = f"↑ {AXES[measure.key]}"
+    with drawing(width, height, "size on disk (MB)", name) as (figure, axes):
         axes.yaxis.set_major_formatter("{x:g}" + measure.suffix)
-        values = [p.y for p in points]
+        values = [end for p in points for end in p.ends]
         spread = (max(values) - min(values)) or 1.0
         axes.set_xlim(0, max(p.mb for p in points) * 1.16 or 1.0)
-        axes.set_ylim(*(min(values) - 0.14 * spread, max(values) + 0.1 * spread)[::up])
+        limits = (min(values) - 0.14 * spread, max(values) + 0.1 * spread)
+        axes.set_ylim(*limits[:: measure.sign])
 
         # From here on the axes stay where they are, and points can be told in pixels.
         figure.draw_without_rendering()
@@ -241,8 +283,8 @@ def _svg(points: list[Point], measure: Column, up: int, kind: str, width: int, h
                 linewidths=1.6,
                 gid=f"title:{p.summary}",
             )
-        _labels(points, axes, _lines(points, axes), kind == "wide")
-        svg = to_svg(figure, kind, "size, closeness and latency of every slot")
+        _labels(points, axes, _lines(points, axes) + _intervals(points, axes), kind == "wide")
+        svg = to_svg(figure, kind, label)
     return re.sub(r"( [\d.e+-]+ ms)(?=</text>)", r'<tspan class="ms">\1</tspan>', svg)
 
 
@@ -273,9 +315,9 @@ def _lines(points: list[Point], axes: Any) -> list[Any]:
 
     # A name avoids the way from parent to child also where it is too short for an arrow.
     look = {"arrowstyle": "-|>", "color": PALETTE["muted"], "alpha": 0.65, "linewidth": 1.2}
-    point_by_slot: dict[tuple[int, str | None], Point] = {(p.run, p.slot): p for p in points}
+    point_by_slot: dict[str | None, Point] = {p.slot: p for p in points}
     for p in points:
-        parent = point_by_slot.get((p.run, p.parent))
+        parent = point_by_slot.get(p.parent)
         if parent is None:
             continue
         paths.append(Path([parent.at, p.at]))
@@ -284,6 +326,20 @@ def _lines(points: list[Point], axes: Any) -> list[Any]:
             axes.annotate(
                 "", (p.mb, p.y), (parent.mb, parent.y), arrowprops=look | gaps, zorder=0.9
             )
+    return paths
+
+
+def _intervals(points: list[Point], axes: Any) -> list[Any]:
+    """A line from end to end of each interval, and its path in pixels."""
+    from matplotlib.path import Path
+
+    paths = []
+    for p in points:
+        if p.ends[0] < p.ends[1]:
+            colour = PALETTE[p.colour]
+            ends = [[p.y - p.ends[0]], [p.ends[1] - p.y]]
+            axes.errorbar(p.mb, p.y, ends, ecolor=colour, elinewidth=1.6, capsize=4, zorder=0.95)
+            paths.append(Path(axes.transData.transform([(p.mb, end) for end in p.ends])))
     return paths
 
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from compress.report.records import Record, Run, teacher_of, worst
 from compress.report.schema import SCORES
 
+KL, BITS = "kl_to_teacher", "bits_per_byte/heldout"
 NONE = "-"  # ASCII: survives LANG=C and every pipe
 
 
@@ -39,6 +40,15 @@ class Column:
 
     def value(self, record: Record) -> float | None:
         return (record.get(self.group) or {}).get(self.key)
+
+    def finite(self, record: Record) -> float | None:
+        value = self.value(record)
+        return value if value is not None and math.isfinite(value) else None
+
+    @property
+    def sign(self) -> int:
+        """1 where more of it is better, else -1."""
+        return 1 if SCORES[self.key.partition("/heldout")[0]].better == "more" else -1
 
     def text(self, record: Record) -> str:
         value = self.value(record)
@@ -100,24 +110,41 @@ def undominated(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(x <= a and y <= b and (x < a or y < b) for x, y in points) for a, b in points]
 
 
-def fronts(records: Sequence[Record]) -> list[str]:
-    """For every record in which of `bytes` and `ms` nothing here beats it at its accuracy kept, or
-    at its KL where no tasks were scored.
-    """
-    # Less is better in both of a pair, so accuracy counts with its sign turned.
-    measure, sign = "", 1
-    for key in ("kl_to_teacher", "kept"):
-        if sum(key in record["scores"] for record in records) > 1:
-            measure, sign = key, -1 if SCORES[key].better == "more" else 1
+def measure_of(records: Sequence[Record], between_runs: bool = False) -> Column | None:
+    """By what these are compared at their size, of what two of them have: accuracy kept, else KL.
 
+    What several runs ship was asked all open prompts, so between runs the answers kept come first;
+    and between models of different tokens bits per byte take the place of KL, which is a figure of
+    each one's own tokens.
+    """
+    keys = ["kept", KL]
+    if between_runs:
+        tokens = {record["scores"].get("bytes_per_token") for record in records}
+        keys = ["open/kept", "kept", KL if len(tokens) == 1 else BITS]
+    sized = [record for record in records if COLUMN["size_bytes"].finite(record) is not None]
+    for column in (COLUMN[key] for key in keys):
+        if sum(column.finite(record) is not None for record in sized) > 1:
+            return column
+    return None
+
+
+def fronts(records: Sequence[Record], between_runs: bool = False) -> list[str]:
+    """For every record in which of `bytes` and `ms` nothing here beats it by what `measure_of`
+    compares them.
+    """
     marks: list[list[str]] = [[] for _ in records]
+    measure = measure_of(records, between_runs)
+    if measure is None:
+        return [""] * len(records)
     for name, key in (("bytes", "size_bytes"), ("ms", "latency_ms_p50")):
-        pairs = [(record["scores"].get(key), record["scores"].get(measure)) for record in records]
-        measured = [
-            i for i, pair in enumerate(pairs) if None not in pair and math.isfinite(sum(pair))
-        ]
-        points = [(pairs[i][0], sign * pairs[i][1]) for i in measured]
-        for i, on_front in zip(measured, undominated(points), strict=True):
+        # Less is better in both of a pair.
+        points = {}
+        for i, record in enumerate(records):
+            cost, value = COLUMN[key].finite(record), measure.finite(record)
+            if cost is not None and value is not None:
+                points[i] = (cost, -measure.sign * value)
+
+        for i, on_front in zip(points, undominated(list(points.values())), strict=True):
             if on_front:
                 marks[i].append(name)
     return [", ".join(mark) for mark in marks]
@@ -192,7 +219,8 @@ def _table(rows: Sequence[tuple[str, str, Record, Record | None]], between_runs:
         table.add_column(column.head, justify="right")
     table.add_column("verdict")
 
-    for (slot, name, record, reference), front in zip(rows, fronts(records), strict=True):
+    marks = fronts(records, between_runs)
+    for (slot, name, record, reference), front in zip(rows, marks, strict=True):
         below = f"\n{name}" if name != slot else ""
         cells = [Text.assemble((slot, "bold"), (below, "dim"))]
 

@@ -21,7 +21,7 @@ from compress.search.limits import TIMED, Bound, allowed, bounds_of, check_possi
 from compress.search.shapes import Family, Shape, steps_of
 from compress.search.sizes import Sizes, Skeletons
 from compress.search.speed import Bench, SpeedModel, design, fitted, settings_of
-from compress.session import Session
+from compress.session import Session, check_shapes
 from compress.stages.prune_vocab import counts_of
 
 LEVELS_ALONE = 3  # of each structure that are measured by themselves
@@ -68,6 +68,7 @@ def solve(
     if timed and not with_speed:
         raise ConfigError(f"the budget limits {', '.join(timed)}: leave --no-speed out")
     bounds_of(limits, {})  # one that decides nothing is refused before work
+    check_shapes(session)  # and a teacher that no student's file could be made of
 
     # What every shape would be: bytes are exact, times predicted.
     clock = Clock(minutes)

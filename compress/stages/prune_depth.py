@@ -83,6 +83,12 @@ class PruneDepth:
         """Rows on which blocks are scored and folds are fitted."""
         return max(self.calibration_sequences, self.fold_sequences if self.fold else 0)
 
+    def check_text(self, config: dict[str, Any], rows: int, seq_len: int) -> None:
+        """ValueError when so many rows of text can't fit a projection of a config's FFNs."""
+        if self.fold:
+            columns = shape.width_of(config, row_for(config, Work.fold))
+            shape.check_text("prune_depth.fold_sequences", (rows, seq_len), columns, None)
+
     def cost(self, sizes: Sizes) -> Cost:
         """Every block that goes costs a pass of the calibration text; folding costs two."""
         cost = cost_without_training(sizes, bytes_a_weight=2)
@@ -114,9 +120,7 @@ class PruneDepth:
 
         # Text for both, before any work.
         ids_BL = ctx.calibration(self.calibration_rows())
-        if self.fold:
-            columns = shape.width_of(model.config.to_dict(), row)
-            shape.check_text("prune_depth.fold_sequences", ids_BL.shape, columns, None)
+        self.check_text(model.config.to_dict(), *ids_BL.shape)
 
         # Which blocks go, and what is folded into the others.
         walk = walk_of(ids_BL[: self.calibration_sequences])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compress.models.blocks import Work, blocks_of, inputs_of, row_for
+from compress.models.blocks import Work, row_for
 from compress.prune import shape
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
@@ -78,6 +78,14 @@ class PruneHeads:
         """Rows on which heads are weighed."""
         return self.calibration_sequences
 
+    def check_text(self, config: dict[str, Any], rows: int, seq_len: int) -> None:
+        """ValueError when so many rows of text can't weigh the heads of a config."""
+        from compress.models.checkpoint import config_object, head_dim
+
+        columns = config["num_attention_heads"] * head_dim(config_object(config))
+        damping = shape.damping_of("prune_heads", self.damping)
+        shape.check_text("prune_heads.calibration_sequences", (rows, seq_len), columns, damping)
+
     def cost(self, sizes: Sizes) -> Cost:
         """Two passes of the calibration text: up to a block's attention, then through it."""
         cost = cost_without_training(sizes, bytes_a_weight=2)
@@ -99,11 +107,10 @@ class PruneHeads:
         model: Any = load_model(parent)
         params = model.num_parameters()
         ids_BL = ctx.calibration(self.calibration_sequences)
-        columns = inputs_of(blocks_of(model)[0].get_submodule(row.o))
-        damping = shape.damping_of("prune_heads", self.damping)
-        shape.check_text("prune_heads.calibration_sequences", ids_BL.shape, columns, damping)
+        self.check_text(config, *ids_BL.shape)
 
         # Cut and fitted block by block, as the calibration text comes there.
+        damping = shape.damping_of("prune_heads", self.damping)
         walk = Walk(
             model,
             ids_BL,

@@ -42,7 +42,8 @@ class PruneVocab:
         if target >= present:
             raise ValueError(
                 f"prune_vocab.ids is {self.ids} ({target} as a multiple of {self.multiple}) and the"
-                f" model has {present} ids: allowed is less than that"
+                f" model has {present} ids, so that nothing would be cut:"
+                f" {shape.sizes_that_cut(self.multiple, present - 1)}"
             )
         return {**config, "vocab_size": target}
 
@@ -58,7 +59,8 @@ class PruneVocab:
             raise ValueError(
                 f"prune_vocab.ids is {self.ids} ({target} as a multiple of {self.multiple}); the"
                 f" tokenizer has {len(bpe.ids):,} tokens, of which {len(bpe.protected):,} bytes and"
-                f" special tokens stay: allowed is from {len(bpe.protected)} to {len(bpe.ids) - 1}"
+                " special tokens stay:"
+                f" {shape.sizes_that_cut(self.multiple, len(bpe.ids) - 1, len(bpe.protected))}"
             )
 
     def calibration_rows(self) -> int:

@@ -47,13 +47,20 @@ class PruneWidth:
         if target >= present:
             raise ValueError(
                 f"prune_width.ffn is {self.ffn} ({target} as a multiple of {self.multiple}) and the"
-                f" model has {present} FFN channels: allowed is less than that"
+                f" model has {present} FFN channels, so that nothing would be cut:"
+                f" {shape.sizes_that_cut(self.multiple, present - 1)}"
             )
         return {**config, row.width_key: target}
 
     def calibration_rows(self) -> int:
         """Rows on which channels are weighed."""
         return self.calibration_sequences
+
+    def check_text(self, config: dict[str, Any], rows: int, seq_len: int) -> None:
+        """ValueError when so many rows of text can't weigh the channels of a config."""
+        columns = shape.width_of(config, row_for(config, Work.width))
+        damping = shape.damping_of("prune_width", self.damping)
+        shape.check_text("prune_width.calibration_sequences", (rows, seq_len), columns, damping)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Two passes of the calibration text: up to a block's down projection, then through it."""
@@ -77,11 +84,11 @@ class PruneWidth:
         row = row_for(read_config(parent), Work.width)
         present = shape.width_of(model.config.to_dict(), row)
         ids_BL = ctx.calibration(self.calibration_sequences)
-        damping = shape.damping_of("prune_width", self.damping)
-        shape.check_text("prune_width.calibration_sequences", ids_BL.shape, present, damping)
+        self.check_text(model.config.to_dict(), *ids_BL.shape)
 
         # Cut and fitted block by block, as the calibration text comes there.
         target = shape.snap(self.ffn, self.multiple)
+        damping = shape.damping_of("prune_width", self.damping)
         walk = Walk(
             model,
             ids_BL,

@@ -5,6 +5,7 @@ teacher; kills, refusals and the recipe's text.
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from compress.search.shapes import Shape, steps_of
 from compress.session import Session
 from compress.solving import GRIDS, solve
 from compress.stages.qat import Qat
+from compress.teacher import random_teacher
 
 QUICK = Effort(first=2, parents=1, children=1, rounds=2, rungs=((64, 2), (128, 2)))
 TEXT = ["data=python_docs", "data.seq_len=32"]
@@ -270,6 +272,25 @@ def test_what_can_not_be_meant_is_refused_in_a_sentence(arguments, sentence, sto
     with pytest.raises(ConfigError, match=sentence):
         solve([*arguments, *extra, f"store={store}"])
     assert not Path("solved").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest"),
+    [
+        ("WordPiece", {"unk_token": "a", "continuing_subword_prefix": "##"}),
+        ("Unigram", {"unk_id": 0, "byte_fallback": False}),
+    ],
+)
+def test_a_tokenizer_that_no_file_can_hold_is_refused_by_name_before_a_search(kind, rest, store):
+    random_teacher(Path("other"), 0)
+    file = Path("other/tokenizer.json")
+    state = json.loads(file.read_text())
+    vocab = state["model"]["vocab"]
+    pieces = [[token, -float(vocab[token])] for token in sorted(vocab, key=vocab.__getitem__)]
+    model = {"type": kind, "vocab": vocab if kind == "WordPiece" else pieces, **rest}
+    file.write_text(json.dumps(state | {"model": model | {"max_input_chars_per_word": 100}}))
+    with pytest.raises(ValueError, match=f"the tokenizer's model is {kind}; allowed in a GGUF: BP"):
+        solve(["other", "size_bytes=115e3", "--no-speed", *TEXT, f"store={store}"])
 
 
 def program_of(shape, **changes):

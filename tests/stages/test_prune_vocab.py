@@ -203,7 +203,7 @@ def _as_teacher(teacher, folder):
     ("ids", "message"),
     [
         (511, r"prune_vocab.ids is 511 \(512 as a multiple of 64\) and the model has 512 ids"),
-        (4000, "and the model has 512 ids: allowed is less than that"),
+        (4000, "has 512 ids, so that nothing would be cut: allowed are 64 to 448 in steps of 64"),
     ],
 )
 def test_a_size_that_cuts_nothing_is_refused(ids, message, tiny_teacher):
@@ -213,7 +213,7 @@ def test_a_size_that_cuts_nothing_is_refused(ids, message, tiny_teacher):
 
 def test_bytes_and_special_tokens_can_not_be_cut(tiny_teacher, tmp_path, context):
     stage = PruneVocab(ids=128)
-    message = "of which 259 bytes and special tokens stay: allowed is from 259 to 511"
+    message = "of which 259 bytes and special tokens stay: allowed are 320 to 448 in steps of 64"
     with pytest.raises(ValueError, match=message):
         stage.check_tokenizer(tiny_teacher)
     with pytest.raises(ValueError, match=message):
@@ -232,5 +232,5 @@ def test_padding_rows_of_the_embedding_go_first(tiny_teacher, tmp_path, context)
     save_model(model, padded, tokenizer_from=tiny_teacher)
     PruneVocab(ids=448).run(padded, tmp_path / "out", context)
     assert read_config(tmp_path / "out")["vocab_size"] == 448
-    with pytest.raises(ValueError, match="the tokenizer has 512 tokens, .* from 259 to 511"):
+    with pytest.raises(ValueError, match="the tokenizer has 512 tokens, .* are 320 to 448"):
         PruneVocab(ids=512).check_tokenizer(padded)

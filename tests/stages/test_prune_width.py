@@ -149,13 +149,20 @@ def test_too_little_text_is_refused_saying_how_much_is_needed(tmp_path):
 
 
 @pytest.mark.parametrize("ffn", [1000, 192, 180])
-def test_a_width_that_cuts_nothing_is_refused_naming_the_directory(tmp_path, ffn):
+def test_a_width_that_cuts_nothing_is_refused_with_those_that_do(tmp_path, ffn):
     parent = parents.make(tmp_path)
     message = (
-        f"{parent}: prune_width.ffn is {ffn} .* the model has 192 FFN channels: allowed is less"
+        f"{parent}: prune_width.ffn is {ffn} .* the model has 192 FFN channels, so that nothing"
+        " would be cut: allowed are 64 to 128 in steps of 64, or a smaller multiple"
     )
     with pytest.raises(ValueError, match=message):
         PruneWidth(ffn=ffn).run(parent, tmp_path, parents.CONTEXT)
+
+    # The largest that is named cuts, and where none does that is said.
+    config = read_config(parent)
+    assert PruneWidth(ffn=128).check_shape(config)["intermediate_size"] == 128
+    with pytest.raises(ValueError, match="no multiple of 256 does; give a smaller multiple"):
+        PruneWidth(ffn=100, multiple=256).check_shape(config)
 
 
 def test_other_architectures_and_quantized_parents_are_refused(tmp_path):

@@ -22,7 +22,7 @@ from compress.formats.llamacpp import Ending
 from compress.formats.runtimes import Speaker, runtime_of
 from compress.models.checkpoint import Model, model_of, weights_digest
 from compress.report.records import Run, folder_of, open_run
-from compress.score.talk import has_template, open_speaker, plain_text
+from compress.score.talk import NEXT_QUESTION, has_template, open_speaker, plain_prompt
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.text.repetition import loops
@@ -55,10 +55,14 @@ class Voice:
     turns: list[Turn] = field(default_factory=list)
 
     def render(self, turns: list[Turn]) -> str:
-        """Turns by the model's chat template, or as lines of plain text."""
+        """Turns by the model's chat template, or as plain text."""
         if self.templated:
             return self.speaker.chat_prompt(turns)
-        return plain_text(turns)
+        return plain_prompt(turns)
+
+    def length(self, prompt: str) -> int:
+        """Tokens of a prompt as the model reads it."""
+        return len(self.speaker.prompt_ids(prompt))
 
     def prompt(self, question: str, n: int) -> tuple[list[Turn], str]:
         """A question behind as many of the last turns as leave room for `n` tokens, and its prompt.
@@ -68,7 +72,7 @@ class Voice:
         turns = [*self.turns, {"role": "user", "content": question}]
         for start in range(0, len(turns), 2):  # a question and its answer
             prompt = self.render(turns[start:])
-            length = len(self.speaker.prompt_ids(prompt))
+            length = self.length(prompt)
             if length + n > self.context:
                 continue
             if start:
@@ -81,6 +85,20 @@ class Voice:
             f"the question is {length} tokens long for {self.label}, which has room for "
             f"{self.context - n} beside an answer of {n}; shorten it or lower --tokens"
         )
+
+    def answer(self, written: str) -> tuple[str, bool]:
+        """What of a text that is being written is certainly the answer; whether it ends there: in
+        plain text it does where the next question begins.
+        """
+        if self.templated:
+            return written.lstrip(), False
+        text, next_question, _ = written.partition(NEXT_QUESTION)
+
+        # An end that may become the beginning of a question waits.
+        beginnings = [NEXT_QUESTION[:length] for length in range(len(NEXT_QUESTION))]
+        longest = max((len(part) for part in beginnings if text.endswith(part)), default=0)
+        certain = text if next_question else text[: len(text) - longest]
+        return certain.lstrip(), bool(next_question)
 
 
 @dataclass(frozen=True)
@@ -113,17 +131,22 @@ def reply(
     turns, prompt = voice.prompt(question, n)
 
     # How the answer ended is what the stream returns behind its last piece.
-    text = ""
+    written = text = ""
     ending = None
     say(f"{voice.label}: ")
     try:
         with closing(voice.speaker.stream(prompt, n)) as stream:
-            while True:
-                longer = (text + next(stream)).lstrip()
+            while ending is None:
+                written += next(stream)
+                longer, ended = voice.answer(written)
                 say(longer[len(text) :])
                 text = longer
+                if ended:
+                    ending = Ending(voice.length(prompt + text) - voice.length(prompt), True)
     except StopIteration as end:
         ending = end.value
+        say(written.lstrip()[len(text) :])
+        text = written.lstrip()
     except KeyboardInterrupt:
         if not stoppable:
             raise

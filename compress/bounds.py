@@ -18,6 +18,8 @@ EMBEDDED_SOURCES = (
     "docstring_chat",
     "conversations",
     "conversations_heldout",
+    "questions",
+    "questions_heldout",
 )
 SOURCE_KINDS = ("embedded", "hub", "generated")
 MOST_THREADS = max(64, 16 * (os.cpu_count() or 1))  # a hundred thousand of them end the process

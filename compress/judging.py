@@ -141,7 +141,7 @@ def record_of(session: Session, candidate: Candidate, judged: Judged) -> dict[st
     # What a reader of the scores has to know, and the next slot's parent.
     if measured.answers and not has_template(candidate.model):
         record["open_form"] = "plain"  # asked without a chat template
-        log(f"{slot}: no chat template; the open prompts are put as plain text")
+        log(f"{slot}: no chat template; open prompts are put as plain text, Question: and Answer:")
     if note := payoff_note(session, slot, measured, judged.beside, parent):
         record["payoff"] = note
     return record

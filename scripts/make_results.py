@@ -2,7 +2,8 @@
 copies run.json and every record.json, writes the table as Markdown and both sides' open
 answers, and puts the same table and three of the answers between the README's markers. Weights,
 items and paths of this machine stay behind. The README's table has the columns that a first reader
-asks for; results/demo/table.md has them all.
+asks for; results/demo/table.md has them all. Only the demo's record, in results/demo, is in the
+README.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SHOWN = (
 
 
 def main(run_dir: str, out: str) -> None:
-    """Write `out`/run.json, `out`/records.jsonl, `out`/table.md and the README's table."""
+    """Write `out`/run.json, `out`/records.jsonl, `out`/table.md, and the README's table."""
     run, folder = load_run(run_dir), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(run.info, indent=1, sort_keys=True) + "\n")
@@ -55,8 +56,14 @@ def main(run_dir: str, out: str) -> None:
         else []
     )
     (folder / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    if folder.resolve() == README.parent / "results" / "demo":
+        write_readme(run.records, said)
+
+
+def write_readme(records: list[dict], said: list[dict]) -> None:
+    """The README with the table of these records and some of their answers."""
     text = README.read_text()
-    for name, content in (("table", table_block(run.records)), ("answers", answers_block(said))):
+    for name, content in (("table", table_block(records)), ("answers", answers_block(said))):
         pattern = re.compile(
             rf"(<!-- {name}: made by scripts/make_results.py -->\n).*?(<!-- end of {name} -->)",
             re.DOTALL,

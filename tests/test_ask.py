@@ -228,7 +228,26 @@ def test_a_model_without_a_template_is_asked_in_plain_text(
     voice = scripted(["1"], ["2"], templated=False)
     for question in ("one", "two"):
         ask.reply(voice, question, 5, lambda piece: None)
-    assert voice.speaker.prompts == ["one\n", "one\n1\ntwo\n"]
+    assert voice.speaker.prompts == [
+        "Question: one\nAnswer:",
+        "Question: one\nAnswer: 1\nQuestion: two\nAnswer:",
+    ]
+
+
+def test_an_answer_in_plain_text_ends_where_the_model_asks_itself():
+    pieces = [" Par", "is", ".\n", "Quest", "ion: And", " of Italy?"]
+    voice, shown = scripted(pieces, templated=False), []
+    answer = ask.reply(voice, "What is the capital of France?", 64, shown.append)
+    assert answer.text == "Paris." and answer.ending.ended
+    assert "".join(shown) == "toy: Paris.\n" and voice.turns[-1]["content"] == "Paris."
+
+    # What only looks like it is said after all.
+    voice, shown = scripted([" Yes\n", "Que", "rying"], templated=False), []
+    assert ask.reply(voice, "Is it?", 64, shown.append).text == "Yes\nQuerying"
+    assert "".join(shown) == "toy: Yes\nQuerying\n"
+    voice, shown = scripted([" Yes\n", "Que"], templated=False), []
+    assert ask.reply(voice, "Is it?", 64, shown.append).text == "Yes\nQue"
+    assert "".join(shown) == "toy: Yes\nQue\n"
 
 
 def test_each_line_of_a_pipe_is_a_question_of_its_own(gguf, monkeypatch, capfd):

@@ -52,10 +52,12 @@ def test_every_option_composes_and_opens_with_a_sentence(file):
     trust_hydra()
     assert file.read_text().startswith("# ")
     where = "@_here_" if file.parent.name == "stage" else ""
+    chosen = ["+data=mixed"] if "override /data" in file.read_text() else []
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
         assert compose(
             config_name=None,
-            overrides=(
+            overrides=chosen
+            + (
                 [f"+{file.parent.name}{where}={file.stem}"]
                 if not where
                 else [f"+stage@x={file.stem}"]
@@ -72,7 +74,7 @@ def test_the_vocabulary_is_complete():
     assert not counts.pop("tasks") and not counts.pop("open") and not counts.pop("conversations")
     assert counts == {
         "budget": 5,
-        "data": 4,
+        "data": 5,
         "eval": 4,
         "export": 13,
         "stage": 10,
@@ -80,7 +82,25 @@ def test_the_vocabulary_is_complete():
         "track": 2,
         "trainer": 5,
     }
-    assert REPO_RECIPES == ["demo", "mini", "nano", "ptq_only", "qad_w4", "smoke"]
+    assert REPO_RECIPES == ["demo", "gemma", "mini", "nano", "ptq_only", "qad_w4", "smoke"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "train"),
+    [
+        (["teacher=gemma"], ["embedded:questions", "embedded:docstrings"]),
+        (["teacher=gemma", "data=python_docs"], ["embedded:docstrings"]),
+        ([], ["embedded:conversations", "embedded:docstrings"]),
+    ],
+)
+def test_a_base_model_brings_text_that_it_can_read_unless_other_text_is_named(overrides, train):
+    from hydra import compose, initialize_config_dir
+
+    from compress.composing import trust_hydra
+
+    trust_hydra()
+    with initialize_config_dir(str(recipes_dir()), version_base="1.3"):
+        assert compose("ptq_only", overrides).data.train == train
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ the header; then the model is compared with llama.cpp on the same file:
 
     states    hidden states of texts up to STATE_TOKENS long, relative: at most STATES. Kernels that
               round activations to 8 bits give 0.05, faults 0.2 and more
-    strings   pieces of text that the two cut into other tokens: at most STRINGS_SHARE. Gemma's own
-              file has 5 of 1,000, runs of more than 16 spaces; wrong rules give a tenth and more
+    strings   pieces of text that the two cut into other tokens: at most STRINGS_SHARE. Runs of more
+              than 31 spaces may differ in Gemma's own; wrong rules give a tenth and more
 
-A model whose files are several parts is joined first, in a directory that goes again. Left out:
-families of more than text, and files that llama.cpp can't open.
+Texts begin as the tokenizer begins them: without its BOS Gemma is another model, on which kernels
+agree half as well. A model of several files is joined first, in a directory that goes again. Left
+out: families of more than text, and files that llama.cpp can't open.
 """
 
 import json
@@ -31,6 +32,7 @@ from compress.models.checkpoint import save_model
 from compress.models.gguf_header import SCALARS, STRING, Items, check_file, read_fields
 from compress.models.model_config import is_of_input, meta_model, one_line, quiet
 from compress.models.tokenizer import load_tokenizer
+from compress.models.tokens import opening
 from compress.store import sha256_file
 
 # general.architecture of files whose round trip through transformers is proven to give the same
@@ -137,11 +139,14 @@ def check_import(
     from compress.formats.llamacpp import LlamaCpp
     from compress.models.head import hidden_states
 
-    # A text as long as a window, and two short ones.
+    # A text as long as a window, and two short ones, each begun as texts are.
     context = min(STATE_TOKENS, context)
-    ids = tokenizer("\n".join(texts))["input_ids"]
-    rows = [ids[:context], ids[context : context + 64], ids[-64:]]
-    rows = [row for row in rows if row]
+    begins = opening(tokenizer)
+    longest = context - len(begins)
+    ids = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
+    short = min(64, longest)
+    rows = [ids[:longest], ids[longest : longest + short], ids[-short:]]
+    rows = [[*begins, *row] for row in rows if row]
 
     llama = LlamaCpp(gguf, threads, context, 1)
     try:
@@ -306,9 +311,12 @@ def _check_vocabulary(gguf: Path, fields: dict[str, Any], embedding: tuple[int, 
             )
 
 
-def import_gguf(gguf: Path, out: Path, texts: Sequence[str] = (), threads: int = 1) -> None:
+def import_gguf(
+    gguf: Path, out: Path, texts: Sequence[str] = (), threads: int = 1
+) -> dict[str, float]:
     """Writes the model of `gguf` into the directory `out`: config, fp32 safetensors, tokenizer,
-    source.json. One that transformers reads is compared on `texts`.
+    source.json. One that transformers reads is compared on `texts`: returns what `check_import`
+    does.
 
     ValueError: as `check_importable` and `check_import`, tensors of other shapes than the metadata
     say, or a pre-tokenizer without a known mapping.
@@ -326,6 +334,7 @@ def import_gguf(gguf: Path, out: Path, texts: Sequence[str] = (), threads: int =
             " Face checkpoint"
         ) from error
 
+    figures: dict[str, float] = {}
     if fields["general.architecture"] == "llama":
         _decode_llama(gguf, fields, packed, special, out)
     else:
@@ -333,7 +342,7 @@ def import_gguf(gguf: Path, out: Path, texts: Sequence[str] = (), threads: int =
         model.config.update(special)
         save_model(model, out, out, dtype=torch.float32)
         context = fields.get(f"{fields['general.architecture']}.context_length", STATE_TOKENS)
-        check_import(gguf, model, load_tokenizer(out), texts, context, threads)
+        figures = check_import(gguf, model, load_tokenizer(out), texts, context, threads)
     GenerationConfig(**special, do_sample=False).save_pretrained(out)
     source = {
         "source": gguf.name,
@@ -342,6 +351,7 @@ def import_gguf(gguf: Path, out: Path, texts: Sequence[str] = (), threads: int =
         "licence": fields.get("general.license", "unknown"),
     }
     (out / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+    return figures
 
 
 def _decode_llama(

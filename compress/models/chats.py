@@ -31,6 +31,7 @@ TOGETHER = 64  # chats of a request, which share its limits
 CHARACTERS = 2_000_000  # of these together
 LIMITS = Limits()  # of a request
 MARK = "\ue000answer\ue000"  # private characters, which no text and no template has
+PLAIN_NAMES = {"assistant": "Answer"}  # of turns without a template; all others ask
 
 
 class Chat(list[dict[str, Any]]):
@@ -53,6 +54,13 @@ class Chat(list[dict[str, Any]]):
 
 
 Document = str | Chat
+
+
+def plain_text(turns: Turns) -> str:
+    """Turns as a base model reads them, which has no chat template: each named, a line each."""
+    return "\n".join(
+        f"{PLAIN_NAMES.get(turn['role'], 'Question')}: {turn['content']}" for turn in turns
+    )
 
 
 def content(document: Document) -> Any:
@@ -97,7 +105,8 @@ def _rendered(
     if not tokenizer.chat_template:
         raise ValueError(
             f"{getattr(chats[0], 'where', 'the chat')} is a chat, and the teacher's tokenizer has"
-            " no chat template; use plain text in data.train, data.chat and data.heldout"
+            " no chat template; use data=plain, or plain text of your own in data.train, data.chat"
+            " and data.heldout"
         )
 
     # Each with the template that belongs to its tools.

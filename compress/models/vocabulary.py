@@ -6,7 +6,9 @@ change what a model is asked, not what an id means.
 
 A GGUF holds BPE with byte fallback as scores: of all neighbours whose text together is a token
 those of the highest score are joined, so every way to make a token is a merge, and those of one
-token have no order among them.
+token have no order among them. Tokens that are taken from a text before anything is merged need no
+merges, and have none here; of those, runs of spaces are merged after all, before everything else:
+Gemma's own files give them the score -1000, which is none.
 """
 
 import json
@@ -39,7 +41,13 @@ def of_tokenizer(tokenizer: Any) -> Vocabulary:
     vocab = model.get("vocab", [])
     rules = model.get("merges") or (vocab if isinstance(vocab, list) else [])
     merges = [_merge(rule) for rule in rules]
-    return Vocabulary(tokens, grouped(merges) if model.get("byte_fallback") else merges)
+    if not model.get("byte_fallback"):
+        return Vocabulary(tokens, merges)
+
+    # What is taken from a text first is made by no merge.
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    taken = {token for token in added if SPACE not in token}
+    return Vocabulary(tokens, grouped([pair for pair in merges if "".join(pair) not in taken]))
 
 
 def of_gguf(file: Path) -> Vocabulary:
@@ -72,12 +80,13 @@ def spelled(tokens: Sequence[str], kinds: Sequence[int]) -> list[str]:
 def merges_of(
     tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-    """What scores mean as merges, in the order of scores."""
+    """What scores mean as merges, in the order of scores; `tokens` as `spelled` gives them."""
     of_text = {tokens[i] for i, kind in enumerate(kinds) if kind in (NORMAL, USER_DEFINED)}
-    merged = [i for i, score in enumerate(scores) if score > UNMERGED / 2]
+    runs = {i for i, kind in enumerate(kinds) if kind == USER_DEFINED and SPACE in tokens[i]}
+    merged = runs | {i for i, kind in enumerate(kinds) if kind == NORMAL}
     joined = sorted(
-        (i for i in merged if tokens[i] in of_text and len(tokens[i]) > 1),
-        key=lambda i: (-scores[i], i),
+        (i for i in merged if scores[i] > UNMERGED / 2 and len(tokens[i]) > 1),
+        key=lambda i: (i not in runs, -scores[i], i),
     )
     return [
         (tokens[i][:at], tokens[i][at:])

@@ -30,7 +30,7 @@ Beside the teacher, on the same prompts, paired:
                           than its own, the mean over prompts of
                           (log p_T(own) / tokens - log p_T(answer) / tokens), on the fixed quarter;
                           Student's interval. About 0: it says what its teacher would. An answer's
-                          end counts as a token where it ended
+                          end counts as a token where it ended, but not in plain text
     open/form_differing   share of the prompts that reach the model as other token ids than its
                           teacher: a template that lost something, a doubled BOS, another
                           tokenizer; of a smaller vocabulary, as another text. Exact, no interval
@@ -53,7 +53,13 @@ from compress.models.ends import turn_end
 from compress.models.vocabulary import vocabulary_of
 from compress.score.intervals import bootstrap, cells, interval, ratio_interval
 from compress.score.prompts import ANSWER_TOKENS, Prompt
-from compress.score.talk import has_template, open_speaker, prompts_of, question_ids
+from compress.score.talk import (
+    has_template,
+    open_speaker,
+    plain_answer,
+    prompts_of,
+    question_ids,
+)
 from compress.store import sha256_json
 from compress.text.repetition import loops
 
@@ -71,10 +77,13 @@ def answered(
     A pattern that runs away on an answer makes it not right; such rows say `timed_out`.
     """
     tokens = vocabulary_of(model.path).tokens
+    templated = has_template(model)
     with open_speaker(model, threads, device=device) as speaker:
-        texts = prompts_of(speaker, [prompt.prompt for prompt in prompts], has_template(model))
+        texts = prompts_of(speaker, [prompt.prompt for prompt in prompts], templated)
         forms = [form_of(speaker.prompt_ids(text), tokens) for text in texts]
         answers = speaker.answers(texts, ANSWER_TOKENS)
+    if not templated:
+        answers = [plain_answer(answer) for answer in answers]
 
     rows = []
     for prompt, form, answer in zip(prompts, forms, answers, strict=True):
@@ -140,12 +149,13 @@ def picks_right(prompts: Sequence[Prompt], lm: Any, tokenizer: Any) -> dict[str,
     if not facts:
         return {}
 
-    # The right answer comes first.
+    # The right answer comes first; in plain text a space stands before it.
+    lead = "" if tokenizer.chat_template else " "
     requests = []
     for prompt in facts:
         context = question_ids(tokenizer, prompt.prompt)
         for choice in (prompt.answer, *prompt.choices):
-            ids = tokenizer(choice, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(lead + choice, add_special_tokens=False)["input_ids"]
             requests.append((("", ""), context, ids))
     logliks = [loglik for loglik, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
 
@@ -248,6 +258,7 @@ def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> di
     by_id = {row["id"]: row for row in teacher}
     closing = turn_end(tokenizer)
     end = tokenizer.eos_token_id if closing is None else closing
+    templated = bool(tokenizer.chat_template)
 
     # The teacher's own answer and the model's, behind the same question.
     requests = []
@@ -258,7 +269,7 @@ def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> di
         ids_of_both = []
         for answer in (by_id[row["id"]], row):
             ids = tokenizer(answer["answer"], add_special_tokens=False, verbose=False)["input_ids"]
-            ids_of_both.append(ids + [end] * answer["ended"])
+            ids_of_both.append(ids + [end] * (templated and answer["ended"]))
         if all(ids_of_both):
             requests += [(("", ""), context, ids) for ids in ids_of_both]
     if len(requests) < 4:

@@ -4,8 +4,10 @@ answers to a user's turn.
 Every model is asked through what ships with it: its own chat template and tokenizer as its own
 runtime reads them, and its own idea of where an answer ends (a GGUF's metadata, genai_config.json,
 generation_config.json). That is the point: a template that lost its generation prompt, a doubled
-BOS or a missing end is then seen as what it does to answers. A model without a chat template is
-asked in plain text.
+BOS or a missing end is then seen as what it does to answers.
+
+A model without a chat template, as base models are, continues plain text: "Question: ...", and on a
+line below "Answer:". Its answer ends where it goes on with a question of its own.
 
 Each runtime speaks in its module of formats/runtimes.py, torch in fp32 as everything is scored.
 """
@@ -14,13 +16,15 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
+from compress.formats.llamacpp import Answer
 from compress.formats.runtimes import Speaker, Turns, runtime_of
 from compress.formats.torch_runtime import text_ids
-from compress.models.chats import prompt_ids
+from compress.models.chats import PLAIN_NAMES, plain_text, prompt_ids
 from compress.models.checkpoint import Model
 
 CONTEXT_TOKENS = 512  # of a question with its answer
 TOGETHER = 32  # questions that are answered together: the rest waits
+NEXT_QUESTION = "\nQuestion:"  # where an answer in plain text ends
 
 
 def open_speaker(
@@ -39,9 +43,17 @@ def open_speaker(
     return closing(runtime.speaker(model.path, threads, context, together, device))
 
 
-def plain_text(turns: Turns) -> str:
-    """Turns as a model without a chat template is asked them: each a line."""
-    return "".join(turn["content"] + "\n" for turn in turns)
+def plain_prompt(turns: Turns) -> str:
+    """Turns as a model without a chat template is asked them, up to where its answer begins."""
+    return f"{plain_text(turns)}\n{PLAIN_NAMES['assistant']}:"
+
+
+def plain_answer(answer: Answer) -> Answer:
+    """What of a model's continuation of plain text is its answer; one that goes on with a question
+    has ended.
+    """
+    text, next_question, _ = answer.text.partition(NEXT_QUESTION)
+    return Answer(answer.ids, text, True) if next_question else answer
 
 
 def question_ids(tokenizer: Any, question: str) -> list[int]:
@@ -50,7 +62,7 @@ def question_ids(tokenizer: Any, question: str) -> list[int]:
     return (
         prompt_ids(tokenizer, turns)
         if tokenizer.chat_template
-        else text_ids(tokenizer, plain_text(turns))
+        else text_ids(tokenizer, plain_prompt(turns))
     )
 
 
@@ -60,8 +72,6 @@ def has_template(model: Model) -> bool:
 
 
 def prompts_of(speaker: Speaker, questions: Sequence[str], templated: bool) -> list[str]:
-    """Questions as the model wants them: rendered by its chat template,
-    or as lines of plain text.
-    """
+    """Questions as the model wants them: rendered by its chat template, or as plain text."""
     asked = [[{"role": "user", "content": question}] for question in questions]
-    return [speaker.chat_prompt(turns) if templated else plain_text(turns) for turns in asked]
+    return [speaker.chat_prompt(turns) if templated else plain_prompt(turns) for turns in asked]

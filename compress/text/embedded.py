@@ -16,6 +16,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from compress.assets import configs_dir
+from compress.models.chats import plain_text
 
 SKIPPED_MODULES = (
     "test",
@@ -91,10 +92,17 @@ def _conversations() -> tuple[list[Plain], list[Plain]]:
     return rows[:kept], rows[kept:]
 
 
+def _questions(chats: list[Plain]) -> list[Plain]:
+    """Chats as plain text, for teachers that have no chat template."""
+    return [plain_text(chat) for chat in chats if not isinstance(chat, str)]
+
+
 EMBEDDED: dict[str, Callable[[], list[Plain]]] = {
     "docstrings": lambda: [text for _, text in _docstrings()],
     "topics": lambda: [text.strip() for _, text in sorted(topics.items())],
     "docstring_chat": _docstring_chat,
     "conversations": lambda: _conversations()[0],
     "conversations_heldout": lambda: _conversations()[1],
+    "questions": lambda: _questions(_conversations()[0]),
+    "questions_heldout": lambda: _questions(_conversations()[1]),
 }

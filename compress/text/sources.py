@@ -11,6 +11,8 @@ embedded:conversations   what the embedded teacher wrote out of nothing
         (`configs/conversations/README.md`), in its own chat template
 embedded:conversations_heldout  the last tenth of these, which the source above leaves out: never
         trained on
+embedded:questions, embedded:questions_heldout  the same as plain text, "Question: ..." and below it
+        "Answer: ...", for teachers without a chat template
 PATH  .txt (documents split at blank lines), .jsonl or .json (a row a line, or one array of rows),
       .parquet; all but the last also as .gz. A row is a string or has fields as in `rows.py`
 hub:NAME[@CONFIG]:SPLIT:FIELD  a hub dataset (FIELD holds a text or turns; needs the network)

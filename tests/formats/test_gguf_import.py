@@ -15,13 +15,19 @@ import pytest
 import torch
 from test_gguf import tiny_checkpoint
 from tiny_families import build
+from tokenizers import processors
 
-from compress.formats import gguf_import
+from compress.formats import gguf_import, llamacpp
 from compress.formats.gguf import export_gguf
+from compress.formats.gguf_sentencepiece import UNKNOWN, USER_DEFINED
 from compress.formats.gguf_tokenizer import read_tokenizer
-from compress.models.checkpoint import load_model
+from compress.models.checkpoint import load_model, save_model
 from compress.models.gguf_header import read_fields
+from compress.models.head import hidden_states
 from compress.models.tokenizer import load_tokenizer
+from compress.models.vocabulary import difference, merges_of, vocabulary_of
+from compress.prune.tokenizer_cut import read_bpe, write_cut
+from compress.stages.prune_vocab import cut_rows
 from compress.store import Store
 from compress.teacher import TERMS, check_importable, import_gguf, open_teacher
 from compress.text.sources import documents
@@ -79,6 +85,114 @@ def test_what_would_come_back_wrong_is_refused_by_the_header(tmp_path):
     with pytest.raises(ValueError, match="rope scaling 'yarn'"):
         about = {"general.architecture": "qwen2", "qwen2.rope.scaling.type": "yarn"}
         gguf_import.check_readable(tmp_path / "q.gguf", about, {})
+
+
+def runs_taken_first(file: Path, out: Path) -> None:
+    """A copy that says of runs of spaces what Gemma's own files say: user defined, spelled with
+    spaces, of no score.
+    """
+    fields = read_fields(file)[0]
+    tokens = fields["tokenizer.ggml.tokens"]
+    runs = [i for i, token in enumerate(tokens) if len(token) > 1 and not token.strip("▁")]
+    assert len(runs) > 2
+    changed = {"tokens": list(tokens), "scores": [], "token_type": []}
+    for name in ("scores", "token_type"):
+        changed[name] = list(fields[f"tokenizer.ggml.{name}"])
+    for i in runs:
+        changed["tokens"][i] = " " * len(tokens[i])
+        changed["scores"][i], changed["token_type"][i] = -1000.0, USER_DEFINED
+
+    writer = gguf_package.GGUFWriter(out, fields["general.architecture"])
+    for name, field in gguf_package.GGUFReader(file).fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        array = field.types[0] == gguf_package.GGUFValueType.ARRAY
+        value = changed.get(name.removeprefix("tokenizer.ggml."), field.contents())
+        writer.add_key_value(
+            name, value, field.types[0], sub_type=field.types[-1] if array else None
+        )
+    for tensor in read_fields(file)[1]:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def gemma_like(tmp_path_factory) -> Path:
+    """A GGUF of a tiny Gemma 3 whose runs of spaces are taken from a text before anything else."""
+    folder = tmp_path_factory.mktemp("gemma")
+    parent = build("gemma3_text", folder / "hf")
+    bpe = read_bpe(parent)
+
+    # Tokens of more than a run stand behind at most one space.
+    kept = [i for token, i in bpe.ids.items() if "▁▁" not in token or not token.strip("▁")]
+    (folder / "cut").mkdir()
+    write_cut(parent, folder / "cut", sorted(kept))
+    model = load_model(parent)
+    cut_rows(model, torch.tensor(sorted(kept)))
+    save_model(model, folder / "cut", folder / "cut", dtype=torch.float32)
+    export_gguf(folder / "cut", folder / "plain.gguf", "F16")
+    runs_taken_first(folder / "plain.gguf", folder / "m.gguf")
+    return folder / "m.gguf"
+
+
+def test_runs_of_spaces_that_a_file_takes_first_are_merged_before_everything_else(
+    gemma_like, tmp_path
+):
+    figures = import_gguf(gemma_like, tmp_path / "back", TEXTS)
+    assert figures["strings"] == 0
+    tokenizer = load_tokenizer(tmp_path / "back")
+    assert "▁▁" in tokenizer.tokenize("it.  The")
+
+    # What ships of it has its ids and is known to have them.
+    export_gguf(tmp_path / "back", tmp_path / "again.gguf", "F16")
+    again = import_gguf(tmp_path / "again.gguf", tmp_path / "twice", TEXTS)
+    assert again["strings"] == 0
+    shipped = vocabulary_of(tmp_path / "again.gguf")
+    assert difference(shipped, vocabulary_of(gemma_like)) == ""
+    assert difference(shipped, vocabulary_of(tmp_path / "back")) == ""
+
+
+def test_tokens_that_are_taken_from_a_text_first_have_no_merges():
+    tokens = ["<unk>", "\n", "\n\n", "▁", "▁▁", "a", "▁a", "\t", "\t\t"]
+    kinds = [UNKNOWN, USER_DEFINED, USER_DEFINED, 1, USER_DEFINED, 1, 1, *[USER_DEFINED] * 2]
+    scores = [-1000.0, -1000.0, -1000.0, -2.0, -1000.0, -3.0, 0.0, -1000.0, -1000.0]
+    assert merges_of(tokens, kinds, scores) == [("▁", "▁"), ("▁", "a")]
+
+
+def test_every_text_that_is_compared_begins_as_the_tokenizer_begins_it(tmp_path, monkeypatch):
+    checkpoint = build("gemma3_text", tmp_path / "hf")
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        f"{bos} $A", f"{bos} $A $B", [(bos, tokenizer.bos_token_id)]
+    )
+    compared: list[list[int]] = []
+
+    class Twin:
+        """In place of llama.cpp, the model itself."""
+
+        def __init__(self, *settings: object) -> None:
+            self.context = settings[2]
+
+        def hidden_states(self, rows: list[list[int]]) -> list[torch.Tensor]:
+            compared.extend(rows)
+            assert all(len(row) <= self.context for row in rows)
+            return [hidden_states(model, torch.tensor([row])) for row in rows]
+
+        def tokenize(self, text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        def close(self) -> None:
+            """Nothing to close."""
+
+    monkeypatch.setattr(llamacpp, "LlamaCpp", Twin)
+    with torch.inference_mode():
+        figures = gguf_import.check_import(tmp_path / "m", model, tokenizer, TEXTS, 48, 1)
+    assert figures == {"states": 0.0, "strings": 0}
+    assert [row[0] for row in compared] == [tokenizer.bos_token_id] * 3
 
 
 def split(file: Path, folder: Path) -> list[Path]:

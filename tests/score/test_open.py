@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from compress.budget import OPEN, human
+from compress.formats.llamacpp import Answer
 from compress.formats.torch_runtime import TorchSpeaker
 from compress.models.checkpoint import load_model, model_of
 from compress.models.tokenizer import load_tokenizer
@@ -36,7 +37,13 @@ from compress.score.prompts import (
     read_prompts,
 )
 from compress.score.settings import Eval
-from compress.score.talk import has_template, open_speaker, prompts_of, question_ids
+from compress.score.talk import (
+    has_template,
+    open_speaker,
+    plain_answer,
+    prompts_of,
+    question_ids,
+)
 
 
 def row(name, *, right=True, loops=False, ended=True, answer="Paris.", prompt="Where?"):
@@ -393,8 +400,15 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text(tiny_teacher, tm
 
     assert has_template(model_of(tiny_teacher)) and not has_template(model_of(path))
     with open_speaker(model_of(path), 1) as speaker:
-        assert prompts_of(speaker, ["Where?"], False) == ["Where?\n"]
+        assert prompts_of(speaker, ["Where?"], False) == ["Question: Where?\nAnswer:"]
     assert not math.isnan(own_scores(answered(model_of(path), QUESTIONS[:1], 1))[0]["open/right"])
+
+
+def test_what_a_model_writes_behind_its_own_next_question_is_no_answer():
+    answer = plain_answer(Answer([1, 2, 3], " Paris\nQuestion: Where is Rome?\nAnswer:", False))
+    assert answer == ([1, 2, 3], " Paris", True)
+    whole_text = Answer([1, 2], " Paris, in Question: form", False)
+    assert plain_answer(whole_text) == whole_text
 
 
 @pytest.mark.parametrize("templated", [True, False])

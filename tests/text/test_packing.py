@@ -14,6 +14,7 @@ import torch
 from compress.models.checkpoint import load_model
 from compress.models.head import hidden_states
 from compress.models.tokenizer import load_tokenizer
+from compress.score.talk import plain_prompt
 from compress.session import Session
 from compress.stages.distill import Distill
 from compress.stages.prune_width import PruneWidth
@@ -84,6 +85,17 @@ def test_the_last_tenth_of_the_conversations_is_held_out():
     asked = {chat[0]["content"] for chat in train}
     assert not asked & {chat[0]["content"] for chat in heldout}
     assert all([turn["role"] for turn in chat][:2] == ["user", "assistant"] for chat in train)
+
+
+def test_questions_are_the_conversations_as_a_base_model_is_asked():
+    chats = documents("embedded:conversations_heldout")
+    texts = documents("embedded:questions_heldout")
+    assert len(texts) == len(chats) and all(isinstance(text, str) for text in texts)
+    question, answer = chats[0][0]["content"], chats[0][1]["content"]
+    assert texts[0].startswith(f"Question: {question}\nAnswer: {answer}")
+    asked = plain_prompt([{"role": "user", "content": question}])
+    assert texts[0].startswith(asked)
+    assert set(texts).isdisjoint(documents("embedded:questions"))
 
 
 def test_no_conversation_shares_a_phrase_with_what_students_are_evaluated_on():

@@ -267,7 +267,7 @@ class Session:
             "precision": self.precision,
             "threads": self.threads,
             "world": parallel.world(),
-            "trainer": [trainer.parallel, trainer.activation_checkpointing],
+            "trainer": [trainer.parallel, trainer.activation_checkpointing, trainer.moments],
             "device": str(best_device()),
             "sources": sources_digest(*sources),
             "versions": versions_of(*WEIGHTS),
@@ -298,6 +298,7 @@ class Session:
             curve=curve.extend,
             parallel=trainer.parallel if parallel.world() > 1 else "none",
             activation_checkpointing=trainer.activation_checkpointing,
+            moments=trainer.moments,
         )
 
 

@@ -10,15 +10,20 @@ equal to the decoded codes, which lie in `quant.safetensors`.
 Rounding and its search need no data.
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.models.blocks import Work, lengths_of, row_for
 from compress.quant.settings import BLOCK, SEARCHED, Allocation, Balance, GridName, Method, Scales
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
+
+if TYPE_CHECKING:
+    from compress.memory import Account, Given
 
 
 @dataclass
@@ -164,6 +169,22 @@ class Ptq(OnGrid):
         cost = cost_without_training(sizes, bytes_a_weight=4)
         return cost.with_calibration(sizes, self.calibration_sequences, self.passes)
 
+    def memory(self, given: Given) -> Account:
+        """A block at a time and its second moments; an fp32 model where grids are allocated."""
+        from compress.memory import BASE, opened, rounded
+
+        account = rounded(
+            given.parent,
+            self.calibration_sequences if self.passes else 0,
+            given.seq_len,
+            balance=self.balance != Balance.none,
+            gptq=self.method == Method.gptq,
+            stored_bytes=4 if self.allocate.file_bytes else given.stored_bytes,
+        )
+        if self.allocate.file_bytes:
+            account.phases["open"] = [*BASE, *opened(given.parent, given.stored_bytes)]
+        return account
+
     @property
     def passes(self) -> int:
         """How often the calibration text goes through the model: 0 where no data is needed."""
@@ -183,13 +204,14 @@ class Ptq(OnGrid):
         """Quantize `parent` into `out`. ValueError when the parent is quantized already or does
         not fit the grid or the method.
         """
-        from compress.models.checkpoint import load_model
+        from compress.models.checkpoint import load_model, load_stored
         from compress.quant.blockwise import Blockwise
         from compress.quant.codes import check_parent, save_quantized
         from compress.quant.grids import GRIDS
 
         check_parent(self, parent, "round")
-        model = load_model(parent)
+        # A mixture of grids is measured with one matrix of the whole model changed at a time.
+        model = load_model(parent) if self.allocate.file_bytes else load_stored(parent)
         layout = self.layout(model, parent, ctx)
 
         # Round: by the calibration text, block by block, or each matrix by itself.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from compress.store import commit
 from compress.train import parallel
-from compress.train.optimizer import MOMENTS, StochasticAdamW
+from compress.train.moments import MOMENTS, empty_moments
+from compress.train.optimizer import StochasticAdamW
 
 
 def save_state(
@@ -94,20 +95,24 @@ def restore_state(
     for name, p in trained.items():
         parallel.local(p).copy_(tensors[f"param/{name}"])
         if f"{MOMENTS[0]}/{name}" in tensors:
-            on_device = not isinstance(optimizer, StochasticAdamW)
-            optimizer.state[p] = _optimizer_state(name, p, tensors, state, on_device)
+            optimizer.state[p] = _optimizer_state(name, p, tensors, state, optimizer)
         if f"best/{name}" in tensors:
             best[name] = tensors[f"best/{name}"].to(p.device)
     return state, best
 
 
 def _optimizer_state(
-    name: str, p: nn.Parameter, tensors: dict[str, Tensor], state: dict[str, Any], on_device: bool
+    name: str,
+    p: nn.Parameter,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any]:
-    """What the optimizer keeps of a parameter, its moments placed, and sharded, like it. Torch's
-    fused AdamW reads the step `on_device`; ours is a plain number.
+    """What the optimizer keeps of a parameter, its moments sharded like it. Torch's fused AdamW
+    reads the step on the device; ours is a plain number.
     """
-    moments = {m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}
+    on_device = not isinstance(optimizer, StochasticAdamW)
+    moments = empty_moments(p, getattr(optimizer, "moments", "fp32"))
     for m in MOMENTS:
         parallel.local(moments[m]).copy_(tensors[f"{m}/{name}"])
     step = float(state["step"])

@@ -67,7 +67,8 @@ class Trainer:
         if self.sharded:
             self.module = parallel.shard(self.plain, model, plan.precision)
         elif plan.parallel == "ddp":
-            self.module = DistributedDataParallel(self.plain)
+            # Gradients are views of what is sent, not copies.
+            self.module = DistributedDataParallel(self.plain, gradient_as_bucket_view=True)
 
         # What is trained, and by which optimizer; bf16 weights take fp32 gradients.
         self.trained = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
@@ -76,7 +77,10 @@ class Trainer:
         if self.sums_fp32:
             for p in parameters:
                 p.grad_dtype = None
-            self.optimizer: torch.optim.Optimizer = StochasticAdamW(parameters, plan.lr)
+        if self.sums_fp32 or plan.moments != "fp32":
+            self.optimizer: torch.optim.Optimizer = StochasticAdamW(
+                parameters, plan.lr, plan.moments
+            )
         else:
             self.optimizer = torch.optim.AdamW(
                 parameters, lr=plan.lr, betas=BETAS, weight_decay=0.0, fused=True
@@ -92,10 +96,11 @@ class Trainer:
             "best_step": -1,
             "best_kl": math.inf,
         }
-        self.best: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}  # on the host: nothing computes with them
         restored = restore_state(work, self.trained, self.optimizer, self.ranks)
         if restored is not None:
-            self.state, self.best = restored
+            self.state, best = restored
+            self.best = {name: p.cpu() for name, p in best.items()}
 
     def save(self) -> None:
         """Make the state durable. All ranks call it."""
@@ -271,7 +276,9 @@ class Trainer:
 
         if kl < self.state["best_kl"]:
             self.state |= {"best_kl": kl, "best_step": self.state["step"]}
-            self.best = {name: parallel.local(p).clone() for name, p in self.trained.items()}
+            self.best = {
+                name: parallel.local(p).to("cpu", copy=True) for name, p in self.trained.items()
+            }
         return kl
 
     def measured_since_best(self) -> int:

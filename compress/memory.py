@@ -112,7 +112,24 @@ class Given(NamedTuple):
         """Of a stage that sends rows of text through the parent's blocks, cuts and saves it."""
         start = [*BASE, *home(self.parent, self.stored_bytes)]
         walking = walk(self.parent, rows, self.seq_len, copies)
-        return Account({"blocks": [*start, *walking, *more], "save": [*BASE, *saved(self.parent)]})
+        return Account(
+            {
+                "open": looked_at(self.parent, self.stored_bytes),
+                "blocks": [*start, *walking, *more],
+                "save": [*BASE, *saved(self.parent)],
+            }
+        )
+
+
+def looked_at(shape: Shape, stored_bytes: int = 2) -> list[Item]:
+    """A model that has computed once in its file's type, every page of which is mapped, as what is
+    outside of the blocks turns to fp32.
+    """
+    return [
+        *BASE,
+        Item("the file, mapped", host=stored_bytes * shape.params),
+        Item("embedding, head and vectors in fp32", host=4 * shape.outside),
+    ]
 
 
 def home(shape: Shape, stored_bytes: int = 2) -> list[Item]:
@@ -197,6 +214,7 @@ def rounded(
     start = [*BASE, *home(shape, stored_bytes)]
     done = [*BASE, codes, Item("embedding, head and vectors in fp32", host=4 * shape.outside)]
     phases = {
+        "open": looked_at(shape, stored_bytes),
         "embedding": [*start, piece, Item("its codes", host=CODE_BYTES * shape.head)],
         "save": [*done, Item("a matrix, decoded", host=8 * max(shape.largest, shape.head))],
     }

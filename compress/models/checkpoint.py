@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -187,11 +188,23 @@ def load_stored(path: Path) -> PreTrainedModel:
     model = load_model(path, torch.bfloat16)
     if row_of(model) is None:
         return load_model(path)
+
+    # Each matrix is mapped by itself: all of a file's are otherwise there until the last one goes.
     short = {id(p) for p in blocks_of(model).parameters() if p.dim() > 1}
-    for parameter in model.parameters():
+    table = tensor_table(path)
+    for name, parameter in model.named_parameters():
         if id(parameter) not in short:
             parameter.data = parameter.data.float()
+        elif name in table and torch.equal(_mapped(table[name][0], name), parameter):
+            parameter.data = _mapped(table[name][0], name)
     return model
+
+
+def _mapped(file: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file, read when it is used; writing to it changes no file."""
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
 
 
 def let_go(parameter: nn.Parameter) -> None:

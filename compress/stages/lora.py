@@ -204,5 +204,9 @@ class Lora(Optimization):
 
         if self.load_in_4bit:
             return load_model(parent, load="nf4")
-        short = ctx.precision != "fp32" and ctx.parallel != "fsdp2"
-        return load_stored(parent) if short else load_model(parent)
+        if ctx.precision == "fp32" or ctx.parallel == "fsdp2":
+            return load_model(parent)
+
+        # Adapters are added to stacked experts themselves, of one type with them.
+        base = load_stored(parent)
+        return load_model(parent) if targets_of(base).experts else base

@@ -523,3 +523,20 @@ def test_the_students_text_is_masked_to_what_it_wrote_until_its_end(tiny_teacher
 def test_impossible_rollouts_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Distill(**changes)
+
+
+def test_under_bf16_the_base_of_adapters_has_the_bytes_of_its_file(context, tmp_path):
+    stage = STAGES["lora"](**SMALL["lora"])
+    bf16 = dataclasses.replace(context, precision="bf16")
+    base = stage._base(context.teacher, bf16)
+    assert {p.dtype for p in base.model.layers[0].mlp.parameters()} == {torch.bfloat16}
+    assert base.get_input_embeddings().weight.dtype == torch.float32
+    for whole in (context, dataclasses.replace(bf16, parallel="fsdp2")):
+        types = {p.dtype for p in stage._base(context.teacher, whole).parameters()}
+        assert types == {torch.float32}
+    metrics = stage.run(context.teacher, tmp_path / "out", bf16)
+    assert metrics["adapter_params_count"] > 0
+    assert (
+        load_model(tmp_path / "out").num_parameters()
+        == load_model(context.teacher).num_parameters()
+    )

@@ -67,4 +67,4 @@ def write_tensors(file: Path, entries: Mapping[str, Entry], metadata: dict[str, 
             tensor = entries[name].make().detach().to("cpu").contiguous()
             assert tensor.shape == entries[name].shape and tensor.dtype == entries[name].dtype
             if tensor.numel():
-                opened.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+                opened.write(tensor.flatten().view(torch.uint8).numpy().data)

@@ -57,9 +57,10 @@ def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[
 def plan(recipe: Recipe) -> int:
     """Print what the recipe would cost; nothing but the teacher's import is done."""
     session = Session(recipe)
-    costs = planning.estimate(session, check_shapes(session), planning.matmul_flops_per_sec())
+    costs = planning.estimate(session, check_shapes(session), planning.rate_of(session))
     planning.print_plan(costs, session.store.root)
     planning.check_disk(session, costs)
+    planning.check_memory(costs, planning.room_here())
     return EXIT_OK
 
 
@@ -94,7 +95,9 @@ def _lead(recipe: Recipe, run_dir: Path) -> int:
     # Nothing is written before all that can be refused was.
     session = Session(recipe)
     shapes = check_shapes(session)
-    planning.check_disk(session, planning.estimate(session, shapes, rate=1.0))
+    costs = planning.estimate(session, shapes, rate=1.0)
+    planning.check_disk(session, costs)
+    planning.check_memory(costs, planning.room_here())
     session.open_data()
     check_calibration(session, shapes)
 

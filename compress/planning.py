@@ -1,15 +1,17 @@
-"""`--plan`: what a recipe will cost in time, disk and memory, before anything starts; and the disk
-check before every run.
+"""`--plan`: what a recipe will cost in time, disk and memory, before anything starts; and what is
+refused for want of disk or memory before every run.
 
 Times come from operation counts, 2 P flops a token forward and 6 P for a training step (P
-parameters; Kaplan et al., arXiv 2001.08361, table 1), over the matrix-product rate measured on this
-machine just now. They are estimates: scoring dominates small runs.
+parameters; Kaplan et al., arXiv 2001.08361, table 1), over the matrix-product rate measured just
+now, on the device that the run will use and in the type that it will multiply. They are estimates:
+scoring dominates small runs. Bytes are those of `compress/memory.py`.
 """
 
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Column, Table
@@ -18,6 +20,9 @@ from torch.utils.benchmark import Timer
 from compress import formats
 from compress.config import Recipe
 from compress.errors import ResourceError
+from compress.memory import BASE, Account, Given, Item, Setup
+from compress.models.checkpoint import best_device
+from compress.models.decoder_sizes import Shape
 from compress.models.model_config import meta_model
 from compress.session import Session
 from compress.stages.stage import Sizes
@@ -39,7 +44,7 @@ class SlotCost(NamedTuple):
     params: int
     seconds: float
     disk_bytes: int
-    memory_bytes: int
+    memory: Account
 
 
 def params_of(config: dict[str, Any]) -> int:
@@ -47,12 +52,26 @@ def params_of(config: dict[str, Any]) -> int:
     return meta_model(config).num_parameters()
 
 
-def matmul_flops_per_sec(n: int = 1024, seconds: float = 0.5) -> float:
-    """Measured bf16 rate of an n x n x n product."""
+def matmul_flops_per_sec(
+    n: int = 0, seconds: float = 0.5, dtype: torch.dtype = torch.bfloat16
+) -> float:
+    """Measured rate of an n x n x n product on the device that runs compute on; n of 0 is 1024 on a
+    CPU and 8192 on a GPU.
+    """
+    device = best_device()
+    n = n or (1024 if device.type == "cpu" else 8192)
     timer = Timer(
-        "a @ a", globals={"a": torch.randn(n, n).bfloat16()}, num_threads=torch.get_num_threads()
+        "a @ a",
+        globals={"a": torch.randn(n, n, device=device).to(dtype)},
+        num_threads=torch.get_num_threads(),
     )
     return 2 * n**3 / timer.blocked_autorange(min_run_time=seconds).mean
+
+
+def rate_of(session: Session) -> float:
+    """Operations a second of square products in the type that this run multiplies."""
+    fp32 = session.precision == "fp32"
+    return matmul_flops_per_sec(dtype=torch.float32 if fp32 else torch.bfloat16)
 
 
 def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -> list[SlotCost]:
@@ -63,16 +82,19 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
     """
     recipe = session.recipe
     rate = rate * EFFICIENCY
-    sizes = {slot: params_of(config) for slot, config in shapes.items()}
+    decoders = {slot: Shape(config) for slot, config in shapes.items()}
+    sizes = {slot: decoder.params for slot, decoder in decoders.items()}
     score_tokens = _score_tokens(recipe)
 
     # The teacher is imported and scored, nothing else.
     size = sizes["teacher"]
     seconds = 2 * size * score_tokens * 3 / rate + 10
-    costs = [SlotCost("teacher", "teacher", size, seconds, 4 * size, 5 * size)]
+    costs = [SlotCost("teacher", "teacher", size, seconds, 4 * size, _scored(size))]
 
     for slot, parent in recipe.steps():
-        needed = recipe.stages[slot].cost(
+        stage = recipe.stages[slot]
+        given = given_of(session, shapes[parent], decoders[parent], decoders["teacher"])
+        needed = stage.cost(
             Sizes(
                 params=sizes[slot],
                 parent_params=sizes[parent],
@@ -94,7 +116,7 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
                 sizes[slot],
                 needed.flops / rate + scoring,
                 int(needed.disk_bytes),
-                int(needed.memory_bytes),
+                stage.memory(given),
             )
         )
 
@@ -102,8 +124,33 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
     shipped = sizes[recipe.shipped_slot()]
     for name in recipe.export.files:
         disk = int(formats.parse(name)[2].bits_per_weight / 4 * shipped)
-        costs.append(SlotCost(*formats.slot_of(name), shipped, 40.0, disk, 4 * shipped))
+        costs.append(SlotCost(*formats.slot_of(name), shipped, 40.0, disk, _scored(shipped)))
     return costs
+
+
+def given_of(session: Session, config: dict[str, Any], parent: Shape, teacher: Shape) -> Given:
+    """What a stage's memory depends on in this run, its parent being of an HF config."""
+    trainer = session.recipe.trainer
+    setup = Setup(
+        session.precision,
+        trainer.activation_checkpointing,
+        trainer.moments,
+        trainer.parallel,
+        trainer.count(),
+    )
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    gpu = best_device().type == "cuda"
+    seq_len = session.recipe.data.seq_len
+    return Given(parent, teacher, seq_len, setup, gpu, 4 if "32" in stored else 2)
+
+
+def _scored(params: int) -> Account:
+    """An fp32 model as it is opened and asked, on the device."""
+    file = Item("the file, mapped", host=2 * params)
+    host = Item("weights as they are opened", host=4 * params)
+    return Account(
+        {"open": [*BASE, host, file], "ask": [*BASE, Item("weights", device=4 * params)]}
+    )
 
 
 def _score_tokens(recipe: Recipe) -> int:
@@ -132,24 +179,69 @@ def check_disk(session: Session, costs: list[SlotCost]) -> None:
         )
 
 
+class Room(NamedTuple):
+    """Bytes of the device, None where it is the CPU, and of the host."""
+
+    device: int | None
+    host: int
+
+
+def room_here() -> Room:
+    """What this machine has in all."""
+    host = psutil.virtual_memory().total + psutil.swap_memory().total
+    if best_device().type == "cpu":
+        return Room(None, host)
+    return Room(torch.cuda.get_device_properties(best_device()).total_memory, host)
+
+
+FITS = (
+    "what takes less: trainer.activation_checkpointing=true, trainer=bf16_stochastic with"
+    " trainer.moments=int8 or host, a lora stage or qat with rank=N (most weights frozen), a"
+    " smaller micro_batch_sequences or calibration_sequences, trainer=fsdp2 on more processes, or"
+    " a smaller student"
+)
+
+
+def check_memory(costs: list[SlotCost], room: Room) -> None:
+    """ResourceError naming the first slot that needs more than the device or the host has, item by
+    item, and what would take less.
+    """
+    for cost in costs:
+        account = cost.memory
+        if room.device is None:
+            places = [("this machine", "", account.together(), room.host)]
+        else:
+            places = [
+                ("the GPU", "device", account.device(), room.device),
+                ("the host", "host", account.host(), room.host),
+            ]
+        for name, place, needed, there in places:
+            if needed > there:
+                raise ResourceError(
+                    f"{cost.slot}: needs {amount(int(needed))} on {name}, which has"
+                    f" {amount(there)}: {account.listed(place=place)}; {FITS}"
+                )
+
+
 def print_plan(costs: list[SlotCost], store: Path) -> None:
     """The plan as a table on stdout."""
     numbers = (
         Column(heading, justify="right")
-        for heading in ("params (M)", "minutes", "disk (MB)", "memory (MB)")
+        for heading in ("params (M)", "minutes", "disk (MB)", *_places())
     )
     table = Table(
         "slot", "technique", *numbers, title="estimates; finished stages are reused from the store"
     )
 
     # Times and files add up; memory is given back before the next slot.
+    phases = {f"{cost.slot} {name}": p for cost in costs for name, p in cost.memory.phases.items()}
     total = SlotCost(
         "all",
         "",
         0,
         sum(cost.seconds for cost in costs),
         sum(cost.disk_bytes for cost in costs),
-        max(cost.memory_bytes for cost in costs),
+        Account(phases),
     )
     for cost in [*costs, total]:
         params = f"{cost.params / 1e6:.1f}" if cost.params else ""
@@ -159,9 +251,22 @@ def print_plan(costs: list[SlotCost], store: Path) -> None:
             params,
             f"{cost.seconds / 60:.1f}",
             f"{cost.disk_bytes / 1e6:.0f}",
-            f"{cost.memory_bytes / 1e6:.0f}",
+            *(f"{size / 1e6:.0f}" for size in _peaks(cost.memory)),
         )
     table.rows[-2].end_section = True
 
     Console().print(table)
     print(f"store {store}: {shutil.disk_usage(store).free / 1e9:.1f} GB free")
+
+
+def _places() -> list[str]:
+    """Headings of what `_peaks` gives."""
+    cpu = best_device().type == "cpu"
+    return ["memory (MB)"] if cpu else ["GPU (MB)", "host (MB)"]
+
+
+def _peaks(account: Account) -> list[float]:
+    """Bytes on the device and on the host, or of both where they are one."""
+    if best_device().type == "cpu":
+        return [account.together()]
+    return [account.device(), account.host()]

@@ -266,10 +266,11 @@ class Session:
         processes: dict[str, Any] = {
             "threads": self.threads,
             "world": parallel.world(),
-            "trainer": [trainer.parallel, trainer.activation_checkpointing],
+            "trainer": [trainer.parallel, trainer.activation_checkpointing, trainer.moments],
         }
         if trainer.elastic:
-            processes = {"elastic": True, "trainer": trainer.activation_checkpointing}
+            alike = [trainer.activation_checkpointing, trainer.moments]
+            processes = {"elastic": True, "trainer": alike}
 
         return {
             "technique": self.recipe.technique(slot),
@@ -312,6 +313,7 @@ class Session:
             curve=curve.extend,
             parallel=trainer.parallel if parallel.world() > 1 else "none",
             activation_checkpointing=trainer.activation_checkpointing,
+            moments=trainer.moments,
         )
 
 

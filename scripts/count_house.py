@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("quant",),
     ("distill",),
     ("prune", "train"),
-    ("machine",),
+    ("machine", "memory"),
     ("keys",),
     ("models",),
     ("budget", "collect"),

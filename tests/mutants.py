@@ -322,7 +322,7 @@ MUTANTS = [
         "stages/training.py",
         ROOM,
         ('best_device().type == "cpu" and needed > free', "False"),
-        ("+ size * bool(self.validations)", ""),
+        ('learns["weights"] * bool(self.validations)', "0"),
     ),
     *of("stages/distill.py", ROOM, ("self.reserve(model, ctx)", "pass")),
     *of(
@@ -543,6 +543,32 @@ MUTANTS = [
         ("self._place.leave()", "pass"),
         ("one = self._noted(self.ids_BL[:1], others)", "one = self._noted(self.ids_BL, others)"),
         ("max(done - self.first, 1e-9)", "max(done, 1e-9)"),
+    ),
+    *of(
+        "models/walk.py",
+        "models/test_stored.py -k goes_home",
+        ("parameter.data = parameter.data.to(self.stored[name])", "pass"),
+    ),
+    *of(
+        "models/tensor_file.py",
+        "models/test_stored.py -k safetensors_own",
+        ("(ranks.index(entries[name].dtype), name)", "name"),
+        ('text += b" " * (-len(text) % 8)', "pass"),
+    ),
+    *of(
+        "train/moments.py",
+        "train/test_moments.py",
+        ("start // BLOCK", "0"),
+        ("signed=name == MOMENTS[0]", "signed=False"),
+    ),
+    *of(
+        "memory.py",
+        "test_memory.py -k 7b or one_phase",
+        (
+            "item.device + item.host for item in items if item.what != CONTEXT_NAME",
+            "item.device for item in items",
+        ),
+        ('"gradients": size + sums, "moments": moments', '"gradients": size + sums'),
     ),
     *of(
         "prune/compensation.py",

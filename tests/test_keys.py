@@ -249,6 +249,7 @@ SESSION_CHANGES = {
     "world": lambda s, m: m.setattr("compress.train.parallel.world", lambda: 2),
     "trainer": lambda s, m: m.setattr(s.recipe.trainer, "activation_checkpointing", True),
     "parallel": lambda s, m: m.setattr(s.recipe.trainer, "parallel", "ddp"),
+    "moments": lambda s, m: m.setattr(s.recipe.trainer, "moments", "host"),
     "device": lambda s, m: m.setattr("compress.session.best_device", lambda: "cuda:0"),
     "sources": lambda s, m: m.setattr("compress.session.sources_digest", lambda *roots: "another"),
 } | {package: lambda s, m, package=package: other_version(m, package) for package in keys.WEIGHTS}

@@ -48,6 +48,8 @@ def recipe(**changes):
 
 
 class Opened:
+    precision = "fp32"
+
     def __init__(self, program):
         self.recipe = program
 

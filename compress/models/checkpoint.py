@@ -9,12 +9,15 @@ student: re-saved ones are read differently by other runtimes.
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -25,12 +28,20 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from compress.doors import read_json
+from compress.models.blocks import blocks_of, row_of
 from compress.models.end_files import GENERATION, as_ids, as_value
 from compress.models.ends import end_ids
 from compress.models.gguf_header import check_file
 from compress.models.loaded import check_complete, check_forward
-from compress.models.loading import WEIGHTS, check_directory, check_weights, weight_files
+from compress.models.loading import (
+    WEIGHTS,
+    check_directory,
+    check_weights,
+    tensor_table,
+    weight_files,
+)
 from compress.models.model_config import config_object, is_of_input, one_line, quiet, read_config
+from compress.models.tensor_file import Entry, write_tensors
 from compress.models.tokenizer import copy_tokenizer, tokenizer_files
 from compress.store import files_digest, sha256_file
 
@@ -160,6 +171,48 @@ def load_model(
     return model
 
 
+def load_stored(path: Path) -> PreTrainedModel:
+    """As `load_model`, in the bytes of the file: matrices in the decoder blocks of a bf16
+    checkpoint stay bf16, and where they are, read when they are used; all else is fp32.
+
+    For whoever computes with one block at a time, in fp32 (`models/walk.py`), or under autocast:
+    the values are those of `load_model`. Files of other types, and families without a row in
+    `models/blocks.py`, are opened in fp32 altogether.
+    """
+    check(path)
+    floats = {place.dtype for _, place in tensor_table(path).values() if "F" in place.dtype}
+    if floats != {"BF16"}:
+        return load_model(path)
+
+    # What a family without a row does besides its blocks is not known.
+    model = load_model(path, torch.bfloat16)
+    if row_of(model) is None:
+        return load_model(path)
+
+    # Each matrix is mapped by itself: all of a file's are otherwise there until the last one goes.
+    short = {id(p) for p in blocks_of(model).parameters() if p.dim() > 1}
+    table = tensor_table(path)
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in short:
+            parameter.data = parameter.data.float()
+        elif name in table and torch.equal(_mapped(table[name][0], name), parameter):
+            parameter.data = _mapped(table[name][0], name)
+    return model
+
+
+def _mapped(file: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file, read when it is used; writing to it changes no file."""
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
+def let_go(parameter: nn.Parameter) -> None:
+    """Take the memory of a parameter that nobody reads again: it keeps shape and type alone."""
+    nothing = torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device)
+    parameter.data = nothing.expand(parameter.shape)
+
+
 def open_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint that `load_model` opened before, without another look at it: for
     measuring its time and memory.
@@ -232,22 +285,28 @@ def best_device() -> torch.device:
 
 
 def save_model(
-    model: PreTrainedModel, out: Path, tokenizer_from: Path, dtype: torch.dtype = torch.bfloat16
+    model: PreTrainedModel,
+    out: Path,
+    tokenizer_from: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    instead: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> None:
     """Write `model` as a plain checkpoint: floats cast to `dtype`, tied tensors once, tokenizer
-    files copied from `tokenizer_from`, whose ends config.json names.
+    files copied from `tokenizer_from`, whose ends config.json names. `instead` makes tensors, by
+    name, that the model does not hold. One tensor is converted at a time.
 
     Float stages save bf16; quantized stages save fp32, because their values fit no smaller float
     (Q4_0: fp16 scale times code).
     """
     out.mkdir(parents=True, exist_ok=True)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    tensors = {}
+    entries: dict[str, Entry] = {}
     for name, tensor in model.state_dict().items():
         if name not in tied:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
-            tensors[name] = tensor.detach().to("cpu", kind).contiguous()
-    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+            make = (instead or {}).get(name, partial(_as_it_is, tensor))
+            entries[name] = Entry(kind, tuple(tensor.shape), partial(_on_cpu, make, kind))
+    write_tensors(out / WEIGHTS, entries, {"format": "pt"})
 
     # How it was opened is no part of it.
     config = {
@@ -262,6 +321,14 @@ def save_model(
 
     if tokenizer_from != out:
         copy_beside(tokenizer_from, out)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _on_cpu(make: Callable[[], Tensor], kind: torch.dtype) -> Tensor:
+    return make().detach().to("cpu", kind)
 
 
 def copy_beside(checkpoint: Path, out: Path) -> None:

@@ -2,7 +2,8 @@
 
     x_0 = embed(ids)    x_i+1 = block_i(x_i)    h = norm(x_n)
 
-The model stays where it is, in host memory; the present block alone is on the device. Besides it
+The model stays where it is, in host memory, its blocks in the type of their file
+(`checkpoint.load_stored`); the present block alone is on the device, and in fp32. Besides it
 there are the hidden states in front of that block, in groups of ROWS rows, each sent through by
 itself: they lie beside the model too. Whoever changes a block does so in front of it and then
 advances through it, so that every later block is measured on what the changed ones send it (the
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from compress.models.blocks import blocks_of, final_norm
 from compress.models.checkpoint import best_device
 
+SHORT = (torch.bfloat16, torch.float16)
 ROWS = 4  # sequences sent through a block at a time
 LINE_SECONDS = 20.0  # between two lines of progress, as in `train/progress.py`
 
@@ -87,25 +89,42 @@ class Pace:
 
 
 class _Place:
-    """Where the present block computes, and which one it is: shared by a walk and its branches."""
+    """Where the present block computes, and which one it is: shared by a walk and its branches.
+
+    A block at home in 16 bits is fp32 while it is present. What is put into it is rounded as it
+    leaves, as saving would.
+    """
 
     def __init__(self, device: torch.device, home: torch.device) -> None:
         self.device = device
         self.home = home
         self.present: Any = None
+        self.stored: dict[str, torch.dtype] = {}  # of its parameters that are not fp32 at home
 
     def bring(self, block: nn.Module) -> None:
         """Have this block on the device, and no other."""
-        if self.device != self.home and self.present is not block:
-            self.leave()
+        if self.present is block:
+            return
+        self.leave()
+        self.present = block
+        if self.device != self.home:
             block.to(self.device)
-            self.present = block
+        for name, parameter in block.named_parameters():
+            if parameter.dtype in SHORT:
+                self.stored[name] = parameter.dtype
+                parameter.data = parameter.data.float()
 
     def leave(self) -> None:
         """Send the present block home."""
-        if self.present is not None:
+        if self.present is None:
+            return
+        for name, parameter in self.present.named_parameters():
+            if name in self.stored:
+                parameter.data = parameter.data.to(self.stored[name])
+        if self.device != self.home:
             self.present.to(self.home)
-            self.present = None
+        self.present = None
+        self.stored = {}
 
 
 class Walk:
@@ -170,11 +189,15 @@ class Walk:
         other.pace = Pace(lambda line: None, len(self.blocks))
         return other
 
+    def bring(self, index: int) -> None:
+        """Have a block on the device, in fp32, to be looked at or changed before it is called."""
+        self._place.bring(self.blocks[index])
+
     def call(self, index: int, x_BLH: Tensor) -> Tensor:
         """What a block makes of up to ROWS rows, on the device; the block stays there until
         another is called or advanced through. Gradients are the caller's business.
         """
-        self._place.bring(self.blocks[index])
+        self.bring(index)
         others, keywords = _on(self.device, self.arguments[index])
         with self.arithmetic():
             out = self.blocks[index](x_BLH.to(self.device), *others, **keywords)
@@ -295,8 +318,12 @@ class Walk:
             others = out[1:] if isinstance(out, tuple) else None
             raise _Stop
 
+        # Where the model is, for it is called from there.
+        place = _Place(self._place.home, self._place.home)
+        place.bring(self.blocks[0])
         with self.blocks[0].register_forward_hook(look), suppress(_Stop):
             self._embed(self.ids_BL[:1, :1])
+        place.leave()
         return others
 
     def _noted(self, ids_BL: Tensor, others: tuple[Any, ...] | None) -> list[Arguments]:

@@ -149,7 +149,6 @@ def fold_run(walk: Walk, parent: Walk, row: Row, index: int, run: list[int]) -> 
     where the fitted one sends it.
     """
     down: Any = walk.blocks[index].get_submodule(row.down)
-    weight_HF = matrix_of(down)
     scale = float(getattr(walk.model.config, row.residual_key)) if row.residual_key else 1.0
 
     # Inputs of the projection and what it adds, and the stream behind it.
@@ -157,6 +156,7 @@ def fold_run(walk: Walk, parent: Walk, row: Row, index: int, run: list[int]) -> 
     added: list[Tensor] = []
     walk.inputs(index, {row.down: lambda x_BLF: entering.append(x_BLF.float())})
     walk.outputs(index, {row.down: lambda m_BLH: added.append(scale * m_BLH.float())})
+    old_HF = matrix_of(down).clone()
     walk.advance(index)
 
     # Row by row, some of them held out.
@@ -174,8 +174,9 @@ def fold_run(walk: Walk, parent: Walk, row: Row, index: int, run: list[int]) -> 
             moments.add(x_LF, target_LH.to(x_LF.device))
 
     # The projection, and the stream behind it.
-    new = fitted(fit, held_out, weight_HF.to(fit.gram_FF.device))
-    weight_HF.copy_(new.weight_HF)
+    new = fitted(fit, held_out, old_HF.to(fit.gram_FF.device))
+    weight_HF = new.weight_HF.to(old_HF.dtype)
+    matrix_of(down).copy_(weight_HF)
     for at, (x_BLF, rest_BLH) in enumerate(zip(entering, rest, strict=True)):
         given_BLH = scale * (x_BLF @ weight_HF.to(x_BLF.device).T)
         walk.states[at] = rest_BLH + given_BLH.to(rest_BLH.device)

@@ -142,7 +142,8 @@ def without_blocks(config: dict[str, Any], dropped: set[int]) -> dict[str, Any]:
 
 def save_checked(model: Any, out: Path, parent: Path) -> None:
     """Save in bf16 and prove that stock transformers reads back exactly the model in memory,
-    renumbering and all.
+    renumbering and all. The model is over with then: its weights are let go of, so that two models
+    never lie in memory.
     """
     import torch
 
@@ -152,6 +153,9 @@ def save_checked(model: Any, out: Path, parent: Path) -> None:
     ids_BL = torch.arange(8).remainder(model.config.vocab_size)[None]
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
-        here, reloaded = (m(ids_BL).logits for m in (model, checkpoint.load_model(out)))
+            parameter.data = parameter.data.bfloat16()
+        here = model(ids_BL).logits
+        for parameter in model.parameters():
+            checkpoint.let_go(parameter)
+        reloaded = checkpoint.load_model(out, torch.bfloat16)(ids_BL).logits
     assert torch.equal(here, reloaded), f"{out} does not reload to the model that was saved"

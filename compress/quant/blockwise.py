@@ -10,7 +10,7 @@ first, measured as a head by the unquantized model's final states.
 Legend: B sequences, L tokens of one, H hidden, C channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from compress.models.blocks import Row, blocks_prefix, row_of, row_of_block
-from compress.models.checkpoint import best_device, head_dim
+from compress.models.checkpoint import best_device, head_dim, let_go
 from compress.models.experts import mixture_of
 from compress.models.walk import Walk, lent
 from compress.quant.balance import Group, Inputs, awq_scales, fold, groups_of
@@ -30,6 +30,7 @@ from compress.quant.gptq import gptq
 from compress.quant.grids import GRIDS
 from compress.store import write_whole
 
+ROUNDED_WEIGHTS = 1 << 24  # rounded at once where no column waits for another: 64 MB
 # What to do where the calibration text does not come through a block.
 ADVICE = "repair the parent, or use method=nearest, balance=none"
 
@@ -39,7 +40,8 @@ class Blockwise:
     those of `stages/ptq.py`.
 
     With `keep`, `restore` puts back the weights as they were before rounding, balanced: from there
-    training goes on.
+    training goes on. A matrix that is bf16 in the model (`checkpoint.load_stored`) can't hold its
+    decoded values: it is let go of, and its codes are what there is of it.
     """
 
     def __init__(
@@ -74,13 +76,18 @@ class Blockwise:
 
     def put(self, name: str, weight: Tensor, codes: Tensor, scales: Tensor) -> None:
         """One matrix is done: its codes are kept, the model goes on with their values."""
-        before = weight.detach().clone()
-        self.made[name] = bake(weight, Quantized(self.layout[name], codes, scales))
         if self.keep:
-            self.whole[name] = before.cpu()
-        self.lost += torch.stack(
-            [w.square().sum(dtype=torch.float64) for w in (before - weight, before)]
-        ).cpu()
+            self.whole[name] = weight.detach().cpu().clone()
+        rows = _rows_at_once(weight)
+        for part, *made in zip(
+            weight.split(rows), codes.split(rows), scales.split(rows), strict=True
+        ):
+            before = part.detach().clone()
+            bake(part, Quantized(self.layout[name], *made))
+            self.lost += torch.stack(
+                [w.square().sum(dtype=torch.float64) for w in (before - part, before)]
+            ).cpu()
+        self.made[name] = Quantized(self.layout[name], codes.cpu(), scales.cpu())
 
     def round(self, name: str, weight: Any, gram_CC: Tensor | None = None) -> None:
         """Round one matrix by the method, given its inputs' second moments where they are known."""
@@ -95,7 +102,9 @@ class Blockwise:
         if self.search and grid.searches:
             scales = grid.search(weight, None if gram_CC is None else gram_CC.diagonal(), name)
             return grid.codes(weight, scales), scales
-        return grid.encode(weight, name)
+        parts = [grid.encode(part, name) for part in weight.split(_rows_at_once(weight))]
+        codes, scales = map(torch.cat, zip(*parts, strict=True))
+        return codes, scales
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -108,7 +117,8 @@ class Blockwise:
         """Every matrix by itself, without data, on the best device of this machine."""
         for name, matrix in quantizable(self.model).items():
             with lent(matrix.home, best_device()):
-                self.round(name, matrix.rows)
+                self.round(name, matrix.rows.float())
+            self._let_go([name])
 
     @torch.no_grad()
     def calibrated(
@@ -136,18 +146,28 @@ class Blockwise:
         walk.pace.restart()
         walk.task = "quantized"
         for index, block in enumerate(walk.blocks):
+            walk.bring(index)
+            names_before = set(self.made)
             fresh = self._kept(
                 work / f"block-{index:04d}.safetensors",
                 block,
                 partial(self._block, index, walk),
             )
             walk.advance(index)
+            self._let_go(self.made.keys() - names_before)
             if not fresh:
                 walk.pace.restart()
 
         # A head of its own, by what now reaches it.
         for name, head in heads:
             self._head(name, head, walk)
+
+    def _let_go(self, names: Iterable[str]) -> None:
+        """Let go of rounded matrices whose values their type can't hold."""
+        for name in names:
+            parameter = self.model.get_parameter(name)
+            if parameter.dtype != torch.float32:
+                let_go(parameter)
 
     def _embedding(self, name: str, embedding: Any, walk: Walk, *, tied: bool) -> None:
         """Round the embedding, a tied one as the head that it also is."""
@@ -271,6 +291,10 @@ class Blockwise:
             if self.keep:
                 self.whole[name] = kept[f"whole:{name}"]
             self.made[name] = bake(self.model.get_parameter(name), codes)
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    return max(1, ROUNDED_WEIGHTS // weight.shape[1])
 
 
 def _received(walk: Walk, index: int, groups: list[Group]) -> list[Inputs]:

@@ -8,6 +8,7 @@ stays fp32 (`unquantized`).
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,8 +128,12 @@ def bake(weight: Tensor, made: Quantized) -> Quantized:
 def save_quantized(
     model: PreTrainedModel, out: Path, tokenizer_from: Path, made: dict[str, Quantized]
 ) -> None:
-    """Write a baked model as a plain fp32 checkpoint, with `quant.safetensors` beside it."""
-    save_model(model, out, tokenizer_from, dtype=torch.float32)
+    """Write a baked model as a plain fp32 checkpoint, with `quant.safetensors` beside it. Matrices
+    are decoded again from their codes: the model need not hold their values any more.
+    """
+    shapes = {name: model.get_parameter(name).shape for name in made}
+    decoded = {name: partial(_values, q, shapes[name]) for name, q in made.items()}
+    save_model(model, out, tokenizer_from, torch.float32, decoded)
 
     # The codes that the weights decode from, and the grid of each matrix.
     tensors = {}
@@ -137,6 +142,10 @@ def save_quantized(
         tensors[f"{name}.scales"] = q.scales
     grids = {name: q.grid for name, q in made.items()}
     save_file(tensors, out / FILE, metadata={"grids": json.dumps(grids, sort_keys=True)})
+
+
+def _values(made: Quantized, shape: tuple[int, ...]) -> Tensor:
+    return made.decode().view(shape)
 
 
 def is_quantized(path: Path) -> bool:

@@ -40,3 +40,4 @@ class Context:
     vocabulary: Callable[[], Packed | None] = lambda: None
     parallel: str = "none"  # or ddp, fsdp2
     activation_checkpointing: bool = False
+    moments: str = "fp32"  # of the optimizer: or int8, host

@@ -11,13 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.distill.settings import Divergence, Features, Signal
 from compress.errors import ConfigError
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_of_training
 from compress.stages.training import Optimization, open_source, open_student
+
+if TYPE_CHECKING:
+    from compress.memory import Account, Given
 
 
 @dataclass
@@ -93,10 +96,18 @@ class Distill(Optimization):
         return cost_of_training(
             sizes,
             self.tokens,
-            self.micro_batch_sequences,
             bytes_a_weight=2,
             signal=self.signal,
             signal_params=sizes.teacher_params,
+        )
+
+    def memory(self, given: Given) -> Account:
+        """Training every weight, with the teacher's signal."""
+        shape = given.parent
+        embeddings = shape.head * (1 if shape.tied else 2)
+        frozen = 0 if self.train_embeddings else embeddings
+        return self.training_memory(
+            given, shape.params - frozen, frozen, signal=self.signal, signal_of=given.teacher
         )
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:

@@ -26,6 +26,8 @@ from compress.stages.training import Optimization
 if TYPE_CHECKING:
     from torch import nn
 
+    from compress.memory import Account, Given
+
 LoraData = StrEnum("LoraData", ["chat", "text"])  # what the adapters learn
 
 
@@ -143,7 +145,19 @@ class Lora(Optimization):
 
     def cost(self, sizes: Sizes) -> Cost:
         """Training without a teacher; counted as if every weight were trained."""
-        return cost_of_training(sizes, self.tokens, self.micro_batch_sequences, bytes_a_weight=2)
+        return cost_of_training(sizes, self.tokens, bytes_a_weight=2)
+
+    def memory(self, given: Given) -> Account:
+        """Training adapters on a base that stays, whose matrices are bf16 under autocast."""
+        shape = given.parent
+        adapters = self.rank * sum(
+            sum(sizes) for block in shape.blocks for sizes in block if len(sizes) == 2
+        )
+        short = given.setup.precision != "fp32" and given.setup.parallel != "fsdp2"
+        frozen_bytes = (2 * shape.matrices + 4 * shape.outside) / shape.params if short else 4.0
+        if self.load_in_4bit:
+            frozen_bytes = (0.52 * shape.matrices + 2 * shape.outside) / shape.params
+        return self.training_memory(given, adapters, shape.params, frozen_bytes=frozen_bytes)
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the merged model and `adapter/`. Metrics: as every training stage, and
@@ -160,7 +174,8 @@ class Lora(Optimization):
 
         # The frozen base, and a line of what is adapted and what is not.
         torch.manual_seed(ctx.seed)
-        base = load_model(parent, load="nf4" if self.load_in_4bit else "plain")
+        base = self._base(parent, ctx)
+        is_short = any(p.dtype == torch.bfloat16 for p in base.parameters())
         targets = targets_of(base)
         ctx.log(f"{ctx.label}: adapters on {', '.join(targets.linears + targets.experts)}")
         if targets.unadapted:
@@ -175,8 +190,23 @@ class Lora(Optimization):
         model.save_pretrained(str(adapter), safe_serialization=True)
         _same_everywhere(adapter)
 
-        # Merged into the unquantized base.
-        if self.load_in_4bit:
+        # Merged into the fp32 base.
+        if is_short or self.load_in_4bit:
             model = PeftModel.from_pretrained(load_model(parent), adapter)
         save_model(model.merge_and_unload(), out, tokenizer_from=parent)
         return metrics | {"adapter_params_count": adapter_params}
+
+    def _base(self, parent: Path, ctx: Context) -> Any:
+        """The model that stays as it is while adapters train. Under bf16 autocast its matrices may
+        be bf16 themselves: they are computed with so anyway. fsdp2 wants one type in a block.
+        """
+        from compress.models.checkpoint import load_model, load_stored
+
+        if self.load_in_4bit:
+            return load_model(parent, load="nf4")
+        if ctx.precision == "fp32" or ctx.parallel == "fsdp2":
+            return load_model(parent)
+
+        # Adapters are added to stacked experts themselves, of one type with them.
+        base = load_stored(parent)
+        return load_model(parent) if targets_of(base).experts else base

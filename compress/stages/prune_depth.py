@@ -8,6 +8,8 @@ unlike a narrower one. Which blocks went, and into which they were folded, is wr
 long and chose no better (results/prune/fold.md).
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
 if TYPE_CHECKING:
+    from compress.memory import Account, Given
     from compress.prune.folding import Fold
 
 FOLD_SEQUENCES = 64
@@ -95,11 +98,22 @@ class PruneDepth:
         cost = cost.with_calibration(sizes, self.calibration_sequences, self.blocks)
         return cost.with_calibration(sizes, self.fold_sequences, 2) if self.fold else cost
 
+    def memory(self, given: Given) -> Account:
+        """A block at a time; states in front of those that may go, and what folds are fitted to."""
+        from compress.memory import folded
+
+        account = given.walked(self.calibration_sequences, copies=self.blocks + 2)
+        if self.fold:
+            fold = folded(given.parent, self.fold_sequences, given.seq_len)
+            folding = given.walked(self.fold_sequences, *fold, copies=2)
+            account.phases["folding"] = folding.phases["blocks"]
+        return account
+
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the shallower checkpoint. ValueError for a parent that is quantized, unsupported
         or too shallow, and for too little text.
         """
-        from compress.models.checkpoint import load_model, read_config
+        from compress.models.checkpoint import load_stored, read_config
         from compress.models.walk import Walk
         from compress.prune.folding import fold_dropped
         from compress.prune.importance import drop_blocks
@@ -107,7 +121,7 @@ class PruneDepth:
 
         check_parent(self, parent, "prune")
         row = row_for(read_config(parent), Work.depth)
-        model = load_model(parent)
+        model = load_stored(parent)
         params = model.num_parameters()
 
         def walk_of(ids_BL: Any) -> Walk:
@@ -143,7 +157,7 @@ class PruneDepth:
             **self._metrics(dropped, folds),
         }
 
-    def _note(self, dropped: list[tuple[int, float]], folds: "list[Fold]") -> dict[str, Any]:
+    def _note(self, dropped: list[tuple[int, float]], folds: list[Fold]) -> dict[str, Any]:
         """What pruning.json says."""
         removed = [{"block": index, "influence": influence} for index, influence in dropped]
         note: dict[str, Any] = {"blocks_removed_in_order": removed}
@@ -151,7 +165,7 @@ class PruneDepth:
             note["folds"] = [fold._asdict() for fold in folds]
         return note
 
-    def _metrics(self, dropped: list[tuple[int, float]], folds: "list[Fold]") -> dict[str, float]:
+    def _metrics(self, dropped: list[tuple[int, float]], folds: list[Fold]) -> dict[str, float]:
         """What is known of the cut."""
         metrics = {"influence_removed_sum": sum(influence for _, influence in dropped)}
         if folds:

@@ -19,6 +19,7 @@ from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
 if TYPE_CHECKING:
+    from compress.memory import Account, Given
     from compress.prune.experts import ExpertCut
 
 
@@ -85,6 +86,10 @@ class PruneExperts:
         """Two passes of the calibration text: up to a block's FFN, then through it."""
         cost = cost_without_training(sizes, bytes_a_weight=2)
         return cost.with_calibration(sizes, self.calibration_sequences, passes=2)
+
+    def memory(self, given: "Given") -> "Account":
+        """A block at a time."""
+        return given.walked(self.calibration_sequences)
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the checkpoint with fewer experts. ValueError for a parent that is quantized or no

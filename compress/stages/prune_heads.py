@@ -6,14 +6,19 @@ The calibration text goes from block to block, so every attention is cut and fit
 blocks already cut send it. A key-value head less also makes the cache smaller, in every runtime.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.models.blocks import Work, row_for
 from compress.prune import shape
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
+
+if TYPE_CHECKING:
+    from compress.memory import Account, Given
 
 
 @dataclass
@@ -91,11 +96,19 @@ class PruneHeads:
         cost = cost_without_training(sizes, bytes_a_weight=2)
         return cost.with_calibration(sizes, self.calibration_sequences, passes=2)
 
+    def memory(self, given: Given) -> Account:
+        """A block at a time, and the second moments of its heads."""
+        from compress.memory import columns_cut
+
+        shape = given.parent
+        cut = columns_cut(shape.hidden, shape.queries)
+        return given.walked(self.calibration_sequences, *cut)
+
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the checkpoint with fewer heads. ValueError for a parent that is quantized or
         unsupported, and for too little text.
         """
-        from compress.models.checkpoint import load_model, read_config
+        from compress.models.checkpoint import load_stored, read_config
         from compress.models.walk import Walk
         from compress.prune.heads import Heads, cut_heads
         from compress.quant.codes import check_parent
@@ -104,7 +117,7 @@ class PruneHeads:
         config = read_config(parent)
         row = row_for(config, Work.heads)
         present, keep = (Heads(*heads) for heads in self._heads(config))
-        model: Any = load_model(parent)
+        model: Any = load_stored(parent)
         params = model.num_parameters()
         ids_BL = ctx.calibration(self.calibration_sequences)
         self.check_text(config, *ids_BL.shape)

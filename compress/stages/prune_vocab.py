@@ -9,6 +9,8 @@ vocabularies. Stages behind this one read text in the student's tokens and their
 thirds of Gemma-3-270M; and the head is read at every step.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
 if TYPE_CHECKING:
+    from compress.memory import Account, Given
     from compress.train.packed import Packed
 
 
@@ -71,6 +74,12 @@ class PruneVocab:
         """Rows are copied."""
         return cost_without_training(sizes, bytes_a_weight=2)
 
+    def memory(self, given: Given) -> Account:
+        """The fp32 model as it is opened."""
+        from compress.memory import BASE, Account, opened
+
+        return Account({"open": [*BASE, *opened(given.parent, given.stored_bytes)]})
+
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the checkpoint of the smaller vocabulary. ValueError for a parent that is quantized
         or whose tokenizer can't be cut so far.
@@ -109,7 +118,7 @@ class PruneVocab:
         }
 
 
-def counts_of(*texts: "Packed | None") -> "Counter[int]":
+def counts_of(*texts: Packed | None) -> Counter[int]:
     """How often each id occurs in texts, of which some may be None."""
     counts: Counter[int] = Counter()
     for text in texts:

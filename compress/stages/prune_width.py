@@ -8,14 +8,19 @@ teacher this beats fitting all blocks to the dense model's activations (KL on Wi
 1.48, FFN 1536 -> 896); asking each block to undo the errors of the earlier ones overfits (1.82).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.models.blocks import Work, row_for
 from compress.prune import shape
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
+
+if TYPE_CHECKING:
+    from compress.memory import Account, Given
 
 
 @dataclass
@@ -67,19 +72,27 @@ class PruneWidth:
         cost = cost_without_training(sizes, bytes_a_weight=2)
         return cost.with_calibration(sizes, self.calibration_sequences, passes=2)
 
+    def memory(self, given: Given) -> Account:
+        """A block at a time, and the second moments of its channels."""
+        from compress.memory import columns_cut
+
+        shape = given.parent
+        cut = columns_cut(shape.hidden, shape.ffn)
+        return given.walked(self.calibration_sequences, *cut)
+
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the narrower checkpoint. ValueError for a parent that is quantized, unsupported or
         narrow already.
         """
         import torch
 
-        from compress.models.checkpoint import load_model, read_config
+        from compress.models.checkpoint import load_stored, read_config
         from compress.models.walk import Walk
         from compress.prune.importance import cut_ffns
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "prune")
-        model = load_model(parent)
+        model = load_stored(parent)
         params = model.num_parameters()
         row = row_for(read_config(parent), Work.width)
         present = shape.width_of(model.config.to_dict(), row)

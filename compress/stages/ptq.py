@@ -10,6 +10,8 @@ equal to the decoded codes, which lie in `quant.safetensors`.
 Rounding and its search need no data.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from dataclasses import dataclass, field
@@ -32,6 +34,8 @@ from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from compress.memory import Account, Given
 
 
 @dataclass
@@ -84,7 +88,7 @@ class OnGrid:
             raise ValueError(f"{stage}.floor_tokens is {self.floor_tokens}: allowed is 1 or more")
 
     def experts_reported(
-        self, tokens: "dict[int, Tensor]", model: Any, out: Path, ctx: Context
+        self, tokens: dict[int, Tensor], model: Any, out: Path, ctx: Context
     ) -> dict[str, float]:
         """Name the experts that too few tokens reached, in the log and in `experts.json`, given
         how many reached each, by block; how many they are. Nothing for a model without experts.
@@ -224,6 +228,22 @@ class Ptq(OnGrid):
         cost = cost_without_training(sizes, bytes_a_weight=4)
         return cost.with_calibration(sizes, self.calibration_sequences, self.passes)
 
+    def memory(self, given: Given) -> Account:
+        """A block at a time and its second moments; an fp32 model where grids are allocated."""
+        from compress.memory import BASE, opened, rounded
+
+        account = rounded(
+            given.parent,
+            self.calibration_sequences if self.passes else 0,
+            given.seq_len,
+            balance=self.balance != Balance.none,
+            gptq=self.method == Method.gptq,
+            stored_bytes=4 if self.allocate.file_bytes else given.stored_bytes,
+        )
+        if self.allocate.file_bytes:
+            account.phases["open"] = [*BASE, *opened(given.parent, given.stored_bytes)]
+        return account
+
     @property
     def passes(self) -> int:
         """How often the calibration text goes through the model: 0 where no data is needed."""
@@ -242,13 +262,14 @@ class Ptq(OnGrid):
         """Quantize `parent` into `out`. ValueError when the parent is quantized already or does
         not fit the grid or the method.
         """
-        from compress.models.checkpoint import load_model
+        from compress.models.checkpoint import load_model, load_stored
         from compress.quant.blockwise import Blockwise
         from compress.quant.codes import check_parent, save_quantized
         from compress.quant.grids import GRIDS
 
         check_parent(self, parent, "round")
-        model = load_model(parent)
+        # A mixture of grids is measured with one matrix of the whole model changed at a time.
+        model = load_model(parent) if self.allocate.file_bytes else load_stored(parent)
         layout = self.layout(model, parent, ctx)
 
         # Round: by the calibration text, block by block, or each matrix by itself.

@@ -30,6 +30,7 @@ from compress.stages.training import Keep, Optimization, open_source, open_stude
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.memory import Account, Given
     from compress.quant.codes import Quantized
 
 # Whose distribution the quantized model learns.
@@ -83,12 +84,35 @@ class Qat(Optimization, OnGrid):
         cost = cost_of_training(
             sizes,
             self.tokens,
-            self.micro_batch_sequences,
             bytes_a_weight=4,
             signal=self.signal,
             signal_params=sizes.teacher_params if learns_from_teacher else sizes.parent_params,
         )
         return cost.with_calibration(sizes, self.calibration_rows())
+
+    def memory(self, given: Given) -> Account:
+        """Training every weight, or adapters, under rounding; before that, rounding it once."""
+        from compress.memory import BASE, CODE_BYTES, Item, rounded_block, walk
+
+        shape = given.parent
+        teacher = given.teacher if self.learn_from is LearnFrom.teacher else shape
+        adapters = self.rank * sum(
+            sum(sizes) for block in shape.blocks for sizes in block if len(sizes) == 2
+        ) + self.rank * (shape.vocabulary + shape.hidden) * (1 if shape.tied else 2)
+        trained, frozen = (adapters, shape.params) if self.rank else (shape.params, 0)
+        account = self.training_memory(
+            given, trained, frozen, values=True, signal=self.signal, signal_of=teacher
+        )
+        if self.balance != Balance.none:
+            account.phases["start"] = [
+                *BASE,
+                Item("weights in fp32", host=4 * shape.params),
+                Item("weights before rounding", host=4 * shape.params),
+                Item("codes", host=CODE_BYTES * shape.params),
+                *walk(shape, self.calibration_sequences, given.seq_len),
+                *rounded_block(shape, balance=True, gptq=False),
+            ]
+        return account
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""

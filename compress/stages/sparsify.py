@@ -5,15 +5,20 @@ weight, and no runtime here skips it. What the same share of parameters costs wh
 instead is to be compared with this, not traded for it (`docs/pruning.md`).
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.models.blocks import lengths_of
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
+
+if TYPE_CHECKING:
+    from compress.memory import Account, Given
 
 
 @dataclass
@@ -73,16 +78,23 @@ class Sparsify:
         cost = cost_without_training(sizes, bytes_a_weight=2)
         return cost.with_calibration(sizes, self.calibration_sequences, passes=2)
 
+    def memory(self, given: Given) -> Account:
+        """A block at a time, and the order of a matrix's weights."""
+        from compress.memory import Item
+
+        order = Item("worth and order of a matrix", device=24 * given.parent.largest)
+        return given.walked(self.calibration_sequences, order)
+
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the checkpoint with zeros. ValueError for a parent that is quantized."""
-        from compress.models.checkpoint import load_model
+        from compress.models.checkpoint import load_stored
         from compress.models.walk import Walk
         from compress.prune import shape
         from compress.prune.wanda import kept_weights, thin_blocks
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "prune")
-        model = load_model(parent)
+        model = load_stored(parent)
         walk = Walk(
             model,
             ctx.calibration(self.calibration_sequences),

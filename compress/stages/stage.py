@@ -5,16 +5,20 @@ Costs are operation counts: 2 P flops a token forward and 6 P for a training ste
 Kaplan et al., arXiv 2001.08361, table 1).
 """
 
+from __future__ import annotations
+
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from compress.distill.settings import SchemeName, Signal
 from compress.stages.context import Context
 
+if TYPE_CHECKING:
+    from compress.memory import Account, Given
+
 Family = StrEnum("Family", ["prune", "recover", "quantize"])  # what a technique is for
 STATE_BYTES = 12  # a weight in unfinished training: itself and two moments
-ACTIVATION_BYTES = 34  # a token, layer and hidden unit (Korthikanti et al., arXiv 2205.05198)
 
 
 class Sizes(NamedTuple):
@@ -31,13 +35,12 @@ class Sizes(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a stage needs: operations, bytes of memory at once, bytes it leaves in the store."""
+    """What a stage needs: operations, and bytes it leaves in the store."""
 
     flops: float
-    memory_bytes: float
     disk_bytes: float
 
-    def with_calibration(self, sizes: Sizes, rows: int, passes: int = 1) -> "Cost":
+    def with_calibration(self, sizes: Sizes, rows: int, passes: int = 1) -> Cost:
         """The same with so many rows of text put so often through the parent."""
         return self._replace(
             flops=self.flops + 2 * sizes.parent_params * rows * sizes.seq_len * passes
@@ -66,6 +69,10 @@ class Stage(Protocol):
         """What `--plan` tells of it."""
         ...
 
+    def memory(self, given: Given) -> Account:
+        """Bytes that it needs at once, item by item, by the formulas of `compress/memory.py`."""
+        ...
+
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Reads one checkpoint directory and writes another; metric keys carry units."""
         ...
@@ -73,25 +80,21 @@ class Stage(Protocol):
 
 def cost_without_training(sizes: Sizes, *, bytes_a_weight: int) -> Cost:
     """Of a stage that changes weights once."""
-    return Cost(0.0, 8 * sizes.params, bytes_a_weight * sizes.params)
+    return Cost(0.0, bytes_a_weight * sizes.params)
 
 
 def cost_of_training(
     sizes: Sizes,
     tokens: int,
-    rows_at_once: int,
     *,
     bytes_a_weight: int,
     signal: Signal | None = None,
     signal_params: int = 0,
 ) -> Cost:
     """Of a stage that trains on so many tokens, with the signal of a model of `signal_params`."""
-    units = sizes.config["num_hidden_layers"] * sizes.config["hidden_size"]
-    memory = 16 * sizes.params + rows_at_once * sizes.seq_len * units * ACTIVATION_BYTES
     kept = _signal_bytes_per_token(signal, sizes.teacher_config) if signal else 0.0
     return Cost(
         6 * sizes.params * tokens + 2 * signal_params * tokens,
-        memory,
         (bytes_a_weight + STATE_BYTES) * sizes.params + kept * tokens,
     )
 

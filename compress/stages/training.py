@@ -15,6 +15,7 @@ from compress.stages.context import Context
 if TYPE_CHECKING:
     from compress.distill.losses import Mix
     from compress.distill.online import TeacherSource
+    from compress.memory import Account, Given
     from compress.train.packed import Packed
     from compress.train.plan import Plan
 
@@ -184,28 +185,81 @@ class Optimization:
             f" {self.epochs}: add text to the data, or set tokens to at most {most}"
         )
 
+    def training_memory(
+        self,
+        given: Given,
+        trained: float,
+        frozen: float = 0,
+        *,
+        frozen_bytes: float = 4.0,
+        values: bool = False,
+        signal: Signal | None = None,
+        signal_of: Any = None,
+    ) -> Account:
+        """Bytes of training so many weights beside frozen ones, and of the signal of a model of the
+        shape `signal_of`.
+        """
+        from compress import memory
+
+        # What one process computes at once.
+        setup = given.setup
+        rows = max(1, self.batch_sequences // setup.processes)
+        micro = min(self.micro_batch_sequences, rows)
+        size = 4 if setup.precision == "fp32" else 2
+        online = signal is not None and signal.scheme is SchemeName.online
+        hidden = signal is not None and signal.scheme is SchemeName.hidden
+        if values:
+            frozen_bytes = 2 * memory.weight_bytes(setup, trained=False)["weights"]
+
+        account = memory.trained(
+            given,
+            memory.Training(
+                trained,
+                frozen,
+                micro * given.seq_len,
+                micro_batches=-(-rows // micro),
+                frozen_bytes=frozen_bytes,
+                values=values,
+                validations=bool(self.validations),
+                teacher_head=size * signal_of.head if hidden else 0.0,
+                teacher=size * signal_of.params if online else 0.0,
+            ),
+        )
+        if signal is not None and not online:
+            account.phases["signal"] = memory.signal_made(given, signal_of)
+        return account
+
     def reserve(self, model: Any, ctx: Context, copies: int = 0, frozen: bool = False) -> None:
         """Allocate what training holds besides activations, and let go of it: a teacher's signal
         may take hours and comes behind.
 
-        Of each trained weight: itself, its gradient, two moments, the best one so far and `copies`
-        more; `frozen` weights are held alone. ResourceError when there is no such room.
+        Of each trained weight: itself, its gradient, two moments, and with `copies` what is
+        computed with instead (`compress/memory.py`); `frozen` weights are held alone. ResourceError
+        when there is no such room.
         """
         import psutil
         import torch
 
         from compress.errors import ResourceError, is_memory
+        from compress.memory import Setup, weight_bytes
         from compress.models.checkpoint import best_device
         from compress.train import parallel
         from compress.train.trainer import NO_ROOM
 
-        # bytes of one weight
-        size = 2 if ctx.precision == "bf16_stochastic" else 4
-        trained = size + 8 + size * bool(self.validations)
+        # Bytes of a weight on the device; on a CPU that is where the best ones lie too.
+        setup = Setup(ctx.precision, moments=ctx.moments)
+        micro_batches = -(-self.batch_sequences // self.micro_batch_sequences)
+        stays, learns = (
+            weight_bytes(setup, trained=trained, micro_batches=micro_batches, values=bool(copies))
+            for trained in (False, True)
+        )
+        size = sum(learns.values())
+        if best_device().type == "cpu":
+            size += learns["weights"] * bool(self.validations) + 8 * (ctx.moments == "host")
 
-        # bytes of all, of which fsdp2 leaves each process its share
+        # Bytes of all, of which fsdp2 leaves each process its share.
         counts = [(p.numel(), p.requires_grad and not frozen) for p in model.parameters()]
-        needed = sum(count * (size * (1 + copies) + trained * learns) for count, learns in counts)
+        needed = round(sum(n * (size if one else sum(stays.values())) for n, one in counts))
         needed = needed // parallel.world() if ctx.parallel == "fsdp2" else needed
 
         # a host promises more than it has, a GPU does not
@@ -238,6 +292,7 @@ class Optimization:
             seed=ctx.seed,
             precision=ctx.precision,
             activation_checkpointing=ctx.activation_checkpointing,
+            moments=ctx.moments,
             parallel=ctx.parallel,
             validations=self.validations,
             patience=self.patience,

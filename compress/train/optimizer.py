@@ -11,7 +11,8 @@ autocast) or bf16 weights (bf16_stochastic):
 with warm(t) = min(1, (t + 1) / warmup). bf16 has 8 significant bits: an update below 1/512 of a
 weight would vanish under rounding to nearest. Rounding up with probability (x - down) / (up - down)
 keeps it in expectation (arXiv 2010.06192, section 3), so that weights need 2 bytes instead of a
-master copy's 4; the moments stay fp32, and so do the sums of gradients over several micro-batches.
+master copy's 4; the moments stay fp32 unless less is asked for (`train/moments.py`), and so do the
+sums of gradients over several micro-batches.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from compress.train import parallel
+from compress.train.moments import (
+    MOMENTS,
+    empty_moments,
+    read_moment,
+    rows_at_once,
+    write_moment,
+)
 
 # Of the peak: the usual end of a cosine schedule in distillation (Minitron, arXiv 2407.14679,
 # table 9).
 LR_FLOOR = 0.1
 BETAS = (0.9, 0.95)
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 ADDED = "quant_"  # how names of what `quant/fake.py` adds to a module begin
 
 
@@ -59,12 +66,16 @@ def stochastic_bf16(x: Tensor) -> Tensor:
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW without weight decay on bf16 weights, sharded or not; fp32 moments under torch's own
-    names, the step a plain number. What is fp32 among them (scales that are learned) stays so.
+    """AdamW without weight decay on bf16 or fp32 weights, sharded or not; moments under torch's own
+    names, kept as `moments` says (`train/moments.py`), the step a plain number. What is fp32
+    beside bf16 weights (scales that are learned) stays so.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], lr: float) -> None:
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], lr: float, moments: str = "fp32"
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": BETAS, "eps": 1e-8})
+        self.moments = moments
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -75,25 +86,40 @@ class StochasticAdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
 
-                # Moments begin at zero, placed and sharded like the weight.
+                # Moments begin at zero, sharded like the weight.
                 state = self.state[p]
                 if not state:
-                    moments = {m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}
-                    state |= {"step": 0.0, **moments}
+                    state |= {"step": 0.0, **empty_moments(p, self.moments)}
                 state["step"] += 1
                 t = state["step"]
 
-                # All that follows is of this rank's part.
-                weight, gradient = parallel.local(p), parallel.local(p.grad).float()
-                mean, square = (parallel.local(state[m]) for m in MOMENTS)
-                mean.lerp_(gradient, 1 - b1)
-                square.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+                # This rank's part, so many rows at once.
+                whole_weight, whole_gradient = parallel.local(p), parallel.local(p.grad)
+                rows = rows_at_once(whole_weight)
+                count = whole_weight.numel()
+                first = 0
+                for weight, part in zip(
+                    _rows(whole_weight, rows), _rows(whole_gradient, rows), strict=True
+                ):
+                    gradient = part.float()
+                    mean, square = (
+                        read_moment(m, state[m], first, count, gradient) for m in MOMENTS
+                    )
+                    mean.lerp_(gradient, 1 - b1)
+                    square.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
 
-                # Both moments without their bias to zero, then up or down at random to bf16.
-                root = (square / (1 - b2**t)).sqrt_().add_(eps)
-                moved = weight.float().addcdiv_(mean, root, value=-lr / (1 - b1**t))
-                if weight.dtype == torch.bfloat16:
-                    weight.copy_(stochastic_bf16(moved))
+                    # Both moments without their bias to zero, then up or down at random to bf16.
+                    root = (square / (1 - b2**t)).sqrt_().add_(eps)
+                    moved = weight.float().addcdiv_(mean, root, value=-lr / (1 - b1**t))
+                    is_short = weight.dtype == torch.bfloat16
+                    weight.copy_(stochastic_bf16(moved) if is_short else moved)
+                    for name, moment in zip(MOMENTS, (mean, square), strict=True):
+                        write_moment(name, state[name], first, count, moment)
+                    first += rows
+
+
+def _rows(tensor: Tensor, rows: int) -> tuple[Tensor, ...]:
+    return tensor.split(rows) if tensor.dim() else (tensor,)
 
 
 def to_bf16(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ class Plan(NamedTuple):
     seed: int = 0
     precision: str = "fp32"  # or bf16, bf16_stochastic
     activation_checkpointing: bool = False
+    moments: str = "fp32"  # or int8, host
     parallel: str = "none"  # or ddp, fsdp2
     validations: int = 0  # measurements over the stage, besides the first
     patience: int = 0  # measurements without a better one that end training; 0: never

@@ -1,5 +1,6 @@
 """What training runs on."""
 
+import importlib.util
 from dataclasses import dataclass
 
 from compress.bounds import check_values
@@ -7,6 +8,7 @@ from compress.errors import ConfigError, nearest
 
 PRECISIONS = ("auto", "bf16", "fp32", "bf16_stochastic")
 PARALLEL = ("none", "ddp", "fsdp2")
+MOMENTS = ("fp32", "int8", "host")
 
 
 @dataclass
@@ -26,13 +28,32 @@ class Trainer:
     elastic: bool = False
     # Recompute activations in the backward pass: less memory, about a third more time.
     activation_checkpointing: bool = False
+    # AdamW's: fp32 on the device, int8 (2 bytes a weight instead of 8, by bitsandbytes), or in host
+    # memory.
+    moments: str = "fp32"
 
     def __post_init__(self) -> None:
-        for key, allowed in (("precision", PRECISIONS), ("parallel", PARALLEL)):
+        for key, allowed in (
+            ("precision", PRECISIONS),
+            ("parallel", PARALLEL),
+            ("moments", MOMENTS),
+        ):
             if getattr(self, key) not in allowed:
                 raise ConfigError(
                     f"trainer.{key}={getattr(self, key)!r}; {nearest(getattr(self, key), allowed)}"
                 )
+
+        # Moments that are kept otherwise.
+        if self.moments == "int8" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "trainer.moments=int8 needs bitsandbytes, which is not installed: pip install"
+                " 'compress-lm[qlora]'; or use trainer.moments=host"
+            )
+        if self.moments != "fp32" and self.parallel == "fsdp2":
+            raise ConfigError(
+                f"trainer.moments={self.moments} is for whole parameters, trainer=fsdp2 leaves each"
+                " process its share of them; leave one of the two out"
+            )
 
         # Processes and threads.
         if self.processes < 0 or (self.processes > 1 and self.parallel == "none"):

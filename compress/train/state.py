@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from compress.store import commit, fsync
 from compress.train import parallel
-from compress.train.optimizer import MOMENTS, StochasticAdamW
+from compress.train.moments import MOMENTS, empty_moments
+from compress.train.optimizer import StochasticAdamW
 
 # A tensor, or its rows that one process has, and where in it these begin; None: it is whole.
 Part = tuple[Tensor, list[int] | None]
@@ -207,7 +208,7 @@ def restore_state(
     for name, p in trained.items():
         tensors[f"param/{name}"] = p.detach()
         if f"{MOMENTS[0]}/{name}" in names:
-            moments = {m: torch.zeros_like(p.detach(), dtype=torch.float32) for m in MOMENTS}
+            moments = empty_moments(p, getattr(optimizer, "moments", "fp32"))
             tensors |= {f"{m}/{name}": moment for m, moment in moments.items()}
             optimizer.state[p] = moments | {"step": _step(state, p, optimizer)}
         if f"best/{name}" in names:

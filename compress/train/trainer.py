@@ -71,7 +71,7 @@ class Trainer:
         if self.sharded:
             self._shard()
         elif plan.parallel == "ddp":
-            # Gradients lie in the buckets that ranks exchange, not in a copy besides.
+            # Gradients are views of what ranks exchange, not copies.
             self.module = DistributedDataParallel(self.plain, gradient_as_bucket_view=True)
 
         # What is trained, and by which optimizer; bf16 weights take fp32 gradients.
@@ -83,7 +83,10 @@ class Trainer:
         if self.sums_fp32:
             for p in parameters:
                 p.grad_dtype = None
-            self.optimizer: torch.optim.Optimizer = StochasticAdamW(parameters, plan.lr)
+        if self.sums_fp32 or plan.moments != "fp32":
+            self.optimizer: torch.optim.Optimizer = StochasticAdamW(
+                parameters, plan.lr, plan.moments
+            )
         else:
             self.optimizer = torch.optim.AdamW(
                 parameters, lr=plan.lr, betas=BETAS, weight_decay=0.0, fused=True
@@ -99,10 +102,11 @@ class Trainer:
             "best_step": -1,
             "best_kl": math.inf,
         }
-        self.best: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}  # on the host: nothing computes with them
         restored = restore_state(work, self.trained, self.optimizer)
         if restored is not None:
-            self.state, self.best = restored
+            self.state, best = restored
+            self.best = {name: p.cpu() for name, p in best.items()}
 
     def _shard(self) -> None:
         """Spread the model over the processes; an empty one is read in shards, and what is
@@ -295,7 +299,9 @@ class Trainer:
 
         if kl < self.state["best_kl"]:
             self.state |= {"best_kl": kl, "best_step": self.state["step"]}
-            self.best = {name: parallel.local(p).clone() for name, p in self.trained.items()}
+            self.best = {
+                name: parallel.local(p).to("cpu", copy=True) for name, p in self.trained.items()
+            }
         return kl
 
     def measured_since_best(self) -> int:

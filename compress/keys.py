@@ -19,7 +19,7 @@ from compress.store import sha256_file, sha256_json
 
 TEXT = ("tokenizers", "transformers", "jinja2")  # from text to token ids
 SIGNALS = ("torch", "transformers", "tokenizers", "accelerate", "bitsandbytes", "torchao")
-WEIGHTS = (*SIGNALS, "numpy", "scipy", "peft")
+WEIGHTS = (*SIGNALS, "numpy", "scipy", "peft", "torch-pruning")
 EXPORTS = ("torch", "transformers", "tokenizers", "numpy")  # and the packages that the format names
 SCORES = ("torch", "transformers", "tokenizers", "jinja2", "numpy", "scipy", "lm-eval")
 OF_RUNTIME: dict[str, tuple[str, ...]] = {  # besides SCORES

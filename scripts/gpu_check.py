@@ -45,6 +45,7 @@ LEAST_SECONDS = 15.0  # that a check is begun with
 # module -> what pip calls it: what is named when it lacks
 PACKAGES = {
     "peft": "peft",
+    "torch_pruning": "torch-pruning",
     "pytest": "pytest",
     "more_itertools": "more-itertools",
     "hydra": "hydra-core",

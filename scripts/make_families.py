@@ -30,6 +30,8 @@ COLUMNS = {
     Work.calibrated: "AWQ, GPTQ",
 }
 
+CUTS = (Work.depth, Work.width, Work.heads, Work.experts)
+
 
 def peculiarities(row: Row) -> str:
     """What is odd about a family, as its row says it."""
@@ -87,18 +89,18 @@ def brief() -> str:
     """Markdown: a line for all families of which the same is true."""
     families: dict[tuple[str, ...], list[str]] = {}
     for row in ROWS:
-        cuts = [work.name for work in (Work.depth, Work.width, Work.heads) if not row.reason(work)]
+        cuts = [work.name for work in CUTS if not row.reason(work)]
         four_bits = "yes" if row.reason(Work.calibrated) else "yes, AWQ, GPTQ"
         files = ("yes" if held else "no" for held in files_of(row).values())
-        families.setdefault((", ".join(cuts), "yes", four_bits, *files), []).append(row.family)
+        families.setdefault((", ".join(cuts), four_bits, *files), []).append(row.family)
 
     # What has no row, and what of that a GGUF holds.
     rest = set(FAMILIES) - {MODEL_TYPES[row.architecture] for row in ROWS}
-    head = ("families", "cut", "train", "4 bits", "GGUF", "ONNX", "compressed-tensors")
+    head = ("families", "cut", "4 bits", "GGUF", "ONNX", "compressed-tensors")
     lines: list[tuple[str, ...]] = [head, ("---",) * len(head)]
     lines += [(", ".join(names), *cells) for cells, names in families.items()]
     more = f"[{len(rest)} more](docs/deploying.md)"
-    lines.append(("any other causal model", "no", "yes", "yes", more, "no", "linear layers only"))
+    lines.append(("any other causal model", "no", "yes", more, "no", "linear layers only"))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -19,7 +19,16 @@ def matrix_of(linear: Any) -> Tensor:
 @torch.no_grad()
 def narrow(linear: Any, rows_K: Tensor) -> None:
     """Keep these outputs of a linear layer alone, ascending, in place."""
-    assert (rows_K.diff() > 0).all(), "outputs stay in their order"
+    assert (rows_K.diff() > 0).all(), "torch-pruning keeps the order that there is"
+    if isinstance(linear, nn.Linear):
+        # Imported here: where nothing is cut, nothing of it is needed.
+        import torch_pruning
+
+        gone = sorted(set(range(linear.out_features)) - set(rows_K.tolist()))
+        torch_pruning.prune_linear_out_channels(linear, gone)
+        return
+
+    # torch-pruning knows no matrix that is stored the other way round.
     _put(linear, matrix_of(linear)[rows_K])
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias[rows_K].contiguous(), requires_grad=False)

@@ -83,14 +83,7 @@ class Trainer:
         if self.sums_fp32:
             for p in parameters:
                 p.grad_dtype = None
-        if self.sums_fp32 or plan.moments != "fp32":
-            self.optimizer: torch.optim.Optimizer = StochasticAdamW(
-                parameters, plan.lr, plan.moments
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(
-                parameters, lr=plan.lr, betas=BETAS, weight_decay=0.0, fused=True
-            )
+        self.optimizer = self._optimizer(parameters)
 
         # Without shards every rank's state is the same, and one saves it.
         self.saver = Saver(work, parallel.world() if self.sharded else 1)
@@ -107,6 +100,13 @@ class Trainer:
         if restored is not None:
             self.state, best = restored
             self.best = {name: p.cpu() for name, p in best.items()}
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Ours where weights are bf16 or moments are kept otherwise than in fp32 beside them."""
+        plan = self.plan
+        if self.sums_fp32 or plan.moments != "fp32":
+            return StochasticAdamW(parameters, plan.lr, plan.moments)
+        return torch.optim.AdamW(parameters, lr=plan.lr, betas=BETAS, weight_decay=0.0, fused=True)
 
     def _shard(self) -> None:
         """Spread the model over the processes; an empty one is read in shards, and what is

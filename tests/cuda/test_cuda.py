@@ -27,9 +27,9 @@ from compress.quant.grids import GRIDS
 from compress.score.fidelity import States, closeness
 from compress.stages import STAGES
 from compress.stages.lora import LoraData
-from compress.train import loop
 from compress.train.loop import train
 from compress.train.plan import Plan
+from compress.train.state import Saver
 from compress.train.trainer import LossModule
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -169,7 +169,7 @@ def test_a_resumed_training_goes_on_from_the_optimizer_s_own_state(
 ):
     if device == "cpu" and precision != "fp32":
         pytest.skip("tests/train looks at it on the CPU")
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(Saver, "due", property(lambda saver: True))
     batches = make_batches(context.text(), None, seed=0, sequences=16, batch=4)
 
     def until(stop):

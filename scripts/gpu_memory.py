@@ -83,6 +83,7 @@ def nothing(*_: Any, **__: Any) -> None:
 @contextmanager
 def without_files(peak: Peak) -> Iterator[None]:
     """For the block, checkpoints are opened out of nothing and written nowhere."""
+    from compress.models.blocks import blocks_of
     from compress.models.checkpoint import config_object, read_config
     from compress.stages.training import Optimization
 
@@ -99,9 +100,18 @@ def without_files(peak: Peak) -> Iterator[None]:
         peak.skip()
         return model
 
+    def stored(path: Path) -> Any:
+        model = opened(path, torch.bfloat16)
+        matrices = {id(p) for p in blocks_of(model).parameters() if p.dim() > 1}
+        for parameter in model.parameters():
+            if id(parameter) not in matrices:
+                parameter.data = parameter.data.float()
+        return model
+
     replaced: dict[str, Any] = {
         "compress.stages.training.Optimization.reserve": reserved,
         "compress.models.checkpoint.load_model": opened,
+        "compress.models.checkpoint.load_stored": stored,
         "compress.distill.signals.load_model": opened,
         "compress.distill.signals.weights_digest": str,
         "compress.models.checkpoint.save_model": nothing,

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 # Sizes of Qwen2.5 (arXiv 2412.15115, table 1; vocabularies as its checkpoints store them), and a
-# small one whose training state is saved in half a second.
+# small one whose training state is saved in half a second; and a Qwen3-MoE of sizes between.
 SHAPES: dict[str, dict[str, Any]] = {
     "0.5B": {
         "hidden_size": 896,
@@ -42,6 +42,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
+    "0.5B of experts": {
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "moe_intermediate_size": 512,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
     "small": {
         "hidden_size": 512,
         "intermediate_size": 1408,
@@ -60,20 +72,23 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 512,
 }
+TINY_EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 DEVIATION = 0.02
 
 
 def config_of(name: str, dry: bool, **changes: Any) -> Any:
-    """A Qwen2 config of one of SHAPES."""
-    from transformers import Qwen2Config
+    """A config of one of SHAPES: Qwen2's, or with experts Qwen3-MoE's."""
+    from transformers import Qwen2Config, Qwen3MoeConfig
 
-    sizes = SHAPES[name] | (TINY if dry else {}) | changes
-    return Qwen2Config(
+    with_experts = "num_experts" in SHAPES[name]
+    tiny = TINY | (TINY_EXPERTS if with_experts else {})
+    sizes = SHAPES[name] | (tiny if dry else {}) | changes
+    return (Qwen3MoeConfig if with_experts else Qwen2Config)(
         max_position_embeddings=4096,
         bos_token_id=0,
         eos_token_id=0,
-        architectures=["Qwen2ForCausalLM"],
+        architectures=["Qwen3MoeForCausalLM" if with_experts else "Qwen2ForCausalLM"],
         **sizes,
     )
 

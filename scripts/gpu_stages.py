@@ -21,6 +21,7 @@ class Run(NamedTuple):
     technique: str
     settings: dict[str, Any]
     dry: dict[str, Any]
+    shape: str = "0.5B"
 
 
 TRAINED = {"tokens": 8 * 16 * LENGTH, "batch_sequences": 16, "micro_batch_sequences": 8}
@@ -36,6 +37,12 @@ RUNS: dict[str, Run] = {
     ),
     "prune_heads": Run(
         "prune_heads", {"kv_groups": 1} | CALIBRATED, {"kv_groups": 1} | CALIBRATED_DRY
+    ),
+    "prune_experts": Run(
+        "prune_experts",
+        {"experts": 16} | CALIBRATED,
+        {"experts": 3, "floor_tokens": 1} | CALIBRATED_DRY,
+        "0.5B of experts",
     ),
     "sparsify": Run("sparsify", CALIBRATED, CALIBRATED_DRY),
     "distill": Run("distill", TRAINED, TRAINED_DRY),
@@ -59,8 +66,8 @@ def stage(place: Place, name: str) -> dict[str, Any]:
     settings = dict(run.dry if place.dry else run.settings)
     if "data" in settings:
         settings["data"] = LoraData(settings["data"])
-    parent = place.checkpoint("0.5B")
-    teacher = place.checkpoint("0.5B", seed=1)
+    parent = place.checkpoint(run.shape)
+    teacher = place.checkpoint(run.shape, seed=1)
     rows = random_text(place.size(151936, 512), ROWS, place.size(LENGTH, 32))
 
     # Nothing of an earlier try, and nothing is left.
@@ -74,4 +81,4 @@ def stage(place: Place, name: str) -> dict[str, Any]:
     wrong = [key for key, value in metrics.items() if not math.isfinite(value)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} of {name} is not finite")
-    return {"shape": "0.5B", "settings": settings, "metrics": metrics}
+    return {"shape": run.shape, "settings": settings, "metrics": metrics}

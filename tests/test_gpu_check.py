@@ -135,7 +135,8 @@ def test_settings_are_legal_at_real_sizes(runs):
         stage = STAGES[run.technique](**settings)
         at_7b = runs is gpu_memory.RUNS
         blocks = {"num_hidden_layers": run.blocks} if at_7b else {}
-        config = gpu_models.config_of("7B" if at_7b else "0.5B", False, **blocks).to_dict()
+        shape = "7B" if at_7b else run.shape
+        config = gpu_models.config_of(shape, False, **blocks).to_dict()
         stage.check_shape(config)
         rows, length = (run.rows, run.length) if at_7b else (gpu_stages.ROWS, gpu_stages.LENGTH)
         assert stage.calibration_rows() <= rows, name

@@ -113,7 +113,7 @@ def test_a_full_disk_is_exit_5_and_keeps_what_was_made(tmp_path, monkeypatch, ca
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compress.models.checkpoint.save_file", full)
+    monkeypatch.setattr("compress.models.checkpoint.write_tensors", full)
     assert main(["run", "smoke", *FAST]) == 5
     assert "the disk refuses" in capfd.readouterr().err
     assert not list(tmp_path.glob("runs/.store/entries/[0-9a-f]*")) and not list(

@@ -350,7 +350,7 @@ class Walk:
 @contextmanager
 def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
     """For the block, a module with all of its parameters on a device; then where it was."""
-    home = next(module.parameters()).device
+    home = next((p.device for p in module.parameters()), device)  # some norms have none
     moves = device != home
     try:
         if moves:

@@ -296,10 +296,11 @@ def attach(
         if start:
             first_scales = start[name].scales.to(weight.device)
         else:
-            rows = _values(matrix).to(best_device())
+            values = _values(matrix)
+            rows = values.to(best_device())
             searched = scales == "search" and grid.searches
             first = grid.search(rows, name=name) if searched else grid.encode(rows, name)[1]
-            first_scales = first.to(weight.device)
+            first_scales = first.to(values.device)  # the weight's own may have no memory yet
         modules = [
             module
             for module in model.modules()

@@ -140,7 +140,7 @@ def test_a_stage_that_dies_leaves_no_entry(name, teacher, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", fails)
-    monkeypatch.setattr("compress.models.checkpoint.save_file", fails)
+    monkeypatch.setattr("compress.models.checkpoint.write_tensors", fails)
     monkeypatch.setattr("compress.distill.signals.write_whole", fails)
     context = make_context(teacher, tmp_path)
     with pytest.raises(OSError, match="No space left"):

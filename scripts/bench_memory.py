@@ -47,7 +47,7 @@ TRAINED = {"tokens": 4 * SEQ_LEN, "batch_sequences": 2, "micro_batch_sequences":
 # A stage by a name of its own: technique, its options, and the trainer's.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "prune_depth": ("prune_depth", {"blocks": 1, "calibration_sequences": 2, "fold": False}, {}),
-    "prune_heads": ("prune_heads", {"kv_groups": 3, "damping": 0.01}, {}),
+    "prune_heads": ("prune_heads", {"kv_groups": 2, "damping": 0.01}, {}),
     "prune_width": ("prune_width", {"ffn": 1280, "damping": 0.01}, {}),
     "sparsify": ("sparsify", {"calibration_sequences": 2}, {}),
     "ptq": ("ptq", {}, {}),

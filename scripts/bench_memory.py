@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_models import SHAPES
 from omegaconf import OmegaConf
 
 from compress import machine
@@ -67,13 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 QWEN_7B: dict[str, Any] = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
+    **SHAPES["7B"],
 }
 GPU_GB, HOST_GB = 80, 128
 PAGE = ROOT / "docs" / "scale.md"

@@ -31,10 +31,14 @@ from compress.prune.folding import fold_run
 from compress.score.fidelity import States, closeness
 from compress.stages.context import Context
 from compress.stages.distill import Distill
-from compress.stages.prune_depth import cut_blocks
+from compress.stages.prune_depth import PruneDepth, cut_blocks
+from compress.stages.prune_vocab import PruneVocab
+from compress.stages.prune_width import PruneWidth
 
 Weights = dict[str, Tensor]
+Chain = tuple[Any, ...]  # stages, or what runs as they do
 WEIGHED_ROWS, FOLD_ROWS = 4, 12
+FITTED_ROWS = 32  # that a cut is fitted to
 CHOICE_ROWS, CHOICE_TOKENS = 2, 192
 CHOICE_STRIDE = 3  # one position of so many is compared
 
@@ -249,3 +253,30 @@ class RandomBlocks:
         cut_blocks(model, set(random.Random(0).sample(inner, self.blocks)))
         save_model(model, out, parent)
         return {}
+
+
+def depth(blocks: int, fold: bool = True) -> PruneDepth:
+    """Blocks by influence."""
+    return PruneDepth(blocks=blocks, fold=fold)
+
+
+def dropped(blocks: int, fold: bool) -> PruneDepth:
+    """Blocks by influence, weighed and folded on as few rows as merged ones."""
+    rows = {"fold_sequences": FOLD_ROWS} if fold else {}
+    return PruneDepth(blocks=blocks, fold=fold, calibration_sequences=WEIGHED_ROWS, **rows)
+
+
+def quarter(blocks: int, ffn: int) -> Chain:
+    """Tokens, blocks and channels, fitted to fewer rows than by default."""
+    return (
+        PruneVocab(ids=24576),
+        PruneDepth(blocks=blocks, fold_sequences=FITTED_ROWS),
+        PruneWidth(ffn=ffn, calibration_sequences=FITTED_ROWS),
+    )
+
+
+def healing(tokens: int, rate: float) -> Distill:
+    """Distillation, a sequence a step, at a peak learning rate."""
+    return Distill(
+        tokens=tokens, lr=rate, batch_sequences=1, micro_batch_sequences=1, train_embeddings=False
+    )

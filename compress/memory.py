@@ -14,10 +14,12 @@ A stage has phases, whose bytes are given back before the next one. On a CPU bot
                 host), what is computed with where that is another (4 under rounding), casts that
                 autograd keeps under autocast (2); of a frozen one itself and its casts; activations
                 kept for backward, of all blocks or, checkpointed, of one and the states between;
-                a chunk of logits; on the host the best weights and the state as it is saved
+                a chunk of logits; on the host the best weights
 
-Not counted: what an allocator loses between pieces, and kernels' workspaces. The process itself is
-measured, on a CPU; a CUDA context's bytes are taken to be CONTEXT.
+Not counted: what an allocator loses between pieces, kernels' workspaces, and the copy on the host
+from which a training's state is written, as it is made only where twice its bytes are free
+(`train/state.py`). The process itself is measured, on a CPU; a CUDA context's bytes are taken to be
+CONTEXT.
 
 Letters: N tokens of the text, H hidden, C columns of a layer.
 """
@@ -209,7 +211,7 @@ def rounded(
 ) -> Account:
     """Rounding without training, by text where there are rows."""
     numbers = min(max(shape.head, shape.largest), ROUNDED)
-    piece = Item("a piece of the embedding on trial", host=6 * 4 * numbers)
+    piece = Item("a piece of the embedding before and behind rounding", host=3 * 4 * numbers)
     codes = Item("codes", host=CODE_BYTES * shape.params)
     start = [*BASE, *home(shape, stored_bytes)]
     done = [*BASE, codes, Item("embedding, head and vectors in fp32", host=4 * shape.outside)]

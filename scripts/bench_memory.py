@@ -7,7 +7,8 @@ A model of random weights is written piece by piece; then a process for each sta
 rows of text, and tells its peak (VmHWM). malloc gives pieces above a megabyte back at once
 (MALLOC_MMAP_THRESHOLD_), so that a peak is what was held and not what was kept for later. `measure`
 adds to results/scale/memory.json and writes memory.md anew; the last line is JSON. AWQ tries 2
-exponents instead of 20, which changes no peak.
+exponents instead of 20, which changes no peak. No state of a training is saved: the copy that a
+thread writes is made only where twice its bytes are free, so it is nothing that a stage needs.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lora_bf16": ("lora", TRAINED | {"data": "text"}, {"precision": "bf16"}),
     "qat": ("qat", TRAINED, {}),
     "qat_adapters": ("qat", TRAINED | {"rank": 16}, {}),
+    "qat_scales": ("qat", TRAINED | {"train": "scales", "scales": "learned"}, {}),
 }
 
 
@@ -216,9 +218,11 @@ def peak_bytes() -> int:
 def child(case: str, model: str, teacher: Path) -> None:
     """Run a stage; a line of JSON."""
     from compress.quant import balance
+    from compress.train import state
 
     torch.set_num_threads(1)
     balance.STEPS = 2
+    state.SAVE_SECONDS = float("inf")
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(dir=teacher.parent) as folder:
         ctx = context_of(case, teacher, Path(folder) / "work")

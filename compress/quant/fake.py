@@ -28,6 +28,10 @@ subclass whose `weight` attribute is the quantized tensor, whatever its forward 
 `state_dict` and `parameters` still hold the master. Scales are buffers (`<module>.quant_scales`).
 The subclass can't be pickled or deep-copied; call `finish` first.
 
+With codes that stay nothing is rounded: a model computes with decode(codes, s), and of each block
+only the log of its scale moves, dL/d(log s) = sum over the block of dL/dw_q * w_q. The values lie
+where the master was.
+
 bf16 masters (trainer.precision=bf16_stochastic) are rounded to the grid in fp32, and the values
 that a model computes with to bf16, as autocast does with fp32 ones; what ships are codes of the
 master and fp32 values. Scales, shift and adapters stay in their types. Under fsdp2 each process
@@ -56,7 +60,12 @@ class Snapped:
     """
 
     def __init__(
-        self, matrix: Matrix, modules: list[nn.Module], grid: Grid, scales: Tensor
+        self,
+        matrix: Matrix,
+        modules: list[nn.Module],
+        grid: Grid,
+        scales: Tensor,
+        codes: Tensor | None = None,
     ) -> None:
         self.home = matrix.home
         self.attribute = matrix.attribute
@@ -64,6 +73,7 @@ class Snapped:
         self.modules = modules
         self.grid = grid
         self.scales = scales  # those that `values` are made with
+        self.codes = codes  # (R, C), where these stay
         self.rows = slice(None)  # of scales (R, any), where this process has some of them
         self.trained: nn.Parameter | None = None  # master, where the module's weight carries values
         self.key: tuple[int, ...] = ()
@@ -102,11 +112,12 @@ class Snapped:
             shape = (*self.shape[:-1], self.scales.shape[1])
             shift = self.scales.new_zeros(shape, dtype=torch.float32)
             self.home.register_parameter(self.name("shift"), nn.Parameter(shift))
+        if rank or self.codes is not None:
+            self.parts()[0].requires_grad_(False)  # the master stays
         if not rank:
             return
 
-        # The master stays, what is added to it is trained.
-        self.parts()[0].requires_grad_(False)
+        # What is added to it is trained.
         exact = partial(self.scales.new_zeros, dtype=torch.float32)
         a = nn.init.kaiming_uniform_(exact(rank, self.shape[-1]), a=5**0.5)
         b = exact(*self.shape[:-1], rank)
@@ -128,7 +139,12 @@ class Snapped:
         return scales if shift is None else (scales.float() * shift.flatten(0, -2).exp()).half()
 
     def snap(self, values: Tensor) -> None:
-        """decode(codes) of the master into `values` (R, C), whatever their type."""
+        """decode(codes), of the master or those that stay, into `values` (R, C), whatever their
+        type.
+        """
+        if self.codes is not None:
+            values.copy_(self.grid.decode(self.codes, self.scales))
+            return
         exact = values
         if values.dtype != torch.float32:
             exact = torch.empty_like(values, dtype=torch.float32)
@@ -143,17 +159,20 @@ class Snapped:
         """From d loss / d values (R, C) to those of the parts that are `needed`, of this process's
         rows: (R, C), (R, C / block), (r, C), (R, r).
         """
-        w = self.master()
-        _, _, a, b = self.local_parts()
+        grad = grad.float()
+        length = self.grid.length(self.shape[-1])
+        if self.codes is not None:
+            blocks = (t.reshape(t.numel() // length, length) for t in (grad, values.float()))
+            return [None, torch.linalg.vecdot(*blocks).view(len(grad), -1), None, None]
 
         # dL/dw: what comes in, where no code was clamped.
-        grad = grad.float()
+        w = self.master()
+        _, _, a, b = self.local_parts()
         inside = self.grid.unclipped(w, self.scales, grad) if len(w) else grad
 
         # Of a block's log scale: g . w_q where s multiplies, less g . w where s divides unclamped.
         shift = None
         if needed[1]:
-            length = self.grid.length(self.shape[-1])
             grad_blocks, value_blocks, inside_blocks, w_blocks = (
                 t.reshape(t.numel() // length, length) for t in (grad, values.float(), inside, w)
             )
@@ -182,7 +201,11 @@ class Snapped:
         if key != self.key:
             self.scales = self.learned()
             with torch.inference_mode(False), torch.no_grad():
+                # Where codes stay nothing reads the master: its memory is free, and `data` writes
+                # there unseen by its version counter.
                 w = parts[0].detach().flatten(0, -2)
+                if self.codes is not None:
+                    self.values = parts[0].data.flatten(0, -2)
                 alike = (w.shape, w.device, w.dtype)
                 if (self.values.shape, self.values.device, self.values.dtype) != alike:
                     self.values = torch.empty_like(
@@ -270,6 +293,7 @@ def attach(
     scales: str = "round",
     rank: int = 0,
     start: dict[str, Quantized] | None = None,
+    fixed: bool = False,
 ) -> None:
     """Make each matrix that a grid can hold (`quantizable`) compute on one, the same for all or one
     for each by its state-dict name.
@@ -278,7 +302,8 @@ def attach(
     ("round") or, on grids of one scale, by "search" or "learned". Learned ones begin so and add a
     parameter `quant_shift` (R, C / block) to each module; grids of more numbers keep theirs. Master
     weights must be fp32; with a `rank` above 0 they are frozen, and adapters `quant_a` (rank, C),
-    drawn from torch's generator, and `quant_b` (R, rank), 0, are trained. ValueError when a weight
+    drawn from torch's generator, and `quant_b` (R, rank), 0, are trained. `fixed`: the codes of
+    `start` stay, and of each matrix its learned scales alone are trained. ValueError when a weight
     does not fit its grid (naming it), or when attached already.
     """
     if hasattr(model, "fake_quant"):
@@ -306,7 +331,8 @@ def attach(
             for module in model.modules()
             if module._parameters.get(matrix.attribute) is weight
         ]
-        snaps[name] = Snapped(matrix, modules, grid, first_scales)
+        codes = start[name].codes.to(weight.device) if start and fixed else None
+        snaps[name] = Snapped(matrix, modules, grid, first_scales, codes)
 
     # What is trained besides, and the classes that compute with quantized weights.
     for snapped in snaps.values():
@@ -332,8 +358,9 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
         # The last master and scales, while all parts are there.
         home = snapped.home
         grid = snapped.grid
-        master = snapped.master()
         scales = snapped.learned()
+        made = snapped.codes
+        made = grid.codes(snapped.master(), scales) if made is None else made
 
         # Classes, scales and parameters as they were.
         snapped.restore_classes()
@@ -341,7 +368,7 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
         for part in ("shift", "a", "b"):
             home._parameters.pop(snapped.name(part), None)
 
-        codes = Quantized(grid.name, grid.codes(master, scales), scales)
+        codes = Quantized(grid.name, made, scales)
         weight = home._parameters[snapped.attribute].requires_grad_(True)
         weight.data = weight.data.float()  # of bf16 masters too: their decoded values are not bf16
         quantized[name] = bake(weight, codes)

@@ -187,6 +187,11 @@ class OnGrid:
                 )
 
 
+def passes_of(method: Method, balance: Balance) -> int:
+    """How often rounding by a method, behind a balance, sends its text through a model."""
+    return {Method.nearest: 0, Method.gptq: 6}[method] + 2 * (balance != Balance.none)
+
+
 @dataclass
 class Ptq(OnGrid):
     """Quantize without training."""
@@ -247,8 +252,7 @@ class Ptq(OnGrid):
     @property
     def passes(self) -> int:
         """How often the calibration text goes through the model: 0 where no data is needed."""
-        rounding = {Method.nearest: 0, Method.gptq: 6}[self.method]
-        return rounding + (2 if self.balance != Balance.none else 0)
+        return passes_of(self.method, self.balance)
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result: the parent's, unchanged. ValueError when its rows don't divide

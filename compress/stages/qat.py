@@ -10,6 +10,9 @@ With `balance` training starts from folded weights, and searched or learned scal
 least of each block's outputs, behind blocks that are rounded already (`quant/blockwise.py`): far
 nearer than the format's own rule. GPTQ's codes are no such start: they are nearer still, but
 weights in the middle of their cells have forgotten where they came from (`results/quant/bench.md`).
+
+With `train` scales these codes are the start and stay: GPTQ chooses them, and of the file's numbers
+the scales alone learn, beside norms and biases, in a fraction of the memory (as MLX's DWQ does).
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.distill.settings import SchemeName, Signal
 from compress.errors import ConfigError
-from compress.quant.settings import Balance, Scales
+from compress.quant.settings import BLOCK, Balance, Method, Scales
 from compress.stages.context import Context
-from compress.stages.ptq import OnGrid
+from compress.stages.ptq import OnGrid, passes_of
 from compress.stages.stage import Cost, Family, Sizes, cost_of_training
 from compress.stages.training import Keep, Optimization, open_source, open_student
 
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 # Whose distribution the quantized model learns.
 LearnFrom = StrEnum("LearnFrom", ["parent", "teacher"])
+# What learns: every weight, or of each matrix its scales alone, behind GPTQ's codes.
+Trained = StrEnum("Trained", ["all", "scales"])
 
 
 @dataclass
@@ -44,7 +49,8 @@ class Qat(Optimization, OnGrid):
     lr: float = 3e-4
     tokens: int = 100_000
     learn_from: LearnFrom = LearnFrom.parent
-    calibration_sequences: int = 16  # for balance
+    train: Trained = Trained.all
+    calibration_sequences: int = 16  # for balance, and for the codes of train=scales
     # above 0 the parent is frozen on its grid, and adapters of that rank are trained and merged
     # there
     rank: int = 0
@@ -64,18 +70,32 @@ class Qat(Optimization, OnGrid):
                 f"qat.keep={self.keep}: its parent has no codes to ship; use keep=always"
             )
         if self.calibration_sequences < 1 or (
-            self.balance == Balance.none and self.calibration_sequences != 16
+            not self.calibrated and self.calibration_sequences != 16
         ):
             raise ConfigError(
                 f"qat.calibration_sequences={self.calibration_sequences} must be at least 1, and is"
-                " used by balance only"
+                " used by balance and train=scales only"
             )
         if self.rank < 0:
             raise ConfigError(f"qat.rank={self.rank} must be 0 (every weight is trained) or above")
+        if self.train is Trained.scales and (self.rank or self.scales != Scales.learned):
+            raise ConfigError(
+                f"qat.train=scales: rank={self.rank} and scales={self.scales} must be 0 and learned"
+            )
+
+    @property
+    def rounding(self) -> Method:
+        """How the codes are chosen that training starts from."""
+        return Method.gptq if self.train is Trained.scales else Method.nearest
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text goes through the blocks before training."""
+        return self.balance != Balance.none or self.train is Trained.scales
 
     def calibration_rows(self) -> int:
         """Rows that balance and allocation read."""
-        balanced = self.calibration_sequences if self.balance != Balance.none else 0
+        balanced = self.calibration_sequences if self.calibrated else 0
         return max(balanced, self.allocation_rows())
 
     def cost(self, sizes: Sizes) -> Cost:
@@ -88,7 +108,8 @@ class Qat(Optimization, OnGrid):
             signal=self.signal,
             signal_params=sizes.teacher_params if learns_from_teacher else sizes.parent_params,
         )
-        return cost.with_calibration(sizes, self.calibration_rows())
+        passes = max(1, passes_of(self.rounding, self.balance))
+        return cost.with_calibration(sizes, self.calibration_rows(), passes)
 
     def memory(self, given: Given) -> Account:
         """Training every weight, or adapters, under rounding; before that, rounding it once."""
@@ -100,24 +121,39 @@ class Qat(Optimization, OnGrid):
             sum(sizes) for block in shape.blocks for sizes in block if len(sizes) == 2
         ) + self.rank * (shape.vocabulary + shape.hidden) * (1 if shape.tied else 2)
         trained, frozen = (adapters, shape.params) if self.rank else (shape.params, 0)
+        scales_alone = self.train is Trained.scales
+        if scales_alone:
+            # of a grid of a scale a row at most so many, too
+            trained, frozen = shape.params / max(32, BLOCK[self.finest_grid]), shape.params
         account = self.training_memory(
-            given, trained, frozen, values=True, signal=self.signal, signal_of=teacher
+            given,
+            trained,
+            frozen,
+            values=True,
+            alone=scales_alone,
+            signal=self.signal,
+            signal_of=teacher,
         )
-        if self.balance != Balance.none:
+        if scales_alone:
+            stay = Item("codes that stay", device=CODE_BYTES * shape.params)
+            for phase in ("step", "update"):
+                account.phases[phase].append(stay)
+        if self.calibrated:
+            gptq = self.rounding is Method.gptq
             account.phases["start"] = [
                 *BASE,
                 Item("weights in fp32", host=4 * shape.params),
-                Item("weights before rounding", host=4 * shape.params),
+                Item("weights before rounding", host=0 if gptq else 4 * shape.params),
                 Item("codes", host=CODE_BYTES * shape.params),
                 *walk(shape, self.calibration_sequences, given.seq_len),
-                *rounded_block(shape, balance=True, gptq=False),
+                *rounded_block(shape, balance=self.balance != Balance.none, gptq=gptq),
             ]
         return account
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """Rows must divide into the grid's blocks."""
         self.check_rows(config)
-        self.check_family("qat", config, calibrated=self.balance != Balance.none)
+        self.check_family("qat", config, calibrated=self.calibrated)
         return config
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
@@ -133,21 +169,25 @@ class Qat(Optimization, OnGrid):
         from compress.quant.fake import attach, finish
 
         check_parent(self, parent, "train")
+        if self.train is Trained.scales and ctx.parallel == "fsdp2":
+            raise ValueError("qat.train=scales needs whole matrices: trainer=auto or ddp")
 
         # Student, room for its training, and the model that it learns from.
         data = ctx.text()
         sequences = self.sequences(ctx.seq_len)
         learned_from = ctx.teacher if self.learn_from is LearnFrom.teacher else parent
         vocabulary = common_vocabulary(parent, learned_from)
-        reads_weights = self.balance != Balance.none or self.allocate.file_bytes
+        reads_weights = self.calibrated or self.allocate.file_bytes
         model = load_model(parent) if reads_weights else open_student(parent, ctx)
-        self.reserve(model, ctx, copies=1, frozen=self.rank > 0)
+        scales_alone = self.train is Trained.scales
+        frozen = self.rank > 0 or scales_alone
+        self.reserve(model, ctx, copies=int(not scales_alone), frozen=frozen)
         source = open_source(self.signal, ctx, learned_from, data, sequences, parent)
 
         # Onto the grid, trained there, and written as codes.
         torch.manual_seed(ctx.seed)
         layout, start, tokens = self.start(model, parent, ctx)
-        attach(model, layout, self.scales.value, self.rank, start)
+        attach(model, layout, self.scales.value, self.rank, start, fixed=scales_alone)
         metrics = self.optimize(model, Mix(), data, source, ctx, vocabulary=vocabulary)
         save_quantized(model, out, parent, finish(model))
         return metrics | self.experts_reported(tokens, model, out, ctx)
@@ -161,16 +201,19 @@ class Qat(Optimization, OnGrid):
         from compress.quant.blockwise import Blockwise
 
         layout = self.layout(model, parent, ctx)
-        if self.balance == Balance.none:
+        if not self.calibrated:
             return layout, None, {}
 
-        # Folded and rounded block by block; scales stay, weights go back to before the rounding.
+        # Folded and rounded block by block; scales stay, weights go back to before the rounding,
+        # or codes stay too.
+        codes_stay = self.train is Trained.scales
         work = Blockwise(
             model,
             layout,
+            method=self.rounding.value,
             search=self.scales != Scales.round,
             balance=self.balance.value,
-            keep=True,
+            keep=not codes_stay,
             floor_tokens=self.floor_tokens,
         )
         work.calibrated(
@@ -179,5 +222,6 @@ class Qat(Optimization, OnGrid):
             ctx.precision,
             lambda line: ctx.log(f"{ctx.label}: {line}"),
         )
-        work.restore()
+        if not codes_stay:
+            work.restore()
         return layout, work.made, work.tokens

@@ -193,11 +193,13 @@ class Optimization:
         *,
         frozen_bytes: float = 4.0,
         values: bool = False,
+        alone: bool = False,
         signal: Signal | None = None,
         signal_of: Any = None,
     ) -> Account:
         """Bytes of training so many weights beside frozen ones, and of the signal of a model of the
-        shape `signal_of`.
+        shape `signal_of`. `values`: it computes with rounded ones; `alone`: which lie in place of
+        the frozen ones.
         """
         from compress import memory
 
@@ -209,7 +211,9 @@ class Optimization:
         online = signal is not None and signal.scheme is SchemeName.online
         hidden = signal is not None and signal.scheme is SchemeName.hidden
         if values:
-            frozen_bytes = 2 * memory.weight_bytes(setup, trained=False)["weights"]
+            frozen_bytes = (1 if alone else 2) * memory.weight_bytes(setup, trained=False)[
+                "weights"
+            ]
 
         account = memory.trained(
             given,

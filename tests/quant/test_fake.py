@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compress.models.checkpoint import load_model
 from compress.models.tokenizer import copy_tokenizer
 from compress.quant import codes, fake
+from compress.quant.codes import Quantized
 from compress.quant.grids import GRIDS
 from compress.quant.grids.nonlinear import NUMBERS
 
@@ -162,6 +163,36 @@ def test_learned_scales_end_in_the_file_as_fp16_and_leave_nothing_behind():
         "quant" in name for name in [*model.state_dict(), *dict(model.named_parameters())]
     )
     assert _loss(model).item() == last
+
+
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if grid.searches])
+def test_scales_alone_get_the_gradient_of_autograd_in_float64_and_codes_stay(name):
+    torch.manual_seed(0)
+    grid = GRIDS[name]
+    layer = nn.Linear(2 * (grid.block or 32), 24, bias=False)
+    scales = grid.search(layer.weight)
+    codes = grid.codes(layer.weight, scales).flip(1)  # not the nearest ones
+    start = {"weight": Quantized(name, codes, scales)}
+    fake.attach(layer, name, "learned", start=start, fixed=True)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["quant_shift"]
+    with torch.no_grad():
+        layer.quant_shift.copy_(0.1 * torch.randn_like(layer.quant_shift))
+    upstream = torch.randn_like(layer.weight)
+    (layer.weight * upstream).sum().backward()
+    shift = layer.quant_shift
+
+    length = grid.length(layer.weight.shape[1])
+    moved = (scales.float() * shift.detach().exp()).half()
+    t = torch.zeros(moved.shape, dtype=torch.float64, requires_grad=True)
+    units = grid.decode(codes, torch.ones_like(scales)).double()
+    value = units * (moved.double() * t.exp()).repeat_interleave(length, 1)
+    (value * upstream.double()).sum().backward()
+    assert torch.allclose(layer.weight.double(), value.detach(), rtol=1e-6, atol=0)
+    assert torch.allclose(shift.grad.double(), t.grad, rtol=1e-4, atol=1e-5)
+
+    made = fake.finish(layer)["weight"]
+    assert torch.equal(made.codes, codes) and torch.equal(made.scales, moved)
+    assert torch.equal(layer.weight, made.decode())
 
 
 def test_the_largest_weight_of_a_block_still_learns():

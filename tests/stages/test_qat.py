@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from compress.distill.batches import one_batch
 from compress.errors import ConfigError, Interrupted
-from compress.quant.settings import Balance, Scales
-from compress.stages.qat import LearnFrom, Qat
+from compress.quant.settings import Balance, GridName, Method, Scales
+from compress.stages.ptq import Ptq
+from compress.stages.qat import LearnFrom, Qat, Trained
 
 
 def files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -188,8 +189,36 @@ def test_a_balanced_start_is_found_again_bit_for_bit(tiny_teacher, tmp_path, mon
     assert same(tmp_path / "whole", tmp_path / "resumed")
 
 
+def test_scales_alone_are_trained_behind_gptq_codes_and_resume_bit_for_bit(
+    tiny_teacher, tmp_path, monkeypatch
+):
+    wanted = {"grid": GridName.iq4_nl, "balance": Balance.awq, "calibration_sequences": 4}
+    stage = Qat(tokens=32 * 4 * 5, scales=Scales.learned, train=Trained.scales, lr=1e-2, **wanted)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    stage.run(tiny_teacher, tmp_path / "whole", make_context(tiny_teacher, tmp_path / "a"))
+
+    # The codes are GPTQ's, the scales are not.
+    rounding = Ptq(method=Method.gptq, scales=Scales.search, **wanted)
+    rounding.run(tiny_teacher, tmp_path / "gptq", make_context(tiny_teacher, tmp_path / "c"))
+    trained, rounded = (files(tmp_path / name)["quant.safetensors"] for name in ("whole", "gptq"))
+    assert all(torch.equal(trained[key], rounded[key]) for key in rounded if "codes" in key)
+    assert not all(torch.equal(trained[key], rounded[key]) for key in rounded if "scales" in key)
+
+    context = make_context(tiny_teacher, tmp_path / "b")
+    interrupt(stage, tiny_teacher, tmp_path / "resumed", context, monkeypatch)
+    stage.run(tiny_teacher, tmp_path / "resumed", context)
+    assert same(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("wrong", [{"scales": Scales.round}, {"rank": 4}])
+def test_scales_alone_need_learned_scales_and_no_adapters(wrong):
+    with pytest.raises(ConfigError, match="qat.train=scales: rank=. and scales="):
+        Qat(**{"scales": Scales.learned, "train": Trained.scales} | wrong)
+
+
 def test_calibration_is_refused_where_nothing_is_balanced():
     with pytest.raises(
-        ConfigError, match="calibration_sequences=4 must be at least 1, and is used by balance only"
+        ConfigError, match="calibration_sequences=4 must be at least 1, and is used by balance"
     ):
         Qat(calibration_sequences=4)

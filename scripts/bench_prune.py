@@ -1,7 +1,7 @@
 """What cuts cost before any training: KL to the teacher, parameters, seconds.
 
     python scripts/bench_prune.py [--parts fold,cuts] [--work DIR] [--out results/prune] [--skip 0]
-                                  [--held-out 6] [--rate 1.5e-4] [--ask]
+                                  [--held-out 6] [--rate 1.5e-4] [--seeds 3] [--ask]
 
 Cuts are of the embedded teacher, calibrated on half docstrings, half conversations. KL is exact, on
 held-out topics and on held-out conversations, of which no cut sees a token. A part is a function of
@@ -11,10 +11,10 @@ where it was and rows that begin alike share that.
     fold    ten of thirty blocks, with and without folding
     merged  blocks dropped, beside blocks merged with their neighbours
     cuts    a quarter of the parameters, by tokens, blocks and FFN channels in several shares
-    healed  the last of them distilled, three seeds
+    healed  the last of them distilled
     rounds  the same, cut and distilled in one and two rounds, each on text of its own
     peers   the same share of the parameters cut as others cut it, distilled alike, one seed
-    tenth   a tenth of the parameters, in tokens, before and after distillation, three seeds
+    tenth   a tenth of the parameters, in tokens, before and after distillation
     own     a quarter, distilled; the last tenth of the tokens on text of the teacher or of its own
 
 With --ask every student also answers all open prompts, as an F16 file in llama.cpp.
@@ -69,7 +69,7 @@ from compress.store import Store, write_json
 from compress.teacher import open_teacher
 from compress.text.packing import pack
 
-LENGTH, HELD_OUT, SEEDS = 512, 6, 3
+LENGTH, HELD_OUT = 512, 6
 CALIBRATION = ["embedded:docstrings", "embedded:conversations"]
 HELD = {"topics": "embedded:topics", "conversations": "embedded:conversations_heldout"}
 
@@ -85,11 +85,19 @@ class Bench:
     """Teacher, calibration text and held-out text that all parts share."""
 
     def __init__(
-        self, work: Path, threads: int, skip: int, rate: float, held_out: int, ask: bool
+        self,
+        work: Path,
+        threads: int,
+        skip: int = 0,
+        rate: float = 1.5e-4,
+        held_out: int = HELD_OUT,
+        seeds: int = 3,
+        ask: bool = False,
     ) -> None:
         self.work = work
         self.held_out = held_out
         self.rate = rate
+        self.seeds = seeds
         self.threads = threads
         torch.set_num_threads(threads)
         self.prompts = read_prompts(embedded_file()) if ask else []
@@ -239,7 +247,7 @@ def cuts(bench: Bench) -> list[Row]:
 
 def healed(bench: Bench) -> list[Row]:
     """A quarter of the parameters, then distillation."""
-    runs = [(30_720, 0), *((112_640, seed) for seed in range(SEEDS))]
+    runs = [(30_720, 0), *((112_640, seed) for seed in range(bench.seeds))]
     return [
         bench.row(f"{tokens:,} tokens, seed {seed}", (*SMALLER, healing(tokens, bench.rate)), seed)
         for tokens, seed in runs
@@ -284,7 +292,7 @@ def tenth(bench: Bench) -> list[Row]:
     """A tenth of the parameters, in tokens, before and after distillation."""
     cut: Chain = (PruneVocab(ids=24576),)
     chain = (*cut, healing(61_440, bench.rate))
-    healed = [bench.row(f"61,440 tokens, seed {seed}", chain, seed) for seed in range(SEEDS)]
+    healed = [bench.row(f"61,440 tokens, seed {seed}", chain, seed) for seed in range(bench.seeds)]
     return [bench.row("24,576 ids", cut), *healed]
 
 
@@ -303,7 +311,7 @@ def own(bench: Bench) -> list[Row]:
         *(
             bench.row(f"{name}, seed {seed}", (*healed, Later(end, LAST_ROWS * 9)), seed)
             for name, end in ends.items()
-            for seed in range(SEEDS)
+            for seed in range(bench.seeds)
         ),
     ]
 
@@ -367,6 +375,7 @@ def main() -> None:
         "--held-out", type=int, default=HELD_OUT, help="of each text, sequences that are looked at"
     )
     parser.add_argument("--rate", type=float, default=1.5e-4, help="peak learning rate of healing")
+    parser.add_argument("--seeds", type=int, default=3, help="of what is trained")
     parser.add_argument("--ask", action="store_true", help="the open prompts, too")
     options = parser.parse_args()
     parts = options.parts.split(",")
@@ -376,7 +385,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
 
     bench = Bench(
-        options.work, options.threads, options.skip, options.rate, options.held_out, options.ask
+        options.work,
+        options.threads,
+        skip=options.skip,
+        rate=options.rate,
+        held_out=options.held_out,
+        seeds=options.seeds,
+        ask=options.ask,
     )
     last: dict[str, Any] = {}
     for part in (name for name in PARTS if name in parts):

@@ -93,7 +93,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    bench = Bench(options.work, options.threads, options.skip, 0.0, 6, ask=False)
+    bench = Bench(options.work, options.threads, skip=options.skip)
     gptq = Ptq(**GRID, calibration_sequences=32, method=Method.gptq, scales=Scales.search)
     rows = [measured(bench, "nothing, GPTQ's codes", 0.0, 0, gptq)]
     for trained, rates in ((Trained.scales, options.rates), (Trained.all, options.whole)):

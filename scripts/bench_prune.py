@@ -384,15 +384,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    bench = Bench(
-        options.work,
-        options.threads,
-        skip=options.skip,
-        rate=options.rate,
-        held_out=options.held_out,
-        seeds=options.seeds,
-        ask=options.ask,
-    )
+    given = {name: getattr(options, name) for name in ("skip", "rate", "held_out", "seeds", "ask")}
+    bench = Bench(options.work, options.threads, **given)
     last: dict[str, Any] = {}
     for part in (name for name in PARTS if name in parts):
         rows = PARTS[part](bench)

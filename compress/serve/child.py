@@ -1,0 +1,108 @@
+"""The process that holds the model: `python -m compress.serve.child`, started by `backend.py`.
+
+Its order is one line of JSON on standard input, which holds the key too: arguments and environment
+can be read by others. When it listens, it says where in one line of JSON on standard output. It
+lives as long as standard input is open, so that it never outlives the door.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ConfigError
+from compress.serve.settings import CONTEXT_TOKENS
+
+BATCH_TOKENS = 512  # of prompts at once: after so many llama.cpp looks who has hung up
+PARALLEL = 4
+
+
+def context_within(asked: int | None, most: int | None, path: Path) -> int:
+    """Tokens of a prompt with its answer: as asked, within what the model was made for.
+    ConfigError where that is less.
+    """
+    if asked is None:
+        return min(most or CONTEXT_TOKENS, CONTEXT_TOKENS)
+    if most is not None and asked > most:
+        raise ConfigError(
+            f"--context {asked:,}: {path.name} was made for {most:,} tokens; give at most that"
+        )
+    return asked
+
+
+def llama_server(order: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp's own server on a free port of this machine, kept in `order`."""
+    import xllamacpp
+
+    from compress.models.gguf_header import check_file
+
+    # What the file says of itself, read within bounds before llama.cpp reads it.
+    path = Path(order["path"])
+    fields, _ = check_file(path)
+    most = fields.get(f"{fields['general.architecture']}.context_length")
+    context = context_within(order["context"], most, path)
+    parallel = order["parallel"] or PARALLEL
+
+    # Each slot has its part of the context; nothing is kept of a prompt but in its slot.
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_parallel = parallel
+    params.n_ctx = context * parallel
+    params.n_batch = params.n_ubatch = min(BATCH_TOKENS, context)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order["threads"]
+    params.fit_params = params.ui = params.endpoint_slots = False
+    params.cache_ram_mib = 0
+    params.verbosity = -1
+    params.api_keys = [order["key"]]
+    params.hostname = "127.0.0.1"
+    params.port = 0
+
+    try:
+        order["server"] = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: llama.cpp can't load it ({error}); export it again") from error
+    return {
+        "address": order["server"].listening_address,
+        "context": context,
+        "parallel": parallel,
+        "templated": bool(fields.get("tokenizer.chat_template")),
+    }
+
+
+def speaking_server(order: dict[str, Any]) -> dict[str, Any]:
+    """The same interface for runtimes without a server, on a thread of this process."""
+    from compress.serve.speaking import start
+
+    return start(order)
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    # Who stops a whole service stops the door, which lets this one finish what runs.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    # Standard output is for one line alone: libraries write to standard error instead.
+    report = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    os.environ.update({"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"})
+    order = json.loads(sys.stdin.readline())
+
+    runs = llama_server if order["runtime"] == "llama.cpp" else speaking_server
+    try:
+        said = runs(order)
+    except Exception as error:
+        said = {"error": str(error) or type(error).__name__, "kind": type(error).__name__}
+    print(json.dumps(said), file=report, flush=True)
+
+    # Nothing has to be saved: a server that is taken down in order can hang.
+    if "error" not in said:
+        sys.stdin.read()
+    os._exit("error" in said)
+
+
+if __name__ == "__main__":
+    main()

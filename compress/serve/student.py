@@ -1,0 +1,185 @@
+"""The model behind the door: asked over the loopback, its answers passed through as bytes.
+
+A stream is not parsed token by token: that would cost more than llama.cpp's own server takes for
+it. Tokens are read from the last piece, where llama.cpp writes its timings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from compress.serve.asked import Asked, Refusal
+from compress.serve.backend import Backend, Ready
+from compress.serve.log import Entry
+from compress.serve.reply import Reply
+
+DONE = b"data: [DONE]"
+TAIL_BYTES = 8192
+# In JSON a quote within a text is written \": these can't be words of an answer.
+COUNTS = {
+    name: re.compile(rb'"' + name.encode() + rb'":\s*(\d+)')
+    for name in ("prompt_tokens", "completion_tokens", "prompt_n", "cache_n", "predicted_n")
+}
+
+
+class Tokens(NamedTuple):
+    """Of a prompt, and of its answer."""
+
+    prompt: int
+    answer: int
+
+
+class Probe(NamedTuple):
+    """The first tokens of an answer: their log-probabilities in nats, and all of the answer's body
+    if it ended within them.
+    """
+
+    logprobs: list[float]
+    tokens: Tokens
+    body: dict[str, Any] | None
+
+
+def tokens_in(tail: bytes) -> Tokens:
+    """Tokens as the end of an answer states them: in its usage, else in llama.cpp's timings."""
+    counts = {name: int(hits[-1]) for name, form in COUNTS.items() if (hits := form.findall(tail))}
+    prompt = counts.get("prompt_n", 0) + counts.get("cache_n", 0)
+    return Tokens(
+        counts.get("prompt_tokens", prompt),
+        counts.get("completion_tokens", counts.get("predicted_n", 0)),
+    )
+
+
+class Student:
+    """A backend, asked over one `session`, a connection for each request: its server drops idle
+    ones.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._session:
+            await self._session.close()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(force_close=True, limit=0),
+                timeout=aiohttp.ClientTimeout(total=None),
+                auto_decompress=False,
+            )
+        return self._session
+
+    def ready(self) -> Ready:
+        """The backend, if it is there. Refusal: 503."""
+        if self.backend.ready is None:
+            raise Refusal(
+                503,
+                "model_not_ready",
+                "the model's process ended and is being started again; try again in a moment",
+                seconds=2,
+            )
+        return self.backend.ready
+
+    @asynccontextmanager
+    async def _asked(
+        self, path: str, body: dict[str, Any]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The backend's response. Refusal: it is not there, ends meanwhile, or refuses."""
+        ready = self.ready()
+        headers = {"Authorization": f"Bearer {self.backend.key}"}
+        url = ready.address + path
+        try:
+            async with self.session.post(url, json=body, headers=headers) as response:
+                if response.status != 200:
+                    raise _refusal(response.status, await response.read(), self.backend)
+                yield response
+        except aiohttp.ClientError as error:
+            raise Refusal(
+                502,
+                "backend_ended",
+                "the model's process ended while it answered; it is being started again: ask again"
+                " in a moment",
+                seconds=2,
+            ) from error
+
+    async def answer(self, asked: Asked, reply: Reply) -> None:
+        """Passes the student's answer to the client. Refusal as `_asked`."""
+        async with self._asked(asked.path, asked.body) as response:
+            if asked.stream:
+                await self._stream(response, reply)
+            else:
+                body = await response.read()
+                _count(reply.entry, tokens_in(body[-TAIL_BYTES:]))
+                reply.whole(body)
+
+    async def _stream(self, response: aiohttp.ClientResponse, reply: Reply) -> None:
+        """Bytes as they come."""
+        previous = last = b""
+        async for data in response.content.iter_any():
+            await reply.piece(data)
+            previous, last = last, data
+
+        # A server that is killed can close a connection in order.
+        tail = (previous + last)[-TAIL_BYTES:]
+        _count(reply.entry, tokens_in(tail))
+        if DONE not in tail:
+            raise aiohttp.ClientPayloadError("the stream has no end")
+        await reply.end()
+
+    async def probe(self, asked: Asked, count: int) -> Probe:
+        """The first `count` tokens of the answer, not sent to anybody. Refusal as `_asked`."""
+        plain = {k: v for k, v in asked.body.items() if k not in ("stream", "stream_options")}
+        chat = asked.path.endswith("/chat/completions")
+        wanted = {"max_tokens": min(count, asked.body["max_tokens"])}
+        wanted |= {"logprobs": True if chat else max(1, int(asked.body.get("logprobs") or 1))}
+        async with self._asked(asked.path, plain | wanted) as response:
+            data = await response.read()
+
+        body = json.loads(data)
+        choice = body["choices"][0]
+        logprobs = logprobs_of(choice)
+        whole = choice.get("finish_reason") != "length" or count >= asked.body["max_tokens"]
+        if whole and not asked.logprobs:
+            choice.pop("logprobs", None)
+        return Probe(logprobs, tokens_in(data[-TAIL_BYTES:]), body if whole else None)
+
+
+def logprobs_of(choice: dict[str, Any]) -> list[float]:
+    """Nats of each token of an answer, in OpenAI's form of chats or of completions; [] without."""
+    logprobs = choice.get("logprobs") or {}
+    if "content" in logprobs:
+        return [float(token["logprob"]) for token in logprobs["content"] or []]
+    return [float(value) for value in logprobs.get("token_logprobs") or []]
+
+
+def _count(entry: Entry, tokens: Tokens) -> None:
+    entry.prompt_tokens, entry.answer_tokens = tokens
+
+
+def _refusal(status: int, data: bytes, backend: Backend) -> Refusal:
+    """What the backend's error means to a client."""
+    try:
+        error = json.loads(data)["error"]
+        sentence = str(error["message"])
+    except (ValueError, KeyError, TypeError):
+        error, sentence = {}, f"the model's server answered with status {status}"
+    if error.get("type") == "exceed_context_size_error":
+        room = backend.ready.context if backend.ready else error.get("n_ctx", 0)
+        return Refusal(
+            400,
+            "context_exceeded",
+            f"the prompt has {error.get('n_prompt_tokens', 0):,} tokens,"
+            f" {backend.target.name} has room for {room:,} with the answer; shorten it",
+        )
+    if 400 <= status < 500 and status not in (401, 403):
+        return Refusal(400, "not_understood", sentence)
+    return Refusal(502, "backend_failed", sentence)

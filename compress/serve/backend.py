@@ -116,7 +116,7 @@ class Backend:
             "runtime": self.target.runtime,
             "context": self.settings.context,
             "parallel": self.settings.parallel,
-            "threads": available_threads(),
+            "threads": self.settings.threads or available_threads(),
             "name": self.target.name,
             "key": self.key,
         }

@@ -50,6 +50,7 @@ def llama_server(order: dict[str, Any]) -> dict[str, Any]:
     # Each slot has its part of the context; nothing is kept of a prompt but in its slot.
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
+    params.model_alias = {order["name"]}
     params.n_parallel = parallel
     params.n_ctx = context * parallel
     params.n_batch = params.n_ubatch = min(BATCH_TOKENS, context)
@@ -58,8 +59,9 @@ def llama_server(order: dict[str, Any]) -> dict[str, Any]:
     params.cache_ram_mib = 0
     params.verbosity = -1
     params.api_keys = [order["key"]]
-    params.hostname = "127.0.0.1"
+    params.hostnames = ["127.0.0.1"]
     params.port = 0
+    params.offline = True
 
     try:
         order["server"] = xllamacpp.Server(params)

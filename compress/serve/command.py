@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--queue", type=int, default=16, metavar="N", help="requests that may wait")
     add("--timeout", type=float, default=120.0, metavar="S", help="of a request, waiting included")
     add("--max-tokens", type=int, default=1024, metavar="N", help="of an answer, at most")
+    add("--threads", type=int, metavar="N", help="to compute on; else the CPUs of this process")
     price = "money for a million tokens of prompts and of answers, for the metrics"
     add("--price", metavar="IN:OUT", help=price)
 
@@ -114,6 +115,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         queue=options.queue,
         timeout=options.timeout,
         max_tokens=options.max_tokens,
+        threads=options.threads,
         price=_price(options.price, "--price"),
     )
 

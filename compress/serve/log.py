@@ -1,14 +1,14 @@
 """A line of JSON a request, without a word of what was asked or answered, and without keys.
 
-    time       when it ended, UTC
-    id         in the header x-request-id too
-    path       of the endpoint; "other" for none of ours
-    status     of HTTP
-    end        done, hung_up, timeout, or the code of what went wrong
-    by         student or teacher; why (with a teacher): sure, unsure, or what kept it from answering
-    stream     whether it was asked for piece by piece
-    prompt_tokens, answer_tokens
-    waited, first, seconds   in the queue, to the first byte, altogether
+time       when it ended, UTC
+id         in the header x-request-id too
+path       of the endpoint; "other" for none of ours
+status     of HTTP
+end        done, hung_up, timeout, or the code of what went wrong
+by         student or teacher; why (with a teacher): sure, unsure, or what kept it from answering
+stream     whether it was asked for piece by piece
+prompt_tokens, answer_tokens
+waited, first, seconds   in the queue, to the first byte, altogether
 """
 
 from __future__ import annotations

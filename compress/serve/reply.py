@@ -86,5 +86,5 @@ class Reply:
         return self.response
 
     def _headers(self) -> dict[str, str]:
-        headers = {REQUEST_ID: self.entry.id}
+        headers = {REQUEST_ID: self.entry.id, "Server": "compress"}
         return headers | {BY: self.entry.by} if self.entry.by else headers

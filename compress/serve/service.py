@@ -108,9 +108,7 @@ async def run(target: Target, settings: Settings, teacher: TeacherSettings | Non
 
     log = Log()
     server = bound(settings.host, settings.port)
-    metrics = Metrics(
-        {"student": settings.price} | ({"teacher": teacher.price} if teacher else {})
-    )
+    metrics = Metrics({"student": settings.price} | ({"teacher": teacher.price} if teacher else {}))
 
     def told(kind: str, **facts: object) -> None:
         """What the backend says of itself."""

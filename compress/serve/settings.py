@@ -43,7 +43,7 @@ class Settings:
     `context`: tokens of a prompt with its answer, None for what the model was made for, at most
     CONTEXT_TOKENS; `parallel`: requests that are answered at once, None for what the runtime can;
     `queue`: requests that wait besides; `timeout`: seconds of a request, waiting included;
-    `max_tokens`: of an answer.
+    `max_tokens`: of an answer; `threads`: to compute on, None for the CPUs of this process.
     """
 
     host: str = "127.0.0.1"
@@ -54,6 +54,7 @@ class Settings:
     queue: int = 16
     timeout: float = 120.0
     max_tokens: int = 1024
+    threads: int | None = None
     price: Price = Price()
 
     def __post_init__(self) -> None:
@@ -66,6 +67,7 @@ class Settings:
             ("context", self.context, 16),
             ("queue", self.queue, 0),
             ("max-tokens", self.max_tokens, 1),
+            ("threads", self.threads, 1),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"--{name} {value}: allowed is {least} or more")

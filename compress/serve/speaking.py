@@ -251,9 +251,7 @@ def start(order: dict[str, Any]) -> dict[str, Any]:
 
     async def serve() -> None:
         speaking = Speaking(engine, order["name"], context, order["key"])
-        runner = web.AppRunner(
-            speaking.application(), access_log=None, handler_cancellation=True
-        )
+        runner = web.AppRunner(speaking.application(), access_log=None, handler_cancellation=True)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

@@ -2,6 +2,11 @@
 
 A stream is not parsed token by token: that would cost more than llama.cpp's own server takes for
 it. Tokens are read from the last piece, where llama.cpp writes its timings.
+
+A whole answer is asked for as a stream too, and put together when it has ended: of a stream
+llama.cpp's server notices with the next token that nobody listens any more, else it looks once a
+second. Answers whose parts are more than text (log-probabilities, calls of tools, forms) are left
+to it whole.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from compress.serve.log import Entry
 from compress.serve.reply import Reply
 
 DONE = b"data: [DONE]"
+MORE_THAN_TEXT = ("logprobs", "tools", "response_format")
 TAIL_BYTES = 8192
 # In JSON a quote within a text is written \": these can't be words of an answer.
 COUNTS = {
@@ -113,13 +119,19 @@ class Student:
 
     async def answer(self, asked: Asked, reply: Reply) -> None:
         """Passes the student's answer to the client. Refusal as `_asked`."""
-        async with self._asked(asked.path, asked.body) as response:
+        body = asked.body
+        in_text = not asked.stream and not any(body.get(name) for name in MORE_THAN_TEXT)
+        if in_text:
+            body = body | {"stream": True, "stream_options": {"include_usage": True}}
+        async with self._asked(asked.path, body) as response:
             if asked.stream:
                 await self._stream(response, reply)
-            else:
-                body = await response.read()
-                _count(reply.entry, tokens_in(body[-TAIL_BYTES:]))
-                reply.whole(body)
+                return
+            data = await response.read()
+            if in_text and DONE not in data[-TAIL_BYTES:]:
+                raise aiohttp.ClientPayloadError("the stream has no end")
+        _count(reply.entry, tokens_in(data[-TAIL_BYTES:]))
+        reply.whole(json.dumps(put_together(data)).encode() if in_text else data)
 
     async def _stream(self, response: aiohttp.ClientResponse, reply: Reply) -> None:
         """Bytes as they come."""
@@ -140,7 +152,9 @@ class Student:
         plain = {k: v for k, v in asked.body.items() if k not in ("stream", "stream_options")}
         chat = asked.path.endswith("/chat/completions")
         wanted = {"max_tokens": min(count, asked.body["max_tokens"])}
-        wanted |= {"logprobs": True if chat else max(1, int(asked.body.get("logprobs") or 1))}
+        wanted |= {"logprobs": True if chat else 1}
+        if chat and self.backend.target.runtime == "llama.cpp":
+            wanted |= {"top_logprobs": asked.body.get("top_logprobs") or 1}
         async with self._asked(asked.path, plain | wanted) as response:
             data = await response.read()
 
@@ -151,6 +165,36 @@ class Student:
         if whole and not asked.logprobs:
             choice.pop("logprobs", None)
         return Probe(logprobs, tokens_in(data[-TAIL_BYTES:]), body if whole else None)
+
+
+def put_together(data: bytes) -> dict[str, Any]:
+    """The answer whose stream of events is `data`, as if it had been asked for whole."""
+    answer: dict[str, Any] = {}
+    message: dict[str, Any] = {}
+    choice: dict[str, Any] = {"index": 0, "finish_reason": None}
+    for line in data.split(b"\n"):
+        if not line.startswith(b"data: {"):
+            continue
+        said = json.loads(line[len(b"data: ") :])
+        answer |= {name: value for name, value in said.items() if name != "choices"}
+        for part in said.get("choices", []):
+            choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
+
+            # Texts grow; a role is said once. llama.cpp says null where it has no text yet.
+            texts = part["delta"] if "delta" in part else {"text": part.get("text")}
+            for name, value in texts.items():
+                if name == "role":
+                    message["role"] = value
+                else:
+                    message[name] = message.get(name, "") + (value or "")
+
+    # A chat's answer has a message, a completion's its text.
+    if answer.get("object", "").startswith("chat.completion"):
+        answer["object"] = "chat.completion"
+        choice["message"] = {"role": "assistant", "content": ""} | message
+    else:
+        choice |= {"text": message.get("text", ""), "logprobs": None}
+    return answer | {"choices": [choice]}
 
 
 def logprobs_of(choice: dict[str, Any]) -> list[float]:

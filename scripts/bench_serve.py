@@ -343,6 +343,13 @@ RUN: dict[str, Callable[[Path, argparse.Namespace], Any]] = {
 }
 
 
+def _packaged() -> Path:
+    """The file in the package that the demo's teacher comes from."""
+    from compress.teacher import find_packaged
+
+    return find_packaged()
+
+
 def main() -> int:
     """Runs the parts; the last line is their record."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -362,14 +369,13 @@ def main() -> int:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown parts {', '.join(sorted(unknown))}; allowed: {', '.join(PARTS)}")
 
-    from compress.machine import available_threads, describe, git_sha, versions
-    from compress.teacher import find_packaged
-
-    gguf = (options.gguf or find_packaged()).absolute()
+    gguf = (options.gguf or _packaged()).absolute()
     record: dict[str, Any] = {"gguf": gguf.name, "bytes": gguf.stat().st_size}
     for part in parts:
         record[part] = asyncio.run(RUN[part](gguf, options))
         print(f"{part}: {json.dumps(record[part])}", flush=True)
+    from compress.machine import available_threads, describe, git_sha, versions
+
     record |= {
         "machine": describe(available_threads()),
         "load": os.getloadavg(),

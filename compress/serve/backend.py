@@ -104,11 +104,11 @@ class Backend:
                 " --context or --parallel"
             )
 
-        said: dict[str, Any] = json.loads(line)
-        if "error" in said:
-            kind = ConfigError if said["kind"] == "ConfigError" else ValueError
-            raise kind(said["error"])
-        return Ready(**said)
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            kind = ConfigError if answer["kind"] == "ConfigError" else ValueError
+            raise kind(answer["error"])
+        return Ready(**answer)
 
     def _order(self) -> dict[str, Any]:
         return {

@@ -269,15 +269,15 @@ def read_rule(text: str, model: str) -> Rule:
 
 def rule_in(path: Path, model: str) -> Rule:
     """The rule that a file holds. ValueError: malformed, or made for another model."""
-    held = check_object(read_json(path), KINDS, path)
-    if held["model"] != model:
+    fields = check_object(read_json(path), KINDS, path)
+    if fields["model"] != model:
         raise ValueError(
             f"{path} was calibrated with another model than the one that is served; calibrate it"
             " again with: compress serve BUNDLE --calibrate FILE"
         )
-    return Rule(float(held["threshold"]), held["tokens"], float(held["weight"]))
+    return Rule(float(fields["threshold"]), fields["tokens"], float(fields["weight"]))
 
 
-def written(held: dict[str, Any]) -> str:
+def written(calibration: dict[str, Any]) -> str:
     """As text for FILE."""
-    return json.dumps(held, indent=2, allow_nan=False) + "\n"
+    return json.dumps(calibration, indent=2, allow_nan=False) + "\n"

@@ -14,24 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ConfigError
-from compress.serve.settings import CONTEXT_TOKENS
+from compress.serve.settings import context_within
 
 BATCH_TOKENS = 512  # of prompts at once: after so many llama.cpp looks who has hung up
 PARALLEL = 4
-
-
-def context_within(asked: int | None, most: int | None, path: Path) -> int:
-    """Tokens of a prompt with its answer: as asked, within what the model was made for.
-    ConfigError where that is less.
-    """
-    if asked is None:
-        return min(most or CONTEXT_TOKENS, CONTEXT_TOKENS)
-    if most is not None and asked > most:
-        raise ConfigError(
-            f"--context {asked:,}: {path.name} was made for {most:,} tokens; give at most that"
-        )
-    return asked
 
 
 def llama_server(order: dict[str, Any]) -> dict[str, Any]:
@@ -43,8 +29,8 @@ def llama_server(order: dict[str, Any]) -> dict[str, Any]:
     # What the file says of itself, read within bounds before llama.cpp reads it.
     path = Path(order["path"])
     fields, _ = check_file(path)
-    most = fields.get(f"{fields['general.architecture']}.context_length")
-    context = context_within(order["context"], most, path)
+    made_for = fields.get(f"{fields['general.architecture']}.context_length")
+    context = context_within(order["context"], made_for, path.name)
     parallel = order["parallel"] or PARALLEL
 
     # Each slot has its part of the context; nothing is kept of a prompt but in its slot.
@@ -95,15 +81,15 @@ def main() -> None:
 
     runs = llama_server if order["runtime"] == "llama.cpp" else speaking_server
     try:
-        said = runs(order)
+        answer = runs(order)
     except Exception as error:
-        said = {"error": str(error) or type(error).__name__, "kind": type(error).__name__}
-    print(json.dumps(said), file=report, flush=True)
+        answer = {"error": str(error) or type(error).__name__, "kind": type(error).__name__}
+    print(json.dumps(answer), file=report, flush=True)
 
     # Nothing has to be saved: a server that is taken down in order can hang.
-    if "error" not in said:
+    if "error" not in answer:
         sys.stdin.read()
-    os._exit("error" in said)
+    os._exit("error" in answer)
 
 
 if __name__ == "__main__":

@@ -171,11 +171,11 @@ def _teacher(
     from compress.serve.settings import TeacherSettings
 
     model = model_digest(target)
-    held = target.bundle / FILE if target.bundle else None
+    bundled = target.bundle / FILE if target.bundle else None
     if options.threshold is not None:
         rule = read_rule(options.threshold, model)
-    elif held is not None and held.is_file():
-        rule = rule_in(held, model)
+    elif bundled is not None and bundled.is_file():
+        rule = rule_in(bundled, model)
     else:
         raise ConfigError(
             f"nothing says where {target.name} is unsure: give --threshold NUMBER, or a file that"
@@ -223,10 +223,12 @@ async def _calibrate(target: Target, settings: Settings, out: Path) -> int:
     student = Student(backend)
     try:
         await backend.start()
-        held = await calibrate(student, target.bundle, model_digest(target))
+        chosen = await calibrate(student, target.bundle, model_digest(target))
     finally:
         await student.close()
         await backend.stop()
-    out.write_text(written(held))
-    print(f"{held['verdict']}: {held['sentence']}\nthreshold {held['threshold']:.4f} in {out}")
+    out.write_text(written(chosen))
+    print(
+        f"{chosen['verdict']}: {chosen['sentence']}\nthreshold {chosen['threshold']:.4f} in {out}"
+    )
     return EXIT_OK

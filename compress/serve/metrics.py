@@ -45,7 +45,7 @@ class Metrics:
         self._requests.labels(entry.path, str(entry.status), entry.end).inc()
         if not entry.by:
             return
-        if entry.status == 200:
+        if entry.status == 200 and entry.end == "done":
             self._answered.labels(entry.by, entry.why or "only").inc()
             self._seconds.labels(entry.by).observe(entry.seconds)
             if entry.first is not None:

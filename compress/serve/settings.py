@@ -24,6 +24,19 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def context_within(asked: int | None, made_for: int | None, name: str) -> int:
+    """Tokens of a prompt with its answer: as asked, within what the model `name` was made for.
+    ConfigError where that is less.
+    """
+    if asked is None:
+        return min(made_for or CONTEXT_TOKENS, CONTEXT_TOKENS)
+    if made_for is not None and asked > made_for:
+        raise ConfigError(
+            f"--context {asked:,}: {name} was made for {made_for:,} tokens; give at most that"
+        )
+    return asked
+
+
 @dataclass(frozen=True)
 class Price:
     """What tokens cost: money for a million of a prompt, and of an answer."""

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from aiohttp import web
 
 from compress.errors import ConfigError
-from compress.serve.child import context_within
 from compress.serve.engines import Engine, Sampling, open_engine
 from compress.serve.keys import Lock
 from compress.serve.reply import event
+from compress.serve.settings import context_within
 
 CHAT, CONTINUED = "/v1/chat/completions", "/v1/completions"
 
@@ -246,8 +246,9 @@ def start(order: dict[str, Any]) -> dict[str, Any]:
             " leave it out, or serve a GGUF"
         )
     engine = open_engine(order["runtime"], path, order["threads"])
-    context = context_within(order["context"], engine.context, path)
-    address: SimpleAddress = SimpleAddress()
+    context = context_within(order["context"], engine.context, path.name)
+    listening = threading.Event()
+    address: list[str] = []
 
     async def serve() -> None:
         speaking = Speaking(engine, order["name"], context, order["key"])
@@ -255,23 +256,16 @@ def start(order: dict[str, Any]) -> dict[str, Any]:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        address.value = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        address.known.set()
+        address.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        listening.set()
         await asyncio.Event().wait()
 
     threading.Thread(target=asyncio.run, args=(serve(),), daemon=True).start()
-    if not address.known.wait(30):
+    if not listening.wait(30):
         raise ValueError("there is no free port on the loopback; close what holds them")
     return {
-        "address": address.value,
+        "address": address[0],
         "context": context,
         "parallel": 1,
         "templated": engine.templated,
     }
-
-
-class SimpleAddress:
-    """Where a thread listens, once it does."""
-
-    def __init__(self) -> None:
-        self.known, self.value = threading.Event(), ""

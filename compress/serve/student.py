@@ -149,22 +149,23 @@ class Student:
 
     async def probe(self, asked: Asked, count: int) -> Probe:
         """The first `count` tokens of the answer, not sent to anybody. Refusal as `_asked`."""
-        plain = {k: v for k, v in asked.body.items() if k not in ("stream", "stream_options")}
+        body = {k: v for k, v in asked.body.items() if k not in ("stream", "stream_options")}
         chat = asked.path.endswith("/chat/completions")
-        wanted = {"max_tokens": min(count, asked.body["max_tokens"])}
-        wanted |= {"logprobs": True if chat else 1}
+        body["max_tokens"] = min(count, asked.body["max_tokens"])
+        body["logprobs"] = True if chat else 1
         if chat and self.backend.target.runtime == "llama.cpp":
-            wanted |= {"top_logprobs": asked.body.get("top_logprobs") or 1}
-        async with self._asked(asked.path, plain | wanted) as response:
+            body["top_logprobs"] = asked.body.get("top_logprobs") or 1
+        async with self._asked(asked.path, body) as response:
             data = await response.read()
 
-        body = json.loads(data)
-        choice = body["choices"][0]
+        # An answer of so few tokens is the answer, without what the client did not ask for.
+        answer = json.loads(data)
+        choice = answer["choices"][0]
         logprobs = logprobs_of(choice)
-        whole = choice.get("finish_reason") != "length" or count >= asked.body["max_tokens"]
-        if whole and not asked.logprobs:
+        complete = choice.get("finish_reason") != "length" or count >= asked.body["max_tokens"]
+        if complete and not asked.logprobs:
             choice.pop("logprobs", None)
-        return Probe(logprobs, tokens_in(data[-TAIL_BYTES:]), body if whole else None)
+        return Probe(logprobs, tokens_in(data[-TAIL_BYTES:]), answer if complete else None)
 
 
 def put_together(data: bytes) -> dict[str, Any]:
@@ -175,9 +176,9 @@ def put_together(data: bytes) -> dict[str, Any]:
     for line in data.split(b"\n"):
         if not line.startswith(b"data: {"):
             continue
-        said = json.loads(line[len(b"data: ") :])
-        answer |= {name: value for name, value in said.items() if name != "choices"}
-        for part in said.get("choices", []):
+        chunk = json.loads(line[len(b"data: ") :])
+        answer |= {name: value for name, value in chunk.items() if name != "choices"}
+        for part in chunk.get("choices", []):
             choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
 
             # Texts grow; a role is said once. llama.cpp says null where it has no text yet.

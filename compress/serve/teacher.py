@@ -7,6 +7,7 @@ could not be taken back, and no request may fail because the teacher does.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import deque
@@ -90,8 +91,6 @@ class Teacher:
 
     async def _answer(self, asked: Asked) -> Answer:
         """ValueError: it refuses, or says what no such server says."""
-        import asyncio
-
         async with asyncio.timeout(self.settings.timeout):
             if self._model is None:
                 listed = json.loads(await self._read("GET", "/models", None))
@@ -151,8 +150,8 @@ def _without_usage(data: bytes) -> bytes:
             if text == b"[DONE]":
                 kept.append(b"data: [DONE]\n\n")
             continue
-        said = json.loads(text)
-        if said.get("choices") or "error" in said:
-            said.pop("usage", None)
-            kept.append(event(said))
+        chunk = json.loads(text)
+        if chunk.get("choices") or "error" in chunk:
+            chunk.pop("usage", None)
+            kept.append(event(chunk))
     return b"".join(kept)

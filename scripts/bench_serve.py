@@ -5,7 +5,8 @@
         [--out FILE]
 
     throughput   tokens a second through the door (B) beside llama.cpp's own server with the same
-                 settings (A), both loaded, in turns A B B A; seconds to the first byte of each
+                 settings (A), both loaded, in turns A B B A; seconds to the first byte; what the
+                 door itself computes for a token, which does not depend on what else runs
     requests     short streamed requests, four at a time: errors, seconds to the first byte, and
                  what the memory of both processes grew by between the first twentieth and the end
     hangup       all slots taken by long answers, whole and streamed; all callers hang up at once;
@@ -86,6 +87,11 @@ class Place:
         return Answer(
             response.status, tokens_in(tail).answer, (first or end) - start, end - start, tail
         )
+
+    def computed(self) -> float:
+        """Seconds that its first process, the door, has computed."""
+        times = psutil.Process(self.pids[0]).cpu_times()
+        return times.user + times.system
 
     def memory(self) -> int:
         """Resident bytes of its processes."""
@@ -171,6 +177,7 @@ async def _in_turns(
     for place in (bare, door):
         await _load(place, gguf, clients, min(16, options.tokens))
     ratios, speeds = [], {"bare": [], "door": []}
+    computed, through = door.computed(), 0
     firsts: dict[str, list[float]] = {"bare": [], "door": []}
     for _ in range(options.rounds):
         times = {"bare": 0.0, "door": 0.0}
@@ -184,11 +191,13 @@ async def _in_turns(
         for name in times:
             speeds[name].append(tokens[name] / times[name])
         ratios.append(speeds["door"][-1] / speeds["bare"][-1])
+        through += tokens["door"]
 
     record = {
         "ratio": round(statistics.median(ratios), 4),
         "ratios": [round(ratio, 4) for ratio in ratios],
         "met": statistics.median(ratios) >= GOAL_RATIO,
+        "door_cpu_us_per_token": round(1e6 * (door.computed() - computed) / through, 1),
     }
     for name in speeds:
         record[f"{name}_tokens_per_s"] = round(statistics.median(speeds[name]), 1)

@@ -64,7 +64,7 @@ class Served:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
+            with urllib.request.urlopen(request, timeout=120) as response:
                 return json.loads(response.read()) | {"headers": dict(response.headers)}
         except urllib.error.HTTPError as error:
             body = json.loads(error.read())
@@ -89,7 +89,7 @@ class Served:
         """Exit code, the rest of standard output, the log."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        out, log = self.process.communicate(timeout=30)
+        out, log = self.process.communicate(timeout=60)
         return self.process.returncode, out, log
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from served import KEY, tiny_gguf
+from ship.test_bundle_open import made
 
 from compress.__main__ import main
 from compress.serve.command import PACKAGES
@@ -151,3 +152,22 @@ def test_directories_are_known_by_what_is_in_them(tmp_path, tiny_teacher):
     target = target_of(tmp_path)
     assert (target.runtime, target.name, target.bundle) == ("onnxruntime", tmp_path.name, None)
     assert target.path == Path(tmp_path).absolute()
+
+
+def test_of_a_bundle_the_judged_file_is_served_once_every_byte_is_verified(refused, tmp_path):
+    bundle = made(tmp_path)
+    target = target_of(bundle)
+    assert (target.name, target.runtime) == ("demo/model-Q4_0.gguf", "llama.cpp")
+    assert target.path == bundle / "model-Q4_0.gguf" and target.bundle == bundle
+    assert target_of(bundle, "hf").runtime == "torch"
+    code, err = refused(bundle, "--no-key", "--file", "model-Q4.gguf")
+    assert "--file 'model-Q4.gguf' is no model of" in err and code == 2
+    assert "did you mean 'model-Q4_0.gguf'?" in err
+
+    # One bit, and nothing is served.
+    file = bundle / "model-Q4_0.gguf"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    code, err = refused(bundle, "--no-key", "--port", "0")
+    assert "does not verify: model-Q4_0.gguf was changed" in err and code == 3

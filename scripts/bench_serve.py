@@ -101,8 +101,11 @@ class Place:
 class Door:
     """`compress serve` as a process."""
 
-    def __init__(self, gguf: Path, session: aiohttp.ClientSession, *arguments: object) -> None:
-        self.gguf, self.session, self.arguments = gguf, session, arguments
+    def __init__(
+        self, gguf: Path, session: aiohttp.ClientSession, threads: int, *arguments: object
+    ) -> None:
+        self.gguf, self.session = gguf, session
+        self.arguments = [*arguments, *(["--threads", threads] if threads else [])]
         self.key = secrets.token_hex(16)
 
     async def __aenter__(self) -> Place:
@@ -157,9 +160,8 @@ async def throughput(gguf: Path, options: argparse.Namespace) -> dict[str, Any]:
     )
     backend = Backend(target_of(gguf), settings)
     arguments = ["--parallel", most, "--context", CONTEXT, "--queue", most]
-    arguments += ["--threads", options.threads] if options.threads else []
     record: dict[str, Any] = {}
-    async with _session() as session, Door(gguf, session, *arguments) as door:
+    async with _session() as session, Door(gguf, session, options.threads, *arguments) as door:
         try:
             ready = await backend.start()
             bare = Place(ready.address, backend.key, session)
@@ -241,7 +243,7 @@ async def requests(gguf: Path, options: argparse.Namespace) -> dict[str, Any]:
     count, together = options.requests, 4
     settled = max(together, count // 20)
     arguments = ["--parallel", together, "--context", CONTEXT, "--queue", together]
-    async with _session() as session, Door(gguf, session, *arguments) as door:
+    async with _session() as session, Door(gguf, session, options.threads, *arguments) as door:
         answers: list[Answer] = []
         numbers = iter(range(count))
 
@@ -274,7 +276,7 @@ async def hangup(gguf: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds from the last hang-up to the next caller's first byte, streamed and whole."""
     arguments = ["--parallel", 2, "--context", 4096, "--max-tokens", 4000, "--queue", 2]
     record: dict[str, Any] = {"met": True}
-    async with _session() as session, Door(gguf, session, *arguments) as door:
+    async with _session() as session, Door(gguf, session, options.threads, *arguments) as door:
         free = await door.ask(body_of(gguf, 1, number=7))
         for stream in (True, False):
             waits = []
@@ -294,7 +296,7 @@ async def hangup(gguf: Path, options: argparse.Namespace) -> dict[str, Any]:
 async def refusals(gguf: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Statuses of what is refused."""
     arguments = ["--parallel", 1, "--context", 512, "--max-tokens", 400, "--queue", 1]
-    async with _session() as session, Door(gguf, session, *arguments) as door:
+    async with _session() as session, Door(gguf, session, options.threads, *arguments) as door:
         plain = body_of(gguf, 1)
         long_prompt = plain | {"messages": [{"role": "user", "content": "river " * 2000}]}
         seen = {
@@ -320,7 +322,7 @@ async def kill(gguf: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The backend killed under a streamed and a whole answer."""
     arguments = ["--parallel", 2, "--context", 4096, "--max-tokens", 4000]
     statuses, told, back = [], [], []
-    async with _session() as session, Door(gguf, session, *arguments) as door:
+    async with _session() as session, Door(gguf, session, options.threads, *arguments) as door:
         for _ in range(options.kills):
             callers = [
                 asyncio.create_task(door.ask(body_of(gguf, 4000, stream=stream)))

@@ -6,7 +6,7 @@
 
     throughput   tokens a second through the door (B) beside llama.cpp's own server with the same
                  settings (A), both loaded, in turns A B B A; seconds to the first byte; what the
-                 door itself computes for a token, which does not depend on what else runs
+                 door itself computes for a token (on a busy machine that grows too)
     requests     short streamed requests, four at a time: errors, seconds to the first byte, and
                  what the memory of both processes grew by between the first twentieth and the end
     hangup       all slots taken by long answers, whole and streamed; all callers hang up at once;

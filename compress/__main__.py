@@ -23,6 +23,7 @@ from compress.errors import (
     nearest,
     without_credentials,
 )
+from compress.serve.command import serve
 from compress.solving import solve
 from compress.verbs import HELP, accept, ask, compare, gc, list_all, run, score, sync, verify
 
@@ -36,6 +37,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "sync": sync,
     "verify": verify,
     "accept": accept,
+    "serve": serve,
     "gc": gc,
 }
 

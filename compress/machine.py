@@ -1,6 +1,5 @@
 """What machine and software a number was measured with."""
 
-import os
 import platform
 import re
 import subprocess
@@ -14,13 +13,7 @@ import torch
 from compress import __version__
 from compress.assets import PACKAGE
 from compress.keys import OF_RUNTIME, SCORES, WEIGHTS, versions_of
-
-
-def available_threads() -> int:
-    """CPUs this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from compress.threads import available_threads
 
 
 def describe(threads: int) -> dict[str, Any]:

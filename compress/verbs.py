@@ -38,6 +38,9 @@ and prove it on the files that ship.
                                         measure the bundle's budget again, on this machine; --hub
                                         may ask the hub for teacher and text that it names, --local
                                         may open files outside the bundle
+  compress serve BUNDLE|MODEL [--key-file FILE] [--teacher URL]
+                                        one OpenAI-compatible door before the judged file; --teacher
+                                        asks a larger model where it is unsure; `serve --help`
   compress gc [--store DIR] [--runs DIR] [--yes] [--all]
                                         empty the store of what no run names; --all where no run
                                         that is known needs anything

@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("verbs",),
     ("solving",),
     ("accept", "ask", "launch", "pipeline"),
+    ("serve",),
     ("composing", "judging", "planning", "search", "ship"),
     ("rundir",),
     ("session",),
@@ -49,7 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("budget", "collect"),
     ("confined", "recipe_text", "store"),
     ("bounds", "doors"),
-    ("assets", "errors"),
+    ("assets", "errors", "threads"),
 )
 # Participles and pronouns where a noun would say what a thing is.
 EMPTY_NAMES = {

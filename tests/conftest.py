@@ -27,6 +27,7 @@ LONGEST_FILES = (
     "formats/test_onnx.py",
     "stages/test_contract.py",
     "test_ask.py",
+    "serve/test_serve.py",
     "score/test_lm.py",
     "ship/test_received_bundle.py",
     "ship/test_bundle_open.py",

@@ -141,14 +141,14 @@ class OnnxRuntime:
 
     def stream(self, prompt: str, n: int) -> Generator[str, None, Ending]:
         """Pieces of a greedy answer of at most `n` tokens to a rendered prompt, as they come."""
-        pieces = self._tokenizer.create_stream()
+        decode = self.pieces()
         ends = self.eos_ids()
         count = 0
         for token in self.tokens(self.tokenize(prompt), n):
             if token in ends:
                 return Ending(count, True)
             count += 1
-            yield pieces.decode(token)
+            yield decode(token)
         return Ending(count, False)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -156,6 +156,24 @@ class OnnxRuntime:
         from compress.formats.onnx_weights import decode_onnx
 
         return decode_onnx(self.folder)
+
+    def pieces(self) -> Callable[[int], str]:
+        """Text that each next token of an answer adds; "" while a character is not whole."""
+        stream = self._tokenizer.create_stream()
+        return lambda token: str(stream.decode(token))
+
+    def drawn(self, prompt: Sequence[int], n: int, **search: Any) -> Iterator[tuple[int, Any]]:
+        """A continuation of at most `n` ids, one by one, each with the logits (V,) that it was
+        drawn of; an end token is the last. `search`: GenAI's search options.
+        """
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(max_length=len(prompt) + n, **search)
+        generator = self._genai.Generator(self._model, params)
+        generator.append_tokens(list(prompt))
+        while not generator.is_done():
+            logits_V = generator.get_logits().reshape(-1)
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0]), logits_V
 
     def tokens(self, prompt: Sequence[int], n: int, **search: Any) -> Iterator[int]:
         """Greedy continuation of at most `n` ids, one by one; an end token is the last. `search`:

@@ -23,6 +23,7 @@ from compress.errors import (
     nearest,
     without_credentials,
 )
+from compress.packages import extra_of, install_line
 from compress.solving import solve
 from compress.verbs import HELP, accept, ask, compare, gc, list_all, run, score, sync, verify
 
@@ -71,9 +72,23 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         if debug:
             traceback.print_exc()
+        error = _named(error)
         sentence = _escaped(_sentence(error))
         print(f"compress: {without_credentials(sentence)}", file=sys.stderr)
         return exit_code(error)
+
+
+def _named(error: BaseException) -> BaseException:
+    """Of a package that is not installed, a ConfigError with the line that installs it; any other
+    error as it is.
+    """
+    extra = extra_of(error.name or "") if isinstance(error, ModuleNotFoundError) else None
+    if extra is None:
+        return error
+    return ConfigError(
+        f"this needs {getattr(error, 'name', None)}, which is not installed:"
+        f" {install_line(extra)}; `compress doctor` says what is here"
+    )
 
 
 def _escaped(text: str) -> str:

@@ -303,7 +303,7 @@ def sync(arguments: list[str]) -> int:
 
 def verify(arguments: list[str]) -> int:
     """Check every byte of a bundle, and that its manifest agrees with itself."""
-    from compress.ship.bundle import SUMS, sums_digest, verify_bundle
+    from compress.ship.sums import SUMS, sums_digest, verify_bundle
 
     parser = _Parser(prog="compress verify")
     parser.add_argument("bundle", type=Path)

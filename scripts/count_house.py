@@ -49,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("budget", "collect"),
     ("confined", "recipe_text", "store"),
     ("bounds", "doors"),
-    ("assets", "errors"),
+    ("assets", "errors", "packages", "threads"),
 )
 # Participles and pronouns where a noun would say what a thing is.
 EMPTY_NAMES = {

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 
 from compress import __version__
+from compress.doctor import doctor
 from compress.errors import (
     EXIT_OK,
     EXIT_SIGTERM,
@@ -21,11 +22,12 @@ from compress.errors import (
     is_disk,
     is_memory,
     nearest,
-    without_credentials,
+    shown,
 )
+from compress.handing import accept, sign, verify
 from compress.packages import extra_of, install_line
 from compress.solving import solve
-from compress.verbs import HELP, accept, ask, compare, gc, list_all, run, score, sync, verify
+from compress.verbs import HELP, ask, compare, gc, list_all, run, score, sync
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
@@ -37,6 +39,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "sync": sync,
     "verify": verify,
     "accept": accept,
+    "sign": sign,
+    "doctor": doctor,
     "gc": gc,
 }
 
@@ -73,8 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         error = _named(error)
-        sentence = _escaped(_sentence(error))
-        print(f"compress: {without_credentials(sentence)}", file=sys.stderr)
+        print(f"compress: {shown(_sentence(error))}", file=sys.stderr)
         return exit_code(error)
 
 
@@ -88,13 +91,6 @@ def _named(error: BaseException) -> BaseException:
     return ConfigError(
         f"this needs {getattr(error, 'name', None)}, which is not installed:"
         f" {install_line(extra)}; `compress doctor` says what is here"
-    )
-
-
-def _escaped(text: str) -> str:
-    """A text with \\x1b and the like for what would act on a terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
     )
 
 

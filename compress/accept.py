@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.budget import failed, is_heldout, judge
-from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, printable
+from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, printable, shown
 from compress.models.settings import Teacher
 from compress.score.file import file_scores
 from compress.score.intervals import Interval, Scores, paired_scores
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def _note(text: str) -> None:
-    print(printable(text), file=sys.stderr)
+    print(shown(text), file=sys.stderr)
 
 
 def text_at_hand(sources: Sequence[str], *, hub: bool, local: bool) -> str:
@@ -140,7 +140,13 @@ def _open(
 
 
 def accept(
-    bundle: Path, store: str, *, hub: bool = False, local: bool = False, sha256: str | None = None
+    bundle: Path,
+    store: str,
+    *,
+    hub: bool = False,
+    local: bool = False,
+    sha256: str | None = None,
+    key: Path | None = None,
 ) -> int:
     """Measure a bundle's budget again and print one sentence a limit.
 
@@ -149,7 +155,7 @@ def accept(
     ConfigError: it has no limits. ValueError naming file and key or line: it does not verify, or
     can't be meant like this.
     """
-    received = receive(bundle, sha256)
+    received = receive(bundle, sha256, key)
     own_text = _own_text(received, bundle)
     counted = f"{len(received.requests):,} items, {len(received.prompts):,} open prompts"
     _note(

@@ -50,6 +50,8 @@ EXTRAS: dict[str, dict[str, str]] = {
     "qlora": {"bitsandbytes": "bitsandbytes"},
     "wandb": {"wandb": "wandb"},
     "families": {"auto_round": "auto-round"},
+    "sign": {"cryptography": "cryptography"},
+    "bom": {"cyclonedx": "cyclonedx-python-lib"},
 }
 
 

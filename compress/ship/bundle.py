@@ -3,7 +3,11 @@
 hf/                  the checkpoint as a plain Hugging Face directory
 model-TYPE.gguf, compressed_tensors/
                      the same weights as the recipe's `export.files` says (formats/__init__.py)
-README.md            model card: score table, verdicts, what it says, lineage, licences
+README.md            model card: scores, verdicts, what it says, lineage, licences, lines to copy
+bom.json             what it is made of, for a reader of bills of materials (ship/bom.py); where
+                     cyclonedx-python-lib is installed
+Containerfile, compose.yaml
+                     `compress serve` of this bundle as a container (ship/container.py); of a GGUF
 manifest.json        files, lineage, limits, scores and evaluation settings; all that `accept` needs
 requests.jsonl       every scored item as it was put to the teacher (context, choices, gold) and
                      what it answered (logliks), so that accuracy kept can be measured again without
@@ -17,29 +21,31 @@ open_answers.jsonl   what teacher and judged file said to them, {"id", "teacher"
                      open/kept
 terms/               the terms that the teacher came under, where it brought any
 SHA256SUMS           sha256 of every other file, in the format of `sha256sum -c`
+model.sig            a signature of all of them, where `compress sign` was run (ship/signature.py)
 """
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress import formats
-from compress.report import answers
+from compress.doors import read_json
 from compress.report.records import Record, Run, folder_of
-from compress.report.table import markdown_table, verdict_lines
 from compress.score.open import Answers
 from compress.score.prompts import Prompt, as_row
+from compress.ship.bom import BOM, bom_json
+from compress.ship.card import model_card
+from compress.ship.container import COMPOSE, CONTAINERFILE, compose, containerfile
+from compress.ship.licences import as_record, licence_of
+from compress.ship.manifest import SCHEMA
 from compress.ship.sums import SUMS
 from compress.store import STAGE_JSON, commit, file_table, write_json
 from compress.teacher import TERMS
 
 # Of a record; the last one where it was asked.
 LINEAGE = ("slot", "technique", "parent", "digest", "key", "stage_config", "metrics", "open_form")
-# Answers in the model card.
-WORST = 5
-GOOD = 3
 
 
 def write_bundle(
@@ -61,6 +67,8 @@ def write_bundle(
     # The terms that the teacher, and so its student, is under.
     if (teacher.path / TERMS).is_dir():
         shutil.copytree(teacher.path / TERMS, part / TERMS)
+    origin = _origin(run, teacher)
+    terms = sorted(file.name for file in (part / TERMS).glob("*"))
 
     # What was asked, and what teacher and judged file answered.
     reference = next(record for record in run.records if record["slot"] == "teacher")
@@ -69,19 +77,28 @@ def write_bundle(
     shutil.copyfile(folder_of(run.path, judged) / "items.jsonl", part / "answers.jsonl")
     _write_open(part, prompts, run.rows(reference, "open"), run.rows(judged, "open"))
 
+    # How it is served, and what it is made of.
+    judged_file = files[0].model.path.name if files else "hf"
+    if judged_file.endswith(".gguf"):
+        (part / CONTAINERFILE).write_text(containerfile())
+        (part / COMPOSE).write_text(compose())
+
     # The manifest names the files so far; the sums name it and the card besides.
     manifest = {
-        "schema": 1,
+        "schema": SCHEMA,
         "run": run.info["name"],
         "budget": "PASS" if passed else "FAIL",
-        "teacher": _origin(run, teacher),
+        "teacher": origin,
+        "licence": as_record(licence_of(origin, terms)),
         "config": run.info["config"],
-        "judged": files[0].model.path.name if files else "hf",
+        "judged": judged_file,
         **{key: judged[key] for key in ("scores", "intervals", "rows", "verdicts")},
         **{key: run.info[key] for key in ("machine", "versions", "git_sha", "digests")},
         "lineage": [_ancestor(record) for record in run.records],
         "files": file_table(part),
     }
+    if _write_bom(part, manifest, run.info.get("started")):
+        manifest["files"] = file_table(part)
     write_json(part / "manifest.json", manifest)
     card = model_card(run, manifest, passed=passed)
     (part / "README.md").write_text(card, encoding="utf-8", errors="replace")
@@ -92,6 +109,16 @@ def write_bundle(
     shutil.rmtree(final, ignore_errors=True)
     commit(part, final)
     return final
+
+
+def _write_bom(part: Path, manifest: Mapping[str, Any], made: Any) -> bool:
+    """Write bom.json where cyclonedx-python-lib is installed; whether it is."""
+    if importlib.util.find_spec("cyclonedx") is None:
+        return False
+    family = str(read_json(part / "hf" / "config.json").get("model_type", "unknown"))
+    began = made if isinstance(made, str) else None
+    (part / BOM).write_text(bom_json(manifest, family, began), encoding="utf-8", errors="replace")
+    return True
 
 
 def _origin(run: Run, teacher: Any) -> dict[str, Any]:
@@ -138,95 +165,3 @@ def _write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
     """Of an answer, what a bundle keeps."""
     return {key: row[key] for key in ("form", "answer", "ended", "loops", "right")}
-
-
-def _what_it_says(run: Run) -> list[str]:
-    """The model card's section on open answers, empty where nothing was asked."""
-    figures = answers.figures(run.final)
-    if not figures:
-        return []
-    pairs = answers.asked(run)
-
-    # Good ones are spread over their ids, and so of several kinds.
-    good = []
-    for pair in pairs[WORST:]:
-        student = pair[1]
-        if student["right"] and student["ended"] and not student["loops"]:
-            good.append(pair)
-    spread = good[:: max(1, len(good) // GOOD)][:GOOD]
-
-    lines = ["## What it says", "", figures, answers.plainly(run), ""]
-    for title, shown in (("The worst answers:", pairs[:WORST]), ("Good ones:", spread)):
-        if shown:
-            lines += [title, "", *(f"{answers.quoted(pair)}\n" for pair in shown)]
-    return lines
-
-
-def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
-    """The bundle's README: what it is, what it costs, where it comes from."""
-    origin, config = manifest["teacher"], run.info["config"]
-    files = []
-    for format, type, _ in map(formats.parse, config["export"]["files"]):
-        file = format.file.format(type=type)
-        files.append(f"- `{file}`: {format.about.format(file=file)}")
-    terms = f", which are in `{TERMS}/`" if _has_terms(manifest) else ""
-    lineage = [
-        f"{number}. `{slot['slot']}` ({slot['technique']}) from `{slot['parent'] or 'nothing'}`,"
-        f" weights sha256 `{slot['digest'][:16]}`"
-        for number, slot in enumerate(manifest["lineage"], 1)
-    ]
-
-    lines = [
-        f"# {run.info['recipe']}: a student of {origin['source']}",
-        "",
-        "" if passed else "**This bundle violates its budget; see the verdicts below.**\n",
-        (
-            f"Made by `compress run {run.info['recipe']}` ({run.info['name']})."
-            f" `{manifest['judged']}` is the file that was judged."
-        ),
-        "",
-        "## Files",
-        "",
-        "- `hf/`: the checkpoint for transformers and further training, unpacked",
-        *files,
-        "",
-        "## Scores",
-        "",
-        markdown_table(run.records),
-        "",
-        "## Verdicts",
-        "",
-        *[f"- {line}" for line in verdict_lines(run.records)],
-        "",
-        *_what_it_says(run),
-        "## Lineage",
-        "",
-        *lineage,
-        "",
-        "## Licences",
-        "",
-        (
-            f"- Teacher: {origin.get('licence', 'unknown; ask its publisher')}. The student is a"
-            " derived work and stays under those terms"
-            f"{terms}."
-        ),
-        *[
-            f"- Training text: {name}"
-            for name in [*config["data"]["train"], *config["data"]["chat"]]
-        ],
-        "",
-        "## Check it",
-        "",
-        "```",
-        f"sha256sum -c {SUMS}",
-        "compress verify .",
-        "compress accept .   # measures the budget again on this machine",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _has_terms(manifest: dict[str, Any]) -> bool:
-    """Whether the teacher's terms are in the bundle."""
-    return any(name.startswith(f"{TERMS}/") for name in manifest["files"])

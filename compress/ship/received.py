@@ -269,11 +269,11 @@ def read_said(bundle: Path, prompts: list[Prompt]) -> list[dict[str, Any]]:
     return bundle_rows(bundle, "teacher", "open")
 
 
-def receive(bundle: Path, sha256: str | None = None) -> Received:
-    """Everything in a bundle that decides what `accept` does, checked. ValueError naming file and
-    key or line; ConfigError without limits.
+def receive(bundle: Path, sha256: str | None = None, key: Path | None = None) -> Received:
+    """Everything in a bundle that decides what `accept` does, checked. `sha256` and `key` as
+    `verify_bundle` takes them. ValueError naming file and key or line; ConfigError without limits.
     """
-    manifest = verify_bundle(bundle, sha256)
+    manifest = verify_bundle(bundle, sha256, key)
     file = bundle / MANIFEST
     config = manifest["config"]
     for key, kinds in (("eval", EVAL), ("data", DATA), ("teacher", TEACHER)):

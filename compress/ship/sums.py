@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compress.ship.manifest import read_manifest
+from compress.ship.signature import SIGNATURE, check
 from compress.store import sha256_file
 
 SUMS = "SHA256SUMS"
@@ -93,12 +94,15 @@ def _strangers(bundle: Path) -> tuple[dict[str, Path], list[str]]:
     return files, bad
 
 
-def verify_bundle(bundle: Path, sha256: str | None = None) -> dict[str, Any]:
+def verify_bundle(
+    bundle: Path, sha256: str | None = None, key: Path | None = None
+) -> dict[str, Any]:
     """Compare every byte with SHA256SUMS, and the manifest with the files and with itself. Returns
     the manifest.
 
-    `sha256`: of SHA256SUMS, as its sender said. ValueError naming every file that differs, lacks or
-    does not belong, or the key of the manifest.
+    `sha256`: of SHA256SUMS, as its sender said; `key`: a public key in PEM, which must have signed
+    all files. ValueError naming every file that differs, lacks or does not belong, or the key of
+    the manifest, or what is wrong with the signature.
     """
     expected = read_sums(bundle)
     if sha256 is not None and (got := sums_digest(bundle)) != sha256.lower():
@@ -110,6 +114,8 @@ def verify_bundle(bundle: Path, sha256: str | None = None) -> dict[str, Any]:
     # Every file on either side, once: a link in place of a file is not missing besides.
     files, bad = _strangers(bundle)
     files.pop(SUMS, None)
+    if SIGNATURE not in expected:  # it was made of the sums
+        files.pop(SIGNATURE, None)
     linked = {sentence.partition(" is ")[0] for sentence in bad}
     bad += [f"{name} is missing" for name in sorted(expected.keys() - files.keys() - linked)]
     bad += [f"{name} is not in {SUMS}" for name in sorted(files.keys() - expected.keys())]
@@ -126,4 +132,11 @@ def verify_bundle(bundle: Path, sha256: str | None = None) -> dict[str, Any]:
         )
     if "manifest.json" not in expected:
         raise ValueError(f"{bundle} has no manifest.json; copy the bundle again from its source")
+    if key is not None:
+        check(bundle, signed_digests(bundle), key)
     return read_manifest(bundle, expected)
+
+
+def signed_digests(bundle: Path) -> dict[str, str]:
+    """sha256 by name of all files that a signature is of, SHA256SUMS among them, as it says."""
+    return read_sums(bundle) | {SUMS: sums_digest(bundle)}

@@ -177,6 +177,7 @@ def room(module: str) -> str:
 def upward_arrows(arrows: dict[str, set[str]]) -> list[str]:
     """Imports between rooms that do not go down FLOORS, as "a -> b"."""
     floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    floor[""] = -1  # the package itself
     return sorted(
         f"{module} -> {other}"
         for module, others in arrows.items()

@@ -98,7 +98,7 @@ def test_every_part_of_a_signature_counts(bundle, tmp_path, capfd):
     envelope = whole["dsseEnvelope"]
     for text, said in (
         ("{", "is not JSON"),
-        ("[]", "no signature by a key"),
+        ("[]", "holds a JSON list"),
         ("[" * 50_000, "nested too deep"),
         ("{}", "no signature by a key"),
         (changed("mediaType", value="other"), "no signature by a key"),

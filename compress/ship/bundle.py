@@ -38,10 +38,10 @@ from compress.score.prompts import Prompt, as_row
 from compress.ship.bom import BOM, bom_json
 from compress.ship.card import model_card
 from compress.ship.container import COMPOSE, CONTAINERFILE, compose, containerfile
-from compress.ship.licences import as_record, licence_of
+from compress.ship.licences import as_record, licence_of, own_words
 from compress.ship.manifest import SCHEMA
 from compress.ship.sums import SUMS
-from compress.store import STAGE_JSON, commit, file_table, write_json
+from compress.store import STAGE_JSON, commit, file_table, sha256_file, write_json
 from compress.teacher import TERMS
 
 # Of a record; the last one where it was asked.
@@ -59,14 +59,7 @@ def write_bundle(
     """
     part = final.with_name(".bundle.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(checkpoint, part / "hf", ignore=shutil.ignore_patterns(STAGE_JSON))
-    for shipped in files:
-        copy = shutil.copytree if shipped.model.path.is_dir() else shutil.copyfile
-        copy(shipped.model.path, part / shipped.model.path.name)
-
-    # The terms that the teacher, and so its student, is under.
-    if (teacher.path / TERMS).is_dir():
-        shutil.copytree(teacher.path / TERMS, part / TERMS)
+    _copy_models(part, checkpoint, files, teacher)
     origin = _origin(run, teacher)
     terms = sorted(file.name for file in (part / TERMS).glob("*"))
 
@@ -98,7 +91,8 @@ def write_bundle(
         "files": file_table(part),
     }
     if _write_bom(part, manifest, run.info.get("started")):
-        manifest["files"] = file_table(part)
+        content = {"sha256": sha256_file(part / BOM), "bytes": (part / BOM).stat().st_size}
+        manifest["files"] |= {BOM: content}
     write_json(part / "manifest.json", manifest)
     card = model_card(run, manifest, passed=passed)
     (part / "README.md").write_text(card, encoding="utf-8", errors="replace")
@@ -109,6 +103,18 @@ def write_bundle(
     shutil.rmtree(final, ignore_errors=True)
     commit(part, final)
     return final
+
+
+def _copy_models(part: Path, checkpoint: Path, files: list[Any], teacher: Any) -> None:
+    """Checkpoint, exported files and the teacher's terms into the folder `part`."""
+    shutil.copytree(checkpoint, part / "hf", ignore=shutil.ignore_patterns(STAGE_JSON))
+    for shipped in files:
+        copy = shutil.copytree if shipped.model.path.is_dir() else shutil.copyfile
+        copy(shipped.model.path, part / shipped.model.path.name)
+
+    # The terms that the teacher, and so its student, is under.
+    if (teacher.path / TERMS).is_dir():
+        shutil.copytree(teacher.path / TERMS, part / TERMS)
 
 
 def _write_bom(part: Path, manifest: Mapping[str, Any], made: Any) -> bool:
@@ -122,12 +128,13 @@ def _write_bom(part: Path, manifest: Mapping[str, Any], made: Any) -> bool:
 
 
 def _origin(run: Run, teacher: Any) -> dict[str, Any]:
-    """Where the teacher is from: what the recipe calls it, its digest, and of an imported one its
-    file and licence.
+    """Where the teacher is from: what the recipe calls it, its digest, of an imported one its file,
+    and licence and languages as its file or its own model card says.
     """
     file = teacher.path / "source.json"
     source = json.loads(file.read_text()) if file.is_file() else {}
-    return {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest} | source
+    called = {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest}
+    return own_words(teacher.path, getattr(teacher, "gguf", None)) | called | source
 
 
 def _ancestor(record: Record) -> dict[str, Any]:

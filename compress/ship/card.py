@@ -96,11 +96,6 @@ def _result(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def _files(shipped: Sequence[tuple[Format, str]]) -> list[tuple[str, str]]:
-    """Names of what ships, each with its type."""
-    return [(format.file, type) for format, type in shipped]
-
-
 def lines_to_copy(files: Sequence[str]) -> list[str]:
     """What to type, in the bundle's folder, for each of its `files` and the plain checkpoint."""
     lines: list[str] = []
@@ -135,13 +130,13 @@ def _what_it_says(run: Run) -> list[str]:
 
 def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
     """The bundle's README: what it is, what it costs, where it comes from."""
-    origin, config, licence = manifest["teacher"], run.info["config"], manifest["licence"]
+    origin, config = manifest["teacher"], run.info["config"]
+    texts = [*config["data"]["train"], *config["data"]["chat"]]
     shipped = [formats.parse(name)[:2] for name in config["export"]["files"]]
     files = []
     for format, type in shipped:
         file = format.file.format(type=type)
         files.append(f"- `{file}`: {format.about.format(file=file)}")
-    terms = f", which are in `{TERMS}/`" if _has_terms(manifest) else ""
     lineage = [
         f"{number}. `{slot['slot']}` ({slot['technique']}) from `{slot['parent'] or 'nothing'}`,"
         f" weights sha256 `{slot['digest'][:16]}`"
@@ -168,7 +163,7 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         "",
         "## Run it",
         "",
-        *lines_to_copy([file.format(type=type) for file, type in _files(shipped)]),
+        *lines_to_copy([format.file.format(type=type) for format, type in shipped]),
         "## Scores",
         "",
         markdown_table(run.records),
@@ -184,15 +179,8 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         "",
         "## Licences",
         "",
-        (
-            f"- Teacher: {licence['name']}. The student is a derived work and stays under those"
-            f" terms{terms}."
-        ),
-        *([f"- **Read before you pass it on:** {licence['sentence']}."] * licence["restricts"]),
-        *[
-            f"- Training text: {name}"
-            for name in [*config["data"]["train"], *config["data"]["chat"]]
-        ],
+        *_licences(manifest),
+        *[f"- Training text: {name}" for name in texts],
         "",
         "## Check it",
         "",
@@ -209,6 +197,19 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _licences(manifest: dict[str, Any]) -> list[str]:
+    """What the student is under, and what that asks of whoever passes it on."""
+    licence = manifest["licence"]
+    terms = f", which are in `{TERMS}/`" if _has_terms(manifest) else ""
+    lines = [
+        f"- Teacher: {licence['name']}. The student is a derived work and stays under those"
+        f" terms{terms}."
+    ]
+    if licence["restricts"]:
+        lines.append(f"- **Read before you pass it on:** {licence['sentence']}.")
+    return lines
 
 
 def _has_terms(manifest: dict[str, Any]) -> bool:

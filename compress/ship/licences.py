@@ -8,7 +8,13 @@ them.
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from compress.doors import parse_yaml, read_text
+
+LANGUAGES = "general.languages"
+CARD, CARD_BYTES = "README.md", 1_000_000
 
 
 class Licence(NamedTuple):
@@ -52,6 +58,41 @@ KNOWN: tuple[tuple[str, Licence], ...] = (
 BY_SOURCE: tuple[tuple[str, Licence], ...] = tuple(
     (pattern, licence) for pattern, licence in KNOWN if licence.restricts
 )
+
+
+def own_words(checkpoint: Path, gguf: Path | None) -> dict[str, Any]:
+    """{"licence", "languages"} as far as a teacher's GGUF, or the model card in its directory, says
+    them.
+    """
+    said: dict[str, Any] = {}
+    if gguf is not None and gguf.is_file():
+        from compress.models.gguf_header import read_fields
+
+        fields = read_fields(gguf)[0]
+        said = {"licence": fields.get("general.license"), "languages": fields.get(LANGUAGES)}
+    elif (card := checkpoint / CARD).is_file() and card.stat().st_size <= CARD_BYTES:
+        said = _front_matter(card)
+    languages = said.get("languages")
+    named = [languages] if isinstance(languages, str) else languages
+    words: dict[str, Any] = {}
+    if isinstance(said.get("licence"), str):
+        words["licence"] = said["licence"]
+    if isinstance(named, list) and named and all(isinstance(one, str) for one in named):
+        words["languages"] = [str(one) for one in named]
+    return words
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """Licence and languages of a model card; nothing of one that can't be read."""
+    try:
+        _, opening, rest = read_text(card).partition("---\n")
+        fields = parse_yaml(rest.partition("\n---")[0], card) if opening else {}
+    except ValueError:
+        return {}
+    if not isinstance(fields, dict):
+        return {}
+    licence = fields.get("license_name") or fields.get("license")
+    return {"licence": licence, "languages": fields.get("language")}
 
 
 def licence_of(teacher: Mapping[str, Any], terms: list[str]) -> Licence:

@@ -130,6 +130,21 @@ def test_licences_are_carried_over(teacher, terms, id, restricts):
     assert licences.as_record(licence).keys() == manifest.LICENCE_KINDS.keys()
 
 
+def test_licence_and_languages_are_what_the_teacher_s_own_files_say(tmp_path):
+    assert licences.own_words(tmp_path, None) == {}
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: gemma\nlanguage:\n- en\n- de\n---\n# A model\n")
+    assert licences.own_words(tmp_path, None) == {"licence": "gemma", "languages": ["en", "de"]}
+    for hostile in (
+        "---\n!!python/object:os.system x\n---\n",
+        "---\n[1\n---",
+        "text",
+        "---\n5\n---",
+    ):
+        card.write_text(hostile)
+        assert licences.own_words(tmp_path, None) == {}
+
+
 def test_the_card_has_lines_to_copy_for_every_file(bundle):
     card = (bundle / "README.md").read_text()
     lines = card[card.index("## Run it") : card.index("## Scores")]

@@ -193,9 +193,11 @@ def _measured(
 ) -> tuple[Measured, Scorer | None, Measured | None, bool]:
     """What was judged, measured; then as `_open`, without a scorer where no limit needs one."""
     if received.model.runtime != "llama.cpp":
-        scorer, *rest = _open(received, bundle, store, own_text, hub=hub, local=local)
+        scorer, reference, on_own_text = _open(
+            received, bundle, store, own_text, hub=hub, local=local
+        )
         assert scorer is not None, "it is scored on text that stands in"
-        return scorer.measure(received.model), scorer, *rest
+        return scorer.measure(received.model), scorer, reference, on_own_text
 
     # All that needs neither text nor teacher.
     fields = file_scores(

@@ -54,7 +54,7 @@ def doctor(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of sentences")
     options = parser.parse_args(arguments)
 
-    record = {
+    record: dict[str, Any] = {
         "compress": __version__,
         "python": platform.python_version(),
         "machine": machine(),

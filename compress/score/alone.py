@@ -56,7 +56,7 @@ def scores_alone(
         write_whole(states_file, safetensors.torch.save(hidden))
         bits_S, bytes_S = bits_and_bytes(states, setup.heldout.ids_SL, tokenizer)
         result, level = _tasks(lm, setup, tasks, early)
-        picked = {}
+        picked: dict[str, bool] = {}
         if asked != "none":
             picked = picks_right(setup.prompts, lm.likelihoods, HfWording(tokenizer))
     del lm, states  # the model's place on the device is what is timed next

@@ -35,7 +35,7 @@ PLAIN = ("kept", "open/kept", "open/right", "open/loops", "kl_to_teacher")
 COMMANDS = {
     ".gguf": (
         "llama-server -m {file} --jinja --port 8080          # llama.cpp",
-        "printf 'FROM ./{file}\\n' > Modelfile && ollama create student -f Modelfile",
+        'echo "FROM $PWD/{file}" > /tmp/Modelfile && ollama create student -f /tmp/Modelfile',
         "compress serve . --port 8080                       # with keys, limits and metrics",
         "podman build -t student . && podman run -e COMPRESS_KEY -p 127.0.0.1:8080:8080 student",
     ),

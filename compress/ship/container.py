@@ -15,7 +15,8 @@ def containerfile() -> str:
     health = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/healthz', timeout=3)"
     return f"""\
 FROM docker.io/library/python:3.12-slim
-RUN pip install --no-cache-dir --root-user-action=ignore 'compress-lm[{EXTRAS}]=={__version__}'
+ARG PACKAGE="compress-lm[{EXTRAS}]=={__version__}"
+RUN pip install --no-cache-dir --root-user-action=ignore "$PACKAGE"
 RUN useradd --uid {USER} --no-create-home --shell /usr/sbin/nologin student
 COPY --chown=root:root . /bundle
 RUN compress verify /bundle

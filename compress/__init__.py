@@ -2,4 +2,8 @@
 reading in `pipeline.py`.
 """
 
+from compress.telemetry import off
+
 __version__ = "0.1.0"
+
+off()  # before any package that would report is imported

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 
 from compress import __version__
+from compress.doctor import doctor
 from compress.errors import (
     EXIT_OK,
     EXIT_SIGTERM,
@@ -21,11 +22,13 @@ from compress.errors import (
     is_disk,
     is_memory,
     nearest,
-    without_credentials,
+    shown,
 )
 from compress.serve.command import serve
+from compress.handing import accept, sign, verify
+from compress.packages import extra_of, install_line
 from compress.solving import solve
-from compress.verbs import HELP, accept, ask, compare, gc, list_all, run, score, sync, verify
+from compress.verbs import HELP, ask, compare, gc, list_all, run, score, sync
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
@@ -38,6 +41,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify,
     "accept": accept,
     "serve": serve,
+    "sign": sign,
+    "doctor": doctor,
     "gc": gc,
 }
 
@@ -73,15 +78,21 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         if debug:
             traceback.print_exc()
-        sentence = _escaped(_sentence(error))
-        print(f"compress: {without_credentials(sentence)}", file=sys.stderr)
+        error = _named(error)
+        print(f"compress: {shown(_sentence(error))}", file=sys.stderr)
         return exit_code(error)
 
 
-def _escaped(text: str) -> str:
-    """A text with \\x1b and the like for what would act on a terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+def _named(error: BaseException) -> BaseException:
+    """Of a package that is not installed, a ConfigError with the line that installs it; any other
+    error as it is.
+    """
+    extra = extra_of(error.name or "") if isinstance(error, ModuleNotFoundError) else None
+    if extra is None:
+        return error
+    return ConfigError(
+        f"this needs {getattr(error, 'name', None)}, which is not installed:"
+        f" {install_line(extra)}; `compress doctor` says what is here"
     )
 
 

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from compress.errors import nearest
 
 # What a packed file may unpack to: so many bytes, or so many times its own size.
@@ -247,6 +245,8 @@ def read_yaml(path: Path) -> Any:
 
 def parse_yaml(text: str, where: object) -> Any:
     """Plain data of a YAML text. ValueError that begins with `where`."""
+    import yaml  # bundles hold none, and are checked where it is not installed
+
     try:
         tree = yaml.safe_load(text)
         nodes = _nodes(tree, {})

@@ -7,9 +7,11 @@ damaged (exit 3). 4 is a violated budget.
 
 import difflib
 import errno
+import os
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 # A user and password, or a token, in front of a URL's host. A path takes one of the slashes
@@ -25,6 +27,20 @@ QUERY = re.compile(
     r"[^\s&#\"'<>;]+",
     re.IGNORECASE,
 )
+
+# What a key looks like wherever it stands: of the hub, of model and code hosts, of clouds, a
+# private key in PEM, and whatever follows "Bearer".
+SHAPED = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|\bsk-[\w-]{20,}|\bgh[oprsu]_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b"
+    r"|(?<=Bearer )[\w.~+/=-]{8,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|$)",
+    re.DOTALL,
+)
+# Variables of the environment whose values are secrets.
+SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS)?_?KEY(_ID)?)$", re.IGNORECASE
+)
+SECRET_CHARACTERS = 8  # a shorter one would be found in ordinary words
 
 EXIT_OK = 0
 EXIT_CONFIG = 2
@@ -112,10 +128,39 @@ def printable(text: str) -> str:
     return "".join(c for c, acts in zip(text, acting, strict=True) if c in "\n\t" or not acts)
 
 
-def without_credentials(text: str) -> str:
-    """`text` with *** for whatever gives access in the URLs that it holds: users, passwords,
-    signatures, tokens.
+def shown(text: str) -> str:
+    """A text for a terminal or a log: \\x1b and the like for what would act on a terminal, *** for
+    what gives access.
     """
+    escaped = "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+    return without_credentials(escaped)
+
+
+@lru_cache(maxsize=4096)
+def _is_secret(name: str) -> bool:
+    return bool(SECRET_NAME.search(name))
+
+
+def secrets() -> list[str]:
+    """Values of the environment that give access, the longest first; paths of files are none."""
+    values = {value for name, value in os.environ.items() if _is_secret(name)}
+    return sorted(
+        (v for v in values if len(v) >= SECRET_CHARACTERS and not v.startswith(("/", "~", "."))),
+        key=len,
+        reverse=True,
+    )
+
+
+def without_credentials(text: str) -> str:
+    """`text` with *** for whatever gives access: users, passwords, signatures and tokens in the
+    URLs that it holds, keys by their shape, and secrets of the environment by their value. The one
+    point through which text goes into records, logs, pages, trackers and messages.
+    """
+    for secret in secrets():
+        text = text.replace(secret, "***")
+    text = SHAPED.sub("***", text)
 
     def hidden(match: re.Match[str]) -> str:
         address = match["scheme"].lower().startswith(CONTAINERS) and ":" not in match["user"]

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from compress.assets import PACKAGE
-from compress.models.checkpoint import digest
-from compress.models.tokenizer import tokenizer_digest
 from compress.store import sha256_file, sha256_json
 
 TEXT = ("tokenizers", "transformers", "jinja2")  # from text to token ids
@@ -43,11 +41,15 @@ def _version(package: str) -> str | None:
 
 def token_inputs(teacher: Path) -> dict[str, Any]:
     """What ids of a text depend on: tokenizer and templates of a teacher, and what applies them."""
+    from compress.models.tokenizer import tokenizer_digest
+
     return {"tokenizer": tokenizer_digest(teacher), "versions": versions_of(*TEXT)}
 
 
 def author_inputs(teacher: Path) -> list[Any]:
     """What a teacher's own text depends on: all its files, and what makes prompts of them."""
+    from compress.models.checkpoint import digest
+
     return [digest(teacher), versions_of(*TEXT)]
 
 

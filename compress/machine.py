@@ -1,14 +1,12 @@
 """What machine and software a number was measured with."""
 
+import importlib.util
 import platform
 import re
 import subprocess
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
 
 from compress import __version__
 from compress.assets import PACKAGE
@@ -24,20 +22,32 @@ def describe(threads: int) -> dict[str, Any]:
     name = re.search(r"^model name\s*:\s*(.*?)\s*$", text, re.MULTILINE)
     cpu = name[1] if name else platform.processor() or platform.machine()
 
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    import psutil
+
     return {
         "cpu": cpu,
         "cores": available_threads(),
         "threads": threads,
         "ram_bytes": psutil.virtual_memory().total,
-        "gpu": gpu,
+        "gpu": gpu_name(),
     }
+
+
+def gpu_name() -> str | None:
+    """What the first GPU that torch sees is called; None without one, or without torch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
 def fast_dtype() -> str:
     """ "bf16" where matrix units compute it faster than fp32 (GPU, AMX, AVX512-BF16), else "fp32":
     elsewhere bf16 is emulated, 5x slower.
     """
+    import torch
+
     fast = (
         torch.cuda.is_available()
         or torch.cpu._is_amx_tile_supported()

@@ -21,8 +21,8 @@ from compress.distill.signals import made_with
 from compress.errors import (
     ConfigError,
     refuse_credentials,
+    shown,
     tree_without_credentials,
-    without_credentials,
 )
 from compress.formats.devices import check_device
 from compress.formats.gguf import overhead_bytes
@@ -55,9 +55,7 @@ from compress.train.settings import Trainer
 
 def log(message: str) -> None:
     """Progress goes to stderr; results go to stdout."""
-    print(
-        f"[{time.strftime('%H:%M:%S')}] {without_credentials(message)}", file=sys.stderr, flush=True
-    )
+    print(f"[{time.strftime('%H:%M:%S')}] {shown(message)}", file=sys.stderr, flush=True)
 
 
 def plain(value: Any) -> Any:

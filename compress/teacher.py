@@ -203,7 +203,7 @@ def _in_store(
 
 def _downloaded(source: str, revision: str | None) -> Path:
     """The hub's checkpoint, from the user's cache if it is there."""
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
     try:
         return Path(
             huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns)

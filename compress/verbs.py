@@ -1,7 +1,6 @@
 """What each verb of the command line does: parse, call, print."""
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,8 +31,9 @@ and prove it on the files that ship.
                                         stages of one run, or runs, stages (RUN/SLOT) and bundles
                                         side by side; writes one HTML page
   compress sync RUN --to wandb          copy a finished run's records into a tracker
-  compress verify BUNDLE [--sha256 HEX] check every byte of a bundle: that it is unchanged, not who
-                                        wrote it
+  compress verify BUNDLE [--sha256 HEX] [--key PUBLIC_PEM]
+                                        check every byte of a bundle: that it is unchanged, and with
+                                        --key who signed it
   compress accept BUNDLE [--hub] [--local]
                                         measure the bundle's budget again, on this machine; --hub
                                         may ask the hub for teacher and text that it names, --local
@@ -41,6 +41,8 @@ and prove it on the files that ship.
   compress serve BUNDLE|MODEL [--key-file FILE] [--teacher URL]
                                         one OpenAI-compatible door before the judged file; --teacher
                                         asks a larger model where it is unsure; `serve --help`
+  compress sign BUNDLE --key PEM        sign a bundle, for `verify --key`
+  compress doctor [--json]              what is installed, what works here, what lacks
   compress gc [--store DIR] [--runs DIR] [--yes] [--all]
                                         empty the store of what no run names; --all where no run
                                         that is known needs anything
@@ -302,73 +304,6 @@ def sync(arguments: list[str]) -> int:
         )
     print(f"{run.name}: {len(run.records)} slots in {options.to}")
     return EXIT_OK
-
-
-def verify(arguments: list[str]) -> int:
-    """Check every byte of a bundle, and that its manifest agrees with itself."""
-    from compress.ship.bundle import SUMS, sums_digest, verify_bundle
-
-    parser = _Parser(prog="compress verify")
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument(
-        "--sha256", metavar="HEX", help=f"of {SUMS}, as its sender said over another channel"
-    )
-    options = parser.parse_args(arguments)
-
-    manifest = verify_bundle(options.bundle, _digest(options.sha256))
-    print(
-        f"{options.bundle}: {len(manifest['files']) + 2} files verified; run {manifest['run']},"
-        f" budget {manifest['budget']}"
-    )
-
-    # Whoever wrote the files wrote their sums too; only the sender can vouch for these.
-    print("unchanged since it was written; this does not prove who wrote it")
-    digest = sums_digest(options.bundle)
-    advice = (
-        "as was given"
-        if options.sha256
-        else "compare it with what its sender says over another channel, or give it as --sha256"
-    )
-    print(f"sha256 of {SUMS}: {digest} ({advice})")
-    return EXIT_OK
-
-
-def _digest(text: str | None) -> str | None:
-    """A sha256 in hex as it was given. ConfigError when it is none."""
-    if text is not None and not re.fullmatch("[0-9a-fA-F]{64}", text):
-        raise ConfigError(f"--sha256 {text!r} is not a sha256: 64 hexadecimal digits are needed")
-    return text
-
-
-def accept(arguments: list[str]) -> int:
-    """Measure a bundle's budget again on this machine."""
-    parser = _Parser(prog="compress accept")
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument(
-        "--store",
-        default="runs/.store",
-        help="where scores and a teacher made of a package are kept",
-    )
-    parser.add_argument(
-        "--hub", action="store_true", help="ask the hub for teacher and text that the bundle names"
-    )
-    parser.add_argument(
-        "--local",
-        action="store_true",
-        help="open files and folders of this machine that the bundle names",
-    )
-    parser.add_argument(
-        "--sha256", metavar="HEX", help="of SHA256SUMS, as its sender said over another channel"
-    )
-    options = parser.parse_args(arguments)
-    digest = _digest(options.sha256)
-
-    # A wrong command line is refused before the runtimes are imported.
-    from compress.accept import accept
-
-    return accept(
-        options.bundle, options.store, hub=options.hub, local=options.local, sha256=digest
-    )
 
 
 def gc(arguments: list[str]) -> int:

@@ -28,8 +28,8 @@ PARAGRAPH_LINES = 12  # a function of so many lines of code has a paragraph in i
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("verbs",),
-    ("solving",),
-    ("accept", "ask", "launch", "pipeline"),
+    ("handing", "solving"),
+    ("accept", "ask", "doctor", "launch", "pipeline"),
     ("serve",),
     ("composing", "judging", "planning", "search", "ship"),
     ("rundir",),
@@ -50,7 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("budget", "collect"),
     ("confined", "recipe_text", "store"),
     ("bounds", "doors"),
-    ("assets", "errors", "threads"),
+    ("assets", "errors", "packages", "telemetry", "threads"),
 )
 # Participles and pronouns where a noun would say what a thing is.
 EMPTY_NAMES = {
@@ -178,6 +178,7 @@ def room(module: str) -> str:
 def upward_arrows(arrows: dict[str, set[str]]) -> list[str]:
     """Imports between rooms that do not go down FLOORS, as "a -> b"."""
     floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    floor[""] = -1  # the package itself
     return sorted(
         f"{module} -> {other}"
         for module, others in arrows.items()

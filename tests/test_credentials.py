@@ -194,3 +194,55 @@ def test_a_tracker_that_stops_does_not_repeat_one(tmp_path, capfd):
     Guarded("broken", Broken(tmp_path)).record({})
     err = capfd.readouterr().err
     assert "https://***@h/x?y=1 can't be reached" in err and CANARY not in err
+
+
+# ----------------------------------------------------- keys, and secrets of the environment
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hf_" + "a1B2" * 9,
+        "sk-proj-" + "x9" * 20,
+        "ghp_" + "k" * 36,
+        "AKIA" + "ABCDEFGH12345678",
+        f"-----BEGIN EC PRIVATE KEY-----\n{CANARY}\n-----END EC PRIVATE KEY-----",
+        f"-----BEGIN PRIVATE KEY-----\n{CANARY}",
+    ],
+)
+def test_a_key_is_known_by_its_shape(key, capfd):
+    for text in (f"401 with {key} refused", f"Authorization: Bearer {CANARY}.x"):
+        assert "***" in without_credentials(text)
+    told = without_credentials(f"a {key} b")
+    assert key not in told and CANARY not in told and told.startswith("a ***")
+    log(f"the hub refuses {key}")
+    assert key not in capfd.readouterr().err
+    assert key not in json.dumps(plain({"why": [key]}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"),
+        *("AWS_SESSION_TOKEN", "COMPRESS_KEY", "COMPRESS_TEACHER_KEY", "COMPRESS_SIGN_PASSWORD"),
+        *("OPENAI_API_KEY", "MY_DB_PASSWD", "AZURE_CREDENTIAL", "some_secret"),
+    ],
+)
+def test_a_secret_of_the_environment_is_known_by_its_value(name, monkeypatch, capfd):
+    monkeypatch.setenv(name, CANARY)
+    assert without_credentials(f"x{CANARY}y") == "x***y"
+    log(f"tried {CANARY}")
+    assert CANARY not in capfd.readouterr().err
+    assert main(["verify", f"/nowhere/{CANARY}"]) == 3
+    assert CANARY not in capfd.readouterr().err
+
+
+def test_paths_short_words_and_other_variables_are_no_secrets(monkeypatch):
+    for name, value in (
+        ("SSH_KEY", "/home/me/.ssh/id"),
+        ("API_KEY", "short"),
+        ("TOKENIZERS_PARALLELISM", "something long"),
+        ("KEYBOARD", "something else"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert without_credentials(f"it is {value}") == f"it is {value}"

@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from compress.models.head import Head
 
 GREEDY = {"temperature": 0, "cache_prompt": False}
-# Architectures whose logit_scale llama.cpp multiplies logits by, and those where it divides them.
-SCALES_LOGITS = ("command-r", "cohere2")
-DIVIDES_LOGITS = ("granite", "granitemoe")
 _PARALLEL = 4  # sequences that the server decodes together: short prompts fill a batch
 
 
@@ -112,24 +109,30 @@ class LlamaCpp:
             ) from error
 
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Hidden states after the final norm, (L, H) fp32 per prompt of L token ids. ValueError:
-        empty or too long.
+        """`states` as tensors."""
+        import torch
+
+        return [torch.from_numpy(states_LH) for states_LH in self.states(prompts)]
+
+    def states(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
+        """Hidden states after the final norm, an array (L, H) fp32 per prompt of L token ids.
+        ValueError: empty or too long.
 
         The kernels for quantized weights round by batch, so a prompt's states may depend a little
         on what else is in the list.
         """
-        import torch
+        import numpy as np
         from more_itertools import constrained_batches
 
         # Of prompts that begin alike the longest; in batches, which bound the size of an answer.
         runs = maximal(prompts, self.ctx_len)
         longest = sorted(set(runs.values()), key=lambda ids: (len(ids), ids))
-        states: dict[tuple[int, ...], Tensor] = {}
+        states: dict[tuple[int, ...], Any] = {}
         for batch in constrained_batches(longest, self.ctx_len * _PARALLEL):
             answer = self._post("/embedding", {"content": batch})
             entries = sorted(answer, key=lambda entry: entry["index"])
             for ids, entry in zip(batch, entries, strict=True):
-                states[ids] = torch.tensor(entry["embedding"], dtype=torch.float32)
+                states[ids] = np.array(entry["embedding"], dtype=np.float32)
                 assert len(states[ids]) == len(ids), "the server added or dropped tokens"
 
         return [states[runs[tuple(ids)]][: len(ids)] for ids in prompts]
@@ -302,43 +305,15 @@ def maximal(
 
 
 def head(gguf: Path) -> Head:
-    """The fp32 head as decoded from the file: `output.weight`, or the tied embedding, with its bias
-    and what scales or caps the logits. ValueError for a scale whose meaning is not known.
-    """
+    """The fp32 head as decoded from the file. ValueError as `gguf_head`."""
     import torch
-    from gguf.quants import dequantize
 
-    from compress.models.gguf_header import read_fields
+    from compress.formats.gguf_head import gguf_head
     from compress.models.head import Head
 
-    fields, listed = read_fields(gguf)
-    tensors = {tensor.name: tensor for tensor in listed}
-
-    def decoded(name: str) -> Tensor:
-        tensor = tensors[name]
-        return torch.from_numpy(
-            dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True)
-        )
-
-    # Tied embeddings are in a file once.
-    names = [name for name in ("output.weight", "token_embd.weight") if name in tensors]
-    if not names:
-        raise ValueError(f"{gguf}: neither output.weight nor token_embd.weight is in it")
-
-    # What is done with the logits behind it.
-    family = fields["general.architecture"]
-    scale = float(fields.get(f"{family}.logit_scale") or 1.0)
-    if scale != 1.0 and family not in (*SCALES_LOGITS, *DIVIDES_LOGITS):
-        raise ValueError(
-            f"{gguf}: {family}.logit_scale can't be scored through llama.cpp yet; score the"
-            " checkpoint it was made of"
-        )
-    return Head(
-        decoded(names[0]),
-        decoded("output.bias") if "output.bias" in tensors else None,
-        1.0 / scale if family in DIVIDES_LOGITS else scale,
-        fields.get(f"{family}.final_logit_softcapping"),
-    )
+    read = gguf_head(gguf)
+    bias_V = None if read.bias_V is None else torch.from_numpy(read.bias_V)
+    return Head(torch.from_numpy(read.weight_VH), bias_V, read.scale, read.softcap)
 
 
 def timer(gguf: Path, threads: int, device: str) -> tuple[Callable[..., list[float]], int]:

@@ -8,7 +8,6 @@ loaded or computed for the check.
 
 import importlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -298,10 +297,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
 def wheel(name: str) -> Any:
     """Import onnx, onnxruntime or onnxruntime_genai. ValueError with the install line when it is
     missing.
-
-    The last two report use over the network unless this variable is set before they are loaded.
     """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         return importlib.import_module(name)
     except ImportError as error:

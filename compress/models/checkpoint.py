@@ -10,7 +10,6 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from compress.doors import read_json
 from compress.models.blocks import blocks_of, row_of
 from compress.models.end_files import GENERATION, as_ids, as_value
 from compress.models.ends import end_ids
-from compress.models.gguf_header import check_file
 from compress.models.loaded import check_complete, check_forward
 from compress.models.loading import (
     WEIGHTS,
@@ -40,12 +38,14 @@ from compress.models.loading import (
     tensor_table,
     weight_files,
 )
+from compress.models.model import Model, gguf_model, runtime_at
 from compress.models.model_config import config_object, is_of_input, one_line, quiet, read_config
 from compress.models.tensor_file import Entry, write_tensors
 from compress.models.tokenizer import copy_tokenizer, tokenizer_files
-from compress.store import files_digest, sha256_file
+from compress.store import files_digest
 
-__all__ = ["WEIGHTS", "config_object", "read_config", "weight_files"]  # found here by their users
+# Found here by their users.
+__all__ = ["WEIGHTS", "Model", "config_object", "read_config", "runtime_at", "weight_files"]
 
 # States of files that `check` found to be whole checkpoints; a renamed directory keeps its own.
 _looked: set[tuple[Any, ...]] = set()
@@ -113,27 +113,6 @@ def weights_digest(path: Path) -> str:
     return files_digest(path, [path / "config.json", *weight_files(path)])
 
 
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint directory, an exported one or a GGUF file, with the digest of its weights; a
-    checkpoint made of a GGUF names that as well.
-    """
-
-    path: Path
-    digest: str
-    runtime: str = "torch"  # or "llama.cpp", "onnxruntime"
-    gguf: Path | None = None
-
-
-def runtime_at(path: Path) -> str:
-    """What runs the model at a path: llama.cpp a file, ONNX Runtime GenAI a directory with its
-    configuration, torch any other.
-    """
-    if path.is_file():
-        return "llama.cpp"
-    return "onnxruntime" if (path / "genai_config.json").is_file() else "torch"
-
-
 def model_of(path: Path) -> Model:
     """A GGUF file or an exported ONNX directory, identified by its bytes, or a checkpoint
     directory, ready to be scored.
@@ -142,8 +121,7 @@ def model_of(path: Path) -> Model:
     """
     runtime = runtime_at(path)
     if runtime == "llama.cpp":
-        check_file(path)
-        return Model(path.absolute(), sha256_file(path), runtime)
+        return gguf_model(path)
 
     # Of what ONNX Runtime GenAI opens, all that is in the directory counts.
     if runtime == "onnxruntime":

@@ -17,8 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compress.models.checkpoint import Model
-from compress.models.tokenizer import load_tokenizer, tokenizer_digest
+from compress.models.model import Model
 
 # llama.cpp's types of tokens: of text, taken from a text before anything is merged, filling a gap.
 NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
@@ -106,7 +105,11 @@ def grouped(merges: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 def vocabulary_of(path: Path) -> Vocabulary:
     """The vocabulary of a checkpoint directory or a GGUF."""
-    return of_gguf(path) if path.is_file() else of_tokenizer(load_tokenizer(path))
+    if path.is_file():
+        return of_gguf(path)
+    from compress.models.tokenizer import load_tokenizer  # transformers, which a GGUF needs not
+
+    return of_tokenizer(load_tokenizer(path))
 
 
 def _merge(rule: Any) -> tuple[Any, ...]:
@@ -154,6 +157,8 @@ def check_same(model: Model, tokenizer_dir: Path) -> list[str]:
     Returns what else differs, as sentences.
     ValueError naming the first differing id.
     """
+    from compress.models.tokenizer import load_tokenizer, tokenizer_digest
+
     if model.path.is_dir() and tokenizer_digest(model.path) == tokenizer_digest(tokenizer_dir):
         return []
 

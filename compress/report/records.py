@@ -18,6 +18,7 @@ from compress.errors import EXIT_BUDGET, EXIT_OK, nearest, tree_without_credenti
 from compress.score.task_files import read_jsonl
 
 SCHEMA = 1
+MANIFEST_SCHEMAS = (1, 2)  # of bundles that are read
 Record = dict[str, Any]
 RUN_KEYS: dict[str, type] = {"recipe": str, "name": str, "slots": list}
 RECORD_KEYS: dict[str, type] = {"slot": str, "technique": str, "scores": dict, "verdicts": list}
@@ -266,7 +267,7 @@ def _run_at(name: str, slot: str, runs_dir: Path) -> Run | None:
 
 def _load_bundle(path: Path) -> Run:
     """A bundle as a run of two records: the teacher, and the file that was judged."""
-    manifest = _read(path / "manifest.json", MANIFEST_KEYS)
+    manifest = _read(path / "manifest.json", MANIFEST_KEYS, MANIFEST_SCHEMAS)
     if re.fullmatch(r"\.*|.*/.*", manifest["judged"], re.DOTALL):
         raise ValueError(
             f"malformed {path / 'manifest.json'}: 'judged' is {manifest['judged']!r}, allowed: a"
@@ -295,24 +296,27 @@ def _load_bundle(path: Path) -> Run:
     return Run(path, manifest | named, records)
 
 
-def _read(file: Path, keys: dict[str, type]) -> dict[str, Any]:
+def _read(file: Path, keys: dict[str, type], schemas: Sequence[int] = (SCHEMA,)) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read {file}: {error}; restore it, or run the recipe again"
         ) from error
-    return _checked(file, data, keys)
+    return _checked(file, data, keys, schemas)
 
 
-def _checked(file: Path, data: Any, keys: dict[str, type]) -> dict[str, Any]:
+def _checked(
+    file: Path, data: Any, keys: dict[str, type], schemas: Sequence[int] = (SCHEMA,)
+) -> dict[str, Any]:
     """`data` without what gives access in URLs. ValueError unless it is of this version's schema
     and has `keys` of these types.
     """
     schema = data.get("schema") if isinstance(data, dict) else type(data).__name__
-    if schema != SCHEMA:
+    if schema not in schemas:
         raise ValueError(
-            f"cannot read {file}: schema {schema!r}, this version reads schema {SCHEMA}; "
+            f"cannot read {file}: schema {schema!r}, this version reads schema"
+            f" {' and '.join(map(str, schemas))}; "
             "use the version of compress which wrote it, or run the recipe again"
         )
 

@@ -16,19 +16,19 @@ import torch
 from compress.formats.llamacpp import LlamaCpp
 from compress.formats.onnxruntime import OnnxRuntime
 from compress.formats.runtimes import runtime_of
-from compress.models.checkpoint import Model, best_device, load_model
+from compress.models.checkpoint import best_device, load_model
 from compress.models.ends import obey
+from compress.models.model import Model
 from compress.models.tokenizer import load_tokenizer
-from compress.score.fidelity import States, bits_and_bytes, hidden_of, perplexities
+from compress.score.fidelity import States, bits_and_bytes, hidden_of
+from compress.score.file import NO_TIMES, put_together, spoken_scores, timing_of
 from compress.score.inputs import Heldout, Setup
-from compress.score.intervals import Scores, accuracy, ratio_interval
-from compress.score.latency import Timing
+from compress.score.intervals import Scores, ratio_interval
 from compress.score.latency import measure as measure_latency
 from compress.score.measured import EarlyStop
-from compress.score.open import answered, choice_gap, own_scores, picks_right
+from compress.score.open import HfWording, answered, picks_right
 from compress.score.prompts import Prompt
 from compress.score.sequential import asked_in_parts, until_certain
-from compress.score.size import size
 from compress.score.tasks import TaskResult, evaluate, rescore
 from compress.store import write_whole
 
@@ -56,7 +56,9 @@ def scores_alone(
         write_whole(states_file, safetensors.torch.save(hidden))
         bits_S, bytes_S = bits_and_bytes(states, setup.heldout.ids_SL, tokenizer)
         result, level = _tasks(lm, setup, tasks, early)
-        picked = picks_right(setup.prompts, lm, tokenizer) if asked != "none" else {}
+        picked: dict[str, bool] = {}
+        if asked != "none":
+            picked = picks_right(setup.prompts, lm.likelihoods, HfWording(tokenizer))
     del lm, states  # the model's place on the device is what is timed next
     torch.cuda.empty_cache()  # does nothing where no GPU is in use
     text = _of_text(bits_S, bytes_S, setup.heldout)
@@ -65,33 +67,19 @@ def scores_alone(
     prompts = _prompts_asked(setup.prompts, asked)
     device = setup.settings.device
     answers = answered(model, prompts, setup.threads, device) if prompts else []
-    spoken = _of_answers(answers, picked)
+    spoken = spoken_scores(answers, picked)
 
     # Times, in processes of their own.
-    times: dict[str, Any] = {"scores": {}, "intervals": {}, "latency": {}}
+    times = NO_TIMES
     if timed or setup.settings.time_stages:
-        times = measure_latency(model.path, model.runtime, _timing(setup))
+        timing = timing_of(setup.settings, setup.threads, setup.longest)
+        times = measure_latency(model.path, model.runtime, timing)
         bytes_a_token = text.scores["bytes_per_token/heldout"]
         times["scores"]["bytes_per_sec"] = times["scores"]["tok_per_sec"] * bytes_a_token
 
-    # All of it by name. A perturbed answer's interval comes with the tasks, any other accuracy's
-    # from the items.
-    scores: dict[str, float] = {"heldout_rows": len(setup.heldout.ids_SL)} | size(model.path)
-    correct = accuracy(result.items, level)
-    documents = perplexities(result.items)
-    scores |= text.scores | spoken.scores
-    scores |= result.scores | correct.scores | documents.scores | times["scores"]
-    intervals = text.intervals | spoken.intervals
-    intervals |= correct.intervals | documents.intervals | result.intervals | times["intervals"]
-    return times | {
-        "scores": scores,
-        "intervals": intervals,
-        "rows": dict(text.rows),
-        "level": level,
-        "items": result.items,
-        "chance": result.chance,
-        "answers": answers,
-    }
+    text.scores["heldout_rows"] = len(setup.heldout.ids_SL)
+    fields = put_together(model.path, result, spoken, times, text, level)
+    return fields | {"answers": answers}
 
 
 @contextmanager
@@ -166,33 +154,3 @@ def _prompts_asked(prompts: Sequence[Prompt], asked: str) -> list[Prompt]:
     """All of the prompts, the fixed quarter, or none."""
     quarter = [prompt for prompt in prompts if prompt.in_quarter]
     return {"all": list(prompts), "quarter": quarter, "none": []}[asked]
-
-
-def _of_answers(answers: list[dict[str, Any]], picked: dict[str, bool]) -> Scores:
-    """open/right, loops, ended and choice_gap; nothing where nothing was asked."""
-    if not answers:
-        return Scores({}, {}, [])
-    scores, intervals = own_scores(answers)
-    gap, gap_interval = choice_gap(picked, answers)
-    return Scores(scores | gap, intervals | gap_interval, [])
-
-
-def _timing(setup: Setup) -> Timing:
-    """How times are taken; without prompts that are longer than the model takes."""
-    settings = setup.settings
-    lengths = [
-        length
-        for length in settings.prompt_lengths
-        if length + settings.new_tokens <= setup.longest
-    ]
-
-    return Timing(
-        settings.prompt_tokens,
-        settings.new_tokens,
-        settings.repeats,
-        setup.threads,
-        settings.processes,
-        tuple(lengths),
-        tuple(settings.batch_sizes),
-        str(settings.device),
-    )

@@ -10,7 +10,8 @@ a task that scores documents of s nats, w words and b bytes in all, over documen
 
     word_perplexity = exp(s / w)    byte_perplexity = exp(s / b)    bits_per_byte = s / (b ln 2)
 
-They come with a 95% interval over rows or documents (score/intervals.py, ratio_interval). A row is
+They come with a 95% interval over rows or documents (score/intervals.py, ratio_interval,
+perplexities). A row is
 not quite a document: one cut in two lies in neighbouring rows.
 
 A model is kept as its final hidden states and its head weight, from which all logits follow: 2.3 kB
@@ -26,14 +27,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from compress.models.checkpoint import best_device
 from compress.models.head import Head, hidden_states
 from compress.models.tokens import opening
-from compress.score.intervals import Items, Scores, ratio_interval
 
 CHUNK = 256
 
@@ -64,31 +63,6 @@ def logits_of(states: States) -> Iterator[Tensor]:
     head = states.head.on(device)
     for hidden_CH in states.hidden_NH.split(CHUNK):
         yield head.logits(hidden_CH.to(device))
-
-
-def perplexities(items: Items) -> Scores:
-    """word_perplexity, byte_perplexity and bits_per_byte of every task whose items are whole
-    documents (logliks, words, bytes), with intervals over documents where there are several.
-    """
-    result = Scores({}, {}, [])
-    for task in {item["task"] for item in items if "words" in item}:
-        documents = [item for item in items if item["task"] == task]
-        nats = [-item["logliks"][0] for item in documents]
-        bits_name = f"bits_per_byte/{task}"
-
-        # Bytes come last: bits are of them.
-        for unit in ("word", "byte"):
-            name = f"{unit}_perplexity/{task}"
-            counts = [item[f"{unit}s"] for item in documents]
-            rate = sum(nats) / sum(counts)
-            result.scores[name] = float(np.exp(rate))
-            result.scores[bits_name] = rate / math.log(2)
-
-            if len(documents) > 1:
-                low, high = ratio_interval(nats, counts)
-                result.intervals[name] = float(np.exp(low)), float(np.exp(high))
-                result.intervals[bits_name] = low / math.log(2), high / math.log(2)
-    return result
 
 
 @torch.inference_mode()

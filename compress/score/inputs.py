@@ -33,6 +33,7 @@ SOURCES = (
     "compress.score.inputs:",
     "compress.score.measured:",
     "compress.score.alone:",
+    "compress.score.file:",
     "compress.score.beside:",
     "compress.score.open:",
     "compress.score.prompts:",

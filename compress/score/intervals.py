@@ -42,7 +42,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta, binom, t
+
+from compress.score.quantiles import half_binomial_below, jeffreys, t_quantile
 
 Items = Sequence[Mapping[str, Any]]
 Right = NDArray[np.bool_]  # (N,): whether each item was answered rightly
@@ -120,14 +121,14 @@ def ratio_interval(
     error = np.std(weights_RS @ a_S / (weights_RS @ b_S)) * math.sqrt((count + 1) / (count - 1))
 
     middle = a_S.sum() / b_S.sum()
-    reach = float(t.ppf(0.975, count - 1)) * error
+    reach = t_quantile(0.975, count - 1) * error
     return max(least, float(middle - reach)), float(middle + reach)
 
 
 def mcnemar_p(student: Right, reference: Right) -> float:
     """Exact two-sided p-value of equal accuracy on the same items (N,)."""
     _, c, b, _ = cells(student, reference)
-    return min(1.0, 2 * float(binom.cdf(min(b, c), b + c, 0.5)))
+    return min(1.0, 2 * half_binomial_below(int(min(b, c)), int(b + c)))
 
 
 def holm(p_by_task: Mapping[str, float]) -> dict[str, float]:
@@ -161,6 +162,31 @@ def accuracy(items: Items, level: float = 0.95) -> Scores:
     # The mean over tasks.
     if column:
         _add(result, "acc", column, level)
+    return result
+
+
+def perplexities(items: Items) -> Scores:
+    """word_perplexity, byte_perplexity and bits_per_byte of every task whose items are whole
+    documents (logliks, words, bytes), with intervals over documents where there are several.
+    """
+    result = Scores({}, {}, [])
+    for task in {item["task"] for item in items if "words" in item}:
+        documents = [item for item in items if item["task"] == task]
+        nats = [-item["logliks"][0] for item in documents]
+        bits_name = f"bits_per_byte/{task}"
+
+        # Bytes come last: bits are of them.
+        for unit in ("word", "byte"):
+            name = f"{unit}_perplexity/{task}"
+            counts = [item[f"{unit}s"] for item in documents]
+            rate = sum(nats) / sum(counts)
+            result.scores[name] = float(np.exp(rate))
+            result.scores[bits_name] = rate / math.log(2)
+
+            if len(documents) > 1:
+                low, high = ratio_interval(nats, counts)
+                result.intervals[name] = float(np.exp(low)), float(np.exp(high))
+                result.intervals[bits_name] = low / math.log(2), high / math.log(2)
     return result
 
 
@@ -203,7 +229,7 @@ def paired_scores(
 
         # Where the teacher may be guessing there is nothing that a student could keep.
         right = sum(docs.values())
-        least = beta.ppf(0.025, right + 0.5, len(docs) - right + 0.5)
+        least = jeffreys(right, len(docs), 0.025)
         if not right or least <= chance_by_task[task]:
             result.excluded.append(task)
             del values["kept"]

@@ -101,10 +101,11 @@ def measure(
 def geometric_mean(values: Sequence[float]) -> tuple[float, float, float]:
     """Geometric mean of at least two positive numbers, and the 95% t interval of their logs."""
     import numpy as np
-    from scipy.stats import t
+
+    from compress.score.quantiles import t_quantile
 
     logs = np.log(values)
-    half = t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    half = t_quantile(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
     middle, low, high = np.exp(logs.mean() + np.array([0, -half, half])).tolist()
     return middle, low, high
 

@@ -18,13 +18,11 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     configure_pad_token,
@@ -34,19 +32,20 @@ from lm_eval.models.utils import (
     resolve_max_length,
 )
 from lm_eval.models.utils_hf import stop_sequences_criteria
-from more_itertools import chunked, constrained_batches, partition
+from more_itertools import chunked
 from torch import Tensor
 from tqdm import tqdm
 
+from compress.formats.gguf_head import GgufHead
 from compress.models.checkpoint import best_device
 from compress.models.cpu_kernels import use_cpu_kernels
 from compress.models.head import Head, head_of
+from compress.score.likelihood import ArrayReadout, Likelihoods, Readout, chunks
 from compress.score.trie import Row, padded, rows_of, tree_inputs
 
 # Of a batch on a CPU, so that its activations stay in the cache: at 2,048 all takes 1.4 times as
 # long.
 TOKENS = 512
-NODES = 64  # whose logits are held at once
 
 
 class Served:
@@ -141,7 +140,8 @@ def torch_lm(model: Any, tokenizer: Any, batch_size: int, max_length: int | None
     """
     tokenizer = configure_pad_token(tokenizer, model.config)
     length = min(max_length or sys.maxsize, resolve_max_length(model.config, tokenizer))
-    return LM(Torch(model, tokenizer), head_of(model).detach(), tokenizer, batch_size, length)
+    readout = TorchReadout(head_of(model).detach())
+    return LM(Torch(model, tokenizer), readout, tokenizer, batch_size, length)
 
 
 def served_lm(
@@ -151,7 +151,38 @@ def served_lm(
     products are taken on the best device of this machine, and an HF `tokenizer`.
     """
     length = min(max_length or sys.maxsize, server.ctx_len)
-    return LM(Served(server), head.on(best_device()), tokenizer, batch_size, length)
+    return LM(Served(server), _readout(head), tokenizer, batch_size, length)
+
+
+def _readout(head: Head) -> Readout:
+    """A file's head on the best device; where that is the CPU, with the arithmetic of
+    `score/file.py`: a file is scored the same there and here.
+    """
+    device = best_device()
+    if device.type != "cpu":
+        return TorchReadout(head.on(device))
+    bias_V = None if head.bias_V is None else head.bias_V.numpy()
+    return ArrayReadout(GgufHead(head.weight_VH.numpy(), bias_V, head.scale, head.softcap).logits)
+
+
+class TorchReadout:
+    """A head whose products torch takes, where its weight is."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+
+    @torch.inference_mode()
+    def answers(self, hidden: Any, spots_N: Any, answers_N: Any) -> tuple[Any, Any]:
+        """As `score.likelihood.Readout.answers`."""
+        hidden_NH = torch.cat(list(hidden))
+        logprob_N = torch.zeros(len(spots_N))
+        first_N = torch.zeros(len(spots_N), dtype=torch.bool)
+        for nodes, inside, at in chunks(spots_N):
+            logits_CV = self.head.logits(hidden_NH[nodes].to(self.head.weight_VH.device))
+            tokens = torch.from_numpy(answers_N[inside])
+            logprob_N[inside] = (logits_CV[at, tokens] - logits_CV.logsumexp(1)[at]).cpu()
+            first_N[inside] = logits_CV.argmax(1).cpu()[at] == tokens
+        return logprob_N.numpy(), first_N.numpy()
 
 
 class LM(TemplateLM):
@@ -160,17 +191,25 @@ class LM(TemplateLM):
     """
 
     def __init__(
-        self, runtime: Torch | Served, head: Head, tokenizer: Any, batch_size: int, max_length: int
+        self,
+        runtime: Torch | Served,
+        readout: Readout,
+        tokenizer: Any,
+        batch_size: int,
+        max_length: int,
     ) -> None:
         super().__init__()
         self.runtime = runtime
-        self.head = head
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.max_length = max_length
 
         # An item's context comes with every choice.
         self._encode = lru_cache(maxsize=4)(tokenizer.encode)
+        opening = self.prefix_token_id, tokenizer.decode(self.prefix_token_id)
+        self.likelihoods = Likelihoods(
+            runtime, readout, self.tok_encode, opening, batch_size, max_length
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -188,95 +227,21 @@ class LM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+            return self.likelihoods.text_ids(string)
         return list(self._encode(string, add_special_tokens=add_special_tokens))
 
     def loglikelihood(
         self, requests: Any, disable_tqdm: bool | None = None
     ) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm)  # None: bars on terminals only
+        return self.likelihoods.loglikelihood(requests)
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool | None = None, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        for _, _, answer in requests:
-            if not 0 < len(answer) <= self.max_length:
-                raise ValueError(
-                    f"an answer of {len(answer)} tokens can't be scored; allowed: 1 to the model's"
-                    f" {self.max_length}"
-                )
-
-        # A prompt is all but the answer's last token, and loses its beginning where it is too long.
-        prompts = [(context + answer)[-self.max_length - 1 : -1] for _, context, answer in requests]
-        rows = rows_of(prompts, self.runtime.reach)
-
-        results = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
-            for batch in self._batches(rows):
-                owners = [i for row in batch for i, _, _ in row.paths]
-                answers = [torch.tensor(requests[i][2]) for i in owners]
-                lengths = [len(answer) for answer in answers]
-                logprob_N, first_N = self._answers(
-                    torch.cat(self.runtime.hidden(batch)),
-                    _answer_nodes(batch, lengths),
-                    torch.cat(answers),
-                )
-
-                # Each request's own tokens.
-                parts = zip(owners, logprob_N.split(lengths), first_N.split(lengths), strict=True)
-                for i, logprob, first in parts:
-                    results[i] = float(logprob.sum()), bool(first.all())
-                bar.update(len(owners))
-        return results
-
-    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[Row, ...]]:
-        """Rows to compute together, the longest first: what needs too much memory fails at once."""
-        longest_first = sorted(rows, key=lambda row: -len(row.ids))
-        # Rows with branches bring a mask of our own, which would replace the window of the others.
-        for alike in partition(lambda row: row.branches, longest_first):
-            yield from constrained_batches(
-                alike,
-                max_size=self.runtime.tokens,
-                max_count=self.batch_size,
-                get_len=lambda row: len(row.ids),
-                strict=False,
-            )
-
-    def _answers(
-        self, hidden_NH: Tensor, spots_N: Tensor, answers_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """log p of each answer token behind the node at its spot, and whether it is the most
-        probable one.
-        """
-        logprob_N, first_N = torch.zeros(len(spots_N)), torch.zeros(len(spots_N), dtype=torch.bool)
-        nodes, where_N = spots_N.unique(return_inverse=True)
-        for start, chunk in zip(range(0, len(nodes), NODES), nodes.split(NODES), strict=True):
-            logits_NV = self.head.logits(hidden_NH[chunk].to(self.head.weight_VH.device))
-
-            # The answer tokens that stand behind nodes of this chunk.
-            inside = ((where_N >= start) & (where_N < start + NODES)).nonzero()[:, 0]
-            at, tokens = where_N[inside] - start, answers_N[inside]
-            logprob_N[inside] = (logits_NV[at, tokens] - logits_NV.logsumexp(1)[at]).cpu()
-            first_N[inside] = logits_NV.argmax(1).cpu()[at] == tokens
-        return logprob_N, first_N
+        return self.likelihoods.of_ids(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool | None = None) -> list[float]:
-        # Each text in windows that score every token of it once.
-        windows, owners = [], []
-        for i, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0])
-            for window in utils.get_rolling_token_windows(
-                ids, self.prefix_token_id, self.max_length, 1
-            ):
-                windows.append((("", ""), *utils.make_disjoint_window(window)))
-                owners.append(i)
-
-        # A text's log-likelihood is the sum over its windows.
-        totals = [0.0] * len(requests)
-        scored = self._loglikelihood_tokens(windows, disable_tqdm)
-        for i, (logprob, _) in zip(owners, scored, strict=True):
-            totals[i] += logprob
-        return totals
+        return self.likelihoods.loglikelihood_rolling(requests)
 
     def generate_until(self, requests: Any, disable_tqdm: bool | None = None) -> list[str]:
         # Texts with the same options can be gone on with together.
@@ -312,15 +277,3 @@ class LM(TemplateLM):
             )
             raise ValueError(f"generation options {options} can't be followed; allowed: {allowed}")
         return stop, count
-
-
-def _answer_nodes(batch: Sequence[Row], answer_lengths: Sequence[int]) -> Tensor:
-    """The nodes behind which answer tokens stand, path by path, counted through a batch's rows."""
-    lengths = iter(answer_lengths)
-    spots = []
-    start = 0
-    for row in batch:
-        for _, path, _ in row.paths:
-            spots.append(start + path[-next(lengths) :])
-        start += len(row.ids)
-    return torch.from_numpy(np.concatenate(spots))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compress.budget import is_accuracy
-from compress.models.checkpoint import Model
+from compress.models.model import Model
 
 
 @dataclass(frozen=True)

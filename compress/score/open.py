@@ -43,16 +43,17 @@ and what ships answer all.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from scipy.stats import beta
 
-from compress.models.checkpoint import Model
 from compress.models.ends import turn_end
+from compress.models.model import Model
 from compress.models.vocabulary import vocabulary_of
 from compress.score.intervals import bootstrap, cells, interval, ratio_interval
+from compress.score.likelihood import Likelihoods
 from compress.score.prompts import ANSWER_TOKENS, Prompt
+from compress.score.quantiles import jeffreys
 from compress.score.talk import (
     has_template,
     open_speaker,
@@ -141,23 +142,50 @@ def choice_gap(
     return {"open/choice_gap": gap}, {"open/choice_gap": spread}
 
 
-def picks_right(prompts: Sequence[Prompt], lm: Any, tokenizer: Any) -> dict[str, bool]:
-    """Id -> whether an `score.lm.LM` finds the right one of four answers the likeliest, of the
-    fixed quarter's facts; `tokenizer`: HF's, of the model.
+class Wording(Protocol):
+    """How a model is asked in token ids: of a question up to where its answer begins, and of an
+    answer behind it. `templated`: by a chat template.
+    """
+
+    templated: bool
+
+    def question(self, text: str) -> list[int]: ...
+
+    def answer(self, text: str) -> list[int]: ...
+
+
+class HfWording:
+    """By an HF tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.templated = bool(tokenizer.chat_template)
+
+    def question(self, text: str) -> list[int]:
+        return question_ids(self.tokenizer, text)
+
+    def answer(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def picks_right(
+    prompts: Sequence[Prompt], likelihoods: Likelihoods, wording: Wording
+) -> dict[str, bool]:
+    """Id -> whether a model finds the right one of four answers the likeliest, of the fixed
+    quarter's facts.
     """
     facts = [prompt for prompt in prompts if prompt.choices and prompt.in_quarter]
     if not facts:
         return {}
 
     # The right answer comes first; in plain text a space stands before it.
-    lead = "" if tokenizer.chat_template else " "
+    lead = "" if wording.templated else " "
     requests = []
     for prompt in facts:
-        context = question_ids(tokenizer, prompt.prompt)
+        context = wording.question(prompt.prompt)
         for choice in (prompt.answer, *prompt.choices):
-            ids = tokenizer(lead + choice, add_special_tokens=False)["input_ids"]
-            requests.append((("", ""), context, ids))
-    logliks = [loglik for loglik, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+            requests.append((("", ""), context, wording.answer(lead + choice)))
+    logliks = [loglik for loglik, _ in likelihoods.of_ids(requests, quiet=True)]
 
     picked: dict[str, bool] = {}
     start = 0
@@ -244,8 +272,8 @@ def _flags(pairs: Sequence[Pair], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _jeffreys(count: int, n: int) -> tuple[float, float]:
     """Jeffreys' interval of a share, 95%, which always holds the share itself."""
-    low, high = beta.ppf([0.025, 0.975], count + 0.5, n - count + 0.5)
-    return (0.0 if count == 0 else float(low)), (1.0 if count == n else float(high))
+    low = 0.0 if count == 0 else jeffreys(count, n, 0.025)
+    return low, 1.0 if count == n else jeffreys(count, n, 0.975)
 
 
 def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from compress.doors import read_json
 from compress.formats.runtimes import runtime_of
-from compress.models.checkpoint import runtime_at
+from compress.models.model import runtime_at
 
 
 def size(path: Path) -> dict[str, float]:

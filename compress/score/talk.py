@@ -18,9 +18,8 @@ from typing import Any
 
 from compress.formats.llamacpp import Answer
 from compress.formats.runtimes import Speaker, Turns, runtime_of
-from compress.formats.torch_runtime import text_ids
 from compress.models.chats import PLAIN_NAMES, plain_text, prompt_ids
-from compress.models.checkpoint import Model
+from compress.models.model import Model
 
 CONTEXT_TOKENS = 512  # of a question with its answer
 TOGETHER = 32  # questions that are answered together: the rest waits
@@ -59,11 +58,11 @@ def plain_answer(answer: Answer) -> Answer:
 def question_ids(tokenizer: Any, question: str) -> list[int]:
     """Token ids of a question for an answer, as an HF tokenizer's model is asked it."""
     turns = [{"role": "user", "content": question}]
-    return (
-        prompt_ids(tokenizer, turns)
-        if tokenizer.chat_template
-        else text_ids(tokenizer, plain_prompt(turns))
-    )
+    if tokenizer.chat_template:
+        return prompt_ids(tokenizer, turns)
+    from compress.formats.torch_runtime import text_ids  # torch is not needed to ask a GGUF
+
+    return text_ids(tokenizer, plain_prompt(turns))
 
 
 def has_template(model: Model) -> bool:

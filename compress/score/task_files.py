@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from compress.assets import configs_dir
 from compress.doors import json_lines
 from compress.errors import ConfigError
@@ -131,6 +129,8 @@ def _embedded_config(path: Path) -> dict[str, Any]:
     """A task YAML as data, its rows held in memory. ValueError when it names code (`!function` or
     any other tag).
     """
+    import yaml  # a bundle's items need no task's file
+
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.constructor.ConstructorError as error:

@@ -4,8 +4,7 @@ task's code.
 For an item with context x and options y_1..y_K the choice is argmax_k log p(y_k | x), `acc` the
 share of right choices. A last word is right when greedy decoding would write it, a written answer
 when the task's first filter finds the reference in it. Intervals of accuracies and all that is said
-of whole documents follow from the items (score/intervals.py, accuracy; score/fidelity.py,
-perplexities).
+of whole documents follow from the items (score/intervals.py: accuracy, perplexities).
 
 truthfulqa_mc2 (share of probability on true answers, its `acc`) and crows_pairs (share of pairs
 whose stereotype is the likelier sentence) have a figure that is no accuracy above chance. Theirs,
@@ -31,7 +30,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import softmax
 
 from compress.score.intervals import Interval, accuracy, paired_scores
 from compress.score.perturb import perturbed
@@ -43,7 +41,7 @@ DRIFTS = {"truthfulqa_mc1": "acc", "truthfulqa_mc2": "acc", "crows_pairs_english
 RULES: dict[str, Callable[[list[float], list[bool], Any], float]] = {
     "argmax": lambda logliks, greedy, gold: float(np.argmax(logliks) in np.atleast_1d(gold)),
     "greedy": lambda logliks, greedy, gold: float(greedy[0]),
-    "mass": lambda logliks, greedy, gold: float(softmax(logliks)[gold].sum()),
+    "mass": lambda logliks, greedy, gold: float(shares(logliks)[gold].sum()),
 }
 _KINDS = {
     "multiple_choice": "argmax",
@@ -51,6 +49,12 @@ _KINDS = {
     "loglikelihood_rolling": "rolling",
     "generate_until": "text",
 }
+
+
+def shares(logliks: Sequence[float]) -> np.ndarray:
+    """softmax: the share (K,) of each choice in the probability of all."""
+    mass_K = np.exp(np.asarray(logliks) - max(logliks))
+    return mass_K / mass_K.sum()
 
 
 class TaskResult(NamedTuple):

@@ -13,13 +13,16 @@ Joining a row of n nodes saves c tokens and makes l - c tokens look at n more ke
 Legend: B rows, L positions.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEYS = 500  # keys that cost about as much to look at as a token's matrix products
 
@@ -93,6 +96,8 @@ def tree_inputs(rows: Sequence[Row]) -> dict[str, Tensor]:
     """What a model needs besides the ids to compute rows with branches: `attention_mask`
     (B, 1, L, L), true where a node looks, and `position_ids` (B, L).
     """
+    import torch
+
     length = max(len(row.ids) for row in rows)
     depths_BL = torch.tensor([padded(row.depths, length) for row in rows])
 

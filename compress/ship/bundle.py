@@ -3,7 +3,11 @@
 hf/                  the checkpoint as a plain Hugging Face directory
 model-TYPE.gguf, compressed_tensors/
                      the same weights as the recipe's `export.files` says (formats/__init__.py)
-README.md            model card: score table, verdicts, what it says, lineage, licences
+README.md            model card: scores, verdicts, what it says, lineage, licences, lines to copy
+bom.json             what it is made of, for a reader of bills of materials (ship/bom.py); where
+                     cyclonedx-python-lib is installed
+Containerfile, compose.yaml
+                     `compress serve` of this bundle as a container (ship/container.py); of a GGUF
 manifest.json        files, lineage, limits, scores and evaluation settings; all that `accept` needs
 requests.jsonl       every scored item as it was put to the teacher (context, choices, gold) and
                      what it answered (logliks), so that accuracy kept can be measured again without
@@ -17,36 +21,31 @@ open_answers.jsonl   what teacher and judged file said to them, {"id", "teacher"
                      open/kept
 terms/               the terms that the teacher came under, where it brought any
 SHA256SUMS           sha256 of every other file, in the format of `sha256sum -c`
+model.sig            a signature of all of them, where `compress sign` was run (ship/signature.py)
 """
 
+import importlib.util
 import json
-import os
-import re
 import shutil
-import stat
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from compress import formats
-from compress.models.checkpoint import sha256_file
-from compress.report import answers
+from compress.doors import read_json
 from compress.report.records import Record, Run, folder_of
-from compress.report.table import markdown_table, verdict_lines
 from compress.score.open import Answers
 from compress.score.prompts import Prompt, as_row
-from compress.ship.manifest import read_manifest
-from compress.store import STAGE_JSON, commit, file_table, write_json
+from compress.ship.bom import BOM, bom_json
+from compress.ship.card import model_card
+from compress.ship.container import COMPOSE, CONTAINERFILE, compose, containerfile
+from compress.ship.licences import as_record, licence_of, own_words
+from compress.ship.manifest import SCHEMA
+from compress.ship.sums import SUMS
+from compress.store import STAGE_JSON, commit, file_table, sha256_file, write_json
 from compress.teacher import TERMS
 
-SUMS = "SHA256SUMS"
-LINE = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)
-SUMS_BYTES = 10_000_000  # a line is some hundred
 # Of a record; the last one where it was asked.
 LINEAGE = ("slot", "technique", "parent", "digest", "key", "stage_config", "metrics", "open_form")
-# Answers in the model card.
-WORST = 5
-GOOD = 3
 
 
 def write_bundle(
@@ -60,14 +59,9 @@ def write_bundle(
     """
     part = final.with_name(".bundle.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(checkpoint, part / "hf", ignore=shutil.ignore_patterns(STAGE_JSON))
-    for shipped in files:
-        copy = shutil.copytree if shipped.model.path.is_dir() else shutil.copyfile
-        copy(shipped.model.path, part / shipped.model.path.name)
-
-    # The terms that the teacher, and so its student, is under.
-    if (teacher.path / TERMS).is_dir():
-        shutil.copytree(teacher.path / TERMS, part / TERMS)
+    _copy_models(part, checkpoint, files, teacher)
+    origin = _origin(run, teacher)
+    terms = sorted(file.name for file in (part / TERMS).glob("*"))
 
     # What was asked, and what teacher and judged file answered.
     reference = next(record for record in run.records if record["slot"] == "teacher")
@@ -76,19 +70,29 @@ def write_bundle(
     shutil.copyfile(folder_of(run.path, judged) / "items.jsonl", part / "answers.jsonl")
     _write_open(part, prompts, run.rows(reference, "open"), run.rows(judged, "open"))
 
+    # How it is served, and what it is made of.
+    judged_file = files[0].model.path.name if files else "hf"
+    if judged_file.endswith(".gguf"):
+        (part / CONTAINERFILE).write_text(containerfile())
+        (part / COMPOSE).write_text(compose())
+
     # The manifest names the files so far; the sums name it and the card besides.
     manifest = {
-        "schema": 1,
+        "schema": SCHEMA,
         "run": run.info["name"],
         "budget": "PASS" if passed else "FAIL",
-        "teacher": _origin(run, teacher),
+        "teacher": origin,
+        "licence": as_record(licence_of(origin, terms)),
         "config": run.info["config"],
-        "judged": files[0].model.path.name if files else "hf",
+        "judged": judged_file,
         **{key: judged[key] for key in ("scores", "intervals", "rows", "verdicts")},
         **{key: run.info[key] for key in ("machine", "versions", "git_sha", "digests")},
         "lineage": [_ancestor(record) for record in run.records],
         "files": file_table(part),
     }
+    if _write_bom(part, manifest, run.info.get("started")):
+        content = {"sha256": sha256_file(part / BOM), "bytes": (part / BOM).stat().st_size}
+        manifest["files"] |= {BOM: content}
     write_json(part / "manifest.json", manifest)
     card = model_card(run, manifest, passed=passed)
     (part / "README.md").write_text(card, encoding="utf-8", errors="replace")
@@ -101,13 +105,36 @@ def write_bundle(
     return final
 
 
+def _copy_models(part: Path, checkpoint: Path, files: list[Any], teacher: Any) -> None:
+    """Checkpoint, exported files and the teacher's terms into the folder `part`."""
+    shutil.copytree(checkpoint, part / "hf", ignore=shutil.ignore_patterns(STAGE_JSON))
+    for shipped in files:
+        copy = shutil.copytree if shipped.model.path.is_dir() else shutil.copyfile
+        copy(shipped.model.path, part / shipped.model.path.name)
+
+    # The terms that the teacher, and so its student, is under.
+    if (teacher.path / TERMS).is_dir():
+        shutil.copytree(teacher.path / TERMS, part / TERMS)
+
+
+def _write_bom(part: Path, manifest: Mapping[str, Any], made: Any) -> bool:
+    """Write bom.json where cyclonedx-python-lib is installed; whether it is."""
+    if importlib.util.find_spec("cyclonedx") is None:
+        return False
+    family = str(read_json(part / "hf" / "config.json").get("model_type", "unknown"))
+    began = made if isinstance(made, str) else None
+    (part / BOM).write_text(bom_json(manifest, family, began), encoding="utf-8", errors="replace")
+    return True
+
+
 def _origin(run: Run, teacher: Any) -> dict[str, Any]:
-    """Where the teacher is from: what the recipe calls it, its digest, and of an imported one its
-    file and licence.
+    """Where the teacher is from: what the recipe calls it, its digest, of an imported one its file,
+    and licence and languages as its file or its own model card says.
     """
     file = teacher.path / "source.json"
     source = json.loads(file.read_text()) if file.is_file() else {}
-    return {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest} | source
+    called = {"source": run.info["config"]["teacher"]["source"], "digest": teacher.digest}
+    return own_words(teacher.path, getattr(teacher, "gguf", None)) | called | source
 
 
 def _ancestor(record: Record) -> dict[str, Any]:
@@ -145,207 +172,3 @@ def _write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
     """Of an answer, what a bundle keeps."""
     return {key: row[key] for key in ("form", "answer", "ended", "loops", "right")}
-
-
-def _what_it_says(run: Run) -> list[str]:
-    """The model card's section on open answers, empty where nothing was asked."""
-    figures = answers.figures(run.final)
-    if not figures:
-        return []
-    pairs = answers.asked(run)
-
-    # Good ones are spread over their ids, and so of several kinds.
-    good = []
-    for pair in pairs[WORST:]:
-        student = pair[1]
-        if student["right"] and student["ended"] and not student["loops"]:
-            good.append(pair)
-    spread = good[:: max(1, len(good) // GOOD)][:GOOD]
-
-    lines = ["## What it says", "", figures, answers.plainly(run), ""]
-    for title, shown in (("The worst answers:", pairs[:WORST]), ("Good ones:", spread)):
-        if shown:
-            lines += [title, "", *(f"{answers.quoted(pair)}\n" for pair in shown)]
-    return lines
-
-
-def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
-    """The bundle's README: what it is, what it costs, where it comes from."""
-    origin, config = manifest["teacher"], run.info["config"]
-    files = []
-    for format, type, _ in map(formats.parse, config["export"]["files"]):
-        file = format.file.format(type=type)
-        files.append(f"- `{file}`: {format.about.format(file=file)}")
-    terms = f", which are in `{TERMS}/`" if _has_terms(manifest) else ""
-    lineage = [
-        f"{number}. `{slot['slot']}` ({slot['technique']}) from `{slot['parent'] or 'nothing'}`,"
-        f" weights sha256 `{slot['digest'][:16]}`"
-        for number, slot in enumerate(manifest["lineage"], 1)
-    ]
-
-    lines = [
-        f"# {run.info['recipe']}: a student of {origin['source']}",
-        "",
-        "" if passed else "**This bundle violates its budget; see the verdicts below.**\n",
-        (
-            f"Made by `compress run {run.info['recipe']}` ({run.info['name']})."
-            f" `{manifest['judged']}` is the file that was judged."
-        ),
-        "",
-        "## Files",
-        "",
-        "- `hf/`: the checkpoint for transformers and further training, unpacked",
-        *files,
-        "",
-        "## Scores",
-        "",
-        markdown_table(run.records),
-        "",
-        "## Verdicts",
-        "",
-        *[f"- {line}" for line in verdict_lines(run.records)],
-        "",
-        *_what_it_says(run),
-        "## Lineage",
-        "",
-        *lineage,
-        "",
-        "## Licences",
-        "",
-        (
-            f"- Teacher: {origin.get('licence', 'unknown; ask its publisher')}. The student is a"
-            " derived work and stays under those terms"
-            f"{terms}."
-        ),
-        *[
-            f"- Training text: {name}"
-            for name in [*config["data"]["train"], *config["data"]["chat"]]
-        ],
-        "",
-        "## Check it",
-        "",
-        "```",
-        f"sha256sum -c {SUMS}",
-        "compress verify .",
-        "compress accept .   # measures the budget again on this machine",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _has_terms(manifest: dict[str, Any]) -> bool:
-    """Whether the teacher's terms are in the bundle."""
-    return any(name.startswith(f"{TERMS}/") for name in manifest["files"])
-
-
-def sums_digest(bundle: Path) -> str:
-    """sha256 of SHA256SUMS, which stands for all of the bundle's bytes: to compare over another
-    channel.
-    """
-    return sha256_file(bundle / SUMS)
-
-
-def read_sums(bundle: Path) -> dict[str, str]:
-    """Name -> sha256 as SHA256SUMS says. ValueError for a line that `sha256sum -c` would read
-    otherwise, or not at all.
-    """
-    sums = bundle / SUMS
-    if not stat.S_ISREG(sums.lstat().st_mode if os.path.lexists(sums) else 0):
-        raise ValueError(
-            f"{bundle} is no bundle: {SUMS} is missing or no plain file; give the folder bundle/ of"
-            " a run"
-        )
-    if sums.stat().st_size > SUMS_BYTES:
-        raise ValueError(
-            f"{sums} has {sums.stat().st_size:,} bytes, at most {SUMS_BYTES:,} are read; copy the"
-            " bundle again from its source"
-        )
-
-    # What comes behind the last line feed is a line without one, which is refused.
-    *lines, rest = sums.read_bytes().split(b"\n")
-    expected: dict[str, str] = {}
-    for number, line in enumerate([*lines, rest] if rest else lines, 1):
-        match = LINE.fullmatch(line.decode("utf-8", "surrogateescape"))
-        name = match[2] if match else ""
-        if not match or number > len(lines) or not _is_relative_name(name):
-            shown = line.decode("utf-8", "replace")[:200]
-            raise ValueError(
-                f"{sums}, line {number} is not 'sha256  relative/name' and a line feed: {shown!r};"
-                " the bundle was damaged or made to mislead"
-            )
-        if name in expected or name == SUMS:
-            raise ValueError(
-                f"{sums}, line {number} names {name!r} again; the bundle was damaged or made to"
-                " mislead"
-            )
-        expected[name] = line[:64].decode()
-    return expected
-
-
-def _is_relative_name(name: str) -> bool:
-    """Whether a name means the same to everybody and stays below the bundle."""
-    path = PurePosixPath(name)
-    plain = name.isprintable() and "\\" not in name and str(path) == name
-    return plain and not path.is_absolute() and ".." not in path.parts
-
-
-def _strangers(bundle: Path) -> tuple[dict[str, Path], list[str]]:
-    """The bundle's plain files by name, and a sentence on everything else in it."""
-    files: dict[str, Path] = {}
-    bad: list[str] = []
-    waiting = [bundle]
-    while waiting:
-        folder = waiting.pop()
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        if not entries and folder != bundle:
-            bad.append(f"{folder.relative_to(bundle)} is an empty folder, which no bundle has")
-
-        # A link to a folder is a link, not a folder.
-        for entry in entries:
-            name = str(Path(entry.path).relative_to(bundle))
-            if entry.is_symlink():
-                bad.append(f"{name} is a symbolic link")
-            elif entry.is_dir():
-                waiting.append(Path(entry.path))
-            elif entry.is_file():
-                files[name] = Path(entry.path)
-            else:
-                bad.append(f"{name} is no plain file")
-    return files, bad
-
-
-def verify_bundle(bundle: Path, sha256: str | None = None) -> dict[str, Any]:
-    """Compare every byte with SHA256SUMS, and the manifest with the files and with itself. Returns
-    the manifest.
-
-    `sha256`: of SHA256SUMS, as its sender said. ValueError naming every file that differs, lacks or
-    does not belong, or the key of the manifest.
-    """
-    expected = read_sums(bundle)
-    if sha256 is not None and (got := sums_digest(bundle)) != sha256.lower():
-        raise ValueError(
-            f"{bundle / SUMS} has the sha256 {got}, not {sha256.lower()}: it is not the bundle that"
-            " was meant; ask its sender"
-        )
-
-    # Every file on either side, once: a link in place of a file is not missing besides.
-    files, bad = _strangers(bundle)
-    files.pop(SUMS, None)
-    linked = {sentence.partition(" is ")[0] for sentence in bad}
-    bad += [f"{name} is missing" for name in sorted(expected.keys() - files.keys() - linked)]
-    bad += [f"{name} is not in {SUMS}" for name in sorted(files.keys() - expected.keys())]
-    bad += [
-        f"{name} was changed"
-        for name in sorted(expected.keys() & files.keys())
-        if sha256_file(files[name]) != expected[name]
-    ]
-
-    if bad:
-        raise ValueError(
-            f"{bundle} does not verify: {'; '.join(sorted(bad))}. Copy the bundle again from its"
-            " source"
-        )
-    if "manifest.json" not in expected:
-        raise ValueError(f"{bundle} has no manifest.json; copy the bundle again from its source")
-    return read_manifest(bundle, expected)

@@ -1,5 +1,6 @@
 """manifest.json of a bundle that somebody else may have written: its keys and their types, and
-whether it agrees with itself.
+whether it agrees with itself. Each schema is published beside this file, in schemas/, as JSON
+Schema; a bundle of any that is listed there is read.
 
 SHA256SUMS says that nothing was changed since it was written, not who wrote it: whoever edits a
 bundle can write new sums. So what the manifest concludes is concluded again here, from the scores
@@ -27,7 +28,8 @@ from compress.doors import (
 )
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2  # that is written; FIRST_SCHEMA and later are read
+FIRST_SCHEMA = 1
 MANIFEST_BYTES = 100_000_000
 WORDS = (budget.PASS, budget.FAIL, budget.INCONCLUSIVE)
 ROWS = Kind(
@@ -44,7 +46,10 @@ INTERVALS = Kind(
 VERDICT = Kind(f"one of {', '.join(WORDS)}", lambda value: value in WORDS)
 ANY_TEXT = Kind("a text or null", lambda value: value is None or isinstance(value, str))
 KINDS = {
-    "schema": Kind(str(SCHEMA), lambda value: type(value) is int and value == SCHEMA),
+    "schema": Kind(
+        f"{FIRST_SCHEMA} to {SCHEMA}",
+        lambda value: type(value) is int and FIRST_SCHEMA <= value <= SCHEMA,
+    ),
     "run": TEXT,
     "budget": Kind("PASS or FAIL", lambda value: value in ("PASS", "FAIL")),
     "teacher": TABLE,
@@ -61,6 +66,9 @@ KINDS = {
     "lineage": ROWS,
     "files": TABLE,
 }
+# Schema -> keys that came with it.
+ADDED: dict[int, dict[str, Kind]] = {2: {"licence": TABLE}}
+LICENCE_KINDS = {"id": TEXT, "name": TEXT, "restricts": FLAG, "sentence": TEXT}
 VERDICT_KINDS = {
     "limit": TEXT,
     "bound": NUMBER,
@@ -108,12 +116,18 @@ def read_manifest(bundle: Path, sums: Mapping[str, str]) -> dict[str, Any]:
     schema = manifest.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
         raise ValueError(
-            f"{file} has schema {schema}, this version of compress reads {SCHEMA}: install a newer"
-            " one to read it"
+            f"{file} has schema {schema}, this version of compress reads {FIRST_SCHEMA} to"
+            f" {SCHEMA}: install a newer one to read it"
         )
 
     # Its keys and their types.
-    check_object(manifest, KINDS, file)
+    kinds = dict(KINDS)
+    for number, added in ADDED.items():
+        if isinstance(schema, int) and schema >= number:
+            kinds |= added
+    check_object(manifest, kinds, file)
+    if "licence" in manifest:
+        check_object(manifest["licence"], LICENCE_KINDS, f"{file}, licence")
     refuse_halves(manifest, file)
 
     # It must agree with the files beside it.

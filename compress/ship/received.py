@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.budget import Budget, Limit
-from compress.config import Teacher
 from compress.doors import (
     FLAG,
     NUMBER,
@@ -22,14 +21,15 @@ from compress.doors import (
 )
 from compress.errors import ConfigError
 from compress.formats.devices import Device
-from compress.formats.onnx_folder import check_folder
-from compress.models.checkpoint import Model, model_of, read_config
+from compress.models.gguf_header import read_header
+from compress.models.model import Model, gguf_model, runtime_at
+from compress.models.settings import Teacher
 from compress.report.records import bundle_rows
 from compress.score.prompts import Prompt, read_prompts
 from compress.score.settings import Eval
 from compress.score.tasks import DRIFTS, RULES
-from compress.ship.bundle import verify_bundle
 from compress.ship.manifest import MANIFEST, limits_of
+from compress.ship.sums import verify_bundle
 from compress.text.settings import Data
 
 MOST_CHOICES, MOST_REQUESTS = 1_000, 1_000_000  # choices of an item and of all items
@@ -269,11 +269,11 @@ def read_said(bundle: Path, prompts: list[Prompt]) -> list[dict[str, Any]]:
     return bundle_rows(bundle, "teacher", "open")
 
 
-def receive(bundle: Path, sha256: str | None = None) -> Received:
-    """Everything in a bundle that decides what `accept` does, checked. ValueError naming file and
-    key or line; ConfigError without limits.
+def receive(bundle: Path, sha256: str | None = None, key: Path | None = None) -> Received:
+    """Everything in a bundle that decides what `accept` does, checked. `sha256` and `key` as
+    `verify_bundle` takes them. ValueError naming file and key or line; ConfigError without limits.
     """
-    manifest = verify_bundle(bundle, sha256)
+    manifest = verify_bundle(bundle, sha256, key)
     file = bundle / MANIFEST
     config = manifest["config"]
     for key, kinds in (("eval", EVAL), ("data", DATA), ("teacher", TEACHER)):
@@ -292,10 +292,7 @@ def receive(bundle: Path, sha256: str | None = None) -> Received:
     budget, settings, teacher = _settings(config, limits, tasks, file)
 
     # The model, as far as it can be checked without running it.
-    model = model_of(bundle / manifest["judged"])
-    if model.runtime == "onnxruntime":
-        check_folder(model.path)
-    most_tokens = read_config(bundle / "hf").get("max_position_embeddings")
+    model, most_tokens = _model(bundle / manifest["judged"], bundle / "hf")
     seq_len = config["data"].get("seq_len", Data.seq_len)
     if isinstance(most_tokens, int) and seq_len > most_tokens:
         raise ValueError(
@@ -314,6 +311,24 @@ def receive(bundle: Path, sha256: str | None = None) -> Received:
         said=read_said(bundle, prompts),
         model=model,
     )
+
+
+def _model(path: Path, checkpoint: Path) -> tuple[Model, Any]:
+    """What was judged, and the tokens that it sees at once as its file or the checkpoint says.
+    ValueError as `model_of`. A GGUF is opened without torch.
+    """
+    if runtime_at(path) == "llama.cpp":
+        model = gguf_model(path)
+        fields = read_header(path).fields
+        return model, fields.get(f"{fields['general.architecture']}.context_length")
+    from compress.models.checkpoint import model_of, read_config
+
+    model = model_of(path)
+    if model.runtime == "onnxruntime":
+        from compress.formats.onnx_folder import check_folder
+
+        check_folder(model.path)
+    return model, read_config(checkpoint).get("max_position_embeddings")
 
 
 def _open_prompts(bundle: Path) -> list[Prompt]:

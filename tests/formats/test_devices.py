@@ -148,6 +148,6 @@ def test_the_head_of_a_file_that_is_scored_is_on_the_device(monkeypatch):
     tokenizer = SimpleNamespace(encode=str.split)
     lm = served_lm(SimpleNamespace(ctx_len=64), Head(torch.randn(9, 4)), tokenizer, 2)
     spots, answers = torch.tensor([0, 1]), torch.tensor([3, 4])
-    assert lm.head.weight_VH.device.type == "meta"
+    assert lm.likelihoods.readout.head.weight_VH.device.type == "meta"
     with pytest.raises(NotImplementedError, match="meta"):  # nothing was computed on the CPU
         lm._answers(torch.randn(2, 4), spots, answers)

@@ -21,8 +21,8 @@ from compress.score.fidelity import (
     closeness,
     hidden_of,
     logits_of,
-    perplexities,
 )
+from compress.score.intervals import perplexities
 from compress.store import Store
 from compress.teacher import open_teacher
 from compress.text.packing import pack

@@ -206,7 +206,10 @@ def test_answers_do_not_depend_on_the_batch_and_come_out_the_same_again(tiny_tea
 def test_the_models_own_type_is_kept(tiny_teacher):
     lm = torch_lm(load_model(tiny_teacher, torch.bfloat16), load_tokenizer(tiny_teacher), 8)
     full = torch_lm(load_model(tiny_teacher), load_tokenizer(tiny_teacher), 8)
-    assert lm.head.weight_VH.dtype == torch.bfloat16 and lm.runtime.reach == full.runtime.reach > 0
+    assert (
+        lm.likelihoods.readout.head.weight_VH.dtype == torch.bfloat16
+        and lm.runtime.reach == full.runtime.reach > 0
+    )
     for (rounded, _), (exact, _) in zip(
         lm.loglikelihood(asked(*PAIRS)), full.loglikelihood(asked(*PAIRS)), strict=True
     ):

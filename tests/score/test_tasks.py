@@ -23,8 +23,7 @@ from compress.errors import ConfigError
 from compress.models.checkpoint import load_model
 from compress.models.tokenizer import load_tokenizer
 from compress.score import task_files, tasks
-from compress.score.fidelity import perplexities
-from compress.score.intervals import accuracy
+from compress.score.intervals import accuracy, perplexities
 from compress.score.lm import torch_lm
 from compress.ship.received import _item
 

@@ -13,7 +13,7 @@ from dataclasses import fields
 
 import pytest
 from fake_records import ASKED, PROMPTS
-from test_bundle_open import Asker, made
+from test_bundle_open import Asker, fields_of, made
 
 from compress.__main__ import main
 from compress.bounds import EMBEDDED_SOURCES
@@ -286,7 +286,11 @@ def measured(monkeypatch, capfd, tmp_path):
             opened.append((teacher, data, settings, requests))
             return Asker(prompts, [one[4] for one in ASKED]), Model(bundle / "hf", digest)
 
+        def file_scores(model, settings, requests, prompts, threads):
+            return fields_of(Asker(prompts, [one[4] for one in ASKED]).measure(model))
+
         monkeypatch.setattr("compress.session.open_scorer", open_scorer)
+        monkeypatch.setattr("compress.accept.file_scores", file_scores)
         monkeypatch.chdir(tmp_path)
         code = main(["accept", str(bundle), *flags])
         return code, *capfd.readouterr(), opened
@@ -300,6 +304,7 @@ def never(*_, **__):
 
 @pytest.fixture
 def nothing_is_measured(monkeypatch):
+    monkeypatch.setattr("compress.accept.file_scores", never)
     monkeypatch.setattr("compress.session.open_scorer", never)
 
 
@@ -616,7 +621,9 @@ def test_the_receiver_may_let_it_open_them(bundle, measured, tmp_path):
 
 
 def test_another_teacher_than_the_bundles_is_said_and_not_used(bundle, measured, monkeypatch):
-    monkeypatch.setattr("compress.accept.weights_digest", lambda path: "of other weights")
+    monkeypatch.setattr(
+        "compress.models.checkpoint.weights_digest", lambda path: "of other weights"
+    )
     forged(bundle, "config", "budget", "limits", value={"kl_to_teacher": {"max": 9.0}})
     code, out, err, opened = measured(bundle, digest="another")
     assert code == 0 and "on this machine is not the bundle's" in err and "INCONCLUSIVE" in out
@@ -633,6 +640,7 @@ def test_a_held_out_text_that_nothing_has_is_one_sentence(bundle, capfd, nothing
 @pytest.mark.parametrize("name", EMBEDDED_SOURCES)
 def test_every_embedded_text_may_be_the_held_out_one(bundle, measured, name):
     forged(bundle, "config", "data", "heldout", value=[f"embedded:{name}"])
+    forged(bundle, "config", "budget", "limits", value={"bits_per_byte/heldout": {"max": 9.0}})
     code, _, _, opened = measured(bundle)
     assert code == 0 and opened[0][1].heldout == [f"embedded:{name}"]
 
@@ -645,6 +653,7 @@ def test_only_the_bundles_own_items_and_prompts_are_asked(bundle, measured):
         ("open_prompts", ["/etc/passwd"]),
     ):
         forged(bundle, "config", "eval", key, value=value)
+    forged(bundle, "config", "budget", "limits", value={"kl_to_teacher": {"max": 9.0}})
     code, _, _, opened = measured(bundle)
     settings = opened[0][2]
     assert code == 0 and (settings.tasks, settings.data_dir, settings.open_prompts) == (

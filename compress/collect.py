@@ -209,12 +209,55 @@ def _tidy(run: Path) -> None:
     """Remove what a killed process was writing in a run directory, which nobody works in: the
     store is ours alone.
     """
+    for path in _torn_in(run):
+        _remove(path)
+
+
+def _torn_in(run: Path) -> list[Path]:
+    """What is unfinished in a run directory."""
+    torn = [run / name for name in (".bundle.part", ".bundle.old") if (run / name).is_dir()]
     for file in [*run.glob(".*"), *run.glob("*/.*")]:
         here = file.parent == run or SLOT_FOLDER.match(file.parent.name)
         if here and RUN_FILES.fullmatch(left_over(file)):
-            file.unlink()
-    for name in (".bundle.part", ".bundle.old"):
-        shutil.rmtree(run / name, ignore_errors=True)
+            torn.append(file)
+    return torn
+
+
+def sweep(store: Store) -> int:
+    """Remove what killed processes have left in a store and in the run directories that it lists:
+    unfinished files and folders, and work beside its finished entry. Returns how many there were.
+
+    Nothing happens while somebody else works in the store: it may be theirs.
+    """
+    if not _torn(store):
+        return 0
+    with suppress(ResourceError), store.alone():
+        torn = _torn(store)
+        for path in torn:
+            _remove(path)
+        return len(torn)
+    return 0
+
+
+def _torn(store: Store) -> list[Path]:
+    """What no live process can be writing in a store that is ours alone."""
+    finished = {path.name for path in (store.root / "entries").iterdir()}
+    torn = [path for path in (store.root / "work").iterdir() if path.name in finished]
+    for room, form in NAMES.items():
+        for path in (store.root / room).iterdir():
+            match = form.fullmatch(left_over(path) or path.name)
+            part = match is not None and match.groupdict().get("part")
+            if match and not path.is_symlink() and (left_over(path) or part):
+                torn.append(path)
+    for path in (store.root / "signals").glob("*/.*"):
+        if IN_A_SIGNAL.fullmatch(left_over(path)):
+            torn.append(path)
+
+    # A damaged list of runs is for `compress gc` to complain about.
+    with suppress(ValueError):
+        for run in _listed_runs(store)[0]:
+            torn += _torn_in(run)
+    return torn
 
 
 def empty(

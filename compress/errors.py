@@ -39,6 +39,7 @@ DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder
 # What libraries raise of damaged files and templates that are programs, by name: importing them
 # takes long.
 DAMAGED = {"SafetensorError", "TemplateError"}
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -69,6 +70,22 @@ def is_disk(error: BaseException) -> bool:
     text = str(error)
     named = any(f"(os error {code})" in text for code in codes)
     return getattr(error, "errno", None) in codes or named or "No space left" in text
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it is room that the disk lacks, or that a file may have."""
+    text = str(error)
+    named = any(f"(os error {code})" in text for code in FULL)
+    words = "No space left" in text or "Disk quota" in text or "File too large" in text
+    return getattr(error, "errno", None) in FULL or named or words
+
+
+def amount(size: int) -> str:
+    """Bytes in the unit that leaves digits to compare."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
 
 
 def is_memory(error: BaseException) -> bool:

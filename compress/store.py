@@ -211,7 +211,7 @@ class Store:
 
             # Whoever waits is told for what.
             print(
-                f"waiting for `compress gc`, which is emptying {self.root}",
+                f"waiting for another command, which is clearing up {self.root}",
                 file=sys.stderr,
                 flush=True,
             )

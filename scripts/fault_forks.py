@@ -1,0 +1,254 @@
+"""The command line in forks of one process that has imported everything: a second each instead of
+a dozen.
+
+In the fork an audit hook counts what happens to the files below its folder, notes whom it connects
+to and what it starts, and, where a `Plan` says so, ends the process at the N-th file event as the
+kernel would, fills the disk there, or limits the length of files. Processes that it starts have
+the same ears by `fault_probe/sitecustomize.py`. Times of models are not taken (constants stand for
+them), and a training writes its state as often as it can.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+from fault_probe import sitecustomize as probe
+
+ROOT = Path(__file__).resolve().parents[1]
+PROBE = ROOT / "scripts" / "fault_probe"
+# What a run imports in the end; a fork that imports it itself takes seconds.
+WARM = (
+    "compress.__main__",
+    "compress.launch",
+    "compress.pipeline",
+    "compress.accept",
+    "compress.ask",
+    "compress.report.compare",
+    "compress.score.parity",
+    "compress.formats.gguf",
+    "compress.formats.gguf_import",
+    "compress.formats.llamacpp",
+    "transformers.models.llama.modeling_llama",
+    "torch.distributed.checkpoint",
+    "xllamacpp",
+    "peft",
+    "torch_pruning",
+    "datasets",
+    "lm_eval.api.task",
+    "matplotlib.pyplot",
+    "scipy.stats",
+)
+LATENCY = {
+    "scores": {
+        "peak_rss_bytes": 1e8, "ttft_ms_p50": 1.0, "latency_ms_p50": 1.0, "latency_ms_p90": 1.0,
+        "latency_ms_p99": 1.0, "tok_per_sec": 1000.0, "bandwidth_share": 0.5,
+    },
+    "latency": {"device": "cpu", "pinned_cpus": [0], "weight_bytes": 1, "read_bytes_per_sec": 1.0},
+}  # fmt: skip
+MOST_BYTES = 4 << 30  # that a fork and its children may hold
+TRACEBACK = re.compile(r"^Traceback \(most recent|this is a bug of compress", re.MULTILINE)
+
+
+class Plan(NamedTuple):
+    """What happens to a fork."""
+
+    die_at: int = 0  # the number of the file event that it does not live to see; 0: none
+    torn: bool = False  # half of the file that is being written stays
+    full_at: int = 0  # from this event on the disk is full
+    filler: str = ""  # the file that takes all room there; without one, writing raises
+    longest_bytes: int = 0  # that a file may have
+
+
+class Outcome(NamedTuple):
+    """How a fork ended."""
+
+    code: int  # negative: by a signal
+    seconds: float  # of its life
+    text: str  # stdout and stderr
+    events: list[tuple[str, str]]  # (what, path below the folder) of files, in order
+    outside: list[str]  # whom it or its children connected to outside loopback
+    started: list[str]  # programs that it or its children started
+    limit: str  # "time" or "memory" where it was ended for that
+    remnants: list[str]  # in its folder for temporary files
+
+    @property
+    def told(self) -> str:
+        """The last line that it said."""
+        return (self.text.strip().splitlines() or [""])[-1]
+
+    @property
+    def has_traceback(self) -> bool:
+        """Whether what came up was ours to turn into a sentence."""
+        return TRACEBACK.search(self.text) is not None or self.code == 1
+
+
+class Fork:
+    """A command line that runs in a fork."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        plan: Plan = Plan(),  # noqa: B008 (it is never changed)
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.logs = Path(tempfile.mkdtemp(prefix="faults-"))
+        self.folder = folder.resolve()
+        self.start = time.monotonic()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            os._exit(self._live(arguments, plan, env or {}))
+        finally:
+            os._exit(99)
+
+    def _live(self, arguments: Sequence[str], plan: Plan, env: Mapping[str, str]) -> int:
+        """The child's life. Returns the exit code."""
+        os.setsid()
+        os.chdir(self.folder)
+        told = os.open(self.logs / "told", os.O_WRONLY | os.O_CREAT)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(told, 1)
+        os.dup2(told, 2)
+        (self.logs / "tmp").mkdir()
+        tempfile.tempdir = str(self.logs / "tmp")
+        path = os.pathsep.join([str(PROBE), str(ROOT)])
+        os.environ.update(
+            {probe.LOG: str(self.logs / "events"), "PYTHONPATH": path, "TQDM_DISABLE": "1"}
+            | {"TMPDIR": tempfile.tempdir, "OMP_NUM_THREADS": "1"}
+            | dict(env)
+        )
+
+        # What takes long and says nothing here.
+        from compress.score import latency
+        from compress.train import state
+
+        latency._fresh = lambda *_: LATENCY  # type: ignore[assignment]
+        state.SAVE_SECONDS, state.SAVE_SHARE = 0.0, 1e9
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        probe.listen(str(self.folder), plan)
+        if plan.longest_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (plan.longest_bytes, plan.longest_bytes))
+
+        # As the console script does it.
+        from compress.__main__ import main
+
+        try:
+            code = main(list(arguments))
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        _end_threads_and_children()
+        return code
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """Send it a signal, and to nobody else."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, how)
+
+    def wait(self, seconds: float = 600.0, *, kill_after: float | None = None) -> Outcome:
+        """Until it has ended, by itself or at a limit."""
+        limit = ""
+        status = 0
+        process = psutil.Process(self.pid)
+        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            age = time.monotonic() - self.start
+            if kill_after is not None and age > kill_after:
+                self.kill()
+            elif age > seconds or _bytes_of(process) > MOST_BYTES:
+                limit = "time" if age > seconds else "memory"
+                self.kill()
+            time.sleep(0.01)
+        status = ended[1]
+        lived = time.monotonic() - self.start
+
+        # What it left running in its group goes too.
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        return self._outcome(os.waitstatus_to_exitcode(status), lived, limit)
+
+    def _outcome(self, code: int, seconds: float, limit: str) -> Outcome:
+        text = (self.logs / "told").read_text(errors="replace")
+        file = self.logs / "events"
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        rows = [line.split("\t", 2) for line in lines]
+        rows = [row for row in rows if len(row) == 3]
+        of = {sort: [(what, where) for kind, what, where in rows if kind == sort] for sort in "FNX"}
+        remnants = sorted(os.listdir(self.logs / "tmp")) if (self.logs / "tmp").is_dir() else []
+        shutil.rmtree(self.logs, ignore_errors=True)
+        outside = [f"{what} {where}" for what, where in of["N"] if not probe.is_loopback(where)]
+        started = [words for _, words in of["X"]]
+        return Outcome(code, seconds, text, of["F"], outside, started, limit, remnants)
+
+
+def _end_threads_and_children() -> None:
+    """What atexit would do in a process that ends by itself."""
+    from compress import confined
+
+    if confined._child is not None:
+        confined._child.close()
+
+
+def _bytes_of(process: psutil.Process) -> int:
+    """What a process and its children hold; 0 where they are gone."""
+    try:
+        return sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
+    except psutil.Error:
+        return 0
+
+
+def run(
+    arguments: Sequence[str],
+    folder: Path,
+    plan: Plan = Plan(),  # noqa: B008 (it is never changed)
+    *,
+    seconds: float = 600.0,
+    env: Mapping[str, str] | None = None,
+) -> Outcome:
+    """A command line in a fork, to its end."""
+    return Fork(arguments, folder, plan, env).wait(seconds)
+
+
+def warm() -> None:
+    """Import what a run needs: no tensor is made and no thread started, or forks would hang."""
+    for name in WARM:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+class Figure(NamedTuple):
+    """What a part of the harness found."""
+
+    tried: int
+    passed: int
+    goal: int  # how many are to be tried, at least, in the full form
+    what: str
+    failures: list[str]
+    more: dict[str, Any] = {}
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing failed, and something was tried."""
+        return self.tried > 0 and self.passed == self.tried

@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from compress import __version__
 from compress.errors import (
@@ -19,8 +20,10 @@ from compress.errors import (
     ResourceError,
     exit_code,
     is_disk,
+    is_full,
     is_memory,
     nearest,
+    room_words,
     without_credentials,
 )
 from compress.solving import solve
@@ -86,10 +89,13 @@ def _escaped(text: str) -> str:
 def _sentence(error: BaseException) -> str:
     """What went wrong, and what to do next."""
     text = str(error)
-    if is_disk(error):
+    if is_disk(error) and not isinstance(error, ResourceError):
+        where = getattr(error, "filename", None)
+        place = Path(where if isinstance(where, str) else ".")
+        needs = f"; {room_words(place)}" if is_full(error) else ""
         return (
-            f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to"
-            " go on"
+            f"the disk refuses ({error}){needs}; free space or set store=DIR, then repeat the"
+            " command to go on"
         )
     if is_memory(error):
         return (

@@ -8,8 +8,10 @@ damaged (exit 3). 4 is a violated budget.
 import difflib
 import errno
 import re
+import shutil
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 # A user and password, or a token, in front of a URL's host. A path takes one of the slashes
@@ -39,6 +41,7 @@ DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder
 # What libraries raise of damaged files and templates that are programs, by name: importing them
 # takes long.
 DAMAGED = {"SafetensorError", "TemplateError"}
+LEAST_BYTES = 16_000_000  # that the smallest recipe takes
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -86,6 +89,14 @@ def amount(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return f"{size} bytes"
+
+
+def room_words(path: Path) -> str:
+    """What a run needs at least beside what is free on the disk of a path, which need not exist."""
+    path = path.absolute()
+    place = next(folder for folder in (path, *path.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    return f"a run needs at least {amount(LEAST_BYTES)}, {amount(free)} are free in {place}"
 
 
 def is_memory(error: BaseException) -> bool:

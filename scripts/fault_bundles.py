@@ -10,15 +10,9 @@ from pathlib import Path
 
 import fault_forks
 import fault_saves
-from fault_forks import Figure
+from fault_forks import CANARY, Figure
 
 from compress.ship.bundle import SUMS, verify_bundle
-
-CANARY = "planted-canary-4711"
-SECRETS = (
-    "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY",
-    "COMPRESS_SERVE_KEY", "GITHUB_TOKEN",
-)  # fmt: skip
 
 
 def _verdict(bundle: Path) -> str:
@@ -140,40 +134,42 @@ def _holding(folder: Path) -> list[str]:
     ]
 
 
-def canaries(work: Path, *, quick: bool) -> Figure:
+def canaries(work: Path, short: Path, told: str, *, quick: bool) -> Figure:
     """Secrets in the environment, in URLs and in overrides: no file of a run, its store, its
-    bundle or tracker, and no line of the log may hold one.
+    bundle or tracker, and no line of the log may hold one. `short`: the folder of a run that had
+    them in its environment, and `told` what it said.
     """
     from test_credentials import COMMANDS
 
-    env = dict.fromkeys(SECRETS, f"{CANARY}-0123456789") | {"WANDB_MODE": "offline"}
     failures = []
-    wandb = not quick and importlib.util.find_spec("wandb") is not None
-    command = [*fault_saves.SHORT, *(["track=wandb"] if wandb else [])]
+    searched = {"a run": (short, told)}
+    if not quick and importlib.util.find_spec("wandb") is not None:
+        folder = work / "wandb"
+        folder.mkdir(parents=True)
+        ended = fault_forks.run([*fault_saves.SHORT, "track=wandb"], folder)
+        searched["a run tracked by W&B"] = folder, ended.text
+        if ended.code or not [*folder.rglob("*.wandb")]:
+            failures.append(f"the run tracked by W&B ended with {ended.code}: {ended.told}")
 
-    # A whole run with secrets all around it.
-    whole = work / "whole"
-    whole.mkdir(parents=True)
-    ended = fault_forks.run(command, whole, env=env)
-    tried = 1
-    if ended.code:
-        failures.append(f"the run ended with {ended.code}: {ended.told}")
-    elif leaked := [*_holding(whole), *(["the log"] if CANARY in ended.text else [])]:
-        failures.append(f"a run with secrets in its environment leaks into {leaked}")
-    files = sum(path.is_file() for path in whole.rglob("*"))
+    # Whole runs with secrets all around them.
+    files = 0
+    for name, (folder, text) in searched.items():
+        files += sum(path.is_file() for path in folder.rglob("*"))
+        if leaked := [*_holding(folder), *(["the log"] if CANARY in text else [])]:
+            failures.append(f"{name} with secrets in its environment leaks into {leaked}")
 
     # Each way to give one in a URL is refused without repeating it.
-    names = sorted(COMMANDS)[:: 4 if quick else 1]
+    names = sorted(COMMANDS)[:: 6 if quick else 1]
     for number, name in enumerate(names):
         folder = work / f"url-{number}"
         (folder / "recipes").mkdir(parents=True)
         recipe = "defaults: [/base, _self_]\nteacher: {source: 's3://KEY:PLACE@bucket/p'}\n"
         (folder / "recipes" / "mine.yaml").write_text(recipe.replace("PLACE", CANARY))
-        ended = fault_forks.run(COMMANDS[name], folder, env=env)
-        tried += 1
+        ended = fault_forks.run(COMMANDS[name], folder)
         (folder / "recipes" / "mine.yaml").unlink()
         if ended.code not in (2, 3) or CANARY in ended.text or _holding(folder):
             failures.append(f"{name}: exit {ended.code}, {ended.told}; {_holding(folder)}")
+    tried = len(searched) + len(names)
     about = "runs and commands with secrets near them, none in a file or a line"
-    more = {"files searched": files, "wandb": wandb, "leaked": len(failures)}
+    more = {"files searched": files, "runs": [*searched], "leaked": len(failures)}
     return Figure(tried, tried - len(failures), 18, about, failures, more)

@@ -3,13 +3,15 @@ a dozen.
 
 In the fork an audit hook counts what happens to the files below its folder, notes whom it connects
 to and what it starts, and, where a `Plan` says so, ends the process at the N-th file event as the
-kernel would, fills the disk there, or limits the length of files. Processes that it starts have
-the same ears by `fault_probe/sitecustomize.py`. Times of models are not taken (constants stand for
-them), and a training writes its state as often as it can.
+kernel would, fills the disk there, or limits the length of files. A training writes its state as
+often as it can. Times of models are not taken (constants stand for them) and programs of templates
+answer in the fork; a `real` fork starts its processes, which have the same ears by
+`fault_probe/sitecustomize.py`.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import re
@@ -20,8 +22,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +62,12 @@ LATENCY = {
     },
     "latency": {"device": "cpu", "pinned_cpus": [0], "weight_bytes": 1, "read_bytes_per_sec": 1.0},
 }  # fmt: skip
+# In the environment of every fork: nothing that one writes may hold it.
+CANARY = "planted-canary-4711"
+SECRETS = (
+    "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY",
+    "COMPRESS_SERVE_KEY", "GITHUB_TOKEN",
+)  # fmt: skip
 MOST_BYTES = 4 << 30  # that a fork and its children may hold
 TRACEBACK = re.compile(r"^Traceback \(most recent|this is a bug of compress", re.MULTILINE)
 
@@ -71,6 +80,7 @@ class Plan(NamedTuple):
     full_at: int = 0  # from this event on the disk is full
     filler: str = ""  # the file that takes all room there; without one, writing raises
     longest_bytes: int = 0  # that a file may have
+    compose_only: bool = False  # a recipe that is accepted is not run
 
 
 class Outcome(NamedTuple):
@@ -78,12 +88,13 @@ class Outcome(NamedTuple):
 
     code: int  # negative: by a signal
     seconds: float  # of its life
+    computed: float  # seconds that it computed
     text: str  # stdout and stderr
     events: list[tuple[str, str]]  # (what, path below the folder) of files, in order
     outside: list[str]  # whom it or its children connected to outside loopback
     started: list[str]  # programs that it or its children started
     limit: str  # "time" or "memory" where it was ended for that
-    remnants: list[str]  # in its folder for temporary files
+    remnants: list[str]  # in the folder for temporary files, which is its folder's
 
     @property
     def told(self) -> str:
@@ -104,20 +115,23 @@ class Fork:
         arguments: Sequence[str],
         folder: Path,
         plan: Plan = Plan(),  # noqa: B008 (it is never changed)
-        env: Mapping[str, str] | None = None,
+        *,
+        real: bool = False,
     ) -> None:
+        """`real`: with the processes that a run starts, which otherwise answer in the fork."""
         self.logs = Path(tempfile.mkdtemp(prefix="faults-"))
         self.folder = folder.resolve()
+        self.temporary = self.folder.with_name(f"{self.folder.name}-tmp")
         self.start = time.monotonic()
         self.pid = os.fork()
         if self.pid:
             return
         try:
-            os._exit(self._live(arguments, plan, env or {}))
+            os._exit(self._live(arguments, plan, real))
         finally:
             os._exit(99)
 
-    def _live(self, arguments: Sequence[str], plan: Plan, env: Mapping[str, str]) -> int:
+    def _live(self, arguments: Sequence[str], plan: Plan, real: bool) -> int:
         """The child's life. Returns the exit code."""
         os.setsid()
         os.chdir(self.folder)
@@ -125,23 +139,30 @@ class Fork:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(told, 1)
         os.dup2(told, 2)
-        (self.logs / "tmp").mkdir()
-        tempfile.tempdir = str(self.logs / "tmp")
+        self.temporary.mkdir(exist_ok=True)
+        tempfile.tempdir = str(self.temporary)
         path = os.pathsep.join([str(PROBE), str(ROOT)])
         os.environ.update(
             {probe.LOG: str(self.logs / "events"), "PYTHONPATH": path, "TQDM_DISABLE": "1"}
-            | {"TMPDIR": tempfile.tempdir, "OMP_NUM_THREADS": "1"}
-            | dict(env)
+            | {"TMPDIR": tempfile.tempdir, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+            | dict.fromkeys(SECRETS, f"{CANARY}-0123456789")
         )
 
         # What takes long and says nothing here.
+        from compress import pipeline
+        from compress.models import chats
+        from compress.models import probe as patterns
         from compress.score import latency
         from compress.train import state
 
-        latency._fresh = lambda *_: LATENCY  # type: ignore[assignment]
+        if not real:
+            latency._fresh = lambda *_: LATENCY  # type: ignore[assignment]
+            chats.ask = patterns.ask = _answer_here
         state.SAVE_SECONDS, state.SAVE_SHARE = 0.0, 1e9
         signal.signal(signal.SIGINT, signal.default_int_handler)
         probe.listen(str(self.folder), plan)
+        if plan.compose_only:
+            pipeline.run = lambda *_: 0
         if plan.longest_bytes:
             resource.setrlimit(resource.RLIMIT_FSIZE, (plan.longest_bytes, plan.longest_bytes))
 
@@ -158,7 +179,7 @@ class Fork:
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        _end_threads_and_children()
+        atexit._run_exitfuncs()
         return code
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
@@ -166,47 +187,63 @@ class Fork:
         with suppress(ProcessLookupError):
             os.kill(self.pid, how)
 
-    def wait(self, seconds: float = 600.0, *, kill_after: float | None = None) -> Outcome:
-        """Until it has ended, by itself or at a limit."""
+    def wait(
+        self,
+        seconds: float = 600.0,
+        *,
+        kill_after: float | None = None,
+        how: signal.Signals = signal.SIGKILL,
+    ) -> Outcome:
+        """Until it has ended, by itself, at a limit, or by a signal sent at that age."""
         limit = ""
-        status = 0
         process = psutil.Process(self.pid)
-        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+        looked = 0.0
+        while not (ended := os.wait4(self.pid, os.WNOHANG))[0]:
             age = time.monotonic() - self.start
             if kill_after is not None and age > kill_after:
+                self.kill(how)
+                kill_after = None
+            elif age > seconds:
+                limit = "time"
                 self.kill()
-            elif age > seconds or _bytes_of(process) > MOST_BYTES:
-                limit = "time" if age > seconds else "memory"
-                self.kill()
-            time.sleep(0.01)
-        status = ended[1]
+            elif age - looked > 1.0:  # looking costs as much as some runs do
+                looked = age
+                if _bytes_of(process) > MOST_BYTES:
+                    limit = "memory"
+                    self.kill()
+            time.sleep(0.02)
         lived = time.monotonic() - self.start
+        computed = ended[2].ru_utime + ended[2].ru_stime
 
         # What it left running in its group goes too.
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        return self._outcome(os.waitstatus_to_exitcode(status), lived, limit)
+        return self._outcome(os.waitstatus_to_exitcode(ended[1]), lived, computed, limit)
 
-    def _outcome(self, code: int, seconds: float, limit: str) -> Outcome:
+    def _outcome(self, code: int, seconds: float, computed: float, limit: str) -> Outcome:
         text = (self.logs / "told").read_text(errors="replace")
         file = self.logs / "events"
         lines = file.read_text(errors="replace").splitlines() if file.exists() else []
         rows = [line.split("\t", 2) for line in lines]
         rows = [row for row in rows if len(row) == 3]
         of = {sort: [(what, where) for kind, what, where in rows if kind == sort] for sort in "FNX"}
-        remnants = sorted(os.listdir(self.logs / "tmp")) if (self.logs / "tmp").is_dir() else []
+        remnants = sorted(path.name for path in self.temporary.glob("*"))
         shutil.rmtree(self.logs, ignore_errors=True)
         outside = [f"{what} {where}" for what, where in of["N"] if not probe.is_loopback(where)]
         started = [words for _, words in of["X"]]
-        return Outcome(code, seconds, text, of["F"], outside, started, limit, remnants)
+        return Outcome(code, seconds, computed, text, of["F"], outside, started, limit, remnants)
 
 
-def _end_threads_and_children() -> None:
-    """What atexit would do in a process that ends by itself."""
-    from compress import confined
+def _answer_here(task: str, items: Sequence[Any], limits: Any, **given: Any) -> list[Any]:
+    """`confined.ask` without a process of its own: what is asked here is known to be harmless."""
+    from compress import confined, confined_child
 
-    if confined._child is not None:
-        confined._child.close()
+    request = {"task": task, "items": [*items], "limits": asdict(limits), "given": given}
+    module = importlib.import_module(confined_child.MODULES[task])
+    return [
+        confined.Failure(answer["error"]) if "error" in answer else answer["value"]
+        for answer in confined_child.answers(module, request)
+    ]
 
 
 def _bytes_of(process: psutil.Process) -> int:
@@ -223,10 +260,10 @@ def run(
     plan: Plan = Plan(),  # noqa: B008 (it is never changed)
     *,
     seconds: float = 600.0,
-    env: Mapping[str, str] | None = None,
+    real: bool = False,
 ) -> Outcome:
     """A command line in a fork, to its end."""
-    return Fork(arguments, folder, plan, env).wait(seconds)
+    return Fork(arguments, folder, plan, real=real).wait(seconds)
 
 
 def warm() -> None:

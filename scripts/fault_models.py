@@ -191,7 +191,7 @@ CHECKPOINTS: dict[str, Maker] = {
     "no heads": edited("config.json", num_attention_heads=0),
     "a vocabulary of 10^12": edited("config.json", vocab_size=10**12),
     "a million beams": edited("generation_config.json", num_beams=10**6),
-    "an epsilon that is none": written("config.json", b'{"model_type": "llama", "rms_norm_eps": NaN}'),
+    "an epsilon that is none": edited("config.json", rms_norm_eps=float("nan")),
 }  # fmt: skip
 TOKENIZERS: dict[str, Maker] = {
     "a pattern that backtracks": partial(_pattern, "(a+)+$"),

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import fault_forks
-from fault_forks import Figure
+from fault_forks import Figure, Plan
 
 from compress.models.gguf_header import read_header
 from compress.models.shapes import tensor_places
 from compress.ship.bundle import read_sums
 from compress.ship.manifest import read_manifest
 
-MOST_SECONDS = 2.0  # that a refusal may take
+MOST_SECONDS = 2.0  # of computing that a refusal may take
 HANG_SECONDS = 5  # of computing, for one header
 
 # Where a recipe has a number, a word of a list or a table, and what can't stand there.
@@ -148,14 +148,14 @@ def recipes(work: Path, draw: random.Random, count: int) -> Figure:
     failures, codes = [], Counter[int]()
     slowest = 0.0
     for arguments, key in lines:
-        ended = fault_forks.run(["run", *arguments], work, seconds=60)
+        ended = fault_forks.run(["run", *arguments], work, Plan(compose_only=True))
         codes[ended.code] += 1
-        slowest = max(slowest, ended.seconds)
+        slowest = max(slowest, ended.computed)
         problem = ""
         if ended.code != 2 or ended.has_traceback:
             problem = f"exit {ended.code}"
-        elif ended.seconds > MOST_SECONDS:
-            problem = f"after {ended.seconds:.1f} s"
+        elif ended.computed > MOST_SECONDS:
+            problem = f"after {ended.computed:.1f} s"
         elif key not in ended.told:
             problem = f"{key!r} is not named"
         if problem:

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter, defaultdict
@@ -27,16 +28,17 @@ from compress.store import STAGE_JSON, file_table
 
 # A cut, two trainings (one with a teacher's signal), a file: every kind of save in a few seconds.
 SHORT = (
-    "run", "smoke", "store=store", "trainer.threads=1", "eval.tasks=[]", "eval.open_limit=2",
+    "run", "smoke", "store=store", "trainer.threads=1", "eval.tasks=[]", "eval.open_limit=1",
     "eval.heldout_sequences=2", "eval.time_stages=false", "pipeline=[depth,heal,qat]",
     "export=gguf_q4_0", "stages.heal.tokens=1024", "stages.heal.batch_sequences=8",
     "stages.qat.tokens=512", "stages.qat.batch_sequences=4",
 )  # fmt: skip
 SMOKE = ("run", "smoke", "store=store", "trainer.threads=1")
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGINT)
 KINDS = ("stage", "signal", "state", "export", "run")
 FULL = re.compile(r"needs? (?:up to |at least )?[\d.]+ (?:bytes|kB|MB|GB).* (?:is|are) free")
 KEPT = re.compile(r"\.(part|old)$|^\..*\.\d+$")  # names of what is not finished
-TMPFS_BYTES = 300 << 20
+TMPFS_BYTES = 96 << 20
 
 
 class Made(NamedTuple):
@@ -65,16 +67,25 @@ def digests(folder: Path) -> dict[str, str]:
     return table
 
 
-def made(folder: Path, command: Sequence[str]) -> Made:
-    """Run the command undisturbed in a new folder."""
+def made(folder: Path, command: Sequence[str], *, real: bool = False) -> Made:
+    """Run the command undisturbed in a new folder, or say what was found when it ran there."""
+    note = folder.with_name(f"{folder.name}.json")
+    if note.is_file():
+        about = json.loads(note.read_text())
+        events = [(what, path) for what, path in about[0].pop("events")]
+        return Made(Outcome(**about[0], events=events), about[1], set(about[2]))
     folder.mkdir(parents=True)
-    outcome = fault_forks.run(command, folder)
+    outcome = fault_forks.run(command, folder, real=real)
     if outcome.code:
         raise RuntimeError(f"the run to compare with ends with {outcome.code}: {outcome.told}")
     records = [json.loads(file.read_text()) for file in newest(folder).glob("*/record.json")]
     keys = {record["key"] for record in records if record.get("technique") == "export"}
     keys |= {record["key"] for record in records if record["slot"].startswith("gguf")}
-    return Made(outcome, digests(folder), {key for key in keys if key})
+    reference = Made(outcome, digests(folder), {key for key in keys if key})
+    note.write_text(
+        json.dumps([outcome._asdict(), reference.digests, sorted(reference.export_keys)])
+    )
+    return reference
 
 
 def kind_of(path: str, export_keys: set[str]) -> str:
@@ -167,7 +178,14 @@ def problem_after(folder: Path, command: Sequence[str], reference: Made) -> str:
             verify_bundle(newest(folder) / "bundle")
     except ValueError as error:
         return f"the bundle does not verify: {error}"
-    return f"left behind: {left}" if (left := remnants(folder)) else ""
+    left = [*remnants(folder), *again.remnants]
+    return f"left behind: {left}" if left else ""
+
+
+def _clear(folder: Path) -> None:
+    """Remove the folder of a trial and the one for its temporary files."""
+    shutil.rmtree(folder)
+    shutil.rmtree(folder.with_name(f"{folder.name}-tmp"), ignore_errors=True)
 
 
 def kills(work: Path, draw: random.Random, count: int, *, reference: Made) -> Figure:
@@ -184,10 +202,9 @@ def kills(work: Path, draw: random.Random, count: int, *, reference: Made) -> Fi
         reached[kind] += 1
         problem = "" if died.code == -9 else f"it ended with {died.code}: {died.told}"
         problem = problem or problem_after(folder, SHORT, reference)
-        problem = problem or (f"in the temporary folder: {died.remnants}" if died.remnants else "")
         if problem:
             failures.append(f"{place}: {problem}")
-        shutil.rmtree(folder)
+        _clear(folder)
     tried = sum(reached.values())
     events = len(reference.outcome.events)
     about = f"kill -9 at file events of {events}, then repeated: same bytes, nothing left"
@@ -195,21 +212,35 @@ def kills(work: Path, draw: random.Random, count: int, *, reference: Made) -> Fi
 
 
 def random_kills(
-    work: Path, draw: random.Random, count: int, *, command: Sequence[str], reference: Made
+    work: Path,
+    draw: random.Random,
+    count: int,
+    *,
+    command: Sequence[str],
+    reference: Made,
+    signals: Sequence[signal.Signals] = SIGNALS,
 ) -> Figure:
-    """kill -9 at a random moment of a run, then the command again."""
+    """kill -9, SIGTERM and Ctrl-C at random moments of a run, then the command again."""
     failures = []
+    seconds: dict[str, list[float]] = defaultdict(list)  # from the signal to the end
     for number in range(count):
         folder = work / f"random-{number}"
         folder.mkdir(parents=True)
+        how = signals[number % len(signals)]
         moment = draw.uniform(0, reference.outcome.seconds)
-        fork = Fork(command, folder)
-        fork.wait(kill_after=moment)
-        if problem := problem_after(folder, command, reference):
-            failures.append(f"after {moment:.2f} s: {problem}")
-        shutil.rmtree(folder)
-    about = f"kill -9 at random times of `{' '.join(command[:2])}`, then repeated: same bytes"
-    return Figure(count, count - len(failures), 50, about, failures)
+        ended = Fork(command, folder).wait(kill_after=moment, how=how)
+        if ended.code:
+            seconds[how.name].append(round(ended.seconds - moment, 2))
+        problem = "" if ended.code in (0, -how, 128 + how) else f"it ended with {ended.code}"
+        if ended.code == 128 + how and [*folder.glob("runs/**/run.json")]:
+            code = json.loads((newest(folder) / "run.json").read_text())["exit"]
+            problem = problem or ("" if code == ended.code else f"run.json says exit {code}")
+        if problem := problem or problem_after(folder, command, reference):
+            failures.append(f"{how.name} after {moment:.2f} s: {problem}: {ended.told}")
+        _clear(folder)
+    about = f"signals at random times of `{' '.join(command[:2])}`, then repeated: same bytes"
+    more = {"seconds to the end": {name: max(times) for name, times in seconds.items()}}
+    return Figure(count, count - len(failures), 50, about, failures, more)
 
 
 def races(work: Path, draw: random.Random, count: int, *, reference: Made) -> Figure:
@@ -234,7 +265,7 @@ def races(work: Path, draw: random.Random, count: int, *, reference: Made) -> Fi
         problem = problem or problem_after(folder, command, reference)
         if problem:
             failures.append(f"pair {number}: {problem}")
-        shutil.rmtree(folder)
+        _clear(folder)
     more = {" ".join(map(str, key)): value for key, value in ends.items()}
     about = "pairs of processes on one run and store, then repeated: same bytes"
     return Figure(count, count - len(failures), 20, about, failures, {"exit codes": more})
@@ -280,7 +311,7 @@ def full_disks(work: Path, draw: random.Random, count: int, *, reference: Made) 
             problem = full_problem(ended) or problem_after(folder, SHORT, reference)
             if problem:
                 failures.append(f"event {at} ({shape}): {problem}")
-            shutil.rmtree(folder)
+            _clear(folder)
     about = f"disk full ({'tmpfs' if on_tmpfs else 'writes refused'}) at a file event, then room"
     return Figure(count, count - len(failures), 10, about, failures)
 

@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -58,8 +59,8 @@ class Harness:
 
     @cached_property
     def smoke(self) -> fault_saves.Made:
-        """The whole smoke recipe."""
-        return fault_saves.made(self.work / "smoke", fault_saves.SMOKE)
+        """The whole smoke recipe, with all processes that it starts."""
+        return fault_saves.made(self.work / "smoke", fault_saves.SMOKE, real=True)
 
     @property
     def bundle(self) -> Path:
@@ -82,6 +83,7 @@ def _random(harness: Harness) -> Figure:
         harness.count(50, 1),
         command=fault_saves.SHORT if quick else fault_saves.SMOKE,
         reference=harness.short if quick else harness.smoke,
+        signals=[signal.SIGTERM] if quick else fault_saves.SIGNALS,
     )
 
 
@@ -130,7 +132,9 @@ def _sockets(harness: Harness) -> Figure:
 
 
 def _canaries(harness: Harness) -> Figure:
-    return fault_bundles.canaries(harness.work / "canaries", quick=harness.quick)
+    told = harness.short.outcome.text
+    short = harness.work / "short"
+    return fault_bundles.canaries(harness.work / "canaries", short, told, quick=harness.quick)
 
 
 PARTS: dict[str, Callable[[Harness], Figure]] = {

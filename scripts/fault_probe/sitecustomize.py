@@ -71,8 +71,8 @@ class Ear:
             self.write("N", event, _address(event, arguments))
         else:
             command = arguments[1] if event == "subprocess.Popen" else arguments[0]
-            words = command if isinstance(command, (str, bytes)) else list(command or [])
-            self.write("X", event, " ".join(map(_plain, [words] if words == command else words)))
+            words = [command] if isinstance(command, (str, bytes)) else list(command or [])
+            self.write("X", event, " ".join(map(_plain, words)))
 
     def file(self, what: str, path: str, first: str = "") -> None:
         """A file event; it is written down before it happens, and may not happen."""

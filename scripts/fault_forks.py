@@ -116,12 +116,15 @@ class Fork:
         folder: Path,
         plan: Plan = Plan(),  # noqa: B008 (it is never changed)
         *,
-        real: bool = False,
+        real: Sequence[str] = (),
     ) -> None:
-        """`real`: with the processes that a run starts, which otherwise answer in the fork."""
+        """`real`: "times", "programs": with the processes that a run starts for these, which are
+        otherwise constants and answers in the fork.
+        """
         self.logs = Path(tempfile.mkdtemp(prefix="faults-"))
         self.folder = folder.resolve()
         self.temporary = self.folder.with_name(f"{self.folder.name}-tmp")
+        (self.logs / "told").touch()
         self.start = time.monotonic()
         self.pid = os.fork()
         if self.pid:
@@ -131,11 +134,11 @@ class Fork:
         finally:
             os._exit(99)
 
-    def _live(self, arguments: Sequence[str], plan: Plan, real: bool) -> int:
+    def _live(self, arguments: Sequence[str], plan: Plan, real: Sequence[str]) -> int:
         """The child's life. Returns the exit code."""
         os.setsid()
         os.chdir(self.folder)
-        told = os.open(self.logs / "told", os.O_WRONLY | os.O_CREAT)
+        told = os.open(self.logs / "told", os.O_WRONLY | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(told, 1)
         os.dup2(told, 2)
@@ -155,14 +158,15 @@ class Fork:
         from compress.score import latency
         from compress.train import state
 
-        if not real:
-            latency._fresh = lambda *_: LATENCY  # type: ignore[assignment]
-            chats.ask = patterns.ask = _answer_here
+        if "times" not in real:
+            vars(latency)["_fresh"] = lambda *_: LATENCY
+        if "programs" not in real:
+            vars(chats)["ask"] = vars(patterns)["ask"] = _answer_here
         state.SAVE_SECONDS, state.SAVE_SHARE = 0.0, 1e9
         signal.signal(signal.SIGINT, signal.default_int_handler)
         probe.listen(str(self.folder), plan)
         if plan.compose_only:
-            pipeline.run = lambda *_: 0
+            vars(pipeline)["run"] = lambda *_: 0
         if plan.longest_bytes:
             resource.setrlimit(resource.RLIMIT_FSIZE, (plan.longest_bytes, plan.longest_bytes))
 
@@ -260,7 +264,7 @@ def run(
     plan: Plan = Plan(),  # noqa: B008 (it is never changed)
     *,
     seconds: float = 600.0,
-    real: bool = False,
+    real: Sequence[str] = (),
 ) -> Outcome:
     """A command line in a fork, to its end."""
     return Fork(arguments, folder, plan, real=real).wait(seconds)

@@ -333,7 +333,7 @@ def hostile(work: Path, run_dir: Path, draw: random.Random, count: int) -> Figur
         arguments = CASES[name](folder, given)
         if arguments[0] in ("run", "score"):
             arguments.append(f"store={given.store}")
-        ended = fault_forks.run(arguments, folder, seconds=SECONDS, real=True)
+        ended = fault_forks.run(arguments, folder, seconds=SECONDS, real=["programs"])
         ends["harmless" if ended.code == 0 else f"exit {ended.code}"] += 1
         slowest = max(slowest, (name, ended.seconds), key=lambda pair: pair[1])
         if problem := _problem(folder, ended):

@@ -67,7 +67,7 @@ def digests(folder: Path) -> dict[str, str]:
     return table
 
 
-def made(folder: Path, command: Sequence[str], *, real: bool = False) -> Made:
+def made(folder: Path, command: Sequence[str], real: Sequence[str] = ()) -> Made:
     """Run the command undisturbed in a new folder, or say what was found when it ran there."""
     note = folder.with_name(f"{folder.name}.json")
     if note.is_file():
@@ -198,6 +198,7 @@ def kills(work: Path, draw: random.Random, count: int, *, reference: Made) -> Fi
         died = fault_forks.run(SHORT, folder, Plan(die_at=at, torn=number % 2 == 1))
         place = f"event {at} ({shape})"
         if died.code == 0:  # threads: this time there were fewer events
+            _clear(folder)
             continue
         reached[kind] += 1
         problem = "" if died.code == -9 else f"it ended with {died.code}: {died.told}"
@@ -258,7 +259,7 @@ def races(work: Path, draw: random.Random, count: int, *, reference: Made) -> Fi
         other = ["gc", "--store", "store", "--yes", "--all"] if with_gc else command
         second = Fork(other, folder)
         codes = [second.wait().code, first.wait().code]
-        ends["gc" if with_gc else "run", *codes] += 1
+        ends[f"{'gc' if with_gc else 'run'} {codes[0]}, run {codes[1]}"] += 1
 
         # Whoever comes second may be told to wait; nobody may be damaged.
         problem = "" if set(codes) <= {0, 3 if with_gc else 0, 5} else f"exit codes {codes}"
@@ -266,9 +267,8 @@ def races(work: Path, draw: random.Random, count: int, *, reference: Made) -> Fi
         if problem:
             failures.append(f"pair {number}: {problem}")
         _clear(folder)
-    more = {" ".join(map(str, key)): value for key, value in ends.items()}
     about = "pairs of processes on one run and store, then repeated: same bytes"
-    return Figure(count, count - len(failures), 20, about, failures, {"exit codes": more})
+    return Figure(count, count - len(failures), 20, about, failures, {"exit codes": dict(ends)})
 
 
 @contextmanager

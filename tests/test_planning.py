@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 
+from compress import planning
 from compress.budget import Budget
 from compress.config import Recipe, Teacher
-from compress.errors import ConfigError
+from compress.errors import ConfigError, ResourceError, amount
 from compress.formats.settings import Export
 from compress.models.checkpoint import load_model, read_config
 from compress.pipeline import run
@@ -166,3 +169,30 @@ def test_a_quantized_teacher_is_refused_before_work(tiny_teacher, tmp_path):
     reason = lost_before_work(tmp_path, teacher=Teacher(str(teacher)))
     assert f"slot 'depth' after 'teacher': {teacher} is quantized already" in reason
     assert "start from an unquantized checkpoint" in reason
+
+
+def test_room_is_asked_of_both_disks_and_told_when_it_ends(tiny_teacher, tmp_path, monkeypatch):
+    """Free bytes by folder; a run directory on the store's disk needs its room besides."""
+    program = recipe()
+    opened = Opened(program)
+    opened.store = SimpleNamespace(root=tmp_path / "store")
+    opened.store.root.mkdir()
+    planned = [*costs(tiny_teacher, program).values()]
+    in_store = sum(cost.disk_bytes for cost in planned)
+    bundle = planning._bundle_bytes(opened, planned)
+    assert bundle > 4 * planned[-1].params
+
+    free = {"here": in_store + bundle}
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, free["here"]))
+    planning.check_disk(opened, planned, tmp_path / "runs" / "new")
+    free["here"] -= 1
+    with pytest.raises(ResourceError, match="may need .* MB in .*hydra.run.dir=DIR"):
+        planning.check_disk(opened, planned, tmp_path / "runs" / "new")
+    planning.check_disk(opened, planned)
+
+    # What is done is not needed again.
+    done = ["teacher", *program.pipeline]
+    error = planning.told_needs(OSError(28, "No space left on device"), opened, planned, done)
+    left = sum(cost.disk_bytes for cost in planned if cost.slot not in done)
+    assert f"may need {amount(left)} in {opened.store.root}" in str(error)

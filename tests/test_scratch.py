@@ -87,12 +87,15 @@ def torn(store, run):
         run / ".bundle.part" / "file",
         run / f".run.json.{gone.pid}",
         run / "00-teacher" / f".record.json.{gone.pid}",
+        run.with_name("begun") / f".run.json.{gone.pid}",
+        store.root / f".store.json.{gone.pid}",
     ]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     (run / "run.json").write_text("{}")
     store.register(run)
+    store.register(run.with_name("begun"))
     return paths
 
 

@@ -165,7 +165,7 @@ def listen(root: str = "", plan: Any = None) -> None:
         return
     ear = Ear(log, root, plan)
     if root:
-        os.fsync = ear.fsync  # type: ignore[assignment]
+        vars(os)["fsync"] = ear.fsync
     sys.addaudithook(ear)
 
 

@@ -144,8 +144,7 @@ def canaries(work: Path, short: Path, told: str, *, quick: bool) -> Figure:
     failures = []
     searched = {"a run": (short, told)}
     if not quick and importlib.util.find_spec("wandb") is not None:
-        folder = work / "wandb"
-        folder.mkdir(parents=True)
+        folder = fault_saves.folder_for(work / "wandb", work.parent)
         ended = fault_forks.run([*fault_saves.SHORT, "track=wandb"], folder)
         searched["a run tracked by W&B"] = folder, ended.text
         if ended.code or not [*folder.rglob("*.wandb")]:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -268,6 +268,20 @@ def run(
 ) -> Outcome:
     """A command line in a fork, to its end."""
     return Fork(arguments, folder, plan, real=real).wait(seconds)
+
+
+def call(function: Callable[[], object]) -> None:
+    """Call something that uses torch, in a fork. RuntimeError where it fails."""
+    if not (pid := os.fork()):
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+        raise RuntimeError(f"{function} ends with {code}")
 
 
 def warm() -> None:

@@ -20,17 +20,13 @@ from typing import NamedTuple
 import fault_forks
 from fault_forks import Figure, Outcome
 from fault_models import CHECKPOINTS, GGUFS, MARK, TEMPLATES, TOKENIZERS, code_for
+from fault_saves import SMALL, folder_for
 
 SECONDS = 120  # on a machine that does other things too
 # The shortest whole run that opens a teacher, text, or a chat.
-OPEN = (
-    "run", "smoke", "trainer.threads=1", "pipeline=[depth]", "export=none", "eval.open_limit=1",
-    "eval.heldout_sequences=2", "eval.time_stages=false",
-)  # fmt: skip
-CHAT = (
-    "run", "smoke", "trainer.threads=1", "pipeline=[chat]", "export=none", "eval.open_limit=1",
-    "eval.heldout_sequences=2", "eval.time_stages=false", "stages.chat.tokens=256",
-)  # fmt: skip
+OPEN = ("run", "smoke", *SMALL, "pipeline=[depth]", "export=none")
+CHAT = ("run", "smoke", *SMALL, "pipeline=[chat]", "export=none", "stages.chat.tokens=256")
+SCORE = ("--teacher", "random", "eval=smoke", "data.seq_len=64", "data.heldout=[given/heldout.txt]")
 NO_TASKS = "eval.tasks=[]"
 # What a run starts by itself.
 OWN_PROGRAMS = re.compile(r"(git|lscpu|ldconfig|gcc|cc|uname|nvidia-smi|ninja)\b")
@@ -67,7 +63,7 @@ def _model_cases() -> dict[str, Case]:
         ]
     for number, (name, make) in enumerate(GGUFS.items()):
         cases[f"gguf: {name}"] = lambda folder, given, make=make, score=number % 2: (
-            ["score", make(folder, given.gguf), "--teacher", "random", "eval=smoke", NO_TASKS]
+            ["score", make(folder, given.gguf), *SCORE, NO_TASKS]
             if score
             else [*OPEN, NO_TASKS, f"teacher=./{make(folder, given.gguf)}"]
         )
@@ -314,7 +310,7 @@ def hostile(work: Path, run_dir: Path, draw: random.Random, count: int) -> Figur
     whose files the inputs are made of.
     """
     given = Given(
-        (run_dir / "00-teacher" / "weights").resolve(),
+        work.parent / "given" / "teacher",
         next((run_dir / "bundle").glob("*.gguf")),
         run_dir / "bundle",
         work / "store",
@@ -328,8 +324,7 @@ def hostile(work: Path, run_dir: Path, draw: random.Random, count: int) -> Figur
     failures, ends = [], Counter[str]()
     slowest = ("", 0.0)
     for number, name in enumerate(names):
-        folder = work / f"case-{number}"
-        folder.mkdir(parents=True)
+        folder = folder_for(work / f"case-{number}", work.parent)
         arguments = CASES[name](folder, given)
         if arguments[0] in ("run", "score"):
             arguments.append(f"store={given.store}")

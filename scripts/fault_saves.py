@@ -27,9 +27,14 @@ from compress.ship.bundle import verify_bundle
 from compress.store import STAGE_JSON, file_table
 
 # A cut, two trainings (one with a teacher's signal), a file: every kind of save in a few seconds.
+ROOT = Path(__file__).resolve().parents[1]
+# A teacher and text that are there already; `folder_for` links them into every folder.
+SMALL = (
+    "trainer.threads=1", "eval.open_limit=1", "eval.heldout_sequences=2", "eval.time_stages=false",
+    "teacher=./given/teacher", "data.train=[given/train.txt]", "data.heldout=[given/heldout.txt]",
+)  # fmt: skip
 SHORT = (
-    "run", "smoke", "store=store", "trainer.threads=1", "eval.tasks=[]", "eval.open_limit=1",
-    "eval.heldout_sequences=2", "eval.time_stages=false", "pipeline=[depth,heal,qat]",
+    "run", "smoke", "store=store", *SMALL, "eval.tasks=[]", "pipeline=[depth,heal,qat]",
     "export=gguf_q4_0", "stages.heal.tokens=1024", "stages.heal.batch_sequences=8",
     "stages.qat.tokens=512", "stages.qat.batch_sequences=4",
 )  # fmt: skip
@@ -47,6 +52,32 @@ class Made(NamedTuple):
     outcome: Outcome
     digests: dict[str, str]  # of what its commands must end in again
     export_keys: set[str]
+
+
+def give(work: Path) -> None:
+    """Make the teacher and the text that are in `SMALL`, once."""
+    given = work / "given"
+    if given.is_dir():
+        return
+    given.mkdir(parents=True)
+    pages = ("house.md", "quantizing.md", "distilling.md"), ("measuring.md",)
+    for name, sources in zip(("train.txt", "heldout.txt"), pages, strict=True):
+        text = "\n".join((ROOT / "docs" / page).read_text() for page in sources)
+        (given / name).write_text(text)
+
+    def teacher() -> None:
+        from compress.teacher import random_teacher
+
+        random_teacher(given / "teacher", 0)
+
+    fault_forks.call(teacher)
+
+
+def folder_for(folder: Path, work: Path) -> Path:
+    """A new folder for a command, with what is given in it."""
+    folder.mkdir(parents=True)
+    (folder / "given").symlink_to(work / "given")
+    return folder
 
 
 def newest(folder: Path) -> Path:
@@ -74,7 +105,7 @@ def made(folder: Path, command: Sequence[str], real: Sequence[str] = ()) -> Made
         about = json.loads(note.read_text())
         events = [(what, path) for what, path in about[0].pop("events")]
         return Made(Outcome(**about[0], events=events), about[1], set(about[2]))
-    folder.mkdir(parents=True)
+    folder_for(folder, folder.parent)
     outcome = fault_forks.run(command, folder, real=real)
     if outcome.code:
         raise RuntimeError(f"the run to compare with ends with {outcome.code}: {outcome.told}")
@@ -193,8 +224,7 @@ def kills(work: Path, draw: random.Random, count: int, *, reference: Made) -> Fi
     failures, reached = [], Counter[str]()
     whole = count >= 60
     for number, (at, kind, shape) in enumerate(points(reference, count, draw, every_shape=whole)):
-        folder = work / f"kill-{number}"
-        folder.mkdir(parents=True)
+        folder = folder_for(work / f"kill-{number}", work)
         died = fault_forks.run(SHORT, folder, Plan(die_at=at, torn=number % 2 == 1))
         place = f"event {at} ({shape})"
         if died.code == 0:  # threads: this time there were fewer events
@@ -225,8 +255,7 @@ def random_kills(
     failures = []
     seconds: dict[str, list[float]] = defaultdict(list)  # from the signal to the end
     for number in range(count):
-        folder = work / f"random-{number}"
-        folder.mkdir(parents=True)
+        folder = folder_for(work / f"random-{number}", work)
         how = signals[number % len(signals)]
         moment = draw.uniform(0, reference.outcome.seconds)
         ended = Fork(command, folder).wait(kill_after=moment, how=how)
@@ -250,8 +279,7 @@ def races(work: Path, draw: random.Random, count: int, *, reference: Made) -> Fi
     """
     failures, ends = [], Counter[str]()
     for number in range(count):
-        folder = work / f"race-{number}"
-        folder.mkdir(parents=True)
+        folder = folder_for(work / f"race-{number}", work)
         command = [*SHORT, "hydra.run.dir=runs/smoke/one"] if number % 2 else [*SHORT]
         with_gc = number % 5 == 4
         first = Fork(command, folder)
@@ -299,8 +327,7 @@ def full_disks(work: Path, draw: random.Random, count: int, *, reference: Made) 
     with small_disk(work / "small") as disk:
         on_tmpfs = disk is not None
         for number, (at, _, shape) in enumerate(places[:count]):
-            folder = (disk or work) / f"full-{number}"
-            folder.mkdir(parents=True)
+            folder = folder_for((disk or work) / f"full-{number}", work)
             filler = (disk or work) / "filler"
             limited = number == count - 1 and count > 1
             plan = Plan(full_at=at, filler=str(filler) if disk else "")

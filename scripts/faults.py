@@ -43,6 +43,7 @@ class Harness:
         self.seed = seed
         self.scale = scale
         self.quick = quick
+        fault_saves.give(work)
 
     def count(self, full: int, few: int) -> int:
         """How often a part tries: `few` in the quick form, else a share of `full`."""
@@ -80,10 +81,10 @@ def _random(harness: Harness) -> Figure:
     return fault_saves.random_kills(
         harness.work,
         harness.draw("random"),
-        harness.count(50, 1),
+        harness.count(50, 2),
         command=fault_saves.SHORT if quick else fault_saves.SMOKE,
         reference=harness.short if quick else harness.smoke,
-        signals=[signal.SIGTERM] if quick else fault_saves.SIGNALS,
+        signals=[signal.SIGTERM, signal.SIGINT] if quick else fault_saves.SIGNALS,
     )
 
 

@@ -68,6 +68,7 @@ SECRETS = (
     "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY",
     "COMPRESS_SERVE_KEY", "GITHUB_TOKEN",
 )  # fmt: skip
+MOST_SECONDS = 3600.0  # that a fork may live
 MOST_BYTES = 4 << 30  # that a fork and its children may hold
 TRACEBACK = re.compile(r"^Traceback \(most recent|this is a bug of compress", re.MULTILINE)
 
@@ -193,12 +194,15 @@ class Fork:
 
     def wait(
         self,
-        seconds: float = 600.0,
+        seconds: float = MOST_SECONDS,
         *,
+        computing: float = MOST_SECONDS,
         kill_after: float | None = None,
         how: signal.Signals = signal.SIGKILL,
     ) -> Outcome:
-        """Until it has ended, by itself, at a limit, or by a signal sent at that age."""
+        """Until it has ended, by itself, at a limit (of its life, or of what it computes), or by a
+        signal sent at that age.
+        """
         limit = ""
         process = psutil.Process(self.pid)
         looked = 0.0
@@ -212,17 +216,18 @@ class Fork:
                 self.kill()
             elif age - looked > 1.0:  # looking costs as much as some runs do
                 looked = age
-                if _bytes_of(process) > MOST_BYTES:
-                    limit = "memory"
+                taken, computed = _taken(process)
+                if taken > MOST_BYTES or computed > computing:
+                    limit = "memory" if taken > MOST_BYTES else "time"
                     self.kill()
             time.sleep(0.02)
         lived = time.monotonic() - self.start
-        computed = ended[2].ru_utime + ended[2].ru_stime
+        own_seconds = ended[2].ru_utime + ended[2].ru_stime
 
         # What it left running in its group goes too.
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        return self._outcome(os.waitstatus_to_exitcode(ended[1]), lived, computed, limit)
+        return self._outcome(os.waitstatus_to_exitcode(ended[1]), lived, own_seconds, limit)
 
     def _outcome(self, code: int, seconds: float, computed: float, limit: str) -> Outcome:
         text = (self.logs / "told").read_text(errors="replace")
@@ -250,12 +255,25 @@ def _answer_here(task: str, items: Sequence[Any], limits: Any, **given: Any) -> 
     ]
 
 
-def _bytes_of(process: psutil.Process) -> int:
-    """What a process and its children hold; 0 where they are gone."""
+def _taken(process: psutil.Process) -> tuple[int, float]:
+    """Bytes that a process and its children hold, and seconds that they have computed; 0 where
+    they are gone.
+    """
     try:
-        return sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
+        all_of_it = [process, *_children(process)]
+        times = [p.cpu_times() for p in all_of_it]
+        return sum(p.memory_info().rss for p in all_of_it), sum(t.user + t.system for t in times)
     except psutil.Error:
-        return 0
+        return 0, 0.0
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    """Its children, as the kernel lists them: psutil would read every process of the machine."""
+    try:
+        text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    except OSError:
+        return process.children()
+    return [psutil.Process(int(pid)) for pid in text.split()]
 
 
 def run(
@@ -263,11 +281,12 @@ def run(
     folder: Path,
     plan: Plan = Plan(),  # noqa: B008 (it is never changed)
     *,
-    seconds: float = 600.0,
+    seconds: float = MOST_SECONDS,
+    computing: float = MOST_SECONDS,
     real: Sequence[str] = (),
 ) -> Outcome:
     """A command line in a fork, to its end."""
-    return Fork(arguments, folder, plan, real=real).wait(seconds)
+    return Fork(arguments, folder, plan, real=real).wait(seconds, computing=computing)
 
 
 def call(function: Callable[[], object]) -> None:

@@ -22,7 +22,8 @@ from fault_forks import Figure, Outcome
 from fault_models import CHECKPOINTS, GGUFS, MARK, TEMPLATES, TOKENIZERS, code_for
 from fault_saves import SMALL, folder_for
 
-SECONDS = 120  # on a machine that does other things too
+SECONDS = 600  # of life, on a machine that does other things too
+COMPUTING = 60
 # The shortest whole run that opens a teacher, text, or a chat.
 OPEN = ("run", "smoke", *SMALL, "pipeline=[depth]", "export=none")
 CHAT = ("run", "smoke", *SMALL, "pipeline=[chat]", "export=none", "stages.chat.tokens=256")
@@ -328,7 +329,9 @@ def hostile(work: Path, run_dir: Path, draw: random.Random, count: int) -> Figur
         arguments = CASES[name](folder, given)
         if arguments[0] in ("run", "score"):
             arguments.append(f"store={given.store}")
-        ended = fault_forks.run(arguments, folder, seconds=SECONDS, real=["programs"])
+        ended = fault_forks.run(
+            arguments, folder, seconds=SECONDS, computing=COMPUTING, real=["programs"]
+        )
         ends["harmless" if ended.code == 0 else f"exit {ended.code}"] += 1
         slowest = max(slowest, (name, ended.seconds), key=lambda pair: pair[1])
         if problem := _problem(folder, ended):

@@ -223,14 +223,15 @@ def kills(work: Path, draw: random.Random, count: int, *, reference: Made) -> Fi
     """kill -9 at file events over every kind of save, half of them with a torn file left."""
     failures, reached = [], Counter[str]()
     whole = count >= 60
-    for number, (at, kind, shape) in enumerate(points(reference, count, draw, every_shape=whole)):
+    for number, (at, _, _) in enumerate(points(reference, count, draw, every_shape=whole)):
         folder = folder_for(work / f"kill-{number}", work)
         died = fault_forks.run(SHORT, folder, Plan(die_at=at, torn=number % 2 == 1))
-        place = f"event {at} ({shape})"
         if died.code == 0:  # threads: this time there were fewer events
             _clear(folder)
             continue
-        reached[kind] += 1
+        last = died.events[-1] if died.events else ("none", "")
+        place = f"event {at} ({shape_of(last)})"
+        reached[kind_of(last[1], reference.export_keys)] += 1
         problem = "" if died.code == -9 else f"it ended with {died.code}: {died.told}"
         problem = problem or problem_after(folder, SHORT, reference)
         if problem:

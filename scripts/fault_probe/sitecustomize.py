@@ -79,6 +79,8 @@ class Ear:
         path = os.path.abspath(path)
         if not self.root or not path.startswith(self.root + os.sep):
             return
+        if what == "mkdir" and os.path.isdir(path):  # it is asked for, and there already
+            return
         self.count += 1
         self.write("F", what, os.path.relpath(path, self.root))
         plan = self.plan

@@ -26,6 +26,7 @@ from compress.models.checkpoint import best_device
 from compress.models.decoder_sizes import Shape
 from compress.models.model_config import meta_model
 from compress.session import Session
+from compress.stages.ptq import OnGrid
 from compress.stages.stage import Sizes
 
 # assumed share of the square matrix product's rate that a whole training step reaches; on the
@@ -163,31 +164,35 @@ def _score_tokens(recipe: Recipe) -> int:
 
 def check_disk(session: Session, costs: list[SlotCost], run_dir: Path | None = None) -> None:
     """ResourceError when the store's disk has less free space than the recipe may need, or the disk
-    of the run directory less than the bundle; both together where they are one.
+    of the run directory less than the bundle.
     """
-    places = [(session.store.root, sum(cost.disk_bytes for cost in costs), "store=DIR")]
+    needs = [(session.store.root, sum(cost.disk_bytes for cost in costs), "store=DIR")]
     if run_dir is not None:
-        places.append((_existing(run_dir), _bundle_bytes(session, costs), "hydra.run.dir=DIR"))
-    needs: dict[int, int] = {}
-    for folder, needed, setting in places:
-        device = folder.stat().st_dev
-        needs[device] = needs.get(device, 0) + needed
+        weights, files = _bundle_bytes(session, costs)
+        folder = _existing(run_dir)
+        if folder.stat().st_dev == session.store.root.stat().st_dev:  # the costs hold both copies
+            needs[0] = (session.store.root, needs[0][1] + weights, "store=DIR")
+        else:
+            needs.append((folder, weights + files, "hydra.run.dir=DIR"))
+
+    for folder, needed, setting in needs:
         free = shutil.disk_usage(folder).free
-        if needs[device] > free:
+        if needed > free:
             raise ResourceError(
-                f"the recipe may need {amount(needs[device])} in {folder}, {amount(free)} are"
-                f" free; free some (`compress gc`) or set {setting}"
+                f"the recipe may need {amount(needed)} in {folder}, {amount(free)} are free; free"
+                f" some (`compress gc`) or set {setting}"
             )
 
 
-def _bundle_bytes(session: Session, costs: list[SlotCost]) -> int:
-    """What is copied into the run directory: the shipped checkpoint in at most 4 bytes a number,
-    and its files, of which the costs hold two copies.
+def _bundle_bytes(session: Session, costs: list[SlotCost]) -> tuple[int, int]:
+    """What is copied into the run directory: the shipped checkpoint, whose numbers take two bytes
+    and on a grid four, and its files, of which the costs hold two copies.
     """
     slot = session.recipe.shipped_slot()
-    params = next(cost.params for cost in costs if cost.slot == slot)
+    on_grid = isinstance(session.recipe.stages.get(slot), OnGrid)
+    weights = (4 if on_grid else 2) * next(cost.params for cost in costs if cost.slot == slot)
     files = {formats.slot_of(name)[0] for name in session.recipe.export.files}
-    return 4 * params + sum(cost.disk_bytes // 2 for cost in costs if cost.slot in files)
+    return weights, sum(cost.disk_bytes // 2 for cost in costs if cost.slot in files)
 
 
 def _existing(path: Path) -> Path:

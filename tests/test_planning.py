@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -171,6 +172,10 @@ def test_a_quantized_teacher_is_refused_before_work(tiny_teacher, tmp_path):
     assert "start from an unquantized checkpoint" in reason
 
 
+@pytest.mark.skipif(
+    not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == Path("/tmp").stat().st_dev,
+    reason="there is no second disk",
+)
 def test_room_is_asked_of_both_disks_and_told_when_it_ends(tiny_teacher, tmp_path, monkeypatch):
     """Free bytes by folder; a run directory on the store's disk needs its room besides."""
     program = recipe()
@@ -179,17 +184,28 @@ def test_room_is_asked_of_both_disks_and_told_when_it_ends(tiny_teacher, tmp_pat
     opened.store.root.mkdir()
     planned = [*costs(tiny_teacher, program).values()]
     in_store = sum(cost.disk_bytes for cost in planned)
-    bundle = planning._bundle_bytes(opened, planned)
-    assert bundle > 4 * planned[-1].params
+    weights, files = planning._bundle_bytes(opened, planned)
+    assert weights == 4 * next(cost.params for cost in planned if cost.slot == "qat") and files > 0
 
-    free = {"here": in_store + bundle}
+    # On one disk the files' second copy is among the costs.
+    free = {"here": in_store + weights}
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, free["here"]))
     planning.check_disk(opened, planned, tmp_path / "runs" / "new")
     free["here"] -= 1
-    with pytest.raises(ResourceError, match="may need .* MB in .*hydra.run.dir=DIR"):
+    with pytest.raises(ResourceError, match="may need .* MB in .*store=DIR"):
         planning.check_disk(opened, planned, tmp_path / "runs" / "new")
     planning.check_disk(opened, planned)
+
+    # A folder on another disk is asked by itself.
+    free["here"] = in_store
+    other = Path("/dev/shm/new")
+    planning.check_disk(opened, planned, other)
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda path: usage(0, 0, 0 if path == other.parent else in_store)
+    )
+    with pytest.raises(ResourceError, match="may need .* in /dev/shm, 0 bytes .*hydra.run.dir=DIR"):
+        planning.check_disk(opened, planned, other)
 
     # What is done is not needed again.
     done = ["teacher", *program.pipeline]

@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from compress import __version__
 from compress.doctor import doctor
@@ -20,13 +21,15 @@ from compress.errors import (
     ResourceError,
     exit_code,
     is_disk,
+    is_full,
     is_memory,
     nearest,
+    room_words,
     shown,
 )
-from compress.serve.command import serve
 from compress.handing import accept, sign, verify
 from compress.packages import extra_of, install_line
+from compress.serve.command import serve
 from compress.solving import solve
 from compress.verbs import HELP, ask, compare, gc, list_all, run, score, sync
 
@@ -99,10 +102,13 @@ def _named(error: BaseException) -> BaseException:
 def _sentence(error: BaseException) -> str:
     """What went wrong, and what to do next."""
     text = str(error)
-    if is_disk(error):
+    if is_disk(error) and not isinstance(error, ResourceError):
+        where = getattr(error, "filename", None)
+        place = Path(where if isinstance(where, str) else ".")
+        needs = f"; {room_words(place)}" if is_full(error) else ""
         return (
-            f"the disk refuses ({error}); free space or set store=DIR, then repeat the command to"
-            " go on"
+            f"the disk refuses ({error}){needs}; free space or set store=DIR, then repeat the"
+            " command to go on"
         )
     if is_memory(error):
         return (

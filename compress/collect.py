@@ -91,22 +91,26 @@ def _listed_runs(store: Store) -> tuple[set[Path], list[Path]]:
     for note in sorted((store.root / "runs").iterdir()):
         if not NAMES["runs"].fullmatch(note.name):
             continue
-        about = read_json(note)
-        path = about.get("run")
-        beside = about.get("from_store", ".")
-        if not isinstance(path, str) or not isinstance(beside, str):
-            raise ValueError(
-                f"{note} names no run directory; delete it, and name the folder that holds its run "
-                "with --runs DIR"
-            )
-
-        # Where it was, and where it stands to the store.
-        places = (Path(path), (store.root.resolve() / beside).resolve())
-        here = {place for place in places if (place / "run.json").is_file()}
+        here = {place for place in _places(store, note) if (place / "run.json").is_file()}
         listed.update(here)
         if not here:
             gone.append(note)
     return listed, gone
+
+
+def _places(store: Store, note: Path) -> tuple[Path, Path]:
+    """Where the run directory of a note was, and where it stands to the store. ValueError when the
+    note names none.
+    """
+    about = read_json(note)
+    path = about.get("run")
+    beside = about.get("from_store", ".")
+    if not isinstance(path, str) or not isinstance(beside, str):
+        raise ValueError(
+            f"{note} names no run directory; delete it, and name the folder that holds its run "
+            "with --runs DIR"
+        )
+    return Path(path), (store.root.resolve() / beside).resolve()
 
 
 def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -> Collected:
@@ -118,7 +122,9 @@ def collect(store: Store, keep: set[str], digests: set[str], *, dry_run: bool) -
     """
     # What decides: keys of finished and unfinished work, and digests as scores are named by them.
     doomed: list[Path] = []
-    strangers = [path for path in store.root.iterdir() if path.name not in (*ROOMS, STORE_JSON)]
+    doomed += _torn_marks(store)
+    known = {*(store.root / name for name in (*ROOMS, STORE_JSON)), *doomed}
+    strangers = [path for path in store.root.iterdir() if path not in known]
     finished = {path.name for path in (store.root / "entries").iterdir()}
     unfinished = any(path.name in keep - finished for path in (store.root / "work").iterdir())
     kept_scores = {digest[:16] for digest in digests}
@@ -209,12 +215,62 @@ def _tidy(run: Path) -> None:
     """Remove what a killed process was writing in a run directory, which nobody works in: the
     store is ours alone.
     """
+    for path in _torn_in(run):
+        _remove(path)
+
+
+def _torn_in(run: Path) -> list[Path]:
+    """What is unfinished in a run directory."""
+    torn = [run / name for name in (".bundle.part", ".bundle.old") if (run / name).is_dir()]
     for file in [*run.glob(".*"), *run.glob("*/.*")]:
         here = file.parent == run or SLOT_FOLDER.match(file.parent.name)
         if here and RUN_FILES.fullmatch(left_over(file)):
-            file.unlink()
-    for name in (".bundle.part", ".bundle.old"):
-        shutil.rmtree(run / name, ignore_errors=True)
+            torn.append(file)
+    return torn
+
+
+def sweep(store: Store) -> int:
+    """Remove what killed processes have left in a store and in the run directories that it lists:
+    unfinished files and folders, and work beside its finished entry. Returns how many there were.
+
+    Nothing happens while somebody else works in the store: it may be theirs.
+    """
+    if not _torn(store):
+        return 0
+    with suppress(ResourceError), store.alone():
+        torn = _torn(store)
+        for path in torn:
+            _remove(path)
+        return len(torn)
+    return 0
+
+
+def _torn(store: Store) -> list[Path]:
+    """What no live process can be writing in a store that is ours alone."""
+    finished = {path.name for path in (store.root / "entries").iterdir()}
+    torn = [path for path in (store.root / "work").iterdir() if path.name in finished]
+    torn += _torn_marks(store)
+    for room, form in NAMES.items():
+        for path in (store.root / room).iterdir():
+            match = form.fullmatch(left_over(path) or path.name)
+            part = match is not None and match.groupdict().get("part")
+            if match and not path.is_symlink() and (left_over(path) or part):
+                torn.append(path)
+    for path in (store.root / "signals").glob("*/.*"):
+        if IN_A_SIGNAL.fullmatch(left_over(path)):
+            torn.append(path)
+
+    # A damaged list of runs is for `compress gc` to complain about.
+    with suppress(ValueError):
+        notes = [n for n in (store.root / "runs").iterdir() if NAMES["runs"].fullmatch(n.name)]
+        runs = {place for note in notes for place in _places(store, note) if place.is_dir()}
+        torn += [path for run in sorted(runs) for path in _torn_in(run)]
+    return torn
+
+
+def _torn_marks(store: Store) -> list[Path]:
+    """What was to become the mark of the store."""
+    return [path for path in store.root.glob(".*") if left_over(path) == STORE_JSON]
 
 
 def empty(

@@ -105,18 +105,20 @@ def compose(name: str, folder: Path, overrides: list[str]) -> Any:
 
 @contextmanager
 def in_time(recipe: str) -> Iterator[None]:
-    """ConfigError when composing takes COMPOSE_SECONDS, or goes round in a circle."""
+    """ConfigError when composing computes for COMPOSE_SECONDS, or goes round in a circle: a busy
+    machine may take its time.
+    """
     timed = threading.current_thread() is threading.main_thread()  # no other gets signals
 
     def late(*_: Any) -> None:
         raise ConfigError(
-            f"recipe {recipe!r} is not composed after {COMPOSE_SECONDS} s; its defaults or"
-            " interpolations multiply: write them plainly"
+            f"recipe {recipe!r} is not composed after {COMPOSE_SECONDS} s of computing; its"
+            " defaults or interpolations multiply: write them plainly"
         )
 
-    before = signal.signal(signal.SIGALRM, late) if timed else None
+    before = signal.signal(signal.SIGPROF, late) if timed else None
     if timed:
-        signal.setitimer(signal.ITIMER_REAL, COMPOSE_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, COMPOSE_SECONDS)
     try:
         yield
     except ConfigError as error:  # OmegaConf may have added where it happened
@@ -128,8 +130,8 @@ def in_time(recipe: str) -> Iterator[None]:
         ) from error
     finally:
         if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
 
 
 def _trusted(composed: Any) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import difflib
 import errno
 import os
 import re
+import shutil
 import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 # A user and password, or a token, in front of a URL's host. A path takes one of the slashes
@@ -55,6 +57,8 @@ DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder
 # What libraries raise of damaged files and templates that are programs, by name: importing them
 # takes long.
 DAMAGED = {"SafetensorError", "TemplateError"}
+LEAST_BYTES = 16_000_000  # that the smallest recipe takes
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -85,6 +89,30 @@ def is_disk(error: BaseException) -> bool:
     text = str(error)
     named = any(f"(os error {code})" in text for code in codes)
     return getattr(error, "errno", None) in codes or named or "No space left" in text
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it is room that the disk lacks, or that a file may have."""
+    text = str(error)
+    named = any(f"(os error {code})" in text for code in FULL)
+    words = "No space left" in text or "Disk quota" in text or "File too large" in text
+    return getattr(error, "errno", None) in FULL or named or words
+
+
+def amount(size: int) -> str:
+    """Bytes in the unit that leaves digits to compare."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
+def room_words(path: Path) -> str:
+    """What a run needs at least beside what is free on the disk of a path, which need not exist."""
+    path = path.absolute()
+    place = next(folder for folder in (path, *path.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    return f"a run needs at least {amount(LEAST_BYTES)}, {amount(free)} are free in {place}"
 
 
 def is_memory(error: BaseException) -> bool:

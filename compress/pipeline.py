@@ -7,7 +7,6 @@ instead of being run. Weights are committed before they are scored, so a crash w
 no training, and repeating a command continues where it stopped.
 """
 
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from typing import Any
 
 from compress import budget, formats, planning
 from compress.config import Recipe
-from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code
+from compress.errors import EXIT_BUDGET, EXIT_OK, exit_code, is_full
 from compress.judging import Candidate, conclude
 from compress.keys import EXPORTS, sources_digest, versions_of
 from compress.models.checkpoint import Model, model_of
@@ -27,6 +26,7 @@ from compress.report.table import print_table, stage_table, verdict_lines
 from compress.rundir import RunDir, now, reserved
 from compress.score.measured import Measured
 from compress.score.size import size
+from compress.scratch import Scratch
 from compress.session import Session, check_calibration, check_shapes, log, plain
 from compress.ship.bundle import write_bundle
 from compress.stages.training import Optimization
@@ -84,9 +84,9 @@ def _follow(recipe: Recipe) -> int:
         slot, parent, work = task
         # Opened only now: rank 0 has imported the teacher and packed the text.
         session = session or Session(recipe)
-        with tempfile.TemporaryDirectory() as nowhere, suppress(parallel.Followed):
+        with Scratch() as nowhere, suppress(parallel.Followed):
             context = session.context(slot, parent, work, [])
-            session.recipe.stages[slot].run(parent, Path(nowhere), context)
+            session.recipe.stages[slot].run(parent, nowhere, context)
     return EXIT_OK
 
 
@@ -96,18 +96,24 @@ def _lead(recipe: Recipe, run_dir: Path) -> int:
     session = Session(recipe)
     shapes = check_shapes(session)
     costs = planning.estimate(session, shapes, rate=1.0)
-    planning.check_disk(session, costs)
+    planning.check_disk(session, costs, run_dir)
     planning.check_memory(costs, planning.room_here())
-    session.open_data()
-    check_calibration(session, shapes)
-
-    folder = RunDir(run_dir, session)
-    log(f"run directory {folder.path}")
+    folder: RunDir | None = None
     try:
+        session.open_data()
+        check_calibration(session, shapes)
+
+        folder = RunDir(run_dir, session)
+        log(f"run directory {folder.path}")
         code = _slots(session, folder)
         parallel.share(None)
     except BaseException as error:
-        folder.finish(exit_code(error))
+        done: list[str] = []
+        if folder:
+            folder.finish(exit_code(error))
+            done = folder.about["slots"]
+        if is_full(error):
+            raise planning.told_needs(error, session, costs, done) from error
         raise
     folder.finish(code)
     return code

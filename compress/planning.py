@@ -8,6 +8,7 @@ scoring dominates small runs. Bytes are those of `compress/memory.py`.
 """
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,13 @@ from torch.utils.benchmark import Timer
 
 from compress import formats
 from compress.config import Recipe
-from compress.errors import ResourceError
+from compress.errors import ResourceError, amount
 from compress.memory import BASE, Account, Given, Item, Setup
 from compress.models.checkpoint import best_device
 from compress.models.decoder_sizes import Shape
 from compress.models.model_config import meta_model
 from compress.session import Session
+from compress.stages.ptq import OnGrid
 from compress.stages.stage import Sizes
 
 # assumed share of the square matrix product's rate that a whole training step reaches; on the
@@ -160,23 +162,59 @@ def _score_tokens(recipe: Recipe) -> int:
     return TASK_TOKENS * bool(scoring.tasks) + heldout
 
 
-def amount(size: int) -> str:
-    """Bytes in the unit that leaves digits to compare."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} bytes"
+def check_disk(session: Session, costs: list[SlotCost], run_dir: Path | None = None) -> None:
+    """ResourceError when the store's disk has less free space than the recipe may need, or the disk
+    of the run directory less than the bundle.
+    """
+    needs = [(session.store.root, sum(cost.disk_bytes for cost in costs), "store=DIR")]
+    if run_dir is not None:
+        weights, files = _bundle_bytes(session, costs)
+        folder = _existing(run_dir)
+        if folder.stat().st_dev == session.store.root.stat().st_dev:  # the costs hold both copies
+            needs[0] = (session.store.root, needs[0][1] + weights, "store=DIR")
+        else:
+            needs.append((folder, weights + files, "hydra.run.dir=DIR"))
+
+    for folder, needed, setting in needs:
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise ResourceError(
+                f"the recipe may need {amount(needed)} in {folder}, {amount(free)} are free; free"
+                f" some (`compress gc`) or set {setting}"
+            )
 
 
-def check_disk(session: Session, costs: list[SlotCost]) -> None:
-    """ResourceError when the store's disk has less free space than the recipe may need."""
-    needed = sum(cost.disk_bytes for cost in costs)
-    free = shutil.disk_usage(session.store.root).free
-    if needed > free:
-        raise ResourceError(
-            f"the recipe may need {amount(needed)} in {session.store.root}, {amount(free)} are"
-            " free; free some (`compress gc`) or set store=DIR"
-        )
+def _bundle_bytes(session: Session, costs: list[SlotCost]) -> tuple[int, int]:
+    """What is copied into the run directory: the shipped checkpoint, whose numbers take two bytes
+    and on a grid four, and its files, of which the costs hold two copies.
+    """
+    slot = session.recipe.shipped_slot()
+    on_grid = isinstance(session.recipe.stages.get(slot), OnGrid)
+    weights = (4 if on_grid else 2) * next(cost.params for cost in costs if cost.slot == slot)
+    files = {formats.slot_of(name)[0] for name in session.recipe.export.files}
+    return weights, sum(cost.disk_bytes // 2 for cost in costs if cost.slot in files)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above a path, or itself, that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def told_needs(
+    error: BaseException, session: Session, costs: list[SlotCost], done: Collection[str]
+) -> ResourceError:
+    """An error of a full disk, with what the slots that are not `done` may still need beside what
+    is free.
+    """
+    root = session.store.root
+    needed = sum(cost.disk_bytes for cost in costs if cost.slot not in done)
+    free = shutil.disk_usage(root).free
+    return ResourceError(
+        f"no room ({' '.join(str(error).split())[:300]}): what is left of the recipe may need"
+        f" {amount(needed)} in {root}, {amount(free)} are free; what is finished is kept: free"
+        " some (`compress gc`) or set store=DIR, then repeat the command to go on"
+    )
 
 
 class Room(NamedTuple):

@@ -203,10 +203,11 @@ class RunDir:
             "config": plain(asdict(session.recipe)), "slots": [], "keys": earlier_keys,
         }  # fmt: skip
 
-        # It names no slot: readers leave out the earlier run's from now on.
+        # The store knows of it first, so that whatever a kill leaves here is found. It names no
+        # slot: readers leave out the earlier run's from now on.
+        session.store.register(self.path)
         self.write()
         self._clear()
-        session.store.register(self.path)
         self.trackers = [
             open_tracker(sink, self.path, project=track.project) for sink in track.sinks
         ]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from compress import formats, machine
+from compress.collect import sweep
 from compress.config import Recipe, Teacher
 from compress.distill.signals import made_with
 from compress.errors import (
@@ -130,6 +131,7 @@ class Session:
             self.precision = machine.fast_dtype()
 
         self.store = Store(recipe.store)
+        sweep(self.store)
         self.teacher = open_teacher(recipe.teacher.source, recipe.teacher.revision, self.store, log)
         check_length(recipe.data.seq_len, self.teacher)
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.doors import read_json
-from compress.errors import ConfigError, ResourceError
+from compress.errors import ConfigError, ResourceError, is_full, room_words
 
 STAGE_JSON = "stage.json"
 STORE_JSON = "store.json"
@@ -151,8 +151,9 @@ class Store:
             weakref.finalize(self, os.close, self._shared)
             self._share(wait=create)
         except OSError as error:
+            needs = f": {room_words(self.root)}" if is_full(error) else ""
             raise ResourceError(
-                f"the store {self.root} can't be written ({error.strerror}); free it or set"
+                f"the store {self.root} can't be written ({error.strerror}){needs}; free it or set"
                 " store=DIR"
             ) from error
 
@@ -211,7 +212,7 @@ class Store:
 
             # Whoever waits is told for what.
             print(
-                f"waiting for `compress gc`, which is emptying {self.root}",
+                f"waiting for another command, which is clearing up {self.root}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("keys",),
     ("models",),
     ("budget", "collect"),
-    ("confined", "recipe_text", "store"),
+    ("confined", "recipe_text", "scratch", "store"),
     ("bounds", "doors"),
     ("assets", "errors", "packages", "telemetry", "threads"),
 )

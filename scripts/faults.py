@@ -1,101 +1,198 @@
-"""Kill a recipe at three stages (Ctrl-C, SIGTERM, kill -9), repeat the command each time, and
-compare with an uninterrupted run.
+"""Kills, full disks, races, damage, hostile inputs, secrets and sockets: the promises of
+SECURITY.md, tried.
 
-`python scripts/faults.py [RECIPE] [KEY=VALUE ...] [--whole RUN_DIRECTORY]` works in the current
-directory; without --whole it also makes the uninterrupted run, in a store of its own. Prints a
-table and ends with one line of JSON: `weights_differing` must be 0.
+    python scripts/faults.py [--parts NAME ...] [--quick] [--seed N] [--scale SHARE] [--work DIR]
+
+Each part tries what it promises so many times, seeded: the same seed tries the same. --quick is a
+few of each, as `make test` does; --scale a share of the full counts. Prints a table; the last line
+is one JSON object with what was tried, what passed, and the goal of every part. Exit code 1 where
+anything failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[1] / part) for part in ("", "scripts", "tests")
+]
+
+import fault_bundles  # noqa: E402
+import fault_forks  # noqa: E402
+import fault_hostile  # noqa: E402
+import fault_recipes  # noqa: E402
+import fault_saves  # noqa: E402
+from fault_forks import Figure  # noqa: E402
 
 
-def command(recipe: str, overrides: list[str], store: str) -> list[str]:
-    """The command line of one run."""
-    return [sys.executable, "-m", "compress", "run", recipe, *overrides, f"store={store}"]
+class Harness:
+    """A seed, a folder to work in, and the undisturbed runs that parts compare with."""
+
+    def __init__(self, work: Path, seed: int, scale: float, *, quick: bool) -> None:
+        self.work = work
+        self.seed = seed
+        self.scale = scale
+        self.quick = quick
+        fault_saves.give(work)
+
+    def count(self, full: int, few: int) -> int:
+        """How often a part tries: `few` in the quick form, else a share of `full`."""
+        return few if self.quick else max(1, round(full * self.scale))
+
+    def draw(self, part: str) -> random.Random:
+        """Random numbers of one part alone: parts don't change each other's."""
+        return random.Random(f"{self.seed} {part}")
+
+    @cached_property
+    def short(self) -> fault_saves.Made:
+        """A run of a few seconds with every kind of save."""
+        return fault_saves.made(self.work / "short", fault_saves.SHORT)
+
+    @cached_property
+    def smoke(self) -> fault_saves.Made:
+        """The whole smoke recipe, with all processes that it starts."""
+        return fault_saves.made(self.work / "smoke", fault_saves.SMOKE, ["times", "programs"])
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle of the short run."""
+        assert self.short.digests
+        return fault_saves.newest(self.work / "short") / "bundle"
 
 
-def newest_run(recipe: str) -> Path:
-    """The latest run directory of a recipe."""
-    return max(path.parent for path in Path("runs", recipe).glob("*/run.json"))
+def _kills(harness: Harness) -> Figure:
+    return fault_saves.kills(
+        harness.work, harness.draw("kills"), harness.count(66, 1), reference=harness.short
+    )
 
 
-def digests(run: Path) -> dict[str, str]:
-    """{slot: weights digest} of a finished run."""
-    records = [json.loads(path.read_text()) for path in sorted(run.glob("*/record.json"))]
-    return {record["slot"]: record["digest"] for record in records}
+def _random(harness: Harness) -> Figure:
+    quick = harness.quick
+    return fault_saves.random_kills(
+        harness.work,
+        harness.draw("random"),
+        harness.count(50, 2),
+        command=fault_saves.SHORT if quick else fault_saves.SMOKE,
+        reference=harness.short if quick else harness.smoke,
+        signals=[signal.SIGTERM, signal.SIGINT] if quick else fault_saves.SIGNALS,
+    )
 
 
-def interrupt(
-    line: list[str], slot: str, how: signal.Signals, after_seconds: float
-) -> tuple[int, float]:
-    """Run until `slot` starts, wait, send the signal. Returns (exit code, seconds)."""
-    start = time.monotonic()
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for message in process.stderr:
-        if f"] {slot}: " in message and " from " in message:
-            break
-    time.sleep(after_seconds)
-    process.send_signal(how)
-    process.stderr.read()
-    return process.wait(), time.monotonic() - start
+def _races(harness: Harness) -> Figure:
+    return fault_saves.races(
+        harness.work, harness.draw("races"), harness.count(20, 1), reference=harness.short
+    )
 
 
-def main() -> int:
-    """Interrupt, resume, compare."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("recipe", nargs="?", default="smoke")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--slots", default="heal,chat,qat")
+def _disk(harness: Harness) -> Figure:
+    return fault_saves.full_disks(
+        harness.work, harness.draw("disk"), harness.count(10, 1), reference=harness.short
+    )
+
+
+def _flips(harness: Harness) -> Figure:
+    return fault_bundles.flips(
+        harness.bundle, harness.work, harness.draw("flips"), harness.count(1000, 20)
+    )
+
+
+def _hostile(harness: Harness) -> Figure:
+    most = len(fault_hostile.CASES)
+    return fault_hostile.hostile(
+        harness.work / "hostile",
+        harness.bundle.parent,
+        harness.draw("hostile"),
+        harness.count(most, 4),
+    )
+
+
+def _recipes(harness: Harness) -> Figure:
+    return fault_recipes.recipes(
+        harness.work / "recipes", harness.draw("recipes"), harness.count(200, 12)
+    )
+
+
+def _fuzz(harness: Harness) -> Figure:
+    return fault_recipes.fuzz(
+        harness.bundle, harness.work / "fuzz", harness.draw("fuzz"), harness.count(10_000, 150)
+    )
+
+
+def _sockets(harness: Harness) -> Figure:
+    return fault_bundles.sockets([harness.short if harness.quick else harness.smoke])
+
+
+def _canaries(harness: Harness) -> Figure:
+    told = harness.short.outcome.text
+    short = harness.work / "short"
+    return fault_bundles.canaries(harness.work / "canaries", short, told, quick=harness.quick)
+
+
+PARTS: dict[str, Callable[[Harness], Figure]] = {
+    "kills": _kills,
+    "random": _random,
+    "races": _races,
+    "flips": _flips,
+    "disk": _disk,
+    "hostile": _hostile,
+    "recipes": _recipes,
+    "fuzz": _fuzz,
+    "sockets": _sockets,
+    "canaries": _canaries,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Try the parts, print what they found."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--quick", action="store_true", help="a few of each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full counts")
     parser.add_argument(
-        "--after-seconds",
-        default="3,3,3",
-        help="how long after each slot's first line its signal comes",
+        "--work", type=Path, help="a new folder; removed at the end where not given"
     )
-    parser.add_argument(
-        "--whole", type=Path, help="an uninterrupted run of the same recipe to compare with"
-    )
-    options = parser.parse_args()
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs ignore Ctrl-C, and children inherit that
-    cut = command(options.recipe, options.overrides, "runs/.store-faults")
-    for slot, how, after in zip(
-        options.slots.split(","), SIGNALS, options.after_seconds.split(","), strict=True
-    ):
-        code, seconds = interrupt(cut, slot, how, float(after))
-        print(f"{slot:<10} {how.name:<8} exit {code:>4} after {seconds:6.1f} s", flush=True)
-    subprocess.run(cut, check=True)
-    resumed = digests(newest_run(options.recipe))
-    if options.whole is None:
-        time.sleep(1.1)  # run directories are named by the second
-        subprocess.run(command(options.recipe, options.overrides, "runs/.store-whole"), check=True)
-        options.whole = newest_run(options.recipe)
-    whole = digests(options.whole)
-    differing = [slot for slot in whole if resumed.get(slot) != whole[slot]]
-    for slot, digest in whole.items():
-        print(f"{slot:<14} {digest[:16]} {'same' if slot not in differing else 'DIFFERENT'}")
-    print(
-        json.dumps(
-            {
-                "recipe": options.recipe,
-                "interrupts": 3,
-                "slots_compared": len(whole),
-                "weights_differing": len(differing),
-            }
-        )
-    )
-    return 1 if differing else 0
+    options = parser.parse_args(argv)
+
+    fault_forks.warm()
+    work = options.work or Path(tempfile.mkdtemp(prefix="compress-faults-"))
+    work.mkdir(parents=True, exist_ok=True)
+    harness = Harness(work.resolve(), options.seed, options.scale, quick=options.quick)
+    figures: dict[str, Figure] = {}
+    seconds: dict[str, float] = {}
+    try:
+        for part in options.parts:
+            start = time.monotonic()
+            figures[part] = PARTS[part](harness)
+            seconds[part] = round(time.monotonic() - start, 1)
+            figure = figures[part]
+            print(f"{part:<9} {figure.passed:>6}/{figure.tried:<6} {seconds[part]:>7.1f} s", end="")
+            print(f"  {figure.what}", flush=True)
+            for failure in figure.failures:
+                print(f"          {' '.join(failure.split())[:600]}", flush=True)
+    finally:
+        if options.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+
+    holds = all(figure.holds for figure in figures.values())
+    table = {
+        part: {"tried": figure.tried, "passed": figure.passed, "goal": figure.goal}
+        | {"reached": figure.holds and figure.tried >= figure.goal, "seconds": seconds[part]}
+        | figure.more
+        for part, figure in figures.items()
+    }
+    print(json.dumps({"seed": options.seed, "quick": options.quick, "holds": holds, **table}))
+    return 0 if holds else 1
 
 
 if __name__ == "__main__":

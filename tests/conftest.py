@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 # A file goes to one worker as a whole: the longest ones first, or the last one is waited for.
 LONGEST_FILES = (
     "test_pipeline.py",
+    "test_faults.py",
     "test_interrupts.py",
     "search/test_solve.py",
     "train/test_parallel.py",

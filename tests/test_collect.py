@@ -296,7 +296,7 @@ def test_what_starts_while_gc_is_at_work_waits_for_it(tmp_path, capfd):
     cleaner = other("with Store(sys.argv[1]).alone():", tmp_path)
     assert cleaner.stdout.readline() == "ready\n"
     starter = other("store = Store(sys.argv[1])\nif store:", tmp_path)
-    assert "waiting for `compress gc`" in starter.stderr.readline()
+    assert "waiting for another command" in starter.stderr.readline()
     time.sleep(0.1)
     assert starter.poll() is None
     assert (

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from compress import planning
 from compress.budget import Budget
 from compress.config import Recipe, Teacher
-from compress.errors import ConfigError
+from compress.errors import ConfigError, ResourceError, amount
 from compress.formats.settings import Export
 from compress.models.checkpoint import load_model, read_config
 from compress.pipeline import run
@@ -166,3 +170,45 @@ def test_a_quantized_teacher_is_refused_before_work(tiny_teacher, tmp_path):
     reason = lost_before_work(tmp_path, teacher=Teacher(str(teacher)))
     assert f"slot 'depth' after 'teacher': {teacher} is quantized already" in reason
     assert "start from an unquantized checkpoint" in reason
+
+
+@pytest.mark.skipif(
+    not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == Path("/tmp").stat().st_dev,
+    reason="there is no second disk",
+)
+def test_room_is_asked_of_both_disks_and_told_when_it_ends(tiny_teacher, tmp_path, monkeypatch):
+    """Free bytes by folder; a run directory on the store's disk needs its room besides."""
+    program = recipe()
+    opened = Opened(program)
+    opened.store = SimpleNamespace(root=tmp_path / "store")
+    opened.store.root.mkdir()
+    planned = [*costs(tiny_teacher, program).values()]
+    in_store = sum(cost.disk_bytes for cost in planned)
+    weights, files = planning._bundle_bytes(opened, planned)
+    assert weights == 4 * next(cost.params for cost in planned if cost.slot == "qat") and files > 0
+
+    # On one disk the files' second copy is among the costs.
+    free = {"here": in_store + weights}
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, free["here"]))
+    planning.check_disk(opened, planned, tmp_path / "runs" / "new")
+    free["here"] -= 1
+    with pytest.raises(ResourceError, match="may need .* MB in .*store=DIR"):
+        planning.check_disk(opened, planned, tmp_path / "runs" / "new")
+    planning.check_disk(opened, planned)
+
+    # A folder on another disk is asked by itself.
+    free["here"] = in_store
+    other = Path("/dev/shm/new")
+    planning.check_disk(opened, planned, other)
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda path: usage(0, 0, 0 if path == other.parent else in_store)
+    )
+    with pytest.raises(ResourceError, match="may need .* in /dev/shm, 0 bytes .*hydra.run.dir=DIR"):
+        planning.check_disk(opened, planned, other)
+
+    # What is done is not needed again.
+    done = ["teacher", *program.pipeline]
+    error = planning.told_needs(OSError(28, "No space left on device"), opened, planned, done)
+    left = sum(cost.disk_bytes for cost in planned if cost.slot not in done)
+    assert f"may need {amount(left)} in {opened.store.root}" in str(error)

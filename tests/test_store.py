@@ -4,12 +4,15 @@ runs name.
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import compress
 from compress.collect import collect
 from compress.errors import ResourceError
 from compress.store import Store, file_table, sha256_json
@@ -149,3 +152,45 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="can't be written .*store=DIR"):
         Store(tmp_path / "file" / "store")
+
+
+# Who writes files by itself: below the folder that it is given, which `commit` names when it is
+# whole. Everybody else calls `write_whole`, `write_json`, `Store.build` or `commit`.
+BELOW_A_FOLDER = {
+    "formats": ["compressed_tensors", "converter", "gguf", "gguf_import", "gguf_tokenizer", "onnx"],
+    "models": ["checkpoint", "tensor_file"],
+    "prune": ["tokenizer_cut"],
+    "search": ["sizes", "speed"],
+    "ship": ["bundle"],
+    "stages": ["lora", "prune_depth", "prune_experts", "ptq"],
+    "train": ["state"],
+    "": ["teacher"],
+}
+# Removing by renaming; the exit code's own place; lines appended, of which torn ones are written
+# again.
+OTHERWISE = {"collect", "rundir", "store", "text.conversations", "text.written"}
+WRITING = {"write_text", "write_bytes", "rename"}
+
+
+def _writes(call):
+    """Whether a call names or fills a file without `compress.store`."""
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+        return False
+    name, first = call.func.attr, call.args[0] if call.args else None
+    if name == "replace":
+        is_os = isinstance(call.func.value, ast.Name) and call.func.value.id == "os"
+        return is_os or (len(call.args) == 1 and not call.keywords)
+    mode = first.value if isinstance(first, ast.Constant) else ""
+    return name in WRITING or (name == "open" and bool({*str(mode)} & {*"wax+"}))
+
+
+def test_all_that_is_kept_is_written_by_one_mechanism():
+    package = Path(compress.__file__).parent
+    writers = set()
+    for file in package.rglob("*.py"):
+        if any(map(_writes, ast.walk(ast.parse(file.read_text())))):
+            writers.add(".".join(file.relative_to(package).with_suffix("").parts))
+    below = {
+        f"{room}.{name}".strip(".") for room, names in BELOW_A_FOLDER.items() for name in names
+    }
+    assert writers == below | OTHERWISE

@@ -18,7 +18,6 @@ Legend: R rows, C columns, B bytes of a row.
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +38,7 @@ from compress.models.model_config import meta_model, read_config
 from compress.models.tokenizer import load_tokenizer
 from compress.quant.codes import Quantized, quantizable, verified
 from compress.quant.grids import GRIDS
+from compress.scratch import Scratch
 
 NAME = "compressed model"
 F32_ONLY = re.compile(r"_norm\.weight$|ffn_gate_inp|ssm_conv1d|shortconv\.conv")
@@ -189,7 +189,7 @@ def _model(checkpoint: Path, file: Path, file_type: int) -> Iterator[Any]:
 
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     check_family(config)
-    with tempfile.TemporaryDirectory() as nothing:
+    with Scratch() as nothing:
         model = converter_of(config)(
             checkpoint,
             gguf.LlamaFileType.ALL_F32,
@@ -198,7 +198,7 @@ def _model(checkpoint: Path, file: Path, file_type: int) -> Iterator[Any]:
             model_name=NAME,
             hparams=hparams(config),
         )
-        model.dir_model_card = Path(nothing)
+        model.dir_model_card = nothing
         writer = model.gguf_writer
         logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)  # it tells of keys set again
         writer.add_file_type = lambda _: writer.add_uint32("general.file_type", file_type)

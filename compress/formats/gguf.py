@@ -15,7 +15,6 @@ tests hold against this one.
 """
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +43,7 @@ from compress.models.shapes import tensor_shapes
 from compress.models.tokenizer import load_tokenizer
 from compress.quant.codes import Quantized, verified
 from compress.quant.grids import GRIDS
+from compress.scratch import Scratch
 
 # ggml type of the matrices -> llama_ftype, the file's main type
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18, "IQ4_NL": 25}
@@ -155,8 +155,8 @@ def header_bytes(checkpoint: Path) -> int:
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
 
     # It is written to be measured.
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "header.gguf"
+    with Scratch() as folder:
+        file = folder / "header.gguf"
         if is_plain(config):
             writer = _described(checkpoint, config, "F16", file)
             writer.write_header_to_file()

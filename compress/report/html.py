@@ -22,6 +22,7 @@ from compress.report.picture import lines_svg
 from compress.report.records import Run
 from compress.report.schema import explained
 from compress.report.table import COLUMN, Column
+from compress.store import write_whole
 
 
 def write_html(runs: list[Run], out: Path, speeds: Sequence[str] = ()) -> None:
@@ -47,7 +48,7 @@ def write_html(runs: list[Run], out: Path, speeds: Sequence[str] = ()) -> None:
     page.tests["finite"] = lambda value: isinstance(value, int | float) and math.isfinite(value)
 
     text = page.get_template("report.html.j2").render(runs=runs, speeds=speeds)
-    Path(out).write_text(text, encoding="utf-8", errors="replace")
+    write_whole(Path(out), text.encode("utf-8", errors="replace"))
 
 
 def _times(info: dict[str, Any]) -> list[str]:

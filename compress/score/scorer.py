@@ -19,7 +19,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
@@ -53,6 +52,7 @@ from compress.score.open import beside_teacher, plausible
 from compress.score.parity import parity
 from compress.score.prompts import Prompt, prompts_of_eval
 from compress.score.settings import Eval
+from compress.scratch import Scratch
 from compress.store import Store, sha256_json, write_json, write_whole
 from compress.train.packed import Packed
 
@@ -102,7 +102,7 @@ class Scorer:
 
         # What each model is scored with, in its own tokens, by its digest.
         self._setups: dict[str, tuple[Setup, dict[str, str]]] = {}
-        self._rebuilt = TemporaryDirectory(prefix="compress-tokens-")
+        self._rebuilt = Scratch()
 
     def measure(
         self,
@@ -185,7 +185,7 @@ class Scorer:
         """
         if model.path.is_dir():
             return model.path
-        folder = Path(self._rebuilt.name) / model.digest[:32]
+        folder = self._rebuilt.path / model.digest[:32]
         if not folder.is_dir():
             folder.mkdir()
             read_tokenizer(read_fields(model.path)[0], folder)

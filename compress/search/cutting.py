@@ -28,7 +28,7 @@ from compress.session import Session
 from compress.stages import STAGES
 from compress.stages.distill import Distill
 from compress.stages.stage import Stage
-from compress.store import sha256_json
+from compress.store import commit, sha256_json
 from compress.train.packed import Packed
 
 JUDGED_ROWS = 8  # the last ones of the training text, which nothing here learns from
@@ -297,7 +297,7 @@ class Workshop:
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(path, part, copy_function=_linked)
-        part.rename(folder)
+        commit(part, folder)
 
     def close(self) -> None:
         """Remove what was cut; figures stay."""

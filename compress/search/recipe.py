@@ -16,6 +16,7 @@ from compress.quant.settings import SEARCHED
 from compress.search.cutting import BATCH_ROWS
 from compress.search.shapes import Shape, steps_of
 from compress.stages import STAGES
+from compress.store import write_whole
 
 HEALING_TOKENS = 61_440
 # Training under the rounding of the file, as recipes/demo.yaml does it.
@@ -174,5 +175,4 @@ def _value(value: Any) -> str:
 
 def write_recipe(file: Path, program: Program) -> None:
     """Write the recipe, in place of what is there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text_of(program), encoding="utf-8")
+    write_whole(file, text_of(program).encode())

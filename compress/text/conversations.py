@@ -17,7 +17,7 @@ from compress.keys import author_inputs
 from compress.models.chats import prompt_ids, render
 from compress.models.checkpoint import digest
 from compress.models.tokenizer import load_tokenizer
-from compress.store import sha256_json
+from compress.store import sha256_json, write_whole
 from compress.text.authors import (
     ANSWER_TEMPERATURE,
     AT_ONCE,
@@ -143,7 +143,7 @@ class Kept:
 
         # The next piece is appended behind the last complete one.
         self.rows = [row for row in complete if "next_seed" not in row]
-        file.write_text("".join(json.dumps(row) + "\n" for row in complete), encoding="utf-8")
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in complete).encode())
 
     def add(self, usable: list[dict[str, Any]], next_seed: int) -> None:
         """Append a piece."""

@@ -39,7 +39,7 @@ from compress.keys import author_inputs
 from compress.models.chats import Chat, Document, content, prompt_ids
 from compress.models.tokenizer import load_tokenizer
 from compress.models.tokens import opening
-from compress.store import sha256_json
+from compress.store import fsync, sha256_json, write_whole
 from compress.text.authors import (
     AT_ONCE,
     TOP_K,
@@ -107,7 +107,9 @@ def generated(
     if not finished.is_file():
         part = finished.with_suffix(".part")
         _continue_all(part, prompts, tokens, teacher, engine, log)
+        fsync(part)
         part.replace(finished)
+        fsync(folder)
 
     # A row of the file is the text, or the turns of an answered chat.
     lines = finished.read_text("utf-8").split("\n")
@@ -130,7 +132,7 @@ def _continue_all(
     lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.is_file() else []
     piece = AT_ONCE[engine]
     done = len(lines) // piece * piece
-    part.write_text("".join(line + "\n" for line in lines[:done]), encoding="utf-8")
+    write_whole(part, "".join(line + "\n" for line in lines[:done]).encode())
 
     tokenizer = load_tokenizer(teacher)
     begun = time.monotonic()

@@ -178,7 +178,8 @@ async def _in_turns(
     """A B B A, so often; the ratio of each round, and its median."""
     for place in (bare, door):
         await _load(place, gguf, clients, min(16, options.tokens))
-    ratios, speeds = [], {"bare": [], "door": []}
+    ratios: list[float] = []
+    speeds: dict[str, list[float]] = {"bare": [], "door": []}
     computed, through = door.computed(), 0
     firsts: dict[str, list[float]] = {"bare": [], "door": []}
     for _ in range(options.rounds):

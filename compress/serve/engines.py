@@ -215,4 +215,6 @@ def sum_exp(logits_V: Any) -> float:
 
 def open_engine(runtime: str, path: Path, threads: int) -> Engine:
     """A model ready for prompts. ValueError: it can't be opened."""
-    return {"torch": TorchEngine, "onnxruntime": OnnxEngine}[runtime](path, threads)
+    if runtime == "torch":
+        return TorchEngine(path, threads)
+    return OnnxEngine(path, threads)

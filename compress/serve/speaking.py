@@ -9,7 +9,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ class TooLong(ValueError):
 
 def pieces(
     engine: Engine, ids: list[int], body: dict[str, Any], context: int, stop: threading.Event
-) -> Iterator[Piece]:
+) -> Generator[Piece]:
     """An answer token by token; text that may become a stop string is held back until it has not.
 
     The last piece has no token and says stop, or length where the answer was cut.
@@ -125,7 +125,7 @@ class Speaking:
             raise TooLong(len(ids))
         return ids
 
-    async def _pieces(self, body: dict[str, Any], ids: list[int]) -> AsyncIterator[Piece]:
+    async def _pieces(self, body: dict[str, Any], ids: list[int]) -> AsyncGenerator[Piece]:
         """As `pieces`, computed in a thread that stops with the request."""
         stop = threading.Event()
         run = pieces(self.engine, ids, body, self.context, stop)
@@ -142,7 +142,7 @@ class Speaking:
             stop.set()
             if working and not working.done():
                 await asyncio.wait({working})
-            await asyncio.to_thread(run.close)  # type: ignore[attr-defined]
+            await asyncio.to_thread(run.close)
 
     async def _whole(self, body: dict[str, Any], ids: list[int], chat: bool) -> web.Response:
         async with aclosing(self._pieces(body, ids)) as run:
@@ -220,7 +220,7 @@ def _usage(prompt: int, answer: int) -> dict[str, int]:
 def _logprobs(came: list[Piece], chat: bool) -> dict[str, Any]:
     """In OpenAI's form of chats, or of completions."""
     if chat:
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"token": piece.text, "logprob": piece.logprob, "bytes": None, "top_logprobs": []}
             for piece in came
         ]

@@ -179,7 +179,7 @@ def test_sums_are_a_plain_file(bundle, capfd, kind, tmp_path):
         ("[" * 50_000, "nested too deep"),
         ('{"a": ' * 50_000, "nested too deep"),
         ("{", "is not JSON"),
-        ('{"schema": 2}', "install a newer one"),
+        ('{"schema": 3}', "install a newer one"),
         ('{"schema": true}', "manifest.json"),
         ("9" * 5000, "can't be read as JSON"),
     ],

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import islice, product
 from pathlib import Path
@@ -19,7 +20,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from compress.assets import configs_dir
@@ -248,6 +249,7 @@ def _check_values(composed: Any) -> None:
     """
     with open_dict(composed):
         composed.pop("hydra")
+    check_keys(composed)
     try:
         OmegaConf.to_object(composed)
         refuse_credentials(OmegaConf.to_container(composed, resolve=True), "")
@@ -255,6 +257,22 @@ def _check_values(composed: Any) -> None:
         raise
     except ValueError as error:  # a dataclass's own check
         raise ConfigError(_without_place(str(error))) from error
+
+
+def check_keys(node: Any, path: str = "") -> None:
+    """ConfigError for a key that the dataclass of its table does not have: `+table.key=value` puts
+    it there, and nobody would read it.
+    """
+    kind = OmegaConf.get_type(node)
+    if isinstance(node, DictConfig) and not OmegaConf.is_interpolation(node) and is_dataclass(kind):
+        names = {field.name for field in fields(kind)}
+        for key in node:
+            if key not in names:
+                raise ConfigError(f"unknown key {f'{path}{key}'!r}; {nearest(str(key), names)}")
+    if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()):
+        for key in node:
+            if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
+                check_keys(node[key], f"{path}{key}.")
 
 
 def explain(error: Exception) -> str:

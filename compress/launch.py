@@ -19,12 +19,13 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from compress.assets import configs_dir, recipes_dir
 from compress.composing import (
     check_composed,
+    check_keys,
     compose,
     expand_teacher,
     explain,
@@ -107,6 +108,9 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
                 configs_dir(),
                 [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"],
             )
+            with open_dict(composed):
+                composed.pop("hydra", None)
+            check_keys(composed)
             parts: dict[str, Any] = {
                 key: OmegaConf.to_object(composed[key])
                 for key in ("teacher", "data", "eval", "budget", "trainer")

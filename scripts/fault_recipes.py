@@ -147,6 +147,10 @@ def recipes(work: Path, draw: random.Random, count: int) -> Figure:
     lines = [*command_lines(draw, count - len(from_files)), *from_files]
     failures, codes = [], Counter[int]()
     slowest = 0.0
+
+    # Where the machine is slow, a refusal may take as long as three right recipes.
+    right = fault_forks.run(["run", "smoke"], work, Plan(compose_only=True))
+    most = max(MOST_SECONDS, 3 * right.computed)
     for arguments, key in lines:
         ended = fault_forks.run(["run", *arguments], work, Plan(compose_only=True))
         codes[ended.code] += 1
@@ -154,14 +158,18 @@ def recipes(work: Path, draw: random.Random, count: int) -> Figure:
         problem = ""
         if ended.code != 2 or ended.has_traceback:
             problem = f"exit {ended.code}"
-        elif ended.computed > MOST_SECONDS:
+        elif ended.computed > most:
             problem = f"after {ended.computed:.1f} s"
         elif key not in ended.told:
             problem = f"{key!r} is not named"
-        if problem:
+        if problem or right.code:
             failures.append(f"{' '.join(arguments)}: {problem}: {ended.told}")
     about = f"wrong recipes and command lines: exit 2 below {MOST_SECONDS:g} s, the key named"
-    more = {"slowest seconds": round(slowest, 2), "codes": {str(k): n for k, n in codes.items()}}
+    more = {
+        "slowest seconds": round(slowest, 2),
+        "right recipe": round(right.computed, 2),
+        "codes": {str(k): n for k, n in codes.items()},
+    }
     return Figure(len(lines), len(lines) - len(failures), 200, about, failures, more)
 
 

@@ -196,7 +196,8 @@ def problem_after(folder: Path, command: Sequence[str], reference: Made) -> str:
         try:
             load_run(file.parent)
         except ValueError as error:
-            return f"the run directory can't be read: {error}"
+            if not str(error).startswith("incomplete run"):  # it ended before its first record
+                return f"the run directory can't be read: {error}"
 
     again = fault_forks.run(command, folder)
     if again.code:
@@ -321,13 +322,12 @@ def full_disks(work: Path, draw: random.Random, count: int, *, reference: Made) 
     """
     failures = []
     on_tmpfs = False
-    places = [
-        (1, "run", "the very first event"),
-        *points(reference, count, draw, every_shape=False),
-    ]
+    places = points(reference, count, draw, every_shape=False)
+    if count > 2:
+        places[0] = 1, "run", "the very first event"
     with small_disk(work / "small") as disk:
         on_tmpfs = disk is not None
-        for number, (at, _, shape) in enumerate(places[:count]):
+        for number, (at, _, shape) in enumerate(places):
             folder = folder_for((disk or work) / f"full-{number}", work)
             filler = (disk or work) / "filler"
             limited = number == count - 1 and count > 1

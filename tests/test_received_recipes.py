@@ -21,6 +21,7 @@ from compress.__main__ import main
 from compress.bounds import EMBEDDED_SOURCES
 from compress.config import SCHEMAS, Teacher, schema_named
 from compress.errors import ConfigError, exit_code
+from compress.launch import without_recipe
 from compress.recipe_text import check_override
 from compress.score.patterns import problems
 from compress.score.prompts import embedded_file, read_prompts
@@ -311,6 +312,10 @@ def test_defaults_that_double_are_given_up(ran, capfd, monkeypatch):
             "stages.heal.signal.thres=3",
             "unknown key 'stages.heal.signal.thres'; did you mean 'threshold'?",
         ),
+        ("+trainer.quuality=x", "unknown key 'trainer.quuality'; allowed: activation"),
+        ("+eval.limitt=5", "unknown key 'eval.limitt'; did you mean 'limit'?"),
+        ("+x=1", "unknown key 'x'; allowed: budget"),
+        ("+stages.heal.x={a:1}", "unknown key 'stages.heal.x'; allowed: batch"),
         (
             "data.train=[embedded:docstring]",
             "'embedded:docstring' is no embedded source; did you mean 'docstrings'?",
@@ -334,6 +339,11 @@ def test_defaults_that_double_are_given_up(ran, capfd, monkeypatch):
 def test_what_can_not_be_meant_exits_2_before_work(ran, capfd, override, told):
     assert told in refused(capfd, "smoke", override)
     assert ran == []
+
+
+def test_a_verb_without_a_recipe_takes_no_unknown_key_either():
+    with pytest.raises(ConfigError, match="unknown key 'eval.limitt'; did you mean 'limit'?"):
+        without_recipe(["+eval.limitt=5"])
 
 
 @pytest.mark.parametrize(

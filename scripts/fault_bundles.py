@@ -12,7 +12,7 @@ import fault_forks
 import fault_saves
 from fault_forks import CANARY, Figure
 
-from compress.ship.bundle import SUMS, verify_bundle
+from compress.ship.sums import SUMS, verify_bundle
 
 
 def _verdict(bundle: Path) -> str:

@@ -16,8 +16,8 @@ from fault_forks import Figure, Plan
 
 from compress.models.gguf_header import read_header
 from compress.models.shapes import tensor_places
-from compress.ship.bundle import read_sums
 from compress.ship.manifest import read_manifest
+from compress.ship.sums import read_sums
 
 MOST_SECONDS = 2.0  # of computing that a refusal may take
 HANG_SECONDS = 5  # of computing, for one header

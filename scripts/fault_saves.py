@@ -23,7 +23,7 @@ import fault_forks
 from fault_forks import Figure, Fork, Outcome, Plan
 
 from compress.report.records import load_run
-from compress.ship.bundle import verify_bundle
+from compress.ship.sums import verify_bundle
 from compress.store import STAGE_JSON, file_table
 
 # A cut, two trainings (one with a teacher's signal), a file: every kind of save in a few seconds.

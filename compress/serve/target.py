@@ -40,7 +40,7 @@ def target_of(path: Path, file: str | None = None) -> Target:
 
 
 def _of_bundle(bundle: Path, file: str | None) -> Target:
-    from compress.ship.bundle import verify_bundle
+    from compress.ship.sums import verify_bundle
 
     manifest = verify_bundle(bundle)
     choices = sorted(_models(bundle, manifest["files"]))

@@ -124,6 +124,7 @@ def test_a_slow_teacher_and_one_over_its_budget_leave_the_answer_to_the_student(
     assert [row["why"] for row in entries(log)] == ["slow", "budget", "budget"]
 
 
+@pytest.mark.slow
 def test_the_teacher_answers_while_the_student_is_started_again(ggufs, key_file):
     teacher = Served(ggufs["teacher"])
     student = behind(ggufs["student"], teacher.url, key_file, NEVER)

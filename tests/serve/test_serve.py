@@ -280,6 +280,7 @@ def _health(server):
     return 200
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(gguf):
     server = Served(gguf, "--context", 30_000, "--max-tokens", 29_000)
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
@@ -295,6 +296,7 @@ def test_a_second_signal_does_not_wait(gguf):
         os.kill(child, 0)
 
 
+@pytest.mark.slow
 def test_a_door_that_is_killed_takes_the_model_with_it(gguf):
     server = Served(gguf)
     child = _child(server)

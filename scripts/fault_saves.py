@@ -304,7 +304,7 @@ def races(work: Path, draw: random.Random, count: int, *, reference: Made) -> Fi
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path | None]:
     """A file system of its own in a folder, None where none may be mounted."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     options = ["-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", str(folder)]
     mounted = os.geteuid() == 0 and not subprocess.call(
         ["mount", *options], stderr=subprocess.DEVNULL

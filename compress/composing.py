@@ -266,11 +266,11 @@ def check_keys(node: Any, path: str = "") -> None:
     kind = OmegaConf.get_type(node)
     if isinstance(node, DictConfig) and not OmegaConf.is_interpolation(node) and is_dataclass(kind):
         names = {field.name for field in fields(kind)}
-        for key in node:
+        for key in map(str, node):
             if key not in names:
-                raise ConfigError(f"unknown key {f'{path}{key}'!r}; {nearest(str(key), names)}")
+                raise ConfigError(f"unknown key {f'{path}{key}'!r}; {nearest(key, names)}")
     if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()):
-        for key in node:
+        for key in map(str, node):
             if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
                 check_keys(node[key], f"{path}{key}.")
 

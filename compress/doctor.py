@@ -224,7 +224,8 @@ def torch_runtime(folder: Path) -> dict[str, Any]:
     from compress.teacher import random_teacher
 
     random_teacher(folder, 0)
-    model: Any = load_model(folder).to(best_device())
+    model: Any = load_model(folder)
+    model = model.to(best_device())
     ids = torch.tensor([[1, 5, 6]], device=model.device)
     token = model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, 3:].tolist()
     return {"token": token, "device": str(model.device)}

@@ -50,7 +50,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "qlora": {"bitsandbytes": "bitsandbytes"},
     "wandb": {"wandb": "wandb"},
     "families": {"auto_round": "auto-round"},
-    "serve": {"aiohttp": "aiohttp", "prometheus_client": "prometheus-client"},
+    "serve": {"aiohttp": "aiohttp", "prometheus_client": "prometheus-client", "uvloop": "uvloop"},
     "sign": {"cryptography": "cryptography"},
     "bom": {"cyclonedx": "cyclonedx-python-lib"},
 }

@@ -76,7 +76,7 @@ def _other_damage(
     ends = [at for at, byte in enumerate((bundle / SUMS).read_bytes(), 1) if byte == 10]
     for file in files[:: 8 if few else 1]:
         data = file.read_bytes()
-        name = file.relative_to(bundle)
+        name = str(file.relative_to(bundle))
         lengths = {0, 1, len(data) // 2, len(data) - 2, len(data) - 1}
         lengths |= {*ends[:-1]} if file.name == SUMS else set()
         for length in sorted(n for n in lengths if 0 <= n < len(data)):

@@ -46,28 +46,35 @@ class Given(NamedTuple):
 Case = Callable[[Path, Given], list[str]]
 
 
+def opening(line: tuple[str, ...], make: Callable[[Path, Path], str]) -> Case:
+    """A run whose teacher is what `make` makes of a checkpoint."""
+
+    def case(folder: Path, given: Given) -> list[str]:
+        return [*line, NO_TASKS, f"teacher=./{make(folder, given.checkpoint)}"]
+
+    return case
+
+
+def reading(make: Callable[[Path, Path], str], *, scored: bool) -> Case:
+    """A GGUF that `make` makes of another, scored or opened as a teacher."""
+
+    def case(folder: Path, given: Given) -> list[str]:
+        file = make(folder, given.gguf)
+        if scored:
+            return ["score", file, *SCORE, NO_TASKS]
+        return [*OPEN, NO_TASKS, f"teacher=./{file}"]
+
+    return case
+
+
 def _model_cases() -> dict[str, Case]:
     """Runs on hostile checkpoints, tokenizers, templates and GGUF files."""
     cases: dict[str, Case] = {}
     for sort, makers in (("checkpoint", CHECKPOINTS), ("tokenizer", TOKENIZERS)):
-        for name, make in makers.items():
-            cases[f"{sort}: {name}"] = lambda folder, given, make=make: [
-                *OPEN,
-                NO_TASKS,
-                f"teacher=./{make(folder, given.checkpoint)}",
-            ]
-    for name, make in TEMPLATES.items():
-        cases[f"template: {name}"] = lambda folder, given, make=make: [
-            *CHAT,
-            NO_TASKS,
-            f"teacher=./{make(folder, given.checkpoint)}",
-        ]
+        cases |= {f"{sort}: {name}": opening(OPEN, make) for name, make in makers.items()}
+    cases |= {f"template: {name}": opening(CHAT, make) for name, make in TEMPLATES.items()}
     for number, (name, make) in enumerate(GGUFS.items()):
-        cases[f"gguf: {name}"] = lambda folder, given, make=make, score=number % 2: (
-            ["score", make(folder, given.gguf), *SCORE, NO_TASKS]
-            if score
-            else [*OPEN, NO_TASKS, f"teacher=./{make(folder, given.gguf)}"]
-        )
+        cases[f"gguf: {name}"] = reading(make, scored=bool(number % 2))
     return cases
 
 

@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -85,7 +86,7 @@ class Door:
 
     # ------------------------------------------------------------ every request
 
-    def _guard(self) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    def _guard(self) -> Any:
         """Around every handler: the key, time, errors, and the line of the log."""
 
         @web.middleware

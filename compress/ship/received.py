@@ -276,8 +276,8 @@ def receive(bundle: Path, sha256: str | None = None, key: Path | None = None) ->
     manifest = verify_bundle(bundle, sha256, key)
     file = bundle / MANIFEST
     config = manifest["config"]
-    for key, kinds in (("eval", EVAL), ("data", DATA), ("teacher", TEACHER)):
-        check_object(config.get(key), kinds, f"{file}, config.{key}")
+    for part, kinds in (("eval", EVAL), ("data", DATA), ("teacher", TEACHER)):
+        check_object(config.get(part), kinds, f"{file}, config.{part}")
     limits = limits_of(manifest, file)
     if not limits:
         raise ConfigError(

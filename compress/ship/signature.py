@@ -210,7 +210,8 @@ def _private(key: Path, password: str | None) -> Any:
     from cryptography.hazmat.primitives import serialization
 
     try:
-        private = serialization.load_pem_private_key(_pem(key), password and password.encode())
+        secret = password.encode() if password else None
+        private = serialization.load_pem_private_key(_pem(key), secret)
     except (ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise

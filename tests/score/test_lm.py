@@ -106,9 +106,8 @@ def pair(tiny_teacher):
             max_length=128,
             device="cpu",
         )
-        ours = torch_lm(first, load_tokenizer(tiny_teacher), batch_size)
-        ours.max_length = 128  # GPT-2 and Mamba name theirs otherwise or not at all
-        return ours, theirs
+        # 128: GPT-2 and Mamba name theirs otherwise or not at all.
+        return torch_lm(first, load_tokenizer(tiny_teacher), batch_size, 128), theirs
 
     return make
 

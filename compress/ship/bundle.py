@@ -63,12 +63,8 @@ def write_bundle(
     origin = _origin(run, teacher)
     terms = sorted(file.name for file in (part / TERMS).glob("*"))
 
-    # What was asked, and what teacher and judged file answered.
-    reference = next(record for record in run.records if record["slot"] == "teacher")
     judged = files[0].record if files else run.final
-    shutil.copyfile(folder_of(run.path, reference) / "items.jsonl", part / "requests.jsonl")
-    shutil.copyfile(folder_of(run.path, judged) / "items.jsonl", part / "answers.jsonl")
-    _write_open(part, prompts, run.rows(reference, "open"), run.rows(judged, "open"))
+    _copy_evidence(part, run, judged, prompts)
 
     # How it is served, and what it is made of.
     judged_file = files[0].model.path.name if files else "hf"
@@ -103,6 +99,14 @@ def write_bundle(
     shutil.rmtree(final, ignore_errors=True)
     commit(part, final)
     return final
+
+
+def _copy_evidence(part: Path, run: Run, judged: Record, prompts: Sequence[Prompt]) -> None:
+    """What was asked, and what teacher and judged file answered."""
+    reference = next(record for record in run.records if record["slot"] == "teacher")
+    shutil.copyfile(folder_of(run.path, reference) / "items.jsonl", part / "requests.jsonl")
+    shutil.copyfile(folder_of(run.path, judged) / "items.jsonl", part / "answers.jsonl")
+    _write_open(part, prompts, run.rows(reference, "open"), run.rows(judged, "open"))
 
 
 def _copy_models(part: Path, checkpoint: Path, files: list[Any], teacher: Any) -> None:

@@ -326,7 +326,9 @@ MUTANTS = [
     ),
     *of("stages/distill.py", ROOM, ("self.reserve(model, ctx)", "pass")),
     *of(
-        "stages/qat.py", ROOM, ("self.reserve(model, ctx, copies=1, frozen=self.rank > 0)", "pass")
+        "stages/qat.py",
+        ROOM,
+        ("self.reserve(model, ctx, copies=int(not scales_alone), frozen=frozen)", "pass"),
     ),
     *of(
         "train/parallel.py",
@@ -476,7 +478,7 @@ MUTANTS = [
         ("kept = (student + both - chance) /", "kept = (student + both) /"),
         ('"points_lost": teacher - student', '"points_lost": student - teacher'),
         ('"flips": teacher + student', '"flips": teacher'),
-        ("min(1.0, 2 * half_binomial", "min(1.0, half_binomial"),
+        ("min(1.0, 2 * half_binomial_below", "min(1.0, half_binomial_below"),
         ("(len(ordered) - i) *", "len(ordered) *"),
         ("np.maximum.accumulate(raised)", "np.array(raised)"),
         ("dirichlet(counts + 0.5, resamples)", "dirichlet(counts + 1.0, resamples)"),

@@ -67,7 +67,7 @@ def test_a_full_disk_is_exit_5_and_keeps_what_was_made(tmp_path, monkeypatch, ca
     monkeypatch.setattr("compress.models.checkpoint.write_tensors", full)
     assert main(["run", "smoke", *FAST]) == 5
     told = capfd.readouterr().err
-    assert re.search(r"what is left of the recipe may need [\d.]+ MB in .*, .* are free", told)
+    assert re.search(r"a run needs at least [\d.]+ MB, .* are free in", told)
     assert not list(tmp_path.glob("runs/.store/entries/[0-9a-f]*")) and not list(
         tmp_path.glob("runs/.store/entries/.*.part")
     )

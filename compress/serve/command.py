@@ -222,6 +222,7 @@ async def _calibrate(target: Target, settings: Settings, out: Path) -> int:
     from compress.serve.backend import Backend
     from compress.serve.calibration import calibrate, written
     from compress.serve.student import Student
+    from compress.store import write_whole
 
     if target.bundle is None:
         raise ConfigError(
@@ -241,7 +242,7 @@ async def _calibrate(target: Target, settings: Settings, out: Path) -> int:
     finally:
         await student.close()
         await backend.stop()
-    out.write_text(written(chosen))
+    write_whole(out, written(chosen).encode())
     print(
         f"{chosen['verdict']}: {chosen['sentence']}\nthreshold {chosen['threshold']:.4f} in {out}"
     )

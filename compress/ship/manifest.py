@@ -120,7 +120,9 @@ def read_manifest(bundle: Path, sums: Mapping[str, str]) -> dict[str, Any]:
             f" {SCHEMA}: install a newer one to read it"
         )
 
-    # Its keys and their types.
+    # Its keys and their types, the schema's first: it says which there are.
+    if "schema" in manifest:
+        check_object({"schema": schema}, {"schema": KINDS["schema"]}, file)
     kinds = dict(KINDS)
     for number, added in ADDED.items():
         if isinstance(schema, int) and schema >= number:

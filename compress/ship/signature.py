@@ -22,6 +22,7 @@ from typing import Any
 
 from compress.doors import read_json
 from compress.errors import ConfigError
+from compress.store import write_whole
 
 SIGNATURE = "model.sig"
 SIGNATURE_BYTES = 50_000_000
@@ -57,7 +58,7 @@ def sign(bundle: Path, digests: Mapping[str, str], key: Path, password: str | No
         },
     }
     file = bundle / SIGNATURE
-    file.write_text(json.dumps(document) + "\n")
+    write_whole(file, (json.dumps(document) + "\n").encode())
     return file
 
 

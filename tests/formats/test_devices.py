@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,9 +146,9 @@ def test_the_head_of_a_file_that_is_scored_is_on_the_device(monkeypatch):
     from compress.score.lm import served_lm
 
     monkeypatch.setattr("compress.score.lm.best_device", lambda: torch.device("meta"))
-    tokenizer = SimpleNamespace(encode=str.split)
+    tokenizer = SimpleNamespace(encode=str.split, bos_token_id=0, decode=str)
     lm = served_lm(SimpleNamespace(ctx_len=64), Head(torch.randn(9, 4)), tokenizer, 2)
-    spots, answers = torch.tensor([0, 1]), torch.tensor([3, 4])
+    spots, answers = np.array([0, 1]), np.array([3, 4])
     assert lm.likelihoods.readout.head.weight_VH.device.type == "meta"
     with pytest.raises(NotImplementedError, match="meta"):  # nothing was computed on the CPU
-        lm._answers(torch.randn(2, 4), spots, answers)
+        lm.likelihoods.readout.answers([torch.randn(2, 4)], spots, answers)

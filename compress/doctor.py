@@ -38,7 +38,7 @@ PURPOSE = {
     "qlora": "training on weights in 4 bits, moments in 8",
     "wandb": "track=wandb",
     "families": "GGUF of families besides Llama, Mistral and Qwen2",
-    "serve": "serve",
+    "serve": "the door of `compress serve`",
     "sign": "sign, and verify --key",
     "bom": "bom.json in bundles",
 }

@@ -30,7 +30,6 @@ MARKS = {
     b"\xfe\xff": "utf-16",
 }
 HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs
-YAML_BYTES = 1_000_000  # of a recipe or an option file; ours have a few thousand
 YAML_NODES = 100_000  # values in one, aliases written out
 
 
@@ -229,18 +228,6 @@ def _nodes(value: Any, counts: dict[int, int]) -> int:
     if counts[id(value)] < 0:
         raise RecursionError
     return counts[id(value)]
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file's plain data. ValueError naming the file: no YAML, too long, too deep, or
-    multiplied by aliases.
-    """
-    text = read_text(path)
-    if len(text) > YAML_BYTES:
-        raise ValueError(
-            f"{path} has {len(text):,} characters, at most {YAML_BYTES:,} are read; split it"
-        )
-    return parse_yaml(text, path)
 
 
 def parse_yaml(text: str, where: object) -> Any:

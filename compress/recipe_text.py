@@ -60,6 +60,10 @@ def check_text(text: str, where: object) -> None:
         tree = parse_yaml(text, where)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(
+            f"{where} holds a {type(tree).__name__}, a recipe is a table: write KEY: VALUE lines"
+        )
     for names, value in _walk(tree):
         first, *below = names
         refuse_credentials(

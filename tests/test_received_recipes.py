@@ -215,6 +215,8 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
     [
         ({"r.yaml": RECIPE, "budget/b.yaml": BOMB}, "aliases are written out"),
         ({"r.yaml": RECIPE, "x.yml": BOMB}, "aliases are written out"),
+        ({"r.yaml": "5\n"}, "r.yaml holds a int, a recipe is a table"),
+        ({"r.yaml": "[5]\n"}, "r.yaml holds a list, a recipe is a table"),
         ({"r.yaml": "a: &a [*a]\n"}, "holds itself"),
         ({"r.yaml": "a: &a {b: *a}\n"}, "holds itself"),
         ({"r.yaml": "[" * 5_000}, "nested too deep"),

@@ -10,7 +10,6 @@ Exit code 0 unless something that is installed does not work (5).
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -18,14 +17,15 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from compress import __version__
-from compress.errors import EXIT_OK, EXIT_RESOURCES, ConfigError, printable
+from compress.command_line import Parser
+from compress.errors import EXIT_OK, EXIT_RESOURCES, printable
 from compress.packages import EXTRAS, install_line, installed
+from compress.scratch import Scratch
 from compress.threads import available_threads
 
 SECONDS = 180  # of one runtime, importing it included
@@ -44,14 +44,9 @@ PURPOSE = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}; `compress --help` shows every verb")
-
-
 def doctor(arguments: list[str]) -> int:
     """Print what is here and what works. Returns the exit code, 0 or 5."""
-    parser = _Parser(prog="compress doctor")
+    parser = Parser(prog="compress doctor")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of sentences")
     options = parser.parse_args(arguments)
 
@@ -259,5 +254,5 @@ NEEDS = {
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        print(json.dumps(RUNTIMES[sys.argv[1]](Path(place))))
+    with Scratch() as place:
+        print(json.dumps(RUNTIMES[sys.argv[1]](place)))

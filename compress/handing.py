@@ -1,22 +1,13 @@
 """The verbs of the hand-off: `verify`, `accept` and `sign` a bundle."""
 
-import argparse
 import os
 import re
 from pathlib import Path
-from typing import NoReturn
 
+from compress.command_line import Parser
 from compress.errors import EXIT_OK, ConfigError
 
 PASSWORD = "COMPRESS_SIGN_PASSWORD"  # of a private key, in the environment
-
-
-class Parser(argparse.ArgumentParser):
-    """Whose refusals are sentences of ours."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse a command line."""
-        raise ConfigError(f"{self.prog}: {message}; `compress --help` shows every verb")
 
 
 def verify(arguments: list[str]) -> int:

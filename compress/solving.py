@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from compress.budget import LIMIT_METRICS, Limit
+from compress.command_line import Parser
 from compress.errors import EXIT_OK, ConfigError, nearest
 from compress.quant.settings import GridName
 
@@ -26,14 +26,9 @@ USAGE = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}; `compress --help` shows every verb")
-
-
 def solve(arguments: list[str]) -> int:
     """Find the shape of a teacher that a budget allows, write its recipe, and with --run run it."""
-    parser = _Parser(prog="compress solve", usage=USAGE)
+    parser = Parser(prog="compress solve", usage=USAGE)
     parser.add_argument("teacher", help="an option as `embedded`, a path or a hub id")
     parser.add_argument("--budget", default="none", help="an option of configs/budget/")
     parser.add_argument("--minutes", type=float, default=20.0, help="that the search may take")

@@ -1,12 +1,12 @@
 """What each verb of the command line does: parse, call, print."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from compress import budget
 from compress.assets import configs_dir, recipes_dir
+from compress.command_line import Parser
 from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, ResourceError
 
 HELP = """\
@@ -102,11 +102,6 @@ def list_all(arguments: list[str]) -> int:
     return EXIT_OK
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}; `compress --help` shows every verb")
-
-
 def _judge(
     scores: dict[str, float], intervals: dict[str, Any], limits: Any, unlimited: str = ""
 ) -> int:
@@ -123,7 +118,7 @@ def score(arguments: list[str]) -> int:
     from compress.models.checkpoint import model_of
     from compress.report.answers import in_pairs, printed
 
-    parser = _Parser(prog="compress score")
+    parser = Parser(prog="compress score")
     parser.add_argument("model", type=Path)
     parser.add_argument("--budget", default="none")
     parser.add_argument("--teacher", default="embedded")
@@ -178,7 +173,7 @@ def _print_scores(scores: dict[str, float], reference: dict[str, float]) -> None
 def ask(arguments: list[str]) -> int:
     """Talk to a run, a bundle or any model, its teacher beside it."""
     usage = "compress ask RUN|BUNDLE|MODEL [QUESTION] [--tokens N] [--alone] [--json] [--store DIR]"
-    parser = _Parser(prog="compress ask", usage=usage)
+    parser = Parser(prog="compress ask", usage=usage)
     names = (
         "a run, a stage of it as RUN/SLOT, a bundle; or a checkpoint or ONNX directory, a GGUF file"
     )
@@ -217,7 +212,7 @@ def compare(arguments: list[str]) -> int:
     from compress.report.records import open_run
     from compress.report.table import compare_table, print_table, stage_table, verdict_lines
 
-    parser = _Parser(prog="compress compare")
+    parser = Parser(prog="compress compare")
     parser.add_argument(
         "runs",
         nargs="+",
@@ -284,7 +279,7 @@ def sync(arguments: list[str]) -> int:
     from compress.report.records import open_run
     from compress.track import check, open_tracker
 
-    parser = _Parser(prog="compress sync")
+    parser = Parser(prog="compress sync")
     parser.add_argument("run", help="a run directory, RECIPE/TIME, or RECIPE for its newest run")
     parser.add_argument("--to", required=True, help="wandb or jsonl")
     options = parser.parse_args(arguments)
@@ -310,7 +305,7 @@ def gc(arguments: list[str]) -> int:
     """Remove from the store what no run directory names."""
     from compress.collect import empty
 
-    parser = _Parser(prog="compress gc")
+    parser = Parser(prog="compress gc")
     parser.add_argument("--store", default="runs/.store")
     parser.add_argument(
         "--runs",

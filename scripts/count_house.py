@@ -49,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("budget", "collect"),
     ("confined", "recipe_text", "scratch", "store"),
-    ("bounds", "doors"),
+    ("bounds", "command_line", "doors"),
     ("assets", "errors", "packages", "telemetry", "threads"),
 )
 # Participles and pronouns where a noun would say what a thing is.

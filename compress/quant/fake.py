@@ -359,8 +359,9 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
         home = snapped.home
         grid = snapped.grid
         scales = snapped.learned()
-        made = snapped.codes
-        made = grid.codes(snapped.master(), scales) if made is None else made
+        codes_RC = snapped.codes
+        if codes_RC is None:
+            codes_RC = grid.codes(snapped.master(), scales)
 
         # Classes, scales and parameters as they were.
         snapped.restore_classes()
@@ -368,7 +369,7 @@ def finish(model: nn.Module) -> dict[str, Quantized]:
         for part in ("shift", "a", "b"):
             home._parameters.pop(snapped.name(part), None)
 
-        codes = Quantized(grid.name, made, scales)
+        codes = Quantized(grid.name, codes_RC, scales)
         weight = home._parameters[snapped.attribute].requires_grad_(True)
         weight.data = weight.data.float()  # of bf16 masters too: their decoded values are not bf16
         quantized[name] = bake(weight, codes)

@@ -53,7 +53,7 @@ from compress.models.vocabulary import vocabulary_of
 from compress.score.intervals import bootstrap, cells, interval, ratio_interval
 from compress.score.likelihood import Likelihoods
 from compress.score.prompts import ANSWER_TOKENS, Prompt
-from compress.score.quantiles import jeffreys
+from compress.score.quantiles import jeffreys_interval
 from compress.score.talk import (
     has_template,
     open_speaker,
@@ -217,7 +217,7 @@ def own_scores(answers: Answers) -> tuple[dict[str, float], dict[str, tuple[floa
     for name in ("right", "loops", "ended"):
         count = sum(bool(row[name]) for row in answers)
         scores[f"open/{name}"] = count / len(answers)
-        spread[f"open/{name}"] = _jeffreys(count, len(answers))
+        spread[f"open/{name}"] = jeffreys_interval(count, len(answers))
     return scores, spread
 
 
@@ -248,7 +248,7 @@ def beside_teacher(
     if len(to_keep) >= TEACHER_RIGHT:
         kept = sum(row["right"] for row in to_keep)
         scores["open/kept"] = kept / len(to_keep)
-        spread["open/kept"] = _jeffreys(kept, len(to_keep))
+        spread["open/kept"] = jeffreys_interval(kept, len(to_keep))
 
     differing = sum(not same_form(row["form"], reference["form"]) for row, reference in pairs)
     scores["open/form_differing"] = differing / len(pairs)
@@ -268,12 +268,6 @@ def _flags(pairs: Sequence[Pair], name: str) -> tuple[np.ndarray, np.ndarray]:
         np.array([bool(row[name]) for row, _ in pairs]),
         np.array([bool(reference[name]) for _, reference in pairs]),
     )
-
-
-def _jeffreys(count: int, n: int) -> tuple[float, float]:
-    """Jeffreys' interval of a share, 95%, which always holds the share itself."""
-    low = 0.0 if count == 0 else jeffreys(count, n, 0.025)
-    return low, 1.0 if count == n else jeffreys(count, n, 0.975)
 
 
 def plausible(answers: Answers, teacher: Answers, lm: Any, tokenizer: Any) -> dict[str, Any]:

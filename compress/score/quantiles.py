@@ -79,6 +79,12 @@ def jeffreys(right: float, n: float, p: float) -> float:
     return beta_quantile(p, right + 0.5, n - right + 0.5)
 
 
+def jeffreys_interval(count: int, n: int) -> tuple[float, float]:
+    """Jeffreys' interval of a share, 95%, which always holds the share itself."""
+    low = 0.0 if count == 0 else jeffreys(count, n, 0.025)
+    return low, 1.0 if count == n else jeffreys(count, n, 0.975)
+
+
 def t_quantile(p: float, freedom: float) -> float:
     """The t below which Student's t with `freedom` degrees lies with probability `p` >= 1/2."""
     assert 0.5 <= p < 1.0, p

@@ -37,6 +37,7 @@ from compress.doors import (
     whole,
 )
 from compress.errors import ConfigError
+from compress.score.quantiles import jeffreys_interval
 from compress.serve.asked import Asked, Refusal
 from compress.serve.settings import Rule
 from compress.serve.student import Student
@@ -94,12 +95,8 @@ class Outcome(NamedTuple):
 
 
 def share(count: int, of: int) -> Share:
-    """A share with Jeffreys' interval, as `score/open.py` has it."""
-    from scipy.stats import beta
-
-    low, high = beta.ppf([0.025, 0.975], count + 0.5, of - count + 0.5)
-    value = count / of if of else float("nan")
-    return Share(value, 0.0 if count == 0 else float(low), 1.0 if count == of else float(high), of)
+    """A share with Jeffreys' interval."""
+    return Share(count / of if of else float("nan"), *jeffreys_interval(count, of), of)
 
 
 def outcome(rows: Sequence[Row], rule: Rule) -> Outcome:

@@ -10,9 +10,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from compress.command_line import Parser
 from compress.errors import EXIT_OK, ConfigError, printable
+from compress.packages import EXTRAS, install_line
 
 if TYPE_CHECKING:
     import asyncio
@@ -25,18 +27,13 @@ USAGE = (
     " [--key-file FILE | --no-key] [--parallel N] [--context N] [--queue N] [--timeout S]"
     " [--max-tokens N] [--file NAME] [--teacher URL] [--calibrate FILE]"
 )
-PACKAGES = ("aiohttp", "prometheus_client")
+FASTER = "uvloop"  # not on every system
 KEY, TEACHER_KEY = "COMPRESS_KEY", "COMPRESS_TEACHER_KEY"
 OF_TEACHER = ("key_file", "model", "timeout", "budget", "price")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}; `compress --help` shows every verb")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="compress serve", usage=USAGE)
+def _parser() -> Parser:
+    parser = Parser(prog="compress serve", usage=USAGE)
     add = parser.add_argument
     add("target", type=Path, metavar="BUNDLE|FILE.gguf|DIRECTORY")
     add("--file", metavar="NAME", help="of a bundle: another than the file that was judged")
@@ -70,11 +67,11 @@ def _parser() -> argparse.ArgumentParser:
 def serve(arguments: list[str]) -> int:
     """Serve a model by OpenAI's interface until SIGTERM, or choose the threshold of a cascade."""
     options = _parser().parse_args(arguments)
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
+    for module, distribution in EXTRAS["serve"].items():
+        if module != FASTER and importlib.util.find_spec(module) is None:
             raise ConfigError(
-                f"serve needs the package {package.replace('_', '-')}, which is not installed: pip"
-                " install 'compress-lm[serve]'"
+                f"serve needs the package {distribution}, which is not installed:"
+                f" {install_line('serve')}"
             )
 
     # What can't be meant like this is refused before the bundle's bytes are read.
@@ -102,9 +99,9 @@ def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop's event loop where that is installed: a token costs the door less. None for asyncio's
     own.
     """
-    if importlib.util.find_spec("uvloop") is None:
+    if importlib.util.find_spec(FASTER) is None:
         return None
-    return importlib.import_module("uvloop").new_event_loop
+    return importlib.import_module(FASTER).new_event_loop
 
 
 def _settings(options: argparse.Namespace) -> Settings:

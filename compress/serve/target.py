@@ -7,8 +7,9 @@ from pathlib import Path
 
 from compress.errors import ConfigError, nearest
 from compress.formats.onnx_folder import CONFIG
-
-MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
+from compress.models.model import runtime_at
+from compress.ship.manifest import MANIFEST
+from compress.ship.sums import SUMS, verify_bundle
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,10 @@ def target_of(path: Path, file: str | None = None) -> Target:
             f"{path} does not exist; give a bundle, a GGUF file, an ONNX directory or a checkpoint"
             " directory"
         )
-    return Target(path.absolute(), path.absolute().name, _runtime(path))
+    return Target(path.absolute(), path.absolute().name, runtime_at(path))
 
 
 def _of_bundle(bundle: Path, file: str | None) -> Target:
-    from compress.ship.sums import verify_bundle
-
     manifest = verify_bundle(bundle)
     choices = sorted(_models(bundle, manifest["files"]))
     name = manifest["judged"] if file is None else file.rstrip("/")
@@ -50,7 +49,7 @@ def _of_bundle(bundle: Path, file: str | None) -> Target:
 
     recipe = manifest["run"].partition("/")[0]
     path = bundle.absolute() / name
-    return Target(path, f"{recipe}/{name}", _runtime(path), bundle.absolute())
+    return Target(path, f"{recipe}/{name}", runtime_at(path), bundle.absolute())
 
 
 def _models(bundle: Path, files: dict[str, object]) -> set[str]:
@@ -63,10 +62,3 @@ def _models(bundle: Path, files: dict[str, object]) -> set[str]:
         or (bundle / name / CONFIG).is_file()
         or (bundle / name / "config.json").is_file()
     }
-
-
-def _runtime(path: Path) -> str:
-    """What runs it; as `models.checkpoint.runtime_at`, which imports torch."""
-    if path.is_file():
-        return "llama.cpp"
-    return "onnxruntime" if (path / CONFIG).is_file() else "torch"

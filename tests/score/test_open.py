@@ -17,7 +17,6 @@ from compress.formats.llamacpp import Answer
 from compress.formats.torch_runtime import TorchSpeaker
 from compress.models.checkpoint import load_model, model_of
 from compress.models.tokenizer import load_tokenizer
-from compress.score import open as open_answers
 from compress.score.inputs import Heldout, Setup, check_context
 from compress.score.open import (
     answered,
@@ -36,6 +35,7 @@ from compress.score.prompts import (
     prompts_of_eval,
     read_prompts,
 )
+from compress.score.quantiles import jeffreys_interval
 from compress.score.settings import Eval
 from compress.score.talk import (
     has_template,
@@ -284,7 +284,7 @@ def test_intervals_of_kept_hold_the_truth():
     held = 0
     for _ in range(1000):
         both = int(draw.binomial(60, 0.8))
-        low, high = open_answers._jeffreys(both, 60)
+        low, high = jeffreys_interval(both, 60)
         held += low <= 0.8 <= high
     assert 0.93 < held / 1000 < 0.975
 

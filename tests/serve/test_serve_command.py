@@ -11,7 +11,6 @@ from served import KEY, tiny_gguf
 from ship.test_bundle_open import made
 
 from compress.__main__ import main
-from compress.serve.command import PACKAGES
 from compress.serve.keys import Lock
 from compress.serve.settings import is_loopback
 from compress.serve.target import target_of
@@ -124,7 +123,7 @@ def test_what_is_no_model_is_refused(refused, tmp_path):
 
 def test_a_package_that_is_missing_is_named_with_the_line_to_type(refused, gguf, monkeypatch):
     find = importlib.util.find_spec
-    for package in PACKAGES:
+    for package in ("aiohttp", "prometheus_client"):
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, p=package: None if name == p else find(name)
         )

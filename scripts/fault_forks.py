@@ -304,12 +304,18 @@ def call(function: Callable[[], object]) -> None:
 
 
 def warm() -> None:
-    """Import what a run needs: no tensor is made and no thread started, or forks would hang."""
+    """Import what a run needs and read the embedded texts: no tensor is made and no thread started,
+    or forks would hang.
+    """
     for name in WARM:
         importlib.import_module(name)
     import torch
 
     torch.set_num_threads(1)
+    from compress.text.embedded import EMBEDDED
+
+    for read in EMBEDDED.values():
+        read()  # kept from then on
 
 
 class Figure(NamedTuple):

@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from warm import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-FAST = ["eval.tasks=[grammar]", "eval.limit=4", "trainer.threads=1"]
+FAST = ["eval.tasks=[grammar]", "eval.limit=4", "eval.time_stages=false", "trainer.threads=1"]
 
 
-def compress(folder, *arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "compress", *arguments],
-        cwd=folder,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        **options,
-    )
+def compress(folder, *arguments):
+    process = Forked(["-m", "compress", *arguments], folder, ENV)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.poll(), out, err)
 
 
 def newest(folder, recipe="smoke"):

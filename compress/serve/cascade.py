@@ -4,7 +4,8 @@ The student writes its first tokens, which nobody is sent; where their log-proba
 enough it answers as without a teacher, and llama.cpp still has prompt and tokens in its slot's
 cache. Else the teacher is asked, and the student's slot is free meanwhile. Whatever keeps the
 teacher from answering (slow, down, over its budget, left alone after failures), the student
-answers; where the student's process is gone, the teacher is asked instead.
+answers; where the student's process is gone, or ends before a client has any of its answer, the
+teacher is asked instead.
 """
 
 from __future__ import annotations
@@ -42,7 +43,12 @@ class Cascade:
         # What is believed is written to its end, unless it ended already.
         if self.rule.believes(probe.logprobs):
             entry.why = "sure"
-            await self._student(asked, reply, probe)
+            try:
+                await self._student(asked, reply, probe)
+            except Refusal as refusal:
+                if refusal.code not in GONE or reply.response is not None:
+                    raise  # of a stream the client has a beginning
+                await self._instead_of_student(asked, reply, refusal)
             return
         slot.give_back()
         try:

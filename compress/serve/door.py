@@ -76,13 +76,12 @@ class Door:
         app.router.add_get(METRICS, self._figures)
         return app
 
-    async def drained(self, seconds: float) -> bool:
-        """Takes nothing new from now on; whether all that runs ended within `seconds`."""
+    async def drained(self, seconds: float) -> None:
+        """Takes nothing new from now on, and waits up to `seconds` for what runs."""
         self.closing = True
         end = time.monotonic() + seconds
         while self.inside and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        return not self.inside
 
     # ------------------------------------------------------------ every request
 

@@ -210,6 +210,7 @@ def test_a_scorer_stops_a_student_early_beside_its_teacher_and_reads_it_back(
         "prompt_tokens": 8,
         "new_tokens": 2,
         "repeats": 1,
+        "processes": 1,
         "open_limit": 8,
     }
     store, text = (

@@ -135,8 +135,20 @@ def test_the_teacher_answers_while_the_student_is_started_again(ggufs, key_file)
     assert student.post(CHAT, BODY)["headers"][BY] == "teacher"
     student.until(lambda: student.figure("compress_ready") == 1, 60)
     assert student.post(CHAT, BODY)["headers"][BY] == "student"
+
+    # In the middle of an answer of which nobody has anything yet.
+    child = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(student.post, CHAT, BODY | {"max_tokens": 600})
+        tokens = 'compress_tokens_total{by="student",kind="answer"}'
+        probed = student.figure(tokens)
+        student.until(lambda: student.figure(tokens) > probed)
+        os.kill(child, signal.SIGKILL)
+        answer = waiting.result()
+    assert answer["headers"][BY] == "teacher" and "choices" in answer
     _, _, log = student.end()
-    assert [row["why"] for row in entries(log)] == ["sure", "student_gone", "sure"]
+    reasons = [row["why"] for row in entries(log)]
+    assert reasons == ["sure", "student_gone", "sure", "student_gone"]
     teacher.end()
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import Forked
 
 from compress.errors import ConfigError
 from compress.train.launchers import first_node, launched
@@ -20,6 +19,7 @@ HERE = Path(__file__).parents[1]
 RUN = (
     *("run", "smoke", "trainer=ddp", "trainer.threads=1"),
     *("pipeline=[depth,heal]", "export=none", "stages.heal.tokens=1024"),
+    *("eval.time_stages=false", "eval.open_prompts=[]"),
 )
 SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
 
@@ -32,18 +32,18 @@ def free_port() -> str:
 
 def torchrun(folder: Path) -> list[tuple[list[str], dict[str, str]]]:
     start = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    return [([sys.executable, "-m", *start, "-m", "compress", *RUN], {})]
+    return [(["-m", *start, "-m", "compress", *RUN], {})]
 
 
 def accelerate(folder: Path) -> list[tuple[list[str], dict[str, str]]]:
     start = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     start.append(f"--main_process_port={free_port()}")
-    return [([sys.executable, "-m", *start, "-m", "compress", *RUN], {"HF_HOME": str(folder)})]
+    return [(["-m", *start, "-m", "compress", *RUN], {"HF_HOME": str(folder)})]
 
 
 def slurm(folder: Path) -> list[tuple[list[str], dict[str, str]]]:
     common = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    line = [sys.executable, "-m", "compress", *RUN]
+    line = ["-m", "compress", *RUN]
     ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
     return [(line, common | rank) for rank in ranks]
 
@@ -52,13 +52,8 @@ def weights(folder: Path, start) -> str:
     """The digest of the slot `heal` that these two processes train."""
     folder.mkdir()
     shared = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            line, cwd=folder, env=shared | variables, stderr=subprocess.PIPE, text=True
-        )
-        for line, variables in start(folder)
-    ]
-    said = [process.communicate(timeout=500)[1] for process in processes]
+    processes = [Forked(line, folder, shared | variables) for line, variables in start(folder)]
+    said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), said
     made = [
         json.loads(path.read_text()) for path in folder.glob("runs/.store/entries/*/stage.json")
@@ -73,7 +68,9 @@ def digests() -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize("start", [torchrun, accelerate, slurm])
+@pytest.mark.parametrize(
+    "start", [slurm, torchrun, pytest.param(accelerate, marks=pytest.mark.slow)]
+)
 def test_two_processes_train_the_same_whoever_started_them(start, digests, tmp_path):
     digests.add(weights(tmp_path / "run", start))
     assert len(digests) == 1

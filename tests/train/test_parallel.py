@@ -8,14 +8,13 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from smoke_runs import FAST
+from warm import Forked
 
 from compress.__main__ import main
 
@@ -35,17 +34,8 @@ def start(line, world):
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
     }
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {} for r in range(world)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *line],
-            env=shared | own,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for own in ranks
-    ]
-    outputs = [process.communicate(timeout=500)[0] for process in processes]
+    processes = [Forked(line, HERE.parent, shared | own, together=True) for own in ranks]
+    outputs = [process.communicate()[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
 
@@ -184,10 +174,9 @@ def test_another_number_of_processes_goes_on_from_a_state(
             torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_the_command_starts_its_own_followers(kind, tmp_path):
     line = [
-        sys.executable,
         "-m",
         "compress",
         "run",
@@ -200,15 +189,9 @@ def test_the_command_starts_its_own_followers(kind, tmp_path):
         "eval.open_prompts=[]",
         *FAST,
     ]
-    done = subprocess.run(
-        line,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    leader = Forked(line, tmp_path, os.environ | {"PYTHONPATH": str(HERE.parent)})
+    _, said = leader.communicate()
+    assert leader.returncode == 0, said
     records = [
         json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/smoke/*/*/record.json"))
     ]
@@ -236,18 +219,11 @@ def test_processes_without_a_way_to_train_together_are_refused(tmp_path):
         "WORLD_SIZE": "2",
         "PYTHONPATH": str(HERE.parent),
     }
-    line = [sys.executable, "-m", "compress", "run", "smoke"]
+    line = ["-m", "compress", "run", "smoke"]
     ranks = [
-        subprocess.Popen(
-            line,
-            cwd=tmp_path,
-            env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in (0, 1)
+        Forked(line, tmp_path, shared | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)
     ]
-    said = [process.communicate(timeout=120)[1] for process in ranks]
+    said = [process.communicate()[1] for process in ranks]
     assert (
         ranks[0].returncode == 2
         and "2 processes were started, but trainer.parallel=none; use trainer=ddp" in said[0]

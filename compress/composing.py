@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from compress.assets import configs_dir
-from compress.config import register, schema_named
+from compress.config import Recipe, register, schema_named
 from compress.errors import ConfigError, nearest, refuse_credentials
 from compress.recipe_text import ALLOWED_HYDRA, check_override, refuse
 
@@ -123,7 +123,7 @@ def in_time(recipe: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:  # OmegaConf may have added where it happened
-        raise ConfigError(_without_place(str(error))) from error
+        raise ConfigError(_placed(str(error))) from error
     except RecursionError as error:
         raise ConfigError(
             f"recipe {recipe!r} goes round in a circle, in its defaults or interpolations, or is"
@@ -150,6 +150,18 @@ def _trusted(composed: Any) -> dict[str, Any]:
 def _ours() -> dict[str, Any]:
     """The same of configs/base.yaml."""
     return _trusted(compose("base", configs_dir(), []))
+
+
+def _check_base(composed: Any, recipe: str) -> None:
+    """ConfigError for a recipe that does not begin with configs/base.yaml: its keys mean nothing
+    then.
+    """
+    if OmegaConf.get_type(composed) is not Recipe:
+        keys = ", ".join(str(key) for key in composed if key != "hydra")
+        raise ConfigError(
+            f"recipe {recipe!r} is not made on the base of all recipes; write 'defaults:' with"
+            f" '- /base' as its first entry; got the keys {keys or 'none'}"
+        )
 
 
 def _check_hydra(composed: Any, recipe: str, user_dir: Path | None) -> None:
@@ -218,6 +230,7 @@ def check_composed(
     ]
     with in_time(recipe):
         program = compose(recipe, folder, fixed + searched)
+        _check_base(program, recipe)
         _check_hydra(program, recipe, user_dir)
 
     # Every job before the first one runs; help is given on a recipe that makes no sense, too.
@@ -250,13 +263,20 @@ def _check_values(composed: Any) -> None:
     with open_dict(composed):
         composed.pop("hydra")
     check_keys(composed)
+    for slot, stage in composed.stages.items():
+        _check_table(stage, f"stages.{slot}: ")
+    _check_table(composed)
+    refuse_credentials(OmegaConf.to_container(composed, resolve=True), "")
+
+
+def _check_table(node: Any, place: str = "") -> None:
+    """ConfigError where a table's own check refuses its values, behind its place."""
     try:
-        OmegaConf.to_object(composed)
-        refuse_credentials(OmegaConf.to_container(composed, resolve=True), "")
+        OmegaConf.to_object(node)
     except OmegaConfBaseException:
         raise
-    except ValueError as error:  # a dataclass's own check
-        raise ConfigError(_without_place(str(error))) from error
+    except ValueError as error:
+        raise ConfigError(place + _placed(str(error))) from error
 
 
 def check_keys(node: Any, path: str = "") -> None:
@@ -283,7 +303,7 @@ def explain(error: Exception) -> str:
 
     # What a check of ours said stands as it is.
     if ours := [str(cause) for cause in chain if isinstance(cause, ConfigError)]:
-        return _without_place(ours[0])
+        return _placed(ours[0])
 
     # What Hydra's grammar can't read.
     if errors := [link for link in chain if isinstance(link, OverrideParseException)]:
@@ -294,6 +314,8 @@ def explain(error: Exception) -> str:
         )
 
     text = " | ".join(dict.fromkeys(str(link) for link in chain))
+    if "Cannot merge DictConfig with ListConfig" in text:
+        return f"{text.partition(':')[0]}: a list stands where a table belongs, as in 'stages: [a]'"
     match = re.search(r"full_key: (\S+)", text)
     full_key = match[1] if match else ""
     if sentence := _unknown_key(text, full_key) or _no_table(text, full_key) or _no_option(text):
@@ -306,9 +328,11 @@ def explain(error: Exception) -> str:
     return f"{full_key}: {first}" if full_key and full_key not in first else first
 
 
-def _without_place(message: str) -> str:
-    """What a check said, without where it happened, which OmegaConf appends."""
-    return message.partition("\n    full_key")[0]
+def _placed(message: str) -> str:
+    """What a check said, behind the key that OmegaConf appends, unless it names that itself."""
+    said, _, rest = message.partition("\n    full_key: ")
+    key = (rest.splitlines() or [""])[0].strip()
+    return said if not key or key in said else f"{key}: {said}"
 
 
 def _unknown_key(text: str, full_key: str) -> str:

@@ -88,14 +88,15 @@ class Recipe:
             # A stage works on what is there, and nothing but a file comes after a grid.
             if parent not in earlier:
                 raise ConfigError(
-                    f"slot {slot!r} branches off {parent!r}, which does not run before it;"
+                    f"pipeline: {slot!r} branches off {parent!r}, which does not run before it;"
                     f" {nearest(parent, earlier)}"
                 )
             if parent != "teacher" and self.stages[parent].leaves_a_grid:
                 raise ConfigError(
-                    f"impossible order: {slot!r} ({self.technique(slot)}) comes after {parent!r}"
-                    f" ({self.technique(parent)}), which puts the weights on a grid that any later"
-                    f" change would leave; put {parent!r} last, or branch with '{slot}@SLOT'"
+                    f"pipeline: impossible order: {slot!r} ({self.technique(slot)}) comes after"
+                    f" {parent!r} ({self.technique(parent)}), which puts the weights on a grid that"
+                    f" any later change would leave; put {parent!r} last, or branch with"
+                    f" '{slot}@SLOT'"
                 )
             earlier.add(slot)
 

@@ -1,13 +1,10 @@
 """The verbs of the hand-off: `verify`, `accept` and `sign` a bundle."""
 
-import os
 import re
 from pathlib import Path
 
 from compress.command_line import Parser
 from compress.errors import EXIT_OK, ConfigError
-
-PASSWORD = "COMPRESS_SIGN_PASSWORD"  # of a private key, in the environment
 
 
 def verify(arguments: list[str]) -> int:
@@ -93,8 +90,8 @@ def accept(arguments: list[str]) -> int:
 
 def sign(arguments: list[str]) -> int:
     """Sign a bundle that verifies."""
-    from compress.ship import signature
-    from compress.ship.sums import signed_digests, verify_bundle
+    from compress.ship.signature import PASSWORD
+    from compress.ship.sums import sign_bundle
 
     parser = Parser(prog="compress sign")
     parser.add_argument("bundle", type=Path)
@@ -107,11 +104,6 @@ def sign(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
-    # What was changed since it was written is not vouched for.
-    verify_bundle(options.bundle)
-    digests = signed_digests(options.bundle)
-    file = signature.sign(options.bundle, digests, options.key, os.environ.get(PASSWORD))
-    print(
-        f"{file}: {len(digests)} files signed; receivers: compress verify BUNDLE --key PUBLIC_PEM"
-    )
+    file, count = sign_bundle(options.bundle, options.key)
+    print(f"{file}: {count} files signed; receivers: compress verify BUNDLE --key PUBLIC_PEM")
     return EXIT_OK

@@ -29,6 +29,7 @@ from compress.score.size import size
 from compress.scratch import Scratch
 from compress.session import Session, check_calibration, check_shapes, log, plain
 from compress.ship.bundle import write_bundle
+from compress.ship.sums import sign_bundle
 from compress.stages.training import Optimization
 from compress.store import sha256_json
 from compress.train import parallel
@@ -203,6 +204,8 @@ def ship(session: Session, folder: RunDir) -> int:
         passed=code == EXIT_OK,
         prompts=session.scorer.prompts,
     )
+    if recipe.export.sign_key:
+        sign_bundle(bundle, Path(recipe.export.sign_key).expanduser())
     _report(finished, folder.path / "report.html", bundle)
     if code:
         log("the budget is violated: the bundle is written and marked; exit 4")

@@ -97,6 +97,8 @@ def check_override(override: str, where: str = "") -> None:
 
     # The name of what is overridden, without Hydra's signs to add or delete.
     key = override.partition("=")[0].strip().lstrip("~+").strip()
+    if not key and "=" in override:
+        raise ConfigError(f"{place} names nothing; write KEY=VALUE")
     refuse_credentials(override.replace("\\", ""), f"{where}{where and ': '}the override of {key}")
 
     # Whatever has nothing to do with Hydra is for the recipe to judge.

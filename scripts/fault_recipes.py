@@ -141,7 +141,9 @@ def recipe_files(draw: random.Random, folder: Path, count: int) -> list[tuple[li
 
 
 def recipes(work: Path, draw: random.Random, count: int) -> Figure:
-    """Each is refused with exit 2 in under two seconds, by the name of what is wrong."""
+    """Each is refused with exit 2 in under two seconds, by the name of what is wrong; a teacher
+    that is not there with exit 3, once the run looks for it.
+    """
     work.mkdir(parents=True)
     from_files = recipe_files(draw, work / "own", count // 4)
     lines = [*command_lines(draw, count - len(from_files)), *from_files]
@@ -152,15 +154,19 @@ def recipes(work: Path, draw: random.Random, count: int) -> Figure:
     right = fault_forks.run(["run", "smoke"], work, Plan(compose_only=True))
     most = max(MOST_SECONDS, 3 * right.computed)
     for arguments, key in lines:
-        ended = fault_forks.run(["run", *arguments], work, Plan(compose_only=True))
+        looked_for = key == "teacher"
+        plan = Plan(compose_only=not looked_for)
+        ended = fault_forks.run(["run", *arguments], work, plan)
         codes[ended.code] += 1
         slowest = max(slowest, ended.computed)
         problem = ""
-        if ended.code != 2 or ended.has_traceback:
+        if ended.code not in ((2, 3) if looked_for else (2,)) or ended.has_traceback:
             problem = f"exit {ended.code}"
         elif ended.computed > most:
             problem = f"after {ended.computed:.1f} s"
-        elif key not in ended.told:
+        elif not (looked_for and ended.code == 3) and not all(
+            part in ended.told for part in key.split(".")
+        ):
             problem = f"{key!r} is not named"
         if problem or right.code:
             failures.append(f"{' '.join(arguments)}: {problem}: {ended.told}")

@@ -27,6 +27,7 @@ REFUSED = {
         2,
         "needs compressed_tensors, which is not installed: pip install 'compressed",
     ),
+    "no key to sign with": (["export.sign_key=none.pem"], 2, "key none.pem: no such file"),
     "architecture of a file": (
         ["teacher=./scaled"],
         3,

@@ -7,6 +7,8 @@ import re
 import shutil
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from smoke_runs import FAST, compress, newest, records
 
 from compress.__main__ import main
@@ -16,7 +18,14 @@ from compress.store import sha256_file
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
-    done = compress(folder, "run", "smoke", "track=wandb", *FAST)
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    (folder / "key.pem").write_bytes(private)
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    (folder / "sender.pub").write_bytes(key.public_key().public_bytes(pem, form))
+    signed = "export.sign_key=key.pem"
+    done = compress(folder, "run", "smoke", "track=wandb", signed, *FAST)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -80,6 +89,20 @@ def test_every_slot_has_a_record_with_scores_and_weights(smoke):
     assert about["finished"]
     assert "qat" in done.stdout
     assert "heal" in done.stdout
+
+
+def test_the_bundle_is_signed_by_the_key_that_the_recipe_names(smoke, capfd):
+    folder, _ = smoke
+    bundle = str(newest_full(folder) / "bundle")
+    assert main(["verify", bundle, "--key", str(folder / "sender.pub")]) == 0
+    told = capfd.readouterr().out
+    assert "unchanged since it was signed by the owner of" in told
+    private = (folder / "key.pem").read_text()
+    assert not any(
+        private in file.read_text(errors="replace")
+        for file in newest_full(folder).rglob("*")
+        if file.is_file()
+    )
 
 
 def test_the_gguf_holds_the_qat_codes_bit_for_bit(smoke):

@@ -84,7 +84,7 @@ def test_more_tokens_cost_more_time_and_smaller_students_less_memory(tiny_teache
         ({"pipeline": ["depth", "heal", "heal"]}, "'heal' twice"),
         (
             {"pipeline": ["depth", "heal@qat"]},
-            "slot 'heal' branches off 'qat', which does not run before it",
+            "pipeline: 'heal' branches off 'qat', which does not run before it",
         ),
         (
             {"pipeline": ["qat", "depth"]},

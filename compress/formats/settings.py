@@ -13,6 +13,8 @@ class Export:
     """
 
     files: list[str] = field(default_factory=list)
+    # A private key in PEM that signs the bundle, as `compress sign --key` does.
+    sign_key: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.files:

@@ -16,6 +16,7 @@ Signatures without a key, by that service, are for the package itself.
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://model_signing/signature/v1.0"
 CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 KEY_BYTES = 100_000
+PASSWORD = "COMPRESS_SIGN_PASSWORD"  # of a private key, in the environment
 
 
-def sign(bundle: Path, digests: Mapping[str, str], key: Path, password: str | None = None) -> Path:
+def sign(bundle: Path, digests: Mapping[str, str], key: Path) -> Path:
     """Write model.sig of a bundle whose files, by name, have the sha256 `digests`. Returns its
     path. `key`: a PEM file with a private key.
 
@@ -42,7 +44,7 @@ def sign(bundle: Path, digests: Mapping[str, str], key: Path, password: str | No
     """
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    private = _private(key, password)
+    private = private_key(key)
     payload = json.dumps(_statement(bundle.absolute().name, digests)).encode()
     signed = private.sign(_encoded(payload), ec.ECDSA(_hash(private.public_key())))
     document = {
@@ -200,16 +202,19 @@ def _hash(public: Any) -> Any:
 def _pem(key: Path) -> bytes:
     """A key file's bytes. ConfigError where there is none."""
     if not key.is_file():
-        raise ConfigError(f"--key {key}: no such file; give a PEM file")
+        raise ConfigError(f"key {key}: no such file; give a PEM file")
     if key.stat().st_size > KEY_BYTES:
-        raise ConfigError(f"--key {key} is no key: it has {key.stat().st_size:,} bytes")
+        raise ConfigError(f"key {key} is no key: it has {key.stat().st_size:,} bytes")
     return key.read_bytes()
 
 
-def _private(key: Path, password: str | None) -> Any:
-    """The private key in a PEM file. ConfigError for anything else; the file is not told."""
+def private_key(key: Path) -> Any:
+    """The private key in a PEM file, opened by PASSWORD where that is set. ConfigError for anything
+    else; the file is not told.
+    """
     from cryptography.hazmat.primitives import serialization
 
+    password = os.environ.get(PASSWORD)
     try:
         secret = password.encode() if password else None
         private = serialization.load_pem_private_key(_pem(key), secret)
@@ -217,7 +222,7 @@ def _private(key: Path, password: str | None) -> Any:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"--key {key} is no private key in PEM that opens without a password"
+            f"key {key} is no private key in PEM that opens without a password"
             f" ({type(error).__name__}); make one: openssl ecparam -name prime256v1 -genkey -noout"
             " -out key.pem"
         ) from error
@@ -235,7 +240,7 @@ def _public(key: Path) -> Any:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"--key {key} is no public key in PEM; the sender makes it: openssl ec -in key.pem"
+            f"key {key} is no public key in PEM; the sender makes it: openssl ec -in key.pem"
             " -pubout -out public.pem"
         ) from error
     _check_curve(public, key)
@@ -246,4 +251,4 @@ def _check_curve(public: Any, key: Path) -> None:
     """ConfigError for a key that the format has no place for."""
     curve = getattr(getattr(public, "curve", None), "name", type(public).__name__)
     if curve not in CURVES:
-        raise ConfigError(f"--key {key} is on {curve}; allowed: {', '.join(CURVES)}")
+        raise ConfigError(f"key {key} is on {curve}; allowed: {', '.join(CURVES)}")

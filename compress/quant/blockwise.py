@@ -39,8 +39,8 @@ class Blockwise:
     """One model on its way to the grids of `layout` (grid by state-dict name); the options are
     those of `stages/ptq.py`.
 
-    With `keep`, `restore` puts back the weights as they were before rounding, balanced: from there
-    training goes on. A matrix that is bf16 in the model (`checkpoint.load_stored`) can't hold its
+    With `keep`, `restore` puts back the weights as they were before rounding, balanced, as far as
+    the codes let them: from there training goes on. A matrix that is bf16 in the model (`checkpoint.load_stored`) can't hold its
     decoded values: it is let go of, and its codes are what there is of it.
     """
 
@@ -108,8 +108,14 @@ class Blockwise:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undo the rounding; norms and biases stay balanced."""
+        """Undo the rounding; norms and biases stay balanced. Where GPTQ took another code than the
+        nearest, a weight comes back as far as that code reaches.
+        """
         for name, before in self.whole.items():
+            if self.method == "gptq":
+                made = self.made[name]
+                rows = before.flatten(0, -2).float()
+                before = GRIDS[made.grid].within(rows, made.codes, made.scales).view(before.shape)
             self.model.get_parameter(name).copy_(before)
 
     @torch.no_grad()

@@ -8,11 +8,12 @@ or bf16 master weights (`quant/fake.py`), which under fsdp2 are rounded in rows,
 2305.17888, section 3.1); with teacher, quantization-aware distillation, it is the recipe's teacher.
 With `balance` training starts from folded weights, and searched or learned scales from what loses
 least of each block's outputs, behind blocks that are rounded already (`quant/blockwise.py`): far
-nearer than the format's own rule. GPTQ's codes are no such start: they are nearer still, but
-weights in the middle of their cells have forgotten where they came from (`results/quant/bench.md`).
+nearer than the format's own rule. With `method` gptq it starts from GPTQ's codes, each weight as
+near to where it was as its code allows: in the middle of their cells weights have forgotten where
+they came from, and are a worse start than no GPTQ (`results/quant/bench.md`, `scales.md`).
 
-With `train` scales these codes are the start and stay: GPTQ chooses them, and of the file's numbers
-the scales alone learn, beside norms and biases, in a fraction of the memory (as MLX's DWQ does).
+With `train` scales GPTQ's codes stay, and of the file's numbers the scales alone learn, beside norms
+and biases, in a fraction of the memory (as MLX's DWQ does).
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Qat(Optimization, OnGrid):
     tokens: int = 100_000
     learn_from: LearnFrom = LearnFrom.parent
     train: Trained = Trained.all
-    calibration_sequences: int = 16  # for balance, and for the codes of train=scales
+    # How the codes are chosen that training starts from; of train=scales always by gptq.
+    method: Method = Method.nearest
+    calibration_sequences: int = 16  # for balance and gptq
     # above 0 the parent is frozen on its grid, and adapters of that rank are trained and merged
     # there
     rank: int = 0
@@ -74,7 +77,7 @@ class Qat(Optimization, OnGrid):
         ):
             raise ConfigError(
                 f"qat.calibration_sequences={self.calibration_sequences} must be at least 1, and is"
-                " used by balance and train=scales only"
+                " used by balance, method=gptq and train=scales only"
             )
         if self.rank < 0:
             raise ConfigError(f"qat.rank={self.rank} must be 0 (every weight is trained) or above")
@@ -86,12 +89,12 @@ class Qat(Optimization, OnGrid):
     @property
     def rounding(self) -> Method:
         """How the codes are chosen that training starts from."""
-        return Method.gptq if self.train is Trained.scales else Method.nearest
+        return Method.gptq if self.train is Trained.scales else self.method
 
     @property
     def calibrated(self) -> bool:
         """Whether text goes through the blocks before training."""
-        return self.balance != Balance.none or self.train is Trained.scales
+        return self.balance != Balance.none or self.rounding is Method.gptq
 
     def calibration_rows(self) -> int:
         """Rows that balance and allocation read."""
@@ -143,7 +146,7 @@ class Qat(Optimization, OnGrid):
             account.phases["start"] = [
                 *BASE,
                 Item("weights in fp32", host=4 * shape.params),
-                Item("weights before rounding", host=0 if gptq else 4 * shape.params),
+                Item("weights before rounding", host=0 if scales_alone else 4 * shape.params),
                 Item("codes", host=CODE_BYTES * shape.params),
                 *walk(shape, self.calibration_sequences, given.seq_len),
                 *rounded_block(shape, balance=self.balance != Balance.none, gptq=gptq),
@@ -204,8 +207,8 @@ class Qat(Optimization, OnGrid):
         if not self.calibrated:
             return layout, None, {}
 
-        # Folded and rounded block by block; scales stay, weights go back to before the rounding,
-        # or codes stay too.
+        # Folded and rounded block by block; scales stay, weights go back to before the rounding, as
+        # far as GPTQ's codes let them, or codes stay too.
         codes_stay = self.train is Trained.scales
         work = Blockwise(
             model,

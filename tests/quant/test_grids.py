@@ -18,6 +18,7 @@ from gguf import quants
 from safetensors import safe_open
 
 from compress.quant.grids import GRIDS
+from compress.quant.grids.grid import CELL_MARGIN
 from compress.quant.grids.nonlinear import NUMBERS
 
 TYPES = {
@@ -408,3 +409,24 @@ def test_a_trial_is_plain_rounding_or_little_worse(name):
     plain = (grid.decode(*grid.encode(w)) - w).square().sum()
     trial = (grid.trial(w) - w).square().sum()
     assert trial <= (1.3 if name == "iq4_nl" else 1.0) * plain
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_weight_comes_back_as_far_as_its_code_reaches(name):
+    grid, w = GRIDS[name], _weights("normal", name)
+    nearest, scales = grid.encode(w)
+    error = (w - grid.decode(nearest, scales)).std()
+    moved = w + 1.5 * error * torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    codes = grid.codes(moved, scales)
+    kept, values = grid.within(w, codes, scales), grid.decode(codes, scales)
+
+    # Every code is kept; a weight that has its own is as it was.
+    assert torch.equal(grid.codes(kept, scales), codes)
+    same = grid.codes(w, scales) == codes
+    assert 0.1 < same.float().mean() < 1 and torch.equal(kept[same], w[same])
+
+    # Of the others none could go on: a hundredth behind the margin is another code.
+    beyond = values + (kept - values) / (1 - CELL_MARGIN) * 1.01
+    changed = grid.codes(beyond, scales) != codes
+    assert changed[~same].float().mean() > 0.99
+    assert ((kept - w).abs() <= (values - w).abs())[~same].all()

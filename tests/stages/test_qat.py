@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from compress.distill.batches import one_batch
 from compress.errors import ConfigError, Interrupted
+from compress.models.checkpoint import load_model
+from compress.quant.grids import GRIDS
 from compress.quant.settings import Balance, GridName, Method, Scales
 from compress.stages.ptq import Ptq
 from compress.stages.qat import LearnFrom, Qat, Trained
@@ -158,11 +160,13 @@ def test_training_starts_from_the_same_function_which_rounding_costs_less(tiny_t
     assert gaps[Scales.learned] < gaps[Scales.round] < gaps[None]
 
 
-def test_a_balanced_start_is_found_again_bit_for_bit(tiny_teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", [Method.nearest, Method.gptq])
+def test_a_balanced_start_is_found_again_bit_for_bit(tiny_teacher, tmp_path, monkeypatch, method):
     stage = Qat(
         tokens=32 * 4 * 4,
         scales=Scales.learned,
         balance=Balance.awq,
+        method=method,
         calibration_sequences=4,
         lr=3e-3,
     )
@@ -187,6 +191,29 @@ def test_a_balanced_start_is_found_again_bit_for_bit(tiny_teacher, tmp_path, mon
     interrupt(stage, tiny_teacher, tmp_path / "resumed", context, monkeypatch)
     stage.run(tiny_teacher, tmp_path / "resumed", context)
     assert same(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_training_starts_from_gptq_codes_with_every_weight_as_near_as_they_allow(
+    tiny_teacher, tmp_path
+):
+    wanted = {"calibration_sequences": 4, "method": Method.gptq}
+    stage = Qat(tokens=32 * 4, scales=Scales.learned, **wanted)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    model, teacher = load_model(tiny_teacher), load_model(tiny_teacher)
+    layout, start, _ = stage.start(model, tiny_teacher, make_context(tiny_teacher, tmp_path / "a"))
+
+    # The codes are those of ptq; weights whose code is the nearest one are as they were.
+    rounding = Ptq(scales=Scales.search, **wanted)
+    rounding.run(tiny_teacher, tmp_path / "gptq", make_context(tiny_teacher, tmp_path / "b"))
+    rounded = files(tmp_path / "gptq")["quant.safetensors"]
+    as_they_were = []
+    for name, made in start.items():
+        weight, before = model.get_parameter(name), teacher.get_parameter(name)
+        assert torch.equal(rounded[f"{name}.codes"], made.codes)
+        assert torch.equal(GRIDS[layout[name]].codes(weight, made.scales), made.codes)
+        as_they_were.append((weight == before).float().mean())
+    assert 0.5 < sum(as_they_were) / len(as_they_were) < 1
 
 
 def test_scales_alone_are_trained_behind_gptq_codes_and_resume_bit_for_bit(

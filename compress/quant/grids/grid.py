@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 GRAIN = 32_768  # elements of one piece
+HALVINGS = 10  # of the way from a code's value to a weight, to find where the code ends
+CELL_MARGIN = 0.2  # of that way a weight stays clear of the end, or a first step would cross it
 
 
 @cache
@@ -215,6 +217,31 @@ class Grid:
 
         self._each(work, w.detach(), scales, grad, passed)
         return passed
+
+    def within(self, w: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        """fp32 (R, C): w where it rounds to `codes`, else the point on the way from the code's value
+        to w where that code ends, less CELL_MARGIN of the way.
+        """
+        kept = torch.empty_like(w, dtype=torch.float32)
+        values = self.decode(codes, scales)
+
+        def work(x: Tensor, q: Tensor, stored: Tensor, value: Tensor, out: Tensor) -> None:
+            levels = self.levels(stored)
+
+            def is_code(point: Tensor) -> Tensor:
+                found = self.stored_codes(self.rounded(self._quotient(point, *levels)))
+                return found.flatten(1) == q
+
+            # Cells are intervals around their values: how far x may be followed is halved in.
+            way = x - value
+            share, step = torch.zeros_like(x), 0.5
+            for _ in range(HALVINGS):
+                share += step * is_code(value + (share + step) * way)
+                step /= 2
+            out[:] = torch.where(is_code(x), x, value + (1 - CELL_MARGIN) * share * way)
+
+        self._each(work, w.detach().float(), codes, scales, values, kept)
+        return kept
 
     def _grouped(self, x: Tensor) -> Tensor:
         """(N, block) -> (N, block / group, group), the same memory."""

@@ -28,7 +28,9 @@ NAMES = {room: re.compile(form) for room, form in {
     "runs": r"[0-9a-f]{32}\.json",
 }.items()}  # fmt: skip
 IN_A_SIGNAL = re.compile(r"meta\.json|\d{5,}-[0-9a-f]{16}\.safetensors")
-RUN_FILES = re.compile(r"run\.json|record\.json|records\.jsonl|(items|steps|open)\.jsonl")
+RUN_FILES = re.compile(
+    r"run\.json|record\.json|records\.jsonl|(items|steps|open)\.jsonl|report\.html|model\.sig"
+)
 SLOT_FOLDER = re.compile(r"\d{2,3}-")
 RUN_DIRECTORIES = (".", "*", "*/*")  # below --runs
 
@@ -223,7 +225,8 @@ def _torn_in(run: Path) -> list[Path]:
     """What is unfinished in a run directory."""
     torn = [run / name for name in (".bundle.part", ".bundle.old") if (run / name).is_dir()]
     for file in [*run.glob(".*"), *run.glob("*/.*")]:
-        here = file.parent == run or SLOT_FOLDER.match(file.parent.name)
+        folder = file.parent.name
+        here = file.parent == run or folder == "bundle" or SLOT_FOLDER.match(folder)
         if here and RUN_FILES.fullmatch(left_over(file)):
             torn.append(file)
     return torn

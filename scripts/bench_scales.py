@@ -1,12 +1,13 @@
-"""What scales alone win back behind GPTQ's codes, beside training every weight.
+"""What scales alone win back behind GPTQ's codes, beside training every weight from these codes and
+from the nearest ones.
 
     python scripts/bench_scales.py [--tokens 30720] [--rates 1e-3] [--whole 1.1e-4] [--skip 6]
                                    [--work DIR] [--out results/quant]
 
 The embedded teacher on `iq4_nl`, embeddings included, calibrated and trained half on docstrings,
 half on conversations, towards itself: codes by GPTQ behind AWQ's balance, then `train=scales` at
-each of --rates, then `train=all` at --whole from AWQ's balance and searched scales, each for
---tokens. KL is exact, on 6 rows of held-out topics and of held-out conversations behind the first
+each of --rates, then `train=all` at --whole from `method=gptq` and from `method=nearest`, each
+behind AWQ's balance, for --tokens. KL is exact, on 6 rows of held-out topics and of held-out conversations behind the first
 --skip: what is chosen by these figures is chosen on other rows than those that are reported. What a
 row is made of is kept under --work. Adds to scales.json and writes scales.md; the last line is
 JSON.
@@ -31,12 +32,13 @@ GRID: dict[str, Any] = {"grid": GridName.iq4_nl, "balance": Balance.awq}
 COLUMNS = ("trained", "rate", "tokens", "rows behind", "KL topics", "KL conversations", "minutes")
 
 
-def training(trained: Trained, rate: float, tokens: int) -> Qat:
-    """Scales behind GPTQ's codes, or every weight."""
+def training(trained: Trained, rate: float, tokens: int, method: Method) -> Qat:
+    """Scales behind GPTQ's codes, or every weight from those of a method."""
     return Qat(
         **GRID,
         calibration_sequences=32,
         train=trained,
+        method=method,
         scales=Scales.learned,
         lr=rate,
         tokens=tokens,
@@ -96,10 +98,15 @@ def main() -> None:
     bench = Bench(options.work, options.threads, skip=options.skip)
     gptq = Ptq(**GRID, calibration_sequences=32, method=Method.gptq, scales=Scales.search)
     rows = [measured(bench, "nothing, GPTQ's codes", 0.0, 0, gptq)]
-    for trained, rates in ((Trained.scales, options.rates), (Trained.all, options.whole)):
+    ways = (
+        ("scales", Trained.scales, Method.gptq, options.rates),
+        ("all, from GPTQ's codes", Trained.all, Method.gptq, options.whole),
+        ("all, from the nearest codes", Trained.all, Method.nearest, options.whole),
+    )
+    for what, trained, method, rates in ways:
         for rate in rates:
-            stage = training(trained, rate, options.tokens)
-            rows.append(measured(bench, trained.value, rate, options.tokens, stage))
+            stage = training(trained, rate, options.tokens, method)
+            rows.append(measured(bench, what, rate, options.tokens, stage))
 
     # Rows of other runs stay.
     file = options.out / "scales.json"

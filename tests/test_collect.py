@@ -362,7 +362,12 @@ def test_run_directories_lose_what_killed_processes_were_writing(tmp_path, monke
     store.register(run)
     del store
     torn = planted(
-        run, f".run.json.{DEAD}", f"00-teacher/.record.json.{DEAD}", ".bundle.part/hf/weights"
+        run,
+        f".run.json.{DEAD}",
+        f".report.html.{DEAD}",
+        f"00-teacher/.record.json.{DEAD}",
+        f"bundle/.model.sig.{DEAD}",
+        ".bundle.part/hf/weights",
     )
     mine = planted(run, "todo.md", f".todo.md.{DEAD}", "bundle/manifest.json")
     assert main(["gc", "--store", "store", "--yes"]) == 0

@@ -132,10 +132,8 @@ def test_peaks_of_small_stages_are_those_told(tmp_path):
 
 @pytest.mark.slow
 def test_peaks_of_stages_at_0_4b_are_those_told(tmp_path):
-    """Training with int8 moments is not among them yet: its peak was taken with the copy of a state
-    that was being written (results/scale/memory.md).
-    """
     cases = ["prune_depth", "prune_width", "prune_heads", "ptq", "ptq_awq", "ptq_gptq"]
-    cases += ["distill", "distill_checkpointed", "lora", "qat", "qat_adapters"]
+    cases += ["distill", "distill_checkpointed", "distill_int8", "lora"]
+    cases += ["qat", "qat_adapters", "qat_scales"]
     for row in measured("0.4B", cases, tmp_path):
         assert row["told_bytes"] == pytest.approx(row["peak_bytes"], rel=0.15), row

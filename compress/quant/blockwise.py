@@ -40,8 +40,9 @@ class Blockwise:
     those of `stages/ptq.py`.
 
     With `keep`, `restore` puts back the weights as they were before rounding, balanced, as far as
-    the codes let them: from there training goes on. A matrix that is bf16 in the model (`checkpoint.load_stored`) can't hold its
-    decoded values: it is let go of, and its codes are what there is of it.
+    the codes let them: from there training goes on. A matrix that is bf16 in the model
+    (`checkpoint.load_stored`) can't hold its decoded values: it is let go of, and its codes are
+    what there is of it.
     """
 
     def __init__(

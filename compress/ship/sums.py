@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.ship.manifest import read_manifest
 from compress.ship.signature import SIGNATURE, check, sign
-from compress.store import sha256_file
+from compress.store import left_over, sha256_file
 
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)
@@ -141,6 +141,9 @@ def sign_bundle(bundle: Path, key: Path) -> tuple[Path, int]:
     """Sign a bundle with a private key in PEM: its model.sig, of how many files. ValueError unless
     it verifies: what was changed since it was written is not vouched for.
     """
+    for torn in bundle.glob(f".{SIGNATURE}.*"):
+        if left_over(torn) == SIGNATURE:  # of a process that was killed while it signed
+            torn.unlink()
     verify_bundle(bundle)
     digests = signed_digests(bundle)
     return sign(bundle, digests, key), len(digests)

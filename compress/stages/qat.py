@@ -12,8 +12,8 @@ nearer than the format's own rule. With `method` gptq it starts from GPTQ's code
 near to where it was as its code allows: in the middle of their cells weights have forgotten where
 they came from, and are a worse start than no GPTQ (`results/quant/bench.md`, `scales.md`).
 
-With `train` scales GPTQ's codes stay, and of the file's numbers the scales alone learn, beside norms
-and biases, in a fraction of the memory (as MLX's DWQ does).
+With `train` scales GPTQ's codes stay, and of the file's numbers the scales alone learn, beside
+norms and biases, in a fraction of the memory (as MLX's DWQ does).
 """
 
 from __future__ import annotations

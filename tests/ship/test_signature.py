@@ -147,6 +147,18 @@ def test_a_protected_key_opens_by_the_environment(bundle, tmp_path, capfd, monke
     assert "correct horse" not in out + err
 
 
+def test_what_a_killed_process_left_of_a_signature_goes_when_it_is_signed_again(
+    bundle, tmp_path, capfd
+):
+    private, public = pair(tmp_path, "ours")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (bundle / f".model.sig.{gone.pid}").write_text("{")
+    assert "is not in SHA256SUMS" in refused(capfd, "verify", bundle)
+    assert main(["sign", str(bundle), "--key", str(private)]) == 0
+    assert main(["verify", str(bundle), "--key", str(public)]) == 0
+
+
 def test_what_was_changed_is_not_signed(bundle, tmp_path, capfd):
     private, _ = pair(tmp_path, "ours")
     (bundle / "README.md").write_text("x")

@@ -219,8 +219,8 @@ class Grid:
         return passed
 
     def within(self, w: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        """fp32 (R, C): w where it rounds to `codes`, else the point on the way from the code's value
-        to w where that code ends, less CELL_MARGIN of the way.
+        """fp32 (R, C): w where it rounds to `codes`, else the point on the way from the code's
+        value to w where that code ends, less CELL_MARGIN of the way.
         """
         kept = torch.empty_like(w, dtype=torch.float32)
         values = self.decode(codes, scales)

@@ -437,6 +437,27 @@ MUTANTS = [
     ),
     *of(
         "quant/grids/grid.py",
+        "quant/test_grids.py -k comes_back",
+        (
+            "torch.where(is_code(x), x, value + (1 - CELL_MARGIN) * share * way)",
+            "value + (1 - CELL_MARGIN) * share * way",
+        ),
+        ("is_code(value + (share + step) * way)", "is_code(value + step * way)"),
+    ),
+    Mutant(
+        "quant/blockwise.py",
+        'if self.method == "gptq":\n                made',
+        "if False:\n                made",
+        "stages/test_qat.py -k every_weight_as_near",
+    ),
+    Mutant(
+        "pipeline.py",
+        "    if recipe.export.sign_key:\n",
+        "    if False:\n",
+        "test_pipeline.py -k signed",
+    ),
+    *of(
+        "quant/grids/grid.py",
         "quant/test_grid_limits.py",
         ("> self.largest:", "> 1.01 * self.largest:"),
     ),

@@ -29,6 +29,7 @@ from compress.score.size import size
 from compress.scratch import Scratch
 from compress.session import Session, check_calibration, check_shapes, log, plain
 from compress.ship.bundle import write_bundle
+from compress.ship.signature import private_key
 from compress.ship.sums import sign_bundle
 from compress.stages.training import Optimization
 from compress.store import sha256_json
@@ -58,7 +59,9 @@ def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[
 def plan(recipe: Recipe) -> int:
     """Print what the recipe would cost; nothing but the teacher's import is done."""
     session = Session(recipe)
-    costs = planning.estimate(session, check_shapes(session), planning.rate_of(session))
+    shapes = check_shapes(session)
+    rate = planning.rate_of(session, shapes["teacher"])
+    costs = planning.estimate(session, shapes, rate)
     planning.print_plan(costs, session.store.root)
     planning.check_disk(session, costs)
     planning.check_memory(costs, planning.room_here())
@@ -94,6 +97,8 @@ def _follow(recipe: Recipe) -> int:
 def _lead(recipe: Recipe, run_dir: Path) -> int:
     """Execute the recipe and record it in `run_dir`, also how it ended. Returns the exit code."""
     # Nothing is written before all that can be refused was.
+    if key := recipe.export.sign_key:
+        private_key(Path(key).expanduser())
     session = Session(recipe)
     shapes = check_shapes(session)
     costs = planning.estimate(session, shapes, rate=1.0)
@@ -204,8 +209,8 @@ def ship(session: Session, folder: RunDir) -> int:
         passed=code == EXIT_OK,
         prompts=session.scorer.prompts,
     )
-    if recipe.export.sign_key:
-        sign_bundle(bundle, Path(recipe.export.sign_key).expanduser())
+    if key := recipe.export.sign_key:
+        sign_bundle(bundle, Path(key).expanduser())
     _report(finished, folder.path / "report.html", bundle)
     if code:
         log("the budget is violated: the bundle is written and marked; exit 4")

@@ -2,12 +2,14 @@
 refused for want of disk or memory before every run.
 
 Times come from operation counts, 2 P flops a token forward and 6 P for a training step (P
-parameters; Kaplan et al., arXiv 2001.08361, table 1), over the matrix-product rate measured just
-now, on the device that the run will use and in the type that it will multiply. They are estimates:
-scoring dominates small runs. Bytes are those of `compress/memory.py`.
+parameters; Kaplan et al., arXiv 2001.08361, table 1), over the rate that training steps of a few of
+the teacher's own blocks reach just now, on the device that the run will use and in the type that it
+will multiply. They are estimates: scoring dominates small runs, and is told by what it took on two
+cores. Bytes are those of `compress/memory.py`.
 """
 
 import shutil
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +31,18 @@ from compress.session import Session
 from compress.stages.ptq import OnGrid
 from compress.stages.stage import Sizes
 
-# assumed share of the square matrix product's rate that a whole training step reaches; on the
-# cautious side
+# Of a model whose blocks can't be trained here by themselves: assumed share of the square matrix
+# product's rate that a whole training step reaches.
 EFFICIENCY = 0.5
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")  # as families name it
+BLOCKS = 3  # that are trained to know what one takes
+STEP_TOKENS = 1024  # of such a step, at least one row
+TRAINED_BYTES = 16  # of a parameter and its gradient in fp32, and what is between
 TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
-# to ask a quarter of the open prompts, on two cores and 135M parameters: 14.5 in torch, 26 for all
-# in llama.cpp
+# to ask a quarter of the open prompts in torch, or all in llama.cpp, on two cores and 135M
+# parameters
 ANSWER_SECONDS = 15.0
+FILE_SECONDS = 26.0
 
 
 class SlotCost(NamedTuple):
@@ -70,27 +77,89 @@ def matmul_flops_per_sec(
     return 2 * n**3 / timer.blocked_autorange(min_run_time=seconds).mean
 
 
-def rate_of(session: Session) -> float:
-    """Operations a second of square products in the type that this run multiplies."""
-    fp32 = session.precision == "fp32"
-    return matmul_flops_per_sec(dtype=torch.float32 if fp32 else torch.bfloat16)
+def rate_of(session: Session, config: dict[str, Any]) -> float:
+    """Operations a second that this run's training reaches on a model of an HF config."""
+    try:
+        return step_flops_per_sec(config, session.recipe.data.seq_len, session.precision)
+    except (ValueError, MemoryError):
+        fp32 = session.precision == "fp32"
+        return EFFICIENCY * matmul_flops_per_sec(dtype=torch.float32 if fp32 else torch.bfloat16)
+
+
+def step_flops_per_sec(config: dict[str, Any], seq_len: int, precision: str) -> float:
+    """Operations a second, 6 for each parameter and token, of training steps on the device that
+    runs compute on: one block of the model and a few are trained, and what a block adds is counted
+    as often as the model has blocks.
+
+    ValueError for a model that can't be built of fewer blocks, MemoryError where they don't fit.
+    """
+    depth = _depth(config)
+    deeper = min(BLOCKS, depth)
+    ids_BL = torch.zeros(max(1, STEP_TOKENS // seq_len), seq_len, dtype=torch.long)
+    alone, together = (
+        _step_seconds(_of_blocks(config, blocks), ids_BL, precision) for blocks in (1, deeper)
+    )
+    a_block = max(0.0, together - alone) / max(1, deeper - 1)
+    return 6 * params_of(config) * ids_BL.numel() / (alone + (depth - 1) * a_block)
+
+
+def _depth(config: dict[str, Any]) -> int:
+    """How many blocks a model has. ValueError where its config does not say so."""
+    for name in DEPTHS:
+        if isinstance(depth := config.get(name), int) and depth > 0:
+            return depth
+    raise ValueError(f"{config['model_type']}: the config does not say how many blocks it has")
+
+
+def _of_blocks(config: dict[str, Any], blocks: int) -> dict[str, Any]:
+    """The same model with its first blocks alone: what is listed for every block, for these."""
+    depth = _depth(config)
+    fewer = {
+        name: value[:blocks] if isinstance(value, list) and len(value) == depth else value
+        for name, value in config.items()
+    }
+    return fewer | {name: blocks for name in DEPTHS if name in config}
+
+
+def _step_seconds(config: dict[str, Any], ids_BL: torch.Tensor, precision: str) -> float:
+    """Seconds of a step forward and back through a model of this shape, the better of two."""
+    device = best_device()
+    model = meta_model(config)
+    if device.type == "cpu" and TRAINED_BYTES * model.num_parameters() > room_here().host / 2:
+        raise MemoryError
+    model = model.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+
+    ids_BL = ids_BL.to(device)
+    seconds = []
+    for _ in range(3):  # the first one warms up
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32"):
+            logits = model(input_ids=ids_BL, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids_BL.flatten())
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -> list[SlotCost]:
     """A cost for every slot, in order.
 
-    `shapes`: slot -> HF config after it, as `check_shapes` gives them; `rate`: flops a second of a
-    square matrix product.
+    `shapes`: slot -> HF config after it, as `check_shapes` gives them; `rate`: flops a second of
+    training.
     """
     recipe = session.recipe
-    rate = rate * EFFICIENCY
     decoders = {slot: Shape(config) for slot, config in shapes.items()}
     sizes = {slot: decoder.params for slot, decoder in decoders.items()}
     score_tokens = _score_tokens(recipe)
 
-    # The teacher is imported and scored, nothing else.
+    # The teacher is imported and scored, nothing else; it is asked everything.
     size = sizes["teacher"]
-    seconds = 2 * size * score_tokens * 3 / rate + 10
+    asked = ANSWER_SECONDS * bool(recipe.eval.open_prompts) / 135e6  # for a quarter, a parameter
+    seconds = 2 * size * score_tokens * 3 / rate + 10 + 4 * asked * size
     costs = [SlotCost("teacher", "teacher", size, seconds, 4 * size, _scored(size))]
 
     for slot, parent in recipe.steps():
@@ -106,11 +175,7 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
                 seq_len=recipe.data.seq_len,
             )
         )
-        scoring = (
-            2 * sizes[slot] * score_tokens * 3 / rate
-            + 10
-            + ANSWER_SECONDS * bool(recipe.eval.open_prompts) * sizes[slot] / 135e6
-        )
+        scoring = 2 * sizes[slot] * score_tokens * 3 / rate + 10 + asked * sizes[slot]
         costs.append(
             SlotCost(
                 slot,
@@ -126,7 +191,8 @@ def estimate(session: Session, shapes: dict[str, dict[str, Any]], rate: float) -
     shipped = sizes[recipe.shipped_slot()]
     for name in recipe.export.files:
         disk = int(formats.parse(name)[2].bits_per_weight / 4 * shipped)
-        costs.append(SlotCost(*formats.slot_of(name), shipped, 40.0, disk, _scored(shipped)))
+        seconds = 40 + FILE_SECONDS * bool(recipe.eval.open_prompts) * shipped / 135e6
+        costs.append(SlotCost(*formats.slot_of(name), shipped, seconds, disk, _scored(shipped)))
     return costs
 
 

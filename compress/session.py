@@ -37,7 +37,6 @@ from compress.score.prompts import Prompt
 from compress.score.scorer import Scorer, open_prompts
 from compress.score.settings import Eval
 from compress.score.task_files import check_tasks
-from compress.ship.signature import private_key
 from compress.stages.context import Context
 from compress.stages.prune_depth import PruneDepth
 from compress.stages.prune_heads import PruneHeads
@@ -146,8 +145,6 @@ class Session:
         open_prompts(recipe.eval)  # a prompt file that can't be used is refused here
         for runtime in ("torch", *(formats.parse(name)[0].runtime for name in recipe.export.files)):
             check_device(runtime, recipe.eval.device)
-        if recipe.export.sign_key:
-            private_key(Path(recipe.export.sign_key).expanduser())
 
         # Every process takes the same share of a batch.
         processes = parallel.world()

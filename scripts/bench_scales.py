@@ -7,10 +7,10 @@ from the nearest ones.
 The embedded teacher on `iq4_nl`, embeddings included, calibrated and trained half on docstrings,
 half on conversations, towards itself: codes by GPTQ behind AWQ's balance, then `train=scales` at
 each of --rates, then `train=all` at --whole from `method=gptq` and from `method=nearest`, each
-behind AWQ's balance, for --tokens. KL is exact, on 6 rows of held-out topics and of held-out conversations behind the first
---skip: what is chosen by these figures is chosen on other rows than those that are reported. What a
-row is made of is kept under --work. Adds to scales.json and writes scales.md; the last line is
-JSON.
+behind AWQ's balance, for --tokens. KL is exact, on 6 rows of held-out topics and of held-out
+conversations behind the first --skip: what is chosen by these figures is chosen on other rows than
+those that are reported. What a row is made of is kept under --work. Adds to scales.json and writes
+scales.md; the last line is JSON.
 """
 
 from __future__ import annotations

@@ -452,8 +452,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipeline.py",
-        "    if recipe.export.sign_key:\n",
-        "    if False:\n",
+        "sign_bundle(bundle, Path(key).expanduser())",
+        "pass",
         "test_pipeline.py -k signed",
     ),
     *of(

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny_families import TINY, config_of
 
 from compress import planning
 from compress.budget import Budget
@@ -17,7 +18,7 @@ from compress.errors import ConfigError, ResourceError, amount
 from compress.formats.settings import Export
 from compress.models.checkpoint import load_model, read_config
 from compress.pipeline import run
-from compress.planning import estimate, matmul_flops_per_sec, params_of
+from compress.planning import estimate, matmul_flops_per_sec, params_of, step_flops_per_sec
 from compress.quant.settings import GridName
 from compress.score.settings import Eval
 from compress.stages import STAGES
@@ -76,6 +77,21 @@ def test_more_tokens_cost_more_time_and_smaller_students_less_memory(tiny_teache
     stages = recipe().stages | {"heal": STAGES["distill"](tokens=100_000)}
     assert costs(tiny_teacher, recipe(stages=stages))["heal"].seconds > 5 * few["heal"].seconds
     assert matmul_flops_per_sec(n=64, seconds=0.01) > 0
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_few_blocks_of_every_family_can_be_timed(name):
+    config = config_of(name).to_dict()
+    assert step_flops_per_sec(config, 16, "fp32") > 0
+
+
+def test_what_can_not_be_timed_counts_by_square_products(tiny_teacher, monkeypatch):
+    config, opened = read_config(tiny_teacher), Opened(recipe())
+    monkeypatch.setattr(planning, "matmul_flops_per_sec", lambda **_: 7e9)
+    assert planning.rate_of(opened, config) != 3.5e9
+    assert planning.rate_of(opened, config | {"num_hidden_layers": 0}) == 3.5e9
+    monkeypatch.setattr(planning, "room_here", lambda: planning.Room(None, 10**6))
+    assert planning.rate_of(opened, config) == 3.5e9
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from functools import cached_property
 from pathlib import Path
 
 sys.path[:0] = [
-    str(Path(__file__).resolve().parents[1] / part) for part in ("", "scripts", "tests")
+    str(Path(__file__).resolve().parents[1] / part)
+    for part in ("", "scripts", "tests", "tests/ship")
 ]
 
 import fault_bundles  # noqa: E402

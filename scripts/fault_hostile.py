@@ -298,7 +298,8 @@ def _problem(folder: Path, ended: Outcome) -> str:
     strange = [
         words
         for words in ended.started
-        if words.split()[:1] != [sys.executable] and not OWN_PROGRAMS.search(words.split("/")[-1])
+        if (program := words.partition(" ")[0]) != sys.executable
+        and not OWN_PROGRAMS.match(program.split("/")[-1])
     ]
     if strange:
         return f"it started {strange}"

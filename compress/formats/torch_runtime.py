@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.formats.devices import Device, check_device
 from compress.formats.llamacpp import Answer, Ending
 from compress.formats.runtimes import Generate, Turns
+from compress.formats.torch_decoding import Prompts
 from compress.models.chats import render
 from compress.models.checkpoint import (
     best_device,
@@ -70,7 +71,6 @@ class TorchSpeaker:
         self.path = path
         self.together = together
         self.tokenizer: Any = load_tokenizer(path)
-        self.tokenizer.padding_side = "left"
 
         model: Any = load_model(path)
         self.model: Any = model.to(best_device())
@@ -87,16 +87,14 @@ class TorchSpeaker:
         return rendered(self.tokenizer, turns, self.path)
 
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
-        """In batches of `together`, the longest first, padded on the left."""
-        from more_itertools import chunked
-
+        """In batches, the longest first, as compress/formats/torch_decoding.py makes them."""
+        if not prompts:
+            return []
         ids_B = [self.prompt_ids(prompt) for prompt in prompts]
-        longest_first = sorted(range(len(ids_B)), key=lambda i: -len(ids_B[i]))
         answer_of: dict[int, Answer] = {}
-        for batch_numbers in chunked(longest_first, self.together):
-            ids = [ids_B[i] for i in batch_numbers]
-            batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-            for i, row in zip(batch_numbers, self._generate(batch, n), strict=True):
+        asked = Prompts(self.model, ids_B, self.tokenizer.pad_token_id, self.together)
+        for numbers, inputs in asked.batches(n):
+            for i, row in zip(numbers, self._generate(inputs, n), strict=True):
                 answer_of[i] = self._answer(row)
         return [answer_of[i] for i in range(len(prompts))]
 
@@ -113,9 +111,12 @@ class TorchSpeaker:
             """Whether nobody listens any more."""
             return torch.full(ids_BL.shape[:1], closed.is_set(), device=ids_BL.device)
 
-        batch = self.tokenizer.pad({"input_ids": [self.prompt_ids(prompt)]}, return_tensors="pt")
+        ids_BL = torch.tensor([self.prompt_ids(prompt)], device=self.model.device)
+        inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
         with ThreadPoolExecutor(1) as pool:
-            job = pool.submit(self._generate, batch, n, streamer=streamer, stopping_criteria=[stop])
+            job = pool.submit(
+                self._generate, inputs, n, streamer=streamer, stopping_criteria=[stop]
+            )
 
             # The stream ends with the job, also when it failed.
             job.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))
@@ -133,20 +134,20 @@ class TorchSpeaker:
         return text_ids(self.tokenizer, text)
 
     @torch.inference_mode()
-    def _generate(self, batch: Any, n: int, **options: Any) -> list[list[int]]:
-        """Token ids behind each prompt of a padded batch."""
-        batch = batch.to(self.model.device)
-        length = batch["input_ids"].shape[1]
+    def _generate(self, inputs: dict[str, Any], n: int, **options: Any) -> list[list[int]]:
+        """Token ids behind each prompt of a batch."""
+        length = inputs["input_ids"].shape[1]
 
-        # What its generation_config.json says of sampling does not count.
+        # What its generation_config.json says of sampling and caches does not count.
         greedy = {
             "do_sample": False,
             "temperature": None,
             "top_p": None,
             "top_k": None,
+            "cache_implementation": None,
             "pad_token_id": self.tokenizer.pad_token_id,
         }
-        out = self.model.generate(**batch, max_new_tokens=n, max_length=None, **greedy, **options)
+        out = self.model.generate(**inputs, max_new_tokens=n, max_length=None, **greedy, **options)
         return out[:, length:].tolist()
 
     def _answer(self, row: list[int]) -> Answer:

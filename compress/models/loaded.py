@@ -60,15 +60,19 @@ def check_forward(path: Path, model: Any) -> None:
                 "positions (rope_theta, rope_parameters)"
             )
 
-    # The same ids through the whole model, through ours, and their first half alone.
+    # The same ids through the whole model and through ours, and with another second half: as many,
+    # since in bf16 a badly damaged model turns another kernel's rounding into a tenth of a state.
     longest = getattr(model.config, "max_position_embeddings", None) or IDS
     ids_1L = (torch.arange(1, 1 + min(IDS, longest)) * 7919 % model.config.vocab_size)[None].to(
         model.device
     )
+    half = max(1, ids_1L.shape[1] // 2)
+    shifted_1L = (ids_1L + 1) % model.config.vocab_size
+    others_1L = torch.cat([ids_1L[:, :half], shifted_1L[:, half:]], dim=1)
     try:
         logits_LV: Tensor = model(input_ids=ids_1L, use_cache=False).logits[0].float()
         hidden_LH = hidden_states(model, ids_1L)
-        before_LH = hidden_states(model, ids_1L[:, : max(1, ids_1L.shape[1] // 2)])
+        before_LH = hidden_states(model, others_1L)[:half]
         computed_LV = head_of(model).logits(hidden_LH).float()
     except Exception as error:
         if not is_of_input(error):
@@ -91,7 +95,7 @@ def check_forward(path: Path, model: Any) -> None:
             "scales, caps or shifts them in a way that is not "
             "followed here; models of this family can't be scored or distilled"
         )
-    if not _near(before_LH, hidden_LH[: len(before_LH)], share):
+    if not _near(before_LH, hidden_LH[:half], share):
         raise ValueError(
             f"{path}: positions of this {family} model see what comes after them; only "
             "decoder-only models can be compressed or scored"

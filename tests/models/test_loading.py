@@ -23,6 +23,7 @@ from compress.formats.torch_runtime import head as checkpoint_head
 from compress.models import checkpoint
 from compress.models.checkpoint import check, copy_beside, load_model, read_config
 from compress.models.head import hidden_states
+from compress.models.loaded import check_forward
 from compress.models.loading import head_place
 from compress.models.model_config import meta_model
 from compress.models.tokenizer import check_tokens, load_tokenizer, token_count
@@ -492,6 +493,25 @@ def test_a_model_that_sees_what_comes_after_is_refused(tiny_teacher, tmp_path):
         ),
     ):
         load_model(folder)
+
+
+@pytest.mark.parametrize("sees_ahead", [True, False])
+def test_a_model_may_round_by_length_but_not_see_ahead(tiny_teacher, monkeypatch, sees_ahead):
+    forward = transformers.LlamaModel.forward
+
+    def scaled(self, input_ids, *args, **kwargs):
+        out = forward(self, input_ids, *args, **kwargs)
+        tail = int(input_ids[0, -1]) if sees_ahead else input_ids.shape[1]
+        out.last_hidden_state = out.last_hidden_state * (1 + 0.1 * (tail % 7))
+        return out
+
+    model = load_model(tiny_teacher)
+    monkeypatch.setattr(transformers.LlamaModel, "forward", scaled)
+    if sees_ahead:
+        with pytest.raises(ValueError, match="see what comes after them"):
+            check_forward(tiny_teacher, model)
+    else:
+        check_forward(tiny_teacher, model)
 
 
 def test_a_directory_is_looked_at_again_when_its_files_change(copied, monkeypatch):

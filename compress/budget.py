@@ -82,6 +82,7 @@ def human(metric: str, value: float) -> str:
     if metric.startswith("points_lost") or metric in gaps:
         return f"{100 * value:.1f} points"
     is_open_share = metric in OPEN and metric != "open/plausible"
+    is_open_share |= metric.startswith(("draft_accepted/", "draft_same/"))
     if is_accuracy(metric) or metric.startswith("top1_agree") or is_open_share:
         return f"{100 * value:.1f}%"
     return f"{value:.4g}"

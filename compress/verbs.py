@@ -117,11 +117,15 @@ def score(arguments: list[str]) -> int:
     from compress.launch import without_recipe
     from compress.models.checkpoint import model_of
     from compress.report.answers import in_pairs, printed
+    from compress.score.draft import check_draft, drafted
 
     parser = Parser(prog="compress score")
     parser.add_argument("model", type=Path)
     parser.add_argument("--budget", default="none")
     parser.add_argument("--teacher", default="embedded")
+    parser.add_argument(
+        "--draft", action="store_true", help="time it as the draft of its teacher's .gguf, as well"
+    )
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
 
@@ -138,6 +142,7 @@ def score(arguments: list[str]) -> int:
     scorer, teacher = session.open_scorer(**parts)
     for remark in scorer.check_tokenizer(model):
         print(remark, file=sys.stderr)
+    target = check_draft(teacher.gguf, model, scorer.prompts) if options.draft else None
 
     # The teacher first: what the model is measured against.
     reference = scorer.measure(teacher)
@@ -145,6 +150,10 @@ def score(arguments: list[str]) -> int:
     beside = scorer.beside(measured, reference, None)
     scores = measured.scores | beside.scores
     intervals = measured.intervals | beside.intervals
+    if target is not None:
+        setup = scorer.setup
+        more, spread = drafted(target, model.path, setup.prompts, setup.threads, session.log)
+        scores, intervals = scores | more, intervals | spread
 
     _print_scores(scores, reference.scores)
     if beside.excluded:

@@ -396,6 +396,15 @@ def test_score_judges_a_checkpoint_and_a_gguf_it_did_not_make(smoke, tmp_path):
         assert "FAIL" in done.stdout
 
 
+def test_score_refuses_a_draft_beside_a_teacher_that_is_no_file(smoke):
+    folder, _ = smoke
+    gguf = newest_full(folder) / "bundle" / "model-Q4_0.gguf"
+    settings = ("--teacher", "random", "eval=smoke", "data.seq_len=64", *FAST)
+    done = compress(folder, "score", str(gguf), "--draft", *settings)
+    assert done.returncode == 2
+    assert "this teacher is a checkpoint; give --teacher FILE.gguf" in done.stderr
+
+
 def test_gc_keeps_what_runs_name(smoke, tmp_path):
     folder, _ = smoke
     copy = tmp_path / "copy"

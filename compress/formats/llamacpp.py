@@ -59,11 +59,23 @@ class Ending(NamedTuple):
     ended: bool
 
 
+class Timed(NamedTuple):
+    """Token ids of an answer, milliseconds that it took with its prompt, tokens that a draft
+    proposed and those of them that were kept.
+    """
+
+    ids: list[int]
+    ms: float
+    drafted: int
+    accepted: int
+
+
 class LlamaCpp:
     """A GGUF held by a llama.cpp server in this process, for hidden states or, without
     `embedding`, for speed. Close it after use.
 
-    `ctx_len`: longest prompt in tokens. ValueError: the file is missing or llama.cpp can't load it.
+    `ctx_len`: longest prompt in tokens; `draft`: another GGUF, and how many tokens it proposes at
+    once. ValueError: a file is missing or llama.cpp can't load it.
     """
 
     def __init__(
@@ -75,6 +87,7 @@ class LlamaCpp:
         *,
         embedding: bool = True,
         device: str = "cpu",
+        draft: tuple[Path, int] | None = None,
     ) -> None:
         import xllamacpp
 
@@ -100,6 +113,14 @@ class LlamaCpp:
             params.embedding = True
             params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
             params.embd_normalize = -1
+
+        if draft is not None:
+            kinds = xllamacpp.common_speculative_type
+            params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+            proposing = params.speculative.draft
+            proposing.mparams.path, proposing.n_max = str(draft[0]), draft[1]
+            proposing.n_gpu_layers = params.n_gpu_layers
+            proposing.cpuparams.n_threads = proposing.cpuparams_batch.n_threads = threads
 
         try:
             self._server = xllamacpp.Server(params)
@@ -228,6 +249,18 @@ class LlamaCpp:
         return self._post(
             "/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "return_tokens": True}
         )["tokens"]
+
+    def timed(self, prompt: str, n: int) -> Timed:
+        """A greedy answer of at most `n` tokens to a rendered prompt, by the server's own clock."""
+        body = GREEDY | {"prompt": prompt, "n_predict": n, "return_tokens": True}
+        entry = self._post("/completion", body)
+        times = entry["timings"]
+        return Timed(
+            entry["tokens"],
+            times["prompt_ms"] + times["predicted_ms"],
+            times.get("draft_n", 0),
+            times.get("draft_n_accepted", 0),
+        )
 
     def ends_at(self, token: int) -> bool:
         """Whether a text ends at a token: it is made to come next,

@@ -92,6 +92,11 @@ SCORES: dict[str, Figure] = {
     ),
     "open/choice_gap": Figure("right of four less right in the open", "share", "less", PROMPTS),
     "open/form_differing": Figure("prompts that reach it as other tokens", "share", "less", ""),
+    "draft_speedup": Figure(
+        "times as fast as its teacher alone, drafting so many tokens", "", "more", PROMPTS
+    ),
+    "draft_accepted": Figure("drafted tokens that the teacher keeps", "share", "more", ""),
+    "draft_same": Figure("answers that drafting leaves as they are", "share", "more", ""),
     "ttft_ms_p50": Figure("time to the first token, median", "ms", "less", PROCESSES),
     "latency_ms_p50": Figure("time of a further token, median", "ms", "less", PROCESSES),
     "latency_ms_p90": Figure("the same, 90th percentile", "ms", "less", PROCESSES),

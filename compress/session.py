@@ -153,12 +153,20 @@ class Session:
                 f"{processes} processes were started, but trainer.parallel=none; use trainer=ddp or"
                 " trainer=fsdp2"
             )
+        several = max(processes, recipe.trainer.count()) > 1
+        spread = recipe.trainer.parallel if several else "none"
         for slot, stage in recipe.stages.items():
-            if isinstance(stage, Optimization) and stage.batch_sequences % processes:
+            if not isinstance(stage, Optimization):
+                continue
+            if stage.batch_sequences % processes:
                 raise ConfigError(
                     f"stages.{slot}.batch_sequences={stage.batch_sequences} can't be shared by"
                     f" {processes} processes; use a multiple of that"
                 )
+            try:
+                stage.check_trainer(spread, recipe.trainer.precision, recipe.data.seq_len)
+            except ConfigError as error:
+                raise ConfigError(f"stages.{slot}: {error}") from error
 
     def open_data(self) -> None:
         """Read all text before work starts: a missing or empty source is refused here."""

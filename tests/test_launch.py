@@ -358,6 +358,33 @@ def test_what_cannot_train_is_refused_before_work(tmp_path, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "stages.qat.train=scales stages.qat.scales=learned trainer=fsdp2 trainer.processes=2",
+            "stages.qat: train=scales needs whole matrices: trainer=auto or ddp",
+        ),
+        (
+            "stages.heal.signal.scheme=online stages.heal.features.layers=1"
+            " trainer.precision=bf16_stochastic",
+            "stages.heal: features need whole fp32 models",
+        ),
+        (
+            "stages.heal.signal.scheme=online stages.heal.on_policy=0.5"
+            " stages.heal.prompt_tokens=64 data.seq_len=64",
+            "stages.heal: on_policy=0.5 needs prompt_tokens=64 below data.seq_len=64",
+        ),
+    ],
+)
+def test_what_this_trainer_has_no_place_for_is_refused_by_the_plan(
+    tmp_path, monkeypatch, capsys, overrides, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "smoke", "--plan", *overrides.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "flag",
     [
         "--config-name=nano",

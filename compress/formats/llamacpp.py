@@ -59,17 +59,6 @@ class Ending(NamedTuple):
     ended: bool
 
 
-class Timed(NamedTuple):
-    """Token ids of an answer, milliseconds that it took with its prompt, tokens that a draft
-    proposed and those of them that were kept.
-    """
-
-    ids: list[int]
-    ms: float
-    drafted: int
-    accepted: int
-
-
 class LlamaCpp:
     """A GGUF held by a llama.cpp server in this process, for hidden states or, without
     `embedding`, for speed. Close it after use.
@@ -250,17 +239,12 @@ class LlamaCpp:
             "/completion", GREEDY | {"prompt": list(prompt), "n_predict": n, "return_tokens": True}
         )["tokens"]
 
-    def timed(self, prompt: str, n: int) -> Timed:
-        """A greedy answer of at most `n` tokens to a rendered prompt, by the server's own clock."""
+    def completion(self, prompt: str, n: int) -> dict[str, Any]:
+        """The server's own account of a greedy answer of at most `n` tokens to a rendered prompt:
+        `tokens`, `timings`.
+        """
         body = GREEDY | {"prompt": prompt, "n_predict": n, "return_tokens": True}
-        entry = self._post("/completion", body)
-        times = entry["timings"]
-        return Timed(
-            entry["tokens"],
-            times["prompt_ms"] + times["predicted_ms"],
-            times.get("draft_n", 0),
-            times.get("draft_n_accepted", 0),
-        )
+        return self._post("/completion", body)
 
     def ends_at(self, token: int) -> bool:
         """Whether a text ends at a token: it is made to come next,

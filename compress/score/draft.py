@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
-from compress.formats.llamacpp import LlamaCpp, Timed
+from compress.formats.llamacpp import LlamaCpp
 from compress.models.model import Model
 from compress.models.vocabulary import of_gguf
 from compress.score.intervals import ratio_interval
@@ -30,6 +31,17 @@ from compress.score.talk import CONTEXT_TOKENS, has_template, prompts_of
 
 LENGTHS = (2, 4, 8)  # drafted tokens at once
 Figures = tuple[dict[str, float], dict[str, tuple[float, float]]]
+
+
+class Timed(NamedTuple):
+    """Token ids of an answer, milliseconds that it took with its prompt, tokens that a draft
+    proposed and those of them that were kept.
+    """
+
+    ids: list[int]
+    ms: float
+    drafted: int
+    accepted: int
 
 
 def check_draft(target: Path | None, draft: Model, prompts: Sequence[Prompt]) -> Path:
@@ -98,13 +110,21 @@ def _in_turn(
 ) -> list[tuple[Timed, Timed]]:
     """(without, with) for each prompt; whoever was second goes first at the next one."""
     for server in (plain, with_draft):
-        server.timed(texts[0], ANSWER_TOKENS)
+        _timed(server, texts[0])
     pairs = []
     for number, text in enumerate(texts):
         order = (plain, with_draft) if number % 2 else (with_draft, plain)
-        timed = {server: server.timed(text, ANSWER_TOKENS) for server in order}
+        timed = {server: _timed(server, text) for server in order}
         pairs.append((timed[plain], timed[with_draft]))
     return pairs
+
+
+def _timed(server: LlamaCpp, text: str) -> Timed:
+    """By the server's own clock."""
+    entry = server.completion(text, ANSWER_TOKENS)
+    times = entry["timings"]
+    ms = times["prompt_ms"] + times["predicted_ms"]
+    return Timed(entry["tokens"], ms, times.get("draft_n", 0), times.get("draft_n_accepted", 0))
 
 
 def _figures(

@@ -110,6 +110,18 @@ class Distill(Optimization):
             given, shape.params - frozen, frozen, signal=self.signal, signal_of=given.teacher
         )
 
+    def check_trainer(self, parallel: str, precision: str, seq_len: int) -> None:
+        """ConfigError where the student's own text or the teacher's inner states need a whole
+        model, and for prompts as long as a row.
+        """
+        if self.on_policy and (self.prompt_tokens >= seq_len or parallel == "fsdp2"):
+            raise ConfigError(
+                f"on_policy={self.on_policy} needs prompt_tokens={self.prompt_tokens} below"
+                f" data.seq_len={seq_len}, and a whole model: trainer=auto or ddp"
+            )
+        if self.features.used and (parallel == "fsdp2" or precision == "bf16_stochastic"):
+            raise ConfigError("features need whole fp32 models: trainer=auto or ddp")
+
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the distilled student. Metrics: steps_count, tokens_count, loss_first_nats,
         loss_last_nats.
@@ -122,7 +134,7 @@ class Distill(Optimization):
         from compress.models.ends import end_ids
         from compress.quant.codes import check_parent
 
-        # What the parent, the teacher and the trainer must be for what is asked.
+        # What parent and teacher must be for what is asked.
         check_parent(self, parent, "distill before quantizing, or use the qat stage, on")
         if self.hidden_weight:
             width, teacher_width = (
@@ -133,13 +145,6 @@ class Distill(Optimization):
                     f"{parent}: hidden_weight={self.hidden_weight} needs a student of the teacher's"
                     " hidden size; set it to 0"
                 )
-        if self.on_policy and (self.prompt_tokens >= ctx.seq_len or ctx.parallel == "fsdp2"):
-            raise ValueError(
-                f"on_policy needs prompt_tokens={self.prompt_tokens} below"
-                f" data.seq_len={ctx.seq_len}, and a whole model: trainer=auto or ddp"
-            )
-        if self.features.used and (ctx.parallel == "fsdp2" or ctx.precision == "bf16_stochastic"):
-            raise ValueError("features need whole fp32 models: trainer=auto or ddp")
         vocabulary = common_vocabulary(parent, ctx.teacher)
 
         # Student, room for its training, and teacher: a signal takes hours, so room is asked first.

@@ -159,6 +159,11 @@ class Qat(Optimization, OnGrid):
         self.check_family("qat", config, calibrated=self.calibrated)
         return config
 
+    def check_trainer(self, parallel: str, precision: str, seq_len: int) -> None:
+        """ConfigError for scales alone of matrices in shards."""
+        if self.train is Trained.scales and parallel == "fsdp2":
+            raise ConfigError("train=scales needs whole matrices: trainer=auto or ddp")
+
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the quantized student (fp32 values on the grid, codes in quant.safetensors).
         Metrics: as every training stage.
@@ -172,8 +177,6 @@ class Qat(Optimization, OnGrid):
         from compress.quant.fake import attach, finish
 
         check_parent(self, parent, "train")
-        if self.train is Trained.scales and ctx.parallel == "fsdp2":
-            raise ValueError("qat.train=scales needs whole matrices: trainer=auto or ddp")
 
         # Student, room for its training, and the model that it learns from.
         data = ctx.text()

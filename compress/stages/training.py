@@ -156,6 +156,11 @@ class Optimization:
         """Training keeps the shape."""
         return config
 
+    def check_trainer(self, parallel: str, precision: str, seq_len: int) -> None:
+        """ConfigError for options that this way of training has no place for: `parallel` is that of
+        several processes, none for one. Here nothing is.
+        """
+
     def steps(self, seq_len: int) -> int:
         """Optimizer steps that the token budget pays for."""
         return -(-self.tokens // (self.batch_sequences * seq_len))

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from compress.formats.gguf import export_gguf
-from compress.formats.llamacpp import LlamaCpp, Timed
 from compress.models.checkpoint import model_of
 from compress.models.model import Model
 from compress.report.schema import figure_of
 from compress.score import draft
-from compress.score.draft import _figures, check_draft, drafted
+from compress.score.draft import Timed, _figures, check_draft, drafted
 from compress.score.prompts import Prompt
 
 ASKED = [Prompt(f"own-{n}", f"Tell me of the number {n}.", must_contain=["x"]) for n in range(9)]
@@ -48,11 +47,11 @@ def test_the_target_keeps_what_it_would_have_said(files, monkeypatch):
 def test_both_servers_are_asked_the_same_in_turn(files, monkeypatch):
     asked = []
 
-    def timed(self, prompt, n):
-        asked.append((self, prompt))
+    def timed(server, prompt):
+        asked.append((server, prompt))
         return Timed([1], 10.0, 0, 0)
 
-    monkeypatch.setattr(LlamaCpp, "timed", timed)
+    monkeypatch.setattr(draft, "_timed", timed)
     monkeypatch.setattr(draft, "LENGTHS", (2,))
     drafted(*files, ASKED, 1, lambda line: None)
     warm, rest = asked[:2], asked[2:]

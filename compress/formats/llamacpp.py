@@ -180,11 +180,11 @@ class LlamaCpp:
     def answers(self, prompts: Sequence[str], n: int) -> list[Answer]:
         """Greedy answers of at most `n` tokens to rendered prompts, cut into tokens by llama.cpp
         as in a deployment (with BOS where the file asks for it), decoded together: one request
-        holds them all, so that they are batched in the same way every time.
+        holds them all, so that they are batched in the same way every time. What a prompt begins
+        with as the one before it in its slot, a template's system turn, is computed once.
         """
-        entries = self._post(
-            "/completion", GREEDY | {"prompt": list(prompts), "n_predict": n, "return_tokens": True}
-        )
+        kept = {"cache_prompt": True, "n_predict": n, "return_tokens": True}
+        entries = self._post("/completion", GREEDY | kept | {"prompt": list(prompts)})
 
         # To one prompt the answer is no list.
         if not isinstance(entries, list):

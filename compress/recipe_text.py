@@ -17,6 +17,7 @@ from compress.errors import ConfigError, refuse_credentials
 
 ALLOWED_HYDRA = ("run.dir", "sweep.dir", "sweep.subdir", "job.name", "sweeper.params")
 MOST_FILES = 10_000  # below --config-dir
+MOST_BYTES = 1_000_000  # of a recipe: YAML of a hundred would be read for minutes
 RULES = [rule.split(".") for rule in ALLOWED_HYDRA]
 
 
@@ -149,9 +150,14 @@ def own_folder(arguments: list[str]) -> Path | None:
         if "hydra" in file.relative_to(folder).parts[:-1]:
             refuse("a folder named hydra", folder)
         try:
+            if (size := file.stat().st_size) > MOST_BYTES:
+                raise ConfigError(
+                    f"{file} has {size:,} bytes, a recipe at most {MOST_BYTES:,}; name texts and"
+                    " prompts as files of their own"
+                )
             check_text(read_text(file), file)
         except ConfigError:
             raise
-        except ValueError as error:  # no file, or no text
+        except (ValueError, OSError) as error:  # no file, or no text
             raise ConfigError(str(error)) from error
     return folder

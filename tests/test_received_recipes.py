@@ -220,6 +220,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
         ({"r.yaml": "a: &a [*a]\n"}, "holds itself"),
         ({"r.yaml": "a: &a {b: *a}\n"}, "holds itself"),
         ({"r.yaml": "[" * 5_000}, "nested too deep"),
+        ({"r.yaml": RECIPE + "x" * 10**6}, "bytes, a recipe at most 1,000,000; name texts"),
         ({"r.yaml": RECIPE, "d.yaml": None}, "d.yaml is a directory"),
         ({"r.yaml": b"\xff\xfe\x00"}, "is not UTF-8"),
         ({"r.yaml": "a: !!python/object/apply:os.system [x]\n"}, "not plain YAML"),

@@ -105,6 +105,26 @@ MUTANTS = [
         ("if kind not in family.ropes:", "if not family.ropes:"),
     ),
     *of(
+        "formats/torch_decoding.py",
+        "formats/test_torch_decoding.py -k llama or alone or token_left or penalty",
+        ("[0] * len(pads)", "[1] * len(pads)"),
+        ("kwargs = kwargs | by_row", "kwargs = kwargs"),
+        ("(len(ids) - 1 for ids in prompts)", "(len(ids) for ids in prompts)"),
+        ("- UNWEIGHTED:", "- UNWEIGHTED and False:"),
+    ),
+    *of(
+        "models/loaded.py",
+        "models/test_loading.py -k see_ahead",
+        ("shifted_1L[:, half:]]", "ids_1L[:, half:]]"),
+    ),
+    *of(
+        "score/draft.py",
+        "score/test_draft.py",
+        ("sum(before) / sum(after)", "sum(after) / sum(before)"),
+        ("if number % 2 else", "if number else"),
+        ("its.get(i) != token", "i not in its"),
+    ),
+    *of(
         "formats/gguf_sentencepiece.py",
         CONVERTED + "sentencepiece or cut_vocabulary",
         ("scores.setdefault(token, -float(place))", "scores.setdefault(token, float(place))"),

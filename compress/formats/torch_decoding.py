@@ -67,9 +67,9 @@ class Prompts:
         """Rows of a batch of so many tokens each."""
         if self._cache is None:
             return self._together
-        layers = [layer for layer in self._cache.layers if layer.is_initialized]
         bytes_a_token = sum(
-            (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2] for layer in layers
+            (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2]
+            for layer in self._cache.layers
         )
         return max(1, min(ROWS, CACHE_BYTES // (bytes_a_token * length)))
 
@@ -105,8 +105,8 @@ def _cache_of(model: Any, ids: list[int]) -> Any:
     out = model(torch.tensor([ids], device=model.device), use_cache=True)
     cache = getattr(out, "past_key_values", None)
     layers = getattr(cache, "layers", ())
-    plain = isinstance(cache, DynamicCache) and layers
-    return cache if plain and all(isinstance(layer, DynamicLayer) for layer in layers) else None
+    by_rows = [isinstance(layer, DynamicLayer) and layer.is_initialized for layer in layers]
+    return cache if isinstance(cache, DynamicCache) and by_rows and all(by_rows) else None
 
 
 def _keeps_places(model: Any, cache: Any) -> bool:
@@ -157,7 +157,8 @@ def rows_that_go_on(
                 for name, value in kwargs.items()
                 if isinstance(value, Tensor) and value.shape[:1] == numbers.shape
             }
-            kwargs, numbers, input_ids = kwargs | by_row, numbers[go_on], input_ids[go_on]
+            kwargs = kwargs | by_row
+            numbers, input_ids = numbers[go_on], input_ids[go_on]
 
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs)
         out = model(**inputs, return_dict=True)

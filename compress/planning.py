@@ -39,10 +39,11 @@ BLOCKS = 3  # that are trained to know what one takes
 STEP_TOKENS = 1024  # of such a step, at least one row
 TRAINED_BYTES = 16  # of a parameter and its gradient in fp32, and what is between
 TASK_TOKENS = 16_000  # about the tokens of the embedded tasks
-# to ask a quarter of the open prompts in torch, or all in llama.cpp, on two cores and 135M
-# parameters
-ANSWER_SECONDS = 15.0
-FILE_SECONDS = 26.0
+# To ask a quarter of the open prompts in torch, or all in llama.cpp, on two cores with AVX512 and
+# 135M parameters: 15 and 26 s before answers shared what prompts begin with, and by how much that
+# shortens them (results/open/bench.md).
+ANSWER_SECONDS = 7.0
+FILE_SECONDS = 18.0
 
 
 class SlotCost(NamedTuple):

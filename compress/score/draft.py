@@ -22,6 +22,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from compress.errors import ConfigError
 from compress.formats.llamacpp import LlamaCpp
 from compress.models.model import Model
 from compress.models.vocabulary import of_gguf
@@ -45,20 +46,20 @@ class Timed(NamedTuple):
 
 
 def check_draft(target: Path | None, draft: Model, prompts: Sequence[Prompt]) -> Path:
-    """The target's file. ValueError where llama.cpp can't use a model as its draft, or nothing is
-    asked.
+    """The target's file. ValueError where llama.cpp can't use a model as its draft, ConfigError
+    where there is no file to be a draft of, or nothing is asked.
     """
     if draft.runtime != "llama.cpp":
         raise ValueError(
             f"{draft.path} can't be a draft: llama.cpp drafts by .gguf files; export gguf:Q4_0"
         )
     if target is None:
-        raise ValueError(
+        raise ConfigError(
             "a draft is timed beside its teacher's .gguf, and this teacher is a checkpoint; give"
             " --teacher FILE.gguf"
         )
     if not any(prompt.in_quarter for prompt in prompts):
-        raise ValueError(
+        raise ConfigError(
             "a draft is timed on the open prompts whose number is divisible by 4, and there is none"
             " of them; set eval.open_prompts=[embedded] or raise eval.open_limit"
         )

@@ -20,7 +20,7 @@ smoke: setup
 	$(BIN)/compress run smoke
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --timeout 600 --timeout-method thread
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

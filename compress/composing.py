@@ -119,7 +119,8 @@ def in_time(recipe: str) -> Iterator[None]:
 
     before = signal.signal(signal.SIGPROF, late) if timed else None
     if timed:
-        signal.setitimer(signal.ITIMER_PROF, COMPOSE_SECONDS)
+        # Again each second: what is raised within a finalizer or a callback, Python passes over.
+        signal.setitimer(signal.ITIMER_PROF, COMPOSE_SECONDS, 1)
     try:
         yield
     except ConfigError as error:  # OmegaConf may have added where it happened

@@ -246,7 +246,7 @@ def fuzz(bundle: Path, work: Path, draw: random.Random, count: int) -> Figure:
         head, rest, lengths, read = doors[name]
         file = work / name
         file.write_bytes(mutated(head, draw, lengths) + rest)
-        signal.setitimer(signal.ITIMER_VIRTUAL, HANG_SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, HANG_SECONDS, 1)
         try:
             read(file)
             ends[f"{name} read"] += 1

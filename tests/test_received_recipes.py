@@ -264,6 +264,20 @@ def test_defaults_that_double_are_given_up(ran, capfd, monkeypatch):
     assert "is not composed after 1 s" in refused(capfd, "r", "--config-dir=own")
 
 
+def test_an_end_that_somebody_passes_over_comes_again(monkeypatch):
+    monkeypatch.setattr(composing, "COMPOSE_SECONDS", 0.05)
+    passed_over = False
+    with pytest.raises(ConfigError, match="is not composed after"), composing.in_time("r"):
+        try:
+            while True:
+                pass
+        except ConfigError:
+            passed_over = True
+        while True:
+            pass
+    assert passed_over
+
+
 # ---------------------------------------------------------------- numbers
 
 

@@ -32,11 +32,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.doors import read_json
 from compress.formats import check_config, codes_of
 from compress.formats.gguf_tokenizer import split, templates_of
+from compress.formats.onnx_activations import round_activations
 from compress.formats.onnx_folder import CONFIG, MODEL, wheel
 from compress.formats.onnx_graph import DATA, Graph, decoder
 from compress.formats.onnxruntime import OnnxRuntime
@@ -52,8 +54,12 @@ ROPES = ("default", "linear", "llama3", "yarn")
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def export_onnx(checkpoint: Path, out: Path, type: str = "") -> None:
-    """Writes `checkpoint` as the new directory `out`, of the one type there is. Nothing is rounded.
+def export_onnx(
+    checkpoint: Path, out: Path, type: str = "", rows: Tensor | None = None
+) -> dict[str, float]:
+    """Writes `checkpoint` as the new directory `out`. No weight is rounded; of type A8, products
+    round their activations, as far as they may on `rows` (R, L), token ids of training text
+    (onnx_activations.py, whose figures are returned; of the other type there are none).
 
     ValueError, and no `out`: it exists; an architecture, grid, rope type, activation or tensor has
     no place in the graph; tokenizer.json or the end token is missing; codes are not what
@@ -95,7 +101,14 @@ def export_onnx(checkpoint: Path, out: Path, type: str = "") -> None:
     copy_tokenizer(checkpoint, part)
     _only_splits(part / "tokenizer.json")
     _templates_apart(part)
+
+    figures = {}
+    if type == "A8":
+        if rows is None or not rows.numel():
+            raise ValueError("onnx:A8 needs rows of training text; give them as token ids")
+        figures = round_activations(part, rows)
     os.replace(part, out)
+    return figures
 
 
 def _check_tensors(checkpoint: Path, config: Any, names: set[str]) -> None:

@@ -42,7 +42,7 @@ def decode_onnx(folder: Path) -> dict[str, Tensor]:
         if codes is None or node.op_type == "Cast":
             continue
         scales = next(i for i in node.input if ".scales" in i)
-        matrix = _matrix(
+        matrix = matrix_of(
             tensors[codes.removesuffix(FP32)],
             tensors[scales.removesuffix(FP32)],
             packed=node.op_type != "Mul",
@@ -54,7 +54,7 @@ def decode_onnx(folder: Path) -> dict[str, Tensor]:
     return decoded
 
 
-def _matrix(codes: np.ndarray, scales: np.ndarray, packed: bool) -> Tensor:
+def matrix_of(codes: np.ndarray, scales: np.ndarray, packed: bool) -> Tensor:
     """(R, C) fp32 = codes * scales over blocks of BLOCK: int8 codes, or `packed`, two unsigned
     codes a byte with 8 as zero.
     """

@@ -63,40 +63,20 @@ class OnnxRuntime:
         """Hidden states after the final norm, (L, H) fp32 per prompt of L token ids, run one by
         one. ValueError: empty or too long.
         """
-        import numpy as np
         import torch
 
-        runs = maximal(prompts, self.ctx_len)
-
-        # The head is left out: nothing that is fetched needs it.
-        options = wheel("onnxruntime").RunOptions()
-        options.only_execute_path_to_fetches = True
-        inputs = self._session.get_inputs()
-        empty_cache = {
-            n.name: np.zeros([1, n.shape[1], 0, n.shape[3]], "float32")
-            for n in inputs
-            if n.name.startswith("past")
-        }
-
         # Of prompts that begin alike the longest alone is run.
-        states = {}
-        for row in set(runs.values()):
-            ids_1L = np.array([row], "int64")
-            feed = empty_cache | {"input_ids": ids_1L, "attention_mask": np.ones_like(ids_1L)}
-            states[row] = torch.from_numpy(
-                self._session.run(["hidden_states"], feed, options)[0][0]
-            )
+        runs = maximal(prompts, self.ctx_len)
+        states = {
+            row: torch.from_numpy(fetch(self._session, row, ["hidden_states"])[0][0])
+            for row in set(runs.values())
+        }
         return [states[runs[tuple(ids)]][: len(ids)] for ids in prompts]
 
     @cached_property
     def _session(self) -> Any:
         """The plain session beside GenAI's, opened when it is first needed."""
-        ort = wheel("onnxruntime")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        return ort.InferenceSession(
-            self.folder / MODEL, options, providers=["CPUExecutionProvider"]
-        )
+        return open_session(self.folder, self.threads)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids by GenAI's own tokenizer."""
@@ -209,6 +189,33 @@ class OnnxRuntime:
         """Frees the model."""
         self.__dict__.pop("_session", None)
         self._tokenizer = self._model = None
+
+
+def open_session(folder: Path, threads: int) -> Any:
+    """The graph of a directory that was looked at, or has just been written, in ONNX Runtime."""
+    ort = wheel("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    return ort.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
+
+
+def fetch(session: Any, ids: Sequence[int], names: Sequence[str]) -> list[Any]:
+    """Arrays (1, L, ...) of the graph's outputs `names` for L token ids; what none of them needs,
+    such as the head's product for hidden states, is not computed.
+    """
+    import numpy as np
+
+    options = wheel("onnxruntime").RunOptions()
+    options.only_execute_path_to_fetches = True
+    empty_cache = {
+        n.name: np.zeros([1, n.shape[1], 0, n.shape[3]], "float32")
+        for n in session.get_inputs()
+        if n.name.startswith("past")
+    }
+    ids_1L = np.array([ids], "int64")
+    feed = empty_cache | {"input_ids": ids_1L, "attention_mask": np.ones_like(ids_1L)}
+    arrays: list[Any] = session.run(list(names), feed, options)
+    return arrays
 
 
 def head(folder: Path) -> Head:

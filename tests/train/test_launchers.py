@@ -69,7 +69,8 @@ def digests() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "start", [slurm, torchrun, pytest.param(accelerate, marks=pytest.mark.slow)]
+    "start",
+    [torchrun, *(pytest.param(other, marks=pytest.mark.slow) for other in (slurm, accelerate))],
 )
 def test_two_processes_train_the_same_whoever_started_them(start, digests, tmp_path):
     digests.add(weights(tmp_path / "run", start))

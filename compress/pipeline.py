@@ -34,6 +34,7 @@ from compress.ship.sums import sign_bundle
 from compress.stages.training import Optimization
 from compress.store import sha256_json
 from compress.train import parallel
+from compress.train.packed import Packed
 
 
 def build(session: Session, slot: str, parent: Measured, key: str, inputs: dict[str, Any]) -> Path:
@@ -225,13 +226,14 @@ def _report(finished: Run, page: Path, bundle: Path) -> None:
     print(f"\nbundle  {bundle}\nreport  {page}\nverify  compress verify {bundle}")
 
 
-def export_inputs(name: str, model: Model) -> dict[str, Any]:
-    """All that determines the bytes of a file, `name` in `export.files`, of a checkpoint; its
-    digest is the file's key.
+def export_inputs(name: str, model: Model, text: Packed | None = None) -> dict[str, Any]:
+    """All that determines the bytes of a file, `name` in `export.files`, of a checkpoint, and where
+    its type is calibrated of training text; its digest is the file's key.
     """
     format = formats.parse(name)[0]
     versions = versions_of(*EXPORTS, *format.packages, *format.optional)
-    return {
+    calibrated = {"data": text.digest} if text else {}
+    return calibrated | {
         "export": name,
         "checkpoint": model.digest,
         "versions": versions,
@@ -249,21 +251,25 @@ def _export(
     The first one is scored in full and judged by the budget. Others hold the same numbers, which
     parity proves: they are not asked again.
     """
-    format, type, _ = formats.parse(name)
-    inputs = export_inputs(name, source.model)
-    file = format.file.format(type=type)
+    format, type, kind = formats.parse(name)
+    text = session.text(source.model.path) if kind.calibrated else None
+    inputs = export_inputs(name, source.model, text)
+    file = format.place(type)
     key = sha256_json(inputs)
+    slot, technique = formats.slot_of(name)
     start = time.monotonic()
     folder.name_key(key)
 
     def write(out: Path, work: Path) -> dict[str, float]:
-        format.module.write(source.model.path, out / file, type)
-        return size(out / file)
+        rows = [text.ids[:, :-1].long()] if text else []
+        figures = format.module.write(source.model.path, out / file, type, *rows) or {}
+        for key, value in figures.items():
+            log(f"{slot}: {key} {value:.4g}")
+        return size(out / file) | figures
 
     path = session.store.build(key, inputs, write) / file
     seconds = time.monotonic() - start
 
-    slot, technique = formats.slot_of(name)
     return conclude(
         session,
         folder,

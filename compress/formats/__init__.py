@@ -5,7 +5,7 @@ module writes it and reads it back.
 FORMATS and a module with three names, imported when it is used, since reading the configuration
 comes here:
 
-    write(checkpoint, out, type)
+    write(checkpoint, out, type)    and rows (R, L) of token ids where the type is calibrated
     reload(file, threads)           -> a `Reloaded` of score/parity.py
     check_architecture(config)      ValueError when an architecture, as a transformers config, has
                                     no place in it
@@ -31,13 +31,14 @@ class Type(NamedTuple):
     rounds: bool = True  # it takes unquantized weights too
     # its runtime computes with these weights in floats, without rounding activations to integers
     exact: bool = False
+    calibrated: bool = False  # training text decides how its runtime computes
 
 
 @dataclass(frozen=True)
 class Format:
     """One kind of file."""
 
-    file: str  # its name in the bundle; without a suffix it is a directory
+    file: str  # its name in the bundle, as `place` fills it; without a suffix it is a directory
     # what scores it: "llama.cpp", or "torch" for a directory that transformers opens, "onnxruntime"
     runtime: str
     about: str  # for whoever receives it
@@ -45,6 +46,10 @@ class Format:
     source: str  # our module
     types: dict[str, Type]
     optional: tuple[str, ...] = ()  # packages that decide bytes where they are installed
+
+    def place(self, type: str) -> str:
+        """The name of a type's file or directory in the bundle."""
+        return self.file.format(type=type, dash="-" if type else "")
 
     @property
     def module(self) -> Any:
@@ -93,7 +98,7 @@ FORMATS: dict[str, Format] = {
         {"": Type(9.0, _INTEGERS, rounds=False, exact=True)},
     ),
     "onnx": Format(
-        "onnx",
+        "onnx{dash}{type}",
         "onnxruntime",
         'a directory for ONNX Runtime GenAI: `onnxruntime_genai.Model("{file}")`',
         {
@@ -102,7 +107,10 @@ FORMATS: dict[str, Format] = {
             "onnxruntime_genai": "onnxruntime-genai>=0.18,<0.19",
         },
         "compress.formats.onnx",
-        {"": Type(32.0, ("q4_0", "q8_0"), exact=True)},
+        {
+            "": Type(32.0, ("q4_0", "q8_0"), exact=True),
+            "A8": Type(4.5, ("q4_0",), rounds=False, calibrated=True),
+        },
     ),
 }
 # All that export.files may hold.

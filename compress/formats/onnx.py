@@ -8,13 +8,13 @@
 
 The graph is the one GenAI's own builder makes of a Llama, with one more output, `hidden_states`
 after the final norm; the builder is not used, because its quantizer would round again. All
-arithmetic is fp32. q4_0 matrices become nodes that hold our codes, com.microsoft MatMulNBits (x @
-W.T; `accuracy_level` 1, where the builder's 4 rounds activations to 8 bits) and
-GatherBlockQuantized (the embedding): value = (code - 8) * scale over blocks of 32 along a row. A
-tied head and the embedding are two initializers over the same bytes. q8_0 is int8 codes times
-scales, multiplied when the session opens (constant folding): MatMulNBits has no fast fp32 kernel
-for 8 bits. Scales (fp16), unquantized weights (their own type) and rotary tables also become fp32
-only then: 4.6 bits a weight on disk, not 5.1.
+arithmetic is fp32, but for products of type A8. q4_0 matrices become nodes that hold our codes,
+com.microsoft MatMulNBits (x @ W.T; of type A8 onnx_activations.py says which ones round their
+activations to 8 bits, as all of the builder's do) and GatherBlockQuantized (the embedding): value =
+(code - 8) * scale over blocks of 32 along a row. A tied head and the embedding are two initializers
+over the same bytes. q8_0 is int8 codes times scales, multiplied when the session opens (constant
+folding): MatMulNBits has no fast fp32 kernel for 8 bits. Scales (fp16), unquantized weights (their
+own type) and rotary tables also become fp32 only then: 4.6 bits a weight on disk, not 5.1.
 
 Left out: other grids (MatMulNBits has no 5 bits, and no zero point is q4_1's minimum exactly),
 sliding windows, experts: refused by name. Shapes: L length, N outputs, K inputs, V vocabulary, D
@@ -78,7 +78,9 @@ def export_onnx(
             f"{checkpoint} has no tokenizer.json, the only kind that ONNX Runtime GenAI reads;"
             " export it as Hugging Face"
         )
-    quantized = codes_of(checkpoint, "onnx")
+    quantized = codes_of(checkpoint, f"onnx:{type}" if type else "onnx")
+    if type and (rows is None or not rows.numel()):
+        raise ValueError("onnx:A8 needs rows of training text; give them as token ids")
     about = _genai_config(checkpoint, config)
 
     part = out.with_name(out.name + ".part")
@@ -103,9 +105,7 @@ def export_onnx(
     _templates_apart(part)
 
     figures = {}
-    if type == "A8":
-        if rows is None or not rows.numel():
-            raise ValueError("onnx:A8 needs rows of training text; give them as token ids")
+    if rows is not None:
         figures = round_activations(part, rows)
     os.replace(part, out)
     return figures

@@ -100,7 +100,7 @@ def lines_to_copy(files: Sequence[str]) -> list[str]:
     """What to type, in the bundle's folder, for each of its `files` and the plain checkpoint."""
     lines: list[str] = []
     for file in [*files, "hf"]:
-        key = ".gguf" if file.endswith(".gguf") else file
+        key = ".gguf" if file.endswith(".gguf") else file.partition("-")[0]
         commands = [command.format(file=file) for command in COMMANDS[key]]
         lines += [f"`{file}`:", "", "```", *commands, "```", ""]
     return lines
@@ -135,7 +135,7 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
     shipped = [formats.parse(name)[:2] for name in config["export"]["files"]]
     files = []
     for format, type in shipped:
-        file = format.file.format(type=type)
+        file = format.place(type)
         files.append(f"- `{file}`: {format.about.format(file=file)}")
     lineage = [
         f"{number}. `{slot['slot']}` ({slot['technique']}) from `{slot['parent'] or 'nothing'}`,"
@@ -163,7 +163,7 @@ def model_card(run: Run, manifest: dict[str, Any], *, passed: bool) -> str:
         "",
         "## Run it",
         "",
-        *lines_to_copy([format.file.format(type=type) for format, type in shipped]),
+        *lines_to_copy([format.place(type) for format, type in shipped]),
         "## Scores",
         "",
         markdown_table(run.records),

@@ -15,7 +15,7 @@ below.
 Shapes: L length, K inputs, N outputs, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class _Graph:
         self.model = wheel("onnx").load(folder / MODEL, load_external_data=False)
         self.products = {n.name: n for n in self.model.graph.node if n.op_type == "MatMulNBits"}
         self._write(list(self.products))
-        self.full_LV = list(self._logits())
+        self.full_LV = list(_logits_of(folder, rows))
 
     def _write(self, kept: Sequence[str]) -> None:
         """The graph with the products `kept` in fp32."""
@@ -82,27 +82,8 @@ class _Graph:
         """Writes the graph with the products `kept` in fp32; gives its figures."""
         self._write(kept)
 
-        # Row by row, as vocabularies are large.
-        kl_sum = turned = sure = tokens = 0.0
-        for full, other in zip(self.full_LV, self._logits(), strict=True):
-            full, other = full.double().log_softmax(-1), other.double().log_softmax(-1)
-            kl_sum += float((full.exp() * (full - other)).sum())
-            first, second = full.topk(2, dim=-1).values.unbind(-1)
-            is_sure = first - second > TOP1_GAP
-            turned += int((is_sure & (full.argmax(-1) != other.argmax(-1))).sum())
-            sure += int(is_sure.sum())
-            tokens += len(full)
-        return {
-            "products_fp32_count": float(len(kept)),
-            "rounding_kl_nats": kl_sum / tokens,
-            "rounding_turned_share": turned / max(sure, 1.0),
-        }
-
-    def _logits(self) -> Iterator[Tensor]:
-        """(L, V) of each row, by the graph as it was written last."""
-        session = self._session()
-        for row in self.rows:
-            yield torch.from_numpy(fetch(session, row, ["logits"])[0][0])
+        figures = _compared(self.full_LV, _logits_of(self.folder, self.rows))
+        return {"products_fp32_count": float(len(kept))} | figures
 
     def products_by_error(self) -> list[str]:
         """Names of products, the one first whose output rounding its own input changes most:
@@ -120,7 +101,13 @@ class _Graph:
             if name not in there
         )
         onnx.save(probe, self.folder / MODEL)
-        x_of = dict(zip(inputs, fetch(self._session(), self.rows[0], inputs), strict=True))
+        x_of = dict(
+            zip(
+                inputs,
+                fetch(open_session(self.folder, available_threads()), self.rows[0], inputs),
+                strict=True,
+            )
+        )
 
         # One matrix at a time is decoded.
         errors = {}
@@ -138,9 +125,32 @@ class _Graph:
         value: np.ndarray = wheel("onnx").numpy_helper.to_array(tensor, str(self.folder))
         return value
 
-    def _session(self) -> Any:
-        """The graph as it was written last, opened."""
-        return open_session(self.folder, available_threads())
+
+def compared(plain: Path, other: Path, rows: Sequence[Sequence[int]]) -> dict[str, float]:
+    """rounding_kl_nats and rounding_turned_share of a directory beside the one in fp32."""
+    full_LV = _logits_of(plain, rows)
+    return _compared(full_LV, _logits_of(other, rows))
+
+
+def _compared(full_LV: Iterable[Tensor], others_LV: Iterable[Tensor]) -> dict[str, float]:
+    """The same of logits, row by row, as vocabularies are large."""
+    kl_sum = turned = sure = tokens = 0.0
+    for full, other in zip(full_LV, others_LV, strict=True):
+        full, other = full.double().log_softmax(-1), other.double().log_softmax(-1)
+        kl_sum += float((full.exp() * (full - other)).sum())
+        first, second = full.topk(2, dim=-1).values.unbind(-1)
+        is_sure = first - second > TOP1_GAP
+        turned += int((is_sure & (full.argmax(-1) != other.argmax(-1))).sum())
+        sure += int(is_sure.sum())
+        tokens += len(full)
+    return {"rounding_kl_nats": kl_sum / tokens, "rounding_turned_share": turned / max(sure, 1.0)}
+
+
+def _logits_of(folder: Path, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """(L, V) of each row."""
+    session = open_session(folder, available_threads())
+    for row in rows:
+        yield torch.from_numpy(fetch(session, row, ["logits"])[0][0])
 
 
 def rounded(x_LK: np.ndarray) -> np.ndarray:

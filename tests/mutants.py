@@ -71,7 +71,7 @@ LOSSES, SIGNAL, GRIDS = (
     "distill/test_signals.py",
     "quant/test_grids.py -k not(llama_cpp)",
 )
-UNEVEN = "quant/test_grids.py -k iq4_nl or uneven"
+UNEVEN = "quant/test_grids.py -k iq4_nl or uneven or mxfp4 or e2m1 or searched_exponent"
 PAIRED, BUDGET, STORE = "score/test_intervals.py -k not(cover)", "test_budget.py", "test_store.py"
 STEP = "train/test_training.py -k plain_gradient"
 RESUME = "train/test_training.py -k bf16_weights_train_and_resume"
@@ -494,6 +494,19 @@ MUTANTS = [
         ("return numbers[code], code.float()", "return numbers[code], 15 - code.float()"),
         ("self.rounded(x * inverse(scale)))", "self.rounded(x * inverse(scale.half().float())))"),
         ("range(self.low - 7, self.low + 8)", "range(self.low - 7, self.low + 7)"),
+        ("floor() + (EXPONENT - 3)", "floor() + (EXPONENT - 2)"),
+        ("8 * (q < 0)", "8 * (q <= 0)"),
+        ("abs().mul_(2).ceil_()", "abs().mul_(2).floor_()"),
+        ("errors.argmin(0, keepdim=True))[0].half()", "errors.argmax(0, keepdim=True))[0].half()"),
+    ),
+    *of(
+        "formats/onnx_activations.py",
+        "formats/test_onnx_activations.py",
+        ("too_few = count", "too_few = count + 1"),
+        ("key=lambda name: -errors[name]", "key=lambda name: errors[name]"),
+        ("keepdims=True) / 127", "keepdims=True) / 120"),
+        ("FP32 if name in kept", "FP32 if name not in kept"),
+        ("(full.exp() * (full - other))", "(other.exp() * (full - other))"),
     ),
     *of(
         "quant/grids/nonlinear.py",

@@ -74,6 +74,7 @@ _ROUNDED = {
     "Q5_0": 5.5,
     "Q4_K": 4.5,
     "Q6_K": 6.5625,
+    "MXFP4": 4.25,
 }
 _INTEGERS = ("q4_0", "q8_0", *(grid.value for grid in GridName if grid.startswith("int")))
 FORMATS: dict[str, Format] = {

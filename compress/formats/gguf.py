@@ -46,7 +46,17 @@ from compress.quant.grids import GRIDS
 from compress.scratch import Scratch
 
 # ggml type of the matrices -> llama_ftype, the file's main type
-TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q6_K": 18, "IQ4_NL": 25}
+TYPES = {
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q4_K": 14,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+    "MXFP4": 38,
+}
 TENSOR_BYTES = 160  # name, shape, place and padding of a tensor
 MIXED = "MIXED"  # every matrix in the type of its own codes
 # HF model_type -> general.architecture

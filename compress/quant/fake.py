@@ -108,7 +108,7 @@ class Snapped:
     def add_parts(self, *, learned: bool, rank: int) -> None:
         """Give the module its scales, a shift of them that is learned, and adapters of a rank."""
         self.home.register_buffer(self.name("scales"), self.scales)
-        if learned and self.grid.searches:
+        if learned and self.grid.learns:
             shape = (*self.shape[:-1], self.scales.shape[1])
             shift = self.scales.new_zeros(shape, dtype=torch.float32)
             self.home.register_parameter(self.name("shift"), nn.Parameter(shift))

@@ -16,6 +16,7 @@ GridName = StrEnum(
         "q8_0",
         "q4_k",
         "q6_k",
+        "mxfp4",
         "int4_g32",
         "int4_g64",
         "int4_g128",
@@ -41,6 +42,7 @@ class Properties(NamedTuple):
 
     block: int  # row lengths must be multiples
     searched: bool  # whether `scales: search` finds other scales than the grid's plain rounding
+    learned: bool = True  # of these, whether they can be any number, and so be trained
 
 
 # Searched are grids of one scale; Q4_K and Q6_K search in their plain rounding already.
@@ -52,6 +54,7 @@ PROPERTIES = {
     GridName.q8_0: Properties(32, True),
     GridName.q4_k: Properties(256, False),
     GridName.q6_k: Properties(256, False),
+    GridName.mxfp4: Properties(32, True, False),
     GridName.int4_g32: Properties(32, True),
     GridName.int4_g64: Properties(64, True),
     GridName.int4_g128: Properties(128, True),
@@ -67,6 +70,7 @@ PROPERTIES = {
 FLOOR_A_COLUMN = 4
 BLOCK = {grid: properties.block for grid, properties in PROPERTIES.items()}
 SEARCHED = tuple(grid for grid, properties in PROPERTIES.items() if properties.searched)
+LEARNED = tuple(grid for grid in SEARCHED if PROPERTIES[grid].learned)
 
 
 @dataclass

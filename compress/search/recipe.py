@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from compress.budget import Limit
 from compress.quant.grids import GRIDS
-from compress.quant.settings import SEARCHED
+from compress.quant.settings import LEARNED
 from compress.search.cutting import BATCH_ROWS
 from compress.search.shapes import Shape, steps_of
 from compress.stages import STAGES
@@ -124,7 +124,7 @@ def _slots(program: Program) -> dict[str, tuple[str, dict[str, Any], str]]:
         }
         why = "more tokens give more back; the rate is by what the cuts lost"
         slots["heal"] = ("distill", healing, why)
-    scales = "learned" if program.grid in SEARCHED else "round"
+    scales = "learned" if program.grid in LEARNED else "round"
     rounding = {"grid": program.grid, "scales": scales, **ROUNDING}
     why = "trained on the very grid of the file that ships"
     if program.mixture_bytes:

@@ -22,6 +22,7 @@ from compress.models.blocks import Work, lengths_of, row_for
 from compress.quant.settings import (
     BLOCK,
     FLOOR_A_COLUMN,
+    LEARNED,
     SEARCHED,
     Allocation,
     Balance,
@@ -57,10 +58,11 @@ class OnGrid:
         one grid that has them is enough.
         """
         grids = set(self.allocate.grids) if self.allocate.file_bytes else {self.grid}
-        if self.scales != Scales.round and not grids & set(SEARCHED):
+        having = LEARNED if self.scales == Scales.learned else SEARCHED
+        if self.scales != Scales.round and not grids & set(having):
             raise ValueError(
                 f"{stage}.scales is {self.scales}: grid {self.grid} has none, only"
-                f" {', '.join(SEARCHED)}; use scales=round"
+                f" {', '.join(having)}; use scales=round"
             )
         if self.scales == Scales.learned and stage != "qat":
             raise ValueError(

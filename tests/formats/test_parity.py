@@ -64,7 +64,7 @@ def measured(checkpoint: Path, file: Path, kind: str) -> dict[str, float]:
     return parity(checkpoint, file, f"gguf:{kind}", ROWS, states_of(file), 1)
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_0", "Q4_1", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"])
 def test_a_rounded_export_of_a_plain_checkpoint_is_its_rounded_twin(parent, tmp_path, kind):
     export_gguf(parent, tmp_path / "m.gguf", kind)
     figures = measured(parent, tmp_path / "m.gguf", kind)

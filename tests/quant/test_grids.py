@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from compress.quant.grids import GRIDS
 from compress.quant.grids.grid import CELL_MARGIN
-from compress.quant.grids.nonlinear import NUMBERS
+from compress.quant.grids.nonlinear import E2M1, NUMBERS
 
 TYPES = {
     name: gguf.GGMLQuantizationType[name.upper()] for name in GRIDS if not name.startswith("int")
@@ -28,9 +28,11 @@ INTEGER = [name for name in GRIDS if name not in TYPES]
 SIMPLE = [
     name for name in TYPES if GRIDS[name].block == 32 and name != "iq4_nl"
 ]  # which the gguf package only reads
+# Of the codes whose values do not follow one another.
+UNEVEN = {"iq4_nl": NUMBERS, "mxfp4": E2M1}
 GOLDEN = [
-    name for name in TYPES if name != "iq4_nl"
-]  # it came after the golden file, and is held to llama.cpp's own bytes above
+    name for name in TYPES if name not in UNEVEN
+]  # they came after the golden file, and are held to llama.cpp's own bytes above
 SEARCHED = [name for name, grid in GRIDS.items() if grid.searches]
 
 
@@ -255,6 +257,28 @@ def test_ties_between_uneven_numbers_go_up():
     assert torch.equal(grid.rounded(below), torch.tensor(NUMBERS[:-1]).float())
 
 
+def test_ties_between_numbers_of_e2m1_go_to_the_smaller_magnitude():
+    numbers = torch.tensor(E2M1[:8]).float()
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    grid = GRIDS["mxfp4"]
+    for sign in (1, -1):
+        assert torch.equal(grid.rounded(sign * middles), sign * numbers[:-1])
+        beyond = torch.nextafter(middles, torch.tensor(1e9))
+        assert torch.equal(grid.rounded(sign * beyond), sign * numbers[1:])
+
+
+def test_a_searched_exponent_is_the_best_of_its_neighbours():
+    grid, w = GRIDS["mxfp4"], _weights("heavy")
+    found = grid.search(w)
+    least = torch.stack(
+        [_error(grid, w, grid.codes(w, s), s) for s in (found - 2, found - 1, found, found + 1)]
+    )
+    plain = grid.encode(w)[1]
+    assert ((found - plain).abs() <= 1).all() and (found != plain).any()
+    rows = (found - plain).abs().view(-1) < 1  # both neighbours were tried
+    assert (least[2].view(-1)[rows] <= least[[1, 3]].amin(0).view(-1)[rows]).all()
+
+
 @pytest.mark.parametrize(("name", "share"), [("q4_0", 0.9), ("q5_0", 0.9), ("q8_0", 0.9)])
 def test_search_gains_on_gaussian_weights(name, share):
     grid, w = GRIDS[name], _weights("random")
@@ -274,14 +298,14 @@ def test_importance_by_row_equals_importance_by_column_when_rows_agree():
 @pytest.mark.parametrize("name", GRIDS)
 def test_codes_are_the_nearest_for_scales_of_either_sign(name):
     grid, w = GRIDS[name], _weights("random", name)[:8]
-    scales = (
-        grid.encode(w)[1].view(-1, grid.stored)
-        * torch.ones(grid.stored).index_fill(0, torch.tensor(0), -1.0).half()
-    )
-    scales = torch.cat([scales[::2].neg(), scales[1::2]]).view(8, -1)
+    scales = grid.encode(w)[1].view(-1, grid.stored)
+    if name != "mxfp4":  # whose scales are exponents
+        scales = scales * torch.ones(grid.stored).index_fill(0, torch.tensor(0), -1.0).half()
+        scales = torch.cat([scales[::2].neg(), scales[1::2]])
+    scales = scales.view(8, -1)
     got = _error(grid, w, grid.codes(w, scales), scales).view(8, -1)
     step, floor = grid.levels(scales.view(-1, grid.stored))
-    numbers = torch.tensor(NUMBERS) if name == "iq4_nl" else torch.arange(grid.low, grid.high + 1)
+    numbers = torch.tensor(UNEVEN.get(name, range(grid.low, grid.high + 1)))
     levels = numbers * step.double()[..., None] + (
         0 if floor is None else floor.double()[..., None]
     )
@@ -314,12 +338,14 @@ def test_snap_is_decode_of_codes(name):
 @pytest.mark.parametrize("name", GRIDS)
 def test_zero_and_underflowing_blocks_decode_to_zero(name):
     grid = GRIDS[name]
-    w = torch.tensor([0.0, 1e-39, -1e-12])[:, None].repeat(1, grid.length(96))
+    tiny = 1e-39 if name == "mxfp4" else 1e-12  # which an exponent still reaches
+    w = torch.tensor([0.0, 1e-39, -tiny])[:, None].repeat(1, grid.length(96))
     codes, scales = grid.encode(w)
     assert not grid.decode(codes, scales).any() and not scales.view(3, -1)[:, 0].any()
     found = grid.search(w) if grid.searches else scales
     assert not grid.decode(grid.codes(w, found), found).any()
-    assert (grid.codes(w, found) == (NUMBERS.index(1) if name == "iq4_nl" else grid.offset)).all()
+    zero = UNEVEN[name].index(name == "iq4_nl") if name in UNEVEN else grid.offset
+    assert (grid.codes(w, found) == zero).all()
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -386,9 +412,9 @@ def test_values_that_are_not_finite_are_refused_with_the_tensor(value):
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_values_whose_scale_overflows_fp16_are_refused(name):
+def test_values_that_no_stored_scale_reaches_are_refused(name):
     with pytest.raises(ValueError, match=r"up_proj\.weight holds a value beyond"):
-        GRIDS[name].encode(torch.full((1, 256), 1e9), name="up_proj.weight")
+        GRIDS[name].encode(torch.full((1, 256), 1.5 * GRIDS[name].largest), name="up_proj.weight")
     w = _weights("random", name)
     assert grid_is_finite(GRIDS[name], w / w.abs().max() * GRIDS[name].largest)
 

@@ -161,7 +161,7 @@ def test_search_is_refused_where_there_is_none():
     with pytest.raises(
         ValueError,
         match=(
-            "scales is search: grid q4_k has none, only q4_0, iq4_nl, q5_0, q8_0, int4_g32, .*; use"
+            "scales is search: grid q4_k has none, only q4_0, iq4_nl, q5_0, q8_0, mxfp4, .*; use"
             " scales=round"
         ),
     ):

@@ -65,6 +65,7 @@ class Grid:
     dtype = torch.uint8
     largest: float  # magnitude of a weight beyond which a stored fp16 number may overflow
     searches = False
+    learns = False  # whether its scales can be trained: steps of any size, one a block
 
     def length(self, columns: int) -> int:
         """Weights in a block of a matrix with that many columns."""
@@ -93,8 +94,8 @@ class Grid:
             )
         if max(-least.item(), most.item()) > self.largest:
             raise ValueError(
-                f"{name} holds a value beyond {self.largest:g}: {self.name} stores its scale as"
-                " fp16; rescale the weights"
+                f"{name} holds a value beyond {self.largest:g}: its scales on {self.name} do"
+                " not reach it; rescale the weights"
             )
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def halves(codes: Tensor) -> Tensor:
 class OneScale(Grid):
     """Symmetric: one fp16 scale a block, value = scale * q."""
 
-    searches = True
+    searches = learns = True
     targets: tuple[float, ...]
 
     def rule(self, x: Tensor) -> Tensor:

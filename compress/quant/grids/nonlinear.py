@@ -1,7 +1,8 @@
-"""llama.cpp's IQ4_NL: 4 bits that name one of sixteen uneven numbers, bit for bit.
+"""llama.cpp's grids of 4 bits that name one of sixteen uneven numbers, bit for bit: IQ4_NL, MXFP4.
 
-Source: ggml/src/ggml-quants.c, `quantize_iq4_nl`, `dequantize_row_iq4_nl`. A block of 32 holds d,
-an fp16 scale, then 16 bytes as in Q4_0: the bytes of Q4_0, 4.5 bits a weight, but
+Source: ggml/src/ggml-quants.c, `quantize_iq4_nl`, `dequantize_row_iq4_nl`,
+`quantize_row_mxfp4_ref`. A block of 32 of IQ4_NL holds d, an fp16 scale, then 16 bytes as in Q4_0:
+the bytes of Q4_0, 4.5 bits a weight, but
 
     value = d * NUMBERS[code]
 
@@ -15,6 +16,17 @@ The numbers lie closer where weights of a bell shape are more frequent.
 
 `search` tries both ends of the range, weighs by what it is given, and refits to the stored fp16
 scale (llamacpp.py).
+
+A block of MXFP4 (OCP Microscaling Formats 1.0, section 5.3) holds e, a byte, then 16 bytes as in
+Q4_0: 17 bytes, 4.25 bits a weight, and
+
+    value = 2^(e - 128) * E2M1[code]
+
+    plain rounding: e = floor(log2(max |x|)) - 2 + 127; codes are the nearest, of two as near the
+    one of smaller magnitude. What is above 12 steps, up to 16, becomes 12.
+
+`search` also tries one step finer and one coarser. e is not below 0, where C's conversion is
+undefined: such blocks decode to next to nothing either way.
 """
 
 import torch
@@ -24,6 +36,8 @@ from compress.quant.grids.grid import inverse, ratio
 from compress.quant.grids.kquants import EPS, in_order
 from compress.quant.grids.llamacpp import OneScale, as_bytes, halves
 
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled
+EXPONENT = 128  # that of a step of 1
 NUMBERS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -116,3 +130,70 @@ class IQ4_NL(OneScale):
 
     def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
         return [as_bytes(scales), halves(codes.view(-1, 2, 16))]
+
+
+def _magnitudes() -> tuple[Tensor, Tensor]:
+    """Nearest magnitude of E2M1 and its code, for every half up to the largest: no midpoint lies
+    between two halves.
+    """
+    magnitudes = torch.tensor(E2M1[:8], dtype=torch.float32)
+    steps = torch.arange(2 * E2M1[7] + 1) / 2
+    code = torch.bucketize(steps, (magnitudes[1:] + magnitudes[:-1]) / 2)
+    return magnitudes[code], code.float()
+
+
+class MXFP4(OneScale):
+    """4 bits that name one of E2M1, and the exponent of a step for 32 weights: `scales` hold it as
+    a number. q is the number, not the code.
+    """
+
+    name, bits_per_weight, largest = "mxfp4", 4.25, 2.0**127
+    low, high, learns = -E2M1[7], E2M1[7], False
+    nearest_magnitude, magnitude_code = _magnitudes()
+    steps = torch.ldexp(torch.ones(256), torch.arange(256) - EXPONENT)
+
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        peak = x.abs().amax(1, keepdim=True)
+        exponent = torch.where(peak > 0, peak.log2().floor() + (EXPONENT - 3), 0.0).clamp_(min=0)
+        return self.stored_codes(self.rounded(x * inverse(self._steps(exponent)))), exponent
+
+    def _search(self, rows: Tensor, h: Tensor) -> Tensor:
+        x = rows.t().contiguous()
+        exponent = self.plain(rows)[1][:, 0]
+        options = torch.stack(
+            [exponent, (exponent - 1).clamp(min=0), (exponent + 1).clamp(max=255)]
+        )
+        errors = torch.stack([self._error(x, h, self._steps(option)) for option in options])
+        return options.gather(0, errors.argmin(0, keepdim=True))[0].half()
+
+    def _steps(self, exponents: Tensor) -> Tensor:
+        """2^(e - 128), exactly."""
+        table = self.steps.to(exponents.device)
+        return table.index_select(0, exponents.flatten().int()).view(exponents.shape)
+
+    def levels(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._steps(stored).unsqueeze(-1), None
+
+    def rounded(self, q: Tensor) -> Tensor:
+        return q.copy_(self._of(self.nearest_magnitude, q).copysign(q))
+
+    def inside(self, q: Tensor) -> Tensor:
+        # Half a gap beyond the outermost numbers, as on even grids.
+        return q.clamp(self.low - 2.0, self.high + 2.0).eq_(q)
+
+    def stored_codes(self, q: Tensor) -> Tensor:
+        # There is no code for -0.
+        return q.copy_(self._of(self.magnitude_code, q) + 8 * (q < 0))
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        return codes.copy_(
+            torch.tensor(E2M1, dtype=torch.float32, device=codes.device)[codes.int()]
+        )
+
+    def _of(self, table: Tensor, q: Tensor) -> Tensor:
+        """The table's entry for every magnitude of q. Doubling and rounding up are exact."""
+        index = q.abs().mul_(2).ceil_().clamp_(max=2 * self.high).int()
+        return table.to(q.device).index_select(0, index.flatten()).view(q.shape)
+
+    def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
+        return [scales.to(torch.uint8), halves(codes.view(-1, 2, 16))]

@@ -322,6 +322,7 @@ class Session:
             parallel=trainer.parallel if parallel.world() > 1 else "none",
             activation_checkpointing=trainer.activation_checkpointing,
             moments=trainer.moments,
+            notes=self.store.root / "notes",
         )
 
 

@@ -429,6 +429,14 @@ def plan(bench: Bench) -> dict[str, Callable[[str], None]]:
         ),
         "Q4_0, QAD": Qat(tokens=tokens, lr=lr, scales=Scales.learned, balance=Balance.awq),
     }
+    best: dict[str, Any] = {"method": Method.gptq, "balance": Balance.awq}
+    for grid, scales in ((GridName.iq4_nl, Scales.learned), (GridName.mxfp4, Scales.search)):
+        kind = grid.value.upper()
+        stages |= {
+            f"{kind}, rounding": Ptq(grid=grid),
+            f"{kind}, AWQ GPTQ": Ptq(grid=grid, scales=Scales.search, **best),
+            f"{kind}, QAD from GPTQ": Qat(grid=grid, scales=scales, tokens=tokens, lr=lr, **best),
+        }
     rows: dict[str, Callable[[str], None]] = {"F16": lambda name: bench.gguf(name, None, "F16")}
     if cyllama:
         rows["Q4_K_M, llama.cpp"] = lambda name: bench.add(name, bench.peer_gguf)

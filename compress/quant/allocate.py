@@ -135,19 +135,23 @@ def _measured(
 ) -> dict[str, dict[str, float]]:
     """c_ig of all matrices; the file `kept` has those of a killed run, and gets each new one."""
     damages: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
-    with progress(label, len(matrices), len(damages), log) as update:
+    done = sum(set(legal_grids[name]) <= damages.get(name, {}).keys() for name in matrices)
+    with progress(label, len(matrices), done, log) as update:
         for name, matrix in matrices.items():
-            if set(legal_grids[name]) <= damages.get(name, {}).keys():
+            known = damages.get(name, {})
+            lacking = [grid for grid in legal_grids[name] if grid not in known]
+            if not lacking:
                 continue
 
             # One matrix on all of its grids, kept at once.
             start = time.monotonic()
-            damage = _damage(name, matrix.rows, legal_grids[name], text)
-            damages[name] = damage
+            damage = _damage(name, matrix.rows, lacking, text)
+            damages[name] = known | damage
             write_json(kept, damages)
 
+            done += 1
             tokens = len(damage) * len(text.labels_N)
-            update(len(damages), max(damage.values()), tokens / (time.monotonic() - start))
+            update(done, max(damage.values()), tokens / (time.monotonic() - start))
     return damages
 
 
@@ -163,8 +167,8 @@ def options(
     """c_ig, measured on `ids_RL`, and bytes of every matrix of an fp32 model on each grid whose
     blocks its rows divide into.
 
-    Damages in the file `kept` are not measured again. ValueError, naming the matrix, when no grid
-    takes its rows.
+    Damages in the file `kept`, of the same model and text, are not measured again. ValueError,
+    naming the matrix, when no grid takes its rows.
     """
     matrices = quantizable(model)
     legal_grids = _legal_grids(matrices, grids)

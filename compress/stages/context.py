@@ -41,3 +41,5 @@ class Context:
     parallel: str = "none"  # or ddp, fsdp2
     activation_checkpointing: bool = False
     moments: str = "fp32"  # of the optimizer: or int8, host
+    # figures that any stage of one store may need again, by key; None: `work` has them
+    notes: Path | None = None

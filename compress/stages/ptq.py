@@ -32,6 +32,7 @@ from compress.quant.settings import (
 )
 from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
+from compress.store import sha256_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,6 +124,8 @@ class OnGrid:
         """The grid of every matrix of an fp32 model. ValueError when `allocate.file_bytes` is
         below the smallest possible file.
         """
+        from compress.keys import sources_digest
+        from compress.models.checkpoint import best_device, weights_digest
         from compress.quant.allocate import choose, options
         from compress.quant.codes import quantizable, unquantized
 
@@ -132,12 +135,17 @@ class OnGrid:
         if not self.allocate.file_bytes:
             return dict.fromkeys(quantizable(model), self.grid.value)
 
-        # What each matrix would lose on each grid, then the best mixture that fits the bytes.
+        # What each matrix would lose on each grid, then the best mixture that fits the bytes. It is
+        # measured once for a parent and a text, whichever stage asks.
+        ids_RL = ctx.calibration(self.allocate.calibration_sequences)
+        device = str(best_device())
+        settings = {"damages": weights_digest(parent), "ids": ids_RL.tolist(), "device": device}
+        settings["sources"] = sources_digest("compress.quant.allocate")
         damages = options(
             model,
-            ctx.calibration(self.allocate.calibration_sequences),
+            ids_RL,
             [grid.value for grid in self.allocate.grids],
-            ctx.work / "damages.json",
+            (ctx.notes or ctx.work) / f"{sha256_json(settings)}.json",
             f"{ctx.label}, damage of each matrix",
             ctx.log,
         )

@@ -84,6 +84,41 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
     )
 
 
+def test_a_grid_that_is_asked_for_later_is_measured_alone(tmp_path):
+    kept, ids = tmp_path / "kept.json", torch.zeros(1, 8, dtype=torch.long)
+    names = list(quantizable(_model()))
+    kept.write_text(json.dumps(dict.fromkeys(names, {"q8_0": 7.0})))
+    made = options(_model(), ids, ["q4_0", "q8_0"], kept, "label", lambda line: None)
+    alone = options(_model(), ids, ["q4_0"], tmp_path / "other.json", "label", lambda line: None)
+    assert all(made[name]["q8_0"][0] == 7.0 for name in names)
+    assert all(made[name]["q4_0"] == alone[name]["q4_0"] for name in names)
+
+
+def test_two_stages_of_one_parent_measure_once(tiny_teacher, tmp_path):
+    from compress.models.checkpoint import load_model
+    from compress.quant.settings import Allocation, GridName
+    from compress.stages.ptq import Ptq
+    from compress.stages.qat import Qat
+
+    (notes := tmp_path / "notes").mkdir()
+    allocate = Allocation(file_bytes=190_000, grids=[GridName.q4_0, GridName.q8_0])
+    lines: list[str] = []
+    layouts = []
+    for label, stage in (("first", Ptq(allocate=allocate)), ("second", Qat(allocate=allocate))):
+        context = make_context(tiny_teacher, tmp_path, notes=notes, log=lines.append, label=label)
+        layouts.append(stage.layout(load_model(tiny_teacher), tiny_teacher, context))
+    measured = [line for line in lines if "damage of each matrix" in line]
+    assert measured and all(line.startswith("first") for line in measured)
+    assert layouts[0] == layouts[1] and len(set(layouts[0].values())) == 2
+    assert len(list(notes.iterdir())) == 1
+
+    # Of another text they are others.
+    other = make_context(tiny_teacher, tmp_path, notes=notes)
+    more = Allocation(file_bytes=190_000, grids=allocate.grids, calibration_sequences=2)
+    Ptq(allocate=more).layout(load_model(tiny_teacher), tiny_teacher, other)
+    assert len(list(notes.iterdir())) == 2
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_choice_is_the_best_of_all(seed):
     rng = random.Random(seed)

@@ -263,8 +263,8 @@ def _export(
     def write(out: Path, work: Path) -> dict[str, float]:
         rows = [text.ids[:, :-1].long()] if text else []
         figures = format.module.write(source.model.path, out / file, type, *rows) or {}
-        for key, value in figures.items():
-            log(f"{slot}: {key} {value:.4g}")
+        if figures:
+            log(f"{slot}: {', '.join(f'{key} {value:.4g}' for key, value in figures.items())}")
         return size(out / file) | figures
 
     path = session.store.build(key, inputs, write) / file

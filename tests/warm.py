@@ -5,7 +5,9 @@ texts: a tenth of a second each, where an interpreter of their own takes six, an
 
 runs what `python -m compress list` would, in a process of its own with its own folder, environment,
 output and exit code; only what is read while packages are imported is the first fork's. The process
-that forks starts with the first line and ends with the tests.
+that forks starts with the first line and ends with the tests. The processes that a run times models
+in are forks of it too, at the run's request: their memory is not a fresh process's
+(tests/score/test_latency_size.py measures those).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,22 +68,50 @@ def serve() -> None:
     for read in EMBEDDED.values():
         read()  # kept from then on
 
-    # Lines and deaths of forks, as they come.
+    # Lines, deaths of forks and what forks ask for, as they come.
     ended, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakes)
     lines = os.fdopen(os.dup(0), "rb", buffering=0)
+    asked, _asking[:] = (pair := os.pipe())[0], pair[1:]
+    requests = os.fdopen(asked, "rb", buffering=0)
     while True:
-        ready = select.select([lines, ended], [], [])[0]
+        ready = select.select([lines, ended, requests], [], [])[0]
         if ended in ready:
             os.read(ended, 4096)
             _reap()
+        if requests in ready:
+            _fork(json.loads(Path(requests.readline().decode().strip()).read_text()))
         if lines in ready:
             line = lines.readline()
             if not line:
                 return
             _tell(_fork(json.loads(line)))
+
+
+_asking: list[int] = []  # where a fork writes the name of a file with a line for another one
+
+
+def _run_in_a_fork(
+    command: list[str], env: Mapping[str, str], **_: Any
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run(command, capture_output=True, text=True)` of this interpreter, for a fork."""
+    folder = Path(tempfile.mkdtemp(prefix="forked-"))
+    out, err, code = (folder / name for name in ("out", "err", "code"))
+    out.touch()
+    err.touch()
+    line = {"arguments": command[1:], "cwd": os.getcwd(), "env": dict(env)}
+    line |= {"out": str(out), "err": str(err), "code": str(code)}
+    (folder / "line").write_text(json.dumps(line))
+    os.write(_asking[0], f"{folder / 'line'}\n".encode())
+    while not code.is_file():
+        time.sleep(0.01)
+    done = subprocess.CompletedProcess(
+        command, int(code.read_text()), out.read_text(), err.read_text()
+    )
+    shutil.rmtree(folder)
+    return done
 
 
 def _tell(value: Any) -> None:
@@ -108,6 +139,9 @@ def _fork(line: dict[str, Any]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         atexit._run_exitfuncs()
+    if "code" in line:
+        Path(f"{line['code']}.part").write_text(str(code))
+        os.replace(f"{line['code']}.part", line["code"])
     os._exit(code)
 
 
@@ -125,6 +159,8 @@ def _live(line: dict[str, Any]) -> int:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [path for path in paths if path and path not in sys.path]
     tempfile.tempdir = None
+    latency: Any = importlib.import_module("compress.score.latency")
+    latency.subprocess = SimpleNamespace(run=_run_in_a_fork)
 
     # A module or a file, as `python` takes them.
     arguments = line["arguments"]

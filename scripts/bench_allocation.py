@@ -5,7 +5,7 @@
 
 The embedded teacher, every matrix rounded to the nearest on a grid of its own, embeddings included.
 Times: one file a grid, all matrices on it, timed in turn in llama.cpp; a matrix takes its share of
-the weights of its grid's file. Damages: KL on one row of training text with one matrix on one grid.
+the weights of its grid's file. Damages: KL on 128 tokens of training text with one matrix on one grid.
 By bytes: the least sum of damages within BITS a weight. By both: the same with milliseconds at a
 price, the lowest at which the sum of times is FASTER below the first one's. Both files are then
 timed (processes A B B A) and their KL to the teacher measured in llama.cpp, on 8 x 512 tokens of
@@ -41,6 +41,7 @@ from compress.stages.ptq import Ptq
 from compress.text.packing import pack
 
 HELD_OUT, LENGTH = 8, 512
+MEASURED = 128  # tokens of training text that damages are measured on
 HELD = ("topics", "conversations")
 HALVINGS = 40
 Layout = dict[str, str]
@@ -139,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bits", type=float, default=5.2)
     parser.add_argument("--faster", type=float, default=0.15)
-    grids = ["q4_0", "iq4_nl", "q4_1", "q5_0", "q8_0"]
+    grids = ["q4_0", "iq4_nl", "q5_0", "q8_0"]  # the teacher lies on q4_1
     parser.add_argument("--grids", nargs="+", choices=list(GridName), default=grids)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--blocks", type=int, default=5)
@@ -155,7 +156,7 @@ def main() -> None:
         session = opened(work / "store", "q4_0", threads, ["teacher=embedded"])
         teacher = session.teacher.path
         model = load_model(teacher)
-        ids = session.text(teacher).ids[:1, :-1].long()
+        ids = session.text(teacher).ids[:1, :MEASURED].long()
         damages = options(model, ids, chosen.grids, work / "damages.json", "damages", log)
         names = list(damages)
         weights = {name: round(model.get_parameter(name).numel()) for name in names}

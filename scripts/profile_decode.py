@@ -74,18 +74,25 @@ def llama_parts(session: Session) -> dict[str, float]:
     ms = speed.terms(family.full) * np.array(model.coefficients["token_ms"])
     row = dict(zip(speed.TERMS, ms.tolist(), strict=True))
 
-    # Bytes of the FFN's matrices as the blocks' of another width lack them.
+    # Bytes that grow with the FFN and with the vocabulary.
     sizes = Sizes(family, skeletons.header_bytes)
-    full = family.full
-    narrow, fewer = full._replace(ffn=full.ffn // 2), full._replace(ids=full.ids // 2)
-    ffn_bytes = 2 * (sizes.file_bytes(full) - sizes.file_bytes(narrow))
-    head_bytes = 2 * (sizes.file_bytes(full) - sizes.file_bytes(fewer))
-    rate = read_bytes_per_second(sizes.file_bytes(full), session.threads)
+    full, levels = family.full, family.levels
+
+    def grows(structure: str, least: int) -> float:
+        lacking = sizes.file_bytes(full) - sizes.file_bytes(full._replace(**{structure: least}))
+        return lacking * getattr(full, structure) / (getattr(full, structure) - least)
+
+    ffn_bytes, head_bytes = grows("ffn", levels.ffn[-1]), grows("ids", levels.ids[-1])
+    # A part that shows no time has no rate.
+    rates = {
+        f"{part}_bytes_per_sec": 1e3 * count / row[part]
+        for part, count in (("ffn", ffn_bytes), ("head", head_bytes))
+        if row[part] > 0
+    }
     return {f"{name}_ms": value for name, value in row.items()} | {
         "token_ms": sum(row.values()),
-        "ffn_bytes_per_sec": 1e3 * ffn_bytes / row["ffn"] if row["ffn"] else float("nan"),
-        "head_bytes_per_sec": 1e3 * head_bytes / row["head"] if row["head"] else float("nan"),
-        "read_bytes_per_sec": rate,
+        **rates,
+        "read_bytes_per_sec": read_bytes_per_second(sizes.file_bytes(full), session.threads),
         "error_p95": model.error_p95("tok_per_sec"),
     }
 

@@ -260,11 +260,14 @@ def _export(
     start = time.monotonic()
     folder.name_key(key)
 
+    def told(line: str) -> None:
+        log(f"{slot}: {line}")
+
     def write(out: Path, work: Path) -> dict[str, float]:
-        rows = [text.ids[:, :-1].long()] if text else []
-        figures = format.module.write(source.model.path, out / file, type, *rows) or {}
+        calibration = [text.ids[:, :-1].long(), told] if text else []
+        figures = format.module.write(source.model.path, out / file, type, *calibration) or {}
         if figures:
-            log(f"{slot}: {', '.join(f'{key} {value:.4g}' for key, value in figures.items())}")
+            told(", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
         return size(out / file) | figures
 
     path = session.store.build(key, inputs, write) / file

@@ -6,11 +6,11 @@
 The embedded teacher, every matrix rounded to the nearest on a grid of its own, embeddings included.
 Times: one file a grid, all matrices on it, timed in turn in llama.cpp; a matrix takes its share of
 the weights of its grid's file. Damages: KL on 128 tokens of training text with one matrix on one
-grid. By bytes: the least sum of damages within BITS a weight. By both: the same with milliseconds at a
-price, the lowest at which the sum of times is FASTER below the first one's. Both files are then
-timed (processes A B B A) and their KL to the teacher measured in llama.cpp, on 8 x 512 tokens of
-the language reference and of held-out conversations. Needs a quiet machine. Prints tables; the last
-line is one JSON object. With --out it writes allocation.json there.
+grid. By bytes: the least sum of damages within BITS a weight. By both: the same with milliseconds
+at a price, the lowest at which the sum of times is FASTER below the first one's. Both files are
+then timed (processes A B B A) and their KL to the teacher measured in llama.cpp, on 8 x 512 tokens
+of the language reference and of held-out conversations. Needs a quiet machine. Prints tables; the
+last line is one JSON object. With --out it writes allocation.json there.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ module writes it and reads it back.
 FORMATS and a module with three names, imported when it is used, since reading the configuration
 comes here:
 
-    write(checkpoint, out, type)    and rows (R, L) of token ids where the type is calibrated
+    write(checkpoint, out, type)    and rows (R, L) of token ids and where to tell progress, where
+                                    the type is calibrated
     reload(file, threads)           -> a `Reloaded` of score/parity.py
     check_architecture(config)      ValueError when an architecture, as a transformers config, has
                                     no place in it

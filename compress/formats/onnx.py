@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,11 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 
 def export_onnx(
-    checkpoint: Path, out: Path, type: str = "", rows: Tensor | None = None
+    checkpoint: Path,
+    out: Path,
+    type: str = "",
+    rows: Tensor | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Writes `checkpoint` as the new directory `out`. No weight is rounded; of type A8, products
     round their activations, as far as they may on `rows` (R, L), token ids of training text
@@ -106,7 +111,7 @@ def export_onnx(
 
     figures = {}
     if rows is not None:
-        figures = round_activations(part, rows)
+        figures = round_activations(part, rows, log=log)
     os.replace(part, out)
     return figures
 

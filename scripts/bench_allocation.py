@@ -44,6 +44,7 @@ HELD_OUT, LENGTH = 8, 512
 MEASURED = 128  # tokens of training text that damages are measured on
 HELD = ("topics", "conversations")
 HALVINGS = 40
+SHARES_FASTER = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15)  # that the frontier is told at
 Layout = dict[str, str]
 
 
@@ -121,6 +122,29 @@ def by_both(
     return layout
 
 
+def frontier(
+    damages: Options, weights: dict[str, int], ms: dict[str, float], budget: int
+) -> list[dict[str, float]]:
+    """What each share of time costs, as foretold: times as fast, and damage beside the least."""
+    least = choose(damages, budget)
+    rows = []
+    for share in SHARES_FASTER:
+        most_ms = (1 - share) * total_ms(least, weights, ms)
+        layout = by_both(damages, weights, ms, budget, most_ms)
+        rows.append(
+            {
+                "asked_faster": share,
+                "times_as_fast": total_ms(least, weights, ms) / total_ms(layout, weights, ms),
+                "damage_ratio": damage(layout, damages) / damage(least, damages),
+            }
+        )
+    return rows
+
+
+def damage(layout: Layout, damages: Options) -> float:
+    return sum(damages[name][grid][0] for name, grid in layout.items())
+
+
 def kl(file: Path, full: dict[str, States], texts: dict[str, Any]) -> dict[str, float]:
     llama = LlamaCpp(file, machine.available_threads(), LENGTH + 8)
     head = gguf_head(file)
@@ -178,6 +202,7 @@ def main() -> None:
             for name, data in texts.items()
         }
         record: dict[str, Any] = {"token_ms": ms, "rows": {}}
+        record["frontier"] = frontier(damages, weights, ms, budget)
         mixed = {}
         for name, layout in layouts.items():
             mixed[name] = made(session, layout, name.replace(" ", "_"), work)
@@ -187,7 +212,7 @@ def main() -> None:
             record["rows"][name] = {
                 "size_bytes": mixed[name].stat().st_size,
                 "predicted_ms": total_ms(layout, weights, ms),
-                "damage_nats": sum(damages[m][g][0] for m, g in layout.items()),
+                "damage_nats": damage(layout, damages),
                 "shares": {g: n / sum(weights.values()) for g, n in shares.items()},
                 **{f"kl/{text}": value for text, value in kl(mixed[name], full, texts).items()},
             }
@@ -201,6 +226,8 @@ def main() -> None:
         print(f"{grid:10s} {value:8.3f} ms a token, all matrices on it")
     for name, row in record["rows"].items():
         print(name, json.dumps(row))
+    for row in record["frontier"]:
+        print("foretold", json.dumps(row))
     print(f"times as fast {record['times_as_fast']}, KL {record['kl_ratio']:.3f} times")
     record |= {"bits": chosen.bits, "asked_faster": chosen.faster}
     record |= {"machine": machine.describe(threads), "versions": machine.versions()}

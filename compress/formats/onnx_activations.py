@@ -94,7 +94,6 @@ class _Graph:
     def with_fp32(self, kept: Sequence[str]) -> dict[str, float]:
         """Writes the graph with the products `kept` in fp32; gives its figures."""
         self._write(kept)
-
         figures = _compared(self.full_LV, _logits_of(self.folder, self.rows))
         return {"products_fp32_count": float(len(kept))} | figures
 
@@ -114,13 +113,8 @@ class _Graph:
             if name not in there
         )
         onnx.save(probe, self.folder / MODEL)
-        x_of = dict(
-            zip(
-                inputs,
-                fetch(open_session(self.folder, available_threads()), self.rows[0], inputs),
-                strict=True,
-            )
-        )
+        arrays = fetch(open_session(self.folder, available_threads()), self.rows[0], inputs)
+        x_of = dict(zip(inputs, arrays, strict=True))
 
         # One matrix at a time is decoded.
         errors = {}

@@ -221,7 +221,7 @@ def test_a_family_goes_from_a_cut_to_every_file_that_can_hold_it(name, tmp_path)
             if not is_held(read_config(checkpoint), file):
                 continue
             format, kind, _ = parse(file)
-            path = checkpoint.with_name(f"{checkpoint.name}-{format.file.format(type=kind)}")
+            path = checkpoint.with_name(f"{checkpoint.name}-{format.place(kind)}")
             format.module.write(checkpoint, path, kind)
             measure = figures if mixture else parity  # of a mixture arithmetic decides
             states = states_of(path, format.runtime, heldout)

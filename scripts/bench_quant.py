@@ -434,6 +434,7 @@ def plan(bench: Bench) -> dict[str, Callable[[str], None]]:
         kind = grid.value.upper()
         stages |= {
             f"{kind}, rounding": Ptq(grid=grid),
+            f"{kind}, searched scales": Ptq(grid=grid, scales=Scales.search),
             f"{kind}, AWQ GPTQ": Ptq(grid=grid, scales=Scales.search, **best),
             f"{kind}, QAD from GPTQ": Qat(grid=grid, scales=scales, tokens=tokens, lr=lr, **best),
         }

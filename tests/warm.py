@@ -74,7 +74,8 @@ def serve() -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakes)
     lines = os.fdopen(os.dup(0), "rb", buffering=0)
-    asked, _asking[:] = (pair := os.pipe())[0], pair[1:]
+    asked, asking = os.pipe()
+    _asking.append(asking)
     requests = os.fdopen(asked, "rb", buffering=0)
     while True:
         ready = select.select([lines, ended, requests], [], [])[0]

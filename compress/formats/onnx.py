@@ -110,7 +110,7 @@ def export_onnx(
     _templates_apart(part)
 
     figures = {}
-    if rows is not None:
+    if type and rows is not None:
         figures = round_activations(part, rows, log=log)
     os.replace(part, out)
     return figures

@@ -113,7 +113,7 @@ def test_value_and_gradient_equal_the_oracle(name):
         rtol=1e-6,
         atol=1e-8 if name in ("q4_1", "q4_k") or "asym" in name else 0,
     )
-    assert 0 < (expected == 0).sum() < expected.numel() / 2
+    assert 0 < (expected == 0).sum() < expected.numel() / (2 if name == "mxfp4" else 3)
     assert torch.equal(master.grad == 0, expected == 0)
     assert torch.allclose(master.grad.double(), expected, rtol=1e-4, atol=1e-5)
 

@@ -30,6 +30,7 @@ from compress.errors import (
 from compress.handing import accept, sign, verify
 from compress.packages import extra_of, install_line
 from compress.serve.command import serve
+from compress.serve.tune import tune
 from compress.solving import solve
 from compress.verbs import HELP, ask, compare, gc, list_all, run, score, sync
 
@@ -44,6 +45,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify,
     "accept": accept,
     "serve": serve,
+    "tune": tune,
     "sign": sign,
     "doctor": doctor,
     "gc": gc,

@@ -16,21 +16,35 @@ from compress.threads import available_threads
 
 def describe(threads: int) -> dict[str, Any]:
     """CPU, cores, threads used, memory and GPU."""
-    # Linux says what the processor is called; elsewhere Python knows at least its kind.
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    name = re.search(r"^model name\s*:\s*(.*?)\s*$", text, re.MULTILINE)
-    cpu = name[1] if name else platform.processor() or platform.machine()
-
     import psutil
 
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": available_threads(),
         "threads": threads,
         "ram_bytes": psutil.virtual_memory().total,
         "gpu": gpu_name(),
     }
+
+
+def cpu_name() -> str:
+    """What the processor is called; where the system does not say, its kind."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> list[str]:
+    """What instructions the processor has, in order; [] where the system does not say. Processors
+    of one name may differ in them.
+    """
+    return sorted(_cpuinfo("flags").split())
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor as Linux states it; empty elsewhere."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    match = re.search(rf"^{field}\s*:\s*(.*?)\s*$", text, re.MULTILINE)
+    return match[1] if match else ""
 
 
 def gpu_name() -> str | None:

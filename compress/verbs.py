@@ -41,6 +41,9 @@ and prove it on the files that ship.
   compress serve BUNDLE|MODEL [--key-file FILE] [--teacher URL]
                                         one OpenAI-compatible door before the judged file; --teacher
                                         asks a larger model where it is unsure; `serve --help`
+  compress tune BUNDLE|FILE.gguf [--out FILE] [--clients N]
+                                        how llama.cpp runs it fastest on this machine, for
+                                        `serve --tuning`
   compress sign BUNDLE --key PEM        sign a bundle, for `verify --key`
   compress doctor [--json]              what is installed, what works here, what lacks
   compress gc [--store DIR] [--runs DIR] [--yes] [--all]

@@ -14,6 +14,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,12 +112,14 @@ class Backend:
         return Ready(**answer)
 
     def _order(self) -> dict[str, Any]:
+        tuning = self.settings.tuning
         return {
             "path": str(self.target.path),
             "runtime": self.target.runtime,
             "context": self.settings.context,
             "parallel": self.settings.parallel,
-            "threads": self.settings.threads or available_threads(),
+            "threads": self.settings.threads or tuning.threads or available_threads(),
+            "tuning": asdict(tuning),
             "name": self.target.name,
             "key": self.key,
         }

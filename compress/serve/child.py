@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.serve.settings import context_within
+from compress.serve.tuning import apply
 
-BATCH_TOKENS = 512  # of prompts at once: after so many llama.cpp looks who has hung up
 PARALLEL = 4
 
 
@@ -39,8 +39,9 @@ def llama_server(order: dict[str, Any]) -> dict[str, Any]:
     params.model_alias = {order["name"]}
     params.n_parallel = parallel
     params.n_ctx = context * parallel
-    params.n_batch = params.n_ubatch = min(BATCH_TOKENS, context)
+    params.n_batch = params.n_ubatch = min(order["tuning"]["batch"], context)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order["threads"]
+    apply(order["tuning"], params)
     params.fit_params = params.ui = params.endpoint_slots = False
     params.cache_ram_mib = 0
     params.verbosity = -1

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 USAGE = (
     "compress serve BUNDLE|FILE.gguf|DIRECTORY [--host 127.0.0.1] [--port 8080]"
     " [--key-file FILE | --no-key] [--parallel N] [--context N] [--queue N] [--timeout S]"
-    " [--max-tokens N] [--file NAME] [--teacher URL] [--calibrate FILE]"
+    " [--max-tokens N] [--file NAME] [--tuning FILE] [--teacher URL] [--calibrate FILE]"
 )
 FASTER = "uvloop"  # not on every system
 KEY, TEACHER_KEY = "COMPRESS_KEY", "COMPRESS_TEACHER_KEY"
@@ -47,6 +48,7 @@ def _parser() -> Parser:
     add("--timeout", type=float, default=120.0, metavar="S", help="of a request, waiting included")
     add("--max-tokens", type=int, default=1024, metavar="N", help="of an answer, at most")
     add("--threads", type=int, metavar="N", help="to compute on; else the CPUs of this process")
+    add("--tuning", type=Path, metavar="FILE", help="what `compress tune` found for this machine")
     price = "money for a million tokens of prompts and of answers, for the metrics"
     add("--price", metavar="IN:OUT", help=price)
 
@@ -67,12 +69,7 @@ def _parser() -> Parser:
 def serve(arguments: list[str]) -> int:
     """Serve a model by OpenAI's interface until SIGTERM, or choose the threshold of a cascade."""
     options = _parser().parse_args(arguments)
-    for module, distribution in EXTRAS["serve"].items():
-        if module != FASTER and importlib.util.find_spec(module) is None:
-            raise ConfigError(
-                f"serve needs the package {distribution}, which is not installed:"
-                f" {install_line('serve')}"
-            )
+    need_packages("serve")
 
     # What can't be meant like this is refused before the bundle's bytes are read.
     settings = _settings(options)
@@ -86,6 +83,10 @@ def serve(arguments: list[str]) -> int:
     if options.calibrate is not None:
         return asyncio.run(_calibrate(target, settings, options.calibrate))
     teacher = _teacher(options, target, key)
+    if options.tuning is not None:
+        from compress.serve.tuning import tuning_in
+
+        settings = replace(settings, tuning=tuning_in(options.tuning, model_digest(target)))
 
     from compress.serve.service import run, warnings_of
 
@@ -93,6 +94,26 @@ def serve(arguments: list[str]) -> int:
         print(f"compress: warning: {printable(remark)}", file=sys.stderr)
     with asyncio.Runner(loop_factory=_fast_loop()) as runner:
         return runner.run(run(target, settings, teacher))
+
+
+def need_packages(verb: str) -> None:
+    """ConfigError for a package of the door that is not installed."""
+    for module, distribution in EXTRAS["serve"].items():
+        if module != FASTER and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"{verb} needs the package {distribution}, which is not installed:"
+                f" {install_line('serve')}"
+            )
+
+
+def check_outside(out: Path, bundle: Path | None, option: str) -> None:
+    """ConfigError: no folder to write it to, or it would lie in the bundle."""
+    inside = bundle is not None and out.absolute().is_relative_to(bundle)
+    if not out.absolute().parent.is_dir() or inside:
+        raise ConfigError(
+            f"{option} {os.fspath(out)}: name a file in a folder that exists, outside the bundle,"
+            " whose sums it would break"
+        )
 
 
 def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -146,7 +167,11 @@ def _price(text: str | None, option: str) -> Price:
 
 
 def _check_together(options: argparse.Namespace) -> None:
-    """ConfigError for an option that another one lacks."""
+    """ConfigError for options that another one lacks, or excludes."""
+    if options.tuning is not None and (options.threads or options.calibrate):
+        raise ConfigError(
+            "--tuning says on how many threads; give it without --threads and --calibrate"
+        )
     if options.calibrate is not None and (options.teacher or options.threshold):
         raise ConfigError("--calibrate chooses a threshold and serves nothing; give it alone")
     if options.teacher is not None:
@@ -225,11 +250,7 @@ async def _calibrate(target: Target, settings: Settings, out: Path) -> int:
         raise ConfigError(
             f"--calibrate needs a bundle, whose open answers it is chosen by; {target.path} is none"
         )
-    if not out.absolute().parent.is_dir() or out.absolute().is_relative_to(target.bundle):
-        raise ConfigError(
-            f"--calibrate {os.fspath(out)}: name a file in a folder that exists, outside the"
-            " bundle, whose sums it would break"
-        )
+    check_outside(out, target.bundle, "--calibrate")
 
     backend = Backend(target, settings)
     student = Student(backend)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from compress.errors import ConfigError, refuse_credentials, without_credentials
+from compress.serve.tuning import Tuning
 
 CONTEXT_TOKENS = 4096  # of a prompt with its answer, where the model was made for more
 PORTS = 65_535
@@ -56,7 +57,8 @@ class Settings:
     `context`: tokens of a prompt with its answer, None for what the model was made for, at most
     CONTEXT_TOKENS; `parallel`: requests that are answered at once, None for what the runtime can;
     `queue`: requests that wait besides; `timeout`: seconds of a request, waiting included;
-    `max_tokens`: of an answer; `threads`: to compute on, None for the CPUs of this process.
+    `max_tokens`: of an answer; `threads`: to compute on, None for the CPUs of this process;
+    `tuning`: how llama.cpp is run, whose `threads` hold where `threads` is None.
     """
 
     host: str = "127.0.0.1"
@@ -69,6 +71,7 @@ class Settings:
     max_tokens: int = 1024
     threads: int | None = None
     price: Price = Price()
+    tuning: Tuning = Tuning()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= PORTS:

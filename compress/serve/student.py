@@ -147,6 +147,12 @@ class Student:
             raise aiohttp.ClientPayloadError("the stream has no end")
         await reply.end()
 
+    async def whole(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a body for the backend itself. Refusal as `_asked`."""
+        async with self._asked(path, body) as response:
+            answer: dict[str, Any] = json.loads(await response.read())
+        return answer
+
     async def probe(self, asked: Asked, count: int) -> Probe:
         """The first `count` tokens of the answer, not sent to anybody. Refusal as `_asked`."""
         body = {k: v for k, v in asked.body.items() if k not in ("stream", "stream_options")}

@@ -1,0 +1,69 @@
+"""`compress tune`: options, and the file that is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.command_line import Parser
+from compress.errors import EXIT_OK, EXIT_RESOURCES, ConfigError, printable
+from compress.serve.command import check_outside, model_digest, need_packages
+
+USAGE = (
+    "compress tune BUNDLE|FILE.gguf [--out FILE] [--file NAME] [--clients N] [--tokens N]"
+    " [--blocks N]"
+)
+
+
+def tune(arguments: list[str]) -> int:
+    """Find the settings for this machine, and write them. Returns the exit code: 5 where the
+    machine was too busy for a verdict.
+    """
+    parser = Parser(prog="compress tune", usage=USAGE)
+    parser.add_argument("target", type=Path, metavar="BUNDLE|FILE.gguf")
+    parser.add_argument("--out", type=Path, help="the file to write; else beside the model")
+    parser.add_argument("--file", metavar="NAME", help="of a bundle: another than was judged")
+    parser.add_argument("--clients", type=int, default=1, metavar="N", help="asking at once; 1")
+    parser.add_argument("--tokens", type=int, default=48, metavar="N", help="of an answer; 48")
+    parser.add_argument("--blocks", type=int, default=4, metavar="N", help="of A B B A; 4")
+    options = parser.parse_args(arguments)
+    for name, least in (("clients", 1), ("tokens", 2), ("blocks", 2)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name} {getattr(options, name)}: allowed is {least} or more")
+    need_packages("tune")
+    import asyncio
+
+    from compress.serve.target import target_of
+    from compress.serve.trials import sentence, tuned
+    from compress.serve.tuning import machine_here, read_entries, written
+
+    target = target_of(options.target, options.file)
+    if target.runtime != "llama.cpp":
+        raise ConfigError(
+            f"tune measures GGUF files in llama.cpp; {target.name} runs in {target.runtime}: give a"
+            " GGUF file, or of a bundle one with --file NAME"
+        )
+    sealed = target.bundle or target.path
+    out = options.out or sealed.with_name(f"{sealed.name}.tuning.json")
+    check_outside(out, target.bundle, "--out")
+    if out.is_file():
+        read_entries(out)  # what can't be added to is refused before the work
+
+    print(f"tuning {target.name} on {', '.join(map(str, machine_here().values()))}", flush=True)
+    model = model_digest(target)
+    work = tuned(
+        target,
+        model,
+        options.clients,
+        options.tokens,
+        options.blocks,
+        lambda line: print(f"  {line}", flush=True),
+    )
+    entry = asyncio.run(work)
+    print(printable(sentence(entry)))
+    if not written(out, entry):
+        print(f"{out} keeps what was found here before")
+    if entry["verdict"] == "withheld":
+        return EXIT_RESOURCES
+    if entry["verdict"] == "faster":
+        print(f"serve with: compress serve {options.target} --tuning {out}")
+    return EXIT_OK

@@ -41,6 +41,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "repeats": (1, 10**5),
     "prompt_lengths": (1, 10**6),
     "batch_sizes": (1, 2**16),
+    "context_lengths": (3, 10**6),
     "tokens": (1, 10**15),
     "epochs": (1, 10**6),
     "batch_sequences": (1, 10**6),

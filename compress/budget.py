@@ -55,6 +55,15 @@ LIMIT_METRICS = (
     "bits_per_byte/heldout",
 )
 
+# Of these behind a slash a number of tokens, which the setting of `eval` must name.
+OF_LENGTHS = {"ttft_ms_p50": "prompt_lengths", "peak_rss_bytes": "context_lengths"}
+
+
+def is_of_a_length(metric: str) -> bool:
+    """Whether a metric is measured with so many tokens: `peak_rss_bytes/2048`."""
+    name, _, length = metric.partition("/")
+    return name in OF_LENGTHS and length.isdecimal()
+
 
 def is_accuracy(metric: str) -> bool:
     """Whether a metric is counted in items of the tasks."""
@@ -68,7 +77,7 @@ def is_heldout(metric: str) -> bool:
 
 def human(metric: str, value: float) -> str:
     """A value with its unit, as people say it."""
-    if metric in ("size_bytes", "peak_rss_bytes"):
+    if metric.partition("/")[0] in ("size_bytes", "peak_rss_bytes"):
         return f"{value / 1e6:,.1f} MB"
     if metric == "params":
         return f"{value / 1e6:,.1f}M parameters"
@@ -234,10 +243,13 @@ class Budget:
     def __post_init__(self) -> None:
         for name, limit in self.all():
             of_a_text = is_heldout(name) and "/" in name
-            if name not in LIMIT_METRICS and not is_accuracy(name) and not of_a_text:
-                parts = f"{'/TASK, '.join(ACCURACY)}/TASK, {'/TEXT, '.join(HELDOUT)}/TEXT"
+            of_a_part = is_accuracy(name) or of_a_text or is_of_a_length(name)
+            if name not in LIMIT_METRICS and not of_a_part:
+                kinds = ((ACCURACY, "/TASK"), (HELDOUT, "/TEXT"), (OF_LENGTHS, "/TOKENS"))
+                parts = [metric + part for metrics, part in kinds for metric in metrics]
                 raise ConfigError(
-                    f"budget limit {name!r} is no metric; {nearest(name, LIMIT_METRICS)}, {parts}"
+                    f"budget limit {name!r} is no metric; {nearest(name, LIMIT_METRICS)},"
+                    f" {', '.join(parts)}"
                 )
 
             # Who writes 2 means two points.
@@ -259,12 +271,19 @@ class Budget:
         heldout: Sequence[str],
         open_prompts: Sequence[str],
         stop_early: bool,
+        lengths: Mapping[str, Sequence[int]],
     ) -> None:
-        """ConfigError for a limit on a task, a `heldout` text or open answers that are not scored,
-        and for an early stop without a limit that could bring it about.
+        """ConfigError for a limit on a task, a `heldout` text, open answers or numbers of tokens
+        (`lengths`, by the setting's name) that are not scored, and for an early stop without a
+        limit that could bring it about.
         """
         for name, _ in self.all():
-            part = name.partition("/")[2]
+            metric, _, part = name.partition("/")
+            if is_of_a_length(name) and int(part) not in lengths[OF_LENGTHS[metric]]:
+                raise ConfigError(
+                    f"budget limit {name!r} is on a length that is not measured; set"
+                    f" eval.{OF_LENGTHS[metric]}={[*lengths[OF_LENGTHS[metric]], int(part)]}"
+                )
             if is_heldout(name) and "/" in name and part not in ("heldout", *heldout):
                 raise ConfigError(
                     f"budget limit {name!r} is on a text that data.heldout does not name;"

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from compress import formats
 from compress.bounds import check_values
-from compress.budget import Budget
+from compress.budget import OF_LENGTHS, Budget
 from compress.errors import ConfigError, nearest
 from compress.formats.settings import Export
 from compress.models.settings import Teacher
@@ -62,6 +62,7 @@ class Recipe:
             heldout=list(self.data.heldout_names()),
             open_prompts=self.eval.open_prompts,
             stop_early=self.eval.stop_early,
+            lengths={name: getattr(self.eval, name) for name in OF_LENGTHS.values()},
         )
         self._check_slots()
         check_values("", self)

@@ -175,6 +175,21 @@ def test_only_enforced_failures_fail_and_strict_counts_inconclusive():
             "is on open answers, and eval.open_prompts is empty",
         ),
         (
+            {"peak_rss_bytes/2048": Limit(max=1e9)},
+            {"context_lengths": [1024]},
+            r"a length that is not measured; set eval.context_lengths=\[1024, 2048\]",
+        ),
+        (
+            {"ttft_ms_p50/64": Limit(max=90)},
+            {},
+            r"a length that is not measured; set eval.prompt_lengths=\[64\]",
+        ),
+        (
+            {"peak_rss_bytes/long": Limit(max=1e9)},
+            {},
+            "'peak_rss_bytes/long' is no metric; .*peak_rss_bytes/TOKENS",
+        ),
+        (
             {"size_bytes": Limit(max=1)},
             {"stop_early": True},
             "no limit of the budget is on kept, acc, flips, points_lost",
@@ -190,7 +205,22 @@ def test_limits_that_can_mean_nothing_are_refused_before_work(limits, settings, 
             heldout=["topics"],
             open_prompts=scoring.open_prompts,
             stop_early=scoring.stop_early,
+            lengths=vars(scoring),
         )
+
+
+def test_a_limit_of_a_length_is_judged_in_its_unit():
+    metric = "peak_rss_bytes/2048"
+    budget = Budget({metric: Limit(max=400e6)})
+    budget.check(
+        tasks=[],
+        heldout=[],
+        open_prompts=[],
+        stop_early=False,
+        lengths={"context_lengths": [2048], "prompt_lengths": []},
+    )
+    (found,) = judge({metric: 410e6}, {}, budget.limits, enforced=True)
+    assert found["sentence"] == f"{metric} 410.0 MB violates the limit of at most 400.0 MB"
 
 
 def test_a_limit_needs_exactly_one_bound():

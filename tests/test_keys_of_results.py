@@ -111,6 +111,7 @@ SETTINGS = {
     "processes": 2,
     "time_stages": True,
     "prompt_lengths": [8],
+    "context_lengths": [64],
     "batch_sizes": [2],
 }
 

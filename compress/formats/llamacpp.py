@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from compress.models.head import Head
 
 GREEDY = {"temperature": 0, "cache_prompt": False}
+SERVED_BATCH = 512  # tokens of prompts computed together where a file is served
 _PARALLEL = 4  # sequences that the server decodes together: short prompts fill a batch
 
 
@@ -63,8 +64,9 @@ class LlamaCpp:
     """A GGUF held by a llama.cpp server in this process, for hidden states or, without
     `embedding`, for speed. Close it after use.
 
-    `ctx_len`: longest prompt in tokens; `draft`: another GGUF, and how many tokens it proposes at
-    once. ValueError: a file is missing or llama.cpp can't load it.
+    `ctx_len`: longest prompt in tokens; `batch`: tokens of prompts computed together, None for a
+    whole prompt; `draft`: another GGUF, and how many tokens it proposes at once. ValueError: a file
+    is missing or llama.cpp can't load it.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class LlamaCpp:
         embedding: bool = True,
         device: str = "cpu",
         draft: tuple[Path, int] | None = None,
+        batch: int | None = None,
     ) -> None:
         import xllamacpp
 
@@ -90,7 +93,7 @@ class LlamaCpp:
         params.n_parallel = parallel
         params.n_ctx = ctx_len * parallel
         # Without pooling a prompt must fit one micro-batch.
-        params.n_batch = params.n_ubatch = ctx_len
+        params.n_batch = params.n_ubatch = min(ctx_len, batch or ctx_len)
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.n_gpu_layers = gpu_layers(device)
         params.fit_params = params.warmup = params.ui = False
@@ -338,7 +341,9 @@ def timer(gguf: Path, threads: int, device: str) -> tuple[Callable[..., list[flo
 
     @lru_cache(maxsize=1)
     def server(ctx_len: int, parallel: int) -> LlamaCpp:
-        return LlamaCpp(gguf, threads, ctx_len, parallel, embedding=False, device=device)
+        return LlamaCpp(
+            gguf, threads, ctx_len, parallel, embedding=False, device=device, batch=SERVED_BATCH
+        )
 
     def generate(prompt_tokens: int, count: int, batch: int) -> list[float]:
         llama = server(prompt_tokens + count + 8, batch)

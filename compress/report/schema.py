@@ -3,8 +3,8 @@ from.
 
 A record is one slot's line of `records.jsonl`. RECORD names its keys, SCORES those of its `scores`
 (and so of `intervals` and `rows`). Behind a slash stands what a figure is of: `acc/TASK`,
-`kl_to_teacher/TEXT`, `drop/TASK@DAMAGE`, `ttft_ms_p50/TOKENS`, `throughput_tok_per_sec/SEQUENCES`;
-without one it is over all of them.
+`kl_to_teacher/TEXT`, `drop/TASK@DAMAGE`, `ttft_ms_p50/TOKENS`, `peak_rss_bytes/TOKENS`,
+`throughput_tok_per_sec/SEQUENCES`; without one it is over all of them.
 
 A student of a smaller vocabulary has KL and top-1 agreement a token of its own, its teacher read in
 these (`models/reading.py`); between vocabularies bits per byte and bytes a second compare.

@@ -127,6 +127,7 @@ def timing_of(settings: Eval, threads: int, longest: int) -> Timing:
         tuple(lengths),
         tuple(settings.batch_sizes),
         str(settings.device),
+        tuple(length for length in settings.context_lengths if length <= longest),
     )
 
 

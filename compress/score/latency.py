@@ -7,7 +7,8 @@ first token is chosen (`/N`: after N tokens), `latency_ms_p50` to `_p99` that of
 with the KV cache, `tok_per_sec` further tokens / their total time; `throughput_tok_per_sec/B` the
 tokens of B sequences together / the whole time, prompts included; `bandwidth_share` tok_per_sec x
 bytes of the weights / the bytes a second that a sweep of as many reads on the same CPUs or GPU;
-`peak_rss_bytes` the kernel's high-water mark, loading included, before other lengths and batches.
+`peak_rss_bytes` the kernel's high-water mark, loading included, before other lengths and batches;
+`/N`: of a process of its own that holds N tokens of context, keys and values of all of them.
 
 Processes differ more than repeats inside one (addresses, clocks, neighbours), so they are the
 sample: a score is exp(mean log x), its 95% interval exp(mean +- t_{n-1} s / sqrt(n)) of the logs:
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import timeit
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Timing:
     prompt_lengths: tuple[int, ...] = ()
     batch_sizes: tuple[int, ...] = ()
     device: str = "cpu"
+    context_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         # The first token's time is its own: a further one is needed.
@@ -60,11 +62,13 @@ class Timing:
             self.processes,
             *self.prompt_lengths,
             *self.batch_sizes,
+            *(length - self.new_tokens for length in self.context_lengths),
         )
 
         if min(counts) < 1:
             raise ValueError(
-                f"latency can't be measured with {self}; allowed: counts from 1, new_tokens from 2"
+                f"latency can't be measured with {self}; allowed: counts from 1, new_tokens from 2,"
+                " context_lengths above new_tokens"
             )
 
 
@@ -78,17 +82,18 @@ def measure(
     timing = timing or Timing()
     load_before = os.getloadavg()[0]
     records = [_fresh(model, runtime, timing) for _ in range(timing.processes)]
+    memory = _memory_of_contexts(model, runtime, timing)
     facts = records[0]["latency"] | {
         "processes": timing.processes,
         "repeats": timing.repeats,
         "load": [load_before, os.getloadavg()[0]],
     }
     if timing.processes == 1:
-        return {"scores": records[0]["scores"], "intervals": {}, "latency": facts}
+        return {"scores": records[0]["scores"] | memory, "intervals": {}, "latency": facts}
 
     # Of memory the largest counts, of anything else the mean.
     values = {key: [record["scores"][key] for record in records] for key in records[0]["scores"]}
-    memory = {"peak_rss_bytes": max(values.pop("peak_rss_bytes"))}
+    memory["peak_rss_bytes"] = max(values.pop("peak_rss_bytes"))
     spread = {key: geometric_mean(sample) for key, sample in values.items()}
     scores = {key: mean for key, (mean, _, _) in spread.items()}
     return {
@@ -96,6 +101,24 @@ def measure(
         "intervals": {key: (low, high) for key, (_, low, high) in spread.items()},
         "latency": facts,
     }
+
+
+def _memory_of_contexts(model: Path, runtime: str, timing: Timing) -> dict[str, float]:
+    """Peak memory with so many tokens of prompt and answer, each length in a fresh process."""
+    memory: dict[str, float] = {}
+    for length in timing.context_lengths:
+        once = replace(
+            timing,
+            prompt_tokens=length - timing.new_tokens,
+            repeats=1,
+            prompt_lengths=(),
+            batch_sizes=(),
+            context_lengths=(),
+        )
+        memory[f"peak_rss_bytes/{length}"] = _fresh(model, runtime, once)["scores"][
+            "peak_rss_bytes"
+        ]
+    return memory
 
 
 def geometric_mean(values: Sequence[float]) -> tuple[float, float, float]:

@@ -47,6 +47,8 @@ class Eval:
     prompt_lengths: list[int] = field(default_factory=list)
     # Sequences decoded together, for throughput.
     batch_sizes: list[int] = field(default_factory=list)
+    # Peak memory with so many tokens of prompt and answer, where the model takes them.
+    context_lengths: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # Two rows for an interval, and a token behind the first one.
@@ -60,6 +62,7 @@ class Eval:
             "processes": 1,
             "prompt_lengths": 1,
             "batch_sizes": 1,
+            "context_lengths": self.new_tokens + 1,
         }
         for name, least in least_counts.items():
             value = getattr(self, name)

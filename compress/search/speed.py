@@ -157,7 +157,7 @@ class Bench:
         Of slow models these are as many as LONGEST_SECONDS hold, but LEAST_ROUNDS. What is kept is
         not measured again.
         """
-        once = replace(timing, processes=1, prompt_lengths=(), batch_sizes=())
+        once = replace(timing, processes=1, prompt_lengths=(), batch_sizes=(), context_lengths=())
         for done, shape in enumerate(shapes, 1):
             if _memory(shape) not in self.kept:
                 memory = partial(_peak_bytes, self._file(shape), replace(once, repeats=1))

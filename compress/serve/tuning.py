@@ -17,6 +17,7 @@ from typing import Any
 from compress import machine
 from compress.doors import FLAG, NUMBER, TABLE, TEXT, Kind, check_object, read_json, whole
 from compress.errors import ConfigError
+from compress.formats.llamacpp import SERVED_BATCH
 from compress.store import write_whole
 from compress.threads import available_threads
 
@@ -42,7 +43,7 @@ class Tuning:
     repack: bool = True
     attention: Attention = Attention.auto
     cache_type: CacheType = CacheType.f16
-    batch: int = 512
+    batch: int = SERVED_BATCH
 
     def words(self) -> str:
         """What is not as llama.cpp does it, for a person."""

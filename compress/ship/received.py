@@ -57,6 +57,7 @@ MEASURED = {
     "processes": whole(1, 50),
     "prompt_lengths": SIZES,
     "batch_sizes": SIZES,
+    "context_lengths": SIZES,
     "device": Kind("cpu or gpu", lambda value: value in list(Device)),
 }
 # The bundle's own items and prompts stand in place of these.

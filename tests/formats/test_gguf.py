@@ -348,6 +348,7 @@ def test_latency_is_measured_in_a_fresh_process(f16):
         threads=1,
         prompt_lengths=(64,),
         batch_sizes=(1, 3),
+        context_lengths=(24, 200),
     )
     got, intervals, facts = measure(f16, "llama.cpp", how).values()
     assert 0 < got["latency_ms_p50"] <= got["latency_ms_p95"] and min(got.values()) > 0
@@ -358,6 +359,10 @@ def test_latency_is_measured_in_a_fresh_process(f16):
     } <= got.keys() and not intervals
     assert facts["weight_bytes"] == f16.stat().st_size
     assert 5e6 < got["peak_rss_bytes"] < 400e6 and ballast.numel() > 0
+
+    # As many tokens as the base measurement has take as much; more take room of their own.
+    alike, longer = got["peak_rss_bytes/24"], got["peak_rss_bytes/200"]
+    assert abs(alike - got["peak_rss_bytes"]) < 0.3e6 and longer > alike + 0.4e6
 
 
 def test_other_architectures_are_refused_by_name(tied, tmp_path):

@@ -136,7 +136,13 @@ def test_one_process_prints_one_json_line_and_gives_no_interval(tmp_path, monkey
 
 
 def test_settings_and_directories_that_can_t_be_measured_are_refused(tmp_path):
-    for wrong in ({"repeats": 0}, {"processes": 0}, {"new_tokens": 1}, {"prompt_lengths": (16, 0)}):
+    for wrong in (
+        {"repeats": 0},
+        {"processes": 0},
+        {"new_tokens": 1},
+        {"prompt_lengths": (16, 0)},
+        {"context_lengths": (16,)},
+    ):
         with pytest.raises(
             ValueError, match=f"{next(iter(wrong))}=.*allowed: counts from 1, new_tokens from 2"
         ):

@@ -47,6 +47,8 @@ LIMIT_METRICS = (
     "tok_per_sec",
     "bytes_per_sec",
     "peak_rss_bytes",
+    "joules_per_token",
+    "cost_per_million_tokens",
     *ACCURACY,
     *OPEN,
     "kl_to_teacher",

@@ -112,6 +112,7 @@ SETTINGS = {
     "time_stages": True,
     "prompt_lengths": [8],
     "context_lengths": [64],
+    "price_per_hour": 1.0,
     "batch_sizes": [2],
 }
 

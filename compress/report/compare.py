@@ -32,7 +32,7 @@ Items = Sequence[Mapping[str, Any]]
 # What a score does not depend on: how surely times are known and of what, and training text.
 NO_MATTER = {
     "eval.repeats", "eval.processes", "eval.prompt_lengths", "eval.context_lengths",
-    "eval.batch_sizes", "eval.time_stages",
+    "eval.batch_sizes", "eval.time_stages", "eval.price_per_hour",
     "data.train", "data.chat", "data.weights", "data.packing",
 }  # fmt: skip
 # Metric -> the flag that it is a share of.

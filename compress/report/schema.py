@@ -109,6 +109,12 @@ SCORES: dict[str, Figure] = {
     "throughput_tok_per_sec": Figure(
         "tokens of sequences decoded together", "tokens/s", "more", PROCESSES
     ),
+    "joules_per_token": Figure(
+        "energy of the processors a token answered", "joules", "less", PROCESSES
+    ),
+    "cost_per_million_tokens": Figure(
+        "money for a million tokens at eval.price_per_hour", "", "less", PROCESSES
+    ),
     "bandwidth_share": Figure("share of the memory's rate", "share", "more", PROCESSES),
     "peak_rss_bytes": Figure("memory at its peak", "bytes", "less", ""),
 }

@@ -128,6 +128,7 @@ def timing_of(settings: Eval, threads: int, longest: int) -> Timing:
         tuple(settings.batch_sizes),
         str(settings.device),
         tuple(length for length in settings.context_lengths if length <= longest),
+        settings.price_per_hour,
     )
 
 

@@ -9,6 +9,9 @@ tokens of B sequences together / the whole time, prompts included; `bandwidth_sh
 bytes of the weights / the bytes a second that a sweep of as many reads on the same CPUs or GPU;
 `peak_rss_bytes` the kernel's high-water mark, loading included, before other lengths and batches;
 `/N`: of a process of its own that holds N tokens of context, keys and values of all of them.
+`joules_per_token` is what the processors used meanwhile a token answered, its share of the prompt
+with it, where the machine tells (`energy.py`); `cost_per_million_tokens` what a million further
+tokens cost at `price_per_hour`, one sequence at a time, or with `/B` B of them together.
 
 Processes differ more than repeats inside one (addresses, clocks, neighbours), so they are the
 sample: a score is exp(mean log x), its 95% interval exp(mean +- t_{n-1} s / sqrt(n)) of the logs:
@@ -32,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.formats.runtimes import runtime_of
+from compress.score import energy
 
 # Imports wait in functions: a process's memory is measured.
 IN_TURN = "--in-turn"
@@ -51,6 +55,7 @@ class Timing:
     batch_sizes: tuple[int, ...] = ()
     device: str = "cpu"
     context_lengths: tuple[int, ...] = ()
+    price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
         # The first token's time is its own: a further one is needed.
@@ -248,7 +253,9 @@ def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
 
     # Every shape warms up by itself.
     generate(timing.prompt_tokens, timing.new_tokens, 1)
+    before = energy.counters()
     runs = [generate(timing.prompt_tokens, timing.new_tokens, 1) for _ in repeats]
+    joules = energy.joules_between(before, energy.counters())
     scores = {"peak_rss_bytes": peak_rss_bytes()} | _of_tokens(runs)
     import numpy as np  # only now: llama.cpp does without it, and its memory is what is measured
 
@@ -263,8 +270,10 @@ def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
         total_ms = float(np.median([sum(generate(*shape)) for _ in repeats]))
         scores[f"throughput_tok_per_sec/{batch}"] = 1000 * batch * timing.new_tokens / total_ms
 
-    # How near to what the device's memory can deliver.
+    # What it takes, of which the processors' counters know no GPU; how near to what the device's
+    # memory can deliver.
     on_cpu = timing.device == "cpu"
+    scores |= derived(scores, timing, joules if on_cpu else None)
     read = (
         read_bytes_per_second(weight_bytes, timing.threads)
         if on_cpu
@@ -280,6 +289,20 @@ def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
             "read_bytes_per_sec": read,
         },
     }
+
+
+def derived(scores: dict[str, float], timing: Timing, joules: float | None) -> dict[str, float]:
+    """Energy and money, of all repeats' `joules` and of the rates in `scores`."""
+    figures: dict[str, float] = {}
+    if joules is not None:
+        figures["joules_per_token"] = joules / (timing.repeats * timing.new_tokens)
+    if timing.price_per_hour is not None:
+        for name, rate in scores.items():
+            metric, slash, together = name.partition("/")
+            if metric in ("tok_per_sec", "throughput_tok_per_sec"):
+                cost = timing.price_per_hour / 3600 / rate * 1e6
+                figures[f"cost_per_million_tokens{slash}{together}"] = cost
+    return figures
 
 
 def run_in_turn(models: Sequence[Path], runtime: str, timing: Timing) -> list[dict[str, float]]:

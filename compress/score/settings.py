@@ -49,6 +49,8 @@ class Eval:
     batch_sizes: list[int] = field(default_factory=list)
     # Peak memory with so many tokens of prompt and answer, where the model takes them.
     context_lengths: list[int] = field(default_factory=list)
+    # Of the machine, in any money: what a million tokens cost is reported then.
+    price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
         # Two rows for an interval, and a token behind the first one.

@@ -58,6 +58,10 @@ MEASURED = {
     "prompt_lengths": SIZES,
     "batch_sizes": SIZES,
     "context_lengths": SIZES,
+    "price_per_hour": Kind(
+        "null or a number from 0",
+        lambda value: value is None or (NUMBER.holds(value) and value >= 0),
+    ),
     "device": Kind("cpu or gpu", lambda value: value in list(Device)),
 }
 # The bundle's own items and prompts stand in place of these.

@@ -1,0 +1,53 @@
+"""Joules that the processors used, where the machine tells them.
+
+Linux has a counter for each processor package (RAPL) below /sys/class/powercap: microjoules of all
+that runs there, idling cores and other processes among it, which since 2020 root alone may read. A
+machine without them, or that keeps them to itself, gives no figure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+POWERCAP = Path("/sys/class/powercap")
+PACKAGE = re.compile(r"intel-rapl:\d+")  # of AMD's too; a package's parts have a second number
+
+
+class Counter(NamedTuple):
+    """Of one package: microjoules, and the number behind which they begin at 0 again."""
+
+    microjoules: int
+    range: int
+
+
+def counters(folder: Path = POWERCAP) -> dict[str, Counter]:
+    """Every package's counter by name; empty where one can't be read."""
+    if not folder.is_dir():
+        return {}
+    try:
+        return {
+            zone.name: Counter(
+                int((zone / "energy_uj").read_text()),
+                int((zone / "max_energy_range_uj").read_text()),
+            )
+            for zone in sorted(folder.iterdir())
+            if PACKAGE.fullmatch(zone.name)
+        }
+    except (OSError, ValueError):
+        return {}
+
+
+def joules_between(before: Mapping[str, Counter], after: Mapping[str, Counter]) -> float | None:
+    """Joules of all packages between two readings; None where there are none. Each counter may have
+    begun again once.
+    """
+    if not before or before.keys() != after.keys():
+        return None
+    used = [
+        (after[name].microjoules - counter.microjoules) % (counter.range + 1)
+        for name, counter in before.items()
+    ]
+    return sum(used) / 1e6

@@ -92,6 +92,7 @@ def serve() -> None:
 
 
 _asking: list[int] = []  # where a fork writes the name of a file with a line for another one
+_code_files: dict[int, str] = {}  # where such a one's exit code is awaited
 
 
 def _run_in_a_fork(
@@ -120,14 +121,21 @@ def _tell(value: Any) -> None:
 
 
 def _reap() -> None:
-    """Tell of every fork that has ended."""
+    """Tell of every fork that has ended: who asked for it reads that in a file, or in a line."""
     with suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
-            _tell([found[0], os.waitstatus_to_exitcode(found[1])])
+            pid, code = found[0], os.waitstatus_to_exitcode(found[1])
+            if file := _code_files.pop(pid, None):
+                Path(f"{file}.part").write_text(str(code))
+                os.replace(f"{file}.part", file)
+            else:
+                _tell([pid, code])
 
 
 def _fork(line: dict[str, Any]) -> int:
     if pid := os.fork():
+        if "code" in line:
+            _code_files[pid] = line["code"]
         return pid
     try:
         code = _live(line)
@@ -140,9 +148,6 @@ def _fork(line: dict[str, Any]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         atexit._run_exitfuncs()
-    if "code" in line:
-        Path(f"{line['code']}.part").write_text(str(code))
-        os.replace(f"{line['code']}.part", line["code"])
     os._exit(code)
 
 

@@ -78,6 +78,7 @@ RESUME = "train/test_training.py -k bf16_weights_train_and_resume"
 ROUNDING = "train/test_training.py -k stochastic_adamw_follows"
 BEST = "train/test_training.py -k best_weights_by_validation"
 RATES = "train/test_training.py -k (schedule_warms_up)or(wsd_stays)"
+TUNED = "serve/test_tune.py -k paced or load_of_others"
 ROOM = "train/test_training.py -k asked_for_before"
 
 
@@ -349,6 +350,41 @@ MUTANTS = [
         "stages/qat.py",
         ROOM,
         ("self.reserve(model, ctx, copies=int(not scales_alone), frozen=frozen)", "pass"),
+    ),
+    *of(
+        "serve/trials.py",
+        TUNED,
+        ("if low <= 1:", "if mean <= 1:"),
+        ("if reached < right:", "if False:"),
+        ("share > BUSY", "share > 1"),
+        ("geometric_mean(ratios)[1] > 1", "geometric_mean(ratios)[2] > 1"),
+        ("[await bench.block(defaults, best)", "[1.5"),
+        ("math.sqrt(a1 * a2 / (b1 * b2))", "math.sqrt(b1 * b2 / (a1 * a2))"),
+        ("- (after.ours - before.ours)", ""),
+    ),
+    *of(
+        "serve/tuning.py",
+        "serve/test_tune.py -k not(paced)",
+        ('entry["model"] == model and entry["machine"] == where', 'entry["model"] == model'),
+        ('if entry["verdict"] != "faster":', "if False:"),
+        ('and entry["verdict"] == "withheld":', "and False:"),
+        ("params.cache_type_k = params.cache_type_v = ", "params.cache_type_k = "),
+    ),
+    *of(
+        "score/energy.py",
+        "score/test_energy.py",
+        ("% (counter.range + 1)", "% counter.range"),
+        ('re.compile(r"intel-rapl:\\d+")', 're.compile(r"intel-rapl:.*")'),
+    ),
+    *of(
+        "score/latency.py",
+        "score/test_energy.py",
+        ("joules / (timing.repeats * timing.new_tokens)", "joules / timing.new_tokens"),
+    ),
+    *of(
+        "budget.py",
+        "test_budget.py",
+        ("int(part) not in lengths[OF_LENGTHS[metric]]", "False"),
     ),
     *of(
         "train/parallel.py",

@@ -38,7 +38,7 @@ from compress.serve.tuning import Attention, CacheType, Tuning, machine_here
 from compress.threads import available_threads
 
 BUSY = 0.05  # of the CPUs' time
-TIMED = 10  # prompts of a timing, and one long one where it fits
+TIMED = 6  # prompts of a timing, and one long one where it fits
 LONG_CONTEXT = 2048
 PROMISE = 1.01  # a setting whose first block gives less is not tried further
 

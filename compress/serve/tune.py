@@ -23,7 +23,7 @@ def tune(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="the file to write; else beside the model")
     parser.add_argument("--file", metavar="NAME", help="of a bundle: another than was judged")
     parser.add_argument("--clients", type=int, default=1, metavar="N", help="asking at once; 1")
-    parser.add_argument("--tokens", type=int, default=48, metavar="N", help="of an answer; 48")
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="of an answer; 32")
     parser.add_argument("--blocks", type=int, default=4, metavar="N", help="of A B B A; 4")
     options = parser.parse_args(arguments)
     for name, least in (("clients", 1), ("tokens", 2), ("blocks", 2)):

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 from compress.bounds import check_values
 from compress.errors import ConfigError, nearest
@@ -234,6 +234,30 @@ class Limit:
         check_values("limit", self)
 
 
+class Scoring(Protocol):
+    """What limits must agree with of how a model is scored: `Eval` (`score/settings.py`)."""
+
+    tasks: list[str]
+    open_prompts: list[str]
+    stop_early: bool
+    prompt_lengths: list[int]
+    context_lengths: list[int]
+
+
+def _check_length(name: str, scoring: Scoring) -> None:
+    """ConfigError for a limit on a number of tokens that is not measured."""
+    if not is_of_a_length(name):
+        return
+    metric, _, length = name.partition("/")
+    setting = OF_LENGTHS[metric]
+    lengths = getattr(scoring, setting)
+    if int(length) not in lengths:
+        raise ConfigError(
+            f"budget limit {name!r} is on a length that is not measured; set"
+            f" eval.{setting}={[*lengths, int(length)]}"
+        )
+
+
 @dataclass
 class Budget:
     """Limits on the shipped files, and on single slots."""
@@ -266,32 +290,19 @@ class Budget:
         tables = (self.limits, *self.slots.values())
         return list(chain.from_iterable(limits.items() for limits in tables))
 
-    def check(
-        self,
-        *,
-        tasks: Sequence[str],
-        heldout: Sequence[str],
-        open_prompts: Sequence[str],
-        stop_early: bool,
-        lengths: Mapping[str, Sequence[int]],
-    ) -> None:
-        """ConfigError for a limit on a task, a `heldout` text, open answers or numbers of tokens
-        (`lengths`, by the setting's name) that are not scored, and for an early stop without a
-        limit that could bring it about.
+    def check(self, scoring: Scoring, heldout: Sequence[str]) -> None:
+        """ConfigError for a limit on a task, a `heldout` text, open answers or a number of tokens
+        that are not scored, and for an early stop without a limit that could bring it about.
         """
         for name, _ in self.all():
-            metric, _, part = name.partition("/")
-            if is_of_a_length(name) and int(part) not in lengths[OF_LENGTHS[metric]]:
-                raise ConfigError(
-                    f"budget limit {name!r} is on a length that is not measured; set"
-                    f" eval.{OF_LENGTHS[metric]}={[*lengths[OF_LENGTHS[metric]], int(part)]}"
-                )
+            _check_length(name, scoring)
+            part = name.partition("/")[2]
             if is_heldout(name) and "/" in name and part not in ("heldout", *heldout):
                 raise ConfigError(
                     f"budget limit {name!r} is on a text that data.heldout does not name;"
                     f" {nearest(part, heldout)}"
                 )
-            if name in OPEN and not open_prompts:
+            if name in OPEN and not scoring.open_prompts:
                 raise ConfigError(
                     f"budget limit {name!r} is on open answers, and eval.open_prompts is empty; set"
                     " it to [embedded] or drop the limit"
@@ -299,13 +310,13 @@ class Budget:
 
             # Accuracy may be limited on damaged text as well: acc/TASK@NAME.
             task = part.partition("@")[0]
-            if is_accuracy(name) and task and task not in tasks:
+            if is_accuracy(name) and task and task not in scoring.tasks:
                 raise ConfigError(
                     f"budget limit {name!r} is on a task that eval.tasks does not name;"
-                    f" {nearest(task, tasks)}"
+                    f" {nearest(task, scoring.tasks)}"
                 )
 
-        if stop_early and not any(is_accuracy(name) for name, _ in self.all()):
+        if scoring.stop_early and not any(is_accuracy(name) for name, _ in self.all()):
             raise ConfigError(
                 f"eval.stop_early=true, but no limit of the budget is on {', '.join(ACCURACY)}: add"
                 " one, or score in full"

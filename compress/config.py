@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from compress import formats
 from compress.bounds import check_values
-from compress.budget import OF_LENGTHS, Budget
+from compress.budget import Budget
 from compress.errors import ConfigError, nearest
 from compress.formats.settings import Export
 from compress.models.settings import Teacher
@@ -57,13 +57,7 @@ class Recipe:
 
         # What no part can check of itself alone.
         self.eval.check_data_dir()
-        self.budget.check(
-            tasks=self.eval.tasks,
-            heldout=list(self.data.heldout_names()),
-            open_prompts=self.eval.open_prompts,
-            stop_early=self.eval.stop_early,
-            lengths={name: getattr(self.eval, name) for name in OF_LENGTHS.values()},
-        )
+        self.budget.check(self.eval, list(self.data.heldout_names()))
         self._check_slots()
         check_values("", self)
         self._check_steps()

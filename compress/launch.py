@@ -117,14 +117,8 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
             }
 
         # What `Recipe` would check of these parts together.
-        scoring = parts["eval"]
-        scoring.check_data_dir()
-        parts["budget"].check(
-            tasks=scoring.tasks,
-            heldout=list(parts["data"].heldout_names()),
-            open_prompts=scoring.open_prompts,
-            stop_early=scoring.stop_early,
-        )
+        parts["eval"].check_data_dir()
+        parts["budget"].check(parts["eval"], list(parts["data"].heldout_names()))
         if not composed.store.strip():
             raise ConfigError("store is empty; name a directory, as in store=runs/.store")
         return parts | {"store": composed.store}

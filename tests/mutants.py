@@ -384,7 +384,7 @@ MUTANTS = [
     *of(
         "budget.py",
         "test_budget.py",
-        ("int(part) not in lengths[OF_LENGTHS[metric]]", "False"),
+        ("int(length) not in lengths", "False"),
     ),
     *of(
         "train/parallel.py",

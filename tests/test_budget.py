@@ -200,25 +200,13 @@ def test_only_enforced_failures_fail_and_strict_counts_inconclusive():
 def test_limits_that_can_mean_nothing_are_refused_before_work(limits, settings, message, slot):
     scoring = Eval(**settings)
     with pytest.raises(ConfigError, match=message):
-        Budget({} if slot else limits, {"heal": limits} if slot else {}).check(
-            tasks=scoring.tasks,
-            heldout=["topics"],
-            open_prompts=scoring.open_prompts,
-            stop_early=scoring.stop_early,
-            lengths=vars(scoring),
-        )
+        Budget({} if slot else limits, {"heal": limits} if slot else {}).check(scoring, ["topics"])
 
 
 def test_a_limit_of_a_length_is_judged_in_its_unit():
     metric = "peak_rss_bytes/2048"
     budget = Budget({metric: Limit(max=400e6)})
-    budget.check(
-        tasks=[],
-        heldout=[],
-        open_prompts=[],
-        stop_early=False,
-        lengths={"context_lengths": [2048], "prompt_lengths": []},
-    )
+    budget.check(Eval(context_lengths=[2048]), [])
     (found,) = judge({metric: 410e6}, {}, budget.limits, enforced=True)
     assert found["sentence"] == f"{metric} 410.0 MB violates the limit of at most 400.0 MB"
 

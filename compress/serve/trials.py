@@ -27,6 +27,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compress.doors import read_json
 from compress.score.latency import geometric_mean
 from compress.score.prompts import ANSWER_TOKENS, Prompt, embedded_file, read_prompts
 from compress.serve.asked import Refusal
@@ -34,7 +35,8 @@ from compress.serve.backend import Backend
 from compress.serve.settings import Settings
 from compress.serve.student import Student
 from compress.serve.target import Target
-from compress.serve.tuning import Attention, CacheType, Tuning, machine_here
+from compress.serve.tuning import Attention, CacheType, Tuning
+from compress.store import write_json
 from compress.threads import available_threads
 
 BUSY = 0.05  # of the CPUs' time
@@ -168,29 +170,68 @@ class Bench:
         return answer["choices"][0]["text"]
 
 
+class Outcome(NamedTuple):
+    """Of a setting: whether it stays, why in words, and how many times as fast it was, block by
+    block.
+    """
+
+    stays: bool
+    words: str
+    ratios: list[float]
+
+
+class Journal:
+    """What was tried before an interruption, of the same model, machine and way of measuring, in a
+    file that `close` removes; one of anything else is written over.
+    """
+
+    def __init__(self, path: Path, of: dict[str, Any]) -> None:
+        self.path, self.of = path, of
+        content = read_json(path) if path.is_file() else {}
+        self.tried: list[dict[str, Any]] = content["tried"] if content.get("of") == of else []
+
+    def outcome(self, candidate: Tuning) -> Outcome | None:
+        """What is known of a candidate."""
+        for row in self.tried:
+            if row["settings"] == asdict(candidate):
+                return Outcome(row["stays"], row["words"], row["ratios"])
+        return None
+
+    def add(self, candidate: Tuning, outcome: Outcome) -> None:
+        self.tried.append({"settings": asdict(candidate)} | outcome._asdict())
+        write_json(self.path, {"of": self.of, "tried": self.tried})
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
 async def tuned(
     target: Target,
-    model: str,
+    journal: Journal,
     clients: int,
     tokens: int,
     blocks: int,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """An entry for `tuning.py`'s file: what was found for the model with the digest `model`, with
-    a line to `report` for each setting. ValueError: llama.cpp can't run it at all.
+    """What an entry of `tuning.py`'s file says besides of what it is, with a line to `report` for
+    each setting. What `journal` knows is not tried again. ValueError: llama.cpp can't run it at
+    all.
     """
     before, began = load_now(), time.monotonic()
     bench, defaults = Bench(target, clients, tokens), Tuning()
     at_first = await bench.answers(defaults)
 
     # From one best to the next.
-    best, tried = defaults, []
+    best, measured = defaults, 0
     waiting = changes(available_threads())
-    for done, change in enumerate(waiting, 1):
+    for number, change in enumerate(waiting):
         candidate = replace(best, **change)
-        outcome = await _tried(bench, best, candidate, bench.right(at_first), blocks)
-        tried.append({"settings": asdict(candidate)} | outcome._asdict())
-        minutes = (time.monotonic() - began) / done * (len(waiting) - done + 1) / 60
+        outcome = journal.outcome(candidate)
+        if outcome is None:
+            outcome = await _tried(bench, best, candidate, bench.right(at_first), blocks)
+            journal.add(candidate, outcome)
+            measured += 1
+        minutes = (time.monotonic() - began) / (measured + 1) * (len(waiting) - number) / 60
         report(f"{candidate.words()}: {outcome.words}; about {minutes:.0f} min left")
         best = candidate if outcome.stays else best
 
@@ -199,9 +240,6 @@ async def tuned(
     ratios = [await bench.block(defaults, best) for _ in range(blocks if best != defaults else 0)]
     share = others_share(before, load_now())
     return {
-        "model": model,
-        "file": target.path.name,
-        "machine": machine_here(),
         "settings": asdict(best),
         "verdict": _verdict(ratios, share),
         "faster": list(geometric_mean(ratios)) if ratios else [1.0, 1.0, 1.0],
@@ -214,18 +252,8 @@ async def tuned(
         "clients": clients,
         "tokens": tokens,
         "others_share": share,
-        "tried": tried,
+        "tried": journal.tried,
     }
-
-
-class Outcome(NamedTuple):
-    """Of a setting: whether it stays, why in words, and how many times as fast it was, block by
-    block.
-    """
-
-    stays: bool
-    words: str
-    ratios: list[float]
 
 
 async def _tried(bench: Bench, best: Tuning, candidate: Tuning, right: int, blocks: int) -> Outcome:

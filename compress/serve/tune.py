@@ -33,7 +33,7 @@ def tune(arguments: list[str]) -> int:
     import asyncio
 
     from compress.serve.target import target_of
-    from compress.serve.trials import sentence, tuned
+    from compress.serve.trials import Journal, sentence, tuned
     from compress.serve.tuning import machine_here, read_entries, written
 
     target = target_of(options.target, options.file)
@@ -48,20 +48,19 @@ def tune(arguments: list[str]) -> int:
     if out.is_file():
         read_entries(out)  # what can't be added to is refused before the work
 
-    print(f"tuning {target.name} on {', '.join(map(str, machine_here().values()))}", flush=True)
-    model = model_digest(target)
-    work = tuned(
-        target,
-        model,
-        options.clients,
-        options.tokens,
-        options.blocks,
-        lambda line: print(f"  {line}", flush=True),
-    )
-    entry = asyncio.run(work)
+    # The same command goes on behind an interruption.
+    here = machine_here()
+    print(f"tuning {target.name} on {', '.join(map(str, here.values()))}", flush=True)
+    of = {"model": model_digest(target), "file": target.path.name, "machine": here}
+    how = (options.clients, options.tokens, options.blocks)
+    journal = Journal(out.with_name(f".{out.name}.part"), of | {"how": list(how)})
+    work = tuned(target, journal, *how, lambda line: print(f"  {line}", flush=True))
+    entry = of | asyncio.run(work)
+
     print(printable(sentence(entry)))
     if not written(out, entry):
         print(f"{out} keeps what was found here before")
+    journal.close()
     if entry["verdict"] == "withheld":
         return EXIT_RESOURCES
     if entry["verdict"] == "faster":

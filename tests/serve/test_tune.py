@@ -57,17 +57,18 @@ class PacedBench:
     block = trials.Bench.block
 
 
-def entry_of(monkeypatch, share=0.01, bench=PacedBench, blocks=4):
+def entry_of(monkeypatch, folder, share=0.01, bench=PacedBench, blocks=4):
     monkeypatch.setattr(trials, "Bench", bench)
     monkeypatch.setattr(trials, "others_share", lambda before, after: share)
     lines = []
     target = type("Target", (), {"path": type("Path", (), {"name": "tiny.gguf"})})
-    work = trials.tuned(target, "digest", 1, 8, blocks, lines.append)
+    journal = trials.Journal(folder / "part", {"model": "digest"})
+    work = trials.tuned(target, journal, 1, 8, blocks, lines.append)
     return asyncio.run(work), lines
 
 
-def test_what_is_surely_faster_and_answers_alike_stays_with_paced_times(monkeypatch):
-    entry, lines = entry_of(monkeypatch)
+def test_what_is_surely_faster_and_answers_alike_stays_with_paced_times(monkeypatch, tmp_path):
+    entry, lines = entry_of(monkeypatch, tmp_path)
     assert Tuning(**entry["settings"]) == replace(OWN, poll=100)
     mean, low, high = entry["faster"]
     assert low <= mean <= high and mean == pytest.approx(1.2, rel=0.01)
@@ -89,25 +90,25 @@ def test_what_is_surely_faster_and_answers_alike_stays_with_paced_times(monkeypa
     assert "poll 0: 0.9" in told
 
 
-def test_a_busy_machine_gets_no_verdict_with_paced_times(monkeypatch):
-    entry, _ = entry_of(monkeypatch, share=0.06)
+def test_a_busy_machine_gets_no_verdict_with_paced_times(monkeypatch, tmp_path):
+    entry, _ = entry_of(monkeypatch, tmp_path, share=0.06)
     assert entry["verdict"] == "withheld" and entry["others_share"] == 0.06
     sentence = trials.sentence(entry)
     assert sentence.startswith("verdict withheld: other processes used 6.0% of the CPUs")
     assert "stop them and repeat" in sentence
 
 
-def test_where_nothing_is_faster_own_settings_stay_with_paced_times(monkeypatch):
+def test_where_nothing_is_faster_own_settings_stay_with_paced_times(monkeypatch, tmp_path):
     class Even(PacedBench):
         async def seconds(self, settings):
             return 1.0 if settings == OWN else 1.01
 
-    entry, _ = entry_of(monkeypatch, share=None, bench=Even)
+    entry, _ = entry_of(monkeypatch, tmp_path, share=None, bench=Even)
     assert Tuning(**entry["settings"]) == OWN and entry["verdict"] == "not shown"
     assert "load unknown" in trials.sentence(entry)
 
 
-def test_the_last_blocks_alone_decide_with_paced_times(monkeypatch):
+def test_the_last_blocks_alone_decide_with_paced_times(monkeypatch, tmp_path):
     class Fading(PacedBench):
         """Faster while it is chosen, as chance is, and not behind that."""
 
@@ -124,9 +125,38 @@ def test_the_last_blocks_alone_decide_with_paced_times(monkeypatch):
             early = settings.poll == 100 and self.asked < 2
             return (1 + 0.001 * (self.turn % 3)) / (1.2 if early else 1.0)
 
-    entry, _ = entry_of(monkeypatch, bench=Fading)
+    entry, _ = entry_of(monkeypatch, tmp_path, bench=Fading)
     assert Tuning(**entry["settings"]) == replace(OWN, poll=100)
     assert entry["verdict"] == "not shown" and entry["faster"][0] == pytest.approx(1, abs=0.01)
+
+
+def test_an_interrupted_search_goes_on_with_paced_times(monkeypatch, tmp_path):
+    whole, lines = entry_of(monkeypatch, tmp_path)
+    (tmp_path / "part").unlink()
+
+    class Stopped(PacedBench):
+        async def seconds(self, settings):
+            if settings.attention is Attention.on:
+                raise KeyboardInterrupt
+            return await super().seconds(settings)
+
+    class Counted(PacedBench):
+        async def seconds(self, settings):
+            asked.append(settings)
+            return await super().seconds(settings)
+
+    with pytest.raises(KeyboardInterrupt):
+        entry_of(monkeypatch, tmp_path, bench=Stopped)
+    asked = []
+    resumed, again = entry_of(monkeypatch, tmp_path, bench=Counted)
+    assert [line.partition(";")[0] for line in again][:4] == [
+        line.partition(";")[0] for line in lines
+    ][:4]
+    assert resumed["settings"] == whole["settings"] and len(resumed["tried"]) == len(lines)
+    assert not any(settings.poll == 0 or settings.threads == 1 for settings in asked)
+
+    # Of another model or way of measuring nothing is known.
+    assert trials.Journal(tmp_path / "part", {"model": "another"}).tried == []
 
 
 def test_load_of_others_is_what_this_process_and_its_children_did_not_use():
@@ -147,6 +177,7 @@ def test_a_file_is_tuned_in_llama_cpp_and_served_as_found(gguf, tmp_path, monkey
     said = capsys.readouterr().out
     assert said.startswith("tuning tiny.gguf on ") and "repack False: " in said
 
+    assert not list(tmp_path.glob(".*"))
     (entry,) = tuning.read_entries(out)
     assert entry["machine"] == machine_here() and entry["answers"]["asked"] == 59
     (tried,) = entry["tried"]

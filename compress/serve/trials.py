@@ -231,7 +231,7 @@ async def tuned(
             outcome = await _tried(bench, best, candidate, bench.right(at_first), blocks)
             journal.add(candidate, outcome)
             measured += 1
-        minutes = (time.monotonic() - began) / (measured + 1) * (len(waiting) - number) / 60
+        minutes = (time.monotonic() - began) / (measured + 1) * (len(waiting) - number + 2) / 60
         report(f"{candidate.words()}: {outcome.words}; about {minutes:.0f} min left")
         best = candidate if outcome.stays else best
 

@@ -48,7 +48,15 @@ def trained(
         return given(step, micro)
 
     if stop >= 0:
+        begin = Saver.begin
+
+        def saved(saver: Saver, *given: Any) -> None:
+            """Written to its end: a thread that the kill cuts off leaves the state before it."""
+            begin(saver, *given)
+            saver.wait()
+
         Saver.due = property(lambda saver: True)  # type: ignore[assignment, method-assign]
+        Saver.begin = saved  # type: ignore[assignment, method-assign]
     model = load_model(place.checkpoint(shape))
     precision = "fp32" if place.dry else "bf16"
     curve = loop.train(

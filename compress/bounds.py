@@ -42,7 +42,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "prompt_lengths": (1, 10**6),
     "batch_sizes": (1, 2**16),
     "context_lengths": (3, 10**6),
-    "price_per_hour": (0, 1e9),
+    "price_per_hour": (1e-9, 1e9),
     "tokens": (1, 10**15),
     "epochs": (1, 10**6),
     "batch_sequences": (1, 10**6),

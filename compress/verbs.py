@@ -52,7 +52,7 @@ and prove it on the files that ship.
 
 --debug with any verb shows where in the program an error came from
 exit codes: 0 ok, 2 configuration, 3 input or integrity, 4 budget violated,
-            5 memory, disk or lock, 130/143 signals
+            5 memory, disk, lock or a busy machine, 130/143 signals
 """
 
 

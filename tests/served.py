@@ -41,8 +41,8 @@ class Served:
         environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         environment |= {"COMPRESS_KEY": key} if key else {}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "compress", "serve", *map(str, arguments)]
-            + ["--port", "0", "--threads", "1"],
+            [sys.executable, "-m", "compress", "serve", *map(str, arguments), "--port", "0"]
+            + ([] if "--tuning" in arguments else ["--threads", "1"]),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

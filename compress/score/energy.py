@@ -41,8 +41,8 @@ def counters(folder: Path = POWERCAP) -> dict[str, Counter]:
 
 
 def joules_between(before: Mapping[str, Counter], after: Mapping[str, Counter]) -> float | None:
-    """Joules of all packages between two readings; None where there are none. Each counter may have
-    begun again once.
+    """Joules of all packages between two readings; None where there are none, or none moved. Each
+    counter may have begun again once.
     """
     if not before or before.keys() != after.keys():
         return None
@@ -50,4 +50,4 @@ def joules_between(before: Mapping[str, Counter], after: Mapping[str, Counter]) 
         (after[name].microjoules - counter.microjoules) % (counter.range + 1)
         for name, counter in before.items()
     ]
-    return sum(used) / 1e6
+    return sum(used) / 1e6 or None

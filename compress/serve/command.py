@@ -170,7 +170,8 @@ def _check_together(options: argparse.Namespace) -> None:
     """ConfigError for options that another one lacks, or excludes."""
     if options.tuning is not None and (options.threads or options.calibrate):
         raise ConfigError(
-            "--tuning says on how many threads; give it without --threads and --calibrate"
+            "--tuning says how a model is served, and on how many threads; give it without"
+            " --threads and --calibrate"
         )
     if options.calibrate is not None and (options.teacher or options.threshold):
         raise ConfigError("--calibrate chooses a threshold and serves nothing; give it alone")

@@ -40,7 +40,7 @@ from compress.store import write_json
 from compress.threads import available_threads
 
 BUSY = 0.05  # of the CPUs' time
-TIMED = 6  # prompts of a timing, and one long one where it fits
+TIMED = 9  # of so many prompts one is timed, and all of them as one long one where that fits
 LONG_CONTEXT = 2048
 PROMISE = 1.01  # a setting whose first block gives less is not tried further
 
@@ -105,7 +105,7 @@ class Bench:
         async def timed(student: Student) -> float:
             texts = [prompt.prompt for prompt in self.prompts]
             long_text = "\n".join(texts)
-            texts = texts[:: len(texts) // TIMED]
+            texts = texts[::TIMED]
             if student.ready().context >= LONG_CONTEXT:
                 texts.append(long_text)
             body = {"ignore_eos": True, "cache_prompt": False, "max_tokens": self.tokens}
@@ -213,9 +213,9 @@ async def tuned(
     blocks: int,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """What an entry of `tuning.py`'s file says besides of what it is, with a line to `report` for
-    each setting. What `journal` knows is not tried again. ValueError: llama.cpp can't run it at
-    all.
+    """All of an entry of `tuning.py`'s file but which model and machine it is of; to `report` goes
+    a line for each setting. What `journal` knows is not tried again. ValueError: llama.cpp can't
+    run it.
     """
     before, began = load_now(), time.monotonic()
     bench, defaults = Bench(target, clients, tokens), Tuning()

@@ -59,8 +59,8 @@ MEASURED = {
     "batch_sizes": SIZES,
     "context_lengths": SIZES,
     "price_per_hour": Kind(
-        "null or a number from 0",
-        lambda value: value is None or (NUMBER.holds(value) and value >= 0),
+        "null or a number above 0",
+        lambda value: value is None or (NUMBER.holds(value) and value > 0),
     ),
     "device": Kind("cpu or gpu", lambda value: value in list(Device)),
 }

@@ -38,6 +38,7 @@ def test_a_counter_that_began_again_counts_on():
     after = {"a": Counter(2_000, 999_999), "b": Counter(500_010, 999_999)}
     assert joules_between(before, after) == pytest.approx((3_000 + 500_000) / 1e6)
     assert joules_between({}, {}) is None and joules_between(before, {}) is None
+    assert joules_between(before, before) is None  # no logarithm is taken of a counter that stands
 
 
 def test_energy_and_money_are_of_a_token_that_is_answered():

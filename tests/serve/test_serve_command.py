@@ -51,6 +51,8 @@ def refused(capfd, monkeypatch):
         (["--no-key", "--file", "hf"], "is no bundle, which alone has several"),
         (["--no-key", "--threshold", "-1"], "--threshold says something of a teacher"),
         (["--no-key", "--teacher-budget", "3"], "--teacher-budget says something of a teacher"),
+        (["--no-key", "--tuning", "x", "--threads", "1"], "--tuning says how a model is served"),
+        (["--no-key", "--tuning", "x"], "--tuning x is no file; `compress tune MODEL"),
         (["--calibrate", "x.json"], "--calibrate needs a bundle"),
         (["--calibrate", "x", "--teacher", "http://a"], "--calibrate chooses a threshold and"),
         (["--no-key", "--teacher", "https://a/v1"], "nothing says where tiny.gguf is unsure"),

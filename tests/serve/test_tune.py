@@ -7,15 +7,13 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from served import KEY, tiny_gguf
+from served import FOREVER, KEY, Served, tiny_gguf
 from ship.test_bundle_open import made
 
 from compress.__main__ import main
 from compress.errors import ConfigError
 from compress.serve import backend, trials, tuning
-from compress.serve.backend import Backend
 from compress.serve.settings import Settings
-from compress.serve.student import Student
 from compress.serve.target import target_of
 from compress.serve.trials import Load
 from compress.serve.tuning import Attention, CacheType, Tuning, machine_here
@@ -190,17 +188,14 @@ def test_a_file_is_tuned_in_llama_cpp_and_served_as_found(gguf, tmp_path, monkey
     tuning.written(out, entry | {"settings": asdict(found), "verdict": "faster"})
     assert tuning.tuning_in(out, entry["model"]) == found
 
-    async def asked():
-        served = Backend(target_of(gguf), Settings(key=KEY, tuning=found))
-        student = Student(served)
-        try:
-            await served.start()
-            return await student.whole("/v1/completions", {"prompt": "a", "max_tokens": 2})
-        finally:
-            await student.close()
-            await served.stop()
+    door = Served(gguf, "--tuning", out)
+    answer = door.post("/v1/completions", {"prompt": "a", "max_tokens": 2} | FOREVER)
+    door.end()
+    assert answer["usage"]["completion_tokens"] == 2
 
-    assert asyncio.run(asked())["usage"]["completion_tokens"] == 2
+    # And no others: the process that holds the model is told of them.
+    order = backend.Backend(target_of(gguf), Settings(key=KEY, tuning=found))._order()
+    assert (order["threads"], order["tuning"]) == (1, asdict(found))
 
 
 def test_settings_reach_llama_cpp():

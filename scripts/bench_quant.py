@@ -46,7 +46,7 @@ from compress.models.checkpoint import best_device, load_model
 from compress.models.gguf_header import read_fields
 from compress.models.head import head_of
 from compress.quant.grids import GRIDS
-from compress.quant.settings import Allocation, Balance, GridName, Method, Scales
+from compress.quant.settings import LEARNED, Allocation, Balance, GridName, Method, Scales
 from compress.score.alone import SERVERS
 from compress.score.fidelity import CHUNK, States, closeness, hidden_of
 from compress.score.latency import Timing
@@ -430,7 +430,8 @@ def plan(bench: Bench) -> dict[str, Callable[[str], None]]:
         "Q4_0, QAD": Qat(tokens=tokens, lr=lr, scales=Scales.learned, balance=Balance.awq),
     }
     best: dict[str, Any] = {"method": Method.gptq, "balance": Balance.awq}
-    for grid, scales in ((GridName.iq4_nl, Scales.learned), (GridName.mxfp4, Scales.search)):
+    for grid in (GridName.iq4_nl, GridName.mxfp4, GridName.nvfp4):
+        scales = Scales.learned if grid in LEARNED else Scales.search
         kind = grid.value.upper()
         stages |= {
             f"{kind}, rounding": Ptq(grid=grid),

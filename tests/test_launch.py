@@ -76,7 +76,7 @@ def test_the_vocabulary_is_complete():
         "budget": 5,
         "data": 5,
         "eval": 4,
-        "export": 15,
+        "export": 16,
         "stage": 10,
         "teacher": 4,
         "track": 2,

@@ -76,6 +76,7 @@ _ROUNDED = {
     "Q4_K": 4.5,
     "Q6_K": 6.5625,
     "MXFP4": 4.25,
+    "NVFP4": 4.5,
 }
 _INTEGERS = ("q4_0", "q8_0", *(grid.value for grid in GridName if grid.startswith("int")))
 FORMATS: dict[str, Format] = {

@@ -56,6 +56,7 @@ TYPES = {
     "Q6_K": 18,
     "IQ4_NL": 25,
     "MXFP4": 38,
+    "NVFP4": 39,
 }
 TENSOR_BYTES = 160  # name, shape, place and padding of a tensor
 MIXED = "MIXED"  # every matrix in the type of its own codes

@@ -28,6 +28,7 @@ from compress.models.head import head_of
 from compress.models.walk import Walk
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS
+from compress.quant.settings import BLOCK, GridName
 from compress.store import write_json
 from compress.train.progress import progress
 
@@ -96,7 +97,7 @@ def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, 
     when there is none.
     """
     legal_grids = {
-        name: [grid for grid in grids if matrix.rows.shape[1] % GRIDS[grid].block == 0]
+        name: [grid for grid in grids if matrix.rows.shape[1] % BLOCK[GridName(grid)] == 0]
         for name, matrix in matrices.items()
     }
 
@@ -105,7 +106,7 @@ def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, 
             raise ValueError(
                 f"{name} has rows of {matrices[name].rows.shape[1]}: none of"
                 f" {', '.join(grids)} takes them; add q8_0, whose blocks are"
-                f" {GRIDS['q8_0'].block}"
+                f" {BLOCK[GridName.q8_0]}"
             )
     return legal_grids
 

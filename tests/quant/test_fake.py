@@ -68,6 +68,9 @@ def _levels(name: str, scales: torch.Tensor, row: int, column: int) -> tuple[flo
         )
     if name == "mxfp4":
         return 2.0 ** (stored[0] - 128), 0.0
+    if name == "nvfp4":
+        exponent, mantissa = divmod(int(stored[0]), 8)
+        return (2.0 ** (exponent - 8) * (1 + mantissa / 8) if exponent else mantissa / 1024), 0.0
     return stored[0] * (stored[1 + column % 256 // 16] if name == "q6_k" else 1), 0.0
 
 
@@ -77,8 +80,8 @@ def _oracle(w: torch.Tensor, scales: torch.Tensor, grad: torch.Tensor, name: str
     """
     value, back = torch.zeros_like(w, dtype=torch.float64), torch.zeros_like(w, dtype=torch.float64)
     low, high = GRIDS[name].low, GRIDS[name].high
-    numbers = {"iq4_nl": NUMBERS, "mxfp4": E2M1}.get(name, range(low, high + 1))
-    below, above = {"iq4_nl": (11.5, 12.0), "mxfp4": (2.0, 2.0)}.get(
+    numbers = {"iq4_nl": NUMBERS, "mxfp4": E2M1, "nvfp4": E2M1}.get(name, range(low, high + 1))
+    below, above = {"iq4_nl": (11.5, 12.0), "mxfp4": (2.0, 2.0), "nvfp4": (2.0, 2.0)}.get(
         name, (0.5, 0.5)
     )  # half the gap to the next number inside
     for row in range(w.shape[0]):

@@ -56,7 +56,7 @@ def test_values_equal_the_oracle_and_lose_less_output_than_rounding(name):
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_grid_gets_codes_it_can_hold_and_less_output_error(name):
     grid = GRIDS[name]
-    w, gram = _problem(columns=2 * (grid.block or 32), tokens=1000)
+    w, gram = _problem(columns=2 * (grid.row or grid.block or 32), tokens=1000)
     codes, scales = gptq(w, gram, grid, DAMPING)
     plain, plain_scales = grid.encode(w)
     assert (codes.dtype, codes.shape, scales.dtype, scales.shape) == (
@@ -67,7 +67,7 @@ def test_every_grid_gets_codes_it_can_hold_and_less_output_error(name):
     )
     legal = (
         (0, 15)
-        if name in ("iq4_nl", "mxfp4")
+        if name in ("iq4_nl", "mxfp4", "nvfp4")
         else (grid.low + grid.offset, grid.high + grid.offset)
     )
     assert codes.min() >= legal[0] and codes.max() <= legal[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from itertools import product
 from pathlib import Path
 
 import gguf
@@ -29,7 +30,8 @@ SIMPLE = [
     name for name in TYPES if GRIDS[name].block == 32 and name != "iq4_nl"
 ]  # which the gguf package only reads
 # Of the codes whose values do not follow one another.
-UNEVEN = {"iq4_nl": NUMBERS, "mxfp4": E2M1}
+FLOATS = ("mxfp4", "nvfp4")  # whose steps are floats of a byte
+UNEVEN = {"iq4_nl": NUMBERS} | dict.fromkeys(FLOATS, E2M1)
 GOLDEN = [
     name for name in TYPES if name not in UNEVEN
 ]  # they came after the golden file, and are held to llama.cpp's own bytes above
@@ -260,8 +262,8 @@ def test_ties_between_uneven_numbers_go_up():
 def test_ties_between_numbers_of_e2m1_go_to_the_smaller_magnitude():
     numbers = torch.tensor(E2M1[:8]).float()
     middles = (numbers[1:] + numbers[:-1]) / 2
-    grid = GRIDS["mxfp4"]
-    for sign in (1, -1):
+    for name, sign in product(FLOATS, (1, -1)):
+        grid = GRIDS[name]
         assert torch.equal(grid.rounded(sign * middles), sign * numbers[:-1])
         beyond = torch.nextafter(middles, torch.tensor(1e9))
         assert torch.equal(grid.rounded(sign * beyond), sign * numbers[1:])
@@ -279,9 +281,31 @@ def test_a_searched_exponent_is_the_best_of_its_neighbours():
     assert (least[2].view(-1)[rows] <= least[[1, 3]].amin(0).view(-1)[rows]).all()
 
 
-@pytest.mark.parametrize(("name", "share"), [("q4_0", 0.9), ("q5_0", 0.9), ("q8_0", 0.9)])
+def test_a_searched_step_of_a_byte_is_the_best_of_all():
+    grid, w = GRIDS["nvfp4"], _weights("random", "nvfp4")[:20]
+    shape = (20, w.shape[1] // 16)
+    every = torch.stack(
+        [
+            _error(grid, w, grid.codes(w, s), s)
+            for s in torch.arange(127.0).half()[:, None, None].expand(-1, *shape)
+        ]
+    )
+    found = grid.search(w)
+    assert torch.equal(_error(grid, w, grid.codes(w, found), found), every.amin(0))
+    assert (found != grid.encode(w)[1]).float().mean() > 0.5
+
+
+def test_steps_of_a_byte_are_those_of_torch():
+    torchs = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert torch.equal(GRIDS["nvfp4"].steps[:127], torchs / 2)
+    assert not GRIDS["nvfp4"].steps[127:].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("q4_0", 0.9), ("q5_0", 0.9), ("q8_0", 0.9), ("nvfp4", 0.9)]
+)
 def test_search_gains_on_gaussian_weights(name, share):
-    grid, w = GRIDS[name], _weights("random")
+    grid, w = GRIDS[name], _weights("random", name)
     scales = grid.search(w)
     assert (
         _error(grid, w, grid.codes(w, scales), scales).sum()
@@ -299,7 +323,7 @@ def test_importance_by_row_equals_importance_by_column_when_rows_agree():
 def test_codes_are_the_nearest_for_scales_of_either_sign(name):
     grid, w = GRIDS[name], _weights("random", name)[:8]
     scales = grid.encode(w)[1].view(-1, grid.stored)
-    if name != "mxfp4":  # whose scales are exponents
+    if name not in FLOATS:
         scales = scales * torch.ones(grid.stored).index_fill(0, torch.tensor(0), -1.0).half()
         scales = torch.cat([scales[::2].neg(), scales[1::2]])
     scales = scales.view(8, -1)
@@ -373,6 +397,12 @@ def test_rows_that_do_not_divide_are_refused_with_tensor_rule_and_nearest(method
     )
     with pytest.raises(ValueError, match=message):
         getattr(GRIDS["q4_0"], method)(torch.zeros(4, 60), name="up_proj.weight")
+
+
+def test_steps_side_by_side_need_rows_of_64():
+    message = r"up_proj\.weight has shape \(4, 48\): nvfp4 .* multiples of 64 .* is 64"
+    with pytest.raises(ValueError, match=message):
+        GRIDS["nvfp4"].encode(torch.zeros(4, 48), name="up_proj.weight")
 
 
 def test_k_quants_say_256():

@@ -175,7 +175,7 @@ def test_check_shape_returns_the_config_unchanged():
 
 def test_names_of_the_configuration_are_the_grids_that_exist():
     assert list(GridName) == list(GRIDS)
-    assert {name: grid.block or 1 for name, grid in GRIDS.items()} == BLOCK
+    assert {name: grid.row or grid.block or 1 for name, grid in GRIDS.items()} == BLOCK
     assert [name for name, grid in GRIDS.items() if grid.searches] == list(SEARCHED)
 
 

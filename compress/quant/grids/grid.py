@@ -58,6 +58,7 @@ class Grid:
     bits_per_weight: float
     block = 32  # 0: a whole row
     group = 32  # 0: the whole block
+    row = 0  # what a file's rows are multiples of; 0: of a block
     stored = 1
     low: int
     high: int
@@ -75,14 +76,15 @@ class Grid:
         """ValueError naming the tensor when the grid can't hold it: shape, NaN, infinity, a scale
         beyond fp16.
         """
-        # Rows of whole blocks.
+        # Rows of whole blocks, or one block, as GPTQ brings them.
         columns = w.shape[-1] if w.dim() == 2 else 0
         block = self.length(columns) or 1
-        if columns == 0 or columns % block:
-            legal_columns = max(block, round(columns / block) * block)
+        row = self.row or block
+        if columns == 0 or (columns % row and columns != block):
+            legal_columns = max(row, round(columns / row) * row)
             raise ValueError(
                 f"{name} has shape {tuple(w.shape)}: {self.name} needs a matrix whose rows are"
-                f" multiples of {block} long; the nearest legal row length is {legal_columns}"
+                f" multiples of {row} long; the nearest legal row length is {legal_columns}"
             )
 
         # Values that a stored scale can reach.

@@ -1,8 +1,9 @@
-"""llama.cpp's grids of 4 bits that name one of sixteen uneven numbers, bit for bit: IQ4_NL, MXFP4.
+"""llama.cpp's grids of 4 bits that name one of sixteen uneven numbers, bit for bit: IQ4_NL, MXFP4,
+NVFP4.
 
 Source: ggml/src/ggml-quants.c, `quantize_iq4_nl`, `dequantize_row_iq4_nl`,
-`quantize_row_mxfp4_ref`. A block of 32 of IQ4_NL holds d, an fp16 scale, then 16 bytes as in Q4_0:
-the bytes of Q4_0, 4.5 bits a weight, but
+`quantize_row_mxfp4_ref`, `quantize_row_nvfp4_ref`. A block of 32 of IQ4_NL holds d, an fp16 scale,
+then 16 bytes as in Q4_0: the bytes of Q4_0, 4.5 bits a weight, but
 
     value = d * NUMBERS[code]
 
@@ -27,6 +28,18 @@ Q4_0: 17 bytes, 4.25 bits a weight, and
 
 `search` also tries one step finer and one coarser. e is not below 0, where C's conversion is
 undefined: such blocks decode to next to nothing either way.
+
+64 weights of NVFP4 hold four bytes, each the step of a block of 16, then for each block 8 bytes as
+in Q4_0: 36 bytes, 4.5 bits a weight, and
+
+    value = UE4M3[byte] / 2 * E2M1[code]      UE4M3: 4 bits of exponent, 3 of mantissa, no sign
+                                              (OCP 8-bit Floating Point 1.0, section 5.2)
+
+    plain rounding: the byte of max |x| / 6, ties upwards, at most 448; codes as above.
+
+`search` tries every byte from three finer to nine coarser: numbers up to 8 lie more evenly than
+those up to 12 (arXiv 2512.02010). The second scale, one for a whole matrix, that NVIDIA's own
+checkpoints have is not written: a step is at least 2^-10, and below 2^-7 a multiple of that.
 """
 
 import torch
@@ -142,34 +155,37 @@ def _magnitudes() -> tuple[Tensor, Tensor]:
     return magnitudes[code], code.float()
 
 
-class MXFP4(OneScale):
-    """4 bits that name one of E2M1, and the exponent of a step for 32 weights: `scales` hold it as
-    a number. q is the number, not the code.
+class FloatCodes(OneScale):
+    """4 bits that name one of E2M1, and a byte that names the step of a block: `scales` hold that
+    byte as a number. q is the number, not the code.
     """
 
-    name, bits_per_weight, largest = "mxfp4", 4.25, 2.0**127
     low, high, learns = -E2M1[7], E2M1[7], False
     nearest_magnitude, magnitude_code = _magnitudes()
-    steps = torch.ldexp(torch.ones(256), torch.arange(256) - EXPONENT)
+    steps: Tensor  # (256,): of every byte
+    most: int  # the byte of the largest step
+    tried: range  # that `search` tries, from plain rounding's byte
+
+    def plain_byte(self, peak: Tensor) -> Tensor:
+        """(N, 1) largest magnitude of each block -> the byte of its step in plain rounding."""
+        raise NotImplementedError
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        peak = x.abs().amax(1, keepdim=True)
-        exponent = torch.where(peak > 0, peak.log2().floor() + (EXPONENT - 3), 0.0).clamp_(min=0)
-        return self.stored_codes(self.rounded(x * inverse(self._steps(exponent)))), exponent
+        byte = self.plain_byte(x.abs().amax(1, keepdim=True))
+        return self.stored_codes(self.rounded(x * inverse(self._steps(byte)))), byte
 
     def _search(self, rows: Tensor, h: Tensor) -> Tensor:
         x = rows.t().contiguous()
-        exponent = self.plain(rows)[1][:, 0]
-        options = torch.stack(
-            [exponent, (exponent - 1).clamp(min=0), (exponent + 1).clamp(max=255)]
-        )
+        byte = self.plain_byte(rows.abs().amax(1))
+        # Plain rounding's own first: of two as good the first one stays.
+        moves = sorted(self.tried, key=abs)
+        options = torch.stack([(byte + move).clamp(0, self.most) for move in moves])
         errors = torch.stack([self._error(x, h, self._steps(option)) for option in options])
         return options.gather(0, errors.argmin(0, keepdim=True))[0].half()
 
-    def _steps(self, exponents: Tensor) -> Tensor:
-        """2^(e - 128), exactly."""
-        table = self.steps.to(exponents.device)
-        return table.index_select(0, exponents.flatten().int()).view(exponents.shape)
+    def _steps(self, bytes: Tensor) -> Tensor:
+        table = self.steps.to(bytes.device)
+        return table.index_select(0, bytes.flatten().int()).view(bytes.shape)
 
     def levels(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
         return self._steps(stored).unsqueeze(-1), None
@@ -195,5 +211,59 @@ class MXFP4(OneScale):
         index = q.abs().mul_(2).ceil_().clamp_(max=2 * self.high).int()
         return table.to(q.device).index_select(0, index.flatten()).view(q.shape)
 
+
+class MXFP4(FloatCodes):
+    """A power of two for 32 weights."""
+
+    name, bits_per_weight, largest = "mxfp4", 4.25, 2.0**127
+    steps = torch.ldexp(torch.ones(256), torch.arange(256) - EXPONENT)
+    most, tried = 255, range(-1, 2)
+
+    def plain_byte(self, peak: Tensor) -> Tensor:
+        return torch.where(peak > 0, peak.log2().floor() + (EXPONENT - 3), 0.0).clamp_(min=0)
+
     def parts(self, codes: Tensor, scales: Tensor) -> list[Tensor]:
         return [scales.to(torch.uint8), halves(codes.view(-1, 2, 16))]
+
+
+def _halved_ue4m3() -> Tensor:
+    """(256,): half of what every byte means; 0 for 127, which is no number, and what follows."""
+    byte = torch.arange(256)
+    exponent, mantissa = byte >> 3, byte & 7
+    normal = torch.ldexp(1 + mantissa / 8, exponent - 7)
+    return torch.where(byte < 127, torch.where(exponent > 0, normal, mantissa / 512) / 2, 0.0)
+
+
+class NVFP4(FloatCodes):
+    """A step of 8 bits for 16 weights, four of them side by side in the file."""
+
+    name, bits_per_weight, largest = "nvfp4", 4.5, 448.0 * 6
+    block, group, row = 16, 16, 64
+    steps = _halved_ue4m3()
+    most, tried = 126, range(-3, 10)
+    middles = (torch.tensor(E2M1[1:8]) + torch.tensor(E2M1[:7])) / 2
+
+    def plain_byte(self, peak: Tensor) -> Tensor:
+        # Below 2^-6 multiples of 2^-9, at most 7 of them, as C counts them.
+        target = (peak / 6).clamp(max=448.0)
+        fine = (target * 512 + 0.5).trunc().clamp(max=7)
+
+        # Else the bits of a float, but for those of the mantissa that are too fine; half way
+        # upwards. What has the largest exponent becomes the largest number.
+        bits = target.view(torch.int32)
+        coarse = (((bits >> 19) + 1) >> 1) - (120 << 3)
+        coarse = torch.where(coarse < 120, coarse, self.most)
+        return torch.where(target < 2**-6, fine, coarse.float())
+
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        byte = self.plain_byte(x.abs().amax(1, keepdim=True))
+        step = self._steps(byte)
+        # Steps are no powers of two: a quotient would be rounded, these products are exact.
+        magnitude = sum((x.abs() > step * middle).float() for middle in self.middles.tolist())
+        magnitude = magnitude * (step > 0)
+        return magnitude + 8 * ((x < 0) & (magnitude > 0)), byte
+
+    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
+        nibbles = halves(codes.reshape(-1, 4, 2, 8)).flatten(1)
+        bytes = scales.to(torch.uint8)
+        return torch.cat([bytes.view(-1, 4), nibbles], dim=1).view(len(codes), -1)

@@ -1,7 +1,7 @@
 """Bits placed by bytes alone, and by bytes and milliseconds: is the same file faster for little KL?
 
     python scripts/bench_allocation.py [--bits 5.2] [--faster 0.15] [--grids q4_0 iq4_nl ...]
-                                       [--rounds 7] [--work DIR] [--out FOLDER]
+                                       [--rounds 7] [--times] [--work DIR] [--out FOLDER]
 
 The embedded teacher, every matrix rounded to the nearest on a grid of its own, embeddings included.
 Times: one file a grid, all matrices on it, timed in turn in llama.cpp; a matrix takes its share of
@@ -10,7 +10,8 @@ grid. By bytes: the least sum of damages within BITS a weight. By both: the same
 at a price, the lowest at which the sum of times is FASTER below the first one's. Both files are
 then timed (processes A B B A) and their KL to the teacher measured in llama.cpp, on 8 x 512 tokens
 of the language reference and of held-out conversations. Needs a quiet machine. Prints tables; the
-last line is one JSON object. With --out it writes allocation.json there.
+last line is one JSON object. With --out it writes allocation.json there. With --times it stops
+behind those of the grids, and writes grids.json.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from compress.formats.llamacpp import head as gguf_head
 from compress.formats.torch_runtime import head as checkpoint_head
 from compress.models.checkpoint import load_model
 from compress.quant.allocate import Options, choose, options
+from compress.quant.codes import quantizable
 from compress.quant.settings import Allocation, GridName
 from compress.score.fidelity import States, closeness, hidden_of
 from compress.score.latency import Timing, compare_speed, measure_in_turn
@@ -160,6 +162,59 @@ def kl(file: Path, full: dict[str, States], texts: dict[str, Any]) -> dict[str, 
         llama.close()
 
 
+def mixtures(
+    session: Session, chosen: argparse.Namespace, ms: dict[str, float], timing: Timing, work: Path
+) -> dict[str, Any]:
+    """Both files: what they hold, their KL, and how much faster the second one is."""
+    teacher = session.teacher.path
+    model = load_model(teacher)
+    ids = session.text(teacher).ids[:1, :MEASURED].long()
+    damages = options(model, ids, chosen.grids, work / "damages.json", "damages", log)
+    weights = {name: round(model.get_parameter(name).numel()) for name in damages}
+
+    # The layouts, the second one foretold to be faster.
+    budget = round(chosen.bits / 8 * sum(weights.values()))
+    layouts = {"by bytes": choose(damages, budget)}
+    limit = (1 - chosen.faster) * total_ms(layouts["by bytes"], weights, ms)
+    layouts["by both"] = by_both(damages, weights, ms, budget, limit)
+
+    # What they are, and what they cost.
+    texts = {
+        name: pack([f"embedded:{name}"], teacher, LENGTH, work / "data", log=log) for name in HELD
+    }
+    full = {
+        name: States(hidden_of(model, data.ids[:HELD_OUT]), checkpoint_head(teacher))
+        for name, data in texts.items()
+    }
+    files = {
+        name: made(session, layout, name.replace(" ", "_"), work)
+        for name, layout in layouts.items()
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for name, layout in layouts.items():
+        shares: Counter[str] = Counter()
+        for matrix, grid in layout.items():
+            shares[grid] += weights[matrix]
+        rows[name] = {
+            "size_bytes": files[name].stat().st_size,
+            "predicted_ms": total_ms(layout, weights, ms),
+            "damage_nats": damage(layout, damages),
+            "shares": {g: n / sum(weights.values()) for g, n in shares.items()},
+            **{f"kl/{text}": value for text, value in kl(files[name], full, texts).items()},
+        }
+
+    a, b = ((file, "llama.cpp") for file in files.values())
+    first, second = (sum(row[f"kl/{text}"] for text in HELD) for row in rows.values())
+    return {
+        "rows": rows,
+        "frontier": frontier(damages, weights, ms, budget),
+        "times_as_fast": compare_speed(a, b, timing, chosen.blocks)["latency_ms_p50"],
+        "kl_ratio": second / first,
+        "bits": chosen.bits,
+        "asked_faster": chosen.faster,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bits", type=float, default=5.2)
@@ -168,6 +223,7 @@ def main() -> None:
     parser.add_argument("--grids", nargs="+", choices=list(GridName), default=grids)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--times", action="store_true")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
@@ -178,63 +234,27 @@ def main() -> None:
         work = (chosen.work or Path(folder)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         session = opened(work / "store", "q4_0", threads, ["teacher=embedded"])
-        teacher = session.teacher.path
-        model = load_model(teacher)
-        ids = session.text(teacher).ids[:1, :MEASURED].long()
-        damages = options(model, ids, chosen.grids, work / "damages.json", "damages", log)
-        names = list(damages)
-        weights = {name: round(model.get_parameter(name).numel()) for name in names}
-
+        names = list(quantizable(load_model(session.teacher.path)))
         files = {g: made(session, dict.fromkeys(names, g), g, work) for g in chosen.grids}
         ms = times_by_grid(files, timing, chosen.rounds)
-        budget = round(chosen.bits / 8 * sum(weights.values()))
-        layouts = {"by bytes": choose(damages, budget)}
-        first_ms = total_ms(layouts["by bytes"], weights, ms)
-        limit = (1 - chosen.faster) * first_ms
-        layouts["by both"] = by_both(damages, weights, ms, budget, limit)
-
-        texts = {
-            name: pack([f"embedded:{name}"], teacher, LENGTH, work / "data", log=log)
-            for name in HELD
-        }
-        full = {
-            name: States(hidden_of(model, data.ids[:HELD_OUT]), checkpoint_head(teacher))
-            for name, data in texts.items()
-        }
-        record: dict[str, Any] = {"token_ms": ms, "rows": {}}
-        record["frontier"] = frontier(damages, weights, ms, budget)
-        mixed = {}
-        for name, layout in layouts.items():
-            mixed[name] = made(session, layout, name.replace(" ", "_"), work)
-            shares: Counter[str] = Counter()
-            for matrix, grid in layout.items():
-                shares[grid] += weights[matrix]
-            record["rows"][name] = {
-                "size_bytes": mixed[name].stat().st_size,
-                "predicted_ms": total_ms(layout, weights, ms),
-                "damage_nats": damage(layout, damages),
-                "shares": {g: n / sum(weights.values()) for g, n in shares.items()},
-                **{f"kl/{text}": value for text, value in kl(mixed[name], full, texts).items()},
-            }
-        a, b = ((mixed[name], "llama.cpp") for name in layouts)
-        record["times_as_fast"] = compare_speed(a, b, timing, chosen.blocks)["latency_ms_p50"]
-        rows = record["rows"].values()
-        kls = [sum(row[f"kl/{text}"] for text in HELD) for row in rows]
-        record["kl_ratio"] = kls[1] / kls[0]
+        record: dict[str, Any] = {"token_ms": ms}
+        if not chosen.times:
+            record |= mixtures(session, chosen, ms, timing, work)
 
     for grid, value in ms.items():
         print(f"{grid:10s} {value:8.3f} ms a token, all matrices on it")
-    for name, row in record["rows"].items():
+    for name, row in record.get("rows", {}).items():
         print(name, json.dumps(row))
-    for row in record["frontier"]:
+    for row in record.get("frontier", []):
         print("foretold", json.dumps(row))
-    print(f"times as fast {record['times_as_fast']}, KL {record['kl_ratio']:.3f} times")
-    record |= {"bits": chosen.bits, "asked_faster": chosen.faster}
+    if not chosen.times:
+        print(f"times as fast {record['times_as_fast']}, KL {record['kl_ratio']:.3f} times")
     record |= {"machine": machine.describe(threads), "versions": machine.versions()}
     record |= {"git_sha": machine.git_sha()}
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
-        (chosen.out / "allocation.json").write_text(json.dumps(record, indent=1) + "\n")
+        name = "grids.json" if chosen.times else "allocation.json"
+        (chosen.out / name).write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 
 

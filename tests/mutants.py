@@ -375,11 +375,14 @@ MUTANTS = [
         "score/test_energy.py",
         ("% (counter.range + 1)", "% counter.range"),
         ('re.compile(r"intel-rapl:\\d+")', 're.compile(r"intel-rapl:.*")'),
+        ("Counter(1000 * millijoules", "Counter(millijoules"),
     ),
     *of(
         "score/latency.py",
         "score/test_energy.py",
         ("joules / (timing.repeats * timing.new_tokens)", "joules / timing.new_tokens"),
+        ("joules * timing.repeats / runs", "joules"),
+        ("while runs < timing.repeats or", "while"),
     ),
     *of(
         "budget.py",

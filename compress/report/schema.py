@@ -110,7 +110,7 @@ SCORES: dict[str, Figure] = {
         "tokens of sequences decoded together", "tokens/s", "more", PROCESSES
     ),
     "joules_per_token": Figure(
-        "energy of the processors a token answered", "joules", "less", PROCESSES
+        "energy of the processors or the GPU a token answered", "joules", "less", PROCESSES
     ),
     "cost_per_million_tokens": Figure(
         "money for a million tokens at eval.price_per_hour", "", "less", PROCESSES

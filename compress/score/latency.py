@@ -10,7 +10,8 @@ bytes of the weights / the bytes a second that a sweep of as many reads on the s
 `peak_rss_bytes` the kernel's high-water mark, loading included, before other lengths and batches;
 `/N`: of a process of its own that holds N tokens of context, keys and values of all of them.
 `joules_per_token` is what the processors used meanwhile a token answered, its share of the prompt
-with it, where the machine tells (`energy.py`); `cost_per_million_tokens` what a million further
+with it, or the GPU in as many more repeats as take GPU_SECONDS, where the machine tells
+(`energy.py`); `cost_per_million_tokens` what a million further
 tokens cost at `price_per_hour`, one sequence at a time, or with `/B` B of them together.
 
 Processes differ more than repeats inside one (addresses, clocks, neighbours), so they are the
@@ -34,11 +35,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.formats.runtimes import runtime_of
+from compress.formats.runtimes import Generate, runtime_of
 from compress.score import energy
 
 # Imports wait in functions: a process's memory is measured.
 IN_TURN = "--in-turn"
+GPU_SECONDS = 2  # what a GPU's counter, which moves a few times in one, is read over
 LARGEST_SWEEP = 2**30  # bytes; far beyond every cache, where the rate no longer depends on the size
 
 
@@ -270,10 +272,10 @@ def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
         total_ms = float(np.median([sum(generate(*shape)) for _ in repeats]))
         scores[f"throughput_tok_per_sec/{batch}"] = 1000 * batch * timing.new_tokens / total_ms
 
-    # What it takes, of which the processors' counters know no GPU; how near to what the device's
-    # memory can deliver.
+    # What it takes: a GPU's counter needs torch, so only behind the memory that was told. How near
+    # to what the device's memory can deliver.
     on_cpu = timing.device == "cpu"
-    scores |= derived(scores, timing, joules if on_cpu else None)
+    scores |= derived(scores, timing, joules if on_cpu else gpu_joules(generate, timing))
     read = (
         read_bytes_per_second(weight_bytes, timing.threads)
         if on_cpu
@@ -289,6 +291,20 @@ def run(model: Path, runtime: str, timing: Timing) -> dict[str, Any]:
             "read_bytes_per_sec": read,
         },
     }
+
+
+def gpu_joules(generate: Generate, timing: Timing) -> float | None:
+    """Of `repeats` runs, from as many as take GPU_SECONDS; None where the machine does not tell."""
+    before = energy.gpu_counter()
+    if not before:
+        return None
+    started = timeit.default_timer()
+    runs = 0
+    while runs < timing.repeats or timeit.default_timer() < started + GPU_SECONDS:
+        generate(timing.prompt_tokens, timing.new_tokens, 1)
+        runs += 1
+    joules = energy.joules_between(before, energy.gpu_counter())
+    return None if joules is None else joules * timing.repeats / runs
 
 
 def derived(scores: dict[str, float], timing: Timing, joules: float | None) -> dict[str, float]:

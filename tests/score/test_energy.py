@@ -1,11 +1,16 @@
-"""Joules a token from the counters of processor packages, and what tokens cost."""
+"""Joules a token from the counters of processor packages and GPUs, and what tokens cost."""
 
 from __future__ import annotations
 
-import pytest
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
-from compress.score import energy
-from compress.score.energy import Counter, counters, joules_between
+import pytest
+import torch
+
+from compress.score import energy, latency
+from compress.score.energy import Counter, counters, gpu_counter, joules_between
 from compress.score.latency import Timing, derived
 
 
@@ -55,3 +60,50 @@ def test_energy_and_money_are_of_a_token_that_is_answered():
 def test_where_the_machine_tells_nothing_nothing_is_guessed(tmp_path, monkeypatch):
     monkeypatch.setattr(energy, "POWERCAP", tmp_path / "absent")
     assert joules_between(counters(energy.POWERCAP), counters(energy.POWERCAP)) is None
+
+
+def nvml(monkeypatch, readings):
+    """A GPU that torch sees and a pynvml that reads its counter, neither of which is here."""
+    module = ModuleType("pynvml")
+    module.__spec__ = ModuleSpec("pynvml", None)
+    module.NVMLError = type("NVMLError", (Exception,), {})
+    module.nvmlInit = module.nvmlShutdown = lambda: None
+    module.nvmlDeviceGetHandleByUUID = lambda name: name
+    module.nvmlDeviceGetTotalEnergyConsumption = lambda handle: readings(module)[handle]
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1b-2"))
+
+
+def test_a_gpus_counter_is_read_by_the_uuid_of_torchs_from_a_mocked_nvml(monkeypatch):
+    assert gpu_counter() == {}  # no GPU, no pynvml
+    nvml(monkeypatch, lambda _: {"GPU-1b-2": 7})
+    assert gpu_counter() == {"GPU-1b-2": Counter(7000, 1000 * 2**64 - 1)}
+
+    def refuse(module):
+        raise module.NVMLError
+
+    nvml(monkeypatch, refuse)  # before Volta there is none
+    assert gpu_counter() == {}
+
+
+def test_a_gpu_is_read_over_seconds_and_told_for_the_repeats_from_a_mocked_nvml(monkeypatch):
+    """Each run takes 0.3 s and 900 J: the counter is read over seven of them, not five."""
+    clock, shapes = [0.0], []
+
+    def generate(*shape):
+        shapes.append(shape)
+        clock[0] += 0.3
+
+    nvml(monkeypatch, lambda _: {"GPU-1b-2": 900_000 * len(shapes)})
+    monkeypatch.setattr(latency.timeit, "default_timer", lambda: clock[0])
+    timing = Timing(prompt_tokens=64, new_tokens=16, repeats=5)
+    assert latency.gpu_joules(generate, timing) == pytest.approx(5 * 900)
+    assert shapes == 7 * [(64, 16, 1)]
+
+    # However long they take, no fewer than the repeats; a counter that stands tells nothing.
+    shapes.clear()
+    assert latency.gpu_joules(generate, Timing(repeats=9)) == pytest.approx(9 * 900)
+    assert len(shapes) == 9
+    nvml(monkeypatch, lambda _: {"GPU-1b-2": 5})
+    assert latency.gpu_joules(generate, timing) is None

@@ -4,21 +4,38 @@ A token is a leaf when no merge that is left builds on it. Without it, text is c
 tokens that it was merged of, so its count moves there, and one of them may become a leaf itself.
 What remains is closed: every token can still be built of others by merges that are all there, so no
 id is unreachable, and any text can be written as before, only longer (leaf-based pruning, arXiv
-2512.03989, section 4). Of leaves that the text never uses the youngest goes first: merges were
-learned from the most frequent on.
+2512.03989, section 4).
 
-Left out: weighing a token by more than its count, such as what the model loses without it.
+A text of some hundred thousand tokens uses a third of a vocabulary. Which of the other ids a model
+would say is in its probabilities: summed over the positions of a text they are how often it expects
+each id there, and count beside what is really used (`expected_counts`). By age alone, the youngest
+first as merges were learned from the most frequent on, names of cities and of authors go, which the
+teacher answers with (results/open/demo.md). Of leaves that are neither used nor expected the
+youngest goes first.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.models.head import Head
 
 Merge = tuple[str, str]
+CHUNK_TOKENS = 256  # whose probabilities are there at once
+
+
+class Usage(NamedTuple):
+    """How often tokenised text uses an id, and how often a model expects it besides."""
+
+    counts: Counter[int]
+    expected: Mapping[int, float]
 
 
 class Kept(NamedTuple):
@@ -28,25 +45,55 @@ class Kept(NamedTuple):
     tokens_added: float
 
 
+def expected_counts(
+    model: Any, head: Head, ids_BL: Tensor, precision: str, log: Callable[[str], None]
+) -> dict[int, float]:
+    """How often a model expects each id of its `head` behind the tokens of a text (B, L): the sum
+    of its probabilities over all positions, B x L in all. Products of blocks are bf16 unless
+    `precision` is "fp32".
+    """
+    import torch
+
+    from compress.models.walk import Walk
+
+    advice = "set prune_vocab.calibration_sequences=0, or repair the teacher"
+    walk = Walk(model, ids_BL, precision=precision, log=log, advice=advice)
+    for index in range(len(walk.blocks)):
+        walk.advance(index)
+
+    head = head.detach().on(walk.device)
+    expected_V = torch.zeros(head.ids_count, dtype=torch.float64, device=walk.device)
+
+    def add(h_BLH: Tensor) -> None:
+        for h_CH in h_BLH.flatten(0, 1).split(CHUNK_TOKENS):
+            expected_V.add_(head.logits(h_CH.to(head.weight_VH)).softmax(-1).sum(0))
+
+    walk.final(add)
+    return dict(enumerate(expected_V.tolist()))
+
+
 def kept_ids(
     ids: Mapping[str, int],
     merges: Sequence[Merge],
-    counts: Mapping[int, float],
+    usage: Usage,
     keep: int,
     protected: Collection[int],
 ) -> Kept:
     """The `keep` tokens that stay, `protected` ones among them.
 
-    `ids`: token -> id; `merges`: in the order in which they are applied; `counts`: how often
-    tokenised text uses an id. ValueError when so many can't go, naming the fewest possible.
+    `ids`: token -> id; `merges`: in the order in which they are applied. ValueError when so many
+    can't go, naming the fewest possible.
     """
     made_by, builds_on = _tree(ids, merges)
-    usage = defaultdict(float, counts)
+    used: defaultdict[int, float] = defaultdict(float, usage.counts.items())
+    weight = used.copy()
+    for i, count in usage.expected.items():
+        weight[i] += count
     token_of = {index: token for token, index in ids.items()}
 
-    # Leaves wait by their usage, the youngest of equal ones first.
+    # Leaves wait by their weight, the youngest of equal ones first.
     waiting = [
-        (usage[i], -i)
+        (weight[i], -i)
         for i, token in token_of.items()
         if not builds_on[token] and i not in protected
     ]
@@ -65,12 +112,13 @@ def kept_ids(
         # Its text falls to the parts of its first merge; all its merges go.
         leaf_merges = made_by[token_of[leaf]]
         for part in leaf_merges[0] if leaf_merges else ():
-            usage[ids[part]] += usage[leaf]
-        tokens_added += usage[leaf]
+            used[ids[part]] += used[leaf]
+            weight[ids[part]] += weight[leaf]
+        tokens_added += used[leaf]
         for part in chain.from_iterable(leaf_merges):
             builds_on[part] -= 1
             if not builds_on[part] and ids[part] not in protected:
-                heapq.heappush(waiting, (usage[ids[part]], -ids[part]))
+                heapq.heappush(waiting, (weight[ids[part]], -ids[part]))
     return Kept(sorted(kept), tokens_added)
 
 

@@ -11,7 +11,6 @@ of tensors, which transformers itself gives for a model of one block without mem
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from math import prod
@@ -24,7 +23,7 @@ from compress.models.checkpoint import copy_beside, read_config
 from compress.models.model_config import meta_model
 from compress.prune import shape as cuts
 from compress.prune.tokenizer_cut import read_bpe, write_cut
-from compress.prune.vocabulary import kept_ids
+from compress.prune.vocabulary import Usage, kept_ids
 from compress.quant.grids import GRIDS
 from compress.search.shapes import Family, Shape
 
@@ -42,10 +41,10 @@ class Skeletons:
     would keep of the tokenizer after the same text.
     """
 
-    def __init__(self, teacher: Path, counts: Callable[[], Counter[int]], folder: Path) -> None:
-        """`counts`: how often the training text uses each id of the teacher."""
+    def __init__(self, teacher: Path, usage: Callable[[], Usage], folder: Path) -> None:
+        """`usage`: what the stage decides by, asked once and only where something is to be cut."""
         self.teacher = teacher
-        self._counts = counts
+        self._usage = cache(usage)
         self.folder = folder
         self._headers: dict[int, int] = {}
 
@@ -62,7 +61,7 @@ class Skeletons:
             copy_beside(self.teacher, out)
         else:
             bpe = read_bpe(self.teacher)
-            kept = kept_ids(bpe.ids, bpe.merges, self._counts(), ids, bpe.protected)
+            kept = kept_ids(bpe.ids, bpe.merges, self._usage(), ids, bpe.protected)
             config |= {"vocab_size": ids, "eos_token_id": write_cut(self.teacher, out, kept.ids)}
         (out / "config.json").write_text(json.dumps(config))
         return out

@@ -4,15 +4,17 @@ of them lose, cut and healed; the choice, its reason, and what each limit costs.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
 from compress.budget import Limit, human
 from compress.errors import ConfigError
+from compress.keys import sources_digest
 from compress.models.checkpoint import read_config
 from compress.prune.tokenizer_cut import read_bpe
+from compress.prune.vocabulary import Usage
 from compress.score.latency import Timing
 from compress.search.cutting import Workshop, healing_rate
 from compress.search.explore import Clock, Damages, Effort, Nats, explore, halve, mutations, singles
@@ -22,7 +24,7 @@ from compress.search.shapes import Family, Shape, steps_of
 from compress.search.sizes import Sizes, Skeletons
 from compress.search.speed import Bench, SpeedModel, design, fitted, settings_of
 from compress.session import Session, check_shapes
-from compress.stages.prune_vocab import counts_of
+from compress.stages.prune_vocab import PruneVocab
 
 LEVELS_ALONE = 3  # of each structure that are measured by themselves
 CHECKS = 4  # unfitted shapes that say how far predicted times are off
@@ -116,8 +118,8 @@ def opened(session: Session, log: Callable[[str], None]) -> tuple[Family, Skelet
     """The teacher's shapes, and tokenizers of fewer ids."""
     teacher = session.teacher.path
 
-    def counts() -> Counter[int]:
-        return counts_of(session.text(teacher), session.vocabulary(teacher))
+    def usage() -> Usage:
+        return PruneVocab().usage(teacher, session.context("vocab", teacher, folder, []))
 
     # A tokenizer that can't be cut leaves the vocabulary as it is.
     try:
@@ -128,7 +130,7 @@ def opened(session: Session, log: Callable[[str], None]) -> tuple[Family, Skelet
     stage = session.recipe.stages[session.recipe.shipped_slot()]
     family = Family(read_config(teacher), stage.layout_name, least_ids)
     folder = session.store.root / "work" / Kept(session.store, _skeleton_settings(session)).key
-    return family, Skeletons(teacher, counts, folder)
+    return family, Skeletons(teacher, usage, folder)
 
 
 def _skeleton_settings(session: Session) -> dict[str, Any]:
@@ -136,7 +138,14 @@ def _skeleton_settings(session: Session) -> dict[str, Any]:
     teacher = session.teacher.path
     more = session.vocabulary(teacher)
     texts = [session.text(teacher).digest, more and more.digest]
-    return {"kind": "skeletons", "teacher": session.teacher.digest, "texts": texts}
+    return {
+        "kind": "skeletons",
+        "teacher": session.teacher.digest,
+        "texts": texts,
+        "stage": asdict(PruneVocab()),
+        "precision": session.precision,
+        "sources": sources_digest(PruneVocab.__module__),
+    }
 
 
 def sizes_of_all(family: Family, sizes: Sizes) -> dict[Shape, dict[str, float]]:

@@ -1,6 +1,6 @@
-"""Cut the vocabulary: tokens that the training text, and data.vocabulary beside it, use least go,
-leaves of the merge tree first (`compress/prune/vocabulary.py`), with their rows of embedding and
-head.
+"""Cut the vocabulary: tokens that the training text, and data.vocabulary beside it, use least and
+their teacher expects least go, leaves of the merge tree first (`compress/prune/vocabulary.py`),
+with their rows of embedding and head.
 
 Special tokens and all bytes stay, so that any text can be written as before, only in more tokens;
 what that costs is a loss in bits per byte, not in KL a token, which means nothing across
@@ -22,6 +22,7 @@ from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
 if TYPE_CHECKING:
     from compress.memory import Account, Given
+    from compress.prune.vocabulary import Usage
     from compress.train.packed import Packed
 
 
@@ -31,6 +32,8 @@ class PruneVocab:
 
     ids: int = 32768
     multiple: int = 64
+    # Of training text, on which the teacher says what else it expects; 0: what text uses alone.
+    calibration_sequences: int = 32
     family: ClassVar[Family] = Family.prune
     leaves_a_grid: ClassVar[bool] = False
 
@@ -38,6 +41,11 @@ class PruneVocab:
         for key in ("ids", "multiple"):
             if getattr(self, key) < 1:
                 raise ValueError(f"prune_vocab.{key} is {getattr(self, key)}: allowed is 1 or more")
+        if self.calibration_sequences < 0:
+            raise ValueError(
+                f"prune_vocab.calibration_sequences is {self.calibration_sequences}: allowed is 0"
+                " or more"
+            )
 
     def check_shape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the result. ValueError when nothing would be cut."""
@@ -67,18 +75,29 @@ class PruneVocab:
             )
 
     def calibration_rows(self) -> int:
-        """None: tokens are counted on all of the training text, which takes no model."""
-        return 0
+        """Rows on which the teacher says what it expects; tokens are counted on all of the text."""
+        return self.calibration_sequences
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Rows are copied."""
-        return cost_without_training(sizes, bytes_a_weight=2)
+        """A pass of the calibration text; rows are copied."""
+        cost = cost_without_training(sizes, bytes_a_weight=2)
+        return cost.with_calibration(sizes, self.calibration_sequences)
 
     def memory(self, given: Given) -> Account:
-        """The fp32 model as it is opened."""
-        from compress.memory import BASE, Account, opened
+        """Text on its way through the teacher, then the fp32 model as it is opened."""
+        from compress.memory import BASE, Account, Item, home, opened, walk
+        from compress.prune.vocabulary import CHUNK_TOKENS
 
-        return Account({"open": [*BASE, *opened(given.parent, given.stored_bytes)]})
+        phases = {"open": [*BASE, *opened(given.parent, given.stored_bytes)]}
+        if self.calibration_sequences:
+            logits = 4 * CHUNK_TOKENS * given.teacher.vocabulary
+            phases["expected"] = [
+                *BASE,
+                *home(given.teacher),
+                *walk(given.teacher, self.calibration_sequences, given.seq_len),
+                Item("a chunk of logits and its probabilities", device=2 * logits),
+            ]
+        return Account(phases)
 
     def run(self, parent: Path, out: Path, ctx: Context) -> dict[str, float]:
         """Write the checkpoint of the smaller vocabulary. ValueError for a parent that is quantized
@@ -93,14 +112,19 @@ class PruneVocab:
         from compress.quant.codes import check_parent
 
         check_parent(self, parent, "prune")
-        model: Any = load_model(parent)
         self.check_tokenizer(parent)
 
-        # Which tokens stay, by how often text uses them.
+        # Which tokens stay, by how often text uses and the teacher expects them.
         bpe = read_bpe(parent)
-        counts = counts_of(ctx.text(), ctx.vocabulary())
+        usage = self.usage(parent, ctx)
         target = shape.snap(self.ids, self.multiple)
-        kept = kept_ids(bpe.ids, bpe.merges, counts, target, bpe.protected)
+        kept = kept_ids(bpe.ids, bpe.merges, usage, target, bpe.protected)
+        metrics = {"text_growth_fraction": kept.tokens_added / usage.counts.total()}
+        if expected := sum(usage.expected.values()):
+            stays = sum(usage.expected[i] for i in kept.ids)
+            metrics["expected_dropped_fraction"] = 1 - stays / expected
+
+        model: Any = load_model(parent)
 
         # Files first: config.json names the ends by their new ids.
         params = model.num_parameters()
@@ -114,8 +138,26 @@ class PruneVocab:
         return {
             "ids_removed_count": float(len(bpe.ids) - target),
             "params_removed_fraction": 1 - model.num_parameters() / params,
-            "text_growth_fraction": kept.tokens_added / counts.total(),
-        }
+        } | metrics
+
+    def usage(self, parent: Path, ctx: Context) -> Usage:
+        """What decides which of a checkpoint's tokens stay."""
+        from compress.models.checkpoint import load_stored
+        from compress.models.reading import read_in, reading
+        from compress.prune.vocabulary import Usage, expected_counts
+
+        counts = counts_of(ctx.text(), ctx.vocabulary())
+        if not self.calibration_sequences:
+            return Usage(counts, {})
+        teacher = load_stored(ctx.teacher)
+        expected = expected_counts(
+            teacher,
+            read_in(teacher, reading(parent, ctx.teacher)),
+            ctx.calibration(self.calibration_sequences),
+            ctx.precision,
+            lambda line: ctx.log(f"{ctx.label}: {line}"),
+        )
+        return Usage(counts, expected)
 
 
 def counts_of(*texts: Packed | None) -> Counter[int]:

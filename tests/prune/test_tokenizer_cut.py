@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections import Counter
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from compress.prune.tokenizer_cut import read_bpe, renumbered, write_cut
-from compress.prune.vocabulary import kept_ids
+from compress.prune.vocabulary import Usage, kept_ids
 
 WORDS = "the then there other another mother brothers bother bathe lather rather weather whether"
 
@@ -33,7 +34,7 @@ def random_strings(count, seed=0):
 
 def cut(checkpoint, out, keep, counts=None):
     bpe = read_bpe(checkpoint)
-    kept = kept_ids(bpe.ids, bpe.merges, counts or {}, keep, bpe.protected)
+    kept = kept_ids(bpe.ids, bpe.merges, Usage(Counter(counts or {}), {}), keep, bpe.protected)
     out.mkdir()
     return kept.ids, write_cut(checkpoint, out, kept.ids)
 

@@ -10,8 +10,10 @@ import pytest
 from compress.formats.gguf import export_gguf
 from compress.models.checkpoint import read_config
 from compress.prune.tokenizer_cut import read_bpe
+from compress.prune.vocabulary import Usage
 from compress.search.shapes import Family, Shape, shape_of, steps_of
 from compress.search.sizes import Sizes, Skeletons
+from compress.stages.prune_vocab import PruneVocab
 from compress.text.packing import pack
 
 ROWS = {
@@ -34,11 +36,6 @@ def reading(context, checkpoint, folder):
     return dataclasses.replace(
         context, text=lambda: text, calibration=lambda n: text.ids[:n, :-1].long()
     )
-
-
-def counted(context):
-    ids, counts = context.text().ids.unique(return_counts=True)
-    return Counter(dict(zip(ids.tolist(), counts.tolist(), strict=True)))
 
 
 def test_levels_begin_with_the_teacher_and_end_where_text_can_still_be_written(family):
@@ -93,7 +90,8 @@ def test_every_shape_is_made_by_as_few_stages_as_it_needs(family):
 @pytest.mark.parametrize("shape", [(512, 4, 192, 2), (448, 2, 128, 1)])
 def test_parameters_and_bytes_are_those_of_the_real_file(shape, family, context, tmp_path):
     shape = Shape(*shape)
-    skeletons = Skeletons(context.teacher, lambda: counted(context), tmp_path / "skeletons")
+    usage = PruneVocab().usage(context.teacher, context)
+    skeletons = Skeletons(context.teacher, lambda: usage, tmp_path / "skeletons")
     sizes = Sizes(family, skeletons.header_bytes)
 
     # Really cut, stage by stage, and exported: an oracle that knows no formula.
@@ -120,7 +118,7 @@ def test_more_than_ten_blocks_have_longer_names_and_are_still_exact(tiny_teacher
     about = LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
     save_model(LlamaForCausalLM(about), tmp_path / "deep", tokenizer_from=tiny_teacher)
     family = Family(read_config(tmp_path / "deep"), "q8_0", None)
-    skeletons = Skeletons(tmp_path / "deep", Counter, tmp_path / "skeletons")
+    skeletons = Skeletons(tmp_path / "deep", lambda: Usage(Counter(), {}), tmp_path / "skeletons")
     export_gguf(tmp_path / "deep", tmp_path / "model.gguf", "Q8_0")
     size = (tmp_path / "model.gguf").stat().st_size
     assert Sizes(family, skeletons.header_bytes).file_bytes(family.full) == size

@@ -10,6 +10,7 @@ import pytest
 from compress.errors import ResourceError
 from compress.models.checkpoint import read_config
 from compress.models.gguf_header import check_file
+from compress.prune.vocabulary import Usage
 from compress.score.latency import Timing
 from compress.search import speed
 from compress.search.kept import Kept
@@ -81,7 +82,7 @@ def test_too_few_shapes_and_a_busy_machine_are_refused():
 @pytest.fixture
 def bench(tiny_teacher, tmp_path):
     family = Family(read_config(tiny_teacher), "q4_0", None)
-    skeletons = Skeletons(tiny_teacher, Counter, tmp_path / "skeletons")
+    skeletons = Skeletons(tiny_teacher, lambda: Usage(Counter(), {}), tmp_path / "skeletons")
     timing = Timing(8, 3, 1, threads=1)
     kept = Kept(Store(tmp_path / "store"), speed.settings_of(family, timing))
     return speed.Bench(family, skeletons, kept, tmp_path / "files"), timing

@@ -19,6 +19,8 @@ from compress.formats.gguf_tokenizer import PRE_KEY, pre_name
 from compress.models.checkpoint import load_model, model_of, read_config
 from compress.models.reading import reading
 from compress.models.tokenizer import load_tokenizer
+from compress.prune.tokenizer_cut import read_bpe
+from compress.prune.vocabulary import Usage, kept_ids
 from compress.score.scorer import Scorer
 from compress.score.settings import Eval
 from compress.stages.distill import Distill
@@ -59,13 +61,46 @@ def test_tokens_of_more_text_are_counted_beside_those_of_the_training_text(tiny_
     more = Packed(torch.full((4000, 33), rare, dtype=torch.int32), None, "more")
 
     def kept(name, **changes):
-        stage = PruneVocab(ids=384)
+        stage = PruneVocab(ids=384, calibration_sequences=0)
         stage.run(tiny_teacher, tmp_path / name, dataclasses.replace(context, **changes))
         return set(reading(tmp_path / name, tiny_teacher).kept_S.tolist())
 
     alone, both = kept("alone"), kept("both", vocabulary=lambda: more)
     assert rare in both - alone and len(both) == len(alone) == 384
     assert counts_of(context.text(), None, more)[rare] == 4000 * 33
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_the_teacher_expects_counts_also_behind_another_cut(
+    again, tiny_teacher, student, tmp_path
+):
+    parent, ids = (student, 320) if again else (tiny_teacher, 384)
+    context = in_tokens_of(parent, tiny_teacher, tmp_path)
+    few = Packed(context.text().ids[:2], None, "few")
+    context = dataclasses.replace(context, text=lambda: few)
+    alone = PruneVocab(ids=ids, calibration_sequences=0)
+    assert "expected_dropped_fraction" not in alone.run(parent, tmp_path / "alone", context)
+    stage = PruneVocab(ids=ids, calibration_sequences=24)
+    metrics = stage.run(parent, tmp_path / "out", context)
+
+    # By hand: the teacher's probabilities, those of tokens that the parent lacks at their pieces.
+    given_BL = context.calibration(24)
+    fold = reading(parent, tiny_teacher)
+    with torch.no_grad():
+        theirs_BL = fold.kept_S[given_BL] if fold else given_BL
+        expected_V = load_model(tiny_teacher)(theirs_BL).logits.softmax(-1).double().sum((0, 1))
+    if fold:
+        moved_V = expected_V.index_add(0, fold.kept_S[fold.pieces_D], expected_V[fold.dropped_D])
+        expected_V = moved_V[fold.kept_S]
+    usage = Usage(counts_of(context.text(), None), dict(enumerate(expected_V.tolist())))
+    bpe = read_bpe(parent)
+    kept = kept_ids(bpe.ids, bpe.merges, usage, ids, bpe.protected).ids
+
+    assert set(reading(tmp_path / "out", parent).kept_S.tolist()) == set(kept)
+    assert set(reading(tmp_path / "alone", parent).kept_S.tolist()) != set(kept)
+    dropped = 1 - float(expected_V[kept].sum() / expected_V.sum())
+    assert metrics["expected_dropped_fraction"] == pytest.approx(dropped, rel=1e-3)
+    assert metrics["expected_dropped_fraction"] > 0
 
 
 def test_a_pre_tokenizer_that_only_a_hash_tells_is_written_down(
@@ -220,6 +255,8 @@ def test_bytes_and_special_tokens_can_not_be_cut(tiny_teacher, tmp_path, context
         stage.run(tiny_teacher, tmp_path / "out", context)
     with pytest.raises(ValueError, match="prune_vocab.multiple is 0: allowed is 1 or more"):
         PruneVocab(multiple=0)
+    with pytest.raises(ValueError, match="calibration_sequences is -1: allowed is 0 or more"):
+        PruneVocab(calibration_sequences=-1)
 
 
 def test_padding_rows_of_the_embedding_go_first(tiny_teacher, tmp_path, context):

@@ -487,9 +487,13 @@ def summary(rows: dict[str, dict[str, float]], held: list[str]) -> dict[str, Any
     checked = [row for row in rows.values() if "parity_values_differing" in row]
     figures["parity_values_differing"] = sum(row["parity_values_differing"] for row in checked)
     exact = [row for name, row in rows.items() if name in ("F16", "compressed_tensors", "onnx")]
-    figures["parity_kl_float"] = max(row["parity_kl_nats"] for row in exact)
-    figures["parity_kl_int"] = max(row["parity_kl_nats"] for row in checked if row not in exact)
-    figures["parity_top1_beyond_gap"] = min(row["parity_top1_beyond_gap"] for row in checked)
+    rounded = [row for row in checked if row not in exact]
+    for kind, some in (("float", exact), ("int", rounded)):
+        if some:
+            figures[f"parity_kl_{kind}"] = max(row["parity_kl_nats"] for row in some)
+    if checked:
+        sure = min(row["parity_top1_beyond_gap"] for row in checked)
+        figures["parity_top1_beyond_gap"] = sure
     return figures
 
 

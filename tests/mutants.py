@@ -137,6 +137,22 @@ MUTANTS = [
         ("expected or numbers_of(twin), reloaded", "reloaded.tensors(), reloaded"),
     ),
     *of(
+        "prune/vocabulary.py",
+        "prune/test_vocabulary_cut.py",
+        ("weight[i] += count", "weight[i] = count"),
+        ("tokens_added += used[leaf]", "tokens_added += weight[leaf]"),
+        ("weight[ids[part]] += weight[leaf]", "pass"),
+        ("used[ids[part]] += used[leaf]", "pass"),
+        (".softmax(-1).sum(0)", ".softmax(-1).amax(0)"),
+    ),
+    *of(
+        "stages/prune_vocab.py",
+        "stages/test_prune_vocab.py -k expects",
+        ("read_in(teacher, reading(parent, ctx.teacher))", "read_in(teacher, None)"),
+        ("1 - stays / expected", "stays / expected"),
+        ("load_stored(ctx.teacher)", "load_stored(parent)"),
+    ),
+    *of(
         "search/sizes.py",
         "search/test_shapes.py",
         (

@@ -21,8 +21,6 @@ from compress.stages.context import Context
 from compress.stages.stage import Cost, Family, Sizes, cost_without_training
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from compress.memory import Account, Given
     from compress.prune.vocabulary import Usage
     from compress.train.packed import Packed
@@ -34,8 +32,7 @@ class PruneVocab:
 
     ids: int = 32768
     multiple: int = 64
-    # On which the teacher says what else it expects, half of them of data.vocabulary where there is
-    # any; 0: what text uses alone.
+    # Of training text, on which the teacher says what else it expects; 0: what text uses alone.
     calibration_sequences: int = 32
     family: ClassVar[Family] = Family.prune
     leaves_a_grid: ClassVar[bool] = False
@@ -149,30 +146,18 @@ class PruneVocab:
         from compress.models.reading import read_in, reading
         from compress.prune.vocabulary import Usage, expected_counts
 
-        more = ctx.vocabulary()
-        counts = counts_of(ctx.text(), more)
+        counts = counts_of(ctx.text(), ctx.vocabulary())
         if not self.calibration_sequences:
             return Usage(counts, {})
         teacher = load_stored(ctx.teacher)
         expected = expected_counts(
             teacher,
             read_in(teacher, reading(parent, ctx.teacher)),
-            _rows(self.calibration_sequences, ctx, more),
+            ctx.calibration(self.calibration_sequences),
             ctx.precision,
             lambda line: ctx.log(f"{ctx.label}: {line}"),
         )
         return Usage(counts, expected)
-
-
-def _rows(count: int, ctx: Context, more: Packed | None) -> Tensor:
-    """(B, L) ids of so many rows, half of them of the text `more` where there is one."""
-    import torch
-
-    if more is None:
-        return ctx.calibration(count)
-    order = torch.randperm(len(more.ids), generator=torch.Generator().manual_seed(ctx.seed))
-    others_BL = more.ids[order[: count // 2], :-1].long()
-    return torch.cat([ctx.calibration(count - count // 2), others_BL])
 
 
 def counts_of(*texts: Packed | None) -> Counter[int]:

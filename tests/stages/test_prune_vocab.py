@@ -103,28 +103,6 @@ def test_what_the_teacher_expects_counts_also_behind_another_cut(
     assert metrics["expected_dropped_fraction"] > 0
 
 
-def test_half_of_what_the_teacher_is_asked_on_is_the_other_text(
-    tiny_teacher, tmp_path, monkeypatch
-):
-    given = []
-
-    def note(model, head, ids_BL, *rest):
-        given.append(ids_BL)
-        return {}
-
-    monkeypatch.setattr("compress.prune.vocabulary.expected_counts", note)
-    context = make_context(tiny_teacher, tmp_path)
-    more = Packed(torch.arange(40 * 33, dtype=torch.int32).view(40, 33) % 500, None, "more")
-    for vocabulary in (lambda: more, lambda: None):
-        stage = PruneVocab(ids=384, calibration_sequences=9)
-        stage.usage(tiny_teacher, dataclasses.replace(context, vocabulary=vocabulary))
-    both_BL, alone_BL = given
-    assert torch.equal(both_BL[:5], context.calibration(5))
-    others = {tuple(row) for row in both_BL[5:].tolist()}
-    assert len(others) == 4 and others <= {tuple(row[:-1]) for row in more.ids.tolist()}
-    assert torch.equal(alone_BL, context.calibration(9))
-
-
 def test_a_pre_tokenizer_that_only_a_hash_tells_is_written_down(
     tiny_teacher, student, tmp_path, monkeypatch
 ):

@@ -423,7 +423,7 @@ def test_damaged_or_missing_codes_are_refused(tmp_path):
         ValueError,
         match=(
             "a says grid 'q9': known grids are q4_0, iq4_nl, q4_1, q5_0, q8_0, q4_k, q6_k, mxfp4,"
-            " int4_g32"
+            " nvfp4, int4_g32"
         ),
     ):
         codes.load_quantized(tmp_path)

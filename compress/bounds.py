@@ -58,6 +58,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "alpha": (1, 2**20),
     "top": (1, 2**20),
     "file_bytes": (0, 2**60),
+    "bits_per_weight": (0, 32),
     "ffn": (1, 2**24),
     "multiple": (1, 2**24),
     "kv_groups": (1, 2**16),

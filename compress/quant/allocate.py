@@ -7,7 +7,9 @@ independent. Chosen is the minimum of sum_i c_ig under sum_i bytes_ig <= budget:
 knapsack, solved exactly as an integer program (HiGHS, through scipy). Every grid is measured,
 because no error of the weights, weighted by the inputs or not, foretold it: a parent trained from a
 quantized model loses what it learned when it goes back to that model's grid, whose error is the
-smallest (`results/quant/bench.md`). Left out: grids chosen anew after training.
+smallest (`results/quant/bench.md`). The exception is a matrix that still lies on a grid, as in a
+teacher read from a 4-bit file: there it loses nothing. Left out: grids chosen anew after
+training.
 """
 
 import json
@@ -28,6 +30,7 @@ from compress.models.head import head_of
 from compress.models.walk import Walk
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS
+from compress.quant.grids.grid import unmoved
 from compress.quant.settings import BLOCK, GridName
 from compress.store import write_json
 from compress.train.progress import progress
@@ -113,15 +116,16 @@ def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, 
 
 def _damage(name: str, weight: Tensor, grids: list[str], text: _Calibration) -> dict[str, float]:
     """c_ig of one matrix (R, C), alone on each grid, rounded on the device; it is put back as it
-    was.
+    was. 0 on a grid that it lies on already.
     """
     text.reach(name)
     unrounded = weight.clone()
     on_device = unrounded.to(text.walk.device)
     damage = {}
     for grid in grids:
-        weight.copy_(GRIDS[grid].decode(*GRIDS[grid].encode(on_device, name)))
-        damage[grid] = text.divergence(name)
+        rounded = GRIDS[grid].decode(*GRIDS[grid].encode(on_device, name))
+        weight.copy_(rounded)
+        damage[grid] = 0.0 if unmoved(on_device, rounded) else text.divergence(name)
     weight.copy_(unrounded)
     return damage
 

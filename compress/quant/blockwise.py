@@ -94,15 +94,24 @@ class Blockwise:
         """Round one matrix by the method, given its inputs' second moments where they are known."""
         self.put(name, weight, *self.codes_of(name, weight, gram_CC))
 
+    def holds(self, name: str, weight: Tensor) -> bool:
+        """Whether a matrix (R, C) lies on its grid already, as one of a 4-bit teacher may: then it
+        stays as it is.
+        """
+        return bool(GRIDS[self.layout[name]].holds(weight, name))
+
     def codes_of(self, name: str, weight: Any, gram_CC: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes and scales of one matrix (R, C) by the method."""
         grid = GRIDS[self.layout[name]]
-        if gram_CC is not None and self.method == "gptq":
-            search = self.search and grid.searches
+        search = self.search and grid.searches
+        stays = (search or self.method == "gptq") and self.holds(name, weight)
+        if gram_CC is not None and self.method == "gptq" and not stays:
             return gptq(weight, gram_CC, grid, self.damping, search, name)
-        if self.search and grid.searches:
+        if search and not stays:
             scales = grid.search(weight, None if gram_CC is None else gram_CC.diagonal(), name)
             return grid.codes(weight, scales), scales
+
+        # By plain rounding, from which a matrix that lies on the grid comes back as it is.
         parts = [grid.encode(part, name) for part in weight.split(_rows_at_once(weight))]
         codes, scales = map(torch.cat, zip(*parts, strict=True))
         return codes, scales
@@ -203,18 +212,24 @@ class Blockwise:
         block = walk.blocks[index]
         row = row_of_block(row, block)
         groups = groups_of(row, block, head_dim(self.model.config))
+        held = [self._held(prefix, group) for group in groups]
 
-        # All groups are balanced, each measured on the weights as they are.
+        # All groups are balanced, each measured on the weights as they are; one of which a matrix
+        # lies on its grid would leave it.
         if self.balance != "none":
-            foldable = [group for group in groups if group.maker is not None]
+            foldable = [
+                group
+                for group, stays in zip(groups, held, strict=True)
+                if group.maker is not None and not any(stays)
+            ]
             for group, received in zip(foldable, _received(walk, index, foldable), strict=True):
                 name = f"{prefix}{next(iter(group.readers))}.weight"
                 fold(group, awq_scales(group, received, GRIDS[self.layout[name]], name))
 
         # Then rounded one after the other, each behind those before it.
-        for group in groups:
+        for group, stays in zip(groups, held, strict=True):
             gram_CC = None
-            if self.method == "gptq" or self.search:
+            if (self.method == "gptq" or self.search) and not all(stays):
                 gram_CC = _received(walk, index, [group])[0].gram_CC
             for name, reader in group.readers.items():
                 self.round(f"{prefix}{name}.weight", reader.weight, gram_CC)
@@ -224,6 +239,13 @@ class Blockwise:
             stacks = Stacks(walk, index, row, mixture, self.floor_tokens)
             self.tokens[index] = stacks.tokens_E
             self._experts(prefix, row, block, stacks)
+
+    def _held(self, prefix: str, group: Group) -> list[bool]:
+        """Of each matrix of a group whether it lies on its grid already."""
+        return [
+            self.holds(f"{prefix}{name}.weight", reader.weight)
+            for name, reader in group.readers.items()
+        ]
 
     def _experts(self, prefix: str, row: Row, block: Any, stacks: Stacks) -> None:
         """Balance and round the experts of one block: gates and ups, then what they send down."""
@@ -308,6 +330,8 @@ def _received(walk: Walk, index: int, groups: list[Group]) -> list[Inputs]:
     """What each group of a block receives. Readers of a group receive the same: one of them is
     listened to.
     """
+    if not groups:
+        return []
     received = [Inputs() for _ in groups]
     readers = [next(iter(group.readers)) for group in groups]
     takers = [inputs.add for inputs in received]

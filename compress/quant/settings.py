@@ -78,10 +78,11 @@ LEARNED = tuple(grid for grid in SEARCHED if PROPERTIES[grid].learned)
 @dataclass
 class Allocation:
     """A grid for every matrix (`compress/quant/allocate.py`), so that the GGUF, type MIXED, has at
-    most `file_bytes`; 0: one grid for all.
+    most `file_bytes`, or its matrices `bits_per_weight` on average; both 0: one grid for all.
     """
 
     file_bytes: int = 0
+    bits_per_weight: float = 0.0
     grids: list[GridName] = field(
         default_factory=lambda: [
             GridName.q4_0,
@@ -96,10 +97,28 @@ class Allocation:
 
     def __post_init__(self) -> None:
         wrong = [grid.value for grid in self.grids if grid.startswith("int")]
-        if self.file_bytes < 0 or self.calibration_sequences < 1 or not self.grids or wrong:
+        least = min(self.file_bytes, self.bits_per_weight, self.calibration_sequences - 1)
+        if least < 0 or not self.grids or wrong:
             raise ValueError(
-                f"allocate.file_bytes={self.file_bytes},"
+                f"allocate.file_bytes={self.file_bytes}, bits_per_weight={self.bits_per_weight},"
                 f" calibration_sequences={self.calibration_sequences},"
-                f" grids={[g.value for g in self.grids]}: bytes from 0, sequences from 1, and at"
-                " least one grid, each of llama.cpp's: a GGUF alone may mix them"
+                f" grids={[g.value for g in self.grids]}: bytes and bits from 0, sequences from 1,"
+                " and at least one grid, each of llama.cpp's: a GGUF alone may mix them"
             )
+        if self.file_bytes and self.bits_per_weight:
+            raise ValueError(
+                f"allocate.file_bytes={self.file_bytes} and"
+                f" allocate.bits_per_weight={self.bits_per_weight} limit the same file; leave one"
+                " of them at 0"
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether every matrix gets a grid of its own."""
+        return bool(self.file_bytes or self.bits_per_weight)
+
+    def matrix_bytes(self, weights: int, overhead_bytes: int) -> int:
+        """What so many weights may take, in a file with so many bytes besides."""
+        if self.bits_per_weight:
+            return int(self.bits_per_weight * weights / 8)
+        return self.file_bytes - overhead_bytes

@@ -58,7 +58,7 @@ class OnGrid:
         """ValueError when the grid, or a stage without training, has no such scales; of a mixture
         one grid that has them is enough.
         """
-        grids = set(self.allocate.grids) if self.allocate.file_bytes else {self.grid}
+        grids = set(self.allocate.grids) if self.allocate.mixes else {self.grid}
         having = LEARNED if self.scales == Scales.learned else SEARCHED
         if self.scales != Scales.round and not grids & set(having):
             raise ValueError(
@@ -118,11 +118,11 @@ class OnGrid:
     @property
     def layout_name(self) -> str:
         """What the stage's checkpoint is on: the grid, or "mixed"."""
-        return "mixed" if self.allocate.file_bytes else self.grid.value
+        return "mixed" if self.allocate.mixes else self.grid.value
 
     def layout(self, model: Any, parent: Path, ctx: Context) -> dict[str, str]:
-        """The grid of every matrix of an fp32 model. ValueError when `allocate.file_bytes` is
-        below the smallest possible file.
+        """The grid of every matrix of an fp32 model. ValueError when `allocate` asks for less
+        than the smallest possible file.
         """
         from compress.keys import sources_digest
         from compress.models.checkpoint import best_device, weights_digest
@@ -132,7 +132,7 @@ class OnGrid:
         # What no grid can hold stays, and is told by its names in a block.
         if stays := {re.sub(r"\.\d+\.", ".*.", name) for name in unquantized(model)}:
             ctx.log(f"{ctx.label}: stays in fp32: {', '.join(sorted(stays))}")
-        if not self.allocate.file_bytes:
+        if not self.allocate.mixes:
             return dict.fromkeys(quantizable(model), self.grid.value)
 
         # What each matrix would lose on each grid, then the best mixture that fits the bytes. It is
@@ -149,16 +149,17 @@ class OnGrid:
             f"{ctx.label}, damage of each matrix",
             ctx.log,
         )
-        return choose(damages, self.allocate.file_bytes - ctx.file_overhead(parent))
+        weights = sum(matrix.weight.numel() for matrix in quantizable(model).values())
+        return choose(damages, self.allocate.matrix_bytes(weights, ctx.file_overhead(parent)))
 
     def allocation_rows(self) -> int:
         """Rows on which the damage of each matrix is measured."""
-        return self.allocate.calibration_sequences if self.allocate.file_bytes else 0
+        return self.allocate.calibration_sequences if self.allocate.mixes else 0
 
     @property
     def finest_grid(self) -> GridName:
         """The grid, or of a mixture the one with the shortest blocks."""
-        grids = self.allocate.grids if self.allocate.file_bytes else [self.grid]
+        grids = self.allocate.grids if self.allocate.mixes else [self.grid]
         return min(grids, key=lambda name: BLOCK[name])
 
     def check_matrices(self, model: Any) -> None:
@@ -253,9 +254,9 @@ class Ptq(OnGrid):
             given.seq_len,
             balance=self.balance != Balance.none,
             gptq=self.method == Method.gptq,
-            stored_bytes=4 if self.allocate.file_bytes else given.stored_bytes,
+            stored_bytes=4 if self.allocate.mixes else given.stored_bytes,
         )
-        if self.allocate.file_bytes:
+        if self.allocate.mixes:
             account.phases["open"] = [*BASE, *opened(given.parent, given.stored_bytes)]
         return account
 
@@ -283,7 +284,7 @@ class Ptq(OnGrid):
 
         check_parent(self, parent, "round")
         # A mixture of grids is measured with one matrix of the whole model changed at a time.
-        model = load_model(parent) if self.allocate.file_bytes else load_stored(parent)
+        model = load_model(parent) if self.allocate.mixes else load_stored(parent)
         layout = self.layout(model, parent, ctx)
 
         # Round: by the calibration text, block by block, or each matrix by itself.

@@ -183,7 +183,7 @@ class Qat(Optimization, OnGrid):
         sequences = self.sequences(ctx.seq_len)
         learned_from = ctx.teacher if self.learn_from is LearnFrom.teacher else parent
         vocabulary = common_vocabulary(parent, learned_from)
-        reads_weights = self.calibrated or self.allocate.file_bytes
+        reads_weights = self.calibrated or self.allocate.mixes
         model = load_model(parent) if reads_weights else open_student(parent, ctx)
         scales_alone = self.train is Trained.scales
         frozen = self.rank > 0 or scales_alone

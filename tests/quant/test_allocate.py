@@ -69,6 +69,17 @@ def test_the_cost_is_the_kl_of_one_matrix_on_one_grid_and_the_model_stays_as_it_
         options(model, ids, ["q4_k", "q6_k"], tmp_path / "kept.json", "label", lambda line: None)
 
 
+def test_a_matrix_that_lies_on_a_grid_loses_nothing_there(tmp_path):
+    model, ids = _model(), torch.arange(24)[None]
+    first, *others = quantizable(model)
+    with torch.no_grad():
+        held = model.get_parameter(first)
+        held.copy_(GRIDS["q4_1"].decode(*GRIDS["q4_1"].encode(held.clone())))
+    made = options(model, ids, ["q4_0", "q4_1"], tmp_path / "kept.json", "label", lambda line: None)
+    assert made[first]["q4_1"][0] == 0 < made[first]["q4_0"][0]
+    assert all(made[name]["q4_1"][0] > 0 for name in others)
+
+
 def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
     kept = tmp_path / "kept.json"
     names = list(quantizable(_model()))
@@ -188,6 +199,29 @@ def test_a_stage_meets_the_byte_budget_with_a_mixture(tiny_teacher, tmp_path, te
         )
 
 
+def test_a_mixture_meets_a_limit_in_bits_whatever_the_size_of_the_model(tiny_teacher, tmp_path):
+    from compress.models.checkpoint import load_model
+    from compress.quant.settings import Allocation, GridName
+    from compress.stages.ptq import Ptq
+
+    grids = [GridName.q4_0, GridName.q8_0]
+    model = load_model(tiny_teacher)
+    context = make_context(tiny_teacher, tmp_path)
+    weights = {name: matrix.weight.numel() for name, matrix in quantizable(model).items()}
+    bits = {}
+    for limit in (4.5, 6.0, 8.5):
+        allocate = Allocation(bits_per_weight=limit, grids=grids)
+        layout = Ptq(allocate=allocate).layout(model, tiny_teacher, context)
+        total = sum(weights[name] * GRIDS[grid].bits_per_weight for name, grid in layout.items())
+        bits[limit] = total / sum(weights.values())
+    assert bits[4.5] == 4.5 and 5.0 < bits[6.0] <= 6.0 and bits[8.5] == 8.5
+    with pytest.raises(ValueError, match=r"take at least .* bytes on the grids given"):
+        allocate = Allocation(bits_per_weight=4.4, grids=grids)
+        Ptq(allocate=allocate).layout(model, tiny_teacher, context)
+    with pytest.raises(ValueError, match="limit the same file; leave one of them at 0"):
+        Allocation(file_bytes=10**6, bits_per_weight=5)
+
+
 def test_a_mixture_is_of_llama_cpps_grids_and_ships_as_mixed_only():
     from compress.errors import ConfigError
     from compress.formats import check_grid
@@ -195,6 +229,7 @@ def test_a_mixture_is_of_llama_cpps_grids_and_ships_as_mixed_only():
 
     for wrong in (
         {"file_bytes": -1},
+        {"bits_per_weight": -1},
         {"grids": []},
         {"grids": [GridName.int8]},
         {"calibration_sequences": 0},

@@ -29,6 +29,8 @@ from torch import Tensor
 
 GRAIN = 32_768  # elements of one piece
 HALVINGS = 10  # of the way from a code's value to a weight, to find where the code ends
+FIRST_ROWS = 8  # of a matrix, which tell in no time that it does not lie on a grid
+UNMOVED = 1e-6  # squared error beside the squares that rounding scales to fp16 may leave
 CELL_MARGIN = 0.2  # of that way a weight stays clear of the end, or a first step would cross it
 
 
@@ -47,6 +49,11 @@ def ratio(x: Tensor | float, d: Tensor) -> Tensor:
 def inverse(d: Tensor) -> Tensor:
     """1 / d, and 0 where that is not finite."""
     return ratio(1.0, d)
+
+
+def unmoved(before: Tensor, after: Tensor) -> bool:
+    """Whether a rounded matrix is what it was but for the rounding of scales: UNMOVED."""
+    return bool((after - before).square().sum() <= UNMOVED * before.square().sum())
 
 
 class Grid:
@@ -168,6 +175,16 @@ class Grid:
 
         self._each(work, w.detach().float(), codes, scales)
         return codes, scales
+
+    def holds(self, w: Tensor, name: str = "weight") -> bool:
+        """Whether a matrix (R, C) lies on this grid already, as one that was read from a file on it
+        does: plain rounding moves it by no more than the rounding of its scales. False on grids
+        whose plain rounding does not find the scales again (iq4_nl, int4_asym).
+        """
+        w = w.detach().float()
+        return all(
+            unmoved(rows, self.decode(*self.encode(rows, name))) for rows in (w[:FIRST_ROWS], w)
+        )
 
     def trial(self, w: Tensor, name: str = "weight") -> Tensor:
         """fp32 (R, C) -> what it decodes to after plain rounding, or on grids where that takes

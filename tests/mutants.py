@@ -525,6 +525,31 @@ MUTANTS = [
         "if False:\n                made",
         "stages/test_qat.py -k every_weight_as_near",
     ),
+    *of(
+        "quant/grids/grid.py",
+        "quant/test_grids.py -k holds",
+        ("for rows in (w[:FIRST_ROWS], w)", "for rows in (w[:FIRST_ROWS],)"),
+        ("UNMOVED * before.square().sum()", "0.01 * before.square().sum()"),
+    ),
+    *of(
+        "quant/blockwise.py",
+        "quant/test_blockwise.py",
+        ("and not any(stays)", "and not all(stays)"),
+        ("if search and not stays:", "if search:"),
+        ('self.method == "gptq" and not stays:', 'self.method == "gptq" and gram_CC.any():'),
+    ),
+    *of(
+        "quant/settings.py",
+        "quant/test_allocate.py -k bits",
+        ("int(self.bits_per_weight * weights / 8)", "int(self.bits_per_weight * weights / 7)"),
+        ("if self.file_bytes and self.bits_per_weight:", "if False:"),
+    ),
+    Mutant(
+        "quant/allocate.py",
+        "0.0 if unmoved(on_device, rounded) else text.divergence(name)",
+        "text.divergence(name)",
+        "quant/test_allocate.py -k lies",
+    ),
     Mutant(
         "pipeline.py",
         "sign_bundle(bundle, Path(key).expanduser())",

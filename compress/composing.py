@@ -81,6 +81,16 @@ def expand_teacher(arguments: list[str]) -> list[str]:
     return expanded
 
 
+def expand_sources(arguments: list[str]) -> list[str]:
+    """`data.train=...` without `data.weights=...` takes all documents alike: weights in the recipe
+    are those of its own sources.
+    """
+    keys = {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    if "data.train" in keys and "data.weights" not in keys:
+        return [*arguments, "data.weights=[]"]
+    return arguments
+
+
 def trust_hydra() -> None:
     """Make configs/ findable, and disable the resolver that reads the environment."""
 

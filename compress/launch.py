@@ -27,6 +27,7 @@ from compress.composing import (
     check_composed,
     check_keys,
     compose,
+    expand_sources,
     expand_teacher,
     explain,
     in_time,
@@ -106,7 +107,7 @@ def without_recipe(overrides: list[str]) -> dict[str, Any]:
             composed = compose(
                 "base",
                 configs_dir(),
-                [*expand_teacher(overrides), "+stages.nothing={}", "pipeline=[]"],
+                [*expand_sources(expand_teacher(overrides)), "+stages.nothing={}", "pipeline=[]"],
             )
             with open_dict(composed):
                 composed.pop("hydra", None)
@@ -135,7 +136,7 @@ def launch(recipe: str, arguments: list[str], task: Callable[[Any, Path, list[st
     """
     arguments = flags_first(arguments)
     folder, user_dir = check_arguments(recipe, arguments)
-    arguments = expand_teacher(arguments)
+    arguments = expand_sources(expand_teacher(arguments))
     codes = [0]
     failures: list[Exception] = []
 

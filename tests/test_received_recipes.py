@@ -470,6 +470,19 @@ def test_a_teachers_path_may_hold_any_character(name):
         assert Teacher(path).source == path
 
 
+def test_weights_are_those_of_the_sources_that_they_came_with(ran):
+    Path("a.txt").write_text("text\n")
+    given = "data.train=[a.txt]"
+    for recipe, more in (
+        ("demo", []),
+        ("demo", [given]),
+        ("demo", [given, "data.weights=[2]"]),
+        ("mini", [f"++{given}"]),
+    ):
+        assert main(["run", recipe, *more]) == 0
+    assert [recipe.data.weights for recipe in ran] == [[3, 1], [], [2], []]
+
+
 def test_a_folder_of_recipes_may_have_an_apostrophe(ran):
     folder = Path("o'brien ${x}")
     folder.mkdir()

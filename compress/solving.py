@@ -109,6 +109,9 @@ def _file(options: Any) -> Path:
 
 def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: Path) -> None:
     """Search, print and write the recipe."""
+    from compress.threads import give_way
+
+    give_way()  # before torch is imported
     from compress.config import Recipe
     from compress.formats.settings import Export
     from compress.launch import without_recipe

@@ -68,6 +68,9 @@ def run(arguments: list[str]) -> int:
     from compress.launch import launch
 
     def task(recipe: Any, run_dir: Path, command: list[str]) -> int:
+        from compress.threads import give_way
+
+        give_way()  # before torch is imported
         from compress import pipeline
 
         if "--plan" in arguments:

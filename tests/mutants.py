@@ -550,6 +550,13 @@ MUTANTS = [
         "text.divergence(name)",
         "quant/test_allocate.py -k lies",
     ),
+    *of(
+        "threads.py",
+        "test_threads.py",
+        ("if cpu in allowed", "if cpu not in allowed"),
+        ("if busy >= BUSY_CPUS:", "if True:"),
+        ('os.environ.setdefault("OMP_WAIT_POLICY", "passive")', "pass"),
+    ),
     Mutant(
         "pipeline.py",
         "sign_bundle(bundle, Path(key).expanduser())",

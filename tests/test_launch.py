@@ -74,7 +74,7 @@ def test_the_vocabulary_is_complete():
     assert not counts.pop("tasks") and not counts.pop("open") and not counts.pop("conversations")
     assert counts == {
         "budget": 5,
-        "data": 5,
+        "data": 6,
         "eval": 4,
         "export": 16,
         "stage": 10,

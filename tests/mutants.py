@@ -535,8 +535,7 @@ MUTANTS = [
         "quant/blockwise.py",
         "quant/test_blockwise.py",
         ("and not any(stays)", "and not all(stays)"),
-        ("if search and not stays:", "if search:"),
-        ('self.method == "gptq" and not stays:', 'self.method == "gptq" and gram_CC.any():'),
+        ("and not all(stays):", "and not any(stays):"),
     ),
     *of(
         "quant/settings.py",

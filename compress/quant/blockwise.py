@@ -94,24 +94,15 @@ class Blockwise:
         """Round one matrix by the method, given its inputs' second moments where they are known."""
         self.put(name, weight, *self.codes_of(name, weight, gram_CC))
 
-    def holds(self, name: str, weight: Tensor) -> bool:
-        """Whether a matrix (R, C) lies on its grid already, as one of a 4-bit teacher may: then it
-        stays as it is.
-        """
-        return bool(GRIDS[self.layout[name]].holds(weight, name))
-
     def codes_of(self, name: str, weight: Any, gram_CC: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes and scales of one matrix (R, C) by the method."""
         grid = GRIDS[self.layout[name]]
-        search = self.search and grid.searches
-        stays = (search or self.method == "gptq") and self.holds(name, weight)
-        if gram_CC is not None and self.method == "gptq" and not stays:
+        if gram_CC is not None and self.method == "gptq":
+            search = self.search and grid.searches
             return gptq(weight, gram_CC, grid, self.damping, search, name)
-        if search and not stays:
+        if self.search and grid.searches:
             scales = grid.search(weight, None if gram_CC is None else gram_CC.diagonal(), name)
             return grid.codes(weight, scales), scales
-
-        # By plain rounding, from which a matrix that lies on the grid comes back as it is.
         parts = [grid.encode(part, name) for part in weight.split(_rows_at_once(weight))]
         codes, scales = map(torch.cat, zip(*parts, strict=True))
         return codes, scales
@@ -226,7 +217,8 @@ class Blockwise:
                 name = f"{prefix}{next(iter(group.readers))}.weight"
                 fold(group, awq_scales(group, received, GRIDS[self.layout[name]], name))
 
-        # Then rounded one after the other, each behind those before it.
+        # Then rounded one after the other, each behind those before it; where all lie on their
+        # grids no text is needed.
         for group, stays in zip(groups, held, strict=True):
             gram_CC = None
             if (self.method == "gptq" or self.search) and not all(stays):
@@ -241,10 +233,12 @@ class Blockwise:
             self._experts(prefix, row, block, stacks)
 
     def _held(self, prefix: str, group: Group) -> list[bool]:
-        """Of each matrix of a group whether it lies on its grid already."""
+        """Of each matrix of a group whether it lies on its grid already, as those of a 4-bit
+        teacher may.
+        """
+        names = {f"{prefix}{name}.weight": reader for name, reader in group.readers.items()}
         return [
-            self.holds(f"{prefix}{name}.weight", reader.weight)
-            for name, reader in group.readers.items()
+            GRIDS[self.layout[name]].holds(reader.weight, name) for name, reader in names.items()
         ]
 
     def _experts(self, prefix: str, row: Row, block: Any, stacks: Stacks) -> None:

@@ -13,7 +13,7 @@ import torch
 from conftest import make_context
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress.quant.allocate import choose, options
+from compress.quant.allocate import _Calibration, choose, options
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS
 
@@ -69,14 +69,23 @@ def test_the_cost_is_the_kl_of_one_matrix_on_one_grid_and_the_model_stays_as_it_
         options(model, ids, ["q4_k", "q6_k"], tmp_path / "kept.json", "label", lambda line: None)
 
 
-def test_a_matrix_that_lies_on_a_grid_loses_nothing_there(tmp_path):
+def test_a_matrix_that_lies_on_a_grid_loses_nothing_there_and_is_not_measured(
+    tmp_path, monkeypatch
+):
     model, ids = _model(), torch.arange(24)[None]
     first, *others = quantizable(model)
     with torch.no_grad():
         held = model.get_parameter(first)
         held.copy_(GRIDS["q4_1"].decode(*GRIDS["q4_1"].encode(held.clone())))
+    measured, divergence = [], _Calibration.divergence
+    monkeypatch.setattr(
+        _Calibration,
+        "divergence",
+        lambda self, name: measured.append(name) or divergence(self, name),
+    )
     made = options(model, ids, ["q4_0", "q4_1"], tmp_path / "kept.json", "label", lambda line: None)
     assert made[first]["q4_1"][0] == 0 < made[first]["q4_0"][0]
+    assert measured.count(first) == 1 and all(measured.count(name) == 2 for name in others)
     assert all(made[name]["q4_1"][0] > 0 for name in others)
 
 

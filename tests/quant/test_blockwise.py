@@ -64,3 +64,8 @@ def test_what_lies_on_its_grid_stays_and_its_group_is_not_folded(tmp_path, metho
     norms = [f"model.layers.{i}.input_layernorm.weight" for i in (0, 1)]
     assert torch.equal(after[norms[0]], before[norms[0]])
     assert not torch.equal(after[norms[1]], before[norms[1]])
+
+    # What stands beside it in its group is rounded by what it receives all the same.
+    beside, grid = HELD.replace("v_proj", "q_proj"), GRIDS["iq4_nl"]
+    by_itself = grid.codes(before[beside], grid.search(before[beside]))
+    assert not torch.equal(work.made[beside].codes, by_itself)

@@ -11,6 +11,7 @@ from compress.budget import LIMIT_METRICS, Limit
 from compress.command_line import Parser
 from compress.errors import EXIT_OK, ConfigError, nearest
 from compress.quant.settings import GridName
+from compress.threads import give_way
 
 # Grids with an option of configs/export/ of their own.
 GRIDS = [grid for grid in GridName if not grid.startswith("int")]
@@ -109,8 +110,6 @@ def _file(options: Any) -> Path:
 
 def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: Path) -> None:
     """Search, print and write the recipe."""
-    from compress.threads import give_way
-
     give_way()  # before torch is imported
     from compress.config import Recipe
     from compress.formats.settings import Export

@@ -8,6 +8,7 @@ from compress import budget
 from compress.assets import configs_dir, recipes_dir
 from compress.command_line import Parser
 from compress.errors import EXIT_BUDGET, EXIT_OK, ConfigError, ResourceError
+from compress.threads import give_way
 
 HELP = """\
 compress: turn a teacher language model into a student that fits a budget,
@@ -68,8 +69,6 @@ def run(arguments: list[str]) -> int:
     from compress.launch import launch
 
     def task(recipe: Any, run_dir: Path, command: list[str]) -> int:
-        from compress.threads import give_way
-
         give_way()  # before torch is imported
         from compress import pipeline
 

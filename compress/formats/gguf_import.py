@@ -202,10 +202,10 @@ def join(parts: Sequence[Path], out: Path) -> None:
     """Writes the model of several files as one."""
     import gguf
 
-    from compress.models.gguf_header import read_fields
+    from compress.models.gguf_header import read_fields, read_header
 
     first = gguf.GGUFReader(parts[0])
-    family = read_fields(parts[0])[0]["general.architecture"]
+    family = read_header(parts[0]).fields["general.architecture"]
     writer = gguf.GGUFWriter(out, family)
     for name, field in first.fields.items():
         if name.startswith(("GGUF.", "split.")) or name == "general.architecture":

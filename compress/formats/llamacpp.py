@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -377,21 +378,21 @@ def speaker(gguf: Path, threads: int, context: int, together: int, device: str) 
 
 def has_template(gguf: Path) -> bool:
     """Whether a chat template is in its metadata."""
-    from compress.models.gguf_header import read_fields
+    from compress.models.gguf_header import read_header
 
-    return bool(read_fields(gguf)[0].get("tokenizer.chat_template"))
+    return bool(read_header(gguf).fields.get("tokenizer.chat_template"))
 
 
 def context_tokens(gguf: Path) -> int | None:
     """As its metadata say."""
-    from compress.models.gguf_header import read_fields
+    from compress.models.gguf_header import read_header
 
-    fields, _ = read_fields(gguf)
+    fields = read_header(gguf).fields
     return fields.get(f"{fields['general.architecture']}.context_length")
 
 
 def params_and_files(gguf: Path) -> tuple[int, list[Path]]:
     """Elements of its tensors, and the file itself."""
-    from compress.models.gguf_header import read_fields
+    from compress.models.gguf_header import read_header
 
-    return sum(int(tensor.n_elements) for tensor in read_fields(gguf)[1]), [gguf]
+    return sum(math.prod(shape) for shape in read_header(gguf).tensors.values()), [gguf]

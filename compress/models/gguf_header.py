@@ -9,6 +9,7 @@ Layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, lit
 import math
 import mmap
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,6 +276,22 @@ def check_file(file: Path) -> Header:
             f"{AGAIN}, or join its parts"
         )
     return header
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """Metadata of a GGUF as `read_fields` gives them, arrays whole, kept of the two files read
+    last: a large vocabulary takes a second. ValueError as `read_header`.
+    """
+    if not file.is_file():
+        read_header(file)  # refuses it
+    stat = file.stat()
+    return dict(_metadata(file.resolve(), stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+@lru_cache(maxsize=2)
+def _metadata(file: Path, *written: int) -> dict[str, Any]:
+    """Of a file as it was written."""
+    return read_fields(file)[0]
 
 
 def read_fields(file: Path) -> tuple[dict[str, Any], list[Any]]:

@@ -51,9 +51,9 @@ def of_tokenizer(tokenizer: Any) -> Vocabulary:
 
 def of_gguf(file: Path) -> Vocabulary:
     """The vocabulary inside a GGUF, without what only fills it up."""
-    from compress.models.gguf_header import read_fields
+    from compress.models.gguf_header import read_metadata
 
-    fields = read_fields(file)[0]
+    fields = read_metadata(file)
     tokens = fields.get("tokenizer.ggml.tokens", [])
     kinds = fields.get("tokenizer.ggml.token_type", [0] * len(tokens))
     rules = [_merge(rule) for rule in fields.get("tokenizer.ggml.merges", [])]

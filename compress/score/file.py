@@ -14,7 +14,7 @@ from typing import Any
 
 from compress.formats.gguf_head import gguf_head
 from compress.formats.llamacpp import LlamaCpp, context_tokens
-from compress.models.gguf_header import read_fields
+from compress.models.gguf_header import read_metadata
 from compress.models.model import Model
 from compress.score.intervals import Scores, accuracy, perplexities
 from compress.score.latency import Timing
@@ -34,7 +34,7 @@ class GgufWording:
     """Texts as token ids, by llama.cpp's tokenizer and the chat template in the file."""
 
     def __init__(self, server: LlamaCpp) -> None:
-        fields = read_fields(server.gguf)[0]
+        fields = read_metadata(server.gguf)
         self.server = server
         self.templated = bool(fields.get("tokenizer.chat_template"))
 

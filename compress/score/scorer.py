@@ -29,7 +29,7 @@ from compress.formats.gguf_tokenizer import read_tokenizer
 from compress.formats.runtimes import runtime_of
 from compress.keys import sources_digest
 from compress.models.checkpoint import Model, best_device, load_model
-from compress.models.gguf_header import read_fields
+from compress.models.gguf_header import read_metadata
 from compress.models.reading import read_in, reading
 from compress.models.tokenizer import load_tokenizer
 from compress.models.vocabulary import check_same
@@ -188,7 +188,7 @@ class Scorer:
         folder = self._rebuilt.path / model.digest[:32]
         if not folder.is_dir():
             folder.mkdir()
-            read_tokenizer(read_fields(model.path)[0], folder)
+            read_tokenizer(read_metadata(model.path), folder)
         return folder
 
     def compare(self, student: Measured, reference: Measured) -> Scores:

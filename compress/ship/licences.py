@@ -66,9 +66,9 @@ def own_words(checkpoint: Path, gguf: Path | None) -> dict[str, Any]:
     """
     said: dict[str, Any] = {}
     if gguf is not None and gguf.is_file():
-        from compress.models.gguf_header import read_fields
+        from compress.models.gguf_header import read_metadata
 
-        fields = read_fields(gguf)[0]
+        fields = read_metadata(gguf)
         said = {"licence": fields.get("general.license"), "languages": fields.get(LANGUAGES)}
     elif (card := checkpoint / CARD).is_file() and card.stat().st_size <= CARD_BYTES:
         said = _front_matter(card)

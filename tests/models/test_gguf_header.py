@@ -15,7 +15,7 @@ import pytest
 
 from compress.formats.gguf import export_gguf
 from compress.models.checkpoint import model_of
-from compress.models.gguf_header import check_file, read_fields, read_header
+from compress.models.gguf_header import check_file, read_fields, read_header, read_metadata
 from compress.score.size import size
 from compress.store import Store
 from compress.teacher import check_importable, import_gguf, open_teacher
@@ -238,3 +238,19 @@ def test_whole_files_pass(whole, tmp_path):
     for file in (tmp_path / "out").iterdir():
         (named / file.name).write_bytes(file.read_bytes())
     assert open_teacher(str(named), None, Store(tmp_path / "store"), print).path == named
+
+
+def test_metadata_that_are_kept_are_those_of_the_file_as_it_is(tmp_path):
+    file = written(tmp_path / "m.gguf")
+    first = read_metadata(file)
+    assert first == read_fields(file)[0] and first["tokenizer.ggml.tokens"] == ["a", "b", "ab"]
+
+    # A caller's changes are its own, and what is written over the file is read.
+    first.clear()
+    assert read_metadata(file)["llama.context_length"] == 64
+    size_before = file.stat().st_size
+    written(file, numbers={"context_length": 128})
+    assert file.stat().st_size == size_before
+    assert read_metadata(file)["llama.context_length"] == 128
+    with pytest.raises(ValueError, match="no such GGUF file"):
+        read_metadata(tmp_path / "absent.gguf")

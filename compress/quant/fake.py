@@ -165,20 +165,9 @@ class Snapped:
             blocks = (t.reshape(t.numel() // length, length) for t in (grad, values.float()))
             return [None, torch.linalg.vecdot(*blocks).view(len(grad), -1), None, None]
 
-        # dL/dw: what comes in, where no code was clamped.
-        w = self.master()
         _, _, a, b = self.local_parts()
-        inside = self.grid.unclipped(w, self.scales, grad) if len(w) else grad
-
-        # Of a block's log scale: g . w_q where s multiplies, less g . w where s divides unclamped.
-        shift = None
-        if needed[1]:
-            grad_blocks, value_blocks, inside_blocks, w_blocks = (
-                t.reshape(t.numel() // length, length) for t in (grad, values.float(), inside, w)
-            )
-            shift = torch.linalg.vecdot(grad_blocks, value_blocks)
-            shift = (shift - torch.linalg.vecdot(inside_blocks, w_blocks)).view(len(w), -1)
-
+        learned = values if needed[1] else None
+        inside, shift = self.grid.gradients(self.master(), self.scales, grad, learned)
         low = (None, None) if a is None else (b.flatten(0, -2).T @ inside, inside @ a.T)
         return [inside if needed[0] else None, shift, *low]
 

@@ -226,17 +226,30 @@ class Grid:
 
         self._each(work, w.detach(), scales, values)
 
-    def unclipped(self, w: Tensor, scales: Tensor, grad: Tensor) -> Tensor:
-        """`grad` (R, C) where rounding (w - floor) / step stays inside the range of codes, 0
-        elsewhere.
+    def gradients(
+        self, w: Tensor, scales: Tensor, grad: Tensor, values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """From `grad`, of what `snap` gives, (R, C), to that of w: `grad` where rounding (w -
+        floor) / step stays inside the range of codes, 0 elsewhere; and with those `values` to that
+        of the log of each block's scale (R, C / block), in one pass over memory.
+
+        A scale multiplies codes and divides weights: g . value of the block, less g . w where no
+        code was clamped.
         """
         passed = w.new_empty(w.shape)
+        moved = (
+            None if values is None else w.new_empty(len(w), w.shape[1] // self.length(w.shape[1]))
+        )
 
-        def work(x: Tensor, stored: Tensor, g: Tensor, out: Tensor) -> None:
+        def work(x: Tensor, stored: Tensor, g: Tensor, out: Tensor, *learned: Tensor) -> None:
             torch.mul(g, self.inside(self._quotient(x, *self.levels(stored))).flatten(1), out=out)
+            if learned:
+                value, shift = learned
+                shift[:, 0] = torch.linalg.vecdot(g, value.float()) - torch.linalg.vecdot(out, x)
 
-        self._each(work, w.detach(), scales, grad, passed)
-        return passed
+        learned = () if moved is None else (values, moved)
+        self._each(work, w.detach(), scales, grad, passed, *learned)
+        return passed, moved
 
     def within(self, w: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         """fp32 (R, C): w where it rounds to `codes`, else the point on the way from the code's
@@ -289,6 +302,8 @@ class Grid:
         """
         length = self.length(matrix.shape[1])
         blocks = matrix.numel() // length
+        if not blocks:  # of a process that has no rows
+            return
         tensors = [tensor.reshape(blocks, -1) for tensor in (matrix, *others)]
 
         # Blocks of one piece; no more threads than pieces.

@@ -9,8 +9,8 @@ half on conversations, towards itself: codes by GPTQ behind AWQ's balance, then 
 each of --rates, then `train=all` at --whole from `method=gptq` and from `method=nearest`, each
 behind AWQ's balance, for --tokens. KL is exact, on 6 rows of held-out topics and of held-out
 conversations behind the first --skip: what is chosen by these figures is chosen on other rows than
-those that are reported. What a row is made of is kept under --work. Adds to scales.json and writes
-scales.md; the last line is JSON.
+those that are reported. What a row is made of is kept under --work. Prints a table and adds its
+rows to scales.json; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -115,8 +115,6 @@ def main() -> None:
     kept = sorted(named.values(), key=lambda row: [row[name] for name in COLUMNS[3::-1]])
     about = {"machine": describe(options.threads), "commit": git_sha()}
     write_json(file, about | {"rows": kept})
-    heading = ["# Scales alone, behind GPTQ's codes", "", "`python scripts/bench_scales.py`", ""]
-    (options.out / "scales.md").write_text("\n".join([*heading, *table(kept)]) + "\n")
     say("\n".join(table(rows)))
     print(json.dumps({"rows": rows}))
 

@@ -2,11 +2,12 @@
 
     python scripts/bench_waiting.py [--steps 6] [--rounds 3] [--work DIR] [--out results/speed]
 
-The embedded teacher in torch on all CPUs: forward and backward of 2 x 512 tokens, and 16 tokens
-answered to eight prompts, each in a fresh process, with threads that spin (the default of OpenMP)
-and that sleep (OMP_WAIT_POLICY=passive, as `compress/threads.py` chooses on a busy machine), with
-nothing beside it and with a process that counts in a circle. Rounds alternate. Writes waiting.json;
-the last line is JSON. Needs a quiet machine.
+The embedded teacher on all CPUs: in torch forward and backward of 2 x 512 tokens, and 16 tokens
+answered to eight prompts; in llama.cpp 32 tokens answered to each of eight by its own file. Each in
+a fresh process, with threads that spin (the default of OpenMP) and that sleep
+(OMP_WAIT_POLICY=passive, as `compress/threads.py` chooses on a busy machine), with nothing beside
+it and with a process that counts in a circle. Rounds alternate. Writes waiting.json; the last line
+is JSON. Needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ POLICIES = ("", "passive")
 
 
 def timed(teacher: str, steps: int) -> dict[str, float]:
-    """Median seconds of a step, and seconds of the answers, in this process."""
+    """Median seconds of a step, and seconds of the answers in torch and in llama.cpp, here."""
     import torch
 
+    from compress.formats.llamacpp import LlamaCpp
+    from compress.machine import available_threads
     from compress.models.checkpoint import load_model
+    from compress.teacher import find_packaged
 
     model: Any = load_model(Path(teacher))
     ids_BL = torch.randint(0, 30_000, (2, 512), generator=torch.Generator().manual_seed(0))
@@ -50,7 +55,14 @@ def timed(teacher: str, steps: int) -> dict[str, float]:
             do_sample=False,
             pad_token_id=0,
         )
-    return {"step": statistics.median(seconds[1:]), "answers": time.perf_counter() - start}
+    answers = time.perf_counter() - start
+
+    # Its own file, loaded before the clock runs.
+    with closing(LlamaCpp(find_packaged(), available_threads(), 64, 8, embedding=False)) as served:
+        start = time.perf_counter()
+        served.answers([f"{number} birds sat" for number in range(8)], 32)
+        in_llama_cpp = time.perf_counter() - start
+    return {"step": statistics.median(seconds[1:]), "answers": answers, "llama.cpp": in_llama_cpp}
 
 
 def row(teacher: Path, steps: int, policy: str, *, busy: bool) -> dict[str, float]:

@@ -573,6 +573,18 @@ MUTANTS = [
         (".eq_(q)", ".ne_(q)"),
     ),
     *of(
+        "quant/grids/grid.py",
+        "quant/test_fake.py -k lsq",
+        ("torch.linalg.vecdot(out, x)", "torch.linalg.vecdot(g, x)"),
+        ("torch.linalg.vecdot(g, value.float())", "torch.linalg.vecdot(out, value.float())"),
+    ),
+    *of(
+        "models/gguf_header.py",
+        "models/test_gguf_header.py -k kept",
+        ("stat.st_mtime_ns))", "0))"),
+        ("return dict(_metadata(", "return (_metadata("),
+    ),
+    *of(
         "quant/grids/nonlinear.py",
         UNEVEN,
         ("-22, -10, 1, 13,", "-22, -10, 0, 13,"),

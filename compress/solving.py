@@ -114,10 +114,13 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     from compress.config import Recipe
     from compress.formats.settings import Export
     from compress.launch import without_recipe
+    from compress.models.checkpoint import load_stored
+    from compress.quant.allocate import lies_on
     from compress.search import recipe as recipes
     from compress.search.cutting import rows_of
     from compress.search.explore import Effort
     from compress.search.solution import (
+        keeps_blocks,
         losses_alone,
         mixture_bytes,
         rate_of_healing,
@@ -136,8 +139,9 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
         stages={"qat": Qat(grid=GridName(options.grid))},
         pipeline=["qat"],
     )
+    session = Session(program)
     solution = solve(
-        Session(program),
+        session,
         budget.limits,
         Effort(),
         options.minutes,
@@ -147,12 +151,14 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     _print(solution)
 
     # Room within the limits is for more bits.
-    finer = recipes.finer_grids(options.grid)
-    mixture = mixture_bytes(solution) if finer else 0
     lines = sentences(solution)
+    mixture, grids = mixture_bytes(solution), [options.grid]
     if mixture:
-        grids = ", ".join([options.grid, *finer])
-        lines.append(f"grids: of {grids} one for every matrix, up to {mixture:,} bytes")
+        held = lies_on(load_stored(session.teacher.path), GRIDS) if keeps_blocks(solution) else []
+        grids += recipes.finer_grids(options.grid, held)
+        mixture *= len(grids) > 1
+    if mixture:
+        lines.append(f"grids: of {', '.join(grids)} one for every matrix, up to {mixture:,} bytes")
         print(lines[-1])
 
     # What it was told, as a recipe says it.
@@ -175,6 +181,7 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
             rows_of(solution.full, parts["data"].seq_len),
             rate_of_healing(solution),
             mixture,
+            grids,
         ),
     )
 

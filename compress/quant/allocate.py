@@ -8,8 +8,8 @@ knapsack, solved exactly as an integer program (HiGHS, through scipy). Every gri
 because no error of the weights, weighted by the inputs or not, foretold it: a parent trained from a
 quantized model loses what it learned when it goes back to that model's grid, whose error is the
 smallest (`results/quant/bench.md`). The exception is a matrix that still lies on a grid, as in a
-teacher read from a 4-bit file: there it loses nothing. Left out: grids chosen anew after
-training.
+teacher read from a 4-bit file: there it loses nothing, and no grid of as many bits is tried. Left
+out: grids chosen anew after training.
 """
 
 import json
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from compress.distill.fused_head import head_loss
 from compress.distill.losses import Dense, Mix
-from compress.models.blocks import blocks_prefix
+from compress.models.blocks import blocks_of, blocks_prefix
 from compress.models.head import head_of
 from compress.models.walk import Walk
 from compress.quant.codes import quantizable
@@ -95,12 +95,40 @@ class _Calibration:
         return max(0.0, float(loss) / len(self.labels_N))
 
 
+def lies_on(model: Any, grids: Collection[str]) -> list[str]:
+    """Those of some grids on which every matrix of the model's middle block lies, as in a teacher
+    read from a file of that type.
+    """
+    inside = f"{blocks_prefix(model)}{len(blocks_of(model)) // 2}."
+    block = {name: m.rows for name, m in quantizable(model).items() if name.startswith(inside)}
+    legal_grids = {name: set(_divided(rows, grids)) for name, rows in block.items()}
+    return [
+        grid
+        for grid in grids
+        if all(grid in legal_grids[name] for name in block)
+        and all(GRIDS[grid].holds(rows, name) for name, rows in block.items())
+    ]
+
+
+def _divided(rows: Tensor, grids: Collection[str]) -> list[str]:
+    """The grids whose blocks the rows of a matrix divide into."""
+    return [grid for grid in grids if rows.shape[1] % BLOCK[GridName(grid)] == 0]
+
+
+def _cheapest_lossless(name: str, rows: Tensor, grids: list[str]) -> list[str]:
+    """Grids for a matrix, without those that take as many bits as one that it lies on."""
+    bits = {grid: GRIDS[grid].bits_per_weight for grid in grids}
+    held = [grid for grid in grids if GRIDS[grid].holds(rows, name)]
+    best = min(held, key=lambda grid: bits[grid], default=None)
+    return [grid for grid in grids if best in (None, grid) or bits[grid] < bits[best]]
+
+
 def _legal_grids(matrices: dict[str, Any], grids: Collection[str]) -> dict[str, list[str]]:
-    """The grids whose blocks the rows of each matrix divide into. ValueError, naming the matrix,
-    when there is none.
+    """The grids that are tried for each matrix: whose blocks its rows divide into, and that may be
+    better than one that it lies on. ValueError, naming the matrix, when there is none.
     """
     legal_grids = {
-        name: [grid for grid in grids if matrix.rows.shape[1] % BLOCK[GridName(grid)] == 0]
+        name: _cheapest_lossless(name, matrix.rows, _divided(matrix.rows, grids))
         for name, matrix in matrices.items()
     }
 

@@ -21,21 +21,25 @@ from compress.store import write_whole
 HEALING_TOKENS = 61_440
 # Training under the rounding of the file, as recipes/demo.yaml does it.
 ROUNDING = {
+    "method": "gptq",
     "learn_from": "teacher",
     "balance": "awq",
     "calibration_sequences": 32,
-    "tokens": 76_800,
+    "tokens": 30_720,
     "batch_sequences": 2,
     "micro_batch_sequences": 2,
-    "lr": 0.00011,
+    "lr": 0.00004,
     "warmup_fraction": 0.1,
 }
 
 
-def finer_grids(grid: str) -> list[str]:
-    """Grids of more bits than `grid`, as a mixture takes them for what rounding harms most."""
-    bits = GRIDS[grid].bits_per_weight
-    return [name for name in ("q5_0", "q8_0") if GRIDS[name].bits_per_weight > bits]
+def finer_grids(grid: str, held: Sequence[str] = ()) -> list[str]:
+    """Grids of more bits than `grid`, as a mixture takes them for what rounding harms most: two,
+    and those that the student lies on already, which lose nothing.
+    """
+    bits = {name: GRIDS[name].bits_per_weight for name in ("q5_0", "q8_0", *held)}
+    finer = [name for name in bits if bits[name] > GRIDS[grid].bits_per_weight]
+    return sorted(finer, key=lambda name: bits[name])
 
 
 class Program(NamedTuple):
@@ -56,6 +60,7 @@ class Program(NamedTuple):
     rows: Mapping[str, Mapping[str, int]]  # slot -> rows of calibration that it can't do without
     healing_rate: float  # 0: healing does harm
     mixture_bytes: int = 0  # of a file with a grid for every matrix; 0: one grid for all
+    mixture_grids: Sequence[str] = ()  # these grids
 
 
 def text_of(program: Program) -> str:
@@ -128,8 +133,8 @@ def _slots(program: Program) -> dict[str, tuple[str, dict[str, Any], str]]:
     rounding = {"grid": program.grid, "scales": scales, **ROUNDING}
     why = "trained on the very grid of the file that ships"
     if program.mixture_bytes:
-        grids = [program.grid, *finer_grids(program.grid)]
-        rounding["allocate"] = {"file_bytes": program.mixture_bytes, "grids": grids}
+        mixture = {"file_bytes": program.mixture_bytes, "grids": list(program.mixture_grids)}
+        rounding["allocate"] = mixture
         why = "more bits for the matrices that lose most by few, up to the bytes that are allowed"
     slots["qat"] = ("qat", rounding, why)
     return slots

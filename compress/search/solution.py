@@ -290,9 +290,17 @@ def rate_of_healing(solution: Solution) -> float:
     nats = solution.cut[solution.shape]
     telling = [rung for tokens, rung in solution.healed if tokens >= TELLING_TOKENS]
     healed = [rung[solution.shape] for rung in telling if solution.shape in rung]
-    only_ids = solution.shape._replace(ids=solution.full.ids) == solution.full
-    helps = min(healed) < nats if healed else not only_ids
+    helps = min(healed) < nats if healed else not _cuts_ids_alone(solution)
     return float(f"{healing_rate(nats):.2g}") if helps else 0.0
+
+
+def _cuts_ids_alone(solution: Solution) -> bool:
+    return solution.shape._replace(ids=solution.full.ids) == solution.full
+
+
+def keeps_blocks(solution: Solution) -> bool:
+    """Whether the blocks of the choice, before its grid, are the teacher's to the last bit."""
+    return _cuts_ids_alone(solution) and not rate_of_healing(solution)
 
 
 def mixture_bytes(solution: Solution) -> int:

@@ -13,7 +13,7 @@ import torch
 from conftest import make_context
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress.quant.allocate import _Calibration, choose, options
+from compress.quant.allocate import _Calibration, choose, lies_on, options
 from compress.quant.codes import quantizable
 from compress.quant.grids import GRIDS
 
@@ -87,6 +87,24 @@ def test_a_matrix_that_lies_on_a_grid_loses_nothing_there_and_is_not_measured(
     assert made[first]["q4_1"][0] == 0 < made[first]["q4_0"][0]
     assert measured.count(first) == 1 and all(measured.count(name) == 2 for name in others)
     assert all(made[name]["q4_1"][0] > 0 for name in others)
+
+
+def test_no_grid_of_as_many_bits_is_tried_beside_one_that_a_matrix_lies_on(tmp_path, monkeypatch):
+    model, ids, grids = _model(), torch.arange(24)[None], ["q4_0", "q4_1", "q5_0", "q8_0"]
+    assert lies_on(model, grids) == []
+    with torch.no_grad():
+        for name, matrix in quantizable(model).items():
+            if "layers.1." in name:
+                matrix.weight.copy_(GRIDS["q4_1"].decode(*GRIDS["q4_1"].encode(matrix.rows)))
+    assert lies_on(model, [*grids, "q4_k"]) == ["q4_1"]
+
+    # The middle of two blocks is the second; the first is tried on all grids.
+    made = options(model, ids, grids, tmp_path / "kept.json", "label", lambda line: None)
+    for name, choices in made.items():
+        assert list(choices) == (grids[:2] if "layers.1." in name else grids), name
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").sin_()
+    assert lies_on(model, grids) == []
 
 
 def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):

@@ -347,7 +347,9 @@ def test_every_grid_has_a_recipe_that_composes(grid, tmp_path):
 
 
 def test_room_in_the_file_becomes_a_mixture_of_finer_grids(tmp_path):
-    program = composed(recipe.text_of(program_of(FULL, mixture_bytes=90_000)), tmp_path)
+    grids = ["iq4_nl", *recipe.finer_grids("iq4_nl")]
+    changes = {"mixture_bytes": 90_000, "mixture_grids": grids}
+    program = composed(recipe.text_of(program_of(FULL, **changes)), tmp_path)
     allocate = program.stages["qat"].allocate
     assert program.export.files == ["gguf:MIXED"] and allocate.file_bytes == 90_000
     assert allocate.grids == ["iq4_nl", "q5_0", "q8_0"]
@@ -356,6 +358,8 @@ def test_room_in_the_file_becomes_a_mixture_of_finer_grids(tmp_path):
         ["q8_0"],
         [],
     ]
+    held = recipe.finer_grids("iq4_nl", ["q4_0", "q4_1", "q8_0"])
+    assert held == ["q4_1", "q5_0", "q8_0"], "by bits, each once, and none of as few as the grid's"
 
 
 @pytest.mark.parametrize(

@@ -550,6 +550,26 @@ MUTANTS = [
         "quant/test_allocate.py -k lies",
     ),
     *of(
+        "quant/allocate.py",
+        "quant/test_allocate.py -k lies",
+        ("best in (None, grid) or", "best is None or"),
+        ("if best in (None, grid) or bits[grid] < bits[best]", "if True"),
+        ("// 2}.", "// 3}."),
+    ),
+    *of(
+        "search/solution.py",
+        "search/test_solve.py -k heals",
+        (
+            "_cuts_ids_alone(solution) and not rate_of_healing(solution)",
+            "not rate_of_healing(solution)",
+        ),
+    ),
+    *of(
+        "search/recipe.py",
+        "search/test_solve.py -k finer",
+        ('("q5_0", "q8_0", *held)', '("q5_0", "q8_0")'),
+    ),
+    *of(
         "threads.py",
         "test_threads.py",
         ("if cpu in allowed", "if cpu not in allowed"),

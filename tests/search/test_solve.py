@@ -378,6 +378,7 @@ def test_a_recipe_heals_unless_healing_was_seen_to_do_no_good(shape, healed, hea
         shape, FULL, [], {}, Damages(FULL, {}), {shape: 0.3}, rungs, {}, None, "", 0.0
     )
     assert solution.rate_of_healing(solved) == (pytest.approx(1.2e-4) if heals else 0)
+    assert solution.keeps_blocks(solved) == (shape.ids < FULL.ids and not heals)
 
 
 @pytest.mark.parametrize(

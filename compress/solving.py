@@ -156,7 +156,7 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     if mixture:
         held = lies_on(load_stored(session.teacher.path), GRIDS) if keeps_blocks(solution) else []
         grids += recipes.finer_grids(options.grid, held)
-        mixture *= len(grids) > 1
+        mixture = mixture if len(grids) > 1 else 0  # nothing to mix
     if mixture:
         lines.append(f"grids: of {', '.join(grids)} one for every matrix, up to {mixture:,} bytes")
         print(lines[-1])

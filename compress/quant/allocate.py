@@ -101,12 +101,12 @@ def lies_on(model: Any, grids: Collection[str]) -> list[str]:
     """
     inside = f"{blocks_prefix(model)}{len(blocks_of(model)) // 2}."
     block = {name: m.rows for name, m in quantizable(model).items() if name.startswith(inside)}
-    legal_grids = {name: set(_divided(rows, grids)) for name, rows in block.items()}
     return [
         grid
         for grid in grids
-        if all(grid in legal_grids[name] for name in block)
-        and all(GRIDS[grid].holds(rows, name) for name, rows in block.items())
+        if all(
+            _divided(rows, [grid]) and GRIDS[grid].holds(rows, name) for name, rows in block.items()
+        )
     ]
 
 

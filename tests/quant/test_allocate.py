@@ -89,7 +89,7 @@ def test_a_matrix_that_lies_on_a_grid_loses_nothing_there_and_is_not_measured(
     assert all(made[name]["q4_1"][0] > 0 for name in others)
 
 
-def test_no_grid_of_as_many_bits_is_tried_beside_one_that_a_matrix_lies_on(tmp_path, monkeypatch):
+def test_no_grid_of_as_many_bits_is_tried_beside_one_that_a_matrix_lies_on(tmp_path):
     model, ids, grids = _model(), torch.arange(24)[None], ["q4_0", "q4_1", "q5_0", "q8_0"]
     assert lies_on(model, grids) == []
     with torch.no_grad():

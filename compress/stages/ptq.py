@@ -140,6 +140,7 @@ class OnGrid:
         ids_RL = ctx.calibration(self.allocate.calibration_sequences)
         device = str(best_device())
         settings = {"damages": weights_digest(parent), "ids": ids_RL.tolist(), "device": device}
+        settings["blocks_together"] = self.allocate.blocks_together
         settings["sources"] = sources_digest("compress.quant.allocate")
         damages = options(
             model,
@@ -148,6 +149,7 @@ class OnGrid:
             (ctx.notes or ctx.work) / f"{sha256_json(settings)}.json",
             f"{ctx.label}, damage of each matrix",
             ctx.log,
+            self.allocate.blocks_together,
         )
         weights = sum(matrix.weight.numel() for matrix in quantizable(model).values())
         return choose(damages, self.allocate.matrix_bytes(weights, ctx.file_overhead(parent)))

@@ -132,6 +132,49 @@ def test_a_grid_that_is_asked_for_later_is_measured_alone(tmp_path):
     assert all(made[name]["q4_0"] == alone[name]["q4_0"] for name in names)
 
 
+def test_neighbours_measured_at_once_share_what_they_lose_by_their_weights(tmp_path):
+    model, ids = _model(), torch.arange(24)[None]
+    # Of one pair a matrix lies on q4_1: it is in no measurement of q5_0.
+    held = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    with torch.no_grad():
+        held.copy_(GRIDS["q4_1"].decode(*GRIDS["q4_1"].encode(held.clone())))
+        full = model(ids).logits.double().log_softmax(-1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    made = options(
+        model,
+        ids,
+        ["q4_0", "q4_1", "q5_0"],
+        tmp_path / "kept.json",
+        "label",
+        lambda line: None,
+        blocks_together=2,
+    )
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    for place in ("self_attn.q_proj", "mlp.down_proj", "mlp.up_proj"):
+        names = [f"model.layers.{i}.{place}.weight" for i in (0, 1)]
+        for grid in ("q4_0", "q4_1", "q5_0"):
+            taking = [name for name in names if grid in made[name]]
+            with torch.no_grad():
+                for name in taking:
+                    weight = model.get_parameter(name)
+                    weight.copy_(GRIDS[grid].decode(*GRIDS[grid].encode(before[name])))
+                lost = _kl(model, ids, full)
+                for name in taking:
+                    model.get_parameter(name).copy_(before[name])
+            shares = [made[name][grid][0] for name in taking]
+            assert len(taking) == (1 if (place, grid) == ("mlp.up_proj", "q5_0") else 2)
+            assert shares == pytest.approx([lost / len(taking)] * len(taking), rel=2e-3, abs=2e-7)
+
+    # Each matrix alone loses something else.
+    alone = options(model, ids, ["q4_0"], tmp_path / "other.json", "label", lambda line: None)
+    assert alone["model.layers.0.mlp.down_proj.weight"]["q4_0"][0] != pytest.approx(
+        made["model.layers.0.mlp.down_proj.weight"]["q4_0"][0], rel=1e-3
+    )
+    assert alone["model.embed_tokens.weight"] == {
+        "q4_0": made["model.embed_tokens.weight"]["q4_0"]
+    }
+
+
 def test_two_stages_of_one_parent_measure_once(tiny_teacher, tmp_path):
     from compress.models.checkpoint import load_model
     from compress.quant.settings import Allocation, GridName
@@ -155,6 +198,11 @@ def test_two_stages_of_one_parent_measure_once(tiny_teacher, tmp_path):
     more = Allocation(file_bytes=190_000, grids=allocate.grids, calibration_sequences=2)
     Ptq(allocate=more).layout(load_model(tiny_teacher), tiny_teacher, other)
     assert len(list(notes.iterdir())) == 2
+
+    # So they are of matrices that are measured together.
+    pairs = Allocation(file_bytes=190_000, grids=allocate.grids, blocks_together=2)
+    Ptq(allocate=pairs).layout(load_model(tiny_teacher), tiny_teacher, other)
+    assert len(list(notes.iterdir())) == 3
 
 
 @pytest.mark.parametrize("seed", range(4))

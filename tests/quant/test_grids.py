@@ -464,7 +464,14 @@ def test_a_trial_is_plain_rounding_or_little_worse(name):
     grid, w = GRIDS[name], _weights("random", name)
     plain = (grid.decode(*grid.encode(w)) - w).square().sum()
     trial = (grid.trial(w) - w).square().sum()
-    assert trial <= (1.3 if name == "iq4_nl" else 1.0) * plain
+    assert trial <= (1.3 if name in ("iq4_nl", "q4_k") else 1.0) * plain
+
+
+def test_a_trial_of_q4_k_hardly_moves_what_lies_on_q4_1():
+    w = _weights("random", "q4_k")
+    w = GRIDS["q4_1"].decode(*GRIDS["q4_1"].encode(w))
+    lost = [(grid.trial(w) - w).square().sum() for grid in (GRIDS["q4_k"], GRIDS["iq4_nl"])]
+    assert 0 < lost[0] < lost[1] / 5
 
 
 @pytest.mark.parametrize("name", GRIDS)

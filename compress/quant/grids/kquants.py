@@ -37,6 +37,7 @@ from compress.quant.grids.grid import Grid, ratio
 from compress.quant.grids.llamacpp import as_bytes, halves
 
 EPS = 1e-15  # llama.cpp's GROUP_MAXEPS
+LINES = 21  # through the codes of a group of Q4_K
 
 
 def in_order(terms: Tensor) -> Tensor:
@@ -56,9 +57,26 @@ class Q4_K(Grid):
     block, stored, low, high = 256, 18, 0, 15
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._encoded(x, LINES)
+
+    def trial(self, w: Tensor, name: str = "weight") -> Tensor:
+        """By the range of each 32, in place of the lines that plain rounding tries."""
+        self.check(w, name)
+        values = torch.empty_like(w, dtype=torch.float32)
+
+        def work(x: Tensor, out: Tensor) -> None:
+            codes, stored = self._encoded(x, 0)
+            step, floor = self.levels(stored.half())
+            self._grouped(out).copy_(self._grouped(codes).mul_(step).add_(floor))
+
+        self._each(work, w.detach().float(), values)
+        return values
+
+    def _encoded(self, x: Tensor, lines: int) -> tuple[Tensor, Tensor]:
+        """Codes and what is stored of the scales, after so many lines through every 32."""
         groups = x.view(-1, self.group)
         codes, scale, least = (
-            part.t().reshape(len(x), 8, -1) for part in self._fit(groups.t().contiguous())
+            part.t().reshape(len(x), 8, -1) for part in self._fit(groups.t().contiguous(), lines)
         )
 
         # Scales and minima as integers of 6 bits.
@@ -76,8 +94,10 @@ class Q4_K(Grid):
         top = x.amax(1, keepdim=True).clamp(min=0.0) + 0.0
         return top[..., 0] / 63, (x * ratio(63.0, top)).round_().clamp_(0, 63).add_(0.0)[..., 0]
 
-    def _fit(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(32, G) -> codes (32, G), scales (1, G), minima (1, G), those with their sign turned."""
+    def _fit(self, x: Tensor, lines: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(32, G) -> codes (32, G), scales (1, G), minima (1, G), those with their sign turned; by
+        the range, or one of so many lines through the codes, each from another range.
+        """
         # The weight of each error; torch's fp32 root can be a bit off.
         w = (in_order(x * x) / 32).double().sqrt().float() + x.abs()
         sum_w, sum_x = in_order(torch.stack([w, w * x], dim=1))
@@ -91,7 +111,8 @@ class Q4_K(Grid):
         scale = ratio(1.0, over)
         error = self._error(x, w, codes, scale, least)
 
-        for start in torch.arange(21, dtype=torch.float32).mul_(0.1).sub_(1.0).add_(15.0).tolist():
+        starts = torch.arange(lines, dtype=torch.float32).mul_(0.1).sub_(1.0).add_(15.0)
+        for start in starts.tolist():
             # Codes from the best floor so far, and the sums that a line through them needs.
             q = self._codes(x, least, ratio(start, most - least))
             wq = w * q

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_context
 from safetensors.torch import load_file, save_file
 from test_gguf import tiny_checkpoint
 
@@ -20,7 +21,7 @@ from compress.models.checkpoint import load_model
 from compress.models.gguf_header import read_fields
 from compress.models.head import Head
 from compress.models.tokenizer import load_tokenizer
-from compress.quant.settings import GridName
+from compress.quant.settings import Allocation, GridName
 from compress.score.fidelity import States, hidden_of
 from compress.score.parity import (
     GREEDY,
@@ -112,6 +113,29 @@ def test_one_flipped_byte_of_a_matrix_is_counted_and_refused(quantized, tmp_path
         ),
     ):
         measured(checkpoint, tmp_path / "m.gguf", "Q4_0")
+
+
+def test_more_first_choices_may_turn_where_activations_are_rounded_by_256(
+    tmp_path, parent, quantized, monkeypatch
+):
+    wide = tiny_checkpoint(
+        tmp_path / "wide", hidden_size=256, intermediate_size=256, initializer_range=0.03
+    )
+    export_gguf(wide, tmp_path / "m.gguf", "Q4_K")
+    monkeypatch.setattr("compress.score.parity.top1_beyond_gap", lambda *_: 0.992)
+    figures = measured(wide, tmp_path / "m.gguf", "Q4_K")
+    assert figures["parity_top1_beyond_gap"] == 0.992
+
+    # By one matrix of a mixture that has such blocks; without one, as before.
+    allocate = Allocation(bits_per_weight=4.6, grids=[GridName.q4_k, GridName.q8_0])
+    Ptq(allocate=allocate).run(wide, tmp_path / "mixed", make_context(wide, tmp_path))
+    export_gguf(tmp_path / "mixed", tmp_path / "mixed.gguf", "MIXED")
+    measured(tmp_path / "mixed", tmp_path / "mixed.gguf", "MIXED")
+    with pytest.raises(ValueError, match=r"beyond_gap is 0\.992000, at least 0\.995 is needed"):
+        measured(*quantized, "Q4_0")
+    monkeypatch.setattr("compress.score.parity.top1_beyond_gap", lambda *_: 0.989)
+    with pytest.raises(ValueError, match=r"beyond_gap is 0\.989000, at least 0\.99 is needed"):
+        measured(wide, tmp_path / "m.gguf", "Q4_K")
 
 
 def test_another_models_file_is_refused_naming_every_figure(quantized, tmp_path):

@@ -308,6 +308,7 @@ def test_a_mixture_is_of_llama_cpps_grids_and_ships_as_mixed_only():
         {"grids": []},
         {"grids": [GridName.int8]},
         {"calibration_sequences": 0},
+        {"blocks_together": 0},
     ):
         with pytest.raises(ValueError, match="a GGUF alone may mix them"):
             Allocation(**wrong)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.budget import LIMIT_METRICS, Limit
 from compress.command_line import Parser
 from compress.errors import EXIT_OK, ConfigError, nearest
+from compress.models.model_config import read_config
 from compress.quant.settings import GridName
 from compress.threads import give_way
+
+if TYPE_CHECKING:
+    from compress.search.solution import Solution
+    from compress.session import Session
 
 # Grids with an option of configs/export/ of their own.
 GRIDS = [grid for grid in GridName if not grid.startswith("int")]
@@ -114,15 +119,11 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     from compress.config import Recipe
     from compress.formats.settings import Export
     from compress.launch import without_recipe
-    from compress.models.checkpoint import load_stored
-    from compress.quant.allocate import lies_on
     from compress.search import recipe as recipes
     from compress.search.cutting import rows_of
     from compress.search.explore import Effort
     from compress.search.solution import (
-        keeps_blocks,
         losses_alone,
-        mixture_bytes,
         rate_of_healing,
         sentences,
         solve,
@@ -150,15 +151,11 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     )
     _print(solution)
 
-    # Room within the limits is for more bits.
     lines = sentences(solution)
-    mixture, grids = mixture_bytes(solution), [options.grid]
-    if mixture:
-        held = lies_on(load_stored(session.teacher.path), GRIDS) if keeps_blocks(solution) else []
-        grids += recipes.finer_grids(options.grid, held)
-        mixture = mixture if len(grids) > 1 else 0  # nothing to mix
-    if mixture:
-        lines.append(f"grids: of {', '.join(grids)} one for every matrix, up to {mixture:,} bytes")
+    allocation = _allocation(solution, options.grid, session)
+    if allocation:
+        (limit, most), grids = next(iter(allocation.items())), allocation["grids"]
+        lines.append(f"grids: of {', '.join(grids)} one for every matrix, {limit} {most:,}")
         print(lines[-1])
 
     # What it was told, as a recipe says it.
@@ -180,10 +177,27 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
             losses_alone(solution),
             rows_of(solution.full, parts["data"].seq_len),
             rate_of_healing(solution),
-            mixture,
-            grids,
+            allocation,
         ),
     )
+
+
+def _allocation(solution: Solution, grid: str, session: Session) -> dict[str, Any]:
+    """What `allocate` of the recipe says: room within the limits is for more bits, and without room
+    a matrix may lie on another grid of as many. Empty where there is one grid for all.
+    """
+    from compress.models.blocks import lengths_of
+    from compress.models.checkpoint import load_stored
+    from compress.quant.allocate import lies_on
+    from compress.search.recipe import allocation
+    from compress.search.solution import keeps_blocks, may_mix, mixture_bytes
+
+    if not may_mix(solution):
+        return {}
+    teacher, most = session.teacher.path, mixture_bytes(solution)
+    lengths = lengths_of(read_config(teacher)) | {"intermediate_size": solution.shape.ffn}
+    held = lies_on(load_stored(teacher), GRIDS) if most and keeps_blocks(solution) else []
+    return allocation(grid, lengths.values(), most, held)
 
 
 def _as_a_recipe(

@@ -6,7 +6,7 @@ Written by hand and not by a YAML library, for the comments: each slot says why 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,25 @@ def finer_grids(grid: str, held: Sequence[str] = ()) -> list[str]:
     return sorted(finer, key=lambda name: bits[name])
 
 
+def allocation(
+    grid: str, lengths: Iterable[int], most_bytes: int, held: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What a mixture's `allocate` says: `grid`, finer ones where a file of `most_bytes` leaves room
+    (0: none), and Q4_K where it takes as many bits and rows have such lengths. Empty when that is
+    one grid.
+    """
+    alike, bits = GRIDS["q4_k"], GRIDS[grid].bits_per_weight
+    grids = [grid]
+    if grid != alike.name and bits == alike.bits_per_weight:
+        grids += [alike.name] * any(length % alike.block == 0 for length in lengths)
+    if most_bytes:
+        grids += finer_grids(grid, held)
+    if len(grids) == 1:
+        return {}
+    limit = {"file_bytes": most_bytes} if most_bytes else {"bits_per_weight": bits}
+    return limit | {"grids": grids}
+
+
 class Program(NamedTuple):
     """What a recipe is written of: shape, the teacher's, grid, budget, limits that the command line
     gave, the overrides of base.yaml's choices, and lines that say where it comes from.
@@ -59,8 +78,7 @@ class Program(NamedTuple):
     losses: Mapping[str, float]  # slot -> what its level loses alone, in nats
     rows: Mapping[str, Mapping[str, int]]  # slot -> rows of calibration that it can't do without
     healing_rate: float  # 0: healing does harm
-    mixture_bytes: int = 0  # of a file with a grid for every matrix; 0: one grid for all
-    mixture_grids: Sequence[str] = ()  # these grids
+    allocation: Mapping[str, Any] = {}  # limit and grids of a mixture; empty: one grid for all
 
 
 def text_of(program: Program) -> str:
@@ -68,7 +86,7 @@ def text_of(program: Program) -> str:
     slots = _slots(program)
     defaults = [f"  - /stage/{stage}@stages.{slot}" for slot, (stage, _, _) in slots.items()]
     choices = dict(program.choices) | {"budget": program.budget}
-    choices |= {"export": "gguf_mixed" if program.mixture_bytes else f"gguf_{program.grid}"}
+    choices |= {"export": "gguf_mixed" if program.allocation else f"gguf_{program.grid}"}
 
     # Where it comes from, what it is made of, and in which order.
     lines = [
@@ -132,10 +150,9 @@ def _slots(program: Program) -> dict[str, tuple[str, dict[str, Any], str]]:
     scales = "learned" if program.grid in LEARNED else "round"
     rounding = {"grid": program.grid, "scales": scales, **ROUNDING}
     why = "trained on the very grid of the file that ships"
-    if program.mixture_bytes:
-        mixture = {"file_bytes": program.mixture_bytes, "grids": list(program.mixture_grids)}
-        rounding["allocate"] = mixture
-        why = "more bits for the matrices that lose most by few, up to the bytes that are allowed"
+    if program.allocation:
+        rounding["allocate"] = dict(program.allocation)
+        why = "for every matrix the grid on which all together lose least, in as many bytes"
     slots["qat"] = ("qat", rounding, why)
     return slots
 

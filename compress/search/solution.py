@@ -303,14 +303,17 @@ def keeps_blocks(solution: Solution) -> bool:
     return _cuts_ids_alone(solution) and not rate_of_healing(solution)
 
 
+def may_mix(solution: Solution) -> bool:
+    """Whether matrices may lie on grids of their own: times and memory are predicted for one."""
+    return not {bound.name for bound in solution.bounds} & set(TIMED)
+
+
 def mixture_bytes(solution: Solution) -> int:
     """What a file with a grid for every matrix may take, where the choice on one grid leaves room
-    within a limit on bytes; 0 for one grid: there is no room, or times and memory, which are
-    predicted for one, are limited too.
+    within a limit on bytes; 0 where it leaves none, or none is limited.
     """
-    by_name = {bound.name: bound for bound in solution.bounds}
-    size = by_name.get("size_bytes")
-    if size is None or by_name.keys() & set(TIMED):
+    size = next((bound for bound in solution.bounds if bound.name == "size_bytes"), None)
+    if size is None:
         return 0
     room = size.value - solution.figures[solution.shape]["size_bytes"]
     return int(size.value) if room >= max(ROOM * size.value, ROOM_BYTES) else 0

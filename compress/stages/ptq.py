@@ -139,8 +139,8 @@ class OnGrid:
         # measured once for a parent and a text, whichever stage asks.
         ids_RL = ctx.calibration(self.allocate.calibration_sequences)
         device = str(best_device())
-        settings = {"damages": weights_digest(parent), "ids": ids_RL.tolist(), "device": device}
-        settings["blocks_together"] = self.allocate.blocks_together
+        settings: dict[str, Any] = {"damages": weights_digest(parent), "ids": ids_RL.tolist()}
+        settings |= {"device": device, "blocks_together": self.allocate.blocks_together}
         settings["sources"] = sources_digest("compress.quant.allocate")
         damages = options(
             model,

@@ -170,9 +170,7 @@ def test_neighbours_measured_at_once_share_what_they_lose_by_their_weights(tmp_p
     assert alone["model.layers.0.mlp.down_proj.weight"]["q4_0"][0] != pytest.approx(
         made["model.layers.0.mlp.down_proj.weight"]["q4_0"][0], rel=1e-3
     )
-    assert alone["model.embed_tokens.weight"] == {
-        "q4_0": made["model.embed_tokens.weight"]["q4_0"]
-    }
+    assert alone["model.embed_tokens.weight"] == {"q4_0": made["model.embed_tokens.weight"]["q4_0"]}
 
 
 def test_two_stages_of_one_parent_measure_once(tiny_teacher, tmp_path):

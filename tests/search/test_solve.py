@@ -347,12 +347,12 @@ def test_every_grid_has_a_recipe_that_composes(grid, tmp_path):
 
 
 def test_room_in_the_file_becomes_a_mixture_of_finer_grids(tmp_path):
-    grids = ["iq4_nl", *recipe.finer_grids("iq4_nl")]
-    changes = {"mixture_bytes": 90_000, "mixture_grids": grids}
-    program = composed(recipe.text_of(program_of(FULL, **changes)), tmp_path)
+    room = recipe.allocation("iq4_nl", [576, 1536], 90_000)
+    program = composed(recipe.text_of(program_of(FULL, allocation=room)), tmp_path)
     allocate = program.stages["qat"].allocate
     assert program.export.files == ["gguf:MIXED"] and allocate.file_bytes == 90_000
-    assert allocate.grids == ["iq4_nl", "q5_0", "q8_0"]
+    assert allocate.grids == ["iq4_nl", "q4_k", "q5_0", "q8_0"]
+    assert recipe.allocation("iq4_nl", [576, 1504], 90_000)["grids"] == ["iq4_nl", "q5_0", "q8_0"]
     assert [recipe.finer_grids(grid) for grid in ("q5_0", "q6_k", "q8_0")] == [
         ["q8_0"],
         ["q8_0"],
@@ -360,6 +360,16 @@ def test_room_in_the_file_becomes_a_mixture_of_finer_grids(tmp_path):
     ]
     held = recipe.finer_grids("iq4_nl", ["q4_0", "q4_1", "q8_0"])
     assert held == ["q4_1", "q5_0", "q8_0"], "by bits, each once, and none of as few as the grid's"
+
+
+def test_without_room_rows_of_256_may_lie_on_another_grid_of_as_many_bits(tmp_path):
+    alike = recipe.allocation("iq4_nl", [576, 1536], 0)
+    assert alike == {"bits_per_weight": 4.5, "grids": ["iq4_nl", "q4_k"]}
+    program = composed(recipe.text_of(program_of(FULL, allocation=alike)), tmp_path)
+    assert program.stages["qat"].allocate.bits_per_weight == 4.5
+    assert program.export.files == ["gguf:MIXED"]
+    one = [("iq4_nl", [576, 1504]), ("q4_k", [768]), ("q8_0", [768]), ("mxfp4", [768])]
+    assert [recipe.allocation(grid, lengths, 0) for grid, lengths in one] == [{}] * 4
 
 
 @pytest.mark.parametrize(
@@ -388,7 +398,7 @@ def test_a_recipe_heals_unless_healing_was_seen_to_do_no_good(shape, healed, hea
         ({"size_bytes": 9e7}, 8.75e7, 0),  # no room worth measuring
         ({"size_bytes": 6e6}, 5.81e6, 0),  # less than records of tensors may take
         ({"size_bytes": 9e7, "params": 1e8}, 8e7, 90_000_000),
-        ({"size_bytes": 9e7, "latency_ms_p50": 3.0}, 8e7, 0),  # predicted for one grid
+        ({"size_bytes": 9e7, "latency_ms_p50": 3.0}, 8e7, 90_000_000),
         ({"params": 1e8}, 8e7, 0),
     ],
 )
@@ -399,6 +409,7 @@ def test_a_mixture_is_for_limits_on_bytes_with_room_alone(limits, size, promised
         FULL, FULL, bounds, figures, Damages(FULL, {}), {}, [], {}, None, "", 0.0
     )
     assert solution.mixture_bytes(solved) == promised
+    assert solution.may_mix(solved) == ("latency_ms_p50" not in limits), "predicted for one grid"
 
 
 def test_limits_paths_and_words_arrive_as_they_were_given(tmp_path):

@@ -123,15 +123,17 @@ def test_more_first_choices_may_turn_where_activations_are_rounded_by_256(
     )
     export_gguf(wide, tmp_path / "m.gguf", "Q4_K")
     monkeypatch.setattr("compress.score.parity.top1_beyond_gap", lambda *_: 0.992)
+    monkeypatch.setattr("compress.score.parity.closeness", lambda *_: {"kl": 0.008})
     figures = measured(wide, tmp_path / "m.gguf", "Q4_K")
-    assert figures["parity_top1_beyond_gap"] == 0.992
+    assert figures["parity_top1_beyond_gap"] == 0.992 and figures["parity_kl_nats"] == 0.008
 
     # By one matrix of a mixture that has such blocks; without one, as before.
     allocate = Allocation(bits_per_weight=4.6, grids=[GridName.q4_k, GridName.q8_0])
     Ptq(allocate=allocate).run(wide, tmp_path / "mixed", make_context(wide, tmp_path))
     export_gguf(tmp_path / "mixed", tmp_path / "mixed.gguf", "MIXED")
     measured(tmp_path / "mixed", tmp_path / "mixed.gguf", "MIXED")
-    with pytest.raises(ValueError, match=r"beyond_gap is 0\.992000, at least 0\.995 is needed"):
+    refused = r"kl_nats is 0\.008, at most 0\.005 .* is 0\.992000, at least 0\.995 is needed"
+    with pytest.raises(ValueError, match=refused):
         measured(*quantized, "Q4_0")
     monkeypatch.setattr("compress.score.parity.top1_beyond_gap", lambda *_: 0.989)
     with pytest.raises(ValueError, match=r"beyond_gap is 0\.989000, at least 0\.99 is needed"):

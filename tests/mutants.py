@@ -545,9 +545,36 @@ MUTANTS = [
     ),
     Mutant(
         "quant/allocate.py",
-        "0.0 if unmoved(on_device, rounded) else text.divergence(name)",
-        "text.divergence(name)",
+        "0.0 if lossless else text.divergence(first)",
+        "text.divergence(first)",
         "quant/test_allocate.py -k lies",
+    ),
+    *of(
+        "quant/allocate.py",
+        "quant/test_allocate.py -k neighbours",
+        ("name: lost * (weight.numel() / weights)", "name: lost"),
+        ("int(index) // blocks_together", "int(index)"),
+        ("takers.setdefault(grid, {})[name] = weight", "takers.setdefault(grid, dict(group))"),
+    ),
+    Mutant(
+        "stages/ptq.py",
+        '"blocks_together": self.allocate.blocks_together}',
+        '"blocks_together": 1}',
+        "quant/test_allocate.py -k two_stages",
+    ),
+    *of(
+        "score/parity.py",
+        "formats/test_parity.py -k 256",
+        ("KL_MOST[together]", "KL_MOST[32]"),
+        ("else TOP1_LEAST[together]", "else TOP1_LEAST[32]"),
+        ("grids = {matrix.grid for matrix in", "grids = {kind for matrix in"),
+    ),
+    *of(
+        "search/recipe.py",
+        "search/test_solve.py -k without_room or becomes_a_mixture",
+        ("any(length % alike.block == 0 for length in lengths)", "True"),
+        ("if grid != alike.name and bits == alike.bits_per_weight:", "if True:"),
+        ('if most_bytes else {"bits_per_weight"', 'if True else {"bits_per_weight"'),
     ),
     *of(
         "quant/allocate.py",

@@ -238,16 +238,18 @@ def options(
 ) -> Options:
     """c_ig, measured on `ids_RL`, and bytes of every matrix of an fp32 model on each grid whose
     blocks its rows divide into. With more `blocks_together` matrices of the same place in so many
-    neighbouring blocks are measured at once, and share what they lose by their weights.
+    neighbouring blocks are measured at once, and share what they lose by their weights. Where a
+    matrix can lie on one grid alone nothing is measured, and its c is 0.
 
     Damages in the file `kept`, of the same model and text, are not measured again. ValueError,
     naming the matrix, when no grid takes its rows.
     """
     matrices = quantizable(model)
     legal_grids = _legal_grids(matrices, grids)
+    choosing = [name for name in matrices if len(legal_grids[name]) > 1]
     groups = [
         {name: matrices[name].rows for name in names}
-        for names in _together(matrices, blocks_prefix(model), blocks_together)
+        for names in _together(choosing, blocks_prefix(model), blocks_together)
     ]
     damages = _measured(groups, legal_grids, _Calibration(model, ids_RL), kept, label, log)
 
@@ -255,7 +257,10 @@ def options(
     for name, matrix in matrices.items():
         weights = matrix.weight.numel()
         choices[name] = {
-            grid: (damages[name][grid], round(weights * GRIDS[grid].bits_per_weight / 8))
+            grid: (
+                damages.get(name, {}).get(grid, 0.0),
+                round(weights * GRIDS[grid].bits_per_weight / 8),
+            )
             for grid in legal_grids[name]
         }
     return choices

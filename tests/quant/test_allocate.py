@@ -110,16 +110,30 @@ def test_no_grid_of_as_many_bits_is_tried_beside_one_that_a_matrix_lies_on(tmp_p
 def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
     kept = tmp_path / "kept.json"
     names = list(quantizable(_model()))
-    kept.write_text(json.dumps(dict.fromkeys(names[:-1], {"q4_0": 7.0})))
-    made = options(
-        _model(), torch.zeros(1, 8, dtype=torch.long), ["q4_0"], kept, "label", lambda line: None
-    )
-    assert [made[name]["q4_0"][0] for name in names[:-1]] == [7.0] * (len(names) - 1) and made[
-        names[-1]
-    ]["q4_0"][0] != 7.0
-    assert {name: {"q4_0": grids["q4_0"][0]} for name, grids in made.items()} == json.loads(
-        kept.read_text()
-    )
+    kept.write_text(json.dumps(dict.fromkeys(names[:-1], {"q4_0": 7.0, "q8_0": 3.0})))
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    made = options(_model(), ids, ["q4_0", "q8_0"], kept, "label", lambda line: None)
+    assert [made[name]["q4_0"][0] for name in names[:-1]] == [7.0] * (len(names) - 1)
+    assert made[names[-1]]["q4_0"][0] != 7.0 and made[names[-1]]["q8_0"][0] != 3.0
+    damages = {
+        name: {grid: damage for grid, (damage, _) in grids.items()} for name, grids in made.items()
+    }
+    assert damages == json.loads(kept.read_text())
+
+
+def test_a_matrix_that_has_no_choice_is_not_measured(tmp_path):
+    kept, ids = tmp_path / "kept.json", torch.arange(24)[None]
+    made = options(_model(), ids, ["q4_0", "q4_k"], kept, "label", lambda line: None)
+    downs = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+    assert [name for name, grids in made.items() if len(grids) == 2] == downs
+    assert list(json.loads(kept.read_text())) == downs
+    assert all(min(cost for cost, _ in made[name].values()) > 0 for name in downs)
+    others = [grids for name, grids in made.items() if name not in downs]
+    assert all(list(grids) == ["q4_0"] and grids["q4_0"][0] == 0 for grids in others)
+
+    # Nor is any where none has.
+    made = options(_model(), ids, ["q4_0"], tmp_path / "none.json", "label", lambda line: None)
+    assert choose(made, 10**6) == dict.fromkeys(made, "q4_0")
 
 
 def test_a_grid_that_is_asked_for_later_is_measured_alone(tmp_path):
@@ -127,7 +141,8 @@ def test_a_grid_that_is_asked_for_later_is_measured_alone(tmp_path):
     names = list(quantizable(_model()))
     kept.write_text(json.dumps(dict.fromkeys(names, {"q8_0": 7.0})))
     made = options(_model(), ids, ["q4_0", "q8_0"], kept, "label", lambda line: None)
-    alone = options(_model(), ids, ["q4_0"], tmp_path / "other.json", "label", lambda line: None)
+    other = tmp_path / "other.json"
+    alone = options(_model(), ids, ["q4_0", "q5_0"], other, "label", lambda line: None)
     assert all(made[name]["q8_0"][0] == 7.0 for name in names)
     assert all(made[name]["q4_0"] == alone[name]["q4_0"] for name in names)
 
@@ -166,11 +181,13 @@ def test_neighbours_measured_at_once_share_what_they_lose_by_their_weights(tmp_p
             assert shares == pytest.approx([lost / len(taking)] * len(taking), rel=2e-3, abs=2e-7)
 
     # Each matrix alone loses something else.
-    alone = options(model, ids, ["q4_0"], tmp_path / "other.json", "label", lambda line: None)
+    other = tmp_path / "other.json"
+    alone = options(model, ids, ["q4_0", "q8_0"], other, "label", lambda line: None)
     assert alone["model.layers.0.mlp.down_proj.weight"]["q4_0"][0] != pytest.approx(
         made["model.layers.0.mlp.down_proj.weight"]["q4_0"][0], rel=1e-3
     )
-    assert alone["model.embed_tokens.weight"] == {"q4_0": made["model.embed_tokens.weight"]["q4_0"]}
+    embedding = "model.embed_tokens.weight"
+    assert alone[embedding]["q4_0"] == made[embedding]["q4_0"]
 
 
 def test_two_stages_of_one_parent_measure_once(tiny_teacher, tmp_path):

@@ -556,6 +556,21 @@ MUTANTS = [
         ("int(index) // blocks_together", "int(index)"),
         ("takers.setdefault(grid, {})[name] = weight", "takers.setdefault(grid, dict(group))"),
     ),
+    *of(
+        "stages/ptq.py",
+        "test_planning.py -k mixture",
+        (
+            "groups = PLACES * -(-blocks // self.allocate.blocks_together)",
+            "groups = PLACES * blocks",
+        ),
+        ("-(-groups * len(self.allocate.grids) // 2)", "groups"),
+    ),
+    Mutant(
+        "quant/allocate.py",
+        "if len(legal_grids[name]) > 1]",
+        "]",
+        "quant/test_allocate.py -k no_choice",
+    ),
     Mutant(
         "stages/ptq.py",
         '"blocks_together": self.allocate.blocks_together}',

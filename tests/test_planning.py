@@ -19,7 +19,7 @@ from compress.formats.settings import Export
 from compress.models.checkpoint import load_model, read_config
 from compress.pipeline import run
 from compress.planning import estimate, matmul_flops_per_sec, params_of, step_flops_per_sec
-from compress.quant.settings import GridName
+from compress.quant.settings import Allocation, GridName
 from compress.score.settings import Eval
 from compress.stages import STAGES
 from compress.text.settings import Data
@@ -77,6 +77,24 @@ def test_more_tokens_cost_more_time_and_smaller_students_less_memory(tiny_teache
     stages = recipe().stages | {"heal": STAGES["distill"](tokens=100_000)}
     assert costs(tiny_teacher, recipe(stages=stages))["heal"].seconds > 5 * few["heal"].seconds
     assert matmul_flops_per_sec(n=64, seconds=0.01) > 0
+
+
+@pytest.mark.parametrize("technique", ["ptq", "qat"])
+def test_a_mixture_costs_the_time_that_measuring_takes(tiny_teacher, technique):
+    def seconds(**allocate):
+        stage = STAGES[technique](allocate=Allocation(**allocate))
+        export = Export(["gguf:MIXED" if allocate else "gguf:Q4_0"])
+        program = recipe(pipeline=["qat"], stages={"qat": stage}, export=export)
+        return costs(tiny_teacher, program)["qat"].seconds
+
+    # Seven places of so many blocks, on two grids, each through half of the model, at 1e9 a second.
+    config = read_config(tiny_teacher)
+    blocks, grids = config["num_hidden_layers"], [GridName.q4_0, GridName.q8_0]
+    a_pass = 2 * params_of(config) * recipe().data.seq_len / 1e9
+    one_by_one = seconds(bits_per_weight=5, grids=grids) - seconds()
+    together = seconds(bits_per_weight=5, grids=grids, blocks_together=blocks) - seconds()
+    assert one_by_one == pytest.approx(7 * blocks * a_pass)
+    assert together == pytest.approx(7 * a_pass)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.models.blocks import Work, lengths_of, row_for
+from compress.prune.shape import DEPTH_KEYS
 from compress.quant.settings import (
     BLOCK,
     FLOOR_A_COLUMN,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.memory import Account, Given
+
+PLACES = 7  # of matrices in most families' blocks
 
 
 @dataclass
@@ -154,6 +157,17 @@ class OnGrid:
         weights = sum(matrix.weight.numel() for matrix in quantizable(model).values())
         return choose(damages, self.allocate.matrix_bytes(weights, ctx.file_overhead(parent)))
 
+    def with_allocation(self, cost: Cost, sizes: Sizes) -> Cost:
+        """The cost with measuring what each matrix loses on each grid: the text goes on from its
+        block, through half of the model on average.
+        """
+        if not self.allocate.mixes:
+            return cost
+        blocks = next((sizes.config[key] for key in DEPTH_KEYS if sizes.config.get(key)), 1)
+        groups = PLACES * -(-blocks // self.allocate.blocks_together)
+        passes = -(-groups * len(self.allocate.grids) // 2)
+        return cost.with_calibration(sizes, self.allocation_rows(), passes)
+
     def allocation_rows(self) -> int:
         """Rows on which the damage of each matrix is measured."""
         return self.allocate.calibration_sequences if self.allocate.mixes else 0
@@ -244,7 +258,8 @@ class Ptq(OnGrid):
     def cost(self, sizes: Sizes) -> Cost:
         """The calibration text goes through the parent `passes` times."""
         cost = cost_without_training(sizes, bytes_a_weight=4)
-        return cost.with_calibration(sizes, self.calibration_sequences, self.passes)
+        cost = cost.with_calibration(sizes, self.calibration_sequences, self.passes)
+        return self.with_allocation(cost, sizes)
 
     def memory(self, given: Given) -> Account:
         """A block at a time and its second moments; an fp32 model where grids are allocated."""

@@ -112,7 +112,8 @@ class Qat(Optimization, OnGrid):
             signal_params=sizes.teacher_params if learns_from_teacher else sizes.parent_params,
         )
         passes = max(1, passes_of(self.rounding, self.balance))
-        return cost.with_calibration(sizes, self.calibration_rows(), passes)
+        rows = self.calibration_sequences if self.calibrated else 0
+        return self.with_allocation(cost.with_calibration(sizes, rows, passes), sizes)
 
     def memory(self, given: Given) -> Account:
         """Training every weight, or adapters, under rounding; before that, rounding it once."""

@@ -87,14 +87,14 @@ def test_a_mixture_costs_the_time_that_measuring_takes(tiny_teacher, technique):
         program = recipe(pipeline=["qat"], stages={"qat": stage}, export=export)
         return costs(tiny_teacher, program)["qat"].seconds
 
-    # Seven places of so many blocks, on two grids, each through half of the model, at 1e9 a second.
+    # Seven places of four blocks, on three grids, each through half of the model, at 1e9 a second.
     config = read_config(tiny_teacher)
-    blocks, grids = config["num_hidden_layers"], [GridName.q4_0, GridName.q8_0]
+    blocks, grids = config["num_hidden_layers"], [GridName.q4_0, GridName.q5_0, GridName.q8_0]
     a_pass = 2 * params_of(config) * recipe().data.seq_len / 1e9
     one_by_one = seconds(bits_per_weight=5, grids=grids) - seconds()
     together = seconds(bits_per_weight=5, grids=grids, blocks_together=blocks) - seconds()
-    assert one_by_one == pytest.approx(7 * blocks * a_pass)
-    assert together == pytest.approx(7 * a_pass)
+    assert blocks == 4 and one_by_one == pytest.approx(42 * a_pass)
+    assert together == pytest.approx(11 * a_pass)
 
 
 @pytest.mark.parametrize("name", TINY)

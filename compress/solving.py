@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from compress.budget import LIMIT_METRICS, Limit
 from compress.command_line import Parser
 from compress.errors import EXIT_OK, ConfigError, nearest
-from compress.models.model_config import read_config
 from compress.quant.settings import GridName
 from compress.threads import give_way
 
@@ -187,7 +186,7 @@ def _allocation(solution: Solution, grid: str, session: Session) -> dict[str, An
     a matrix may lie on another grid of as many. Empty where there is one grid for all.
     """
     from compress.models.blocks import lengths_of
-    from compress.models.checkpoint import load_stored
+    from compress.models.checkpoint import load_stored, read_config
     from compress.quant.allocate import lies_on
     from compress.search.recipe import allocation
     from compress.search.solution import keeps_blocks, may_mix, mixture_bytes

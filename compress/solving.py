@@ -150,6 +150,7 @@ def _solved(options: Any, limits: dict[str, Limit], overrides: list[str], file: 
     )
     _print(solution)
 
+    # The choice in words, and a grid for every matrix where that is worth measuring.
     lines = sentences(solution)
     allocation = _allocation(solution, options.grid, session)
     if allocation:

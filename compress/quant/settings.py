@@ -94,8 +94,8 @@ class Allocation:
     )
     # On which the damage of each matrix is measured: a second one doubles the time.
     calibration_sequences: int = 1
-    # Neighbouring blocks whose matrices of the same place are measured at once: ten take a tenth of
-    # the time, and tell the places apart, not the blocks.
+    # Neighbouring blocks whose matrices of the same place are measured at once: a pass for ten
+    # tells the places apart, not the blocks.
     blocks_together: int = 1
 
     def __post_init__(self) -> None:

@@ -9,8 +9,8 @@ because no error of the weights, weighted by the inputs or not, foretold it: a p
 quantized model loses what it learned when it goes back to that model's grid, whose error is the
 smallest (`results/quant/bench.md`). The exception is a matrix that still lies on a grid, as in a
 teacher read from a 4-bit file: there it loses nothing, and no grid of as many bits is tried.
-Matrices of the same place in neighbouring blocks may be measured together, a pass for
-all: each then counts its share, by weights, of what they lose at once. Left out: grids chosen anew after
+Matrices of the same place in neighbouring blocks may be measured together, a pass for all: each
+then counts its share, by weights, of what they lose at once. Left out: grids chosen anew after
 training.
 """
 
